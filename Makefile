@@ -1,0 +1,43 @@
+# `make demo` and `make test` set everything up on a fresh machine: they need Python 3.11 or newer, and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check format bench hub wheel clean help
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)  ## run the main job on the shipped clip
+	$(BIN)/neuroflow run --out neuroflow-run
+
+test: $(READY)  ## run the tests (no network but for the set-up, no model hub)
+	$(BIN)/python -m pytest -q
+
+check: $(READY)  ## style checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## time the modes against dense
+	$(BIN)/python eval/benchmark_vision.py
+
+hub: $(READY)  ## write complete Hub repositories to dist/hub/
+	$(BIN)/python -m neuroflow_hf.hub
+
+wheel: $(READY)  ## build the wheel
+	$(BIN)/python -m build --wheel
+
+clean:  ## remove what was built
+	rm -rf build dist *.egg-info neuroflow-run

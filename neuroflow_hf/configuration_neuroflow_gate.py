@@ -1,0 +1,172 @@
+"""The options of the gate: which patches of a frame are encoded again, and what the others reuse."""
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, get_args
+
+from huggingface_hub.dataclasses import strict
+
+Mode = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+
+@strict
+@dataclass(kw_only=True)
+class NeuroFlowGateConfig:
+    """
+    Options of the similarity gate. They live under `gate` in the vision model's configuration and can be overridden,
+    one by one, where a stream is made: `model.new_stream(threshold=0.02)`.
+
+    Per stream and frame, patch i has a signal and a reference; its surprise is `1 - cos(signal_i, reference_i)`, in
+    [0, 2]. The active set is the patches that the policies below choose from the surprise; only they are encoded.
+    Source: Y. Schmitt, "EMA-Gated Temporal Sequence Compression in Vision Transformers" (2026), sections on the gate
+    and on Architectures A (`mlp`), B (`eliminate`) and C (`reconstruct`); `context` follows prior work that gives
+    active tokens the stored keys and values of the others (STC-Cacher, WAM-Cache, Eventful Transformers).
+
+    Args:
+        mode (`str`, defaults to `"context"`):
+            What happens to the active set.
+
+            - `"context"`: active patches attend to all patches, fresh for active, stored keys and values for the
+              rest; the head pools all patches. The one to choose without training.
+            - `"reconstruct"`: active patches attend only to each other; the head pools fresh and stored outputs (the
+              paper's dual memory). Cheaper than `context` at very many patches, much less faithful.
+            - `"eliminate"`: active patches attend only to each other and only they are pooled. Cheapest; the output
+              is far from the dense one unless the model was distilled for it.
+            - `"mlp"`: attention over all patches, MLP only for active ones. Faithful, saves little.
+            - `"hold"`: nothing is encoded between keyframes; the last output is returned. With no keyframe policy it
+              repeats the first frame's embedding. The control that every other mode has to beat.
+            - `"dense"`: everything is encoded on every frame, no gate is run. The baseline.
+        signal (`str`, defaults to `"patch"`):
+            `"patch"`: the patch projection, before position embeddings. `"token"`: with position embeddings, as in
+            the paper; they are the same on every frame and lower the surprise, so thresholds must be lower too.
+        reference (`str`, defaults to `"last_update"`):
+            `"last_update"`: the signal as it was when the patch was last encoded; surprise says what is stale in
+            memory. `"ema"`: a running mean of the signal (the paper); surprise says what is novel, leaves ghosts
+            where an object has left, and never notices a drift that it follows. `"both"`: the larger of the two.
+        threshold (`float`, defaults to 0.01):
+            A patch is active if its surprise is above it. 0: every patch that changed at all. 0.01 suits footage
+            with ordinary compression and sensor noise; go up to 0.05 for noisy footage, down to 0.003 if small or
+            faint objects matter. -1 or less: everything is active on every frame, whatever the other options say.
+        token_budget (`int`, *optional*):
+            Exactly this many patches are active on every frame that is no keyframe: the most surprising ones, and
+            the threshold does not count. For a fixed latency. At most the number of patches is used.
+        min_active_tokens (`int`, *optional*):
+            At least this many are active. Defaults to 4 in `eliminate`, whose head needs something to pool, and to
+            0 elsewhere (a frame with nothing active returns the stored output).
+        global_motion_norm (`bool`, defaults to `False`):
+            Subtract the frame's mean surprise before the threshold. For cameras that move or flicker as a whole.
+        dilate (`int`, defaults to 0):
+            Also take the patches within this many rows and columns of an active one. 1 helps at object borders.
+        max_age (`int`, *optional*):
+            No stored patch gets older than this many frames: `ceil(N / max_age)` of the oldest are encoded anew on
+            every frame, in turn, so that the cost stays flat. 300 costs a third of a percent.
+        keyframe_interval (`int`, *optional*):
+            Every frame whose number is a multiple of this is a keyframe: all patches are encoded.
+        keyframe_fraction (`float`, *optional*):
+            A frame in which more than this fraction of the patches is above the threshold is a keyframe (a scene
+            cut). 0.5 is a good guard in the sparse modes; in `hold` it is the trigger, and 0.08 a good value.
+        ema_rate (`float`, defaults to 0.01):
+            The share of the new signal in the running mean, per frame, in (0, 1]. 0.01 forgets in about 100 frames.
+        slow_ema_rate (`float`, *optional*):
+            A second, slower running mean; a patch that is surprising against it is active too. For objects that stop
+            moving and would otherwise fade into the first mean. Choose a tenth of `ema_rate`. Needs `reference`
+            `"ema"` or `"both"`.
+        memory_blend (`float`, defaults to 1.0):
+            Share b of the fresh output in the stored one, `C <- (1 - b) C + b z`, in (0, 1]; 1 is plain writing.
+            Lower values smooth the output over time and lag behind events.
+        on_change (`str`, defaults to `"error"`):
+            What a change of resolution, dtype, device or batch size in the middle of a stream does: `"error"`, or
+            `"keyframe"` to forget the stream's memory and start again with a keyframe.
+
+    Raises:
+        ValueError: for an unknown option (with the nearest known one), or a value outside its range.
+    """
+
+    mode: Mode = "context"
+    signal: Literal["patch", "token"] = "patch"
+    reference: Literal["last_update", "ema", "both"] = "last_update"
+    threshold: float | int = 0.01
+    token_budget: int | None = None
+    min_active_tokens: int | None = None
+    global_motion_norm: bool = False
+    dilate: int = 0
+    max_age: int | None = None
+    keyframe_interval: int | None = None
+    keyframe_fraction: float | int | None = None
+    ema_rate: float | int = 0.01
+    slow_ema_rate: float | int | None = None
+    memory_blend: float | int = 1.0
+    on_change: Literal["error", "keyframe"] = "error"
+
+    def __post_init__(self):
+        def require(name, holds, expected):
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"Gate option `{name}` is {value!r}; expected {expected}.")
+
+        def is_rate(value):
+            return 0 < value <= 1
+
+        require("threshold", math.isfinite, "a finite number, 0 to 2 (or -1 for everything active)")
+        for name in ("token_budget", "max_age", "keyframe_interval"):
+            require(name, lambda value: value >= 1, "a whole number of at least 1, or None for never")
+        for name in ("min_active_tokens", "dilate"):
+            require(name, lambda value: value >= 0, "a whole number of at least 0")
+        require("keyframe_fraction", lambda value: 0 <= value <= 1, "a fraction from 0 to 1, or None for never")
+        for name in ("ema_rate", "slow_ema_rate", "memory_blend"):
+            require(name, is_rate, "a share above 0 and at most 1")
+        if self.slow_ema_rate is not None and self.reference == "last_update":
+            raise ValueError(
+                'Gate option `slow_ema_rate` is a second running mean; it needs `reference="ema"` or `"both"`, and '
+                '`reference` is "last_update".'
+            )
+
+    @classmethod
+    def from_options(cls, base: dict | None = None, **options) -> "NeuroFlowGateConfig":
+        """
+        The options of `base` (by default none: the defaults) with `options` laid over them.
+
+        Raises:
+            ValueError: for an option that does not exist, or a value of the wrong type or outside its range.
+        """
+        known = [field.name for field in fields(cls)]
+        merged = {**(base or {}), **options}
+        for name in merged:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"Did you mean `{near[0]}`?" if near else f"Known options: {', '.join(known)}."
+                raise ValueError(f"Unknown gate option `{name}`. {hint}")
+        try:
+            return cls(**merged)
+        except (TypeError, ValueError):
+            raise
+        except Exception as error:  # the strict dataclass has error types of its own that are not ValueErrors
+            raise ValueError(f"Bad gate option: {error}") from error
+
+    def to_dict(self) -> dict:
+        """All options as plain values."""
+        return asdict(self)
+
+    @property
+    def everything_active(self) -> bool:
+        """Whether every patch is encoded on every frame."""
+        return self.mode == "dense" or self.threshold <= -1
+
+    @property
+    def needs_surprise(self) -> bool:
+        """Whether a frame that is no keyframe has to be looked at; `dense` and a `hold` by the clock do not look."""
+        return not (self.mode == "dense" or (self.mode == "hold" and self.keyframe_fraction is None))
+
+    @property
+    def num_references(self) -> int:
+        """How many references a frame's signal is compared with."""
+        return {"last_update": 1, "ema": 1, "both": 2}[self.reference] + (self.slow_ema_rate is not None)
+
+    @property
+    def least_active(self) -> int:
+        """`min_active_tokens` with the mode's default filled in."""
+        if self.min_active_tokens is not None:
+            return self.min_active_tokens
+        return 4 if self.mode == "eliminate" else 0

@@ -1,0 +1,253 @@
+"""One frame of B streams through the vision tower: gate, encoder, read-out, references."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .neuroflow_active import ActiveSet, write_rows
+from .neuroflow_attention import can_fold_probe, pool_with_folded_probe
+from .neuroflow_cost import attention as attention_cost
+from .neuroflow_cost import gate as gate_cost
+from .neuroflow_cost import mlp as mlp_cost
+from .neuroflow_cost import patch_projection as projection_cost
+from .neuroflow_cost import pooling_head as head_cost
+from .neuroflow_gate import choose_active, update_references
+from .neuroflow_modes import MODES, LayerStep
+from .neuroflow_stream import NeuroFlowStream, StreamGeometry
+
+
+@dataclass
+class FrameResult:
+    """What a frame gave: `last_hidden_state` [B, N, D] (or [B, A, D] with `token_mask` [B, A]), `pooled` [B, D],
+    `surprise` [B, N], `skip_rate` and `cost` [B]."""
+
+    active: ActiveSet
+    grid: tuple[int, int]
+    last_hidden_state: torch.Tensor
+    pooled: torch.Tensor | None
+    surprise: torch.Tensor | None
+    skip_rate: torch.Tensor
+    cost: torch.Tensor
+    token_mask: torch.Tensor | None
+
+
+def encode_frame(
+    model: nn.Module, pixel_values: torch.Tensor, stream: NeuroFlowStream, interpolate_pos_encoding: bool
+) -> FrameResult:
+    """
+    Advance `stream` by one frame of each of its B cameras.
+
+    Everything that can refuse a frame comes before the first write to the stream.
+
+    Args:
+        model: the vision model, whose modules are called (never their weights past them).
+        pixel_values: [B, C, H, W], normalised, floating point.
+    """
+    geometry = geometry_of(model, pixel_values, interpolate_pos_encoding)
+    stream.begin_frame(geometry)
+    mode = MODES[stream.gate.mode]
+    projected = stream.gate.needs_surprise or any(stream.due_keyframes())
+    if projected:
+        patches = project_patches(model, pixel_values)
+        positions = position_embeddings(model, patches, pixel_values, interpolate_pos_encoding)
+        signal = patches if stream.gate.signal == "patch" else patches + positions
+        active, surprise = choose_active(stream, signal)
+    else:
+        mask = torch.zeros(geometry.batch_size, geometry.num_patches, dtype=torch.bool, device=geometry.device)
+        active, surprise = ActiveSet(mask, [0] * geometry.batch_size, [False] * geometry.batch_size), None
+
+    stream.frame_in_progress = True
+    fresh = None
+    if active.live:
+        if mode.encodes_all_patches:
+            hidden = active.of_live(patches) + positions
+        else:
+            hidden = active.gather(patches) + active.gather_shared(positions)
+        fresh = encode(model, hidden, active, stream)
+    folded = model.use_head and stream.gate.mode != "dense" and can_fold_probe(model.head)
+    tokens, token_mask = read_out(stream, fresh, active)
+    pooled = pool(model, stream, tokens, token_mask, active, folded)
+    if projected:
+        update_references(stream, signal, active)
+    stream.frames = [frame + 1 for frame in stream.frames]
+    stream.frame_in_progress = False
+
+    costs = [frame_cost(model, stream, count, projected, folded) for count in active.counts]
+    counts = torch.tensor(active.counts, dtype=torch.float32)
+    return FrameResult(
+        active=active,
+        grid=geometry.grid,
+        # copies, for the memories behind them are written again on the next frame
+        last_hidden_state=tokens.clone() if token_mask is None else tokens,
+        pooled=None if pooled is None else pooled.clone(),
+        surprise=surprise,
+        skip_rate=(1 - counts / geometry.num_patches).to(geometry.device, non_blocking=True),
+        cost=torch.tensor(costs, dtype=torch.float32).to(geometry.device, non_blocking=True),
+        token_mask=token_mask,
+    )
+
+
+def geometry_of(model: nn.Module, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> StreamGeometry:
+    """
+    What kind of frame this is.
+
+    Raises:
+        ValueError: if the pixel values have a wrong number of dimensions or channels, are not floating point, or
+            their resolution needs `interpolate_pos_encoding=True`.
+    """
+    config, embeddings = model.config, model.embeddings
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
+        raise ValueError(
+            f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (streams, {config.num_channels}, height, "
+            "width). One frame of one stream is a batch of 1: `pixel_values.unsqueeze(0)`."
+        )
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"`pixel_values` is {pixel_values.dtype}; expected floating point, normalised by the image processor."
+        )
+    height, width = pixel_values.shape[2:]
+    grid = (height // embeddings.patch_size, width // embeddings.patch_size)
+    if 0 in grid:
+        raise ValueError(f"A frame of {height}x{width} pixels holds no {embeddings.patch_size}-pixel patch.")
+    if not interpolate_pos_encoding and grid[0] * grid[1] != embeddings.num_positions:
+        raise ValueError(
+            f"A frame of {height}x{width} pixels has {grid[0] * grid[1]} patches, the checkpoint has positions for "
+            f"{embeddings.num_positions} ({config.image_size} pixels). Pass `interpolate_pos_encoding=True` or resize."
+        )
+    device_type = pixel_values.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    return StreamGeometry(
+        batch_size=len(pixel_values),
+        grid=grid,
+        hidden_size=config.hidden_size,
+        num_layers=len(model.encoder.layers),
+        dtype=torch.get_autocast_dtype(device_type) if autocast else embeddings.patch_embedding.weight.dtype,
+        device=pixel_values.device,
+    )
+
+
+def project_patches(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] to the patch projections [B, N, D], contiguous: patches are gathered by row later."""
+    pixel_values = pixel_values.to(model.embeddings.patch_embedding.weight.dtype)
+    return model.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2).contiguous()
+
+
+def position_embeddings(
+    model: nn.Module, patches: torch.Tensor, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
+) -> torch.Tensor:
+    """The position embeddings of a frame's patches [B, N, D], the same for all streams: [N, D]."""
+    embeddings = model.embeddings
+    if interpolate_pos_encoding:
+        return embeddings.interpolate_pos_encoding(patches, *pixel_values.shape[2:])[0]
+    return embeddings.position_embedding(embeddings.position_ids)[0]
+
+
+def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: NeuroFlowStream) -> torch.Tensor:
+    """All encoder layers and the final layer norm, for what the mode passes through them."""
+    mode = MODES[stream.gate.mode]
+    for layer, memory in zip(model.encoder.layers, stream.layer_memories, strict=True):
+        hidden = layer(hidden, None, step=LayerStep(mode, active, memory))
+    return model.post_layernorm(hidden)
+
+
+def read_out(
+    stream: NeuroFlowStream, fresh: torch.Tensor | None, active: ActiveSet
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    What the head sees of each stream, [B, N, D] and no mask, or [B, A, D] and its mask [B, A], from what the encoder
+    returned (`None` if nothing was active). Fresh outputs are remembered for the frames to come.
+    """
+    mode, memory = MODES[stream.gate.mode], stream.memory
+    if not mode.pools_all_patches:
+        return pad_streams(fresh, active, stream.geometry)
+    if fresh is None:
+        return memory["output"], None
+    if mode.encodes_all_patches:
+        return remember_streams(memory, "output", fresh, active), None
+    return active.remember(memory, "output", blend(stream, fresh, active)), None
+
+
+def blend(stream: NeuroFlowStream, fresh: torch.Tensor, active: ActiveSet) -> torch.Tensor:
+    """`(1 - b) C + b z` for rows [M, D], the paper's alpha blending; keyframes are written plainly."""
+    share = stream.gate.memory_blend
+    if share == 1 or all(active.keyframes):
+        return fresh
+    plain = torch.tensor(active.keyframes).repeat_interleave(torch.tensor(active.counts)).to(fresh.device)
+    blended = torch.lerp(active.gather(stream.memory["output"]), fresh, share)
+    return torch.where(plain.unsqueeze(1), fresh, blended)
+
+
+def remember_streams(
+    memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor, active: ActiveSet
+) -> torch.Tensor:
+    """Write the live streams' entries [B', ...] into `memory[name]` and return all of it, [B, ...]."""
+    if len(active.live) == len(active.counts):
+        current = fresh
+    else:
+        live = torch.tensor(active.live).to(fresh.device, non_blocking=True)
+        current = write_rows(memory[name], live, fresh)
+    memory[name] = current.detach()
+    return current
+
+
+def pad_streams(
+    rows: torch.Tensor | None, active: ActiveSet, geometry: StreamGeometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [M, D] as [B, A, D], zeros after a stream's last active patch, and the mask of real tokens [B, A]."""
+    counts, most = active.counts, max(active.counts)
+    token_mask = torch.arange(most).unsqueeze(0) < torch.tensor(counts).unsqueeze(1)
+    token_mask = token_mask.to(geometry.device, non_blocking=True)
+    if rows is None:
+        return torch.zeros(
+            len(counts), 0, geometry.hidden_size, dtype=geometry.dtype, device=geometry.device
+        ), token_mask
+    if min(counts) == most:
+        return rows.view(len(counts), most, -1), token_mask
+    return nn.utils.rnn.pad_sequence(rows.split(counts), batch_first=True), token_mask
+
+
+def pool(
+    model: nn.Module,
+    stream: NeuroFlowStream,
+    tokens: torch.Tensor,
+    token_mask: torch.Tensor | None,
+    active: ActiveSet,
+    folded: bool,
+) -> torch.Tensor | None:
+    """The embeddings [B, D]: pooled anew for streams with an active patch, the stored ones for the rest."""
+    if not model.use_head:
+        return None
+
+    def head(batch):
+        return pool_with_folded_probe(model.head, batch) if folded else model.head(batch)
+
+    if not active.live:
+        return stream.memory["pooled"]
+    if token_mask is None or len(set(active.counts)) == 1:
+        fresh = head(active.of_live(tokens))
+    else:
+        fresh = torch.cat([head(tokens[index : index + 1, : active.counts[index]]) for index in active.live])
+    return remember_streams(stream.memory, "pooled", fresh, active)
+
+
+def frame_cost(model: nn.Module, stream: NeuroFlowStream, active: int, projected: bool, folded: bool) -> float:
+    """Multiply-adds spent on one stream's frame with `active` patches active, over those of a dense frame."""
+    config, geometry, gate = model.config, stream.geometry, stream.gate
+    patches, dim, inner = geometry.num_patches, config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads
+    projection = projection_cost(patches, dim, config.num_channels * model.embeddings.patch_size**2)
+    dense_layer = attention_cost(patches, patches, patches, dim) + mlp_cost(patches, dim, inner)
+    dense = projection + geometry.num_layers * dense_layer
+    if model.use_head:
+        dense += head_cost(patches, dim, inner, heads, folded=False)
+
+    mode = MODES[gate.mode]
+    spent = projection if projected else 0
+    if gate.needs_surprise:
+        spent += gate_cost(patches, dim, gate.num_references)
+    if active:
+        spent += geometry.num_layers * mode.layer_cost(active, patches, dim, inner)
+        if model.use_head:
+            spent += head_cost(patches if mode.pools_all_patches else active, dim, inner, heads, folded)
+    return spent / dense

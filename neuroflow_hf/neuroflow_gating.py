@@ -1,0 +1,59 @@
+"""The mathematics of the gate: pure functions of tensors. B streams, N = grid_h * grid_w patches, D features."""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+
+def surprise(signal: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """
+    `1 - cos(signal_i, reference_i)`: [B, N, D] and [B, N, D] to [B, N], float32 in [0, 2].
+
+    Computed as half the squared distance of the unit vectors, which is the same number but exactly 0 where the two
+    are equal and does not cancel near 0, where thresholds lie.
+    """
+    difference = F.normalize(signal.float(), dim=-1) - F.normalize(reference.float(), dim=-1)
+    return difference.square().sum(dim=-1) / 2
+
+
+def running_mean(mean: torch.Tensor, signal: torch.Tensor, rate: float) -> torch.Tensor:
+    """`E <- (1 - a) E + a x` for all patches: [B, N, D] each. Kept in float32, where a small `rate` still counts."""
+    return torch.lerp(mean, signal.float(), rate)
+
+
+def without_global_motion(surprise: torch.Tensor) -> torch.Tensor:
+    """Each frame's surprise less its mean over the patches: [B, N] to [B, N]."""
+    return surprise - surprise.mean(dim=-1, keepdim=True)
+
+
+def spread_to_neighbours(score: torch.Tensor, grid: tuple[int, int], radius: int) -> torch.Tensor:
+    """The highest score within `radius` rows and columns: [B, N] to [B, N], so a threshold on it dilates the mask."""
+    if radius == 0:
+        return score
+    grid_scores = score.unflatten(-1, grid).unsqueeze(1)
+    return F.max_pool2d(grid_scores, 2 * radius + 1, stride=1, padding=radius).flatten(1)
+
+
+def highest(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Mask of the `count` (at most N) highest scores of each stream: [B, N] to bool [B, N]."""
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    if count == 0:
+        return mask
+    top = score.topk(min(count, score.shape[-1]), dim=-1).indices
+    return mask.scatter_(-1, top, True)
+
+
+def oldest(age: torch.Tensor, max_age: int) -> torch.Tensor:
+    """
+    Mask of the `ceil(N / max_age)` patches of each stream that were encoded longest ago: int64 [B, N] to bool [B, N].
+    Taking as many on every frame keeps every age at or below `max_age`. Of equal ages, the first patch is taken.
+    """
+    num_patches = age.shape[-1]
+    order = age * num_patches - torch.arange(num_patches, device=age.device)
+    return highest(order, math.ceil(num_patches / max_age))
+
+
+def has_only_finite(features: torch.Tensor) -> torch.Tensor:
+    """Whether a stream's features hold neither NaN nor infinity: [B, ...] to bool [B]."""
+    return torch.isfinite(features.flatten(1).sum(dim=-1, dtype=torch.float32))

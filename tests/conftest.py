@@ -1,0 +1,100 @@
+"""Tiny random models and random videos. Everything here runs in milliseconds."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers.utils import logging
+
+from neuroflow_hf import NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
+
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+TINY_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 24,
+    "patch_size": 4,
+}
+TINY_TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+    "max_position_embeddings": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GRID = (6, 6)
+NUM_PATCHES = 36
+IMAGE_SIZE = 24
+PATCH_SIZE = 4
+MODES = ("dense", "hold", "mlp", "eliminate", "reconstruct", "context")
+GATED_MODES = ("mlp", "eliminate", "reconstruct", "context")
+
+
+def lively(model):
+    """The model with its random weights enlarged, so that attention is far from uniform and layers matter."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight", "in_proj_weight")):
+                parameter.mul_(2)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def stock_model():
+    """A tiny `SiglipModel`. Do not change it."""
+    torch.manual_seed(0)
+    return lively(SiglipModel(SiglipConfig(text_config=SiglipTextConfig(**TINY_TEXT), vision_config=TINY_VISION)))
+
+
+@pytest.fixture(scope="session")
+def stock_vision():
+    """A tiny `SiglipVisionModel`. Do not change it."""
+    torch.manual_seed(0)
+    return lively(SiglipVisionModel(SiglipVisionConfig(**TINY_VISION)))
+
+
+@pytest.fixture(scope="session")
+def stock_folder(stock_model, tmp_path_factory):
+    """A folder with the tiny `SiglipModel`'s checkpoint."""
+    folder = tmp_path_factory.mktemp("stock")
+    stock_model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(stock_folder):
+    """The tiny model as `NeuroFlowSiglipModel`. Do not change it."""
+    return NeuroFlowSiglipModel.from_pretrained(stock_folder)
+
+
+@pytest.fixture(scope="session")
+def vision(stock_vision):
+    """The tiny vision model as `NeuroFlowSiglipVisionModel`, sharing parameters. Do not change it."""
+    return NeuroFlowSiglipVisionModel.from_siglip(stock_vision)
+
+
+def random_video(num_frames, batch_size=1, seed=0, size=IMAGE_SIZE, changed=0.2):
+    """Frames [B, 3, size, size] in a list; from one to the next, about a share `changed` of the patches changes."""
+    generator = torch.Generator().manual_seed(seed)
+    frame = torch.randn(batch_size, 3, size, size, generator=generator)
+    frames = [frame]
+    for _ in range(num_frames - 1):
+        grid = size // PATCH_SIZE
+        mask = torch.rand(batch_size, 1, grid, grid, generator=generator) < changed
+        mask = mask.repeat_interleave(PATCH_SIZE, 2).repeat_interleave(PATCH_SIZE, 3)
+        frame = torch.where(mask, torch.randn(frame.shape, generator=generator), frame)
+        frames.append(frame)
+    return frames
