@@ -274,6 +274,22 @@ def test_broken_bytes_in_the_middle_stop_at_the_damage(videos, tmp_path, name):
     assert_prefix(frames, whole)
 
 
+def test_a_frame_that_the_decoder_patched_up_is_not_given_out(videos, tmp_path):
+    data = videos["h264.mkv"].read_bytes()
+    errors = []
+    for percent in range(50, 90, 4):
+        broken = bytearray(data)
+        broken[len(data) * percent // 100] ^= 0x5A
+        path = tmp_path / "broken.mkv"
+        path.write_bytes(broken)
+        frames, error = read_until_error(path)
+        if error is not None:  # some changed bytes still decode
+            assert isinstance(error, DamagedVideoError)
+            assert len(frames) == error.frames_read < FRAMES
+            errors.append(str(error))
+    assert any("broken inside" in message for message in errors)
+
+
 UNEVEN = [sum(50 + i % 7 * 40 for i in range(n)) for n in range(FRAMES)]
 LONG_END = [100 * i for i in range(FRAMES - 1)] + [15000]
 
