@@ -115,6 +115,14 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
         self.config.auto_map = dict(AUTO_MAPS[self.config.model_type])
         super().save_pretrained(*args, **kwargs)
 
+    def set_attn_implementation(self, *args, **kwargs):
+        """As transformers' method; modules shared with a model that was wrapped keep its configuration, and follow."""
+        super().set_attn_implementation(*args, **kwargs)
+        for tower in self.modules():
+            if isinstance(tower, NeuroFlowSiglipVisionModel):
+                for layer in tower.encoder.layers:
+                    layer.self_attn.config._attn_implementation_internal = tower.config._attn_implementation
+
     @property
     def gate_options(self) -> dict:
         """The options that a new stream starts from: `gate` in the vision configuration."""

@@ -109,7 +109,7 @@ def update_references(stream: NeuroFlowStream, signal: torch.Tensor, active: Act
         if rate is None:
             continue
         if all(active.keyframes):
-            memory[name] = signal.float()
+            memory[name] = signal.to(torch.float32, copy=True)
             continue
         mean = running_mean(memory[name], signal, rate)
         for index, is_keyframe in enumerate(active.keyframes):

@@ -36,22 +36,17 @@ def spread_to_neighbours(score: torch.Tensor, grid: tuple[int, int], radius: int
 
 
 def highest(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Mask of the `count` (at most N) highest scores of each stream: [B, N] to bool [B, N]."""
-    mask = torch.zeros_like(score, dtype=torch.bool)
-    if count == 0:
-        return mask
-    top = score.topk(min(count, score.shape[-1]), dim=-1).indices
-    return mask.scatter_(-1, top, True)
+    """Mask of the `count` (at most N) highest scores of each stream: [B, N] to bool [B, N]. Ties go to the first."""
+    order = score.sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[:, :count], True)
 
 
 def oldest(age: torch.Tensor, max_age: int) -> torch.Tensor:
     """
     Mask of the `ceil(N / max_age)` patches of each stream that were encoded longest ago: int64 [B, N] to bool [B, N].
-    Taking as many on every frame keeps every age at or below `max_age`. Of equal ages, the first patch is taken.
+    Taking as many on every frame keeps every age at or below `max_age`.
     """
-    num_patches = age.shape[-1]
-    order = age * num_patches - torch.arange(num_patches, device=age.device)
-    return highest(order, math.ceil(num_patches / max_age))
+    return highest(age, math.ceil(age.shape[-1] / max_age))
 
 
 def has_only_finite(features: torch.Tensor) -> torch.Tensor:
