@@ -161,6 +161,6 @@ class NaiveStream:
                 if rate is not None:
                     means = self.references.setdefault(name, list(signal))
                     for patch, value in enumerate(signal):
-                        means[patch] = value if keyframe else (1 - rate) * means[patch] + rate * value
+                        means[patch] = value if keyframe else torch.lerp(means[patch], value, rate)
         self.age = self.age or [0] * len(signal)
         self.age = [0 if patch in active else age + 1 for patch, age in enumerate(self.age)]

@@ -41,12 +41,17 @@ def highest(score: torch.Tensor, count: int) -> torch.Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[:, :count], True)
 
 
+def refreshed_per_frame(num_patches: int, max_age: int) -> int:
+    """How many of the oldest patches have to be encoded anew on every frame so that none gets older than `max_age`."""
+    return math.ceil(num_patches / max_age)
+
+
 def oldest(age: torch.Tensor, max_age: int) -> torch.Tensor:
     """
-    Mask of the `ceil(N / max_age)` patches of each stream that were encoded longest ago: int64 [B, N] to bool [B, N].
+    Mask of the `refreshed_per_frame` patches of each stream that were encoded longest ago: int64 [B, N] to bool [B, N].
     Taking as many on every frame keeps every age at or below `max_age`.
     """
-    return highest(age, math.ceil(age.shape[-1] / max_age))
+    return highest(age, refreshed_per_frame(age.shape[-1], max_age))
 
 
 def has_only_finite(features: torch.Tensor) -> torch.Tensor:

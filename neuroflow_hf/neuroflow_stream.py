@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .configuration_neuroflow_gate import NeuroFlowGateConfig
+from .neuroflow_gating import refreshed_per_frame
 
 STATE_FORMAT = 1
 
@@ -126,7 +127,8 @@ class NeuroFlowStream:
         have written some memories and not others: every stream then starts again with a keyframe.
 
         Raises:
-            ValueError: if the geometry differs from the stream's and `on_change` is `"error"`.
+            ValueError: if the geometry differs from the stream's and `on_change` is `"error"`; if `max_age` asks for
+                more patches a frame than `token_budget` allows.
         """
         if self.geometry is None and geometry.batch_size != self.batch_size:
             before = replace(geometry, batch_size=self.batch_size)
@@ -138,6 +140,13 @@ class NeuroFlowStream:
                 f"This frame does not match its stream: {changes}. Call `stream.reset()` to start anew, make another "
                 'stream for it with `model.new_stream()`, or make the stream with `on_change="keyframe"`.'
             )
+        if self.gate.max_age is not None and self.gate.token_budget is not None:
+            needed = refreshed_per_frame(geometry.num_patches, self.gate.max_age)
+            if needed > self.gate.token_budget:
+                raise ValueError(
+                    f"`max_age={self.gate.max_age}` means encoding {needed} of {geometry.num_patches} patches anew on "
+                    f"every frame, and `token_budget={self.gate.token_budget}` allows fewer. Raise one of them."
+                )
         if changes:
             self.batch_size = geometry.batch_size
             self.forget()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import GATED_MODES, MODES, NUM_PATCHES, TINY_VISION, lively, random_video
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -32,6 +32,11 @@ gate_options = st.fixed_dictionaries(
 )
 
 
+def assume_consistent(options, num_patches):
+    if options["max_age"] and options["token_budget"]:
+        assume(options["max_age"] * options["token_budget"] >= num_patches)
+
+
 @pytest.fixture(scope="module")
 def smallest_vision():
     """A vision model of 16 patches and 2 layers: the reference takes a while for each patch."""
@@ -43,6 +48,7 @@ def smallest_vision():
 @given(options=gate_options, seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=60)
 def test_fast_path_equals_the_patch_by_patch_reference(smallest_vision, options, seed):
+    assume_consistent(options, num_patches=16)
     model, gate = smallest_vision, NeuroFlowGateConfig(**options)
     naive, stream = NaiveStream(model, gate), model.new_stream(**options)
     with torch.no_grad():
@@ -78,6 +84,7 @@ def test_second_running_mean_keeps_a_stopped_object_active(vision):
 def test_everything_active_equals_dense_whatever_the_other_options_say(
     vision, stock_vision, mode, threshold, batch_size, seed, options
 ):
+    assume_consistent(options, NUM_PATCHES)
     stream = vision.new_stream(batch_size, **{**options, "mode": mode, "threshold": threshold})
     with torch.no_grad():
         for frame in random_video(3, batch_size, seed):

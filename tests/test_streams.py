@@ -363,6 +363,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match="stream 1"):
             vision(pixel_values=frames[1], stream=stream)
 
+    def test_a_budget_too_small_for_the_refresh(self, vision):
+        stream = vision.new_stream(max_age=6, token_budget=5)
+        with pytest.raises(ValueError, match="encoding 6 of 36 patches anew"):
+            vision(pixel_values=random_video(1)[0], stream=stream)
+
     def test_another_resolution(self, vision):
         bad = torch.zeros(2, 3, 32, 32)
         self.check(
