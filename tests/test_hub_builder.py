@@ -1,0 +1,185 @@
+"""What `python -m neuroflow_hf.hub` writes loads where the package is not installed, and is whole or not there."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import IMAGE_SIZE, TINY_TEXT, TINY_VISION, lively, random_video
+from loopback_hub import call_elsewhere
+from safetensors.torch import load_file, save_file
+from transformers import SiglipConfig, SiglipForImageClassification, SiglipImageProcessor
+from typer import Typer
+from typer.testing import CliRunner
+
+from neuroflow_hf import NeuroFlowSiglipVisionModel, hub
+
+
+@pytest.fixture
+def source(stock_vision, tmp_path):
+    """A folder as under `models/`, with a tiny stock vision model, its preprocessor and a card."""
+    folder = tmp_path / "models" / "tiny"
+    stock_vision.save_pretrained(folder)
+    SiglipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
+    return folder
+
+
+@pytest.fixture
+def run():
+    """Runs the command with the arguments it is given."""
+    app = Typer()
+    app.command()(hub.main)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def use_repository(folder, video, output):
+    """Runs elsewhere: load and stream."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoImageProcessor, AutoModel
+
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    stream = model.new_stream()
+    with torch.no_grad():
+        outputs = [
+            model(pixel_values=frame, stream=stream).pooler_output for frame in load_file(video)["frames"].unbind(0)
+        ]
+    save_file({"pooled": torch.stack(outputs)}, output)
+    return {"gate": model.gate_options, "size": dict(processor.size), "class": type(model).__name__}
+
+
+def test_the_repository_works_without_the_package(source, stock_vision, tmp_path, run):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "gate": {"threshold": 0.05}}))
+    output = tmp_path / "dist" / "hub"
+    result = run("--models", source.parent, "--output", output)
+    assert result.exit_code == 0, result.output
+    repository = output / "tiny"
+    written = {path.name for path in repository.iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "LICENSE"} <= written
+    assert all(name in result.output for name in ("tiny", *written))
+    assert (repository / "README.md").read_text() == (source / "README.md").read_text()
+    assert list(output.iterdir()) == [repository]
+
+    frames = random_video(4)
+    save_file({"frames": torch.stack(frames)}, tmp_path / "video.safetensors")
+    report = call_elsewhere(
+        use_repository,
+        tmp_path / "elsewhere",
+        folder=repository,
+        video=tmp_path / "video.safetensors",
+        output=tmp_path / "out.safetensors",
+    )
+    assert report == {
+        "gate": {"threshold": 0.05},
+        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "class": "NeuroFlowSiglipVisionModel",
+    }
+    model = NeuroFlowSiglipVisionModel.from_siglip(stock_vision, threshold=0.05)
+    with torch.no_grad():
+        expected = torch.stack([output.pooler_output for output in model.stream_frames(frames)])
+    torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["pooled"], expected, rtol=0, atol=1e-6)
+
+
+def test_a_recipe_fills_in_what_is_missing(source, tmp_path, monkeypatch):
+    made = tmp_path / "made"
+    source.rename(made)
+    source.mkdir()
+    (source / "README.md").write_text("# The card")
+    (made / "README.md").write_text("# Not the card")
+    (made / "recipe.json").write_text("{}")
+    (made / "modeling_neuroflow_siglip.py").write_text("an old version")
+    monkeypatch.setitem(hub.RECIPES, "tiny", lambda: made)
+    repository = hub.build_hub_repository(source, tmp_path / "out")
+    assert (repository / "README.md").read_text() == "# The card"
+    assert (repository / "recipe.json").read_text() == "{}"
+    assert "class NeuroFlowSiglipVisionModel" in (repository / "modeling_neuroflow_siglip.py").read_text()
+    assert {path.name for path in source.iterdir()} == {"README.md"}
+
+
+def test_a_classifier_keeps_its_class(tmp_path, source):
+    config = SiglipConfig(text_config=TINY_TEXT, vision_config=TINY_VISION, num_labels=3)
+    stock = lively(SiglipForImageClassification(config))
+    stock.save_pretrained(source)
+    repository = hub.build_hub_repository(source, tmp_path / "out")
+    assert json.loads((repository / "config.json").read_text())["architectures"] == [
+        "NeuroFlowSiglipForImageClassification"
+    ]
+    torch.testing.assert_close(
+        load_file(repository / "model.safetensors")["classifier.weight"], stock.classifier.weight.detach()
+    )
+
+
+@pytest.mark.parametrize(
+    ("removed", "named"),
+    [
+        (["model.safetensors"], ["weights (model.safetensors or"]),
+        (
+            ["config.json", "model.safetensors", "preprocessor_config.json"],
+            ["config.json", "weights", "preprocessor"],
+        ),
+        (["README.md"], ["a card (README.md)"]),
+    ],
+)
+def test_what_is_missing_is_named(source, removed, named, tmp_path, run):
+    for name in removed:
+        (source / name).unlink()
+    with pytest.raises(FileNotFoundError) as raised:
+        hub.build_hub_repository(source, tmp_path / "out" / "tiny")
+    assert all(part in str(raised.value) for part in (*named, str(source)))
+    assert not (tmp_path / "out").exists()
+    result = run("--models", source.parent, "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert named[0] in result.output
+
+
+def test_no_models(tmp_path, run):
+    result = run("--models", tmp_path, "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "There is no model" in result.output
+
+
+def test_weights_at_random_are_not_published(source, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    tensors.pop("post_layernorm.weight")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights .* post_layernorm\.weight"):
+        hub.build_hub_repository(source, tmp_path / "out")
+
+
+def test_other_models_are_refused(source, tmp_path):
+    (source / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(ValueError, match="'clip'"):
+        hub.build_hub_repository(source, tmp_path / "out")
+
+
+def test_a_new_repository_replaces_the_old_one_when_it_is_whole(source, tmp_path, monkeypatch):
+    output = hub.build_hub_repository(source, tmp_path / "out" / "tiny")
+    (output / "left over.txt").write_text("")
+    before = {path.name for path in output.iterdir()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            hub.build_hub_repository(source, output)
+    assert {path.name for path in output.iterdir()} == before
+
+    hub.build_hub_repository(source, output)
+    assert {path.name for path in output.iterdir()} == before - {"left over.txt"}
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_other_folders_are_not_replaced(source, tmp_path):
+    output = tmp_path / "thesis"
+    output.mkdir()
+    (output / "chapter.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="thesis"):
+        hub.build_hub_repository(source, output)
+    assert (output / "chapter.txt").read_text() == "years of work"
+
+
+def test_an_empty_folder_is_filled(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert (hub.build_hub_repository(source, tmp_path / "out") / "config.json").is_file()
