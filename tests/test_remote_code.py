@@ -242,7 +242,7 @@ def test_a_stream_comes_back_from_the_other_process(first, saved, models):
 
 
 def config_of(folder):
-    """The stored configuration. Reloaded sub-configurations carry a `dtype`, also those of transformers' own models."""
+    """The stored configuration, without the `dtype` that transformers adds to sub-configurations once reloaded."""
     config = json.loads((folder / "config.json").read_text())
     for part in ("text_config", "vision_config"):
         config.get(part, {}).pop("dtype", None)
