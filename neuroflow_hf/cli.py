@@ -1,0 +1,336 @@
+"""The `neuroflow` command: parses options, calls the library, prints. Libraries are imported where they are used."""
+
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    help="SigLIP over video without computing again what did not change.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+GATE = "Gate (defaults: the model's own, else those named here)"
+COMPARISON = "Comparison and output"
+EXIT_DAMAGED, EXIT_UNUSABLE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def show_version(wanted: bool):
+    """Print the version and leave."""
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"neuroflow {version('neuroflow-hf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+):
+    """SigLIP over video without computing again what did not change."""
+
+
+@contextlib.contextmanager
+def one_line_errors(debug: bool, nothing_done: str) -> Iterator[None]:
+    """
+    Errors in what the user gave become one line on stderr and exit code 2, Ctrl-C one line and 130.
+
+    Args:
+        debug: let errors through, with their traceback.
+        nothing_done: what to say about the state of things after Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped by Ctrl-C; {nothing_done}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        typer.echo(f"Error: {message}", err=True)
+        raise typer.Exit(EXIT_UNUSABLE) from error
+
+
+def parse_gate(settings: list[str]) -> dict[str, Any]:
+    """`["dilate=1", "max_age=none"]` to `{"dilate": 1, "max_age": None}`; ValueError without a `=`."""
+    options = {}
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator:
+            raise ValueError(f"--gate {setting!r} has no value; expected NAME=VALUE, such as dilate=1.")
+        try:
+            value = None if text.lower() == "none" else json.loads(text.lower() if text in ("True", "False") else text)
+        except json.JSONDecodeError:
+            value = text
+        options[name.strip().replace("-", "_")] = value
+    return options
+
+
+# --- run -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    video: Annotated[Path | None, typer.Argument(help="Video file.", show_default="the clip that ships here")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hub name of a SigLIP or SigLIP 2 checkpoint with its image processor.",
+            show_default="a real vision tower, built on first use",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to; files of an earlier run are replaced.")] = Path(
+        "neuroflow-run"
+    ),
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the frames in pixels.", show_default="the model's")
+    ] = None,
+    stride: Annotated[int, typer.Option(help="Take every so many frames of the video.")] = 1,
+    max_frames: Annotated[int | None, typer.Option(help="Stop after so many frames.", show_default="all")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes CUDA if there is one.")] = "auto",
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="context, reconstruct, eliminate, mlp, hold or dense.", show_default="context", rich_help_panel=GATE
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Encode patches whose surprise is above this; -1: all.", show_default="0.01", rich_help_panel=GATE
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Compare with last_update, ema or both.", show_default="last_update", rich_help_panel=GATE),
+    ] = None,
+    signal: Annotated[
+        str | None,
+        typer.Option(help="patch, or token (with position embeddings).", show_default="patch", rich_help_panel=GATE),
+    ] = None,
+    token_budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Encode exactly so many patches, whatever the threshold.", show_default="none", rich_help_panel=GATE
+        ),
+    ] = None,
+    dilate: Annotated[
+        int | None,
+        typer.Option(help="Also encode neighbours this far away.", show_default="0", rich_help_panel=GATE),
+    ] = None,
+    max_age: Annotated[
+        int | None,
+        typer.Option(help="Encode every patch within so many frames.", show_default="none", rich_help_panel=GATE),
+    ] = None,
+    keyframe_interval: Annotated[
+        int | None,
+        typer.Option(help="Encode everything every so many frames.", show_default="never", rich_help_panel=GATE),
+    ] = None,
+    keyframe_fraction: Annotated[
+        float | None,
+        typer.Option(
+            help="Encode everything when more than this share changed.", show_default="never", rich_help_panel=GATE
+        ),
+    ] = None,
+    global_motion_norm: Annotated[
+        bool | None,
+        typer.Option(
+            "--global-motion-norm",
+            help="Subtract the mean surprise first.",
+            show_default="no",
+            rich_help_panel=GATE,
+        ),
+    ] = None,
+    ema_rate: Annotated[
+        float | None,
+        typer.Option(help="Rate of the running mean (ema, both).", show_default="0.01", rich_help_panel=GATE),
+    ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Any other gate option; can be repeated.", rich_help_panel=GATE),
+    ] = None,
+    dense_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Compare with dense on every so many frames; 0: never.",
+            show_default="about 25 samples in all",
+            rich_help_panel=COMPARISON,
+        ),
+    ] = None,
+    overlay: Annotated[
+        bool, typer.Option(help="Write a video of what was encoded.", rich_help_panel=COMPARISON)
+    ] = True,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show errors with their traceback.", rich_help_panel=COMPARISON)
+    ] = False,
+):
+    """Stream a video through SigLIP, compare with dense, and write what was seen, saved and lost."""
+    named = {
+        "mode": mode,
+        "threshold": threshold,
+        "reference": reference,
+        "signal": signal,
+        "token_budget": token_budget,
+        "dilate": dilate,
+        "max_age": max_age,
+        "keyframe_interval": keyframe_interval,
+        "keyframe_fraction": keyframe_fraction,
+        "global_motion_norm": global_motion_norm,
+        "ema_rate": ema_rate,
+    }
+    with one_line_errors(debug, nothing_done="nothing was written."):
+        options = {name: value for name, value in named.items() if value is not None} | parse_gate(gate or [])
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16.")
+
+        from .run import DTYPES, load_model, prepare_folder, run_video
+        from .tower import TOWER_NAME, build_tower, default_tower_dir
+        from .video import VideoReader, bundled_clip
+
+        # what fails quickly goes first
+        reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
+        prepare_folder(out)
+        source = model or build_tower(default_tower_dir())
+        loaded, preprocess = load_model(source, DTYPES[dtype], device, resolution)
+        with frame_progress(reader.expected_frames) as on_frame:
+            result = run_video(
+                reader,
+                loaded,
+                preprocess,
+                out,
+                options,
+                dense_every=dense_every,
+                overlay=overlay,
+                model_name=model or TOWER_NAME,
+                command=shlex.join(["neuroflow", *sys.argv[1:]]),
+                on_frame=on_frame,
+            )
+    print_run(result, out)
+    if result.status != "complete":
+        typer.echo(
+            f"Stopped early: {result.message}. The {result.summary['frames']} frames before are kept.", err=True
+        )
+        raise typer.Exit(EXIT_INTERRUPTED if result.status == "interrupted" else EXIT_DAMAGED)
+
+
+@contextlib.contextmanager
+def frame_progress(expected_frames: int | None) -> Iterator[Any]:
+    """A progress bar on stderr; yields what to call with each frame's record."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("frames"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("skip {task.fields[skip]}  cost {task.fields[cost]}"),
+        TimeRemainingColumn(),
+    )
+    progress = Progress(*columns, console=Console(stderr=True))
+    task = progress.add_task("frames", total=expected_frames, skip="-", cost="-")
+
+    def on_frame(record):
+        progress.start()  # not before there is something to show: an error should stand alone
+        progress.update(task, advance=1, skip=f"{record.skip_rate:.1%}", cost=f"{record.cost:.3f}")
+
+    try:
+        yield on_frame
+    finally:
+        progress.stop()
+
+
+def print_run(result: Any, out: Path):
+    """What a run gave, as tables on stdout."""
+    console, summary = Console(highlight=False), result.summary
+    video, gate = summary["video"], summary["gate"]
+    rule = f"budget {gate['token_budget']}" if gate["token_budget"] else f"threshold {gate['threshold']:g}"
+    grid = summary["grid"]
+    console.print(
+        f"[bold]{escape(video['name'])}[/]  {video['width']}x{video['height']}, {summary['frames']} frames"
+        f"  |  {escape(str(summary['model']))}, {summary['resolution']} px, {grid[0]}x{grid[1]} patches"
+        f"  |  {gate['mode']}, {gate['reference']}, {rule}"
+        f"  |  {summary['dtype']} on {summary['device']}, {summary['torch_threads']} threads"
+    )
+    console.print(per_frame_table(summary))
+    if summary["compared_frames"]:
+        console.print(fidelity_table(summary))
+        note = control_note(summary)
+        if note:
+            console.print(f"[yellow]{note}[/]")
+    if summary["speed_up"]:
+        speed_up = summary["speed_up"]
+        console.print(
+            f"Speed-up over dense: [bold]{speed_up['median']:.2f}x[/] by median, {speed_up['mean']:.2f}x by mean, "
+            "keyframes and disturbances included."
+        )
+    console.print(
+        f"Keyframes (everything encoded): {summary['keyframes']} of {summary['frames']} frames, the first among them; "
+        f"{summary['compared_keyframes']} of the {summary['compared_frames']} compared.  "
+        f"Stream memory: {summary['stream_bytes'] / 2**20:.1f} MiB."
+    )
+    console.print(
+        "Milliseconds are those of the forward alone; decoding and preprocessing, in a thread of their own, wait "
+        f"meanwhile.  Wall clock with everything: {summary['wall_clock_seconds']:.1f} s."
+    )
+    console.print(f"Written to {escape(str(out))}: {', '.join(summary['files'])}")
+
+
+def per_frame_table(summary: dict) -> Table:
+    """Skip rate, cost and milliseconds, each over the run's frames."""
+    table = Table("per frame", "frames", "mean", "median", "p5", "p95", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    times = summary["milliseconds_per_frame"]
+    rows = [
+        ("skip rate", summary["frames"], summary["skip_rate"], "{:.1%}"),
+        ("cost (dense = 1)", summary["frames"], summary["cost"], "{:.3f}"),
+        ("milliseconds, streamed", summary["frames"], times["streamed"], "{:.1f}"),
+        ("milliseconds, dense", summary["sampled_frames"], times["dense"], "{:.1f}"),
+    ]
+    for label, frames, values, form in rows:
+        if values:
+            table.add_row(label, str(frames), *(form.format(values[name]) for name in ("mean", "median", "p5", "p95")))
+    return table
+
+
+def fidelity_table(summary: dict) -> Table:
+    """Cosine to dense of the stream and of the controls, on the sampled frames after the first."""
+    table = Table("cosine to dense", "frames", "cost", "mean", "p5", "min")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    cosines, every = summary["cosine_to_dense"], summary["dense_every"]
+    rows = [
+        ("streamed", f"{summary['cost']['mean']:.3f}", cosines["streamed"], "bold"),
+        ("control: first frame repeated", "0", cosines["first_frame"], "dim"),
+        (f"control: dense every {every}, held {every} frames", f"{1 / every:.3f}", cosines["held"], "dim"),
+    ]
+    for label, cost, values, style in rows:
+        figures = (f"{values[name]:.4f}" for name in ("mean", "p5", "min"))
+        table.add_row(label, str(summary["compared_frames"]), cost, *figures, style=style)
+    return table
+
+
+def control_note(summary: dict) -> str:
+    """A warning if a control that costs no more is as close to dense as the stream, by mean cosine; else nothing."""
+    cosines, every = summary["cosine_to_dense"], summary["dense_every"]
+    ours = cosines["streamed"]["mean"]
+    # a difference that does not show in the table is none
+    if cosines["first_frame"]["mean"] >= ours - 5e-5:
+        return "Here, repeating the first frame's embedding is as close to dense: these settings gain nothing."
+    if 1 / every <= summary["cost"]["mean"] and cosines["held"]["mean"] >= ours - 5e-5:
+        return f"Here, running dense every {every} frames and holding is as close to dense, and costs no more."
+    return ""

@@ -1,0 +1,277 @@
+"""Pictures of the gate at work: what was encoded again in full colour, what was reused in dark grey."""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import av
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+ACCENT = (255, 176, 0)
+BACKGROUND = (17, 20, 24)
+LABEL = (139, 148, 158)
+TEXT = (240, 246, 252)
+REUSED_BRIGHTNESS = 0.42
+
+# Sides of an overlay frame in pixels: small clips are enlarged until a caption fits, large ones need not be larger.
+LEAST_WIDTH, MOST_SIDE = 480, 960
+
+
+# --- pure drawing --------------------------------------------------------------------------------------------------
+
+
+def patch_pixels(mask: np.ndarray, height: int, width: int, covered: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
+    """
+    A patch mask, enlarged to the picture that the patches were cut from.
+
+    Args:
+        mask: bool [grid_h, grid_w].
+        height, width: of the picture in pixels, at least the grid's.
+        covered: shares of the height and width that the patches cover, from the top left. Below 1 where the model's
+            resolution is no multiple of its patch size; what lies outside is never encoded and comes back False.
+
+    Returns:
+        bool [height, width].
+    """
+    rows, columns = (
+        np.diff(np.round(np.linspace(0, share * length, count + 1)).astype(int))
+        for share, length, count in zip(covered, (height, width), mask.shape, strict=True)
+    )
+    inside = np.repeat(np.repeat(mask, rows, axis=0), columns, axis=1)
+    return np.pad(inside, ((0, height - inside.shape[0]), (0, width - inside.shape[1])))
+
+
+def border(marked: np.ndarray, thickness: int) -> np.ndarray:
+    """The pixels of `marked` [H, W] within `thickness` of one that is not, or of the edge; bool [H, W]."""
+    inner = marked
+    for _ in range(thickness):
+        framed = np.pad(inner, 1)
+        inner = inner & framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
+    return marked & ~inner
+
+
+def mark_encoded(image: np.ndarray, mask: np.ndarray, covered: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
+    """
+    A frame whose encoded patches keep their colours, inside a thin outline, and whose reused ones turn dark grey.
+
+    Args:
+        image: uint8 RGB [H, W, 3].
+        mask: bool [grid_h, grid_w], the patches that were encoded.
+        covered: as in `patch_pixels`.
+
+    Returns:
+        uint8 RGB [H, W, 3], a new array.
+    """
+    height, width = image.shape[:2]
+    marked = patch_pixels(mask, height, width, covered)
+    grey = image @ np.array([0.299, 0.587, 0.114], dtype=np.float32) * REUSED_BRIGHTNESS
+    drawn = np.where(marked[..., None], image, grey[..., None].astype(np.uint8))
+    drawn[border(marked, max(1, round(min(height, width) / 300)))] = ACCENT
+    return drawn
+
+
+def overlay_size(height: int, width: int) -> tuple[int, int]:
+    """(height, width) of the picture inside an overlay frame, both even, for a video of `height` x `width` pixels."""
+    scale = min(MOST_SIDE / max(height, width), max(1.0, LEAST_WIDTH / width))
+    return tuple(max(2, 2 * round(length * scale / 2)) for length in (height, width))
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 RGB [H, W, 3] at another size."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+@lru_cache(maxsize=64)
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """The typeface that the plots use too; it comes with matplotlib."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def fitting_font(texts: Sequence[str], width: float, most: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """The largest font, `most` pixels at most and 6 at least, in which every one of `texts` is within `width`."""
+    for size in range(most, 6, -1):
+        if all(font(size, bold).getlength(text) <= width for text in texts):
+            return font(size, bold)
+    return font(6, bold)
+
+
+def caption_strip(width: int, fields: Sequence[tuple[str, str]], size: int) -> np.ndarray:
+    """
+    A dark strip of columns, each a small label above its value; fonts shrink where a text would not fit.
+
+    Args:
+        width: in pixels.
+        fields: (label, value) from left to right.
+        size: height of the values' font in pixels, at most.
+
+    Returns:
+        uint8 RGB [height, width, 3]; the height, an even number, depends on `size` alone.
+    """
+    label_size, margin = round(0.6 * size), round(0.5 * size)
+    height = 2 * round((label_size + size + 2.6 * margin) / 2)
+    strip = Image.new("RGB", (width, height), BACKGROUND)
+    draw = ImageDraw.Draw(strip)
+    column = (width - 2 * margin) / len(fields)
+    room = column - margin
+    label_font = fitting_font([label for label, _ in fields], room, label_size)
+    value_font = fitting_font([value for _, value in fields], room, size, bold=True)
+    for place, (label, value) in enumerate(fields):
+        left = margin + place * column
+        draw.text((left, margin + label_size), label, fill=LABEL, font=label_font, anchor="ls")
+        draw.text((left, height - margin), value, fill=TEXT, font=value_font, anchor="ls")
+    return np.asarray(strip)
+
+
+def overlay_frame(
+    image: np.ndarray,
+    mask: np.ndarray,
+    fields: Sequence[tuple[str, str]],
+    covered: tuple[float, float] = (1.0, 1.0),
+) -> np.ndarray:
+    """
+    A frame of the overlay video: the marked picture above its caption.
+
+    Args:
+        image: uint8 RGB [H, W, 3] as it came out of the video.
+        mask: bool [grid_h, grid_w], the patches that were encoded.
+        fields: the caption's columns, (label, value).
+        covered: as in `patch_pixels`.
+
+    Returns:
+        uint8 RGB [H', W', 3] with even sides, the same ones for all frames of a video.
+    """
+    height, width = overlay_size(*image.shape[:2])
+    picture = mark_encoded(resize(image, height, width), mask, covered)
+    missing = max(0, LEAST_WIDTH - width)  # a narrow video gets margins, so that its caption stays legible
+    picture = np.pad(picture, ((0, 0), (missing // 2, missing - missing // 2), (0, 0)))
+    strip = caption_strip(picture.shape[1], fields, size=round(picture.shape[1] / 48))
+    return np.concatenate([picture, strip])
+
+
+def contact_sheet(
+    cells: Sequence[tuple[np.ndarray, Sequence[tuple[str, str]]]], title: str, cell_width: int = 480, columns: int = 4
+) -> np.ndarray:
+    """
+    A grid of marked pictures, each above its caption, under a title line and a legend.
+
+    Args:
+        cells: (picture uint8 RGB [H, W, 3], caption fields) from left to right and top to bottom; at least one.
+        title: of the sheet, in one line.
+        cell_width: in pixels.
+        columns: at most.
+
+    Returns:
+        uint8 RGB [H', W', 3].
+    """
+    gap = 12
+    columns = min(columns, len(cells))
+    height = round(cells[0][0].shape[0] * cell_width / cells[0][0].shape[1])
+    drawn = [
+        np.concatenate([resize(picture, height, cell_width), caption_strip(cell_width, fields, size=25)])
+        for picture, fields in cells
+    ]
+    cell_height = drawn[0].shape[0]
+    rows = math.ceil(len(drawn) / columns)
+    width = columns * (cell_width + gap) + gap
+    header = sheet_header(width, title, margin=gap)
+    sheet = Image.new("RGB", (width, header.height + rows * (cell_height + gap)), BACKGROUND)
+    sheet.paste(header, (0, 0))
+    for place, cell in enumerate(drawn):
+        row, column = divmod(place, columns)
+        position = (gap + column * (cell_width + gap), header.height + row * (cell_height + gap))
+        sheet.paste(Image.fromarray(cell), position)
+    return np.asarray(sheet)
+
+
+def sheet_header(width: int, title: str, margin: int) -> Image.Image:
+    """The title of a contact sheet and, in a second line, what colours and greys mean."""
+    legend = "full colour, outlined: encoded on this frame      dark grey: reused from memory"
+    room = width - 4 * margin
+    title_font, legend_font = fitting_font([title], room, 30, bold=True), fitting_font([legend], room, 24)
+    header = Image.new("RGB", (width, 112), BACKGROUND)
+    draw = ImageDraw.Draw(header)
+    draw.text((margin, 46), title, fill=TEXT, font=title_font, anchor="ls")
+    box = (margin + 1, 72, margin + 19, 90)
+    draw.rectangle(box, outline=ACCENT, width=3)
+    draw.text((margin + 32, 90), legend, fill=LABEL, font=legend_font, anchor="ls")
+    return header
+
+
+# --- collecting over a run -----------------------------------------------------------------------------------------
+
+
+class SheetCells:
+    """
+    Keeps about evenly spaced cells of a run whose length is not known, in bounded memory: whenever twice as many as
+    wanted are held, every second one is dropped and from then on only every second one offered is taken.
+
+    Args:
+        wanted: how many cells `evenly` gives at most.
+    """
+
+    def __init__(self, wanted: int = 8):
+        self.wanted = wanted
+        self.step = 1
+        self.offered = 0
+        self.cells: list[tuple[np.ndarray, Sequence[tuple[str, str]]]] = []
+
+    def offer(self, picture: np.ndarray, fields: Sequence[tuple[str, str]]):
+        """A candidate: uint8 RGB [H, W, 3] and its caption."""
+        if self.offered % self.step == 0:
+            self.cells.append((picture, fields))
+        self.offered += 1
+        if len(self.cells) > 4 * self.wanted:
+            self.cells = self.cells[::2]
+            self.step *= 2
+
+    def evenly(self) -> list[tuple[np.ndarray, Sequence[tuple[str, str]]]]:
+        """At most `wanted` of the kept cells, evenly spaced, the first and the last among them."""
+        count = min(self.wanted, len(self.cells))
+        places = np.round(np.linspace(0, len(self.cells) - 1, count)).astype(int)
+        return [self.cells[place] for place in places]
+
+
+class OverlayWriter:
+    """
+    Writes overlay frames to an mp4 file as they come: H.264 where this FFmpeg has it, else MPEG-4.
+
+    Args:
+        path: the file; it is complete only after `close`.
+        fps: frames a second; None plays 10 a second.
+    """
+
+    def __init__(self, path: Path, fps: float | None):
+        self.path = path
+        self.fps = Fraction(fps or 10).limit_denominator(1001)
+        self.container = None
+
+    def write(self, frame: np.ndarray):
+        """Append uint8 RGB [H, W, 3] with even sides, the same for all frames."""
+        if self.container is None:
+            self._open(*frame.shape[:2])
+        self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+    def close(self):
+        """Finish the file. Nothing is written if there was no frame."""
+        if self.container is not None:
+            self.container.mux(self.stream.encode(None))
+            self.container.close()
+            self.container = None
+
+    def _open(self, height: int, width: int):
+        self.container = av.open(str(self.path), "w", format="mp4", options={"movflags": "faststart"})
+        # One thread: x264's own would go on encoding while the next frame's forward is being timed.
+        if "libx264" in av.codecs_available:
+            self.stream = self.container.add_stream(
+                "libx264", rate=self.fps, options={"crf": "21", "preset": "veryfast", "threads": "1"}
+            )
+        else:
+            self.stream = self.container.add_stream("mpeg4", rate=self.fps, options={"qscale": "3"})
+        self.stream.height, self.stream.width, self.stream.pix_fmt = height, width, "yuv420p"

@@ -1,0 +1,597 @@
+"""
+The main job: a video through a streamed model, compared with dense on sampled frames, written to a folder.
+
+    reader = VideoReader("street.mp4")
+    model, preprocess = load_model("path/to/siglip")
+    result = run_video(reader, model, preprocess, "out", {"threshold": 0.01})
+    result.summary["cost"]["mean"], result.summary["cosine_to_dense"]["streamed"]["p5"]
+
+Nothing is printed here; `on_frame` tells the caller how far it is.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save
+from torch.nn import functional
+
+from .modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
+from .overlay import OverlayWriter, SheetCells, contact_sheet, mark_encoded, overlay_frame, overlay_size, resize
+from .plots import plot_run, save_plot
+from .tower import quiet_transformers
+from .video import Frame, Preprocessor, VideoError, VideoReader, prefetch
+
+# The summary goes last: where it is, all the others are of the same run.
+RUN_FILES = ("frames.jsonl", "embeddings.safetensors", "overlay.mp4", "contact_sheet.png", "plot.png", "summary.json")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DENSE_SAMPLES = 25
+
+
+# --- what a run gives ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class FrameRecord:
+    """
+    What one frame gave.
+
+    Args:
+        index: place in the file, from 0.
+        time: seconds since the file's first frame.
+        active, patches: how many patches were encoded, of how many.
+        cost: multiply-adds spent, over those of a dense frame.
+        milliseconds: of the streamed forward.
+        embedding: float32 [D], on the CPU.
+        dense_embedding: float32 [D] of the forward without a stream; None where the frame was not sampled.
+        dense_milliseconds: of that forward.
+    """
+
+    index: int
+    time: float
+    active: int
+    patches: int
+    cost: float
+    milliseconds: float
+    embedding: torch.Tensor
+    dense_embedding: torch.Tensor | None = None
+    dense_milliseconds: float | None = None
+
+    @property
+    def keyframe(self) -> bool:
+        """Whether every patch was encoded."""
+        return self.active == self.patches
+
+    @property
+    def skip_rate(self) -> float:
+        """Share of the patches that were not encoded."""
+        return 1 - self.active / self.patches
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """
+    How a run ended.
+
+    Args:
+        status: `"complete"`, `"interrupted"` (Ctrl-C) or `"damaged"` (the video broke off).
+        message: where and why it stopped; empty if complete.
+        summary: the contents of `summary.json`.
+        files: what was written.
+    """
+
+    status: str
+    message: str
+    summary: dict
+    files: list[Path]
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+class ModelLoadError(ValueError):
+    """No streamed vision model can be made of what was named. The message names it, and what to do."""
+
+
+def load_model(
+    source: str | Path, dtype: torch.dtype = torch.float32, device: str = "auto", resolution: int | None = None
+) -> tuple[NeuroFlowSiglipVisionModel, Preprocessor]:
+    """
+    A vision model in evaluation mode, and what makes its pixel values.
+
+    Args:
+        source: a folder or a name on the Hub, holding a fixed-resolution SigLIP or SigLIP 2 checkpoint (with or
+            without its text tower) or one of this package, and its image processor.
+        dtype: of weights and pixel values.
+        device: `"auto"` takes CUDA where there is one, else the CPU.
+        resolution: side of the frames in pixels; None takes the image processor's.
+
+    Raises:
+        ModelLoadError: if it does not exist, is damaged, lacks weights, or has no image processor.
+        ValueError: for a device that is not there, and a resolution that is no whole number of pixels.
+    """
+    # Anything else that is not there is a mistyped path, and should not be looked for on the Hub.
+    if not Path(source).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
+        raise ModelLoadError(f"There is no model folder {source}.")
+    device = usable_device(device)
+    with quiet_transformers(), quiet_loading():
+        try:
+            model, info = NeuroFlowSiglipVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        except Exception as error:  # damaged files raise whatever their reader raises
+            raise ModelLoadError(f"Cannot load a SigLIP vision model from {source}: {one_line(error)}") from error
+        if info["missing_keys"]:
+            names = sorted(info["missing_keys"])
+            raise ModelLoadError(
+                f"{source} is no complete SigLIP vision model: {len(names)} of its weights are missing, such as "
+                f"{names[0]}. They would be random; name a SigLIP or SigLIP 2 checkpoint."
+            )
+        try:
+            preprocess = Preprocessor.from_pretrained(source, resolution)
+        except (OSError, TypeError, KeyError) as error:
+            raise ModelLoadError(
+                f"Cannot load an image processor from {source}: {one_line(error)} Save one beside the model: "
+                "`AutoImageProcessor.from_pretrained(...).save_pretrained(folder)`."
+            ) from error
+    if not model.use_head:
+        raise ModelLoadError(f"The model in {source} has no pooling head, so a frame has no embedding.")
+    return model.eval().to(device), preprocess
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hold back what transformers says while it loads: what matters of it becomes an error."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name (`"auto"`: CUDA, else the CPU), tried out; ValueError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"Device {name!r} cannot be used: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, shortened to 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+# --- encoding ------------------------------------------------------------------------------------------------------
+
+
+def encode_video(
+    reader: VideoReader,
+    model: NeuroFlowSiglipVisionModel,
+    preprocess: Preprocessor,
+    stream: Any,
+    dense_every: int,
+) -> Iterator[tuple[Frame, np.ndarray, FrameRecord]]:
+    """
+    Run the stream over the video, and a forward without a stream on every `dense_every`-th frame (0: on none).
+
+    A thread decodes and preprocesses ahead, but waits while a forward is timed: both forwards have the machine to
+    themselves, and get the same pixel values.
+
+    Yields:
+        The frame, its active mask bool [grid_h, grid_w], and its record.
+    """
+    # at the checkpoint's own resolution there is nothing to interpolate, and the plain path is the common one
+    interpolate = preprocess.resolution != model.config.image_size
+    turn = threading.Lock()
+
+    def forward(pixel_values, **kwargs):
+        return model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate, **kwargs)
+
+    def prepared():
+        frames = iter(reader)
+        while True:
+            with turn:
+                frame = next(frames, None)
+                if frame is None:
+                    return
+                item = frame, preprocess(frame.image, model.dtype, model.device)
+            yield item
+
+    with contextlib.closing(prefetch(prepared())) as items:
+        for place, (frame, pixel_values) in enumerate(items):
+            with turn, torch.inference_mode():
+                if place == 0:
+                    forward(pixel_values)  # kernels are chosen and memory is claimed before the clock runs
+                output, milliseconds = timed(lambda x=pixel_values: forward(x, stream=stream), model.device)
+                dense, dense_milliseconds = None, None
+                if dense_every and place % dense_every == 0:
+                    dense, dense_milliseconds = timed(lambda x=pixel_values: forward(x), model.device)
+            mask = output.active_mask[0].cpu().numpy()
+            record = FrameRecord(
+                index=frame.index,
+                time=frame.time,
+                active=int(mask.sum()),
+                patches=mask.size,
+                cost=output.cost[0].item(),
+                milliseconds=milliseconds,
+                embedding=output.pooler_output[0].float().cpu(),
+                dense_embedding=None if dense is None else dense.pooler_output[0].float().cpu(),
+                dense_milliseconds=dense_milliseconds,
+            )
+            yield frame, mask, record
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What `call` returns, and how many milliseconds it took, the device's work included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    result = call()
+    wait()
+    return result, 1000 * (time.perf_counter() - started)
+
+
+def sampling_step(expected_frames: int | None, keyframe_interval: int | None) -> int:
+    """
+    Every how many frames to compare with dense, for about 25 samples.
+
+    It shares no factor with the keyframe interval: in step with it, keyframes would be sampled more often than they
+    occur, and flatter the fidelity.
+    """
+    step = max(1, round(expected_frames / DENSE_SAMPLES)) if expected_frames else 10
+    while keyframe_interval and math.gcd(step, keyframe_interval) > 1:
+        step += 1
+    return step
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """
+    The first Ctrl-C inside the block sets the event and interrupts nothing; a second one does what it did before.
+    Only the main thread can do this; in others the event is never set.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+    def handle(_signal, _frame):
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def compare_with_dense(records: Sequence[FrameRecord]) -> dict[int, dict[str, float]]:
+    """
+    Cosine to the dense embedding on each sampled frame: by the record's place, that of the streamed embedding
+    (`"streamed"`), of the first sample's dense embedding (`"first_frame"`) and of the last sample's (`"held"`).
+    On the first sample itself, both controls are 1.
+    """
+    places = [place for place, record in enumerate(records) if record.dense_embedding is not None]
+    compared = {}
+    for before, place in zip([*places[:1], *places[:-1]], places, strict=True):
+        dense = records[place].dense_embedding
+        compared[place] = {
+            "streamed": cosine(records[place].embedding, dense),
+            "first_frame": cosine(records[places[0]].dense_embedding, dense),
+            "held": cosine(records[before].dense_embedding, dense),
+        }
+    return compared
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Cosine of two vectors [D], computed in float64."""
+    return functional.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Mean, median, 5th and 95th percentile, minimum and maximum; None of nothing."""
+    if not len(values):
+        return None
+    p5, median, p95 = np.percentile(values, (5, 50, 95)).tolist()
+    return {
+        "mean": float(np.mean(values)),
+        "median": median,
+        "p5": p5,
+        "p95": p95,
+        "min": float(min(values)),
+        "max": float(max(values)),
+    }
+
+
+def figures(records: Sequence[FrameRecord]) -> dict:
+    """
+    The figures of a run. Keyframes, the first frame among them, count in all but the fidelity, which leaves out the
+    first sample: it is dense for the stream and for both controls.
+    """
+    sampled = [record for record in records if record.dense_embedding is not None]
+    compared = list(compare_with_dense(records).values())[1:]
+    streamed = spread([record.milliseconds for record in records])
+    dense = spread([record.dense_milliseconds for record in sampled])
+    return {
+        "frames": len(records),
+        "keyframes": sum(record.keyframe for record in records),
+        "skip_rate": spread([record.skip_rate for record in records]),
+        "cost": spread([record.cost for record in records]),
+        "milliseconds_per_frame": {"streamed": streamed, "dense": dense},
+        "speed_up": {name: dense[name] / streamed[name] for name in ("median", "mean")} if dense else None,
+        "sampled_frames": len(sampled),
+        "compared_frames": len(compared),
+        "compared_keyframes": sum(record.keyframe for record in sampled[1:]),
+        "cosine_to_dense": {
+            name: spread([cosines[name] for cosines in compared]) for name in ("streamed", "first_frame", "held")
+        },
+    }
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def frame_line(record: FrameRecord, cosines: dict[str, float] | None) -> dict:
+    """A frame's line in `frames.jsonl`; what compares it with dense stands only on sampled frames."""
+    line = {
+        "index": record.index,
+        "time": round(record.time, 6),
+        "active": record.active,
+        "patches": record.patches,
+        "skip_rate": round(record.skip_rate, 6),
+        "cost": round(record.cost, 6),
+        "milliseconds": round(record.milliseconds, 3),
+        "keyframe": record.keyframe,
+    }
+    if cosines is not None:
+        line["cosine_to_dense"] = round(cosines["streamed"], 7)
+        line["cosine_first_frame"] = round(cosines["first_frame"], 7)
+        line["cosine_held"] = round(cosines["held"], 7)
+        line["dense_milliseconds"] = round(record.dense_milliseconds, 3)
+    return line
+
+
+def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, torch.Tensor]:
+    """
+    `embeddings` float32 [T, D], `frame_index` int64 [T] and `time` float64 [T] in seconds; with S sampled frames,
+    also `dense_embeddings` [S, D] and `dense_frame_index` [S].
+    """
+    tensors = {
+        "embeddings": torch.stack([record.embedding for record in records]),
+        "frame_index": torch.tensor([record.index for record in records]),
+        "time": torch.tensor([record.time for record in records], dtype=torch.float64),
+    }
+    sampled = [record for record in records if record.dense_embedding is not None]
+    if sampled:
+        tensors["dense_embeddings"] = torch.stack([record.dense_embedding for record in sampled])
+        tensors["dense_frame_index"] = torch.tensor([record.index for record in sampled])
+    return tensors
+
+
+def caption(record: FrameRecord, sample: tuple[float, float] | None, short: bool = False) -> list[tuple[str, str]]:
+    """
+    What stands under a frame, as (label, value).
+
+    Args:
+        record: of the frame.
+        sample: time and cosine to dense of the last sampled frame; its time is shown if it is not this frame's.
+        short: the contact sheet's three columns instead of the video's five.
+    """
+    share = record.active / record.patches
+    value = "-"
+    if sample is not None:
+        time_, cosine_ = sample
+        value = f"{cosine_:.4f}" if time_ == record.time else f"{cosine_:.4f} at {time_:.1f} s"
+    if short:
+        encoded = "all" if record.keyframe else f"{share:.1%}"
+        return [("TIME", f"{record.time:.1f} s"), ("PATCHES ENCODED", encoded), ("COSINE TO DENSE", value)]
+    encoded = f"all {record.patches}" if record.keyframe else f"{record.active} of {record.patches}"
+    return [
+        ("FRAME", f"{record.index}  ({record.time:.1f} s)"),
+        ("PATCHES ENCODED", encoded),
+        ("SKIPPED", f"{1 - share:.1%}"),
+        ("COST, DENSE = 1", f"{record.cost:.3f}"),
+        ("COSINE TO DENSE", value),
+    ]
+
+
+def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor, stream: Any) -> dict:
+    """What was run and on what machine, for the summary."""
+    return {
+        "video": {
+            "name": reader.path.name,
+            "width": reader.width,
+            "height": reader.height,
+            "frames_per_second": reader.fps,
+            "stride": reader.stride,
+        },
+        "resolution": preprocess.resolution,
+        "grid": list(stream.geometry.grid),
+        "gate": stream.gate.to_dict(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("neuroflow-hf", "torch", "transformers")},
+    }
+
+
+def run_title(gate: Any, video: str, resolution: int) -> str:
+    """One line that says what was run."""
+    rule = f"budget {gate.token_budget}" if gate.token_budget else f"threshold {gate.threshold:g}"
+    return f"{video} at {resolution} px, mode {gate.mode}, reference {gate.reference}, {rule}"
+
+
+def prepare_folder(out: str | Path) -> Path:
+    """Make the folder that a run is written to; NotADirectoryError if there is a file of that name."""
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; name a folder to write to.")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def publish(folder: Path, out: Path) -> list[Path]:
+    """Move finished run files from `folder` to `out`, each in one step; what is left of an earlier run goes."""
+    for name in RUN_FILES:
+        if (folder / name).exists():
+            os.replace(folder / name, out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    return [out / name for name in RUN_FILES if (out / name).exists()]
+
+
+# --- the job -------------------------------------------------------------------------------------------------------
+
+
+def run_video(
+    reader: VideoReader,
+    model: NeuroFlowSiglipVisionModel,
+    preprocess: Preprocessor,
+    out: str | Path,
+    gate_options: dict | None = None,
+    *,
+    dense_every: int | None = None,
+    overlay: bool = True,
+    model_name: str = "",
+    command: str = "",
+    on_frame: Callable[[FrameRecord], None] | None = None,
+) -> RunResult:
+    """
+    Stream a video through a model and write what came out to a folder.
+
+    Written are `frames.jsonl`, `embeddings.safetensors`, `contact_sheet.png`, `plot.png`, `summary.json` and, with
+    `overlay`, `overlay.mp4`; files of an earlier run are replaced. Each appears whole or not at all, all at the end.
+    Ctrl-C stops after the frame in work, and a damaged video at the damage; what was computed is written then too.
+
+    Args:
+        reader: the video.
+        model, preprocess: from `load_model`.
+        out: folder to write to; made if missing.
+        gate_options: options of [`NeuroFlowGateConfig`], laid over the model's own.
+        dense_every: compare with dense on every so many frames; 0 never; None for about 25 samples in all.
+        overlay: also write the video that shows what was encoded.
+        model_name, command: for the summary.
+        on_frame: called with each frame's record.
+
+    Raises:
+        ValueError: for a gate option, `dense_every` or resolution out of range, or pixels that the model refuses.
+        VideoError: if not even the first frame can be read.
+        NotADirectoryError, OSError: if `out` is a file or cannot be written to.
+    """
+    started = time.perf_counter()
+    if dense_every is not None and dense_every < 0:
+        raise ValueError(f"`dense_every` is {dense_every}; expected a number of frames, or 0 for no comparison.")
+    patch_size = model.config.patch_size
+    if preprocess.resolution < patch_size:
+        raise ValueError(
+            f"The resolution is {preprocess.resolution}; expected at least one patch, {patch_size} pixels."
+        )
+    out = prepare_folder(out)
+    stream = model.new_stream(**(gate_options or {}))
+    if dense_every is None:
+        dense_every = sampling_step(reader.expected_frames, stream.gate.keyframe_interval)
+
+    records: list[FrameRecord] = []
+    cells = SheetCells()
+    status, message = "complete", ""
+    with tempfile.TemporaryDirectory(prefix=".run-", dir=out) as folder:
+        folder = Path(folder)
+        fps = reader.fps / reader.stride if reader.fps else None
+        writer = OverlayWriter(folder / "overlay.mp4", fps) if overlay else None
+        try:
+            sample = None
+            with (
+                stop_on_interrupt() as stop,
+                contextlib.closing(encode_video(reader, model, preprocess, stream, dense_every)) as encoded,
+            ):
+                for frame, mask, record in encoded:
+                    records.append(record)
+                    if record.dense_embedding is not None:
+                        sample = record.time, cosine(record.embedding, record.dense_embedding)
+                    covered = tuple(count * patch_size / preprocess.resolution for count in mask.shape)
+                    if not dense_every or record.dense_embedding is not None:
+                        picture = mark_encoded(
+                            resize(frame.image, *overlay_size(*frame.image.shape[:2])), mask, covered
+                        )
+                        cells.offer(picture, caption(record, sample, short=True))
+                    if writer is not None:
+                        writer.write(overlay_frame(frame.image, mask, caption(record, sample), covered))
+                    if on_frame is not None:
+                        on_frame(record)
+                    if stop.is_set():
+                        status = "interrupted"
+                        message = f"stopped by Ctrl-C after frame {record.index} ({record.time:.2f} s)"
+                        break
+        except VideoError as error:
+            if not records:
+                raise
+            status, message = "damaged", str(error)
+        finally:
+            if writer is not None:
+                writer.close()
+
+        title = run_title(stream.gate, reader.path.name, preprocess.resolution)
+        write_records(folder, records, title, cells)
+        summary = {
+            "status": status,
+            "message": message,
+            "command": command,
+            "model": model_name or model.config.name_or_path,
+            "dense_every": dense_every,
+            **settings(reader, model, preprocess, stream),
+            **figures(records),
+            "stream_bytes": stream.nbytes,
+        }
+        # bytes, for `save_file` makes files that only their owner can read
+        metadata = {name: json.dumps(summary[name]) for name in ("model", "gate", "resolution", "dtype", "versions")}
+        (folder / "embeddings.safetensors").write_bytes(save(embedding_tensors(records), metadata))
+        summary["files"] = [name for name in RUN_FILES if (folder / name).exists() or name == "summary.json"]
+        # decoding, preprocessing, drawing and writing included; only the loading of the model is not
+        summary["wall_clock_seconds"] = round(time.perf_counter() - started, 3)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        files = publish(folder, out)
+    return RunResult(status, message, summary, files)
+
+
+def write_records(folder: Path, records: Sequence[FrameRecord], title: str, cells: SheetCells):
+    """Write `frames.jsonl`, `contact_sheet.png` and `plot.png` into `folder`."""
+    compared = compare_with_dense(records)
+    lines = [json.dumps(frame_line(record, compared.get(place))) for place, record in enumerate(records)]
+    (folder / "frames.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    figure = plot_run(
+        times=[record.time for record in records],
+        costs=[record.cost for record in records],
+        keyframes=[record.keyframe for record in records],
+        sampled_times=[records[place].time for place in compared],
+        fidelity={
+            name: [cosines[name] for cosines in compared.values()] for name in ("streamed", "first_frame", "held")
+        },
+        title=title,
+    )
+    save_plot(figure, folder / "plot.png")
+    Image.fromarray(contact_sheet(cells.evenly(), title)).save(folder / "contact_sheet.png", optimize=True)
