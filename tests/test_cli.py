@@ -298,6 +298,7 @@ def test_the_note_names_a_control_that_is_as_good():
 
     assert control_note(summary(0.99, 0.95, 0.98, 0.1)) == ""
     assert "first frame" in control_note(summary(0.95, 0.96, 0.94, 0.1))
+    assert "first frame" in control_note(summary(0.951, 0.95, 0.94, 0.1))
     assert "every 4 frames" in control_note(summary(0.97, 0.96, 0.98, 0.3))
     assert control_note(summary(0.97, 0.96, 0.98, 0.1)) == ""  # holding costs more here
 
