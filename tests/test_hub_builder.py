@@ -37,10 +37,10 @@ def use_repository(folder, video, output):
     """Runs elsewhere: load and stream."""
     import torch
     from safetensors.torch import load_file, save_file
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoModel, SiglipImageProcessor
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor = SiglipImageProcessor.from_pretrained(folder)
     stream = model.new_stream()
     with torch.no_grad():
         outputs = [

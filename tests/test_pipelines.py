@@ -140,7 +140,7 @@ def registered():
 @pytest.mark.parametrize("saved_as", ["processor", "parts"])
 @pytest.mark.parametrize("auto_class", [AutoProcessor, AutoImageProcessor, AutoTokenizer])
 def test_processors_load_from_a_saved_folder(auto_class, saved_as, folders, tmp_path, registered):
-    loaded = []
+    prepared = []
     for folder in folders["zero-shot-image-classification"]:
         # `parts`: files that name a class each, and none that names the processor's (saving one as a whole leaves its
         # name in its tokenizer, so that of the fixture will not do)
@@ -152,9 +152,13 @@ def test_processors_load_from_a_saved_folder(auto_class, saved_as, folders, tmp_
             parts = make_processor()
             parts.tokenizer.save_pretrained(folder)
             parts.image_processor.save_pretrained(folder)
-        loaded.append(type(auto_class.from_pretrained(folder)))
-    stock, ours = loaded
-    assert ours is stock
+        prepared.append(folder)
+    stock, ours = prepared
+    try:
+        expected = type(auto_class.from_pretrained(stock))
+    except ImportError as error:  # in transformers 5.17, AutoImageProcessor wants torchvision
+        pytest.skip(f"stock SigLIP cannot do it either: {error}")
+    assert type(auto_class.from_pretrained(ours)) is expected
 
 
 def test_pipelines_know_the_classes(folders, caplog):
