@@ -153,9 +153,7 @@ def figures_block(result: dict) -> str:
         + " |",
         "",
         f"Written by `{result['command']}` from eval/results/tower_fidelity.json: seed {result['seed']}, torch "
-        f"{result['versions']['torch']}, transformers {result['versions']['transformers']}. The recipe took "
-        f"{result['recipe_seconds_without_download']:.0f} s without the download, with torch on "
-        f"{result['recipe_torch_threads']} threads.",
+        f"{result['versions']['torch']}, transformers {result['versions']['transformers']}.",
     ]
     return "\n".join(lines)
 
