@@ -10,6 +10,7 @@ Nothing is printed here; `on_frame` tells the caller how far it is.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from .video import Frame, Preprocessor, VideoError, VideoReader, prefetch
 RUN_FILES = ("frames.jsonl", "embeddings.safetensors", "overlay.mp4", "contact_sheet.png", "plot.png", "summary.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DENSE_SAMPLES = 25
+STORED_SETTINGS = ("model", "weights", "gate", "resolution", "dtype", "versions")
 
 
 # --- what a run gives ----------------------------------------------------------------------------------------------
@@ -431,6 +433,7 @@ def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess:
             "frames_per_second": reader.fps,
             "stride": reader.stride,
         },
+        "weights": fingerprint(model),
         "resolution": preprocess.resolution,
         "grid": list(stream.geometry.grid),
         "gate": stream.gate.to_dict(),
@@ -440,6 +443,15 @@ def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess:
         "torch_threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("neuroflow-hf", "torch", "transformers")},
     }
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits that differ between checkpoints: figures of two runs compare only if these agree, and the dtype."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def run_title(gate: Any, video: str, resolution: int) -> str:
@@ -570,7 +582,7 @@ def run_video(
             "stream_bytes": stream.nbytes,
         }
         # bytes, for `save_file` makes files that only their owner can read
-        metadata = {name: json.dumps(summary[name]) for name in ("model", "gate", "resolution", "dtype", "versions")}
+        metadata = {name: json.dumps(summary[name]) for name in STORED_SETTINGS}
         (folder / "embeddings.safetensors").write_bytes(save(embedding_tensors(records), metadata))
         summary["files"] = [name for name in RUN_FILES if (folder / name).exists() or name == "summary.json"]
         # decoding, preprocessing, drawing and writing included; only the loading of the model is not

@@ -1,3 +1,4 @@
+import copy
 import json
 import signal
 import threading
@@ -26,6 +27,7 @@ from neuroflow_hf.run import (
     ModelLoadError,
     compare_with_dense,
     figures,
+    fingerprint,
     load_model,
     run_video,
     sampling_step,
@@ -246,6 +248,15 @@ def test_a_checkpoint_with_missing_weights_is_refused(tmp_path):
     BertModel(BertConfig(vocab_size=9, **tiny)).save_pretrained(tmp_path)
     with pytest.raises(ModelLoadError, match="weights are missing"):
         load_model(tmp_path)
+
+
+def test_the_fingerprint_tells_checkpoints_apart(stock_vision, vision):
+    other = copy.deepcopy(stock_vision)
+    assert fingerprint(other) == fingerprint(stock_vision) == fingerprint(vision)
+    with torch.no_grad():
+        other.head.probe[0, 0, 0] += 1
+    assert fingerprint(other) != fingerprint(stock_vision)
+    assert len(fingerprint(other.bfloat16())) == 16
 
 
 def test_a_device_that_is_not_there_is_refused():
