@@ -304,6 +304,20 @@ def test_hooks_inside_the_head_count(part):
         assert_close(run(model, model.new_stream(threshold=EVERYTHING), frames), dense(model, frames))
 
 
+@pytest.mark.parametrize("part", ["head", "head.mlp", "encoder.layers.1"])
+def test_accelerate_hooks_count(part):
+    """accelerate's hooks replace a module's `forward`; what they do to its output counts."""
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class AddOne(hooks.ModelHook):
+        def post_forward(self, module, output):
+            return output + 1
+
+    model = new_vision()
+    hooks.add_hook_to_module(model.get_submodule(part), AddOne())
+    check_streaming(model)
+
+
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 @pytest.mark.parametrize("part", ["head", "head.mlp", "encoder.layers.1"])
 def test_backward_hooks_fire(part, register):

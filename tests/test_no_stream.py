@@ -199,6 +199,9 @@ def test_interpolated_positions(kind, size):
             ours(**inputs, interpolate_pos_encoding=True),
             stock(**inputs, interpolate_pos_encoding=True),
         )
+        if kind == "dual":
+            pixels = inputs["pixel_values"]
+            assert_same(ours.get_image_features(pixels, True), stock.get_image_features(pixels, True))
 
 
 def test_a_resolution_without_positions_is_refused_as_by_stock():
