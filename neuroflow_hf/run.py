@@ -446,7 +446,7 @@ def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits that differ between checkpoints: figures of two runs compare only if these agree, and the dtype."""
+    """16 hex digits that differ between checkpoints: the figures of two runs compare only if these agree."""
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
