@@ -5,6 +5,8 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    SiglipProcessor,
 )
 
 from .configuration_neuroflow_gate import NeuroFlowGateConfig
@@ -26,6 +28,7 @@ AutoModel.register(NeuroFlowSiglipConfig, NeuroFlowSiglipModel)
 AutoModel.register(NeuroFlowSiglipVisionConfig, NeuroFlowSiglipVisionModel)
 AutoModelForZeroShotImageClassification.register(NeuroFlowSiglipConfig, NeuroFlowSiglipModel)
 AutoModelForImageClassification.register(NeuroFlowSiglipConfig, NeuroFlowSiglipForImageClassification)
+AutoProcessor.register(NeuroFlowSiglipConfig, SiglipProcessor)
 
 __all__ = [
     "NeuroFlowGateConfig",

@@ -1,5 +1,8 @@
 """Configurations of the NeuroFlow SigLIP models: SigLIP's own, and the options of the gate."""
 
+import copy
+from dataclasses import fields
+
 from huggingface_hub.dataclasses import strict
 from transformers import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
@@ -57,10 +60,14 @@ class NeuroFlowSiglipVisionConfig(AdoptsSiglip, SiglipVisionConfig):
 
     gate: dict | None = None
 
+    def __setattr__(self, name, value):
+        if name == "gate":
+            value = checked_gate(value)
+        super().__setattr__(name, value)
+
     def __post_init__(self, **kwargs):
         adopt_model_type(kwargs.pop("model_type", None))
-        self.gate = dict(self.gate or {})
-        NeuroFlowGateConfig.from_options(self.gate)
+        refuse_flat_gate_options(kwargs)
         super().__post_init__(**kwargs)
 
 
@@ -76,16 +83,18 @@ class NeuroFlowSiglipConfig(AdoptsSiglip, SiglipConfig):
     """
 
     model_type = "neuroflow_siglip"
-    # transformers before 5.20 reads `sub_configs`, later ones `sub_configs_defaults`
+    # transformers 5.17 reads `sub_configs`, 5.23 `sub_configs_defaults`
     sub_configs_defaults = {"vision_config": NeuroFlowSiglipVisionConfig, "text_config": SiglipTextConfig}
     sub_configs = {"vision_config": NeuroFlowSiglipVisionConfig, "text_config": SiglipTextConfig}
 
     def __post_init__(self, **kwargs):
         adopt_model_type(kwargs.pop("model_type", None))
         gate = kwargs.pop("gate", None)
+        refuse_flat_gate_options(kwargs)
         self.vision_config = as_config(NeuroFlowSiglipVisionConfig, self.vision_config)
         self.text_config = as_config(SiglipTextConfig, self.text_config)
         if gate is not None:
+            self.vision_config = copy.deepcopy(self.vision_config)  # it may be the caller's
             self.gate = gate
         super().__post_init__(**kwargs)
 
@@ -95,9 +104,34 @@ class NeuroFlowSiglipConfig(AdoptsSiglip, SiglipConfig):
         return self.vision_config.gate
 
     @gate.setter
-    def gate(self, options: dict):
-        NeuroFlowGateConfig.from_options(options)
-        self.vision_config.gate = dict(options)
+    def gate(self, options: dict | None):
+        self.vision_config.gate = options
+
+
+def checked_gate(options: dict | None) -> dict:
+    """A copy of the gate's options, all known and in range; what is no dict is left to the type check."""
+    if options is not None and not isinstance(options, dict):
+        return options
+    NeuroFlowGateConfig.from_options(options)
+    return dict(options or {})
+
+
+def refuse_flat_gate_options(kwargs: dict):
+    """Raise for a gate option that stands outside `gate`, where it would have no effect."""
+    for field in fields(NeuroFlowGateConfig):
+        if field.name in kwargs:
+            raise ValueError(
+                f"`{field.name}` is an option of the gate; pass `gate={{{field.name!r}: {kwargs[field.name]!r}}}`."
+            )
+
+
+def adopt_config(config_class, config):
+    """`config` if it is a `config_class` by its model type, else one made from a stock SigLIP configuration."""
+    if config.model_type == config_class.model_type:
+        return config
+    adopted = as_config(config_class, config)
+    adopted._attn_implementation = config._attn_implementation
+    return adopted
 
 
 def as_config(config_class, value):

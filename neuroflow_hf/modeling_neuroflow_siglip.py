@@ -24,7 +24,7 @@ from transformers.models.siglip.modeling_siglip import (
 )
 
 from .configuration_neuroflow_gate import NeuroFlowGateConfig
-from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
+from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig, adopt_config
 from .neuroflow_frame import FrameResult, encode_frame
 from .neuroflow_modes import LayerStep
 from .neuroflow_stream import NeuroFlowStream
@@ -227,12 +227,13 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_(scale|bias)$", r"^classifier\."]
 
     def __init__(self, config: NeuroFlowSiglipVisionConfig):
+        config = adopt_config(NeuroFlowSiglipVisionConfig, config)
         SiglipPreTrainedModel.__init__(self, config)
         self.config = config
         self.embeddings = SiglipVisionEmbeddings(config)
         self.encoder = NeuroFlowSiglipEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.use_head = config.vision_use_head
+        self.use_head = getattr(config, "vision_use_head", True)  # transformers 5.17 has no such field
         if self.use_head:
             self.head = SiglipMultiheadAttentionPoolingHead(config)
         self.post_init()
@@ -255,8 +256,7 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
         for name in ("embeddings", "post_layernorm", *(("head",) if wrapper.use_head else ())):
             setattr(wrapper, name, getattr(model, name))
         for layer, shared in zip(wrapper.encoder.layers, model.encoder.layers, strict=True):
-            for name, module in shared.named_children():
-                setattr(layer, name, module)
+            share_module(layer, shared)
         return wrapper.train(model.training)
 
     def forward(
@@ -298,6 +298,7 @@ class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
     config_class = NeuroFlowSiglipConfig
 
     def __init__(self, config: NeuroFlowSiglipConfig):
+        config = adopt_config(NeuroFlowSiglipConfig, config)
         SiglipPreTrainedModel.__init__(self, config)
         self.text_model = SiglipTextModel._from_config(config.text_config)
         self.vision_model = NeuroFlowSiglipVisionModel._from_config(config.vision_config)
@@ -337,6 +338,7 @@ class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, Sigl
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_(scale|bias)$"]
 
     def __init__(self, config: NeuroFlowSiglipConfig):
+        config = adopt_config(NeuroFlowSiglipConfig, config)
         SiglipPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.vision_model = NeuroFlowSiglipVisionModel._from_config(config.vision_config)
@@ -410,6 +412,21 @@ def require_model(model, expected: type):
     """Raise a TypeError unless `model` is an `expected`."""
     if not isinstance(model, expected):
         raise TypeError(f"Cannot wrap a {type(model).__name__}; expected a loaded transformers `{expected.__name__}`.")
+
+
+def share_module(module: nn.Module, shared: nn.Module):
+    """
+    Make `module` hold what `shared` holds: children, parameters, hooks and flags. Not `forward`, which accelerate
+    replaces where it dispatched a model over devices; its hook is attached anew.
+    """
+    forwards = {"forward", "_old_forward", "_hf_hook"}
+    vars(module).update({name: value for name, value in vars(shared).items() if name not in forwards})
+    if hasattr(shared, "_hf_hook"):
+        try:
+            from accelerate.hooks import add_hook_to_module
+        except ImportError as error:
+            raise ImportError("A model with accelerate's hooks needs accelerate to be wrapped.") from error
+        add_hook_to_module(module, shared._hf_hook)
 
 
 def empty_wrapper(model_class: type, model, gate: dict):

@@ -115,10 +115,7 @@ class NaiveStream:
             longest_ago = sorted(everything, key=lambda patch: (-self.age[patch], patch))
             refreshed = set(longest_ago[: math.ceil(len(signal) / gate.max_age)])
         by_surprise = sorted(everything, key=lambda patch: (patch not in refreshed, -scores[patch]))
-        if gate.token_budget is not None:
-            active = set(by_surprise[: gate.token_budget])
-        else:
-            active = changed | refreshed
+        active = changed | refreshed if gate.token_budget is None else set(by_surprise[: gate.token_budget])
         active |= set(by_surprise[: gate.least_active])
         return sorted(active), False
 

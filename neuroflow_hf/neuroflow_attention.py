@@ -57,13 +57,18 @@ def attend_batch(
     return output.reshape(len(query), -1)
 
 
+# What `nn.MultiheadAttention` makes for itself. It reads this module's weights and never calls it, so an adapter
+# around it has no effect without a stream and must have none in one.
+PLAIN_OUTPUT_PROJECTIONS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
 def can_fold_probe(head: nn.Module) -> bool:
     """
     Whether `pool_with_folded_probe` may read the head's weights: they must be plain parameters of plain modules,
     neither quantised, offloaded, adapted, parametrised nor hooked.
     """
     attention = getattr(head, "attention", None)
-    if type(attention) is not nn.MultiheadAttention:
+    if type(attention) is not nn.MultiheadAttention or type(attention.out_proj) not in PLAIN_OUTPUT_PROJECTIONS:
         return False
     weights = (head.probe, attention.in_proj_weight, attention.out_proj.weight)
     modules = (head, attention, attention.out_proj)
@@ -71,7 +76,11 @@ def can_fold_probe(head: nn.Module) -> bool:
         all(weight is not None and weight.is_floating_point() and not weight.is_meta for weight in weights)
         and attention.in_proj_bias is not None
         and not any(
-            hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+            hasattr(module, "_hf_hook")
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
             for module in modules
         )
         and not any(parametrize.is_parametrized(module) for module in modules)

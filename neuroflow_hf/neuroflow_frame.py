@@ -147,7 +147,12 @@ def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: Ne
     """All encoder layers and the final layer norm, for what the mode passes through them."""
     mode = MODES[stream.gate.mode]
     for layer, memory in zip(model.encoder.layers, stream.layer_memories, strict=True):
-        hidden = layer(hidden, None, step=LayerStep(mode, active, memory))
+        # a checkpointed layer would run again in the backward pass, when its memory is that of a later frame
+        checkpointing, layer.gradient_checkpointing = layer.gradient_checkpointing, False
+        try:
+            hidden = layer(hidden, None, step=LayerStep(mode, active, memory))
+        finally:
+            layer.gradient_checkpointing = checkpointing
     return model.post_layernorm(hidden)
 
 

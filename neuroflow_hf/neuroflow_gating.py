@@ -48,8 +48,8 @@ def refreshed_per_frame(num_patches: int, max_age: int) -> int:
 
 def oldest(age: torch.Tensor, max_age: int) -> torch.Tensor:
     """
-    Mask of the `refreshed_per_frame` patches of each stream that were encoded longest ago: int64 [B, N] to bool [B, N].
-    Taking as many on every frame keeps every age at or below `max_age`.
+    Mask of the `refreshed_per_frame` patches of each stream that were encoded longest ago: int64 [B, N] to bool
+    [B, N]. Taking as many on every frame keeps every age at or below `max_age`.
     """
     return highest(age, refreshed_per_frame(age.shape[-1], max_age))
 

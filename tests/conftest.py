@@ -11,7 +11,6 @@ from transformers.utils import logging
 
 from neuroflow_hf import NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
 
-
 torch.set_num_threads(1)  # the products are too small to share
 logging.set_verbosity_error()
 logging.disable_progress_bar()

@@ -1,0 +1,93 @@
+"""
+Write README's figures and pictures from the results: tables from `eval/results/*.json`, pictures from a run.
+
+    python eval/vision_controls.py && neuroflow run --out neuroflow-run && python eval/fill_readme.py
+
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image
+from report import RESULTS, fill_block, write_text
+
+ROOT = Path(__file__).parent.parent
+
+
+def controls_table(report: dict) -> str:
+    """The methods' table in Markdown, from `vision_controls.json`."""
+    lines = [
+        "| method | cost | cosine to dense: mean | 5th percentile | patches' cosine |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in report["methods"].items():
+        patches = "" if row["patch_cosine_mean"] is None else f"{row['patch_cosine_mean']:.3f}"
+        lines.append(
+            f"| {name} | {row['cost_after_first_frame']:.3f} | {row['cosine_mean']:.4f} | {row['cosine_p5']:.4f} "
+            f"| {patches} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`{report['command']}`: {report['frames']} frames of {report['clip']}, {report['tower']}; the first "
+            "frame, which every method encodes in full, is left out. Cost: multiply-adds spent, gate and pooling head "
+            "included, over those of dense. Threshold 0.01 and reference `last_update` unless said.",
+        ]
+    )
+
+
+def run_table(summary: dict) -> str:
+    """A run's table in Markdown, from its `summary.json`."""
+    times, cosines, every = summary["milliseconds_per_frame"], summary["cosine_to_dense"], summary["dense_every"]
+
+    def row(name, values, form):
+        return f"| {name} | {' | '.join(form.format(values[key]) for key in ('median', 'p5', 'p95'))} |"
+
+    def fidelity(name, values):
+        return f"| {name} | {values['mean']:.4f} | {values['p5']:.4f} | {values['min']:.4f} |"
+
+    return "\n".join(
+        [
+            "| per frame | median | p5 | p95 |",
+            "|---|---|---|---|",
+            row("skip rate", summary["skip_rate"], "{:.1%}"),
+            row("cost (dense = 1)", summary["cost"], "{:.3f}"),
+            row("milliseconds, streamed", times["streamed"], "{:.1f}"),
+            row("milliseconds, dense", times["dense"], "{:.1f}"),
+            "",
+            "| cosine to dense | mean | p5 | min |",
+            "|---|---|---|---|",
+            fidelity("streamed", cosines["streamed"]),
+            fidelity("control: first frame repeated", cosines["first_frame"]),
+            fidelity(f"control: dense every {every} frames (cost {1 / every:.2f}), held between", cosines["held"]),
+            "",
+            f"`neuroflow run`: {summary['frames']} frames, {summary['resolution']} px, {summary['dtype']}, "
+            f"{summary['torch_threads']} threads of a processor with {summary['cpu_count']} cores, torch "
+            f"{summary['versions']['torch']}; fidelity on {summary['compared_frames']} sampled frames.",
+        ]
+    )
+
+
+def main(
+    run: Annotated[Path, typer.Option(help="Folder of a `neuroflow run` on the shipped clip.")] = ROOT
+    / "neuroflow-run",
+):
+    """Fill README's blocks and copy the run's pictures."""
+    controls = json.loads((RESULTS / "vision_controls.json").read_text(encoding="utf-8"))
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = fill_block(readme, "figures:controls", controls_table(controls))
+    readme = fill_block(readme, "figures:run", run_table(summary))
+    pictures = ROOT / "docs"
+    pictures.mkdir(exist_ok=True)
+    sheet = Image.open(run / "contact_sheet.png").convert("RGB")
+    sheet.save(pictures / "contact_sheet.jpg", quality=85, optimize=True)
+    Image.open(run / "plot.png").convert("RGB").quantize(64).save(pictures / "plot.png", optimize=True)
+    write_text(ROOT / "README.md", readme)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,55 @@
+"""What the scripts of this folder share: percentiles, where a figure comes from, and writing whole files."""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+import neuroflow_hf
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value below which a share of the values lies, interpolated."""
+    return torch.tensor(values, dtype=torch.float64).quantile(share).item()
+
+
+def provenance() -> dict:
+    """The command, the machine and the versions behind a result."""
+    return {
+        "command": " ".join(["python", f"eval/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "neuroflow_hf": neuroflow_hf.__version__,
+        },
+    }
+
+
+def write_json(path: Path, report: dict):
+    """Write a report, whole or not at all."""
+    write_text(path, json.dumps(report, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str):
+    """Write a text file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def fill_block(text: str, name: str, content: str) -> str:
+    """`text` with what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` replaced by `content`."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"Expected `{begin}` and `{end}` once each.")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
