@@ -422,10 +422,10 @@ def share_module(module: nn.Module, shared: nn.Module):
     forwards = {"forward", "_old_forward", "_hf_hook"}
     vars(module).update({name: value for name, value in vars(shared).items() if name not in forwards})
     if hasattr(shared, "_hf_hook"):
-        try:
+        try:  # an import outside of `try` would make accelerate a requirement of saved models
             from accelerate.hooks import add_hook_to_module
         except ImportError as error:
-            raise ImportError("A model with accelerate's hooks needs accelerate to be wrapped.") from error
+            raise ImportError("A model that carries accelerate's hooks cannot be wrapped without it.") from error
         add_hook_to_module(module, shared._hf_hook)
 
 

@@ -181,8 +181,11 @@ def second(saved, first, tmp_path_factory):
 
 
 def assert_same(actual, expected):
-    """Masks equal, numbers equal to 1e-6."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+    """
+    Masks equal, numbers equal to float32 rounding (torch's own bounds): the weights lie at other addresses in the other
+    process, so products may be summed in another order. Seen: 1.2e-6 at 0.5.
+    """
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -270,11 +273,14 @@ def test_untrusted_code_is_not_run(first):
 def problems_with(source: str) -> list[str]:
     """What keeps a file of this source from being copied, or from working where the package is not installed."""
     problems, relative, absolute = [], set(), set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    optional = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             absolute |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            absolute.add(node.module)
+            if id(node) not in optional:  # transformers asks for what is imported outside of `try`
+                absolute.add(node.module)
             if node.module == "__future__" and any(alias.name == "annotations" for alias in node.names):
                 problems.append("postponed annotations")
         elif isinstance(node, ast.ImportFrom):
