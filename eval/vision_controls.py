@@ -29,10 +29,11 @@ METHODS = {
     "control: dense every 12th frame, held between": {"mode": "hold", "keyframe_interval": 12},
     "control: dense every 6th frame, held between": {"mode": "hold", "keyframe_interval": 6},
     "control: dense every 3rd frame, held between": {"mode": "hold", "keyframe_interval": 3},
-    "control: dense when over 8% of patches changed since the last keyframe": {
+    "control: dense when over 12% of patches changed since the last keyframe": {
         "mode": "hold",
-        "keyframe_fraction": 0.08,
+        "keyframe_fraction": 0.12,
     },
+    "control: the same, 8% changed by more than 0.1": {"mode": "hold", "keyframe_fraction": 0.08, "threshold": 0.1},
     "`eliminate`, running mean 0.05 (paper's B, not distilled)": {
         "mode": "eliminate",
         "reference": "ema",
@@ -43,7 +44,8 @@ METHODS = {
     "`mlp`": {"mode": "mlp"},
     "`context`, threshold 0.05": {"mode": "context", "threshold": 0.05},
     "`context` (default)": {"mode": "context"},
-    "`context`, threshold 0.003": {"mode": "context", "threshold": 0.003},
+    "`context`, threshold 0.001": {"mode": "context", "threshold": 0.001},
+    "`context`, every patch within 10 frames": {"mode": "context", "max_age": 10},
     "`context`, keyframe every 12th frame": {"mode": "context", "keyframe_interval": 12},
 }
 

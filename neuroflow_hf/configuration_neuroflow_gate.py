@@ -63,10 +63,12 @@ class NeuroFlowGateConfig:
             No stored patch gets older than this many frames: `ceil(N / max_age)` of the oldest are encoded anew on
             every frame, in turn, so that the cost stays flat. 300 costs a third of a percent.
         keyframe_interval (`int`, *optional*):
-            Every frame whose number is a multiple of this is a keyframe: all patches are encoded.
+            Every frame whose number is a multiple of this is a keyframe: all patches are encoded. Adds its inverse to
+            the cost, and is what brings patches that did not change up to date with those around them.
         keyframe_fraction (`float`, *optional*):
             A frame in which more than this fraction of the patches is above the threshold is a keyframe (a scene
-            cut). 0.5 is a good guard in the sparse modes; in `hold` it is the trigger, and 0.08 a good value.
+            cut). 0.5 is a good guard in the sparse modes. In `hold` it is the trigger: choose a little more than the
+            share of the picture that usually moves, or almost every frame becomes a keyframe.
         ema_rate (`float`, defaults to 0.01):
             The share of the new signal in the running mean, per frame, in (0, 1]. 0.01 forgets in about 100 frames.
         slow_ema_rate (`float`, *optional*):

@@ -182,8 +182,8 @@ def second(saved, first, tmp_path_factory):
 
 def assert_same(actual, expected):
     """
-    Masks equal, numbers equal to float32 rounding (torch's own bounds): the weights lie at other addresses in the other
-    process, so products may be summed in another order. Seen: 1.2e-6 at 0.5.
+    Masks equal, numbers equal to float32 rounding (torch's own bounds): the weights lie at other addresses in the
+    other process, so products may be summed in another order. Seen: 1.2e-6 at 0.5.
     """
     torch.testing.assert_close(actual, expected)
 
