@@ -426,9 +426,7 @@ class Preprocessor:
             ValueError: the processor does something other than resize to a square, rescale and normalise.
         """
         processor = getattr(processor, "image_processor", processor)
-        for step in ("do_center_crop", "do_pad"):
-            if getattr(processor, step, None):
-                raise ValueError(f"{step}=True is not supported, only resizing to a square, rescaling and normalising")
+        _refuse_other_steps(vars(processor))
         if not getattr(processor, "do_resize", True):
             raise ValueError("do_resize=False is not supported: frames are always resized to the model's resolution")
         side = _square_side(processor.size)
@@ -450,7 +448,7 @@ class Preprocessor:
         """Take over the settings saved next to a model.
 
         Args:
-            folder: what `AutoImageProcessor.from_pretrained` takes: a folder with `preprocessor_config.json`, or a
+            folder: what an image processor's `from_pretrained` takes: a folder with `preprocessor_config.json`, or a
                 name on the Hub.
             resolution: as in `from_image_processor`.
 
@@ -458,9 +456,12 @@ class Preprocessor:
             OSError: no image processor is saved there.
             ValueError: as in `from_image_processor`.
         """
-        from transformers import AutoImageProcessor
+        # by its class: the auto class asks for torchvision in transformers 5.17
+        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-        return cls.from_image_processor(AutoImageProcessor.from_pretrained(folder), resolution)
+        settings, _ = SiglipImageProcessorPil.get_image_processor_dict(folder)
+        _refuse_other_steps(settings)
+        return cls.from_image_processor(SiglipImageProcessorPil.from_dict(settings), resolution)
 
     def __call__(
         self,
@@ -501,6 +502,13 @@ class Preprocessor:
         # resize rounded once at the end differs in 5 to 20 % of the values, by up to 20 levels at overshoots.
         side = (self.resolution, self.resolution)
         return F.interpolate(image.cpu().permute(2, 0, 1)[None], size=side, mode=self.resample, antialias=True)
+
+
+def _refuse_other_steps(settings: dict):
+    """ValueError if an image processor's settings ask for steps that SigLIP does not have."""
+    for step in ("do_center_crop", "do_pad"):
+        if settings.get(step):
+            raise ValueError(f"{step}=True is not supported, only resizing to a square, rescaling and normalising")
 
 
 def _square_side(size: Any) -> int:

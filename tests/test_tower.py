@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch.nn import functional
-from transformers import AutoImageProcessor, SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from neuroflow_hf import tower
 
@@ -291,7 +292,7 @@ def test_built_tower_loads_in_stock_transformers(fake_wheels):
     assert not report["unexpected_keys"]
     assert model.config.model_type == "siglip_vision_model"
     assert (model.config.image_size, model.config.patch_size) == (224, 14)
-    processor = AutoImageProcessor.from_pretrained(fake_wheels)
+    processor = SiglipImageProcessorPil.from_pretrained(fake_wheels)
     pixels = processor(images=Image.new("RGB", (50, 30)), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 224, 224)
     torch.testing.assert_close(pixels[0, :, 0, 0], -torch.tensor(tower.IMAGE_MEAN) / torch.tensor(tower.IMAGE_STD))
@@ -382,7 +383,7 @@ def test_real_tower_is_close_to_the_original():
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     original = tower.load_original_from_wheels(wheels)
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor = SiglipImageProcessorPil.from_pretrained(folder)
     photos = tower.read_photos(wheels, tower.HELD_OUT_PHOTOS)
     pixels = processor(images=photos, return_tensors="pt")["pixel_values"]
     patches, pooled, original_patches, cls = tower.paired_features(model.eval(), original, pixels)

@@ -1,0 +1,55 @@
+"""README's examples, run in order as they stand, with a tiny model in the vision tower's place."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import lively
+from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+ROOT = Path(__file__).parent.parent
+TOWER = ".cache/neuroflow/siglip-dinov2-small"
+
+
+@pytest.fixture
+def tower(tmp_path, monkeypatch):
+    """An empty folder to work in, with a tiny checkpoint of the tower's shape where README expects the tower."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(
+        hidden_size=384,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=6,
+        image_size=224,
+        patch_size=14,
+    )
+    lively(SiglipVisionModel(config)).save_pretrained(TOWER)
+    SiglipImageProcessorPil().save_pretrained(TOWER)
+
+
+def test_python_examples_run_and_say_true_shapes(tower, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 4
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+        for expression, shape in re.findall(r"^(\S+\.shape)  # (\([\d, ]+\))", block, re.MULTILINE):
+            assert tuple(eval(expression, names)) == eval(shape)
+    assert capsys.readouterr().out.count("cost") == 5
+    assert Path("stream.safetensors").exists()
+
+
+def test_figures_are_those_of_the_results():
+    import json
+    import sys
+
+    sys.path.insert(0, str(ROOT / "eval"))
+    try:
+        from fill_readme import controls_table
+    finally:
+        sys.path.pop(0)
+    report = json.loads((ROOT / "eval/results/vision_controls.json").read_text(encoding="utf-8"))
+    assert controls_table(report) in (ROOT / "README.md").read_text(encoding="utf-8")
