@@ -6,11 +6,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.utils import logging
 
 from neuroflow_hf import NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
 
+settings.register_profile("ci", derandomize=True)  # the same examples on every run
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 torch.set_num_threads(1)  # the products are too small to share
 logging.set_verbosity_error()
 logging.disable_progress_bar()
