@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoImageProcessor, SiglipVisionModel
 
-from neuroflow_hf import tower as recipe
+from neuroflow_hf.tower import build_tower, default_tower_dir, load_original_from_wheels, wheel_dir
+from neuroflow_hf.tower_head import BATCH, paired_features, random_view
+from neuroflow_hf.tower_wheels import read_photos
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = ROOT / "neuroflow_hf" / "assets" / "pedestrians.mp4"
@@ -39,7 +41,7 @@ def summary(values: Tensor) -> dict[str, float]:
 def photo_views(photo: Image.Image, count: int, seed: int) -> list[Image.Image]:
     """The whole photograph, squeezed to the tower's square, and `count` - 1 random views of it."""
     rng = np.random.default_rng(seed)
-    return [photo] + [recipe.random_view(photo, rng) for _ in range(count - 1)]
+    return [photo] + [random_view(photo, rng) for _ in range(count - 1)]
 
 
 def clip_frames(path: Path, count: int) -> list[Image.Image]:
@@ -52,9 +54,9 @@ def clip_frames(path: Path, count: int) -> list[Image.Image]:
 def features(images, processor, tower, original, label: str) -> dict[str, Tensor]:
     """Both models' outputs on `images`: patch (M, N, D), pooled (M, D), original_patch (M, N, D), cls (M, D)."""
     parts = []
-    for start in track(range(0, len(images), recipe.BATCH), description=label, transient=True):
-        pixels = processor(images=images[start : start + recipe.BATCH], return_tensors="pt")["pixel_values"]
-        parts.append(recipe.paired_features(tower, original, pixels))
+    for start in track(range(0, len(images), BATCH), description=label, transient=True):
+        pixels = processor(images=images[start : start + BATCH], return_tensors="pt")["pixel_values"]
+        parts.append(paired_features(tower, original, pixels))
     return dict(
         zip(("patch", "pooled", "original_patch", "cls"), map(torch.cat, zip(*parts, strict=True)), strict=True)
     )
@@ -173,13 +175,13 @@ def main(
     frames: Annotated[int, typer.Option(help="Frames of the clip.")] = 40,
     seed: Annotated[int, typer.Option(help="Seed of the views.")] = 1,
 ) -> None:
-    folder = recipe.build_tower(tower_dir or recipe.default_tower_dir())
+    folder = build_tower(tower_dir or default_tower_dir())
     built = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
     tower = SiglipVisionModel.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
-    original = recipe.load_original_from_wheels(recipe.wheel_dir(folder))
+    original = load_original_from_wheels(wheel_dir(folder))
 
-    photos = recipe.read_photos(recipe.wheel_dir(folder), built["held_out_photos"])
+    photos = read_photos(wheel_dir(folder), built["held_out_photos"])
     by_photo = {
         name: features(photo_views(photo, views, seed), processor, tower, original, Path(name).stem)
         for name, photo in zip(built["held_out_photos"], photos, strict=True)

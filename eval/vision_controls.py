@@ -21,8 +21,9 @@ from rich.progress import track
 from rich.table import Table
 
 from neuroflow_hf import NeuroFlowSiglipVisionModel
+from neuroflow_hf.preprocess import Preprocessor
 from neuroflow_hf.tower import build_tower, default_tower_dir
-from neuroflow_hf.video import Preprocessor, bundled_clip, read_frames
+from neuroflow_hf.video import bundled_clip, read_frames
 
 METHODS = {
     "control: repeat the first frame's embedding": {"mode": "hold"},

@@ -198,7 +198,8 @@ def run(
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16.")
 
-        from .run import DTYPES, load_model, prepare_folder, run_video
+        from .loading import DTYPES, load_model
+        from .run import prepare_folder, run_video
         from .tower import TOWER_NAME, build_tower, default_tower_dir
         from .video import VideoReader, bundled_clip
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
 import tempfile
 import threading
@@ -29,59 +28,28 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save
-from torch.nn import functional
 
 from .modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .overlay import OverlayWriter, SheetCells, contact_sheet, mark_encoded, overlay_frame, overlay_size, resize
 from .plots import plot_run, save_plot
-from .tower import quiet_transformers
-from .video import Frame, Preprocessor, VideoError, VideoReader, prefetch
+from .prefetch import prefetch
+from .preprocess import Preprocessor
+from .run_records import (
+    FrameRecord,
+    caption,
+    compare_with_dense,
+    cosine,
+    embedding_tensors,
+    figures,
+    frame_line,
+    run_title,
+)
+from .video import Frame, VideoError, VideoReader
 
 # The summary goes last: where it is, all the others are of the same run.
 RUN_FILES = ("frames.jsonl", "embeddings.safetensors", "overlay.mp4", "contact_sheet.png", "plot.png", "summary.json")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DENSE_SAMPLES = 25
 STORED_SETTINGS = ("model", "weights", "gate", "resolution", "dtype", "versions")
-
-
-# --- what a run gives ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class FrameRecord:
-    """
-    What one frame gave.
-
-    Args:
-        index: place in the file, from 0.
-        time: seconds since the file's first frame.
-        active, patches: how many patches were encoded, of how many.
-        cost: multiply-adds spent, over those of a dense frame.
-        milliseconds: of the streamed forward.
-        embedding: float32 [D], on the CPU.
-        dense_embedding: float32 [D] of the forward without a stream; None where the frame was not sampled.
-        dense_milliseconds: of that forward.
-    """
-
-    index: int
-    time: float
-    active: int
-    patches: int
-    cost: float
-    milliseconds: float
-    embedding: torch.Tensor
-    dense_embedding: torch.Tensor | None = None
-    dense_milliseconds: float | None = None
-
-    @property
-    def keyframe(self) -> bool:
-        """Whether every patch was encoded."""
-        return self.active == self.patches
-
-    @property
-    def skip_rate(self) -> float:
-        """Share of the patches that were not encoded."""
-        return 1 - self.active / self.patches
 
 
 @dataclass(frozen=True)
@@ -100,86 +68,6 @@ class RunResult:
     message: str
     summary: dict
     files: list[Path]
-
-
-# --- loading -------------------------------------------------------------------------------------------------------
-
-
-class ModelLoadError(ValueError):
-    """No streamed vision model can be made of what was named. The message names it, and what to do."""
-
-
-def load_model(
-    source: str | Path, dtype: torch.dtype = torch.float32, device: str = "auto", resolution: int | None = None
-) -> tuple[NeuroFlowSiglipVisionModel, Preprocessor]:
-    """
-    A vision model in evaluation mode, and what makes its pixel values.
-
-    Args:
-        source: a folder or a name on the Hub, holding a fixed-resolution SigLIP or SigLIP 2 checkpoint (with or
-            without its text tower) or one of this package, and its image processor.
-        dtype: of weights and pixel values.
-        device: `"auto"` takes CUDA where there is one, else the CPU.
-        resolution: side of the frames in pixels; None takes the image processor's.
-
-    Raises:
-        ModelLoadError: if it does not exist, is damaged, lacks weights, or has no image processor.
-        ValueError: for a device that is not there, and a resolution that is no whole number of pixels.
-    """
-    # Anything else that is not there is a mistyped path, and should not be looked for on the Hub.
-    if not Path(source).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
-        raise ModelLoadError(f"There is no model folder {source}.")
-    device = usable_device(device)
-    with quiet_transformers(), quiet_loading():
-        try:
-            model, info = NeuroFlowSiglipVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        except Exception as error:  # damaged files raise whatever their reader raises
-            raise ModelLoadError(f"Cannot load a SigLIP vision model from {source}: {one_line(error)}") from error
-        if info["missing_keys"]:
-            names = sorted(info["missing_keys"])
-            raise ModelLoadError(
-                f"{source} is no complete SigLIP vision model: {len(names)} of its weights are missing, such as "
-                f"{names[0]}. They would be random; name a SigLIP or SigLIP 2 checkpoint."
-            )
-        try:
-            preprocess = Preprocessor.from_pretrained(source, resolution)
-        except (OSError, TypeError, KeyError) as error:
-            raise ModelLoadError(
-                f"Cannot load an image processor from {source}: {one_line(error)} Save one beside the model: "
-                "`AutoImageProcessor.from_pretrained(...).save_pretrained(folder)`."
-            ) from error
-    if not model.use_head:
-        raise ModelLoadError(f"The model in {source} has no pooling head, so a frame has no embedding.")
-    return model.eval().to(device), preprocess
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Hold back what transformers says while it loads: what matters of it becomes an error."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name (`"auto"`: CUDA, else the CPU), tried out; ValueError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"Device {name!r} cannot be used: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, shortened to 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 # --- encoding ------------------------------------------------------------------------------------------------------
@@ -288,139 +176,7 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-# --- figures -------------------------------------------------------------------------------------------------------
-
-
-def compare_with_dense(records: Sequence[FrameRecord]) -> dict[int, dict[str, float]]:
-    """
-    Cosine to the dense embedding on each sampled frame: by the record's place, that of the streamed embedding
-    (`"streamed"`), of the first sample's dense embedding (`"first_frame"`) and of the last sample's (`"held"`).
-    On the first sample itself, both controls are 1.
-    """
-    places = [place for place, record in enumerate(records) if record.dense_embedding is not None]
-    compared = {}
-    for before, place in zip([*places[:1], *places[:-1]], places, strict=True):
-        dense = records[place].dense_embedding
-        compared[place] = {
-            "streamed": cosine(records[place].embedding, dense),
-            "first_frame": cosine(records[places[0]].dense_embedding, dense),
-            "held": cosine(records[before].dense_embedding, dense),
-        }
-    return compared
-
-
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Cosine of two vectors [D], computed in float64."""
-    return functional.cosine_similarity(a.double(), b.double(), dim=0).item()
-
-
-def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean, median, 5th and 95th percentile, minimum and maximum; None of nothing."""
-    if not len(values):
-        return None
-    p5, median, p95 = np.percentile(values, (5, 50, 95)).tolist()
-    return {
-        "mean": float(np.mean(values)),
-        "median": median,
-        "p5": p5,
-        "p95": p95,
-        "min": float(min(values)),
-        "max": float(max(values)),
-    }
-
-
-def figures(records: Sequence[FrameRecord]) -> dict:
-    """
-    The figures of a run. Keyframes, the first frame among them, count in all but the fidelity and the median
-    speed-up, which leave out the first sample: it is dense for the stream and for both controls.
-    """
-    sampled = [record for record in records if record.dense_embedding is not None]
-    compared = list(compare_with_dense(records).values())[1:]
-    ratios = [record.dense_milliseconds / record.milliseconds for record in sampled[1:]]
-    streamed = spread([record.milliseconds for record in records])
-    dense = spread([record.dense_milliseconds for record in sampled])
-    return {
-        "frames": len(records),
-        "keyframes": sum(record.keyframe for record in records),
-        "skip_rate": spread([record.skip_rate for record in records]),
-        "cost": spread([record.cost for record in records]),
-        "milliseconds_per_frame": {"streamed": streamed, "dense": dense},
-        # frame by frame, both forwards meet the same machine; the mean also holds the keyframes
-        "speed_up": {"median": float(np.median(ratios)), "mean": dense["mean"] / streamed["mean"]} if ratios else None,
-        "sampled_frames": len(sampled),
-        "compared_frames": len(compared),
-        "compared_keyframes": sum(record.keyframe for record in sampled[1:]),
-        "cosine_to_dense": {
-            name: spread([cosines[name] for cosines in compared]) for name in ("streamed", "first_frame", "held")
-        },
-    }
-
-
 # --- writing -------------------------------------------------------------------------------------------------------
-
-
-def frame_line(record: FrameRecord, cosines: dict[str, float] | None) -> dict:
-    """A frame's line in `frames.jsonl`; what compares it with dense stands only on sampled frames."""
-    line = {
-        "index": record.index,
-        "time": round(record.time, 6),
-        "active": record.active,
-        "patches": record.patches,
-        "skip_rate": round(record.skip_rate, 6),
-        "cost": round(record.cost, 6),
-        "milliseconds": round(record.milliseconds, 3),
-        "keyframe": record.keyframe,
-    }
-    if cosines is not None:
-        line["cosine_to_dense"] = round(cosines["streamed"], 7)
-        line["cosine_first_frame"] = round(cosines["first_frame"], 7)
-        line["cosine_held"] = round(cosines["held"], 7)
-        line["dense_milliseconds"] = round(record.dense_milliseconds, 3)
-    return line
-
-
-def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, torch.Tensor]:
-    """
-    `embeddings` float32 [T, D], `frame_index` int64 [T] and `time` float64 [T] in seconds; with S sampled frames,
-    also `dense_embeddings` [S, D] and `dense_frame_index` [S].
-    """
-    tensors = {
-        "embeddings": torch.stack([record.embedding for record in records]),
-        "frame_index": torch.tensor([record.index for record in records]),
-        "time": torch.tensor([record.time for record in records], dtype=torch.float64),
-    }
-    sampled = [record for record in records if record.dense_embedding is not None]
-    if sampled:
-        tensors["dense_embeddings"] = torch.stack([record.dense_embedding for record in sampled])
-        tensors["dense_frame_index"] = torch.tensor([record.index for record in sampled])
-    return tensors
-
-
-def caption(record: FrameRecord, sample: tuple[float, float] | None, short: bool = False) -> list[tuple[str, str]]:
-    """
-    What stands under a frame, as (label, value).
-
-    Args:
-        record: of the frame.
-        sample: time and cosine to dense of the last sampled frame; its time is shown if it is not this frame's.
-        short: the contact sheet's three columns instead of the video's five.
-    """
-    share = record.active / record.patches
-    value = "-"
-    if sample is not None:
-        time_, cosine_ = sample
-        value = f"{cosine_:.4f}" if time_ == record.time else f"{cosine_:.4f} at {time_:.1f} s"
-    if short:
-        encoded = "all" if record.keyframe else f"{share:.1%}"
-        return [("TIME", f"{record.time:.1f} s"), ("PATCHES ENCODED", encoded), ("COSINE TO DENSE", value)]
-    encoded = f"all {record.patches}" if record.keyframe else f"{record.active} of {record.patches}"
-    return [
-        ("FRAME", f"{record.index}  ({record.time:.1f} s)"),
-        ("PATCHES ENCODED", encoded),
-        ("SKIPPED", f"{1 - share:.1%}"),
-        ("COST, DENSE = 1", f"{record.cost:.3f}"),
-        ("COSINE TO DENSE", value),
-    ]
 
 
 def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor, stream: Any) -> dict:
@@ -454,12 +210,6 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def run_title(gate: Any, video: str, resolution: int) -> str:
-    """One line that says what was run."""
-    rule = f"budget {gate.token_budget}" if gate.token_budget else f"threshold {gate.threshold:g}"
-    return f"{video} at {resolution} px, mode {gate.mode}, reference {gate.reference}, {rule}"
-
-
 def prepare_folder(out: str | Path) -> Path:
     """Make the folder that a run is written to; NotADirectoryError if there is a file of that name."""
     out = Path(out)
@@ -477,6 +227,25 @@ def publish(folder: Path, out: Path) -> list[Path]:
         else:
             (out / name).unlink(missing_ok=True)
     return [out / name for name in RUN_FILES if (out / name).exists()]
+
+
+def write_records(folder: Path, records: Sequence[FrameRecord], title: str, cells: SheetCells):
+    """Write `frames.jsonl`, `contact_sheet.png` and `plot.png` into `folder`."""
+    compared = compare_with_dense(records)
+    lines = [json.dumps(frame_line(record, compared.get(place))) for place, record in enumerate(records)]
+    (folder / "frames.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    figure = plot_run(
+        times=[record.time for record in records],
+        costs=[record.cost for record in records],
+        keyframes=[record.keyframe for record in records],
+        sampled_times=[records[place].time for place in compared],
+        fidelity={
+            name: [cosines[name] for cosines in compared.values()] for name in ("streamed", "first_frame", "held")
+        },
+        title=title,
+    )
+    save_plot(figure, folder / "plot.png")
+    Image.fromarray(contact_sheet(cells.evenly(), title)).save(folder / "contact_sheet.png", optimize=True)
 
 
 # --- the job -------------------------------------------------------------------------------------------------------
@@ -590,22 +359,3 @@ def run_video(
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         files = publish(folder, out)
     return RunResult(status, message, summary, files)
-
-
-def write_records(folder: Path, records: Sequence[FrameRecord], title: str, cells: SheetCells):
-    """Write `frames.jsonl`, `contact_sheet.png` and `plot.png` into `folder`."""
-    compared = compare_with_dense(records)
-    lines = [json.dumps(frame_line(record, compared.get(place))) for place, record in enumerate(records)]
-    (folder / "frames.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    figure = plot_run(
-        times=[record.time for record in records],
-        costs=[record.cost for record in records],
-        keyframes=[record.keyframe for record in records],
-        sampled_times=[records[place].time for place in compared],
-        fidelity={
-            name: [cosines[name] for cosines in compared.values()] for name in ("streamed", "first_frame", "held")
-        },
-        title=title,
-    )
-    save_plot(figure, folder / "plot.png")
-    Image.fromarray(contact_sheet(cells.evenly(), title)).save(folder / "contact_sheet.png", optimize=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import neuroflow_hf.run
+import neuroflow_hf.loading
 import neuroflow_hf.tower
 import neuroflow_hf.video
 from neuroflow_hf.cli import app, control_note, parse_gate
@@ -189,7 +189,7 @@ def test_ctrl_c_before_the_first_frame_says_that_nothing_was_written(clip, tmp_p
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(neuroflow_hf.run, "load_model", interrupted)
+    monkeypatch.setattr(neuroflow_hf.loading, "load_model", interrupted)
     result = call("run", clip, "--model", "any", "--out", tmp_path)
     assert result.exit_code == 130 and "nothing was written" in result.stderr
 

