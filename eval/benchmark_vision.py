@@ -10,7 +10,6 @@ both meet the same machine. Writes `eval/results/benchmark_vision.json`.
 """
 
 import statistics
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -22,18 +21,9 @@ from rich.progress import track
 from rich.table import Table
 
 from neuroflow_hf import NeuroFlowSiglipVisionConfig, NeuroFlowSiglipVisionModel
+from neuroflow_hf.run import timed
 
 MODES = ("mlp", "eliminate", "reconstruct", "context")
-
-
-def timed(call, device: torch.device) -> tuple[object, float]:
-    """What a call returns, and its milliseconds, the device's work included."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    result = call()
-    wait()
-    return result, 1e3 * (time.perf_counter() - start)
 
 
 def spread(values: list[float]) -> dict:

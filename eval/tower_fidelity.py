@@ -6,16 +6,15 @@ Command: ``python eval/tower_fidelity.py``
 """
 
 import json
-import platform
 from pathlib import Path
 from typing import Annotated
 
 import av
 import numpy as np
 import torch
-import transformers
 import typer
 from PIL import Image
+from report import RESULTS, fill_block, provenance, write_json, write_text
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
@@ -27,9 +26,8 @@ from neuroflow_hf.tower_wheels import read_photos
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = ROOT / "neuroflow_hf" / "assets" / "pedestrians.mp4"
-RESULT = ROOT / "eval" / "results" / "tower_fidelity.json"
+RESULT = RESULTS / "tower_fidelity.json"
 CARD = ROOT / "models" / "neuroflow-siglip-dinov2-small" / "README.md"
-BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 
 
 def summary(values: Tensor) -> dict[str, float]:
@@ -160,14 +158,6 @@ def figures_block(result: dict) -> str:
     return "\n".join(lines)
 
 
-def fill_card(card: str, block: str) -> str:
-    """Put `block` between the marks of a model card's text; ValueError when the marks are not there once each."""
-    if card.count(BEGIN) != 1 or card.count(END) != 1:
-        raise ValueError(f"Expected {BEGIN} and {END} once each in {CARD.name}; put them back and run again.")
-    before, rest = card.split(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
-
-
 def main(
     tower_dir: Annotated[Path | None, typer.Option(help="Built tower; default: built if need be.")] = None,
     clip: Annotated[Path, typer.Option(help="Video clip of one scene.")] = CLIP,
@@ -194,7 +184,7 @@ def main(
     held_out = compare(together, mean_training_cls, one_scene=False)
     held_out["controls"]["cls_of_different_photos_cosine"] = different_photos(by_photo)
     result = {
-        "command": "python eval/tower_fidelity.py",
+        **provenance(),
         "seed": seed,
         "tower_seed": built["seed"],
         "held_out_photos": held_out,
@@ -210,18 +200,9 @@ def main(
         ),
         "recipe_seconds_without_download": built["seconds_without_download"],
         "recipe_torch_threads": built["torch_threads"],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-            "pillow": Image.__version__,
-            "av": av.__version__,
-        },
     }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    CARD.write_text(fill_card(CARD.read_text(encoding="utf-8"), figures_block(result)), encoding="utf-8")
+    write_json(RESULT, result)
+    write_text(CARD, fill_block(CARD.read_text(encoding="utf-8"), "figures", figures_block(result)))
     print(figures_block(result))
 
 

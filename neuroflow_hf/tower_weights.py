@@ -14,7 +14,6 @@ from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVi
 from .tower_wheels import MODEL_WHEEL
 
 IMAGE_SIZE = 224
-PATCH_SIZE = 14
 HEADS = 6
 LAYER_NORM_EPS = 1e-6
 

@@ -1,11 +1,13 @@
 """README's examples, run in order as they stand, with a tiny model in the vision tower's place."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import lively
+from fill_readme import controls_table
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -43,13 +45,5 @@ def test_python_examples_run_and_say_true_shapes(tower, capsys):
 
 
 def test_figures_are_those_of_the_results():
-    import json
-    import sys
-
-    sys.path.insert(0, str(ROOT / "eval"))
-    try:
-        from fill_readme import controls_table
-    finally:
-        sys.path.pop(0)
     report = json.loads((ROOT / "eval/results/vision_controls.json").read_text(encoding="utf-8"))
     assert controls_table(report) in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,7 +8,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import tower_fidelity
 from PIL import Image
+from report import fill_block
 from rich.console import Console
 from torch.nn import functional
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -358,23 +359,15 @@ def test_importing_does_not_import_onnx():
 # --- figures
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("tower_fidelity", ROOT / "eval" / "tower_fidelity.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 def test_model_card_s_figures_are_those_of_the_json():
-    script = load_script()
-    card = script.CARD.read_text(encoding="utf-8")
-    result = json.loads(script.RESULT.read_text(encoding="utf-8"))
-    assert script.fill_card(card, script.figures_block(result)) == card
+    card = tower_fidelity.CARD.read_text(encoding="utf-8")
+    result = json.loads(tower_fidelity.RESULT.read_text(encoding="utf-8"))
+    assert fill_block(card, "figures", tower_fidelity.figures_block(result)) == card
 
 
 def test_a_card_without_marks_is_refused():
     with pytest.raises(ValueError, match="figures:begin"):
-        load_script().fill_card("# card", "block")
+        fill_block("# card", "figures", "block")
 
 
 @pytest.mark.slow
