@@ -51,12 +51,14 @@ class NeuroFlowGateConfig:
             faint objects matter. -1 or less: everything is active on every frame, whatever the other options say.
         token_budget (`int`, *optional*):
             Exactly this many patches are active on every frame that is no keyframe: the most surprising ones, and
-            the threshold does not count. For a fixed latency. At most the number of patches is used.
+            the threshold does not count. For a fixed latency. At most the number of patches is used, and at least
+            `min_active_tokens`.
         min_active_tokens (`int`, *optional*):
             At least this many are active. Defaults to 4 in `eliminate`, whose head needs something to pool, and to
             0 elsewhere (a frame with nothing active returns the stored output).
         global_motion_norm (`bool`, defaults to `False`):
-            Subtract the frame's mean surprise before the threshold. For cameras that move or flicker as a whole.
+            Subtract the frame's mean surprise before the threshold. For cameras that move or flicker as a whole. Only
+            about half of the patches are above the threshold after a scene cut then; choose `keyframe_fraction` 0.3.
         dilate (`int`, defaults to 0):
             Also take the patches within this many rows and columns of an active one. 1 helps at object borders.
         max_age (`int`, *optional*):
@@ -66,18 +68,20 @@ class NeuroFlowGateConfig:
             Every frame whose number is a multiple of this is a keyframe: all patches are encoded. Adds its inverse to
             the cost, and is what brings patches that did not change up to date with those around them.
         keyframe_fraction (`float`, *optional*):
-            A frame in which more than this fraction of the patches is above the threshold is a keyframe (a scene
-            cut). 0.5 is a good guard in the sparse modes. In `hold` it is the trigger: choose a little more than the
-            share of the picture that usually moves, or almost every frame becomes a keyframe.
+            A frame in which more than this fraction of the patches is above the threshold, `dilate` not counted, is
+            a keyframe (a scene cut). 0.5 is a good guard in the sparse modes. In `hold` it is the trigger: choose a
+            little more than the share of the picture that usually moves, or almost every frame becomes a keyframe.
         ema_rate (`float`, defaults to 0.01):
             The share of the new signal in the running mean, per frame, in (0, 1]. 0.01 forgets in about 100 frames.
+            A keyframe starts all running means anew, so with `keyframe_interval` none reaches further back than that.
         slow_ema_rate (`float`, *optional*):
             A second, slower running mean; a patch that is surprising against it is active too. For objects that stop
             moving and would otherwise fade into the first mean. Choose a tenth of `ema_rate`. Needs `reference`
             `"ema"` or `"both"`.
         memory_blend (`float`, defaults to 1.0):
             Share b of the fresh output in the stored one, `C <- (1 - b) C + b z`, in (0, 1]; 1 is plain writing.
-            Lower values smooth the output over time and lag behind events.
+            Lower values smooth the output over time and lag behind events. For `context` and `reconstruct`; the
+            other modes have no stored patches that the head sees beside fresh ones, and write plainly.
         on_change (`str`, defaults to `"error"`):
             What a change of resolution, dtype, device or batch size in the middle of a stream does: `"error"`, or
             `"keyframe"` to forget the stream's memory and start again with a keyframe.
@@ -103,6 +107,11 @@ class NeuroFlowGateConfig:
     on_change: Literal["error", "keyframe"] = "error"
 
     def __post_init__(self):
+        self.check()
+
+    def check(self):
+        """Raise a ValueError for a value outside its range; asked anew for every frame, as options may be assigned."""
+
         def require(name, holds, expected):
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -111,7 +120,11 @@ class NeuroFlowGateConfig:
         def is_rate(value):
             return 0 < value <= 1
 
-        require("threshold", math.isfinite, "a finite number, 0 to 2 (or -1 for everything active)")
+        require(
+            "threshold",
+            lambda value: math.isfinite(value) and value <= 2,
+            "a finite number, 0 to 2 (or -1 for everything active)",
+        )
         for name in ("token_budget", "max_age", "keyframe_interval"):
             require(name, lambda value: value >= 1, "a whole number of at least 1, or None for never")
         for name in ("min_active_tokens", "dilate"):
@@ -162,9 +175,17 @@ class NeuroFlowGateConfig:
         return not (self.mode == "dense" or (self.mode == "hold" and self.keyframe_fraction is None))
 
     @property
-    def num_references(self) -> int:
-        """How many references a frame's signal is compared with."""
-        return {"last_update": 1, "ema": 1, "both": 2}[self.reference] + (self.slow_ema_rate is not None)
+    def mean_rates(self) -> dict[str, float]:
+        """The running means that are kept, each with its rate."""
+        rates = {"ema": self.ema_rate, "slow_ema": self.slow_ema_rate}
+        return {name: rate for name, rate in rates.items() if self.reference != "last_update" and rate is not None}
+
+    @property
+    def references(self) -> list[str]:
+        """The names of what a frame's signal is compared with; none if it is not looked at."""
+        if not self.needs_surprise:
+            return []
+        return [*(["last_update"] if self.reference in ("last_update", "both") else []), *self.mean_rates]
 
     @property
     def least_active(self) -> int:

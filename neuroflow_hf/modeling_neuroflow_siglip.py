@@ -145,7 +145,11 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
         return self(pixel_values=pixel_values, stream=stream, **kwargs)
 
     def stream_frames(
-        self, frames: Iterable[torch.Tensor], stream: NeuroFlowStream | None = None, **options
+        self,
+        frames: Iterable[torch.Tensor],
+        stream: NeuroFlowStream | None = None,
+        interpolate_pos_encoding: bool = False,
+        **gate_options,
     ) -> Iterator:
         """
         The model's output for each frame of an iterable, one after the other, as they come.
@@ -153,22 +157,24 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
         Args:
             frames: pixel values, `(B, C, H, W)` each, or `(C, H, W)` for one stream.
             stream: the stream to continue; by default a new one of the first frame's batch size.
-            options: `interpolate_pos_encoding=True` for resolutions other than the checkpoint's; the others are
-                options of the gate for the new stream.
+            interpolate_pos_encoding (`bool`, defaults to `False`): for resolutions other than the checkpoint's.
+            gate_options: options of the gate for the new stream.
 
         Yields:
-            What the model returns with a stream, for every frame.
+            The model's output with a stream, for every frame; never as a tuple.
         """
-        forward_options = {name: options.pop(name) for name in ("interpolate_pos_encoding",) if name in options}
-        if stream is not None and options:
+        if stream is not None and gate_options:
             raise ValueError(
-                f"Gate options ({', '.join(options)}) go with a new stream; the one passed has its own, `stream.gate`."
+                f"Gate options ({', '.join(gate_options)}) go with a new stream; the one passed has its own, "
+                "`stream.gate`."
             )
         for frame in frames:
             pixel_values = frame.unsqueeze(0) if frame.ndim == 3 else frame
             if stream is None:
-                stream = self.new_stream(batch_size=len(pixel_values), **options)
-            yield self._forward_frame(pixel_values, stream, **forward_options)
+                stream = self.new_stream(batch_size=len(pixel_values), **gate_options)
+            yield self._forward_frame(
+                pixel_values, stream, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True
+            )
 
     def get_video_features(
         self,
@@ -186,7 +192,7 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
             return_patches (`bool`, defaults to `False`):
                 Also return `last_hidden_state` `(B, T, N, D)`, which is large; not in mode `eliminate`, where the
                 number of patches differs from frame to frame.
-            options: as in `stream_frames`.
+            options: `interpolate_pos_encoding` and options of the gate, as in `stream_frames`.
 
         Raises:
             ValueError: if the clips are not 5-dimensional or have no frame.
@@ -365,7 +371,12 @@ class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, Sigl
             return super().forward(pixel_values, labels, interpolate_pos_encoding, **kwargs)
         return_dict = kwargs.pop("return_dict", self.config.return_dict)
         refuse_recording(self.config, kwargs)
-        vision = self.vision_model(pixel_values, interpolate_pos_encoding, stream=stream)
+        if stream.gate.mode == "eliminate" and stream.gate.least_active == 0:
+            raise ValueError(
+                "The classifier averages the active patches, and `min_active_tokens=0` allows for none. Make the "
+                "stream with `min_active_tokens` of at least 1."
+            )
+        vision = self.vision_model(pixel_values, interpolate_pos_encoding, stream=stream, return_dict=True)
         logits = self.classifier(mean_of_tokens(vision.last_hidden_state, vision.token_mask))
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
         gate_fields = {name: vision[name] for name in GATE_FIELDS if name in vision}

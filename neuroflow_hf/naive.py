@@ -103,12 +103,13 @@ class NaiveStream:
         if gate.global_motion_norm:
             mean = sum(scores) / len(scores)
             scores = [score - mean for score in scores]
-        scores = [max(scores[near] for near in naive_neighbours(patch, grid, gate.dilate)) for patch in everything]
-        changed = {patch for patch in everything if scores[patch] > gate.threshold}
-        if gate.keyframe_fraction is not None and len(changed) > gate.keyframe_fraction * len(signal):
+        above = sum(score > gate.threshold for score in scores)
+        if gate.keyframe_fraction is not None and above > gate.keyframe_fraction * len(signal):
             return everything, True
         if gate.mode == "hold":
             return [], False
+        scores = [max(scores[near] for near in naive_neighbours(patch, grid, gate.dilate)) for patch in everything]
+        changed = {patch for patch in everything if scores[patch] > gate.threshold}
 
         refreshed: set[int] = set()
         if gate.max_age is not None:

@@ -68,25 +68,32 @@ class ActiveSet:
 
     def remember(self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor) -> torch.Tensor:
         """
-        Write fresh rows [M, D] into `memory[name]` and return all N patches of it, [B, N, D].
-
-        With everything active the fresh tensor becomes the memory. Under autograd the returned tensor carries the
-        fresh rows' gradient while the memory, which later frames will overwrite, holds no graph.
+        Write fresh rows [M, D] into `memory[name]` and return all N patches of it, [B, N, D]. See `write_memory`.
         """
         if self.everything:
-            current = fresh.view(*self.mask.shape, -1)
-        else:
-            stored = memory[name]
-            current = write_rows(stored.flatten(0, 1), self.rows.to(stored.device), fresh).view_as(stored)
-        memory[name] = current.detach()
-        return current
+            return write_memory(memory, name, None, fresh.view(*self.mask.shape, -1))
+        return write_memory(memory, name, self.rows, fresh)
 
 
-def write_rows(stored: torch.Tensor, rows: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
+def write_memory(
+    memory: dict[str, torch.Tensor], name: str, places: torch.Tensor | None, fresh: torch.Tensor
+) -> torch.Tensor:
     """
-    `stored` [K, ...] with `fresh` [M, ...] at places `rows` [M]; in place unless autograd needs the old values, or
-    `stored` was made in inference mode and this call is not, where torch forbids it.
+    Write `fresh` into `memory[name]`, at `places` along its leading dimensions or, with `None`, all of it; return
+    what it holds now, with the gradient of `fresh`.
+
+    Later frames write a memory in place, so it is never a tensor that somebody else holds: neither a module's output,
+    which hooks may have kept, nor, with gradients enabled, what is returned, which a graph may have kept. Torch
+    forbids writing in place what was made in inference mode outside of it.
     """
-    if fresh.requires_grad or (stored.is_inference() and not torch.is_inference_mode_enabled()):
-        return stored.index_copy(0, rows, fresh)
-    return stored.index_copy_(0, rows, fresh)
+    if places is None:
+        current = fresh
+    else:
+        stored = memory[name]
+        flat, places = stored.view(-1, *fresh.shape[1:]), places.to(stored.device, non_blocking=True)
+        if not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not stored.is_inference()):
+            flat.index_copy_(0, places, fresh)
+            return stored
+        current = flat.index_copy(0, places, fresh).view_as(stored)
+    memory[name] = current.detach().clone()
+    return current

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .neuroflow_active import ActiveSet, write_rows
+from .neuroflow_active import ActiveSet, write_memory
 from .neuroflow_attention import can_fold_probe, pool_with_folded_probe
 from .neuroflow_cost import attention as attention_cost
 from .neuroflow_cost import gate as gate_cost
@@ -44,22 +44,28 @@ def encode_frame(
         model: the vision model, whose modules are called (never their weights past them).
         pixel_values: [B, C, H, W], normalised, floating point.
     """
+    if not hasattr(stream, "begin_frame"):  # by class, a stream made by code loaded from the Hub would be another one
+        raise TypeError(f"`stream` is a {type(stream).__name__}; expected what `model.new_stream()` returns.")
     geometry = geometry_of(model, pixel_values, interpolate_pos_encoding)
-    stream.begin_frame(geometry)
     mode = MODES[stream.gate.mode]
-    projected = stream.gate.needs_surprise or any(stream.due_keyframes())
-    if projected:
-        patches = project_patches(model, pixel_values)
-        positions = position_embeddings(model, patches, pixel_values, interpolate_pos_encoding)
-        signal = patches if stream.gate.signal == "patch" else patches + positions
-        active, surprise = choose_active(stream, signal)
-    else:
-        mask = torch.zeros(geometry.batch_size, geometry.num_patches, dtype=torch.bool, device=geometry.device)
-        active, surprise = ActiveSet(mask, [0] * geometry.batch_size, [False] * geometry.batch_size), None
+    with stream.unchanged_by_errors():
+        stream.begin_frame(geometry)
+        projected = stream.gate.needs_surprise or any(stream.due_keyframes())
+        if projected:
+            patches = project_patches(model, pixel_values)
+            signal = patches.detach()
+            if stream.gate.signal == "token":
+                signal = signal + position_embeddings(model, patches, pixel_values, interpolate_pos_encoding).detach()
+            active, surprise = choose_active(stream, signal)
+        else:
+            mask = torch.zeros(geometry.batch_size, geometry.num_patches, dtype=torch.bool, device=geometry.device)
+            active, surprise = ActiveSet(mask, [0] * geometry.batch_size, [False] * geometry.batch_size), None
 
     stream.frame_in_progress = True
     fresh = None
     if active.live:
+        # only now: at high resolution their interpolation takes as long as the gate
+        positions = position_embeddings(model, patches, pixel_values, interpolate_pos_encoding)
         if mode.encodes_all_patches:
             hidden = active.of_live(patches) + positions
         else:
@@ -110,10 +116,11 @@ def geometry_of(model: nn.Module, pixel_values: torch.Tensor, interpolate_pos_en
     grid = (height // embeddings.patch_size, width // embeddings.patch_size)
     if 0 in grid:
         raise ValueError(f"A frame of {height}x{width} pixels holds no {embeddings.patch_size}-pixel patch.")
-    if not interpolate_pos_encoding and grid[0] * grid[1] != embeddings.num_positions:
+    native = config.image_size // embeddings.patch_size
+    if not interpolate_pos_encoding and grid != (native, native):
         raise ValueError(
-            f"A frame of {height}x{width} pixels has {grid[0] * grid[1]} patches, the checkpoint has positions for "
-            f"{embeddings.num_positions} ({config.image_size} pixels). Pass `interpolate_pos_encoding=True` or resize."
+            f"A frame of {height}x{width} pixels has {grid[0]}x{grid[1]} patches, the checkpoint has positions for "
+            f"{native}x{native} ({config.image_size} pixels). Pass `interpolate_pos_encoding=True` or resize."
         )
     device_type = pixel_values.device.type
     autocast = torch.is_autocast_enabled(device_type)
@@ -147,12 +154,16 @@ def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: Ne
     """All encoder layers and the final layer norm, for what the mode passes through them."""
     mode = MODES[stream.gate.mode]
     for layer, memory in zip(model.encoder.layers, stream.layer_memories, strict=True):
-        # a checkpointed layer would run again in the backward pass, when its memory is that of a later frame
-        checkpointing, layer.gradient_checkpointing = layer.gradient_checkpointing, False
+        # A checkpointed layer would run again in the backward pass, when its memory is that of a later frame. Outside
+        # of training no layer is checkpointed, and threads that share the model must not see its flags change.
+        checkpointed = layer.training and layer.gradient_checkpointing
         try:
+            if checkpointed:
+                layer.gradient_checkpointing = False
             hidden = layer(hidden, None, step=LayerStep(mode, active, memory))
         finally:
-            layer.gradient_checkpointing = checkpointing
+            if checkpointed:
+                layer.gradient_checkpointing = True
     return model.post_layernorm(hidden)
 
 
@@ -187,13 +198,8 @@ def remember_streams(
     memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor, active: ActiveSet
 ) -> torch.Tensor:
     """Write the live streams' entries [B', ...] into `memory[name]` and return all of it, [B, ...]."""
-    if len(active.live) == len(active.counts):
-        current = fresh
-    else:
-        live = torch.tensor(active.live).to(fresh.device, non_blocking=True)
-        current = write_rows(memory[name], live, fresh)
-    memory[name] = current.detach()
-    return current
+    all_live = len(active.live) == len(active.counts)
+    return write_memory(memory, name, None if all_live else torch.tensor(active.live), fresh)
 
 
 def pad_streams(
@@ -250,7 +256,7 @@ def frame_cost(model: nn.Module, stream: NeuroFlowStream, active: int, projected
     mode = MODES[gate.mode]
     spent = projection if projected else 0
     if gate.needs_surprise:
-        spent += gate_cost(patches, dim, gate.num_references)
+        spent += gate_cost(patches, dim, len(gate.references))
     if active:
         spent += geometry.num_layers * mode.layer_cost(active, patches, dim, inner)
         if model.use_head:

@@ -22,7 +22,7 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
     no reference; their surprise is 1, the cosine to nothing being 0. Nothing is written.
 
     The order of the policies: surprise, global motion, dilation, threshold or budget (with the oldest patches taken
-    first), the minimum, the keyframe rules.
+    first), the minimum, the keyframe rules (by the share of patches above the threshold before dilation).
 
     Raises:
         ValueError: if a stream's pixels are not finite.
@@ -37,7 +37,7 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
 
     if gate.needs_surprise:
         scores = surprise_of(stream, signal)
-        if stream.memory:
+        if stream.memory:  # without references to compare with, the surprise would be finite for any signal
             looked_at = scores
         changed, mask = apply_policies(stream, scores)
 
@@ -64,9 +64,9 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
 
 def surprise_of(stream: NeuroFlowStream, signal: torch.Tensor) -> torch.Tensor:
     """The largest surprise against the references that the stream keeps: [B, N, D] to float32 [B, N]."""
-    references = [stream.memory[name] for name in ("last_update", "ema", "slow_ema") if name in stream.memory]
-    if not references:
+    if not stream.memory:
         return torch.ones(signal.shape[:2], device=signal.device)
+    references = [stream.memory[name] for name in stream.gate.references]
     scores = torch.stack([surprise(signal, reference) for reference in references]).amax(dim=0)
     first_frames = [index for index, frame in enumerate(stream.frames) if frame == 0]
     if first_frames:  # what they hold is from before a reset
@@ -80,15 +80,15 @@ def apply_policies(stream: NeuroFlowStream, scores: torch.Tensor) -> tuple[torch
     gate, grid = stream.gate, stream.geometry.grid
     if gate.global_motion_norm:
         scores = without_global_motion(scores)
-    scores = spread_to_neighbours(scores, grid, gate.dilate)
     changed = scores > gate.threshold
     if gate.mode == "hold":
         return changed, torch.zeros_like(changed)
-    mask = changed
+    scores = spread_to_neighbours(scores, grid, gate.dilate)
+    mask = scores > gate.threshold
     if gate.max_age is not None and "age" in stream.memory:
         refreshed = oldest(stream.memory["age"], gate.max_age)
         scores = scores.masked_fill(refreshed, torch.inf)
-        mask = changed | refreshed
+        mask = mask | refreshed
     if gate.token_budget is not None:
         mask = highest(scores, gate.token_budget)
     if gate.least_active:
@@ -101,13 +101,9 @@ def update_references(stream: NeuroFlowStream, signal: torch.Tensor, active: Act
     gate, memory = stream.gate, stream.memory
     if not gate.needs_surprise:
         return
-    signal = signal.detach()
-    if gate.reference in ("last_update", "both"):
+    if "last_update" in gate.references:
         active.remember(memory, "last_update", active.gather(signal))
-    rates = {"ema": gate.ema_rate, "slow_ema": gate.slow_ema_rate}
-    for name, rate in rates.items() if gate.reference in ("ema", "both") else ():
-        if rate is None:
-            continue
+    for name, rate in gate.mean_rates.items():
         if all(active.keyframes):
             memory[name] = signal.to(torch.float32, copy=True)
             continue

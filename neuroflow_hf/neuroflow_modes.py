@@ -74,12 +74,14 @@ class Mode:
         encodes_all_patches: whether all patches of a stream with an active one pass through the layers, [B', N, D],
             or only the active rows, [M, D].
         pools_all_patches: whether the head sees all N patches, or the active ones.
+        layer_memories: the names of what is kept for every layer, [B, N, D] each.
     """
 
     layer: Callable[[nn.Module, torch.Tensor, ActiveSet, LayerMemory], torch.Tensor]
     layer_cost: Callable[[int, int, int, int], int]
     encodes_all_patches: bool = False
     pools_all_patches: bool = True
+    layer_memories: tuple[str, ...] = ()
 
 
 def cost_among_active(active: int, patches: int, dim: int, inner: int) -> int:
@@ -100,10 +102,10 @@ def cost_with_stored_mlp(active: int, patches: int, dim: int, inner: int) -> int
 MODES = {
     "dense": Mode(layer_among_active, cost_among_active),
     "hold": Mode(layer_among_active, cost_among_active),
-    "mlp": Mode(layer_with_stored_mlp, cost_with_stored_mlp, encodes_all_patches=True),
+    "mlp": Mode(layer_with_stored_mlp, cost_with_stored_mlp, encodes_all_patches=True, layer_memories=("mlp",)),
     "eliminate": Mode(layer_among_active, cost_among_active, pools_all_patches=False),
     "reconstruct": Mode(layer_among_active, cost_among_active),
-    "context": Mode(layer_in_context, cost_in_context),
+    "context": Mode(layer_in_context, cost_in_context, layer_memories=("key", "value")),
 }
 
 

@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from .configuration_neuroflow_gate import NeuroFlowGateConfig
 from .neuroflow_gating import refreshed_per_frame
+from .neuroflow_modes import MODES
 
 STATE_FORMAT = 1
 
@@ -49,7 +51,8 @@ class NeuroFlowStream:
 
     Args:
         gate ([`NeuroFlowGateConfig`]): the options of the gate. They may be changed between frames, but for `mode`,
-            `signal`, `reference` and the presence of `slow_ema_rate` and `max_age`, which decide what is stored.
+            `signal`, `reference` and the presence of `slow_ema_rate`, `max_age` and, in `hold`, `keyframe_fraction`,
+            which decide what is stored; a frame after such a change is refused until the stream is reset.
         batch_size (`int`, defaults to 1): B.
 
     Attributes:
@@ -73,6 +76,7 @@ class NeuroFlowStream:
         """Drop all memory; the next frame may have another shape, and is a keyframe of every stream."""
         self.frames = [0] * self.batch_size
         self.geometry: StreamGeometry | None = None
+        self.stores: dict | None = None
         self.memory: dict[str, torch.Tensor] = {}
         self.layer_memories: list[dict[str, torch.Tensor]] = []
         self.frame_in_progress = False
@@ -86,12 +90,16 @@ class NeuroFlowStream:
 
         Raises:
             IndexError: for a stream that is not among the B; nothing is reset then.
+            TypeError: for what is no index, such as the entries of a mask; likewise.
         """
         if streams is None:
             self.forget()
             return
+        streams = streams.tolist() if hasattr(streams, "tolist") else streams  # of NumPy or torch
         indices = [streams] if isinstance(streams, int) else list(streams)
         for index in indices:
+            if not isinstance(index, int) or isinstance(index, bool):
+                raise TypeError(f"`streams` holds {index!r}; expected indices of streams, not a mask or other things.")
             if not 0 <= index < self.batch_size:
                 raise IndexError(f"There is no stream {index}; this object holds streams 0 to {self.batch_size - 1}.")
         for index in indices:
@@ -121,15 +129,27 @@ class NeuroFlowStream:
             self.geometry = replace(self.geometry, device=device)
         return self
 
+    @contextmanager
+    def unchanged_by_errors(self) -> Iterator[None]:
+        """Whatever is raised inside leaves the stream as it was; what replaces its attributes is undone."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
+
     def begin_frame(self, geometry: StreamGeometry):
         """
         Get ready for a frame of this geometry. A frame that was interrupted (an error, Ctrl-C, out of memory) may
         have written some memories and not others: every stream then starts again with a keyframe.
 
         Raises:
-            ValueError: if the geometry differs from the stream's and `on_change` is `"error"`; if `max_age` asks for
-                more patches a frame than `token_budget` allows.
+            ValueError: if the geometry differs from the stream's and `on_change` is `"error"`; if an option of the
+                gate is out of range, or was changed that decides what is stored; if `max_age` asks for more patches a
+                frame than `token_budget` allows.
         """
+        self.gate.check()
         if self.geometry is None and geometry.batch_size != self.batch_size:
             before = replace(geometry, batch_size=self.batch_size)
         else:
@@ -140,7 +160,8 @@ class NeuroFlowStream:
                 f"This frame does not match its stream: {changes}. Call `stream.reset()` to start anew, make another "
                 'stream for it with `model.new_stream()`, or make the stream with `on_change="keyframe"`.'
             )
-        if self.gate.max_age is not None and self.gate.token_budget is not None:
+        everything_or_nothing = self.gate.everything_active or self.gate.mode == "hold"
+        if self.gate.max_age is not None and self.gate.token_budget is not None and not everything_or_nothing:
             needed = refreshed_per_frame(geometry.num_patches, self.gate.max_age)
             if needed > self.gate.token_budget:
                 raise ValueError(
@@ -152,7 +173,12 @@ class NeuroFlowStream:
             self.forget()
         elif self.frame_in_progress:
             self.reset()
-        self.geometry = geometry
+        if self.stores is not None and self.stores != stored_by(self.gate):
+            raise ValueError(
+                f"The gate was changed in what the stream stores: {changes_of(self.stores, stored_by(self.gate))}. "
+                "Call `stream.reset()` to start anew, or make another stream with `model.new_stream()`."
+            )
+        self.geometry, self.stores = geometry, stored_by(self.gate)
         if not self.layer_memories:
             self.layer_memories = [{} for _ in range(geometry.num_layers)]
 
@@ -169,28 +195,28 @@ class NeuroFlowStream:
         A copy of everything needed to continue in another process: plain values, and tensors under `"memory"`.
         Load it into a stream of a model with the same weights by `load_state_dict`.
         """
-        return {**self._header(), "memory": {name: tensor.clone() for name, tensor in self.named_memory().items()}}
+        whole = self._whole()
+        return {**whole._header(), "memory": {name: tensor.clone() for name, tensor in whole.named_memory().items()}}
 
     def load_state_dict(self, state: dict):
         """
         Continue from `state_dict()`'s result; tensors keep the device they come with (see `to`).
 
         Raises:
-            ValueError: if it is no such result, or was made with a gate whose memories differ; nothing is changed.
+            ValueError: if it is no such result, is incomplete, or was made with a gate whose memories differ; nothing
+                is changed.
         """
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise ValueError(
                 f"This is not the state of a stream in format {STATE_FORMAT}; expected what `state_dict()` returned."
             )
+        missing = {"batch_size", "frames", "geometry", "gate", "memory"} - state.keys()
+        if missing:
+            raise ValueError(f"The state lacks {', '.join(sorted(missing))}; expected what `state_dict()` returned.")
         theirs, ours = stored_by(NeuroFlowGateConfig.from_options(state["gate"])), stored_by(self.gate)
-        differing = [
-            f"`{name}` was {theirs[name]!r}, here {ours[name]!r}" for name in ours if theirs[name] != ours[name]
-        ]
-        if differing:
+        if theirs != ours:
             raise ValueError(
-                "The state comes from a stream that stores other things: "
-                + "; ".join(differing)
-                + ". Make the stream "
+                f"The state comes from a stream that stores other things: {changes_of(theirs, ours)}. Make the stream "
                 "with the same options: `model.new_stream(**state['gate'])`."
             )
         memory: dict[str, torch.Tensor] = {}
@@ -203,6 +229,7 @@ class NeuroFlowStream:
                 **{**stored, "grid": tuple(stored["grid"]), "dtype": getattr(torch, stored["dtype"]), "device": device}
             )
             layer_memories = [{} for _ in range(geometry.num_layers)]
+        require_complete(state, memory_shapes(self.gate, geometry))
         for name, tensor in state["memory"].items():
             if name.startswith("layers."):
                 _, index, field = name.split(".")
@@ -211,16 +238,17 @@ class NeuroFlowStream:
                 memory[name] = tensor.clone()
         self.batch_size, self.frames = state["batch_size"], list(state["frames"])
         self.geometry, self.memory, self.layer_memories = geometry, memory, layer_memories
+        self.stores = None if geometry is None else ours
         self.frame_in_progress = False
 
     def save(self, path: str | os.PathLike):
         """Write the state to a safetensors file, whole or not at all."""
-        path = Path(path)
-        tensors = {name: tensor.contiguous() for name, tensor in self.named_memory().items()}
+        path, whole = Path(path), self._whole()
+        tensors = {name: tensor.contiguous() for name, tensor in whole.named_memory().items()}
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
             temporary = Path(file.name)
         try:
-            save_file(tensors, temporary, metadata={"neuroflow_stream": json.dumps(self._header())})
+            save_file(tensors, temporary, metadata={"neuroflow_stream": json.dumps(whole._header())})
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -242,6 +270,10 @@ class NeuroFlowStream:
         stream.load_state_dict(state)
         return stream
 
+    def _whole(self) -> "NeuroFlowStream":
+        """The stream, or a fresh one if a frame was interrupted: its memory must not be continued from."""
+        return NeuroFlowStream(self.gate, self.batch_size) if self.frame_in_progress else self
+
     def _header(self) -> dict:
         geometry = None
         if self.geometry is not None:
@@ -251,8 +283,7 @@ class NeuroFlowStream:
         return {
             "format": STATE_FORMAT,
             "batch_size": self.batch_size,
-            # an interrupted frame leaves memory that must not be continued from
-            "frames": [0] * self.batch_size if self.frame_in_progress else list(self.frames),
+            "frames": list(self.frames),
             "geometry": geometry,
             "gate": self.gate.to_dict(),
         }
@@ -266,5 +297,43 @@ def stored_by(gate: NeuroFlowGateConfig) -> dict:
         "reference": gate.reference,
         "slow_ema_rate set": gate.slow_ema_rate is not None,
         "max_age set": gate.max_age is not None,
-        "needs_surprise": gate.needs_surprise,
+        "keyframe_fraction set": gate.mode == "hold" and gate.keyframe_fraction is not None,
     }
+
+
+def changes_of(theirs: dict, ours: dict) -> str:
+    """Where two results of `stored_by` differ, with both values."""
+    differing = [name for name in ours if theirs[name] != ours[name]]
+    return "; ".join(f"`{name}` was {theirs[name]!r}, here {ours[name]!r}" for name in differing)
+
+
+def memory_shapes(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) -> dict[str, tuple[int, ...]]:
+    """
+    What a stream holds after its first frame (before it, with no geometry yet, nothing), by name; but for `pooled`,
+    which a model without a pooling head does not make.
+    """
+    if geometry is None:
+        return {}
+    patches, mode = (geometry.batch_size, geometry.num_patches), MODES[gate.mode]
+    names = [
+        *(("output",) if mode.pools_all_patches else ()),
+        *gate.references,
+        *(f"layers.{layer}.{name}" for layer in range(geometry.num_layers) for name in mode.layer_memories),
+    ]
+    shapes = dict.fromkeys(names, (*patches, geometry.hidden_size))
+    if gate.needs_surprise and gate.max_age is not None:
+        shapes["age"] = patches
+    return shapes
+
+
+def require_complete(state: dict, shapes: dict[str, tuple[int, ...]]):
+    """Raise a ValueError unless a state has frames for all streams and its memories are those of `shapes`."""
+    batch_size, frames, geometry, memory = (state[key] for key in ("batch_size", "frames", "geometry", "memory"))
+    if len(frames) != batch_size or (geometry is not None and geometry["batch_size"] != batch_size):
+        raise ValueError(f"The state is of {batch_size} streams, and its frames or memories are of another number.")
+    if geometry is not None and "pooled" in memory:
+        shapes = {**shapes, "pooled": (batch_size, geometry["hidden_size"])}
+    for name in sorted(shapes.keys() | memory.keys()):
+        found = tuple(memory[name].shape) if name in memory else None
+        if found != shapes.get(name):
+            raise ValueError(f"The state's memory `{name}` has shape {found}; expected {shapes.get(name)}.")

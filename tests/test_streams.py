@@ -1,6 +1,7 @@
 """The contracts of a stream: what it holds, what it must not touch, and what it refuses."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -404,6 +405,241 @@ class TestRefusals:
         with pytest.raises(ValueError, match=words):
             refused(stream)
         assert_same(outputs + play(vision, frames[2:], stream), expected)
+
+
+@pytest.mark.parametrize("seen", [0, 2])
+def test_a_refused_frame_of_another_kind_does_not_cost_the_memory(vision, seen):
+    frames, bad = random_video(4), random_video(1, batch_size=2, size=32)[0]
+    bad[1, 0, 0, 0] = math.nan
+    stream = vision.new_stream(on_change="keyframe" if seen else "error")
+    outputs = play(vision, frames[:seen], stream)
+    with pytest.raises(ValueError, match="stream 1" if seen else "batch size"):
+        vision(pixel_values=bad, stream=stream, interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match="stream 0"):
+        vision(pixel_values=bad[1:], stream=stream, interpolate_pos_encoding=True)
+    assert (stream.frames, stream.batch_size) == ([seen], 1)
+    assert_same(outputs + play(vision, frames[seen:], stream), play(vision, frames, vision.new_stream()))
+
+
+@pytest.mark.parametrize(
+    "options, change",
+    [
+        ({}, {"mode": "mlp"}),
+        ({"mode": "context"}, {"mode": "reconstruct"}),
+        ({}, {"signal": "token"}),
+        ({"reference": "both"}, {"reference": "last_update"}),
+        ({}, {"reference": "ema"}),
+        ({"reference": "ema"}, {"slow_ema_rate": 0.001}),
+        ({"max_age": 9}, {"max_age": None}),
+        ({"mode": "hold"}, {"keyframe_fraction": 0.5}),
+    ],
+)
+def test_a_change_of_what_is_stored_is_refused_until_the_stream_is_reset(vision, options, change):
+    frames = random_video(4, changed=0.3)
+    stream = vision.new_stream(**options)
+    play(vision, frames[:2], stream)
+    ((name, value),) = change.items()
+    before = getattr(stream.gate, name)
+    setattr(stream.gate, name, value)
+    with pytest.raises(ValueError, match=rf"`{name}( set)?` was"):
+        vision(pixel_values=frames[2], stream=stream)
+    setattr(stream.gate, name, before)
+    assert_same(play(vision, frames[2:], stream), play(vision, frames, vision.new_stream(**options))[2:])
+    setattr(stream.gate, name, value)
+    stream.reset()
+    assert_same(play(vision, frames, stream), play(vision, frames, vision.new_stream(**{**options, **change})))
+
+
+def test_options_that_are_not_stored_may_be_changed_but_not_out_of_range(vision):
+    frames = random_video(3)
+    stream = vision.new_stream(reference="ema")
+    play(vision, frames[:2], stream)
+    for name, value in {"threshold": math.nan, "ema_rate": 5.0, "keyframe_interval": 0, "dilate": -1}.items():
+        before = getattr(stream.gate, name)
+        setattr(stream.gate, name, value)
+        with pytest.raises(ValueError, match=f"`{name}` is"):
+            vision(pixel_values=frames[2], stream=stream)
+        setattr(stream.gate, name, before)
+    stream.gate.threshold = -1
+    assert vision(pixel_values=frames[2], stream=stream).active_mask.all()
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda state: state.pop("frames"), "lacks frames"),
+        (lambda state: state.update(frames=[3]), "2 streams"),
+        (lambda state: state.update(batch_size=3), "3 streams"),
+        (lambda state: state["memory"].clear(), "`ema` has shape None; expected"),
+        (lambda state: state["memory"].pop("layers.1.key"), "`layers.1.key` has shape None"),
+        (lambda state: state["memory"].update({"layers.-1.key": torch.zeros(1)}), "`layers.-1.key`.*expected None"),
+        (lambda state: state["memory"].update(ema=torch.zeros(1, 36, 32)), r"\(1, 36, 32\); expected \(2, 36, 32\)"),
+        (lambda state: state["memory"].update(pooled=torch.zeros(2, 31)), r"`pooled` has shape \(2, 31\)"),
+    ],
+)
+def test_a_state_that_is_not_whole_is_refused_and_changes_nothing(vision, spoil, words):
+    frames = random_video(3, batch_size=2)
+    stream, donor = vision.new_stream(2, reference="both"), vision.new_stream(2, reference="both")
+    play(vision, frames[:2], stream)
+    play(vision, frames, donor)
+    state = donor.state_dict()
+    spoil(state)
+    with pytest.raises(ValueError, match=words):
+        stream.load_state_dict(state)
+    expected = play(vision, frames, vision.new_stream(2, reference="both"))[2:]
+    assert_same(play(vision, frames[2:], stream), expected)
+
+
+def test_the_state_of_an_interrupted_frame_is_that_of_a_fresh_stream(stock_vision):
+    model = NeuroFlowSiglipVisionModel.from_siglip(stock_vision)
+    frame, stream = random_video(1)[0], model.new_stream()
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    handle = model.head.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model(pixel_values=frame, stream=stream)
+    finally:
+        handle.remove()
+    other = model.new_stream()
+    other.load_state_dict(stream.state_dict())
+    assert other.nbytes == 0
+    with pytest.raises(ValueError, match="NaN"):
+        model(pixel_values=frame * math.nan, stream=other)
+
+
+@pytest.mark.parametrize("mode", ["mlp", "reconstruct", "context"])
+def test_what_hooks_kept_does_not_change_when_the_stream_goes_on(mode, stock_vision):
+    model = NeuroFlowSiglipVisionModel.from_siglip(stock_vision)
+    kept = []
+
+    def keep(module, args, output):
+        kept.append((output, output.clone()))
+
+    names = (
+        "embeddings.patch_embedding",
+        "post_layernorm",
+        "encoder.layers.0.self_attn.k_proj",
+        "encoder.layers.0.mlp",
+    )
+    handles = [model.get_submodule(name).register_forward_hook(keep) for name in names]
+    try:
+        frames = [frame.to(memory_format=torch.channels_last) for frame in random_video(3)]
+        play(model, frames, model.new_stream(mode=mode))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(kept) >= 9
+    assert all(torch.equal(output, copy) for output, copy in kept)
+
+
+@pytest.mark.parametrize("mode", GATED_MODES)
+@pytest.mark.parametrize("trained", ["head", "encoder.layers.1.mlp", "encoder.layers.0.self_attn.q_proj", ""])
+def test_a_loss_over_several_frames_trains_any_part(stock_vision, mode, trained):
+    model = NeuroFlowSiglipVisionModel.from_siglip(SiglipVisionModel(stock_vision.config))
+    model.requires_grad_(False)
+    model.get_submodule(trained).requires_grad_(True)
+    stream, frames, loss = model.new_stream(mode=mode, threshold=0.3), random_video(4), 0
+    with torch.enable_grad():
+        for frame in frames[:3]:
+            output = model(pixel_values=frame, stream=stream)
+            assert not output.surprise.requires_grad
+            loss = loss + output.pooler_output.square().sum()
+    model(pixel_values=frames[3], stream=stream)  # without gradients, written in place
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.get_submodule(trained).parameters())
+
+
+def test_threads_that_share_a_model_leave_its_checkpointing_on(stock_vision):
+    model = NeuroFlowSiglipVisionModel.from_siglip(SiglipVisionModel(stock_vision.config)).eval()
+    for layer in model.encoder.layers:
+        layer.gradient_checkpointing = True
+    first_inside, second_inside = threading.Event(), threading.Event()
+
+    def meet(module, args):
+        if threading.current_thread() is first:
+            first_inside.set()
+            second_inside.wait(10)
+        else:
+            second_inside.set()
+            first.join(10)
+
+    def one_frame():
+        with torch.no_grad():
+            model(pixel_values=random_video(1)[0], stream=model.new_stream())
+
+    model.encoder.layers[0].layer_norm1.register_forward_pre_hook(meet)
+    first, second = (threading.Thread(target=one_frame) for _ in range(2))
+    first.start()
+    first_inside.wait(10)
+    second.start()
+    second.join(20)
+    assert all(layer.gradient_checkpointing for layer in model.encoder.layers)
+
+
+@pytest.mark.parametrize("streams", [[False, True], torch.tensor([False, True]), [0, 1.0], True])
+def test_a_mask_does_not_pass_for_indices(vision, streams):
+    stream = vision.new_stream(2)
+    play(vision, random_video(2, batch_size=2), stream)
+    with pytest.raises(TypeError, match="indices of streams"):
+        stream.reset(streams)
+    assert stream.frames == [2, 2]
+    stream.reset(torch.tensor([1]))
+    assert stream.frames == [2, 0]
+
+
+def test_a_stream_that_is_none(vision):
+    with pytest.raises(TypeError, match=r"`stream` is a method; expected what `model.new_stream\(\)` returns"):
+        vision(pixel_values=random_video(1)[0], stream=vision.new_stream)
+
+
+@pytest.mark.parametrize("options", [{"mode": "dense"}, {"mode": "hold"}, {"threshold": -1}])
+def test_a_budget_does_not_count_where_everything_or_nothing_is_active(vision, options):
+    vision(pixel_values=random_video(1)[0], stream=vision.new_stream(max_age=6, token_budget=5, **options))
+
+
+@pytest.mark.parametrize("dilate", [0, 1])
+def test_dilation_does_not_make_a_scene_cut(vision, dilate):
+    frame = random_video(1)[0]
+    changed = frame.clone()
+    for row, column in ((4, 4), (4, 16), (16, 4), (16, 16)):
+        changed[..., row : row + 4, column : column + 4] += torch.randn(3, 4, 4)
+    stream = vision.new_stream(keyframe_fraction=0.5, dilate=dilate, reference="ema", ema_rate=0.5)
+    play(vision, [frame, changed], stream)
+    signal = vision.embeddings.patch_embedding(changed).flatten(2).transpose(1, 2)
+    assert not torch.allclose(stream.memory["ema"], signal)  # a keyframe would have started it anew
+
+
+def test_a_grid_of_another_shape_with_as_many_patches_needs_interpolation(vision):
+    with pytest.raises(ValueError, match="4x9 patches, the checkpoint has positions for 6x6"):
+        vision(pixel_values=torch.zeros(1, 3, 16, 36), stream=vision.new_stream())
+
+
+def test_positions_are_not_interpolated_for_a_still_frame(vision, monkeypatch):
+    calls, original = [], vision.embeddings.interpolate_pos_encoding
+    monkeypatch.setattr(
+        vision.embeddings, "interpolate_pos_encoding", lambda *args: calls.append(1) or original(*args)
+    )
+    frame, stream = random_video(1, size=32)[0], vision.new_stream()
+    for _ in range(3):
+        vision(pixel_values=frame, stream=stream, interpolate_pos_encoding=True)
+    assert calls == [1]
+
+
+def test_classifier_of_no_active_patch_is_refused():
+    classifier = NeuroFlowSiglipForImageClassification(NeuroFlowSiglipConfig(vision_config=dict(TINY_VISION))).eval()
+    stream = classifier.new_stream(mode="eliminate", min_active_tokens=0)
+    with pytest.raises(ValueError, match="min_active_tokens"):
+        classifier(pixel_values=random_video(1)[0], stream=stream)
+    assert stream.frames == [0]
+
+
+def test_clips_of_a_model_that_returns_tuples(stock_vision):
+    model = NeuroFlowSiglipVisionModel.from_siglip(stock_vision)
+    model.config.return_dict = False
+    assert model.get_video_features(torch.stack(random_video(3), dim=1)).pooler_output.shape == (1, 3, 32)
 
 
 def test_an_interrupted_frame_is_followed_by_a_keyframe(vision, stock_vision):
