@@ -158,7 +158,7 @@ class NeuroFlowGateConfig:
         except (TypeError, ValueError):
             raise
         except Exception as error:  # the strict dataclass has error types of its own that are not ValueErrors
-            raise ValueError(f"Bad gate option: {error}") from error
+            raise ValueError(f"Bad gate option: {error.__cause__ or error}") from error
 
     def to_dict(self) -> dict:
         """All options as plain values."""

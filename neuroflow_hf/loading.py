@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from .modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .preprocess import Preprocessor
@@ -43,7 +44,14 @@ def load_model(
         try:
             model, info = NeuroFlowSiglipVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
         except Exception as error:  # damaged files raise whatever their reader raises
-            raise ModelLoadError(f"Cannot load a SigLIP vision model from {source}: {one_line(error)}") from error
+            if isinstance(error, SafetensorError):
+                advice = ". A weights file is damaged or cut short; copy or download it again."
+            elif not Path(source).exists():
+                advice = " There is no folder of that name here, so it was looked for on the Hub."
+            else:
+                advice = ""
+            message = f"Cannot load a SigLIP vision model from {source}: {one_line(error)}{advice}"
+            raise ModelLoadError(message) from error
         if info["missing_keys"]:
             names = sorted(info["missing_keys"])
             raise ModelLoadError(

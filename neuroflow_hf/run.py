@@ -215,7 +215,13 @@ def prepare_folder(out: str | Path) -> Path:
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; name a folder to write to.")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OSError(f"Cannot make the folder {out} ({reason}); name one that you may write to.") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise PermissionError(f"The folder {out} may not be written to; name another one.")
     return out
 
 

@@ -1,5 +1,6 @@
 """What each frame of a run gives, and how that is put into figures and words. Pure functions."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,24 @@ def compare_with_dense(records: Sequence[FrameRecord]) -> dict[int, dict[str, fl
     return compared
 
 
+def held_at_cost(records: Sequence[FrameRecord], cost: float) -> dict | None:
+    """
+    The control that costs no more than the stream: dense on every `every`-th frame, so that its `cost` is at most
+    `cost`, and held between. `cosine` is the spread at the *oldest* frame of each hold, just before the next dense
+    one, so it understates the control. None if the video is too short for it.
+    """
+    places = [place for place, record in enumerate(records) if record.dense_embedding is not None]
+    if len(places) < 2 or cost <= 0:
+        return None
+    step = places[1] - places[0]
+    samples = math.ceil(1 / (cost * step))  # how many of them lie between two dense frames
+    pairs = list(zip(places[:-samples], places[samples:], strict=True))
+    if not pairs:
+        return None
+    values = [cosine(records[old].dense_embedding, records[new].dense_embedding) for old, new in pairs]
+    return {"every": samples * step, "cost": 1 / (samples * step), "cosine": spread(values)}
+
+
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     """Cosine of two vectors [D], computed in float64."""
     return functional.cosine_similarity(a.double(), b.double(), dim=0).item()
@@ -111,6 +130,7 @@ def figures(records: Sequence[FrameRecord]) -> dict:
         "cosine_to_dense": {
             name: spread([cosines[name] for cosines in compared]) for name in ("streamed", "first_frame", "held")
         },
+        "held_at_cost": held_at_cost(records, float(np.mean([record.cost for record in records]))),
     }
 
 

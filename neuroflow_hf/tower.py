@@ -149,6 +149,7 @@ def _publish(partial: Path, output: Path) -> None:
 def _write_tower(partial: Path, model_wheel: Path, seed: int, console: Console, quiet: bool) -> None:
     """Do the work of :func:`build_tower`, into ``partial/tower``."""
     started = time.perf_counter()
+    console.print("Building the vision tower. This takes some minutes, once; the result is kept.")
     state = dinov2_state(*read_onnx(model_wheel))
     original, tower = load_original(state), make_tower(state, seed=seed)
     photos = read_photos(model_wheel.parent, TRAINING_PHOTOS)

@@ -288,12 +288,13 @@ def test_gate_settings_are_parsed():
 
 
 def test_the_note_names_a_control_that_is_as_good():
-    def summary(ours, first, held, cost):
+    def summary(ours, first, held, cost, held_at_cost=None):
         means = {"streamed": ours, "first_frame": first, "held": held}
         return {
             "cosine_to_dense": {name: {"mean": mean} for name, mean in means.items()},
             "cost": {"mean": cost},
             "dense_every": 4,
+            "held_at_cost": held_at_cost and {"every": 12, "cost": 0.083, "cosine": {"mean": held_at_cost}},
         }
 
     assert control_note(summary(0.99, 0.95, 0.98, 0.1)) == ""
@@ -301,6 +302,22 @@ def test_the_note_names_a_control_that_is_as_good():
     assert "first frame" in control_note(summary(0.951, 0.95, 0.94, 0.1))
     assert "every 4 frames" in control_note(summary(0.97, 0.96, 0.98, 0.3))
     assert control_note(summary(0.97, 0.96, 0.98, 0.1)) == ""  # holding costs more here
+    assert "every 12 frames" in control_note(summary(0.97, 0.96, 0.98, 0.1, held_at_cost=0.975))
+    assert control_note(summary(0.97, 0.96, 0.98, 0.1, held_at_cost=0.96)) == ""
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--mode", "contxt"], ["--threshold", "nan"], ["--device", "abacus"], ["--dense-every", "-1"]]
+)
+def test_what_is_wrong_is_said_before_the_tower_is_built(wrong, clip, tmp_path, monkeypatch):
+    def build(folder):
+        raise AssertionError("the build takes minutes")
+
+    monkeypatch.setattr(neuroflow_hf.tower, "build_tower", build)
+    result = call("run", str(clip), "--out", str(tmp_path / "out"), *wrong)
+    assert result.exit_code == 2
+    assert "build takes" not in result.output
+    assert "Validation error" not in result.output
 
 
 def test_version_and_help():

@@ -25,7 +25,7 @@ from neuroflow_hf.overlay import (
 )
 from neuroflow_hf.preprocess import Preprocessor
 from neuroflow_hf.run import fingerprint, run_video, sampling_step, stop_on_interrupt
-from neuroflow_hf.run_records import FrameRecord, compare_with_dense, figures
+from neuroflow_hf.run_records import FrameRecord, compare_with_dense, figures, held_at_cost
 from neuroflow_hf.video import VideoReader
 
 
@@ -70,6 +70,18 @@ def test_controls_are_the_first_and_the_last_dense_sample():
     half = 0.5**0.5
     assert compared[2] == pytest.approx({"streamed": 1, "first_frame": half, "held": half})
     assert compared[4] == pytest.approx({"streamed": half, "first_frame": 0, "held": half})
+
+
+def test_the_control_at_the_stream_s_cost_is_compared_at_its_oldest():
+    # sampled every second frame; the dense embedding turns by a right angle on the last sample
+    samples = [(1.0, 0.0), (1.0, 0.0), (1.0, 0.0), (0.0, 1.0)]
+    records = [record(index, dense=samples[index // 2] if index % 2 == 0 else None) for index in range(8)]
+    control = held_at_cost(records, cost=0.3)
+    assert (control["every"], control["cost"]) == (4, 0.25)
+    assert control["cosine"]["mean"] == pytest.approx(0.5)
+    assert control["cosine"]["min"] == pytest.approx(0)
+    assert held_at_cost(records, cost=0.01) is None  # the video is shorter than the hold
+    assert held_at_cost(records[:2], cost=0.3) is None
 
 
 def test_figures_count_keyframes_and_leave_the_first_sample_out_of_the_fidelity():
