@@ -1,7 +1,9 @@
 """
 Write README's figures and pictures from the results: tables from `eval/results/*.json`, pictures from a run.
 
-    python eval/vision_controls.py && neuroflow run --out neuroflow-run && python eval/fill_readme.py
+    python eval/vision_controls.py && neuroflow run --out neuroflow-run
+    python eval/benchmark_vision.py --resolutions 224,448,896 --fractions 0.03,1 --repeats 3
+    python eval/fill_readme.py
 
 """
 
@@ -77,6 +79,28 @@ def run_table(summary: dict) -> str:
     )
 
 
+def speed_table(report: dict) -> str:
+    """The benchmark's table in Markdown, from `benchmark_vision.json`."""
+    lines = [
+        "| pixels | active | mode | cost | dense, ms | streamed, ms | times faster |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in report["cases"]:
+        dense, streamed = (case[key]["median"] for key in ("dense", "streamed"))
+        lines.append(
+            f"| {case['resolution']} | {case['active']:.0%} | `{case['mode']}` | {case['cost']:.3f} | {dense:.0f} "
+            f"| {streamed:.0f} | {dense / streamed:.2f} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`{report['command']}`: SigLIP-base geometry, {report['dtype']}, {report['machine']['threads']} threads "
+            f"on the CPU, from pixels to embedding, medians of {report['repeats']} frames, dense in the same run.",
+        ]
+    )
+
+
 def main(
     run: Annotated[Path, typer.Option(help="Folder of a `neuroflow run` on the shipped clip.")] = ROOT
     / "neuroflow-run",
@@ -86,6 +110,8 @@ def main(
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = fill_block(readme, "figures:controls", controls_table(controls))
+    benchmark = json.loads((RESULTS / "benchmark_vision.json").read_text(encoding="utf-8"))
+    readme = fill_block(readme, "figures:speed", speed_table(benchmark))
     readme = fill_block(readme, "figures:run", run_table(summary))
     write_json(RESULTS / "run.json", summary)  # what the second table says
     pictures = ROOT / "docs"

@@ -405,8 +405,7 @@ def mean_of_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | None)
     """Mean over the tokens, [B, A, D] to [B, D]; with a mask [B, A], over those that are real."""
     if token_mask is None:
         return hidden_states.mean(dim=1)
-    counts = token_mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return (hidden_states * token_mask.unsqueeze(-1)).sum(dim=1) / counts
+    return (hidden_states * token_mask.unsqueeze(-1)).sum(dim=1) / token_mask.sum(dim=1, keepdim=True)
 
 
 def refuse_recording(config, kwargs: dict):
@@ -443,7 +442,7 @@ def share_module(module: nn.Module, shared: nn.Module):
 def empty_wrapper(model_class: type, model, gate: dict):
     """A `model_class` of `model`'s configuration without any memory for parameters, to put `model`'s modules into."""
     config = model_class.config_class.from_dict(model.config.to_dict())
-    config.gate = NeuroFlowGateConfig.from_options(gate) and dict(gate)
+    config.gate = gate
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         return model_class(config)

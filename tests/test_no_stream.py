@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import IMAGE_SIZE, TINY_TEXT, TINY_VISION, lively
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -568,3 +569,16 @@ assert AutoModel._model_mapping[SiglipConfig].__name__ == "SiglipModel"
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "classes", [(SiglipVisionModel, NeuroFlowSiglipVisionModel), (SiglipModel, NeuroFlowSiglipModel)]
+)
+def test_files_saved_after_loading_name_weights_as_stock_files_do(classes, stock_folder, tmp_path):
+    names = []
+    for model_class in classes:
+        folder = tmp_path / model_class.__name__
+        model_class.from_pretrained(stock_folder).save_pretrained(folder)
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            names.append(set(file.keys()))
+    assert names[0] == names[1]
