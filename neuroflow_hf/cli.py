@@ -346,9 +346,10 @@ def control_note(summary: dict) -> str:
     # less than a tenth of a control's error removed is not worth a network
     if error["streamed"] >= 0.9 * error["first_frame"]:
         return "Here, repeating the first frame's embedding is about as close to dense: these settings gain little."
-    if 1 / every <= summary["cost"]["mean"] and error["streamed"] >= 0.9 * error["held"]:
-        return f"Here, running dense every {every} frames and holding is about as close to dense, and costs no more."
     control = summary["held_at_cost"]
+    as_good = [every] if 1 / every <= summary["cost"]["mean"] and error["streamed"] >= 0.9 * error["held"] else []
     if control and error["streamed"] >= 0.9 * (1 - control["cosine"]["mean"]):
-        return f"Here, running dense every {control['every']} frames and holding is about as close, and costs no more."
+        as_good.append(control["every"])
+    if as_good:
+        return f"Here, dense every {as_good[0]} frames, held between, is about as close or closer and costs no more."
     return ""
