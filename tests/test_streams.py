@@ -535,6 +535,20 @@ def test_what_hooks_kept_does_not_change_when_the_stream_goes_on(mode, stock_vis
     assert all(torch.equal(output, copy) for output, copy in kept)
 
 
+def test_changing_what_hooks_kept_does_not_change_the_memory(stock_vision):
+    model = NeuroFlowSiglipVisionModel.from_siglip(stock_vision)
+    stream, kept = model.new_stream(reference="both"), []
+    handle = model.embeddings.patch_embedding.register_forward_hook(lambda *args: kept.append(args[-1]))
+    try:
+        # in this layout the projection's output is what the gate compares, not a copy of it
+        play(model, [random_video(1)[0].to(memory_format=torch.channels_last)], stream)
+    finally:
+        handle.remove()
+    before = stream.state_dict()["memory"]
+    kept[0].zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stream.named_memory().items())
+
+
 @pytest.mark.parametrize("mode", GATED_MODES)
 @pytest.mark.parametrize("trained", ["head", "encoder.layers.1.mlp", "encoder.layers.0.self_attn.q_proj", ""])
 def test_a_loss_over_several_frames_trains_any_part(stock_vision, mode, trained):
