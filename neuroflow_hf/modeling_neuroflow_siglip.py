@@ -26,7 +26,8 @@ from transformers.models.siglip.modeling_siglip import (
 from .configuration_neuroflow_gate import NeuroFlowGateConfig
 from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig, adopt_config
 from .neuroflow_frame import FrameResult, encode_frame
-from .neuroflow_modes import LayerStep
+from .neuroflow_layer import LayerStep
+from .neuroflow_modes import MODES
 from .neuroflow_stream import NeuroFlowStream
 
 
@@ -83,7 +84,8 @@ class NeuroFlowSiglipEncoderLayer(SiglipEncoderLayer):
         """`hidden_states` [B, N, D] without a step; with one, what the mode passes through its layers."""
         if step is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        return step.mode.layer(self, hidden_states, step.active, step.memory)
+        step.output = MODES[step.gate.mode].layer(self, hidden_states, step)
+        return step.output.hidden
 
 
 class NeuroFlowSiglipEncoder(SiglipEncoder):

@@ -13,14 +13,15 @@ from .neuroflow_cost import mlp as mlp_cost
 from .neuroflow_cost import patch_projection as projection_cost
 from .neuroflow_cost import pooling_head as head_cost
 from .neuroflow_gate import choose_active, update_references
-from .neuroflow_modes import MODES, LayerStep
+from .neuroflow_layer import LayerOutput, LayerStep
+from .neuroflow_modes import MODES
 from .neuroflow_stream import NeuroFlowStream, StreamGeometry
 
 
 @dataclass
 class FrameResult:
-    """What a frame gave: `last_hidden_state` [B, N, D] (or [B, A, D] with `token_mask` [B, A]), `pooled` [B, D],
-    `surprise` [B, N], `skip_rate` and `cost` [B]."""
+    """What a frame gave: `active`, the set that entered the layers; `last_hidden_state` [B, N, D] (or [B, A, D] with
+    `token_mask` [B, A]), `pooled` [B, D], `surprise` [B, N], `skip_rate` and `cost` [B]."""
 
     active: ActiveSet
     grid: tuple[int, int]
@@ -62,7 +63,7 @@ def encode_frame(
             active, surprise = ActiveSet(mask, [0] * geometry.batch_size, [False] * geometry.batch_size), None
 
     stream.frame_in_progress = True
-    fresh = None
+    encoded = LayerOutput(None, active, [0] * geometry.batch_size)
     if active.live:
         # only now: at high resolution their interpolation takes as long as the gate
         positions = position_embeddings(model, patches, pixel_values, interpolate_pos_encoding)
@@ -70,16 +71,19 @@ def encode_frame(
             hidden = active.of_live(patches) + positions
         else:
             hidden = active.gather(patches) + active.gather_shared(positions)
-        fresh = encode(model, hidden, active, stream)
+        encoded = encode(model, hidden, active, stream)
     folded = model.use_head and stream.gate.mode != "dense" and can_fold_probe(model.head)
-    tokens, token_mask = read_out(stream, fresh, active)
-    pooled = pool(model, stream, tokens, token_mask, active, folded)
+    tokens, token_mask = read_out(stream, encoded)
+    pooled = pool(model, stream, tokens, token_mask, encoded.active, folded)
     if projected:
         update_references(stream, signal, active)
     stream.frames = [frame + 1 for frame in stream.frames]
     stream.frame_in_progress = False
 
-    costs = [frame_cost(model, stream, count, projected, folded) for count in active.counts]
+    costs = [
+        frame_cost(model, stream, count, layers, projected, folded)
+        for count, layers in zip(active.counts, encoded.multiply_adds, strict=True)
+    ]
     counts = torch.tensor(active.counts, dtype=torch.float32)
     return FrameResult(
         active=active,
@@ -129,6 +133,7 @@ def geometry_of(model: nn.Module, pixel_values: torch.Tensor, interpolate_pos_en
         grid=grid,
         hidden_size=config.hidden_size,
         num_layers=len(model.encoder.layers),
+        num_heads=config.num_attention_heads,
         dtype=torch.get_autocast_dtype(device_type) if autocast else embeddings.patch_embedding.weight.dtype,
         device=pixel_values.device,
     )
@@ -150,30 +155,35 @@ def position_embeddings(
     return embeddings.position_embedding(embeddings.position_ids)[0]
 
 
-def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: NeuroFlowStream) -> torch.Tensor:
-    """All encoder layers and the final layer norm, for what the mode passes through them."""
-    mode = MODES[stream.gate.mode]
-    for layer, memory in zip(model.encoder.layers, stream.layer_memories, strict=True):
+def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: NeuroFlowStream) -> LayerOutput:
+    """
+    All encoder layers and the final layer norm, for what the mode passes through them: the outputs, the active set
+    that the last layer left, and each stream's multiply-adds in all layers.
+    """
+    layers, spent = model.encoder.layers, [0] * len(active.counts)
+    for index, (layer, memory) in enumerate(zip(layers, stream.layer_memories, strict=True)):
         # A checkpointed layer would run again in the backward pass, when its memory is that of a later frame. Outside
         # of training no layer is checkpointed, and threads that share the model must not see its flags change.
         checkpointed = layer.training and layer.gradient_checkpointing
         try:
             if checkpointed:
                 layer.gradient_checkpointing = False
-            hidden = layer(hidden, None, step=LayerStep(mode, active, memory))
+            step = LayerStep(stream.gate, active, memory, index, len(layers))
+            hidden = layer(hidden, None, step=step)
         finally:
             if checkpointed:
                 layer.gradient_checkpointing = True
-    return model.post_layernorm(hidden)
+        active = step.output.active
+        spent = [before + added for before, added in zip(spent, step.output.multiply_adds, strict=True)]
+    return LayerOutput(model.post_layernorm(hidden), active, spent)
 
 
-def read_out(
-    stream: NeuroFlowStream, fresh: torch.Tensor | None, active: ActiveSet
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_out(stream: NeuroFlowStream, encoded: LayerOutput) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     What the head sees of each stream, [B, N, D] and no mask, or [B, A, D] and its mask [B, A], from what the encoder
-    returned (`None` if nothing was active). Fresh outputs are remembered for the frames to come.
+    returned (no hidden states if nothing was active). Fresh outputs are remembered for the frames to come.
     """
+    fresh, active = encoded.hidden, encoded.active
     mode, memory = MODES[stream.gate.mode], stream.memory
     if not mode.pools_all_patches:
         return pad_streams(fresh, active, stream.geometry)
@@ -242,8 +252,13 @@ def pool(
     return remember_streams(stream.memory, "pooled", fresh, active)
 
 
-def frame_cost(model: nn.Module, stream: NeuroFlowStream, active: int, projected: bool, folded: bool) -> float:
-    """Multiply-adds spent on one stream's frame with `active` patches active, over those of a dense frame."""
+def frame_cost(
+    model: nn.Module, stream: NeuroFlowStream, active: int, layers: int, projected: bool, folded: bool
+) -> float:
+    """
+    Multiply-adds spent on one stream's frame with `active` patches active, `layers` of them in the encoder's layers,
+    over those of a dense frame.
+    """
     config, geometry, gate = model.config, stream.geometry, stream.gate
     patches, dim, inner = geometry.num_patches, config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads
@@ -258,7 +273,7 @@ def frame_cost(model: nn.Module, stream: NeuroFlowStream, active: int, projected
     if gate.needs_surprise:
         spent += gate_cost(patches, dim, len(gate.references))
     if active:
-        spent += geometry.num_layers * mode.layer_cost(active, patches, dim, inner)
+        spent += layers
         if model.use_head:
             spent += head_cost(patches if mode.pools_all_patches else active, dim, inner, heads, folded)
     return spent / dense

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -16,7 +17,7 @@ from .configuration_neuroflow_gate import NeuroFlowGateConfig
 from .neuroflow_gating import refreshed_per_frame
 from .neuroflow_modes import MODES
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class StreamGeometry:
     grid: tuple[int, int]
     hidden_size: int
     num_layers: int
+    num_heads: int
     dtype: torch.dtype
     device: torch.device
 
@@ -229,7 +231,7 @@ class NeuroFlowStream:
                 **{**stored, "grid": tuple(stored["grid"]), "dtype": getattr(torch, stored["dtype"]), "device": device}
             )
             layer_memories = [{} for _ in range(geometry.num_layers)]
-        require_complete(state, memory_shapes(self.gate, geometry))
+        require_complete(state, memory_layout(self.gate, geometry))
         for name, tensor in state["memory"].items():
             if name.startswith("layers."):
                 _, index, field = name.split(".")
@@ -307,7 +309,14 @@ def changes_of(theirs: dict, ours: dict) -> str:
     return "; ".join(f"`{name}` was {theirs[name]!r}, here {ours[name]!r}" for name in differing)
 
 
-def memory_shapes(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) -> dict[str, tuple[int, ...]]:
+class MemoryLayout(NamedTuple):
+    """A memory's shape; and its type, if that is not what the model's modules return."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
+def memory_layout(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) -> dict[str, MemoryLayout]:
     """
     What a stream holds after its first frame (before it, with no geometry yet, nothing), by name; but for `pooled`,
     which a model without a pooling head does not make.
@@ -315,25 +324,28 @@ def memory_shapes(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) ->
     if geometry is None:
         return {}
     patches, mode = (geometry.batch_size, geometry.num_patches), MODES[gate.mode]
-    names = [
-        *(("output",) if mode.pools_all_patches else ()),
-        *gate.references,
-        *(f"layers.{layer}.{name}" for layer in range(geometry.num_layers) for name in mode.layer_memories),
-    ]
-    shapes = dict.fromkeys(names, (*patches, geometry.hidden_size))
+    features = MemoryLayout((*patches, geometry.hidden_size))
+    layout = dict.fromkeys([*(("output",) if mode.pools_all_patches else ()), *gate.references], features)
+    for layer in range(geometry.num_layers):
+        for name, kept in mode.layer_memories.items():
+            width = geometry.num_heads if kept.per_head else geometry.hidden_size
+            layout[f"layers.{layer}.{name}"] = MemoryLayout((*patches, width), kept.dtype)
     if gate.needs_surprise and gate.max_age is not None:
-        shapes["age"] = patches
-    return shapes
+        layout["age"] = MemoryLayout(patches)
+    return layout
 
 
-def require_complete(state: dict, shapes: dict[str, tuple[int, ...]]):
-    """Raise a ValueError unless a state has frames for all streams and its memories are those of `shapes`."""
+def require_complete(state: dict, layout: dict[str, MemoryLayout]):
+    """Raise a ValueError unless a state has frames for all streams and its memories are as `layout` says."""
     batch_size, frames, geometry, memory = (state[key] for key in ("batch_size", "frames", "geometry", "memory"))
     if len(frames) != batch_size or (geometry is not None and geometry["batch_size"] != batch_size):
         raise ValueError(f"The state is of {batch_size} streams, and its frames or memories are of another number.")
     if geometry is not None and "pooled" in memory:
-        shapes = {**shapes, "pooled": (batch_size, geometry["hidden_size"])}
-    for name in sorted(shapes.keys() | memory.keys()):
+        layout = {**layout, "pooled": MemoryLayout((batch_size, geometry["hidden_size"]))}
+    for name in sorted(layout.keys() | memory.keys()):
         found = tuple(memory[name].shape) if name in memory else None
-        if found != shapes.get(name):
-            raise ValueError(f"The state's memory `{name}` has shape {found}; expected {shapes.get(name)}.")
+        expected, dtype = layout.get(name, (None, None))
+        if found != expected:
+            raise ValueError(f"The state's memory `{name}` has shape {found}; expected {expected}.")
+        if dtype is not None and memory[name].dtype != dtype:
+            raise ValueError(f"The state's memory `{name}` is {memory[name].dtype}; expected {dtype}.")
