@@ -106,7 +106,9 @@ def run(
     mode: Annotated[
         str | None,
         typer.Option(
-            help="context, reconstruct, eliminate, mlp, hold or dense.", show_default="context", rich_help_panel=GATE
+            help="context, propagate, reconstruct, eliminate, mlp, hold or dense.",
+            show_default="context",
+            rich_help_panel=GATE,
         ),
     ] = None,
     threshold: Annotated[

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 
-Mode = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context"]
+Mode = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "propagate"]
 MODES: tuple[str, ...] = get_args(Mode)
 
 
@@ -22,7 +22,8 @@ class NeuroFlowGateConfig:
     [0, 2]. The active set is the patches that the policies below choose from the surprise; only they are encoded.
     Source: Y. Schmitt, "EMA-Gated Temporal Sequence Compression in Vision Transformers" (2026), sections on the gate
     and on Architectures A (`mlp`), B (`eliminate`) and C (`reconstruct`); `context` follows prior work that gives
-    active tokens the stored keys and values of the others (STC-Cacher, WAM-Cache, Eventful Transformers).
+    active tokens the stored keys and values of the others (STC-Cacher, WAM-Cache, Eventful Transformers); `propagate`
+    is our own.
 
     Args:
         mode (`str`, defaults to `"context"`):
@@ -30,6 +31,10 @@ class NeuroFlowGateConfig:
 
             - `"context"`: active patches attend to all patches, fresh for active, stored keys and values for the
               rest; the head pools all patches. The one to choose without training.
+            - `"propagate"`: as `context`, and changes spread: a patch whose attention output moved by more than
+              `tolerance` since it was last computed is active from that layer on. Closer to dense than `context`,
+              above all on the frames where `context` is worst, for more multiply-adds and three to four times its
+              memory.
             - `"reconstruct"`: active patches attend only to each other; the head pools fresh and stored outputs (the
               paper's dual memory). Cheaper than `context` at very many patches, much less faithful.
             - `"eliminate"`: active patches attend only to each other and only they are pooled. Cheapest; the output
@@ -80,8 +85,23 @@ class NeuroFlowGateConfig:
             `"ema"` or `"both"`.
         memory_blend (`float`, defaults to 1.0):
             Share b of the fresh output in the stored one, `C <- (1 - b) C + b z`, in (0, 1]; 1 is plain writing.
-            Lower values smooth the output over time and lag behind events. For `context` and `reconstruct`; the
-            other modes have no stored patches that the head sees beside fresh ones, and write plainly.
+            Lower values smooth the output over time and lag behind events. For `context`, `propagate` and
+            `reconstruct`; the other modes have no stored patches that the head sees beside fresh ones, and write
+            plainly.
+        tolerance (`float`, defaults to 0.2):
+            In `propagate`, an inactive patch joins the active set in a layer if its attention output differs from
+            the one that the patch was last computed with by more than this share of its norm. In a street scene 0.3
+            costs twice as much as `context`, 0.2 three times, 0.1 six times. 0: whatever moved by more than rounding
+            joins, and with `threshold=0` and `reference="last_update"` the output is the dense one. For no spreading
+            at all, choose `context`.
+        tolerance_tilt (`float`, defaults to 0.5):
+            How much larger the tolerance is in the first layer and smaller in the last, linearly between them, as a
+            share of `tolerance`, in [-1, 1]: with 0.5, from 1.5 times to 0.5 times. A patch that joins late costs
+            few layers, and what is wrong in the last layer is seen by the head. 0: the same in every layer.
+        spread_layers (`int`, *optional*):
+            In `propagate`, changes spread in this many layers only, the last ones; by default in all. The layers
+            before them work, cost and store as in `context`. A third of the layers keeps most of the gain, at 0.3 for
+            two thirds of the cost; one or two are too few.
         on_change (`str`, defaults to `"error"`):
             What a change of resolution, dtype, device or batch size in the middle of a stream does: `"error"`, or
             `"keyframe"` to forget the stream's memory and start again with a keyframe.
@@ -104,6 +124,9 @@ class NeuroFlowGateConfig:
     ema_rate: float | int = 0.01
     slow_ema_rate: float | int | None = None
     memory_blend: float | int = 1.0
+    tolerance: float | int = 0.2
+    tolerance_tilt: float | int = 0.5
+    spread_layers: int | None = None
     on_change: Literal["error", "keyframe"] = "error"
 
     def __post_init__(self):
@@ -130,6 +153,13 @@ class NeuroFlowGateConfig:
         for name in ("min_active_tokens", "dilate"):
             require(name, lambda value: value >= 0, "a whole number of at least 0")
         require("keyframe_fraction", lambda value: 0 <= value <= 1, "a fraction from 0 to 1, or None for never")
+        require(
+            "tolerance",
+            lambda value: math.isfinite(value) and value >= 0,
+            'a finite number of at least 0 (changes that never spread are mode "context")',
+        )
+        require("tolerance_tilt", lambda value: -1 <= value <= 1, "a share from -1 to 1")
+        require("spread_layers", lambda value: value >= 1, "a whole number of at least 1, or None for all layers")
         for name in ("ema_rate", "slow_ema_rate", "memory_blend"):
             require(name, is_rate, "a share above 0 and at most 1")
         if self.slow_ema_rate is not None and self.reference == "last_update":
@@ -186,6 +216,15 @@ class NeuroFlowGateConfig:
         if not self.needs_surprise:
             return []
         return [*(["last_update"] if self.reference in ("last_update", "both") else []), *self.mean_rates]
+
+    def spreads_in(self, layer: int, num_layers: int) -> bool:
+        """Whether changes spread to inactive patches in this layer, of `num_layers`, counted from 0."""
+        return self.mode == "propagate" and (self.spread_layers is None or layer >= num_layers - self.spread_layers)
+
+    def tolerance_in(self, layer: int, num_layers: int) -> float:
+        """The tolerance in this layer, of `num_layers`, counted from 0; at least what rounding may move a patch by."""
+        position = layer / (num_layers - 1) if num_layers > 1 else 0.5  # 0 is the first layer, 1 the last
+        return max(self.tolerance * (1 + self.tolerance_tilt * (1 - 2 * position)), 1e-5)
 
     @property
     def least_active(self) -> int:

@@ -45,13 +45,21 @@ class ActiveSet:
     @cached_property
     def among_live(self) -> "ActiveSet":
         """The same active patches, in a numbering that leaves out streams with none."""
-        if len(self.live) == len(self.counts):
-            return self
+        return self if len(self.live) == len(self.counts) else self.among(self.live)
+
+    def among(self, streams: list[int]) -> "ActiveSet":
+        """The active patches of some streams, numbered anew in this order."""
         return ActiveSet(
-            self.mask[self.live],
-            [self.counts[stream] for stream in self.live],
-            [self.keyframes[stream] for stream in self.live],
+            self.mask[streams],
+            [self.counts[stream] for stream in streams],
+            [self.keyframes[stream] for stream in streams],
         )
+
+    def joined_by(self, streams: list[int], patches: torch.Tensor | bool, counts: list[int]) -> "ActiveSet":
+        """The active set with more patches of some streams, bool [S, N] (or `True`: all); all `counts` are given."""
+        mask = self.mask.clone()
+        mask[streams] |= patches if isinstance(patches, bool) else patches.to(mask.device)
+        return ActiveSet(mask, counts, self.keyframes)
 
     def of_live(self, features: torch.Tensor) -> torch.Tensor:
         """[B, ...] to [B', ...]: the entries of streams with an active patch; a view if that is all."""
@@ -73,6 +81,11 @@ class ActiveSet:
         if self.everything:
             return write_memory(memory, name, None, fresh.view(*self.mask.shape, -1))
         return write_memory(memory, name, self.rows, fresh)
+
+    def remember_streams(self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor) -> torch.Tensor:
+        """Write the live streams' entries [B', ...] into `memory[name]` and return all of it, [B, ...]."""
+        all_live = len(self.live) == len(self.counts)
+        return write_memory(memory, name, None if all_live else torch.tensor(self.live), fresh)
 
 
 def write_memory(
@@ -97,3 +110,9 @@ def write_memory(
         current = flat.index_copy(0, places, fresh).view_as(stored)
     memory[name] = current.detach().clone()
     return current
+
+
+def recall(memory: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """What `memory[name]` holds, to be computed with; a graph does not take what was made in inference mode."""
+    stored = memory[name]
+    return stored.clone() if torch.is_grad_enabled() and stored.is_inference() else stored

@@ -18,7 +18,12 @@ def gate(num_patches: int, dim: int, references: int) -> int:
 
 def attention(queries: int, keys: int, projected_keys: int, dim: int) -> int:
     """Projections of `queries` and `projected_keys`, scores and weighted sums over `keys`, output projection."""
-    return 2 * queries * dim * dim + 2 * projected_keys * dim * dim + 2 * queries * keys * dim
+    return 2 * queries * dim * dim + 2 * projected_keys * dim * dim + attended(queries, keys, dim)
+
+
+def attended(queries: int, keys: int, dim: int) -> int:
+    """Scores and weighted sums: [n, D] x [D, K], and [n, K] x [K, D]."""
+    return 2 * queries * keys * dim
 
 
 def mlp(tokens: int, dim: int, inner: int) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .neuroflow_active import ActiveSet, write_memory
+from .neuroflow_active import ActiveSet
 from .neuroflow_attention import can_fold_probe, pool_with_folded_probe
 from .neuroflow_cost import attention as attention_cost
 from .neuroflow_cost import gate as gate_cost
@@ -190,7 +190,7 @@ def read_out(stream: NeuroFlowStream, encoded: LayerOutput) -> tuple[torch.Tenso
     if fresh is None:
         return memory["output"], None
     if mode.encodes_all_patches:
-        return remember_streams(memory, "output", fresh, active), None
+        return active.remember_streams(memory, "output", fresh), None
     return active.remember(memory, "output", blend(stream, fresh, active)), None
 
 
@@ -202,14 +202,6 @@ def blend(stream: NeuroFlowStream, fresh: torch.Tensor, active: ActiveSet) -> to
     plain = torch.tensor(active.keyframes).repeat_interleave(torch.tensor(active.counts)).to(fresh.device)
     blended = torch.lerp(active.gather(stream.memory["output"]), fresh, share)
     return torch.where(plain.unsqueeze(1), fresh, blended)
-
-
-def remember_streams(
-    memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor, active: ActiveSet
-) -> torch.Tensor:
-    """Write the live streams' entries [B', ...] into `memory[name]` and return all of it, [B, ...]."""
-    all_live = len(active.live) == len(active.counts)
-    return write_memory(memory, name, None if all_live else torch.tensor(active.live), fresh)
 
 
 def pad_streams(
@@ -249,7 +241,7 @@ def pool(
         fresh = head(active.of_live(tokens))
     else:
         fresh = torch.cat([head(tokens[index : index + 1, : active.counts[index]]) for index in active.live])
-    return remember_streams(stream.memory, "pooled", fresh, active)
+    return active.remember_streams(stream.memory, "pooled", fresh)
 
 
 def frame_cost(

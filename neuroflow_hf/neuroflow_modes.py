@@ -11,6 +11,7 @@ from .neuroflow_attention import attend
 from .neuroflow_cost import attention as attention_cost
 from .neuroflow_cost import mlp as mlp_cost
 from .neuroflow_layer import LayerOutput, LayerStep, PatchMemory, widths
+from .neuroflow_propagate import SPREADING_MEMORIES, layer_that_spreads
 
 
 def layer_among_active(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
@@ -39,6 +40,12 @@ def layer_in_context(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) ->
     hidden = layer_on_rows(layer, hidden, active, with_stored)
     costs = [attention_cost(count, patches, count, dim) + mlp_cost(count, dim, inner) for count in active.counts]
     return LayerOutput(hidden, active, costs)
+
+
+def layer_that_may_spread(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
+    """`layer_that_spreads`; where `spread_layers` says that changes do not spread, `layer_in_context`."""
+    spreads = step.gate.spreads_in(step.index, step.num_layers)
+    return (layer_that_spreads if spreads else layer_in_context)(layer, hidden, step)
 
 
 def layer_on_rows(
@@ -80,12 +87,14 @@ class Mode:
             or only the active rows, [M, D].
         pools_all_patches: whether the head sees all N patches, or the active ones.
         layer_memories: what is kept for every layer, by name.
+        spreading_memories: what is kept besides for layers in which changes spread to inactive patches.
     """
 
     layer: Callable[[nn.Module, torch.Tensor, LayerStep], LayerOutput]
     encodes_all_patches: bool = False
     pools_all_patches: bool = True
     layer_memories: dict[str, PatchMemory] = field(default_factory=dict)
+    spreading_memories: dict[str, PatchMemory] = field(default_factory=dict)
 
 
 MODES = {
@@ -95,4 +104,9 @@ MODES = {
     "eliminate": Mode(layer_among_active, pools_all_patches=False),
     "reconstruct": Mode(layer_among_active),
     "context": Mode(layer_in_context, layer_memories={"key": PatchMemory(), "value": PatchMemory()}),
+    "propagate": Mode(
+        layer_that_may_spread,
+        layer_memories={"key": PatchMemory(), "value": PatchMemory()},
+        spreading_memories=SPREADING_MEMORIES,
+    ),
 }

@@ -53,8 +53,9 @@ class NeuroFlowStream:
 
     Args:
         gate ([`NeuroFlowGateConfig`]): the options of the gate. They may be changed between frames, but for `mode`,
-            `signal`, `reference` and the presence of `slow_ema_rate`, `max_age` and, in `hold`, `keyframe_fraction`,
-            which decide what is stored; a frame after such a change is refused until the stream is reset.
+            `signal`, `reference`, in `propagate` `spread_layers`, and the presence of `slow_ema_rate`, `max_age` and,
+            in `hold`, `keyframe_fraction`, which decide what is stored; a frame after such a change is refused until
+            the stream is reset.
         batch_size (`int`, defaults to 1): B.
 
     Attributes:
@@ -300,6 +301,7 @@ def stored_by(gate: NeuroFlowGateConfig) -> dict:
         "slow_ema_rate set": gate.slow_ema_rate is not None,
         "max_age set": gate.max_age is not None,
         "keyframe_fraction set": gate.mode == "hold" and gate.keyframe_fraction is not None,
+        "spread_layers": gate.spread_layers if gate.mode == "propagate" else None,
     }
 
 
@@ -327,7 +329,8 @@ def memory_layout(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) ->
     features = MemoryLayout((*patches, geometry.hidden_size))
     layout = dict.fromkeys([*(("output",) if mode.pools_all_patches else ()), *gate.references], features)
     for layer in range(geometry.num_layers):
-        for name, kept in mode.layer_memories.items():
+        spreading = gate.spreads_in(layer, geometry.num_layers)
+        for name, kept in {**mode.layer_memories, **(mode.spreading_memories if spreading else {})}.items():
             width = geometry.num_heads if kept.per_head else geometry.hidden_size
             layout[f"layers.{layer}.{name}"] = MemoryLayout((*patches, width), kept.dtype)
     if gate.needs_surprise and gate.max_age is not None:

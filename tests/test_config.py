@@ -92,7 +92,10 @@ BAD_VALUES = [
         for name in ("ema_rate", "slow_ema_rate", "memory_blend")
         for value in (0, 0.0, -0.1, 1.01, math.nan, math.inf)
     ],
-    ("mode", "propagate"),
+    *[("tolerance", value) for value in (-0.1, math.nan, math.inf)],
+    *[("tolerance_tilt", value) for value in (-1.1, 1.1, math.nan)],
+    *[("spread_layers", value) for value in (0, -1)],
+    ("mode", "propagation"),
     ("mode", "Context"),
     ("signal", "pixel"),
     ("reference", "last"),
@@ -116,6 +119,9 @@ WRONG_TYPES = [
     ("keyframe_fraction", [0.5]),
     ("ema_rate", None),
     ("memory_blend", "1"),
+    ("tolerance", None),
+    ("tolerance_tilt", "0.5"),
+    ("spread_layers", 3.0),
 ]
 
 
@@ -278,7 +284,7 @@ def test_the_vision_part_of_a_dual_configuration_keeps_the_gate(tmp_path):
 
 
 OPTIONS = {
-    "mode": st.sampled_from(["dense", "hold", "mlp", "eliminate", "reconstruct", "context"]),
+    "mode": st.sampled_from(["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "propagate"]),
     "signal": st.sampled_from(["patch", "token"]),
     "threshold": st.one_of(st.integers(-2, 2), st.floats(-2, 2)),
     "token_budget": st.one_of(st.none(), st.integers(1, 1000)),
@@ -290,6 +296,9 @@ OPTIONS = {
     "keyframe_fraction": st.one_of(st.none(), st.floats(0, 1)),
     "ema_rate": st.floats(1e-6, 1),
     "memory_blend": st.floats(1e-6, 1),
+    "tolerance": st.floats(0, 10),
+    "tolerance_tilt": st.floats(-1, 1),
+    "spread_layers": st.one_of(st.none(), st.integers(1, 1000)),
     "on_change": st.sampled_from(["error", "keyframe"]),
 }
 MEANS = st.one_of(

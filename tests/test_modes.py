@@ -28,6 +28,9 @@ gate_options = st.fixed_dictionaries(
         "keyframe_fraction": maybe | st.floats(0.1, 0.9),
         "ema_rate": st.sampled_from([0.05, 0.5, 1.0]),
         "memory_blend": st.sampled_from([1.0, 0.5]),
+        "tolerance": st.floats(0.0, 1.0) | st.sampled_from([0.0, 0.03]),
+        "tolerance_tilt": st.floats(-1, 1),
+        "spread_layers": maybe | st.integers(1, 3),
     }
 )
 
@@ -132,6 +135,8 @@ def test_cost_is_what_a_counter_of_multiply_adds_sees(vision, mode):
         spent.append((int(output.active_mask.sum()), multiply_adds))
     if mode != "dense":
         assert len({count for count, _ in spent}) > 1
+    if mode == "propagate":  # what joins later does not follow the number that was active at first
+        return
     for (few, less), (many, more) in zip(sorted(spent), sorted(spent)[1:], strict=False):
         assert less < more if few < many else less == more
 
@@ -140,7 +145,8 @@ def test_more_active_patches_cost_more_in_every_gated_mode(vision):
     frame, changed = random_video(2, changed=1.0)
     for mode in GATED_MODES:
         costs = []
-        for budget in (4, 9, 18, 36):
+        # `propagate` computes a layer in full above a third
+        for budget in (2, 6, 11, 36) if mode == "propagate" else (4, 9, 18, 36):
             stream = vision.new_stream(mode=mode, token_budget=budget)
             with torch.no_grad():
                 vision(pixel_values=frame, stream=stream)
