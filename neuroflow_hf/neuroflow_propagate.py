@@ -30,14 +30,14 @@ SPREADING_MEMORIES = {
 }
 
 # An update's rounding error is a share of the mass that a row had then; once the row has less than this share of its
-# largest mass left, old errors weigh ten times as much, and it is computed anew. Errors then stay below 5e-4 of an output
-# over thousands of updates, for rows of all kinds (tests/test_propagate.py), and grow with the square root of the number.
-# `max_age` bounds that number, for an active patch's row is computed anew.
+# largest mass left, old errors weigh ten times as much, and it is computed anew. Errors then stay below 5e-4 of an
+# output over thousands of updates, for rows of all kinds (tests/test_propagate.py); they grow more slowly than the
+# number of updates, which `max_age` bounds, for an active patch's row is computed anew.
 LEAST_MASS = 0.1
 
-# How many scores (streams x heads x queries x keys) are in memory at once: on a CPU as many as its cache holds, 8 MiB,
-# elsewhere enough to keep it busy, 128 MiB.
-SCORES_AT_ONCE = {"cpu": 2**21}
+# How many scores (streams x heads x queries x keys) are in memory at once: on a CPU about as many as its cache holds
+# (16 MiB), elsewhere enough to keep it busy (128 MiB).
+SCORES_AT_ONCE = {"cpu": 2**22}
 SCORES_AT_ONCE_ELSEWHERE = 2**25
 
 
@@ -153,7 +153,7 @@ def queries_at_once(keys: torch.Tensor) -> int:
     """How many queries' scores over keys [S, H, X, K] may be in memory together."""
     num_streams, num_heads, _, num_keys = keys.shape
     at_once = SCORES_AT_ONCE.get(keys.device.type, SCORES_AT_ONCE_ELSEWHERE)
-    return max(1, at_once // (num_streams * num_heads * num_keys))
+    return max(16, at_once // (num_streams * num_heads * num_keys))  # fewer would be a loop over patches
 
 
 def layer_that_spreads(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
