@@ -53,7 +53,7 @@ class NeuroFlowStream:
 
     Args:
         gate ([`NeuroFlowGateConfig`]): the options of the gate. They may be changed between frames, but for `mode`,
-            `signal`, `reference` and the presence of `slow_ema_rate`, `max_age` and, in `hold`, `keyframe_fraction`,
+            `signal`, `reference` and the presence of `slow_ema_rate`, `max_age` and, in `hold`, a keyframe trigger,
             which decide what is stored; a frame after such a change is refused until the stream is reset.
         batch_size (`int`, defaults to 1): B.
 
@@ -298,8 +298,8 @@ def stored_by(gate: NeuroFlowGateConfig) -> dict:
         "signal": gate.signal,
         "reference": gate.reference,
         "slow_ema_rate set": gate.slow_ema_rate is not None,
-        "max_age set": gate.max_age is not None,
-        "keyframe_fraction set": gate.mode == "hold" and gate.keyframe_fraction is not None,
+        "max_age set": gate.keeps_age,
+        "keyframe_fraction or keyframe_surprise set": gate.mode == "hold" and gate.has_keyframe_trigger,
     }
 
 
@@ -330,7 +330,7 @@ def memory_layout(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) ->
         for name, kept in mode.layer_memories.items():
             width = geometry.num_heads if kept.per_head else geometry.hidden_size
             layout[f"layers.{layer}.{name}"] = MemoryLayout((*patches, width), kept.dtype)
-    if gate.needs_surprise and gate.max_age is not None:
+    if gate.keeps_age:
         layout["age"] = MemoryLayout(patches)
     return layout
 

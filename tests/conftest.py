@@ -41,8 +41,8 @@ GRID = (6, 6)
 NUM_PATCHES = 36
 IMAGE_SIZE = 24
 PATCH_SIZE = 4
-MODES = ("dense", "hold", "mlp", "eliminate", "reconstruct", "context")
-GATED_MODES = ("mlp", "eliminate", "reconstruct", "context")
+MODES = ("dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate")
+GATED_MODES = ("mlp", "eliminate", "reconstruct", "context", "extrapolate")
 
 
 def lively(model):
