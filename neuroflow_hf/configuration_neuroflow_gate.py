@@ -157,7 +157,7 @@ class NeuroFlowGateConfig:
             require(name, is_rate, "a share above 0 and at most 1")
         if self.hold_fraction is not None and not self.has_keyframe_rule:
             raise ValueError(
-                "Gate option `hold_fraction` holds the last output while much changes, which would be for ever without "
+                "Gate option `hold_fraction` holds the last output while much changes: for ever, without "
                 "a keyframe; set `keyframe_surprise`, `keyframe_interval` or `keyframe_fraction` too."
             )
         if self.slow_ema_rate is not None and self.reference == "last_update":

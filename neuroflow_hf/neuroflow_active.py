@@ -18,7 +18,7 @@ class ActiveSet:
         keyframes (`list[bool]`): whether this frame is a keyframe of the stream (then all its patches are active).
         changed (`torch.BoolTensor` of shape `(B, N)`, *optional*):
             The patches that are above the threshold themselves, encoded or not. None where nobody has looked.
-        changed_counts (`list[tuple[int, int]]`, *optional*): how many of them each stream has, and how many are active.
+        changed_counts (`list[tuple[int, int]]`, *optional*): how many of them each stream has, and how many active.
     """
 
     mask: torch.Tensor
