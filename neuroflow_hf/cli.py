@@ -106,7 +106,7 @@ def run(
     mode: Annotated[
         str | None,
         typer.Option(
-            help="context, propagate, reconstruct, eliminate, mlp, hold or dense.",
+            help="context, extrapolate, propagate, reconstruct, eliminate, mlp, hold or dense.",
             show_default="context",
             rich_help_panel=GATE,
         ),

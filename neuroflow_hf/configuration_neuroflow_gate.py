@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 
-Mode = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "propagate"]
+Mode = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate", "propagate"]
 MODES: tuple[str, ...] = get_args(Mode)
 
 
@@ -30,7 +30,11 @@ class NeuroFlowGateConfig:
             What happens to the active set.
 
             - `"context"`: active patches attend to all patches, fresh for active, stored keys and values for the
-              rest; the head pools all patches. The one to choose without training.
+              rest; the head pools all patches.
+            - `"extrapolate"`: as `context`; a few patches that did not change, the sentinels, are encoded as well,
+              and what they show (attention moves every patch a little when something moves, and like patches alike)
+              is carried over to the stored keys, values and outputs of the patches like them. The one to choose
+              without training.
             - `"propagate"`: as `context`, and changes spread: a patch whose attention output moved by more than
               `tolerance` since it was last computed is active from that layer on. Closer to dense than `context`,
               above all on the frames where `context` is worst, for more multiply-adds and three to four times its
@@ -66,6 +70,10 @@ class NeuroFlowGateConfig:
             about half of the patches are above the threshold after a scene cut then; choose `keyframe_fraction` 0.3.
         dilate (`int`, defaults to 0):
             Also take the patches within this many rows and columns of an active one. 1 helps at object borders.
+        sentinels (`float`, defaults to 0.05):
+            Mode `extrapolate`: up to this share of the patches is encoded although they did not change, as many as
+            did change, each patch in its turn. 0.03 is thrifty, 0.1 faithful; 0 is `context` wherever all that
+            changed is encoded.
         max_age (`int`, *optional*):
             No stored patch gets older than this many frames: `ceil(N / max_age)` of the oldest are encoded anew on
             every frame, in turn, so that the cost stays flat. 300 costs a third of a percent.
@@ -76,6 +84,15 @@ class NeuroFlowGateConfig:
             A frame in which more than this fraction of the patches is above the threshold, `dilate` not counted, is
             a keyframe (a scene cut). 0.5 is a good guard in the sparse modes. In `hold` it is the trigger: choose a
             little more than the share of the picture that usually moves, or almost every frame becomes a keyframe.
+        keyframe_surprise (`float`, *optional*):
+            A frame whose mean surprise over all patches is above this is a keyframe. Of all simple measures it follows
+            the error of a held embedding best, and with `hold_fraction` it is the dial for moving cameras: 0.05 is
+            faithful, 0.1 saves more.
+        hold_fraction (`float`, *optional*):
+            In a frame that is no keyframe and in which more than this fraction of the patches is above the threshold,
+            `dilate` not counted, nothing is encoded and the last output is returned; `max_age` waits so long. For
+            cameras that move or shake: encoding some of many changed patches beside stale ones costs more than
+            holding and is no closer to dense. 0.25 is where that turns. Needs a keyframe rule.
         ema_rate (`float`, defaults to 0.01):
             The share of the new signal in the running mean, per frame, in (0, 1]. 0.01 forgets in about 100 frames.
             A keyframe starts all running means anew, so with `keyframe_interval` none reaches further back than that.
@@ -85,8 +102,8 @@ class NeuroFlowGateConfig:
             `"ema"` or `"both"`.
         memory_blend (`float`, defaults to 1.0):
             Share b of the fresh output in the stored one, `C <- (1 - b) C + b z`, in (0, 1]; 1 is plain writing.
-            Lower values smooth the output over time and lag behind events. For `context`, `propagate` and
-            `reconstruct`; the other modes have no stored patches that the head sees beside fresh ones, and write
+            Lower values smooth the output over time and lag behind events. For `context`, `extrapolate`, `propagate`
+            and `reconstruct`; the other modes have no stored patches that the head sees beside fresh ones, and write
             plainly.
         tolerance (`float`, defaults to 0.2):
             In `propagate`, an inactive patch joins the active set in a layer if its attention output differs from
@@ -118,9 +135,12 @@ class NeuroFlowGateConfig:
     min_active_tokens: int | None = None
     global_motion_norm: bool = False
     dilate: int = 0
+    sentinels: float | int = 0.05
     max_age: int | None = None
     keyframe_interval: int | None = None
     keyframe_fraction: float | int | None = None
+    keyframe_surprise: float | int | None = None
+    hold_fraction: float | int | None = None
     ema_rate: float | int = 0.01
     slow_ema_rate: float | int | None = None
     memory_blend: float | int = 1.0
@@ -152,7 +172,10 @@ class NeuroFlowGateConfig:
             require(name, lambda value: value >= 1, "a whole number of at least 1, or None for never")
         for name in ("min_active_tokens", "dilate"):
             require(name, lambda value: value >= 0, "a whole number of at least 0")
-        require("keyframe_fraction", lambda value: 0 <= value <= 1, "a fraction from 0 to 1, or None for never")
+        for name in ("keyframe_fraction", "hold_fraction"):
+            require(name, lambda value: 0 <= value <= 1, "a fraction from 0 to 1, or None for never")
+        require("keyframe_surprise", lambda value: 0 <= value <= 2, "a mean surprise from 0 to 2, or None for never")
+        require("sentinels", lambda value: 0 <= value <= 1, "a fraction of the patches from 0 to 1")
         require(
             "tolerance",
             lambda value: math.isfinite(value) and value >= 0,
@@ -162,6 +185,11 @@ class NeuroFlowGateConfig:
         require("spread_layers", lambda value: value >= 1, "a whole number of at least 1, or None for all layers")
         for name in ("ema_rate", "slow_ema_rate", "memory_blend"):
             require(name, is_rate, "a share above 0 and at most 1")
+        if self.hold_fraction is not None and not self.has_keyframe_rule:
+            raise ValueError(
+                "Gate option `hold_fraction` holds the last output while much changes: for ever, without "
+                "a keyframe; set `keyframe_surprise`, `keyframe_interval` or `keyframe_fraction` too."
+            )
         if self.slow_ema_rate is not None and self.reference == "last_update":
             raise ValueError(
                 'Gate option `slow_ema_rate` is a second running mean; it needs `reference="ema"` or `"both"`, and '
@@ -202,7 +230,27 @@ class NeuroFlowGateConfig:
     @property
     def needs_surprise(self) -> bool:
         """Whether a frame that is no keyframe has to be looked at; `dense` and a `hold` by the clock do not look."""
-        return not (self.mode == "dense" or (self.mode == "hold" and self.keyframe_fraction is None))
+        return not (self.mode == "dense" or (self.mode == "hold" and not self.has_keyframe_trigger))
+
+    @property
+    def has_keyframe_trigger(self) -> bool:
+        """Whether what a frame shows can make it a keyframe."""
+        return self.keyframe_fraction is not None or self.keyframe_surprise is not None
+
+    @property
+    def has_keyframe_rule(self) -> bool:
+        """Whether there are keyframes after the first frame."""
+        return self.keyframe_interval is not None or self.has_keyframe_trigger
+
+    @property
+    def sentinel_share(self) -> float:
+        """`sentinels` where there are any: in `extrapolate`."""
+        return self.sentinels if self.mode == "extrapolate" else 0
+
+    @property
+    def keeps_age(self) -> bool:
+        """Whether the stream keeps account of how long ago each patch was encoded."""
+        return self.needs_surprise and (self.max_age is not None or self.mode == "extrapolate")
 
     @property
     def mean_rates(self) -> dict[str, float]:

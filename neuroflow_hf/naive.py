@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from .configuration_neuroflow_gate import NeuroFlowGateConfig
+from .neuroflow_extrapolate import COMMON_SHARE, LIKENESS_WIDTH, NOISE
+from .neuroflow_gating import turns
 
 
 def naive_surprise(signal: torch.Tensor, reference: torch.Tensor) -> float:
@@ -42,6 +44,35 @@ def naive_attention(attention: nn.Module, query: torch.Tensor, keys: list, value
     return torch.cat(heads)
 
 
+def naive_carrying(outputs: list[torch.Tensor], changed: set[int], encoded: list[int]) -> dict[int, dict[int, float]]:
+    """
+    For every patch that was not encoded, how much of each encoded patch's innovation it takes over: simple kriging
+    among the patches that changed, and among those that did not.
+    """
+
+    def likeness(a: int, b: int) -> float:
+        cosine = torch.nn.functional.cosine_similarity(outputs[a], outputs[b], dim=0).item()
+        return COMMON_SHARE + (1 - COMMON_SHARE) * math.exp((cosine - 1) / LIKENESS_WIDTH)
+
+    weights: dict[int, dict[int, float]] = {}
+    for group in (changed, set(range(len(outputs))) - changed):
+        sources = [patch for patch in encoded if patch in group]
+        learners = sorted(group - set(encoded))
+        if sources and learners:
+            among = torch.tensor([[likeness(a, b) + NOISE * (a == b) for b in sources] for a in sources])
+            for patch in learners:
+                solution = torch.linalg.solve(among, torch.tensor([likeness(patch, source) for source in sources]))
+                weights[patch] = dict(zip(sources, solution.tolist(), strict=True))
+    return weights
+
+
+def naive_carry(stored: dict | list, fresh: dict[int, torch.Tensor], weights: dict[int, dict[int, float]]):
+    """Move what is stored of patches that were not encoded by the innovations of those that were."""
+    innovations = {source: fresh[source] - stored[source] for source in fresh}
+    for patch, shares in weights.items():
+        stored[patch] = stored[patch] + sum(share * innovations[source] for source, share in shares.items())
+
+
 class NaiveStream:
     """
     One stream through a vision model, in plain loops.
@@ -61,6 +92,7 @@ class NaiveStream:
             {name: {} for name in ("input", "query", "key", "value", "reference", "mlp")} for _ in model.encoder.layers
         ]
         self.pooled: torch.Tensor | None = None
+        self.changed: set[int] = set()
 
     def step(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """One frame [1, C, H, W]: the embedding [D], the outputs the head saw [A or N, D], the active patches."""
@@ -73,9 +105,14 @@ class NaiveStream:
         signal = patches if self.gate.signal == "patch" else tokens
 
         active, keyframe = self.choose(signal, grid)
-        fresh = self.encode(tokens, active) if active else {}
+        weights = {}
+        if self.gate.mode == "extrapolate" and not keyframe:
+            weights = naive_carrying(self.outputs, self.changed, active)
+        fresh = self.encode(tokens, active, weights) if active else {}
         if not self.outputs:
             self.outputs = [None] * len(patches)
+        if weights:
+            naive_carry(self.outputs, fresh, weights)
         share = 1 if keyframe or self.gate.mode == "mlp" else self.gate.memory_blend
         for patch, output in fresh.items():
             self.outputs[patch] = output if share == 1 else (1 - share) * self.outputs[patch] + share * output
@@ -100,28 +137,39 @@ class NaiveStream:
             max(naive_surprise(signal[patch], reference[patch]) for reference in self.references.values())
             for patch in everything
         ]
+        mean_surprise = sum(scores) / len(scores)
         if gate.global_motion_norm:
             mean = sum(scores) / len(scores)
             scores = [score - mean for score in scores]
-        above = sum(score > gate.threshold for score in scores)
-        if gate.keyframe_fraction is not None and above > gate.keyframe_fraction * len(signal):
+        self.changed = {patch for patch in everything if scores[patch] > gate.threshold}
+        if gate.keyframe_fraction is not None and len(self.changed) > gate.keyframe_fraction * len(signal):
             return everything, True
+        if gate.keyframe_surprise is not None and mean_surprise > gate.keyframe_surprise:
+            return everything, True
+        if gate.hold_fraction is not None and len(self.changed) > gate.hold_fraction * len(signal):
+            return [], False
         if gate.mode == "hold":
             return [], False
         scores = [max(scores[near] for near in naive_neighbours(patch, grid, gate.dilate)) for patch in everything]
         changed = {patch for patch in everything if scores[patch] > gate.threshold}
 
         refreshed: set[int] = set()
+        longest_ago = sorted(everything, key=lambda patch: -self.age[patch] - turns(grid)[patch])
         if gate.max_age is not None:
-            longest_ago = sorted(everything, key=lambda patch: (-self.age[patch], patch))
             refreshed = set(longest_ago[: math.ceil(len(signal) / gate.max_age)])
+        if gate.mode == "extrapolate":
+            still = [patch for patch in longest_ago if patch not in changed | refreshed]
+            refreshed |= set(still[: min(len(changed), math.ceil(gate.sentinels * len(signal)))])
         by_surprise = sorted(everything, key=lambda patch: (patch not in refreshed, -scores[patch]))
         active = changed | refreshed if gate.token_budget is None else set(by_surprise[: gate.token_budget])
         active |= set(by_surprise[: gate.least_active])
         return sorted(active), False
 
-    def encode(self, tokens: list[torch.Tensor], active: list[int]) -> dict[int, torch.Tensor]:
-        """The last layer's outputs after the final layer norm, of the patches that the mode passes through."""
+    def encode(self, tokens: list[torch.Tensor], active: list[int], weights: dict) -> dict[int, torch.Tensor]:
+        """
+        The last layer's outputs after the final layer norm, of the patches that the mode passes through; `weights`
+        as of `naive_carrying`.
+        """
         mode = self.gate.mode
         travelling = range(len(tokens)) if mode == "mlp" else active
         hidden = {patch: tokens[patch] for patch in travelling}
@@ -133,7 +181,10 @@ class NaiveStream:
             normed = {patch: layer.layer_norm1(vector) for patch, vector in hidden.items()}
             keys = {patch: attention.k_proj(vector) for patch, vector in normed.items()}
             values = {patch: attention.v_proj(vector) for patch, vector in normed.items()}
-            if mode in ("context", "propagate"):
+            if weights:
+                naive_carry(memory["key"], keys, weights)
+                naive_carry(memory["value"], values, weights)
+            if mode in ("context", "extrapolate", "propagate"):
                 memory["key"].update(keys)
                 memory["value"].update(values)
                 keys, values = memory["key"], memory["value"]

@@ -16,11 +16,16 @@ class ActiveSet:
         mask (`torch.BoolTensor` of shape `(B, N)`): the active patches.
         counts (`list[int]`): how many each stream has; known on the host, so that nothing has to wait for the device.
         keyframes (`list[bool]`): whether this frame is a keyframe of the stream (then all its patches are active).
+        changed (`torch.BoolTensor` of shape `(B, N)`, *optional*):
+            The patches that are above the threshold themselves, encoded or not. None where nobody has looked.
+        changed_counts (`list[tuple[int, int]]`, *optional*): how many of them each stream has, and how many active.
     """
 
     mask: torch.Tensor
     counts: list[int]
     keyframes: list[bool]
+    changed: torch.Tensor | None = None
+    changed_counts: list[tuple[int, int]] | None = None
 
     @property
     def num_patches(self) -> int:
@@ -104,12 +109,30 @@ def write_memory(
     else:
         stored = memory[name]
         flat, places = stored.view(-1, *fresh.shape[1:]), places.to(stored.device, non_blocking=True)
-        if not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not stored.is_inference()):
+        if may_write_in_place(stored):
             flat.index_copy_(0, places, fresh)
             return stored
         current = flat.index_copy(0, places, fresh).view_as(stored)
     memory[name] = current.detach().clone()
     return current
+
+
+def add_to_memory(
+    memory: dict[str, torch.Tensor], name: str, stream: int, weights: torch.Tensor, change: torch.Tensor
+) -> None:
+    """Add `weights` [N, S] times `change` [S, D] to one stream's entries of `memory[name]`, [B, N, D]."""
+    stored = memory[name]
+    if may_write_in_place(stored):
+        stored[stream].addmm_(weights, change)
+        return
+    current = stored.clone()
+    current[stream] += weights @ change.detach()
+    memory[name] = current
+
+
+def may_write_in_place(stored: torch.Tensor) -> bool:
+    """Whether torch, and a graph that may hold on to it, allow writing into a memory."""
+    return not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not stored.is_inference())
 
 
 def recall(memory: dict[str, torch.Tensor], name: str) -> torch.Tensor:

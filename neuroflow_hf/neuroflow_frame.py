@@ -12,6 +12,7 @@ from .neuroflow_cost import gate as gate_cost
 from .neuroflow_cost import mlp as mlp_cost
 from .neuroflow_cost import patch_projection as projection_cost
 from .neuroflow_cost import pooling_head as head_cost
+from .neuroflow_extrapolate import carryings_of, weighing_cost
 from .neuroflow_gate import choose_active, update_references
 from .neuroflow_layer import LayerOutput, LayerStep
 from .neuroflow_modes import MODES
@@ -161,6 +162,10 @@ def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: Ne
     that the last layer left, and each stream's multiply-adds in all layers.
     """
     layers, spent = model.encoder.layers, [0] * len(active.counts)
+    dim = model.config.hidden_size
+    carryings = []
+    if MODES[stream.gate.mode].carries_changes and not all(active.keyframes):
+        carryings = carryings_of(stream.memory["output"], active)
     for index, (layer, memory) in enumerate(zip(layers, stream.layer_memories, strict=True)):
         # A checkpointed layer would run again in the backward pass, when its memory is that of a later frame. Outside
         # of training no layer is checkpointed, and threads that share the model must not see its flags change.
@@ -168,14 +173,18 @@ def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: Ne
         try:
             if checkpointed:
                 layer.gradient_checkpointing = False
-            step = LayerStep(stream.gate, active, memory, index, len(layers))
+            step = LayerStep(stream.gate, active, memory, index, len(layers), carryings)
             hidden = layer(hidden, None, step=step)
         finally:
             if checkpointed:
                 layer.gradient_checkpointing = True
         active = step.output.active
         spent = [before + added for before, added in zip(spent, step.output.multiply_adds, strict=True)]
-    return LayerOutput(model.post_layernorm(hidden), active, spent)
+    fresh = model.post_layernorm(hidden)
+    for carrying in carryings:
+        carrying.into(stream.memory, "output", fresh)
+        spent[carrying.stream] += weighing_cost(carrying, dim) + carrying.multiply_adds(dim)
+    return LayerOutput(fresh, active, spent)
 
 
 def read_out(stream: NeuroFlowStream, encoded: LayerOutput) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,12 +1,16 @@
 """The gate at work: from a frame's signal and a stream's references to the active set, and back to the references."""
 
+import math
+
 import torch
 
+from .configuration_neuroflow_gate import NeuroFlowGateConfig
 from .neuroflow_active import ActiveSet
 from .neuroflow_gating import (
     has_only_finite,
     highest,
     oldest,
+    refreshed_per_frame,
     running_mean,
     spread_to_neighbours,
     surprise,
@@ -21,45 +25,61 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
     where the options do not look at the frame (`dense`, `hold` by the clock). Patches of a stream's first frame have
     no reference; their surprise is 1, the cosine to nothing being 0. Nothing is written.
 
-    The order of the policies: surprise, global motion, dilation, threshold or budget (with the oldest patches taken
-    first), the minimum, the keyframe rules (by the share of patches above the threshold before dilation).
+    The order of the policies: surprise, global motion, dilation, threshold or budget (with patches whose turn it is
+    taken first), the minimum, the keyframe rules (by the mean surprise and by the share of patches above the threshold
+    before dilation), holding (by the same share).
 
     Raises:
         ValueError: if a stream's pixels are not finite.
     """
     gate = stream.gate
-    keyframes = stream.due_keyframes()
     batch_size, num_patches, _ = signal.shape
-    mask = torch.zeros(batch_size, num_patches, dtype=torch.bool, device=signal.device)
-    changed = mask
-    scores = None
-    looked_at = signal
-
+    nothing = torch.zeros(batch_size, num_patches, dtype=torch.bool, device=signal.device)
     if gate.needs_surprise:
         scores = surprise_of(stream, signal)
-        if stream.memory:  # without references to compare with, the surprise would be finite for any signal
-            looked_at = scores
+        # without references to compare with, the surprise would be finite for any signal
+        looked_at = scores if stream.memory else signal
+        mean_scores = scores.mean(-1)
         changed, mask = apply_policies(stream, scores)
+    else:
+        scores, looked_at, mean_scores, changed, mask = None, signal, nothing.sum(-1), nothing, nothing.clone()
 
     # the one time in a frame that the host waits for the device
-    counts = torch.stack([changed.sum(-1), mask.sum(-1), has_only_finite(looked_at)]).tolist()
-    for index, finite in enumerate(counts[2]):
+    numbers = (has_only_finite(looked_at), mean_scores, changed.sum(-1), mask.sum(-1), (changed & mask).sum(-1))
+    per_stream = torch.stack([number.double() for number in numbers], dim=-1).tolist()
+    require_finite([finite for finite, *_ in per_stream])
+
+    keyframes, counts, changed_counts = stream.due_keyframes(), [], []
+    for index, (_, mean_score, num_changed, num_active, num_both) in enumerate(per_stream):
+        keyframes[index] = keyframes[index] or asks_for_keyframe(gate, mean_score, num_changed / num_patches)
+        if keyframes[index]:
+            num_active = num_patches
+        elif gate.hold_fraction is not None and num_changed > gate.hold_fraction * num_patches:
+            num_active = num_both = 0
+        counts.append(int(num_active))
+        changed_counts.append((int(num_changed), int(num_both)))
+    for value, count in ((True, num_patches), (False, 0)):
+        of_all = [index for index in range(batch_size) if counts[index] == count]
+        if of_all:
+            mask[of_all] = value
+    return ActiveSet(mask, counts, keyframes, changed, changed_counts), scores
+
+
+def require_finite(finite_streams: list[float]):
+    """Raise a ValueError that names the first stream whose frame is not finite."""
+    for index, finite in enumerate(finite_streams):
         if not finite:
             raise ValueError(
-                f"The frame of stream {index} (of {batch_size}) has NaN or infinite pixel values. Drop the frame or "
-                "repair it; the streams are as they were before."
+                f"The frame of stream {index} (of {len(finite_streams)}) has NaN or infinite pixel values. Drop the "
+                "frame or repair it; the streams are as they were before."
             )
-    if gate.keyframe_fraction is not None:
-        keyframes = [
-            due or count > gate.keyframe_fraction * num_patches
-            for due, count in zip(keyframes, counts[0], strict=True)
-        ]
-    if any(keyframes):
-        mask[[index for index, is_keyframe in enumerate(keyframes) if is_keyframe]] = True
-    active_counts = [
-        num_patches if is_keyframe else count for is_keyframe, count in zip(keyframes, counts[1], strict=True)
-    ]
-    return ActiveSet(mask, active_counts, keyframes), scores
+
+
+def asks_for_keyframe(gate: NeuroFlowGateConfig, mean_surprise: float, changed_fraction: float) -> bool:
+    """Whether a stream's frame is a keyframe for what it shows."""
+    return (gate.keyframe_surprise is not None and mean_surprise > gate.keyframe_surprise) or (
+        gate.keyframe_fraction is not None and changed_fraction > gate.keyframe_fraction
+    )
 
 
 def surprise_of(stream: NeuroFlowStream, signal: torch.Tensor) -> torch.Tensor:
@@ -85,8 +105,8 @@ def apply_policies(stream: NeuroFlowStream, scores: torch.Tensor) -> tuple[torch
         return changed, torch.zeros_like(changed)
     scores = spread_to_neighbours(scores, grid, gate.dilate)
     mask = scores > gate.threshold
-    if gate.max_age is not None and "age" in stream.memory:
-        refreshed = oldest(stream.memory["age"], gate.max_age)
+    if "age" in stream.memory:
+        refreshed = refreshed_in_turn(gate, grid, stream.memory["age"], mask)
         scores = scores.masked_fill(refreshed, torch.inf)
         mask = mask | refreshed
     if gate.token_budget is not None:
@@ -94,6 +114,19 @@ def apply_policies(stream: NeuroFlowStream, scores: torch.Tensor) -> tuple[torch
     if gate.least_active:
         mask = mask | highest(scores, gate.least_active)
     return changed, mask
+
+
+def refreshed_in_turn(
+    gate: NeuroFlowGateConfig, grid: tuple[int, int], age: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """The patches that are encoded because it is their turn: ages [B, N] and the mask of changed ones to a mask."""
+    refreshed, num_patches = torch.zeros_like(mask), age.shape[-1]
+    if gate.max_age is not None:
+        refreshed = oldest(age, grid, refreshed_per_frame(num_patches, gate.max_age))
+    if gate.sentinel_share:
+        sentinels = mask.sum(-1).clamp(max=math.ceil(gate.sentinel_share * num_patches))
+        refreshed = refreshed | oldest(age, grid, sentinels, among=~(mask | refreshed))
+    return refreshed
 
 
 def update_references(stream: NeuroFlowStream, signal: torch.Tensor, active: ActiveSet):
@@ -112,6 +145,6 @@ def update_references(stream: NeuroFlowStream, signal: torch.Tensor, active: Act
             if is_keyframe:
                 mean[index] = signal[index]
         memory[name] = mean
-    if gate.max_age is not None:
+    if gate.keeps_age:
         age = memory.get("age", torch.zeros(active.mask.shape, dtype=torch.int64, device=signal.device))
         memory["age"] = (age + 1).masked_fill(active.mask, 0)

@@ -35,10 +35,16 @@ def spread_to_neighbours(score: torch.Tensor, grid: tuple[int, int], radius: int
     return F.max_pool2d(grid_scores, 2 * radius + 1, stride=1, padding=radius).flatten(1)
 
 
-def highest(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Mask of the `count` (at most N) highest scores of each stream: [B, N] to bool [B, N]. Ties go to the first."""
+def highest(score: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """
+    Mask of the `count` (at most N) highest scores of each stream: [B, N] to bool [B, N]. Ties go to the first. `count`
+    is one number, or one for each stream, [B].
+    """
     order = score.sort(dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[:, :count], True)
+    if isinstance(count, int):
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[:, :count], True)
+    taken = torch.arange(score.shape[-1], device=score.device) < count.unsqueeze(-1)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, taken)
 
 
 def refreshed_per_frame(num_patches: int, max_age: int) -> int:
@@ -46,12 +52,31 @@ def refreshed_per_frame(num_patches: int, max_age: int) -> int:
     return math.ceil(num_patches / max_age)
 
 
-def oldest(age: torch.Tensor, max_age: int) -> torch.Tensor:
+def turns(grid: tuple[int, int]) -> list[float]:
     """
-    Mask of the `refreshed_per_frame` patches of each stream that were encoded longest ago: int64 [B, N] to bool
-    [B, N]. Taking as many on every frame keeps every age at or below `max_age`.
+    When each patch's turn comes among patches of equal age: N numbers in [0, 1), the highest first. Any stretch of
+    turns is spread evenly over the picture (a lattice of two irrational steps, as dithering masks are made).
     """
-    return highest(age, refreshed_per_frame(age.shape[-1], max_age))
+    return [
+        (row * 0.7548776662466927 + column * 0.5698402909980532) % 1
+        for row in range(grid[0])
+        for column in range(grid[1])
+    ]
+
+
+def oldest(
+    age: torch.Tensor, grid: tuple[int, int], count: int | torch.Tensor, among: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Mask of the `count` patches of each stream that were encoded longest ago: int64 [B, N] to bool [B, N].
+
+    Taking as many on every frame encodes every patch in turn. Patches of equal age take turns by `turns`. With
+    `among` (bool [B, N]) only these are taken, all of them if they are fewer. `count` as in `highest`.
+    """
+    order = age + torch.tensor(turns(grid), dtype=torch.float64, device=age.device)
+    if among is None:
+        return highest(order, count)
+    return highest(order.masked_fill(~among, -1), count) & among
 
 
 def has_only_finite(features: torch.Tensor) -> torch.Tensor:

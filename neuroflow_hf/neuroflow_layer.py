@@ -1,12 +1,13 @@
 """One layer's part in a frame: what a mode's layer function is given, and what it returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from .configuration_neuroflow_gate import NeuroFlowGateConfig
 from .neuroflow_active import ActiveSet
+from .neuroflow_extrapolate import Carrying
 
 LayerMemory = dict[str, torch.Tensor]
 
@@ -54,6 +55,7 @@ class LayerStep:
         memory: what is kept for this layer.
         index: the layer's number, from 0.
         num_layers: how many layers there are.
+        carryings: what patches that were not encoded learn from those that were (mode `extrapolate`).
 
     Attributes:
         output: what the mode's layer function returned. The layer leaves it here, and itself returns the hidden
@@ -65,6 +67,7 @@ class LayerStep:
     memory: LayerMemory
     index: int
     num_layers: int
+    carryings: list[Carrying] = field(default_factory=list)
     output: LayerOutput | None = None
 
 

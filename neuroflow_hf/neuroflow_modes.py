@@ -29,16 +29,23 @@ def layer_in_context(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) ->
     """
     An encoder layer whose active patches attend to all N patches: fresh keys and values for the active, those of
     their last update for the rest. Rows [M, D] to rows [M, D]; keeps `key` and `value`, [B, N, D] each.
+
+    In `extrapolate`, the stored keys and values are first brought up to date by what the active patches show.
     """
     active, patches, (dim, inner) = step.active, step.active.num_patches, widths(layer)
 
     def with_stored(key, value):
+        for carrying in step.carryings:
+            carrying.into(step.memory, "key", key)
+            carrying.into(step.memory, "value", value)
         keys = active.remember(step.memory, "key", key)
         values = active.remember(step.memory, "value", value)
         return keys.flatten(0, 1), values.flatten(0, 1), [patches] * len(active.counts)
 
     hidden = layer_on_rows(layer, hidden, active, with_stored)
     costs = [attention_cost(count, patches, count, dim) + mlp_cost(count, dim, inner) for count in active.counts]
+    for carrying in step.carryings:
+        costs[carrying.stream] += 2 * carrying.multiply_adds(dim)
     return LayerOutput(hidden, active, costs)
 
 
@@ -87,6 +94,7 @@ class Mode:
             or only the active rows, [M, D].
         pools_all_patches: whether the head sees all N patches, or the active ones.
         layer_memories: what is kept for every layer, by name.
+        carries_changes: whether patches that were not encoded learn from those that were.
         spreading_memories: what is kept besides for layers in which changes spread to inactive patches.
     """
 
@@ -94,6 +102,7 @@ class Mode:
     encodes_all_patches: bool = False
     pools_all_patches: bool = True
     layer_memories: dict[str, PatchMemory] = field(default_factory=dict)
+    carries_changes: bool = False
     spreading_memories: dict[str, PatchMemory] = field(default_factory=dict)
 
 
@@ -104,6 +113,9 @@ MODES = {
     "eliminate": Mode(layer_among_active, pools_all_patches=False),
     "reconstruct": Mode(layer_among_active),
     "context": Mode(layer_in_context, layer_memories={"key": PatchMemory(), "value": PatchMemory()}),
+    "extrapolate": Mode(
+        layer_in_context, layer_memories={"key": PatchMemory(), "value": PatchMemory()}, carries_changes=True
+    ),
     "propagate": Mode(
         layer_that_may_spread,
         layer_memories={"key": PatchMemory(), "value": PatchMemory()},

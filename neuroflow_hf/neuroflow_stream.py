@@ -54,7 +54,7 @@ class NeuroFlowStream:
     Args:
         gate ([`NeuroFlowGateConfig`]): the options of the gate. They may be changed between frames, but for `mode`,
             `signal`, `reference`, in `propagate` `spread_layers`, and the presence of `slow_ema_rate`, `max_age` and,
-            in `hold`, `keyframe_fraction`, which decide what is stored; a frame after such a change is refused until
+            in `hold`, a keyframe trigger, which decide what is stored; a frame after such a change is refused until
             the stream is reset.
         batch_size (`int`, defaults to 1): B.
 
@@ -299,8 +299,8 @@ def stored_by(gate: NeuroFlowGateConfig) -> dict:
         "signal": gate.signal,
         "reference": gate.reference,
         "slow_ema_rate set": gate.slow_ema_rate is not None,
-        "max_age set": gate.max_age is not None,
-        "keyframe_fraction set": gate.mode == "hold" and gate.keyframe_fraction is not None,
+        "max_age set": gate.keeps_age,
+        "keyframe_fraction or keyframe_surprise set": gate.mode == "hold" and gate.has_keyframe_trigger,
         "spread_layers": gate.spread_layers if gate.mode == "propagate" else None,
     }
 
@@ -333,7 +333,7 @@ def memory_layout(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) ->
         for name, kept in {**mode.layer_memories, **(mode.spreading_memories if spreading else {})}.items():
             width = geometry.num_heads if kept.per_head else geometry.hidden_size
             layout[f"layers.{layer}.{name}"] = MemoryLayout((*patches, width), kept.dtype)
-    if gate.needs_surprise and gate.max_age is not None:
+    if gate.keeps_age:
         layout["age"] = MemoryLayout(patches)
     return layout
 

@@ -41,8 +41,8 @@ GRID = (6, 6)
 NUM_PATCHES = 36
 IMAGE_SIZE = 24
 PATCH_SIZE = 4
-MODES = ("dense", "hold", "mlp", "eliminate", "reconstruct", "context", "propagate")
-GATED_MODES = ("mlp", "eliminate", "reconstruct", "context", "propagate")
+MODES = ("dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate", "propagate")
+GATED_MODES = ("mlp", "eliminate", "reconstruct", "context", "extrapolate", "propagate")
 
 
 def lively(model):

@@ -69,11 +69,27 @@ def test_refreshing_the_oldest_bounds_every_age_at_a_flat_cost(num_patches, max_
     generator = torch.Generator().manual_seed(seed)
     age = torch.zeros(1, num_patches, dtype=torch.int64)
     for _ in range(3 * max_age):
-        refreshed = gating.oldest(age, max_age)
+        refreshed = gating.oldest(age, (1, num_patches), gating.refreshed_per_frame(num_patches, max_age))
         assert refreshed.sum() == math.ceil(num_patches / max_age)
         also_active = torch.rand(1, num_patches, generator=generator) < 0.1
         age = (age + 1).masked_fill(refreshed | also_active, 0)
         assert age.max() <= max_age
+
+
+def test_turns_are_spread_over_the_picture():
+    turn = torch.tensor(gating.turns((16, 16)))
+    assert len(set(turn.tolist())) == 256
+    for first in range(0, 256, 32):  # 32 successive turns: two in every quarter of a quarter, give or take
+        places = turn.argsort(descending=True)[first : first + 32]
+        blocks = (places // 16 // 4) * 4 + places % 16 // 4
+        assert torch.bincount(blocks, minlength=16).min() >= 1
+        assert torch.bincount(blocks, minlength=16).max() <= 4
+
+
+def test_as_many_are_taken_as_each_stream_is_due():
+    age = torch.arange(8).repeat(3, 1)
+    taken = gating.oldest(age, (2, 4), torch.tensor([0, 2, 5]), among=torch.arange(8) < 4)
+    assert taken.nonzero().tolist() == [[1, 2], [1, 3], [2, 0], [2, 1], [2, 2], [2, 3]]
 
 
 def test_motion_of_the_whole_frame_is_taken_out():
