@@ -109,11 +109,12 @@ def add_to_memory(
 ) -> None:
     """Add `weights` [N, S] times `change` [S, D] to one stream's entries of `memory[name]`, [B, N, D]."""
     stored = memory[name]
+    weights, change = weights.to(stored.dtype), change.detach().to(stored.dtype)
     if may_write_in_place(stored):
         stored[stream].addmm_(weights, change)
         return
     current = stored.clone()
-    current[stream] += weights @ change.detach()
+    current[stream] += weights @ change
     memory[name] = current
 
 
