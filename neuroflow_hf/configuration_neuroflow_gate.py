@@ -10,6 +10,41 @@ from huggingface_hub.dataclasses import strict
 Mode = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate", "propagate"]
 MODES: tuple[str, ...] = get_args(Mode)
 
+DEFAULT_PRESET = "balanced"
+PRESETS: dict[str, dict] = {
+    # for labels and searches that must not change; still well below dense on fixed cameras
+    "faithful": {
+        "mode": "extrapolate",
+        "threshold": 0.01,
+        "dilate": 1,
+        "sentinels": 0.1,
+        "keyframe_surprise": 0.03,
+        "keyframe_interval": 100,
+        "hold_fraction": 0.4,
+        "max_hold": 2,
+    },
+    # the default
+    "balanced": {
+        "mode": "extrapolate",
+        "threshold": 0.01,
+        "sentinels": 0.06,
+        "keyframe_surprise": 0.05,
+        "keyframe_interval": 50,
+        "hold_fraction": 0.25,
+        "max_hold": 7,
+    },
+    # for many cameras on one machine, where an embedding that lags a little does no harm
+    "thrifty": {
+        "mode": "extrapolate",
+        "threshold": 0.02,
+        "sentinels": 0.03,
+        "keyframe_surprise": 0.15,
+        "keyframe_interval": 100,
+        "hold_fraction": 0.2,
+        "max_hold": 15,
+    },
+}
+
 
 @strict
 @dataclass(kw_only=True)
@@ -26,7 +61,7 @@ class NeuroFlowGateConfig:
     is our own.
 
     Args:
-        mode (`str`, defaults to `"context"`):
+        mode (`str`, defaults to `"extrapolate"`):
             What happens to the active set.
 
             - `"context"`: active patches attend to all patches, fresh for active, stored keys and values for the
@@ -92,7 +127,10 @@ class NeuroFlowGateConfig:
             In a frame that is no keyframe and in which more than this fraction of the patches is above the threshold,
             `dilate` not counted, nothing is encoded and the last output is returned; `max_age` waits so long. For
             cameras that move or shake: encoding some of many changed patches beside stale ones costs more than
-            holding and is no closer to dense. 0.25 is where that turns. Needs a keyframe rule.
+            holding and is no closer to dense. 0.25 is where that turns. Needs `max_hold` or a keyframe rule.
+        max_hold (`int`, *optional*):
+            What `hold_fraction` holds becomes a keyframe once nothing was encoded for this many frames. It bounds by
+            how much the output lags behind, and the cost while a camera moves to one in `max_hold + 1`.
         ema_rate (`float`, defaults to 0.01):
             The share of the new signal in the running mean, per frame, in (0, 1]. 0.01 forgets in about 100 frames.
             A keyframe starts all running means anew, so with `keyframe_interval` none reaches further back than that.
@@ -127,7 +165,7 @@ class NeuroFlowGateConfig:
         ValueError: for an unknown option (with the nearest known one), or a value outside its range.
     """
 
-    mode: Mode = "context"
+    mode: Mode = "extrapolate"
     signal: Literal["patch", "token"] = "patch"
     reference: Literal["last_update", "ema", "both"] = "last_update"
     threshold: float | int = 0.01
@@ -141,6 +179,7 @@ class NeuroFlowGateConfig:
     keyframe_fraction: float | int | None = None
     keyframe_surprise: float | int | None = None
     hold_fraction: float | int | None = None
+    max_hold: int | None = None
     ema_rate: float | int = 0.01
     slow_ema_rate: float | int | None = None
     memory_blend: float | int = 1.0
@@ -168,7 +207,7 @@ class NeuroFlowGateConfig:
             lambda value: math.isfinite(value) and value <= 2,
             "a finite number, 0 to 2 (or -1 for everything active)",
         )
-        for name in ("token_budget", "max_age", "keyframe_interval"):
+        for name in ("token_budget", "max_age", "keyframe_interval", "max_hold"):
             require(name, lambda value: value >= 1, "a whole number of at least 1, or None for never")
         for name in ("min_active_tokens", "dilate"):
             require(name, lambda value: value >= 0, "a whole number of at least 0")
@@ -185,10 +224,10 @@ class NeuroFlowGateConfig:
         require("spread_layers", lambda value: value >= 1, "a whole number of at least 1, or None for all layers")
         for name in ("ema_rate", "slow_ema_rate", "memory_blend"):
             require(name, is_rate, "a share above 0 and at most 1")
-        if self.hold_fraction is not None and not self.has_keyframe_rule:
+        if self.hold_fraction is not None and self.max_hold is None and not self.has_keyframe_rule:
             raise ValueError(
-                "Gate option `hold_fraction` holds the last output while much changes: for ever, without "
-                "a keyframe; set `keyframe_surprise`, `keyframe_interval` or `keyframe_fraction` too."
+                "Gate option `hold_fraction` holds the last output while much changes: for ever, without a keyframe; "
+                "set `max_hold` (8 is a good value), `keyframe_surprise`, `keyframe_interval` or `keyframe_fraction`."
             )
         if self.slow_ema_rate is not None and self.reference == "last_update":
             raise ValueError(
@@ -199,17 +238,30 @@ class NeuroFlowGateConfig:
     @classmethod
     def from_options(cls, base: dict | None = None, **options) -> "NeuroFlowGateConfig":
         """
-        The options of `base` (by default none: the defaults) with `options` laid over them.
+        The options of `base` with `options` laid over them.
+
+        They start from a preset, `"balanced"` unless `preset` names another; but whoever names a `mode` and no
+        `preset` starts from the plain defaults of this class. A `preset` in `options` replaces all of `base`.
 
         Raises:
-            ValueError: for an option that does not exist, or a value of the wrong type or outside its range.
+            ValueError: for a preset or an option that does not exist, a value of the wrong type or outside its range.
         """
         known = [field.name for field in fields(cls)]
-        merged = {**(base or {}), **options}
+        preset, merged = DEFAULT_PRESET, {}
+        for layer in (base or {}, options):
+            if "preset" in layer:
+                preset, merged = layer["preset"], {}
+            elif "mode" in layer:
+                preset = None
+            merged |= {name: value for name, value in layer.items() if name != "preset"}
+        if preset is not None:
+            if preset not in PRESETS:
+                raise ValueError(f"Unknown preset {preset!r}; expected one of {', '.join(PRESETS)}.")
+            merged = PRESETS[preset] | merged
         for name in merged:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"Did you mean `{near[0]}`?" if near else f"Known options: {', '.join(known)}."
+                near = difflib.get_close_matches(name, [*known, "preset"], n=1)
+                hint = f"Did you mean `{near[0]}`?" if near else f"Known options: preset, {', '.join(known)}."
                 raise ValueError(f"Unknown gate option `{name}`. {hint}")
         try:
             return cls(**merged)
@@ -250,7 +302,8 @@ class NeuroFlowGateConfig:
     @property
     def keeps_age(self) -> bool:
         """Whether the stream keeps account of how long ago each patch was encoded."""
-        return self.needs_surprise and (self.max_age is not None or self.mode == "extrapolate")
+        by_policy = self.max_age is not None or self.max_hold is not None
+        return self.needs_surprise and (by_policy or self.mode == "extrapolate")
 
     @property
     def mean_rates(self) -> dict[str, float]:

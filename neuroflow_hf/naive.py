@@ -147,7 +147,8 @@ class NaiveStream:
         if gate.keyframe_surprise is not None and mean_surprise > gate.keyframe_surprise:
             return everything, True
         if gate.hold_fraction is not None and len(self.changed) > gate.hold_fraction * len(signal):
-            return [], False
+            waited = gate.max_hold is not None and min(self.age) >= gate.max_hold
+            return (everything, True) if waited else ([], False)
         if gate.mode == "hold":
             return [], False
         scores = [max(scores[near] for near in naive_neighbours(patch, grid, gate.dilate)) for patch in everything]

@@ -50,14 +50,12 @@ class ActiveSet:
     @cached_property
     def among_live(self) -> "ActiveSet":
         """The same active patches, in a numbering that leaves out streams with none."""
-        return self if len(self.live) == len(self.counts) else self.among(self.live)
-
-    def among(self, streams: list[int]) -> "ActiveSet":
-        """The active patches of some streams, numbered anew in this order."""
+        if len(self.live) == len(self.counts):
+            return self
         return ActiveSet(
-            self.mask[streams],
-            [self.counts[stream] for stream in streams],
-            [self.keyframes[stream] for stream in streams],
+            self.mask[self.live],
+            [self.counts[stream] for stream in self.live],
+            [self.keyframes[stream] for stream in self.live],
         )
 
     def joined_by(self, streams: list[int], patches: torch.Tensor | bool, counts: list[int]) -> "ActiveSet":
@@ -122,11 +120,12 @@ def add_to_memory(
 ) -> None:
     """Add `weights` [N, S] times `change` [S, D] to one stream's entries of `memory[name]`, [B, N, D]."""
     stored = memory[name]
+    weights, change = weights.to(stored.dtype), change.detach().to(stored.dtype)
     if may_write_in_place(stored):
         stored[stream].addmm_(weights, change)
         return
     current = stored.clone()
-    current[stream] += weights @ change.detach()
+    current[stream] += weights @ change
     memory[name] = current
 
 

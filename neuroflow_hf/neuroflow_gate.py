@@ -43,18 +43,31 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
         changed, mask = apply_policies(stream, scores)
     else:
         scores, looked_at, mean_scores, changed, mask = None, signal, nothing.sum(-1), nothing, nothing.clone()
+    waited = stream.memory["age"].amin(-1) if "age" in stream.memory else nothing.sum(-1)
 
     # the one time in a frame that the host waits for the device
-    numbers = (has_only_finite(looked_at), mean_scores, changed.sum(-1), mask.sum(-1), (changed & mask).sum(-1))
+    numbers = (
+        has_only_finite(looked_at),
+        mean_scores,
+        changed.sum(-1),
+        mask.sum(-1),
+        (changed & mask).sum(-1),
+        waited,
+    )
     per_stream = torch.stack([number.double() for number in numbers], dim=-1).tolist()
     require_finite([finite for finite, *_ in per_stream])
 
     keyframes, counts, changed_counts = stream.due_keyframes(), [], []
-    for index, (_, mean_score, num_changed, num_active, num_both) in enumerate(per_stream):
-        keyframes[index] = keyframes[index] or asks_for_keyframe(gate, mean_score, num_changed / num_patches)
+    for index, (_, mean_score, num_changed, num_active, num_both, num_waited) in enumerate(per_stream):
+        holds = gate.hold_fraction is not None and num_changed > gate.hold_fraction * num_patches
+        keyframes[index] = (
+            keyframes[index]
+            or asks_for_keyframe(gate, mean_score, num_changed / num_patches)
+            or (holds and gate.max_hold is not None and num_waited >= gate.max_hold)
+        )
         if keyframes[index]:
             num_active = num_patches
-        elif gate.hold_fraction is not None and num_changed > gate.hold_fraction * num_patches:
+        elif holds:
             num_active = num_both = 0
         counts.append(int(num_active))
         changed_counts.append((int(num_changed), int(num_both)))

@@ -53,9 +53,9 @@ class NeuroFlowStream:
 
     Args:
         gate ([`NeuroFlowGateConfig`]): the options of the gate. They may be changed between frames, but for `mode`,
-            `signal`, `reference`, in `propagate` `spread_layers`, and the presence of `slow_ema_rate`, `max_age` and,
-            in `hold`, a keyframe trigger, which decide what is stored; a frame after such a change is refused until
-            the stream is reset.
+            `signal`, `reference`, in `propagate` `spread_layers`, and the presence of `slow_ema_rate`, `max_age`,
+            `max_hold` and, in `hold`, a keyframe trigger, which decide what is stored; a frame after such a change is
+            refused until the stream is reset.
         batch_size (`int`, defaults to 1): B.
 
     Attributes:
@@ -299,7 +299,7 @@ def stored_by(gate: NeuroFlowGateConfig) -> dict:
         "signal": gate.signal,
         "reference": gate.reference,
         "slow_ema_rate set": gate.slow_ema_rate is not None,
-        "max_age set": gate.keeps_age,
+        "max_age or max_hold set": gate.keeps_age,
         "keyframe_fraction or keyframe_surprise set": gate.mode == "hold" and gate.has_keyframe_trigger,
         "spread_layers": gate.spread_layers if gate.mode == "propagate" else None,
     }

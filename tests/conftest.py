@@ -80,14 +80,14 @@ def stock_folder(stock_model, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(stock_folder):
-    """The tiny model as `NeuroFlowSiglipModel`. Do not change it."""
-    return NeuroFlowSiglipModel.from_pretrained(stock_folder)
+    """The tiny model as `NeuroFlowSiglipModel`, in plain mode `context`. Do not change it."""
+    return NeuroFlowSiglipModel.from_pretrained(stock_folder, gate={"mode": "context"})
 
 
 @pytest.fixture(scope="session")
 def vision(stock_vision):
-    """The tiny vision model as `NeuroFlowSiglipVisionModel`, sharing parameters. Do not change it."""
-    return NeuroFlowSiglipVisionModel.from_siglip(stock_vision)
+    """The tiny vision model as `NeuroFlowSiglipVisionModel`, in plain mode `context`. Do not change it."""
+    return NeuroFlowSiglipVisionModel.from_siglip(stock_vision, mode="context")
 
 
 def random_video(num_frames, batch_size=1, seed=0, size=IMAGE_SIZE, changed=0.2):

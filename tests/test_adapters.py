@@ -49,11 +49,15 @@ def check_streaming(model, reference=None, new_stream=None, atol=2e-5):
     for mode in GATED_MODES:
         outputs = run(model, new_stream(batch_size=2, mode=mode, threshold=EVERYTHING), frames)
         assert_close(outputs, plain, atol)
-    outputs = run(model, new_stream(batch_size=2, threshold=0.05), frames)
+    outputs = run(model, new_stream(batch_size=2, mode="extrapolate", threshold=0.05), frames)
     assert outputs[-1].skip_rate.min() > 0 and outputs[-1].skip_rate.max() < 1
     assert all(output.pooler_output.isfinite().all() for output in outputs)
     if reference is not None:
-        assert_close(outputs, run(reference, reference.new_stream(batch_size=2, threshold=0.05), frames), atol)
+        assert_close(
+            outputs,
+            run(reference, reference.new_stream(batch_size=2, mode="extrapolate", threshold=0.05), frames),
+            atol,
+        )
     return outputs
 
 
@@ -85,7 +89,10 @@ def test_lora():
     assert type(merged) is NeuroFlowSiglipVisionModel
     assert_close(check_streaming(merged), outputs, atol=1e-4)  # merging rounds
     with torch.no_grad(), adapted.disable_adapter():
-        assert_close(run(adapted, adapted.new_stream(batch_size=2, threshold=EVERYTHING), frames), dense(base, frames))
+        assert_close(
+            run(adapted, adapted.new_stream(batch_size=2, mode="extrapolate", threshold=EVERYTHING), frames),
+            dense(base, frames),
+        )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +126,7 @@ def test_lora_of_a_wrapped_model():
 def test_lora_trains_in_a_stream():
     """Only the adapters get gradients, all of them, on a frame with few patches active."""
     adapted = with_lora(new_vision()).train()
-    stream = adapted.new_stream(threshold=0.05)
+    stream = adapted.new_stream(mode="extrapolate", threshold=0.05)
     outputs = run(adapted, stream, random_video(2))
     assert outputs[1].skip_rate > 0
     outputs[1].pooler_output.square().sum().backward()
@@ -301,7 +308,9 @@ def test_hooks_inside_the_head_count(part):
     )
     frames = random_video(2)
     with torch.no_grad():
-        assert_close(run(model, model.new_stream(threshold=EVERYTHING), frames), dense(model, frames))
+        assert_close(
+            run(model, model.new_stream(mode="extrapolate", threshold=EVERYTHING), frames), dense(model, frames)
+        )
 
 
 @pytest.mark.parametrize("part", ["head", "head.mlp", "encoder.layers.1"])
@@ -324,7 +333,7 @@ def test_backward_hooks_fire(part, register):
     model = new_vision()
     fired = []
     getattr(model.get_submodule(part), register)(lambda *_: fired.append(part))
-    run(model, model.new_stream(threshold=0.05), random_video(2))[1].pooler_output.sum().backward()
+    run(model, model.new_stream(mode="extrapolate", threshold=0.05), random_video(2))[1].pooler_output.sum().backward()
     assert fired == [part]
 
 
@@ -481,6 +490,6 @@ def test_float32_frames_into_a_half_precision_model():
     """As without a stream, pixels are cast to the model's dtype."""
     model = new_vision().to(torch.bfloat16)
     frames = random_video(2)
-    outputs = run(model, model.new_stream(threshold=EVERYTHING), frames)
+    outputs = run(model, model.new_stream(mode="extrapolate", threshold=EVERYTHING), frames)
     for output, reference in zip(outputs, dense(model, frames), strict=True):
         assert cosine(output, reference) > HALF_COSINE["bf16"]

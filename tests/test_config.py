@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from logging import Handler as LogHandler
 
 import pytest
@@ -29,6 +29,7 @@ from neuroflow_hf import (
     NeuroFlowSiglipVisionConfig,
     NeuroFlowSiglipVisionModel,
 )
+from neuroflow_hf.configuration_neuroflow_gate import PRESETS
 
 GATE = {"mode": "reconstruct", "threshold": 0.125, "token_budget": 7, "global_motion_norm": True}
 BOTH = [NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig]
@@ -209,14 +210,38 @@ def test_wrong_types_are_refused_when_set():
 def test_without_options_the_gate_has_its_defaults(config_class):
     for config in (tiny(config_class), tiny(config_class, gate=None), tiny(config_class, gate={})):
         assert config.gate == {}
-        assert NeuroFlowGateConfig.from_options(config.gate) == NeuroFlowGateConfig()
+        assert NeuroFlowGateConfig.from_options(config.gate) == NeuroFlowGateConfig(**PRESETS["balanced"])
 
 
 @both_configs
 def test_the_gate_can_be_cleared(config_class):
     config = tiny(config_class, gate=GATE)
     config.gate = None
-    assert NeuroFlowGateConfig.from_options(config.gate) == NeuroFlowGateConfig()
+    assert NeuroFlowGateConfig.from_options(config.gate) == NeuroFlowGateConfig(**PRESETS["balanced"])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_survives_saving_and_is_laid_under_other_options(preset, tmp_path):
+    config = tiny(NeuroFlowSiglipVisionConfig, gate={"preset": preset, "threshold": 0.5})
+    config.save_pretrained(tmp_path)
+    gate = NeuroFlowGateConfig.from_options(NeuroFlowSiglipVisionConfig.from_pretrained(tmp_path).gate)
+    assert gate == NeuroFlowGateConfig(**PRESETS[preset] | {"threshold": 0.5})
+    assert NeuroFlowGateConfig.from_options(gate.to_dict()) == gate
+
+
+def test_which_defaults_the_options_start_from():
+    def options(*layers, **last):
+        return NeuroFlowGateConfig.from_options(*layers, **last)
+
+    plain = NeuroFlowGateConfig(mode="context")
+    assert options(threshold=0.2) == NeuroFlowGateConfig(**PRESETS["balanced"] | {"threshold": 0.2})
+    assert options(mode="context") == plain
+    assert options({"preset": "faithful"}, mode="context") == plain
+    assert options({"mode": "context", "dilate": 2}, threshold=0.2) == replace(plain, dilate=2, threshold=0.2)
+    assert options({"mode": "context", "dilate": 2}, preset="thrifty") == NeuroFlowGateConfig(**PRESETS["thrifty"])
+    assert options(preset="thrifty", mode="context").keyframe_surprise == PRESETS["thrifty"]["keyframe_surprise"]
+    with pytest.raises(ValueError, match=r"Unknown preset 'quick'; expected one of faithful"):
+        options(preset="quick")
 
 
 @both_configs
@@ -284,7 +309,9 @@ def test_the_vision_part_of_a_dual_configuration_keeps_the_gate(tmp_path):
 
 
 OPTIONS = {
-    "mode": st.sampled_from(["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "propagate"]),
+    "mode": st.sampled_from(
+        ["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate", "propagate"]
+    ),
     "signal": st.sampled_from(["patch", "token"]),
     "threshold": st.one_of(st.integers(-2, 2), st.floats(-2, 2)),
     "token_budget": st.one_of(st.none(), st.integers(1, 1000)),
@@ -294,6 +321,9 @@ OPTIONS = {
     "max_age": st.one_of(st.none(), st.integers(1, 1000)),
     "keyframe_interval": st.one_of(st.none(), st.integers(1, 1000)),
     "keyframe_fraction": st.one_of(st.none(), st.floats(0, 1)),
+    "keyframe_surprise": st.one_of(st.none(), st.floats(0, 2)),
+    "max_hold": st.one_of(st.none(), st.integers(1, 1000)),
+    "sentinels": st.one_of(st.integers(0, 1), st.floats(0, 1)),
     "ema_rate": st.floats(1e-6, 1),
     "memory_blend": st.floats(1e-6, 1),
     "tolerance": st.floats(0, 10),
@@ -308,7 +338,9 @@ MEANS = st.one_of(
 
 
 def test_the_strategies_cover_every_option():
-    assert {*OPTIONS, "reference", "slow_ema_rate"} == {field.name for field in fields(NeuroFlowGateConfig)}
+    assert {*OPTIONS, "reference", "slow_ema_rate", "hold_fraction"} == {
+        field.name for field in fields(NeuroFlowGateConfig)
+    }
 
 
 @settings(max_examples=60, deadline=None)

@@ -28,6 +28,7 @@ gate_options = st.fixed_dictionaries(
         "keyframe_fraction": maybe | st.floats(0.1, 0.9),
         "keyframe_surprise": maybe | st.floats(0.1, 0.9),
         "hold_fraction": maybe | st.floats(0.1, 0.9),
+        "max_hold": maybe | st.integers(1, 2),
         "sentinels": st.sampled_from([0, 0.1, 1]),
         "ema_rate": st.sampled_from([0.05, 0.5, 1.0]),
         "memory_blend": st.sampled_from([1.0, 0.5]),
@@ -42,7 +43,8 @@ def assume_consistent(options, num_patches):
     if options["max_age"] and options["token_budget"]:
         assume(options["max_age"] * options["token_budget"] >= num_patches)
     if options["hold_fraction"]:
-        assume(options["keyframe_interval"] or options["keyframe_fraction"] or options["keyframe_surprise"])
+        rules = ("max_hold", "keyframe_interval", "keyframe_fraction", "keyframe_surprise")
+        assume(any(options[rule] for rule in rules))
 
 
 @pytest.fixture(scope="module")

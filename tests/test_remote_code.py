@@ -18,7 +18,7 @@ import neuroflow_hf
 from neuroflow_hf import NeuroFlowSiglipForImageClassification, NeuroFlowStream
 
 PACKAGE = Path(neuroflow_hf.__file__).parent
-THRESHOLD = 0.05
+GATE = {"mode": "extrapolate", "threshold": 0.05, "sentinels": 0.1}
 NUM_FRAMES, FRAMES_BEFORE_SAVING = 5, 2
 KINDS = ("dual", "vision", "classifier")
 AUTO_CLASSES = {
@@ -67,20 +67,20 @@ def saved(models, tmp_path_factory):
     root = tmp_path_factory.mktemp("saved")
     for kind, model in models.items():
         before = dict(model.gate_options)
-        model.config.gate = {"threshold": THRESHOLD}
+        model.config.gate = dict(GATE)
         model.save_pretrained(root / kind)
         model.config.gate = before
     frames = random_video(NUM_FRAMES, seed=3)
     save_file({"frames": torch.stack(frames)}, root / "video.safetensors")
     with torch.no_grad():
-        stream = models["dual"].new_stream(threshold=THRESHOLD)
+        stream = models["dual"].new_stream(**GATE)
         stream_video(models["dual"], "dual", frames[:FRAMES_BEFORE_SAVING], stream)
         stream.save(root / "stream.safetensors")
         texts = torch.arange(32).reshape(2, 16)
         logits = models["dual"](input_ids=texts, pixel_values=frames[0]).logits_per_image
         expected = {"zero_shot": logits}
         for kind, model in models.items():
-            expected |= stream_video(model, kind, frames, model.new_stream(threshold=THRESHOLD))
+            expected |= stream_video(model, kind, frames, model.new_stream(**GATE))
     save_file(expected, root / "expected.safetensors")
     return root
 
@@ -216,7 +216,7 @@ def test_streams_alike_without_the_package(trip, kind, saved, request):
     for name in names:
         assert_same(actual[name], expected[name])
     if kind in KINDS:
-        assert report["gates"][kind] == {"threshold": THRESHOLD}
+        assert report["gates"][kind] == dict(GATE)
         assert all(module.startswith("transformers_modules.") for module in report["modules"][kind])
 
 

@@ -237,7 +237,7 @@ def test_bytes_are_those_of_the_memories(vision):
 def test_half_precision_halves_the_memory():
     torch.manual_seed(0)
     model = NeuroFlowSiglipVisionModel.from_siglip(SiglipVisionModel(SiglipVisionConfig(**TINY_VISION)).bfloat16())
-    stream = model.new_stream()
+    stream = model.new_stream(mode="context")
     model(pixel_values=random_video(1)[0], stream=stream)
     assert stream.nbytes == 2 * 32 * (NUM_PATCHES * (2 * 3 + 1 + 1) + 1)
 
@@ -774,7 +774,7 @@ def test_a_batch_size_that_is_none(vision, batch_size):
 def test_misspelt_gate_option(vision):
     with pytest.raises(ValueError, match="Did you mean `threshold`"):
         vision.new_stream(treshold=0.1)
-    assert vision.new_stream(threshold=0.2).gate == NeuroFlowGateConfig(threshold=0.2)
+    assert vision.new_stream(threshold=0.2).gate == NeuroFlowGateConfig(mode="context", threshold=0.2)
 
 
 def test_streams_of_a_model_without_a_pooling_head():
