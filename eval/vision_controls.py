@@ -44,10 +44,17 @@ METHODS = {
     "`reconstruct`": {"mode": "reconstruct"},
     "`mlp`": {"mode": "mlp"},
     "`context`, threshold 0.05": {"mode": "context", "threshold": 0.05},
-    "`context` (default)": {"mode": "context"},
+    "`context`": {"mode": "context"},
     "`context`, threshold 0.001": {"mode": "context", "threshold": 0.001},
     "`context`, every patch within 10 frames": {"mode": "context", "max_age": 10},
     "`context`, keyframe every 12th frame": {"mode": "context", "keyframe_interval": 12},
+    "`propagate`, tolerance 0.3": {"mode": "propagate", "tolerance": 0.3},
+    "`propagate`, tolerance 0.2": {"mode": "propagate", "tolerance": 0.2},
+    "`extrapolate`": {"mode": "extrapolate"},
+    "`extrapolate`, 10% sentinels": {"mode": "extrapolate", "sentinels": 0.1},
+    "preset `thrifty`": {"preset": "thrifty"},
+    "preset `balanced` (default)": {"preset": "balanced"},
+    "preset `faithful`": {"preset": "faithful"},
 }
 
 

@@ -103,11 +103,20 @@ def run(
     max_frames: Annotated[int | None, typer.Option(help="Stop after so many frames.", show_default="all")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes CUDA if there is one.")] = "auto",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="faithful, balanced or thrifty; other options are laid over it.",
+            show_default="balanced",
+            rich_help_panel=GATE,
+        ),
+    ] = None,
     mode: Annotated[
         str | None,
         typer.Option(
-            help="context, extrapolate, propagate, reconstruct, eliminate, mlp, hold or dense.",
-            show_default="context",
+            help="extrapolate, context, propagate, reconstruct, eliminate, mlp, hold or dense; without --preset, with "
+            "plain defaults.",
+            show_default="extrapolate",
             rich_help_panel=GATE,
         ),
     ] = None,
@@ -183,6 +192,7 @@ def run(
 ):
     """Stream a video through SigLIP, compare with dense, and write what was seen, saved and lost."""
     named = {
+        "preset": preset,
         "mode": mode,
         "threshold": threshold,
         "reference": reference,

@@ -29,7 +29,7 @@ PRESETS: dict[str, dict] = {
         "threshold": 0.01,
         "sentinels": 0.06,
         "keyframe_surprise": 0.05,
-        "keyframe_interval": 50,
+        "keyframe_interval": 30,
         "hold_fraction": 0.25,
         "max_hold": 7,
     },
@@ -120,9 +120,9 @@ class NeuroFlowGateConfig:
             a keyframe (a scene cut). 0.5 is a good guard in the sparse modes. In `hold` it is the trigger: choose a
             little more than the share of the picture that usually moves, or almost every frame becomes a keyframe.
         keyframe_surprise (`float`, *optional*):
-            A frame whose mean surprise over all patches is above this is a keyframe. Of all simple measures it follows
-            the error of a held embedding best, and with `hold_fraction` it is the dial for moving cameras: 0.05 is
-            faithful, 0.1 saves more.
+            A frame whose mean surprise over all patches is above this is a keyframe. With `hold_fraction`, only frames
+            that would be held are asked. Of all simple measures it follows the error of a held embedding best; it is
+            the dial for moving cameras: 0.05 is faithful, 0.1 saves more.
         hold_fraction (`float`, *optional*):
             In a frame that is no keyframe and in which more than this fraction of the patches is above the threshold,
             `dilate` not counted, nothing is encoded and the last output is returned; `max_age` waits so long. For

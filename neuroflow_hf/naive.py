@@ -144,9 +144,11 @@ class NaiveStream:
         self.changed = {patch for patch in everything if scores[patch] > gate.threshold}
         if gate.keyframe_fraction is not None and len(self.changed) > gate.keyframe_fraction * len(signal):
             return everything, True
-        if gate.keyframe_surprise is not None and mean_surprise > gate.keyframe_surprise:
+        holds = gate.hold_fraction is not None and len(self.changed) > gate.hold_fraction * len(signal)
+        stale = holds or gate.hold_fraction is None
+        if gate.keyframe_surprise is not None and stale and mean_surprise > gate.keyframe_surprise:
             return everything, True
-        if gate.hold_fraction is not None and len(self.changed) > gate.hold_fraction * len(signal):
+        if holds:
             waited = gate.max_hold is not None and min(self.age) >= gate.max_hold
             return (everything, True) if waited else ([], False)
         if gate.mode == "hold":

@@ -59,12 +59,9 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
 
     keyframes, counts, changed_counts = stream.due_keyframes(), [], []
     for index, (_, mean_score, num_changed, num_active, num_both, num_waited) in enumerate(per_stream):
-        holds = gate.hold_fraction is not None and num_changed > gate.hold_fraction * num_patches
-        keyframes[index] = (
-            keyframes[index]
-            or asks_for_keyframe(gate, mean_score, num_changed / num_patches)
-            or (holds and gate.max_hold is not None and num_waited >= gate.max_hold)
-        )
+        changed_fraction = num_changed / num_patches
+        holds = gate.hold_fraction is not None and changed_fraction > gate.hold_fraction
+        keyframes[index] |= asks_for_keyframe(gate, mean_score, changed_fraction, holds, num_waited)
         if keyframes[index]:
             num_active = num_patches
         elif holds:
@@ -88,11 +85,20 @@ def require_finite(finite_streams: list[float]):
             )
 
 
-def asks_for_keyframe(gate: NeuroFlowGateConfig, mean_surprise: float, changed_fraction: float) -> bool:
-    """Whether a stream's frame is a keyframe for what it shows."""
-    return (gate.keyframe_surprise is not None and mean_surprise > gate.keyframe_surprise) or (
-        gate.keyframe_fraction is not None and changed_fraction > gate.keyframe_fraction
-    )
+def asks_for_keyframe(
+    gate: NeuroFlowGateConfig, mean_surprise: float, changed_fraction: float, holds: bool, waited: float
+) -> bool:
+    """
+    Whether a stream's frame is a keyframe for what it shows. `holds`: whether it would be held else; `waited`: for how
+    many frames nothing was encoded.
+    """
+    if gate.keyframe_fraction is not None and changed_fraction > gate.keyframe_fraction:
+        return True
+    # where the changed patches are encoded anyway, their surprise is no reason to encode the others
+    may_be_stale = holds or gate.hold_fraction is None
+    if gate.keyframe_surprise is not None and may_be_stale and mean_surprise > gate.keyframe_surprise:
+        return True
+    return holds and gate.max_hold is not None and waited >= gate.max_hold
 
 
 def surprise_of(stream: NeuroFlowStream, signal: torch.Tensor) -> torch.Tensor:
