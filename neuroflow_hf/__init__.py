@@ -9,7 +9,7 @@ from transformers import (
     SiglipProcessor,
 )
 
-from .configuration_neuroflow_gate import NeuroFlowGateConfig
+from .configuration_neuroflow_gate import PRESETS, NeuroFlowGateConfig
 from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
 from .modeling_neuroflow_siglip import (
     NeuroFlowSiglipForImageClassification,
@@ -31,6 +31,7 @@ AutoModelForImageClassification.register(NeuroFlowSiglipConfig, NeuroFlowSiglipF
 AutoProcessor.register(NeuroFlowSiglipConfig, SiglipProcessor)
 
 __all__ = [
+    "PRESETS",
     "NeuroFlowGateConfig",
     "NeuroFlowSiglipConfig",
     "NeuroFlowSiglipForImageClassification",

@@ -36,12 +36,12 @@ PRESETS: dict[str, dict] = {
     # for many cameras on one machine, where an embedding that lags a little does no harm
     "thrifty": {
         "mode": "extrapolate",
-        "threshold": 0.02,
-        "sentinels": 0.03,
-        "keyframe_surprise": 0.15,
-        "keyframe_interval": 100,
-        "hold_fraction": 0.2,
-        "max_hold": 15,
+        "threshold": 0.01,
+        "sentinels": 0.04,
+        "keyframe_surprise": 0.1,
+        "keyframe_interval": 60,
+        "hold_fraction": 0.12,
+        "max_hold": 12,
     },
 }
 
