@@ -444,8 +444,7 @@ def tune(
 
         # what fails quickly goes first
         Requirement(min_cosine, max_cost, statistic)
-        path = video or bundled_clip()
-        reader = VideoReader(path, stride=stride, max_frames=max_frames)
+        reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
         usable_device(device)
         prepare_folder(out)
         source = model or str(build_tower(default_tower_dir()))
@@ -468,7 +467,7 @@ def tune(
     print_tuning(result)
     if result.chosen is not None:
         given = {"model": model, "resolution": resolution, "stride": stride if stride > 1 else None, "config": out}
-        for line in next_steps(path, given, type(config).__name__, source):
+        for line in next_steps(video, given, type(config).__name__, source):
             typer.echo(line)  # without markup and line breaks: to be pasted
     Console(highlight=False).print(f"Written to {escape(str(out))}: {', '.join(file.name for file in files)}")
     if result.note:
@@ -509,11 +508,10 @@ def print_tuning(result: Any):
     from .tune_words import tuning_rows, tuning_sentences
 
     console = Console(highlight=False)
-    columns = ("", "settings", "cost", "mean", "p5", "min", "worst stretch", "ms")
-    table = Table(*columns, title=f"required: {result.requirement}", title_justify="left")
-    for column in table.columns[2:]:
+    table = Table("", "cost", "mean", "p5", "min", "worst stretch", "ms", title=f"required: {result.requirement}")
+    table.title_justify = "left"
+    for column in table.columns[1:]:
         column.justify = "right"
-        column.no_wrap = True
     for place, row in enumerate(tuning_rows(result)):
         table.add_row(*row, style="bold" if place == 0 else "dim")
     console.print(table)

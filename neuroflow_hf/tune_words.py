@@ -1,4 +1,4 @@
-"""What a tuning found, in words: the rows of its table, a few sentences, and what to do next. Pure functions."""
+"""What a tuning found, in words: the rows of its table, a few sentences, what to do next. Pure functions."""
 
 import shlex
 from pathlib import Path
@@ -25,8 +25,8 @@ def point_cells(point: Point, statistic: str) -> list[str]:
     return [f"{point.cost():.3f}", *(f"{value:.4f}" for value in cosines), f"{point.milliseconds:.1f}"]
 
 
-def tuning_rows(result: TuneResult) -> list[list[str]]:
-    """The table: what was chosen (or came nearest), what it has to beat, and dense; no setting twice."""
+def compared_points(result: TuneResult) -> list[tuple[str, Point]]:
+    """What was chosen (or came nearest) and what it has to beat, each with a label; no setting twice."""
     requirement, points, found = result.requirement, result.points, result.nearest
     candidates = [
         ("nearest" if result.chosen is None else "chosen", found),
@@ -34,20 +34,23 @@ def tuning_rows(result: TuneResult) -> list[list[str]]:
         ("best control that will do", choose([point for point in points if point.control], requirement)),
         ("best of the others", choose([point for point in points if not point.control], requirement)),
     ]
-    rows, seen = [], []
+    labels = {}
     for label, point in candidates:
-        if point is not None and point not in seen:
-            seen.append(point)
-            rows.append([label, setting_words(point.options), *point_cells(point, requirement.statistic)])
-    rows.append(["control", result.first_frame.family, *point_cells(result.first_frame, requirement.statistic)])
-    rows.append(["dense", "", "1", "1", "1", "1", "1", f"{result.dense_milliseconds:.1f}"])
-    return rows
+        if point is not None:
+            labels.setdefault(point, label)
+    return [*((label, point) for point, label in labels.items()), ("first frame repeated", result.first_frame)]
+
+
+def tuning_rows(result: TuneResult) -> list[list[str]]:
+    """The table: the points compared, and dense."""
+    rows = [[label, *point_cells(point, result.requirement.statistic)] for label, point in compared_points(result)]
+    return [*rows, ["dense", "1", "1", "1", "1", "1", f"{result.dense_milliseconds:.1f}"]]
 
 
 def tuning_sentences(result: TuneResult) -> list[str]:
-    """What the table does not say by itself: who won, how it does on other footage, and what it all rests on."""
+    """What the table does not say: which settings, who won, how it does on other footage, what it all rests on."""
     requirement, points, statistic = result.requirement, result.points, result.requirement.statistic
-    sentences = []
+    sentences = [f"{label}: {setting_words(point.options)}" for label, point in compared_points(result)[:-1]]
     if result.chosen is None:
         sentences.append(
             f"Nothing that was measured will do ({requirement}). The nearest has "
@@ -76,19 +79,20 @@ def tuning_sentences(result: TuneResult) -> list[str]:
     return sentences
 
 
-def next_steps(video: Path, given: dict[str, Any], config_class: str, source: str) -> list[str]:
+def next_steps(video: Path | None, given: dict[str, Any], config_class: str, source: str) -> list[str]:
     """
     The command and the line of Python that take the settings.
 
     Args:
-        video: the file.
+        video: the file; None for the one that ships here.
         given: options for `neuroflow run` by name, `config` among them; None is left out.
         config_class: the name of the checkpoint's configuration class.
         source: the checkpoint.
     """
+    named = [] if video is None else [str(video)]
     options = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
     model_class = config_class.removesuffix("Config") + "Model"
     return [
-        f"Next: {shlex.join(['neuroflow', 'run', str(video), *options])}",
+        f"Next: {shlex.join(['neuroflow', 'run', *named, *options])}",
         f"  or: {model_class}.from_pretrained({source!r}, config={str(given['config'])!r})",
     ]
