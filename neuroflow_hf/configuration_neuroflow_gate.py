@@ -65,7 +65,8 @@ class NeuroFlowGateConfig:
             What happens to the active set.
 
             - `"context"`: active patches attend to all patches, fresh for active, stored keys and values for the
-              rest; the head pools all patches.
+              rest; the head pools all patches. With more than 95% active the frame is a keyframe: that takes no
+              longer, and is exact.
             - `"extrapolate"`: as `context`; a few patches that did not change, the sentinels, are encoded as well,
               and what they show (attention moves every patch a little when something moves, and like patches alike)
               is carried over to the stored keys, values and outputs of the patches like them. The one to choose
@@ -96,7 +97,7 @@ class NeuroFlowGateConfig:
         token_budget (`int`, *optional*):
             Exactly this many patches are active on every frame that is no keyframe: the most surprising ones, and
             the threshold does not count. For a fixed latency. At most the number of patches is used, and at least
-            `min_active_tokens`.
+            `min_active_tokens`; in `context`, `extrapolate` and `propagate`, more than 95% means all.
         min_active_tokens (`int`, *optional*):
             At least this many are active. Defaults to 4 in `eliminate`, whose head needs something to pool, and to
             0 elsewhere (a frame with nothing active returns the stored output).
@@ -304,6 +305,14 @@ class NeuroFlowGateConfig:
         """Whether the stream keeps account of how long ago each patch was encoded."""
         by_policy = self.max_age is not None or self.max_hold is not None
         return self.needs_surprise and (by_policy or self.mode == "extrapolate")
+
+    @property
+    def full_above(self) -> float:
+        """
+        The share of active patches above which a frame is encoded in full, as a keyframe. By multiply-adds fewer
+        patches are always cheaper; measured, `context` with 95% of 196 patches active takes as long as dense.
+        """
+        return 0.95 if self.mode in ("context", "extrapolate", "propagate") else 1
 
     @property
     def mean_rates(self) -> dict[str, float]:

@@ -166,6 +166,8 @@ class NaiveStream:
         by_surprise = sorted(everything, key=lambda patch: (patch not in refreshed, -scores[patch]))
         active = changed | refreshed if gate.token_budget is None else set(by_surprise[: gate.token_budget])
         active |= set(by_surprise[: gate.least_active])
+        if len(active) > gate.full_above * len(signal):
+            return everything, True
         return sorted(active), False
 
     def encode(self, tokens: list[torch.Tensor], active: list[int], weights: dict) -> dict[int, torch.Tensor]:

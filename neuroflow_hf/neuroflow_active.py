@@ -85,6 +85,19 @@ class ActiveSet:
             return write_memory(memory, name, None, fresh.view(*self.mask.shape, -1))
         return write_memory(memory, name, self.rows, fresh)
 
+    def remember_by_head(
+        self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor, heads: int
+    ) -> torch.Tensor:
+        """`remember` for a memory that is laid out head by head, [B, H, N, D / H]: fresh rows [M, D], written in H
+        pieces each."""
+        streams, patches = self.mask.shape
+        if self.everything:
+            return write_memory(memory, name, None, fresh.view(streams, patches, heads, -1).transpose(1, 2))
+        stream = self.rows.div(patches, rounding_mode="floor")
+        in_first_head = self.rows + stream * (heads - 1) * patches
+        places = in_first_head.unsqueeze(1) + patches * torch.arange(heads, device=stream.device)
+        return write_memory(memory, name, places.flatten(), fresh.view(places.numel(), -1))
+
     def remember_streams(self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor) -> torch.Tensor:
         """Write the live streams' entries [B', ...] into `memory[name]` and return all of it, [B, ...]."""
         all_live = len(self.live) == len(self.counts)
@@ -111,7 +124,7 @@ def write_memory(
             flat.index_copy_(0, places, fresh)
             return stored
         current = flat.index_copy(0, places, fresh).view_as(stored)
-    memory[name] = current.detach().clone()
+    memory[name] = current.detach().clone(memory_format=torch.contiguous_format)
     return current
 
 

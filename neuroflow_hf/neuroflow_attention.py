@@ -3,42 +3,41 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.siglip.modeling_siglip import eager_attention_forward
 
+from .neuroflow_plain import are_plain
+
 
 def attend(
-    attention: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_counts: list[int],
-    key_counts: list[int],
+    attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: list[int]
 ) -> torch.Tensor:
     """
     Every stream's queries attend to the same stream's keys.
 
     Args:
         attention: the `SiglipAttention` whose heads, scale and attention implementation are used.
-        query: rows [M, D], stream after stream; `query_counts` says how many each stream has.
-        key, value: rows [K, D], likewise by `key_counts`.
+        query: rows [M, D], stream after stream; `counts` says how many each of the B has.
+        key, value: rows [M, D] likewise, or keys and values of all patches by head, [B, H, N, D / H].
 
     Returns:
         Rows [M, D], before the output projection.
     """
-    if len(set(zip(query_counts, key_counts, strict=True))) == 1:
-        return attend_batch(attention, query, key, value, len(query_counts))
-    streams = zip(query.split(query_counts), key.split(key_counts), value.split(key_counts), strict=True)
+    if len(set(counts)) == 1:
+        return attend_batch(attention, query, key, value, len(counts))
+    keys, values = (rows.split(counts) if rows.ndim == 2 else rows.split(1) for rows in (key, value))
+    streams = zip(query.split(counts), keys, values, strict=True)
     return torch.cat([attend_batch(attention, *stream, 1) for stream in streams if len(stream[0])])
 
 
 def attend_batch(
     attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_streams: int
 ) -> torch.Tensor:
-    """`attend` for streams with equally many queries and equally many keys: rows [M, D] to rows [M, D]."""
+    """`attend` for streams with equally many queries."""
 
     def heads(rows):
+        if rows.ndim == 4:
+            return rows
         return rows.view(num_streams, -1, attention.num_heads, attention.head_dim).transpose(1, 2)
 
     attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -70,21 +69,8 @@ def can_fold_probe(head: nn.Module) -> bool:
     attention = getattr(head, "attention", None)
     if type(attention) is not nn.MultiheadAttention or type(attention.out_proj) not in PLAIN_OUTPUT_PROJECTIONS:
         return False
-    weights = (head.probe, attention.in_proj_weight, attention.out_proj.weight)
-    modules = (head, attention, attention.out_proj)
-    return (
-        all(weight is not None and weight.is_floating_point() and not weight.is_meta for weight in weights)
-        and attention.in_proj_bias is not None
-        and not any(
-            hasattr(module, "_hf_hook")
-            or module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            for module in modules
-        )
-        and not any(parametrize.is_parametrized(module) for module in modules)
-    )
+    weights = (head.probe, attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight)
+    return are_plain((head, attention, attention.out_proj), weights)
 
 
 def pool_with_folded_probe(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from .neuroflow_extrapolate import carryings_of, weighing_cost
 from .neuroflow_gate import choose_active, update_references
 from .neuroflow_layer import LayerOutput, LayerStep
 from .neuroflow_modes import MODES
+from .neuroflow_patches import active_position_embeddings, position_embeddings, project_patches
 from .neuroflow_stream import NeuroFlowStream, StreamGeometry
 
 
@@ -43,7 +44,7 @@ def encode_frame(
     Everything that can refuse a frame comes before the first write to the stream.
 
     Args:
-        model: the vision model, whose modules are called (never their weights past them).
+        model: the vision model, whose modules are called; their weights are read past them only if `are_plain`.
         pixel_values: [B, C, H, W], normalised, floating point.
     """
     if not hasattr(stream, "begin_frame"):  # by class, a stream made by code loaded from the Hub would be another one
@@ -54,7 +55,8 @@ def encode_frame(
         stream.begin_frame(geometry)
         projected = stream.gate.needs_surprise or any(stream.due_keyframes())
         if projected:
-            patches = project_patches(model, pixel_values)
+            # mode `dense` is SigLIP bit for bit
+            patches = project_patches(model, pixel_values, as_product=stream.gate.mode != "dense")
             signal = patches.detach()
             if stream.gate.signal == "token":
                 signal = signal + position_embeddings(model, patches, pixel_values, interpolate_pos_encoding).detach()
@@ -66,12 +68,14 @@ def encode_frame(
     stream.frame_in_progress = True
     encoded = LayerOutput(None, active, [0] * geometry.batch_size)
     if active.live:
-        # only now: at high resolution their interpolation takes as long as the gate
-        positions = position_embeddings(model, patches, pixel_values, interpolate_pos_encoding)
         if mode.encodes_all_patches:
+            positions = position_embeddings(model, patches, pixel_values, interpolate_pos_encoding)
             hidden = active.of_live(patches) + positions
         else:
-            hidden = active.gather(patches) + active.gather_shared(positions)
+            positions = active_position_embeddings(
+                model, patches, pixel_values, interpolate_pos_encoding, active, geometry.grid
+            )
+            hidden = active.gather(patches) + positions
         encoded = encode(model, hidden, active, stream)
     folded = model.use_head and stream.gate.mode != "dense" and can_fold_probe(model.head)
     tokens, token_mask = read_out(stream, encoded)
@@ -138,22 +142,6 @@ def geometry_of(model: nn.Module, pixel_values: torch.Tensor, interpolate_pos_en
         dtype=torch.get_autocast_dtype(device_type) if autocast else embeddings.patch_embedding.weight.dtype,
         device=pixel_values.device,
     )
-
-
-def project_patches(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """[B, C, H, W] to the patch projections [B, N, D], contiguous: patches are gathered by row later."""
-    pixel_values = pixel_values.to(model.embeddings.patch_embedding.weight.dtype)
-    return model.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2).contiguous()
-
-
-def position_embeddings(
-    model: nn.Module, patches: torch.Tensor, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
-) -> torch.Tensor:
-    """The position embeddings of a frame's patches [B, N, D], the same for all streams: [N, D]."""
-    embeddings = model.embeddings
-    if interpolate_pos_encoding:
-        return embeddings.interpolate_pos_encoding(patches, *pixel_values.shape[2:])[0]
-    return embeddings.position_embedding(embeddings.position_ids)[0]
 
 
 def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: NeuroFlowStream) -> LayerOutput:

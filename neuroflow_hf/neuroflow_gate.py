@@ -27,7 +27,7 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
 
     The order of the policies: surprise, global motion, dilation, threshold or budget (with patches whose turn it is
     taken first), the minimum, the keyframe rules (by the mean surprise and by the share of patches above the threshold
-    before dilation), holding (by the same share).
+    before dilation), holding (by the same share), encoding in full what nearly is.
 
     Raises:
         ValueError: if a stream's pixels are not finite.
@@ -66,6 +66,8 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
             num_active = num_patches
         elif holds:
             num_active = num_both = 0
+        elif num_active > gate.full_above * num_patches:
+            keyframes[index], num_active = True, num_patches
         counts.append(int(num_active))
         changed_counts.append((int(num_changed), int(num_both)))
     for value, count in ((True, num_patches), (False, 0)):

@@ -5,6 +5,9 @@ import math
 import torch
 from torch.nn import functional as F
 
+# Patches compared at a time on a CPU, where what is in between then stays in the cache: five times faster at many.
+PATCHES_AT_A_TIME = 256
+
 
 def surprise(signal: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """
@@ -13,6 +16,14 @@ def surprise(signal: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     Computed as half the squared distance of the unit vectors, which is the same number but exactly 0 where the two
     are equal and does not cancel near 0, where thresholds lie.
     """
+    if signal.device.type != "cpu":
+        return surprise_of_part(signal, reference)
+    parts = zip(signal.split(PATCHES_AT_A_TIME, dim=1), reference.split(PATCHES_AT_A_TIME, dim=1), strict=True)
+    return torch.cat([surprise_of_part(*part) for part in parts], dim=1)
+
+
+def surprise_of_part(signal: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """`surprise`, all at once."""
     difference = F.normalize(signal.float(), dim=-1) - F.normalize(reference.float(), dim=-1)
     return difference.square().sum(dim=-1) / 2
 

@@ -19,10 +19,13 @@ class PatchMemory:
 
     Args:
         per_head (`bool`, defaults to `False`): whether it is one number a head, [B, N, H], or features, [B, N, D].
+        heads_first (`bool`, defaults to `False`):
+            Whether features are laid out head by head, [B, H, N, D / H]: attention reads one head at a time.
         dtype (`torch.dtype`, *optional*): its type, where that is not the one that the model's modules return.
     """
 
     per_head: bool = False
+    heads_first: bool = False
     dtype: torch.dtype | None = None
 
 

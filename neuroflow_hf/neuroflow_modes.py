@@ -20,7 +20,7 @@ def layer_among_active(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) 
     to rows [M, D]. Keeps nothing. With everything active this is the dense layer.
     """
     active, (dim, inner) = step.active, widths(layer)
-    hidden = layer_on_rows(layer, hidden, active, lambda key, value: (key, value, active.counts))
+    hidden = layer_on_rows(layer, hidden, active, lambda key, value: (key, value))
     costs = [attention_cost(count, count, count, dim) + mlp_cost(count, dim, inner) for count in active.counts]
     return LayerOutput(hidden, active, costs)
 
@@ -28,19 +28,23 @@ def layer_among_active(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) 
 def layer_in_context(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
     """
     An encoder layer whose active patches attend to all N patches: fresh keys and values for the active, those of
-    their last update for the rest. Rows [M, D] to rows [M, D]; keeps `key` and `value`, [B, N, D] each.
+    their last update for the rest. Rows [M, D] to rows [M, D]; keeps `key` and `value`, laid out as `MODES` says.
 
     In `extrapolate`, the stored keys and values are first brought up to date by what the active patches show.
     """
     active, patches, (dim, inner) = step.active, step.active.num_patches, widths(layer)
+    kept, heads = MODES[step.gate.mode].layer_memories, layer.self_attn.num_heads
 
     def with_stored(key, value):
-        for carrying in step.carryings:
-            carrying.into(step.memory, "key", key)
-            carrying.into(step.memory, "value", value)
-        keys = active.remember(step.memory, "key", key)
-        values = active.remember(step.memory, "value", value)
-        return keys.flatten(0, 1), values.flatten(0, 1), [patches] * len(active.counts)
+        stored = []
+        for name, fresh in (("key", key), ("value", value)):
+            for carrying in step.carryings:
+                carrying.into(step.memory, name, fresh)
+            if kept[name].heads_first:
+                stored.append(active.remember_by_head(step.memory, name, fresh, heads))
+            else:
+                stored.append(active.remember(step.memory, name, fresh).unflatten(-1, (heads, -1)).transpose(1, 2))
+        return stored
 
     hidden = layer_on_rows(layer, hidden, active, with_stored)
     costs = [attention_cost(count, patches, count, dim) + mlp_cost(count, dim, inner) for count in active.counts]
@@ -58,12 +62,15 @@ def layer_that_may_spread(layer: nn.Module, hidden: torch.Tensor, step: LayerSte
 def layer_on_rows(
     layer: nn.Module, hidden: torch.Tensor, active: ActiveSet, keys_and_values: Callable
 ) -> torch.Tensor:
-    """SigLIP's encoder layer for rows [M, D], attending to what `keys_and_values` makes of their keys and values."""
+    """
+    SigLIP's encoder layer for rows [M, D], attending to what `keys_and_values` makes of their keys and values, rows or
+    by head as in `attend`.
+    """
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
     query = attention.q_proj(normed)
-    keys, values, key_counts = keys_and_values(attention.k_proj(normed), attention.v_proj(normed))
-    attended = attend(attention, query, keys, values, active.counts, key_counts)
+    keys, values = keys_and_values(attention.k_proj(normed), attention.v_proj(normed))
+    attended = attend(attention, query, keys, values, active.counts)
     hidden = hidden + attention.out_proj(attended)
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
@@ -112,9 +119,9 @@ MODES = {
     "mlp": Mode(layer_with_stored_mlp, encodes_all_patches=True, layer_memories={"mlp": PatchMemory()}),
     "eliminate": Mode(layer_among_active, pools_all_patches=False),
     "reconstruct": Mode(layer_among_active),
-    "context": Mode(layer_in_context, layer_memories={"key": PatchMemory(), "value": PatchMemory()}),
+    "context": Mode(layer_in_context, layer_memories=dict.fromkeys(("key", "value"), PatchMemory(heads_first=True))),
     "extrapolate": Mode(
-        layer_in_context, layer_memories={"key": PatchMemory(), "value": PatchMemory()}, carries_changes=True
+        layer_in_context, layer_memories=dict.fromkeys(("key", "value"), PatchMemory()), carries_changes=True
     ),
     "propagate": Mode(
         layer_that_may_spread,

@@ -331,8 +331,11 @@ def memory_layout(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) ->
     for layer in range(geometry.num_layers):
         spreading = gate.spreads_in(layer, geometry.num_layers)
         for name, kept in {**mode.layer_memories, **(mode.spreading_memories if spreading else {})}.items():
-            width = geometry.num_heads if kept.per_head else geometry.hidden_size
-            layout[f"layers.{layer}.{name}"] = MemoryLayout((*patches, width), kept.dtype)
+            heads, width = geometry.num_heads, geometry.hidden_size
+            shape = (*patches, heads if kept.per_head else width)
+            if kept.heads_first:
+                shape = (geometry.batch_size, heads, geometry.num_patches, width // heads)
+            layout[f"layers.{layer}.{name}"] = MemoryLayout(shape, kept.dtype)
     if gate.keeps_age:
         layout["age"] = MemoryLayout(patches)
     return layout

@@ -25,6 +25,15 @@ def test_surprise_is_one_minus_cosine(seed, closeness):
     torch.testing.assert_close(gating.surprise(signal, reference), torch.tensor(expected), rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("patches", [1, 255, 256, 257, 700])
+def test_surprise_in_parts_is_that_of_the_whole(patches):
+    """Bit for bit, or the threshold would fall between patches by where they are in the picture."""
+    signal, reference = vectors(7, 2, patches, 48), vectors(8, 2, patches, 48)
+    reference[:, ::3] = signal[:, ::3]
+    assert torch.equal(gating.surprise(signal, reference), gating.surprise_of_part(signal, reference))
+    assert gating.surprise(signal, reference)[:, ::3].eq(0).all()
+
+
 def test_surprise_of_equal_vectors_is_exactly_zero_in_every_dtype():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         signal = vectors(0, 1, 64, 384).to(dtype)

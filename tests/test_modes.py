@@ -173,6 +173,21 @@ def test_more_active_patches_cost_more_in_every_gated_mode(vision):
         assert costs == sorted(set(costs))
 
 
+@pytest.mark.parametrize("mode", GATED_MODES)
+@pytest.mark.parametrize("budget", [34, 35])
+def test_nearly_everything_active_is_a_keyframe_where_that_takes_no_longer(vision, stock_vision, mode, budget):
+    first, second = random_video(2, changed=1.0)
+    stream = vision.new_stream(mode=mode, token_budget=budget, memory_blend=0.5)
+    with torch.no_grad():
+        vision(pixel_values=first, stream=stream)
+        output, dense = vision(pixel_values=second, stream=stream), stock_vision(pixel_values=second)
+    if mode in ("context", "extrapolate", "propagate") and budget > 0.95 * NUM_PATCHES:
+        assert output.active_mask.all()
+        torch.testing.assert_close(output.last_hidden_state, dense.last_hidden_state, rtol=1e-4, atol=1e-5)
+    else:
+        assert output.active_mask.sum() == budget
+
+
 def test_folded_probe_pools_as_the_head_does(stock_vision):
     hidden = torch.randn(3, 17, 32, generator=torch.Generator().manual_seed(0))
     assert can_fold_probe(stock_vision.head)
