@@ -109,7 +109,7 @@ class NeuroFlowGateConfig:
         sentinels (`float`, defaults to 0.05):
             Mode `extrapolate`: up to this share of the patches is encoded although they did not change, as many as
             did change, each patch in its turn. 0.03 is thrifty, 0.1 faithful; 0 is `context` wherever all that
-            changed is encoded.
+            changed is encoded. With a `token_budget` they take at most half of it.
         max_age (`int`, *optional*):
             No stored patch gets older than this many frames: `ceil(N / max_age)` of the oldest are encoded anew on
             every frame, in turn, so that the cost stays flat. 300 costs a third of a percent.
@@ -299,6 +299,11 @@ class NeuroFlowGateConfig:
     def sentinel_share(self) -> float:
         """`sentinels` where there are any: in `extrapolate`."""
         return self.sentinels if self.mode == "extrapolate" else 0
+
+    def most_sentinels(self, num_patches: int) -> int:
+        """How many sentinels a frame has at most; with a `token_budget`, no more than half of it."""
+        sentinels = math.ceil(self.sentinel_share * num_patches)
+        return sentinels if self.token_budget is None else min(sentinels, self.token_budget // 2)
 
     @property
     def keeps_age(self) -> bool:

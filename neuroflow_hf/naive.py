@@ -162,8 +162,8 @@ class NaiveStream:
             refreshed = set(longest_ago[: math.ceil(len(signal) / gate.max_age)])
         if gate.mode == "extrapolate":
             still = [patch for patch in longest_ago if patch not in changed | refreshed]
-            refreshed |= set(still[: min(len(changed), math.ceil(gate.sentinels * len(signal)))])
-        by_surprise = sorted(everything, key=lambda patch: (patch not in refreshed, -scores[patch]))
+            refreshed |= set(still[: min(len(changed), gate.most_sentinels(len(signal)))])
+        by_surprise = sorted(everything, key=lambda patch: (0, 0) if patch in refreshed else (1, -scores[patch]))
         active = changed | refreshed if gate.token_budget is None else set(by_surprise[: gate.token_budget])
         active |= set(by_surprise[: gate.least_active])
         if len(active) > gate.full_above * len(signal):

@@ -1,7 +1,5 @@
 """The gate at work: from a frame's signal and a stream's references to the active set, and back to the references."""
 
-import math
-
 import torch
 
 from .configuration_neuroflow_gate import NeuroFlowGateConfig
@@ -145,7 +143,7 @@ def refreshed_in_turn(
     if gate.max_age is not None:
         refreshed = oldest(age, grid, refreshed_per_frame(num_patches, gate.max_age))
     if gate.sentinel_share:
-        sentinels = mask.sum(-1).clamp(max=math.ceil(gate.sentinel_share * num_patches))
+        sentinels = mask.sum(-1).clamp(max=gate.most_sentinels(num_patches))
         refreshed = refreshed | oldest(age, grid, sentinels, among=~(mask | refreshed))
     return refreshed
 

@@ -120,7 +120,7 @@ def test_the_summary_says_what_was_run(finished, model_folder):
     summary = read_run(out)[0]
     gate = summary["gate"]
     assert (gate["threshold"], gate["keyframe_fraction"], gate["dilate"]) == (0.02, 0.5, 1)
-    assert (gate["mode"], gate["reference"]) == ("context", "last_update")
+    assert (gate["mode"], gate["reference"]) == ("extrapolate", "last_update")
     assert summary["model"] == str(model_folder) and summary["video"]["name"] == "square.mkv"
     assert summary["command"].startswith("neuroflow") and summary["dtype"] == "float32"
     assert summary["versions"]["torch"] == torch.__version__ and summary["cpu_count"] == os.cpu_count()

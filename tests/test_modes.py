@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import GATED_MODES, MODES, NUM_PATCHES, TINY_VISION, lively, random_video
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -56,6 +56,7 @@ def smallest_vision():
 
 
 @given(options=gate_options, seed=st.integers(0, 1000))
+@example(options=NeuroFlowGateConfig(mode="extrapolate", token_budget=1, dilate=1, threshold=0.9).to_dict(), seed=0)
 @settings(deadline=None, max_examples=60)
 def test_fast_path_equals_the_patch_by_patch_reference(smallest_vision, options, seed):
     assume_consistent(options, num_patches=16)
