@@ -49,6 +49,7 @@ from safetensors.torch import save_file
 import neuroflow_hf
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.configuration_neuroflow_gate import DEFAULT_PRESET, PRESETS
+from neuroflow_hf.neuroflow_patches import project_patches
 from neuroflow_hf.preprocess import Preprocessor
 from neuroflow_hf.run import fingerprint
 from neuroflow_hf.tower import build_tower, default_tower_dir
@@ -209,7 +210,7 @@ def measure_dense(model: NeuroFlowSiglipVisionModel, pixels: Sequence[torch.Tens
         output, spent = timed(lambda frame=frame: model(pixel_values=frame))
         pooled.append(output.pooler_output[0])
         patches.append(output.last_hidden_state[0].half())
-        signals.append(model.embeddings.patch_embedding(frame)[0].flatten(1).T)
+        signals.append(project_patches(model, frame, as_product=True)[0])
         milliseconds.append(spent)
     stream = model.new_stream(mode="hold", keyframe_surprise=2.0)
     costs = [model(pixel_values=pixels[0], stream=stream).cost.item() for _ in range(2)]
