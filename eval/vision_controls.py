@@ -51,6 +51,11 @@ METHODS = {
     "`propagate`, tolerance 0.3": {"mode": "propagate", "tolerance": 0.3},
     "`propagate`, tolerance 0.2": {"mode": "propagate", "tolerance": 0.2},
     "`extrapolate`": {"mode": "extrapolate"},
+    "`extrapolate`, 3% sentinels, keyframe every 25th frame": {
+        "mode": "extrapolate",
+        "sentinels": 0.03,
+        "keyframe_interval": 25,
+    },
     "`extrapolate`, 10% sentinels": {"mode": "extrapolate", "sentinels": 0.1},
     "preset `thrifty`": {"preset": "thrifty"},
     "preset `balanced` (default)": {"preset": "balanced"},
