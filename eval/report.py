@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def percentile(values: list[float], share: float) -> float:
 def provenance() -> dict:
     """The command, the machine and the versions behind a result."""
     return {
-        "command": " ".join(["python", f"eval/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"eval/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {
             "python": platform.python_version(),
