@@ -36,3 +36,12 @@ def pooling_head(tokens: int, dim: int, inner: int, num_heads: int, folded: bool
     over_tokens = 2 * tokens * num_heads * dim if folded else 2 * tokens * dim * dim + 2 * tokens * dim
     projections = (4 if folded else 2) * dim * dim
     return over_tokens + projections + mlp(1, dim, inner)
+
+
+def dense_frame(
+    num_patches: int, num_layers: int, dim: int, inner: int, patch_features: int, num_heads: int, pooled: bool
+) -> int:
+    """All of a frame without a stream; `pooled` if the model has a pooling head."""
+    layer = attention(num_patches, num_patches, num_patches, dim) + mlp(num_patches, dim, inner)
+    head = pooling_head(num_patches, dim, inner, num_heads, folded=False) if pooled else 0
+    return patch_projection(num_patches, dim, patch_features) + num_layers * layer + head

@@ -7,9 +7,8 @@ from torch import nn
 
 from .neuroflow_active import ActiveSet
 from .neuroflow_attention import can_fold_probe, pool_with_folded_probe
-from .neuroflow_cost import attention as attention_cost
+from .neuroflow_cost import dense_frame as dense_frame_cost
 from .neuroflow_cost import gate as gate_cost
-from .neuroflow_cost import mlp as mlp_cost
 from .neuroflow_cost import patch_projection as projection_cost
 from .neuroflow_cost import pooling_head as head_cost
 from .neuroflow_extrapolate import carryings_of, weighing_cost
@@ -250,15 +249,11 @@ def frame_cost(
     """
     config, geometry, gate = model.config, stream.geometry, stream.gate
     patches, dim, inner = geometry.num_patches, config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads
-    projection = projection_cost(patches, dim, config.num_channels * model.embeddings.patch_size**2)
-    dense_layer = attention_cost(patches, patches, patches, dim) + mlp_cost(patches, dim, inner)
-    dense = projection + geometry.num_layers * dense_layer
-    if model.use_head:
-        dense += head_cost(patches, dim, inner, heads, folded=False)
+    heads, patch_features = config.num_attention_heads, config.num_channels * model.embeddings.patch_size**2
+    dense = dense_frame_cost(patches, geometry.num_layers, dim, inner, patch_features, heads, model.use_head)
 
     mode = MODES[gate.mode]
-    spent = projection if projected else 0
+    spent = projection_cost(patches, dim, patch_features) if projected else 0
     if gate.needs_surprise:
         spent += gate_cost(patches, dim, len(gate.references))
     if active:
