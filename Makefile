@@ -40,4 +40,4 @@ wheel: $(READY)  ## build the wheel
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove what was built
-	rm -rf build dist *.egg-info neuroflow-run
+	rm -rf build dist *.egg-info neuroflow-run neuroflow-tuned

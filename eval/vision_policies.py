@@ -21,6 +21,7 @@ import ast
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -38,7 +39,6 @@ import typer
 from clips import NAMES, Clip, load_clips
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from report import RESULTS, provenance, write_text
 from rich.console import Console
 from rich.progress import Progress
@@ -49,7 +49,7 @@ from safetensors.torch import save_file
 import neuroflow_hf
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.configuration_neuroflow_gate import DEFAULT_PRESET, PRESETS
-from neuroflow_hf.neuroflow_frame import project_patches
+from neuroflow_hf.neuroflow_patches import project_patches
 from neuroflow_hf.preprocess import Preprocessor
 from neuroflow_hf.run import fingerprint
 from neuroflow_hf.tower import build_tower, default_tower_dir
@@ -210,7 +210,7 @@ def measure_dense(model: NeuroFlowSiglipVisionModel, pixels: Sequence[torch.Tens
         output, spent = timed(lambda frame=frame: model(pixel_values=frame))
         pooled.append(output.pooler_output[0])
         patches.append(output.last_hidden_state[0].half())
-        signals.append(project_patches(model, frame)[0])
+        signals.append(project_patches(model, frame, as_product=True)[0])
         milliseconds.append(spent)
     stream = model.new_stream(mode="hold", keyframe_surprise=2.0)
     costs = [model(pixel_values=pixels[0], stream=stream).cost.item() for _ in range(2)]
@@ -699,18 +699,15 @@ def mean_delays(results: Sequence[ClipResult]) -> dict:
     return {"events": len(events), **{name: rounded(np.mean([event[name] for event in events])) for name in names}}
 
 
+CLIP_COLUMNS = ("value", "control", "family", "low", "high", "verdict")
+
+
 def clip_row(method: str, result: ClipResult) -> dict:
-    """A method's row on one clip."""
+    """A method's row on one clip; each comparison is a list, as CLIP_COLUMNS."""
     row = {"method": method, "clip": result.clip.name, "cost": rounded(result.cost), "wall": rounded(result.wall)}
     for basis, comparisons in result.comparisons.items():
         row[f"equal_{basis}"] = {
-            name: {
-                "value": rounded(one.value),
-                "control": rounded(one.control),
-                "family": one.family,
-                "interval": [rounded(end) for end in one.interval],
-                "verdict": one.verdict,
-            }
+            name: [rounded(one.value), rounded(one.control), one.family, *map(rounded, one.interval), one.verdict]
             for name, one in comparisons.items()
         }
     row["delays"] = [{name: rounded(frames) for name, frames in event.items()} for event in result.delays]
@@ -793,7 +790,9 @@ def detail_table(method: str, results: Sequence[ClipResult]) -> Table:
 
 VERDICT_COLOURS = {"above": "#15803d", "level": "#9ca3af", "below": "#b91c1c"}
 FAMILY_LINES = {"every k": "#475569", "mean surprise": "#2563eb", "share changed": "#93c5fd"}
-METHOD_COLOUR = "#d97706"
+METHOD_COLOURS = (
+    "#d97706", "#dc2626", "#db2777", "#7c3aed", "#0d9488", "#65a30d", "#854d0e", "#111827", "#f59e0b", "#f472b6",
+)  # fmt: skip
 LEAST_ERROR = 1e-5
 
 
@@ -816,6 +815,7 @@ def plot_policies(
         draw_error_over_cost(panel, controls, rows, name)
         panel.set_title(f"Pooled output, {title}, {len(controls)} clips", loc="left", fontsize=11)
     top_left.legend(loc="lower left", frameon=False, fontsize=9)
+    top_right.legend(handles=method_handles(rows), loc="lower left", frameon=False, fontsize=9)
     ordered = sorted(results[detailed], key=lambda result: result.comparisons["cost"]["pooled_mean"].difference)
     for panel, name, title in (
         (bottom_left, "pooled_mean", "mean"),
@@ -833,7 +833,7 @@ def plot_policies(
 
 
 def draw_error_over_cost(panel, controls: Sequence[ClipControls], rows: Sequence[dict], name: str):
-    """Control families as lines, methods as labelled points."""
+    """Control families as lines, methods as points."""
     for family, colour in FAMILY_LINES.items():
         costs = np.mean([[control.cost for control in one.families[family]] for one in controls], axis=0)
         fidelity = np.mean(
@@ -843,22 +843,12 @@ def draw_error_over_cost(panel, controls: Sequence[ClipControls], rows: Sequence
         order = [index for index in np.argsort(costs) if costs[index] > 0 and fidelity[index] < 1 - LEAST_ERROR]
         label = "control: dense every k frames" if family == "every k" else f"control: dense on {family}"
         panel.plot(costs[order], 1 - fidelity[order], color=colour, linewidth=1.6, label=label)
-    for index, row in enumerate(rows):
+    for row, colour in zip(rows, itertools.cycle(METHOD_COLOURS), strict=False):
         cost, value, control = row["cost"], 1 - row[name]["value"], 1 - row[name]["control"]
         value, control = max(value, LEAST_ERROR), max(control, LEAST_ERROR)
-        first = index == 0
-        panel.plot([cost, cost], [value, control], color=METHOD_COLOUR, linewidth=0.8)
-        panel.plot(
-            cost,
-            control,
-            "o",
-            color="white",
-            markeredgecolor="#475569",
-            markersize=6,
-            label="best control on each clip, at the method's cost there" if first else None,
-        )
-        panel.plot(cost, value, "o", color=METHOD_COLOUR, markersize=7, label="method" if first else None)
-    draw_labels(panel, {row["method"]: (row["cost"], max(1 - row[name]["value"], LEAST_ERROR)) for row in rows})
+        panel.plot([cost, cost], [value, control], color=colour, linewidth=0.8)
+        panel.plot(cost, control, "o", color="white", markeredgecolor=colour, markersize=6)
+        panel.plot(cost, value, color=colour, zorder=4, **marker_of(row["method"]))
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_xlim(0.02, 1.1)
@@ -867,21 +857,19 @@ def draw_error_over_cost(panel, controls: Sequence[ClipControls], rows: Sequence
     tidy(panel)
 
 
-def draw_labels(panel, points: dict[str, tuple[float, float]], gap: float = 1.18):
-    """Names right of their points; each at least `gap` times as high up as the one below, or they would overlap."""
-    height = 0.0
-    for name, (cost, error) in sorted(points.items(), key=lambda item: item[1][1]):
-        height = max(error, gap * height)
-        panel.annotate(
-            name,
-            (cost, error),
-            xytext=(1.1 * cost, height),
-            fontsize=9,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": METHOD_COLOUR, "linewidth": 0.6, "shrinkA": 0},
-            path_effects=[withStroke(linewidth=3, foreground="white")],
-            zorder=5,
-        )
+def marker_of(method: str) -> dict:
+    """Presets are stars, other methods points."""
+    return {"marker": "*", "markersize": 13} if method in PRESETS else {"marker": "o", "markersize": 7}
+
+
+def method_handles(rows: Sequence[dict]) -> list[Line2D]:
+    """A legend's entries for the methods' points and their controls."""
+    handles = [
+        Line2D([], [], linestyle="", color=colour, label=row["method"], **marker_of(row["method"]))
+        for row, colour in zip(rows, itertools.cycle(METHOD_COLOURS), strict=False)
+    ]
+    hollow = {"marker": "o", "markerfacecolor": "white", "color": "#475569"}
+    return [*handles, Line2D([], [], linestyle="", label="best control on each clip at that cost", **hollow)]
 
 
 def draw_differences(panel, results: Sequence[ClipResult], name: str):
@@ -975,6 +963,7 @@ def main(
             "share changed": FRACTION_LEVELS,
         },
         "methods": chosen,
+        "clip_columns": CLIP_COLUMNS,
     }
     clip_rows = [clip_row(method, result) for method, found in results.items() for result in found]
     write_text(output, report_text(report, {"pooled": rows, "clips": clip_rows}))

@@ -22,7 +22,8 @@ app = typer.Typer(
 
 GATE = "Gate (defaults: the model's own, else those named here)"
 COMPARISON = "Comparison and output"
-EXIT_DAMAGED, EXIT_UNUSABLE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_DAMAGED, EXIT_UNUSABLE, EXIT_UNREACHED, EXIT_INTERRUPTED = 1, 2, 3, 130
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
 def show_version(wanted: bool):
@@ -80,6 +81,12 @@ def parse_gate(settings: list[str]) -> dict[str, Any]:
     return options
 
 
+def require_dtype(dtype: str):
+    """Raise a ValueError unless this is a type that models run in."""
+    if dtype not in DTYPE_NAMES:
+        raise ValueError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16.")
+
+
 # --- run -----------------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +110,15 @@ def run(
     max_frames: Annotated[int | None, typer.Option(help="Stop after so many frames.", show_default="all")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes CUDA if there is one.")] = "auto",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Configuration with gate options, such as `neuroflow tune` writes, or its folder; options named here "
+            "are laid over it.",
+            show_default="none",
+            rich_help_panel=GATE,
+        ),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -207,11 +223,10 @@ def run(
     }
     with one_line_errors(debug, nothing_done="nothing was written."):
         options = {name: value for name, value in named.items() if value is not None} | parse_gate(gate or [])
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16.")
+        require_dtype(dtype)
 
         from .configuration_neuroflow_gate import NeuroFlowGateConfig
-        from .loading import DTYPES, load_model, usable_device
+        from .loading import DTYPES, load_gate, load_model, usable_device
         from .run import prepare_folder, run_video
         from .tower import TOWER_NAME, build_tower, default_tower_dir
         from .video import VideoReader, bundled_clip
@@ -221,6 +236,10 @@ def run(
         usable_device(device)
         if dense_every is not None and dense_every < 0:
             raise ValueError(f"`dense_every` is {dense_every}; expected a number of frames, or 0 for no comparison.")
+        if config is not None:
+            if "preset" in options:
+                raise ValueError("Give --config or --preset: each is a whole set of gate options.")
+            options = load_gate(config) | options
         if model is None:  # the tower has no gate options of its own, and its building takes minutes
             NeuroFlowGateConfig.from_options(**options)
         prepare_folder(out)
@@ -365,3 +384,136 @@ def control_note(summary: dict) -> str:
     if as_good:
         return f"Here, dense every {as_good[0]} frames, held between, is about as close or closer and costs no more."
     return ""
+
+
+# --- tune ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def tune(
+    video: Annotated[
+        Path | None, typer.Argument(help="Video like those to come.", show_default="the clip that ships here")
+    ] = None,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option(help="Find the cheapest settings this close to dense, such as 0.99.", show_default="none"),
+    ] = None,
+    max_cost: Annotated[
+        float | None,
+        typer.Option(help="Find the settings closest to dense that cost no more, such as 0.1.", show_default="none"),
+    ] = None,
+    statistic: Annotated[
+        str, typer.Option(help="What of the frames' cosines counts: p5 (5th percentile), mean or min.")
+    ] = "p5",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hub name of a SigLIP or SigLIP 2 checkpoint with its image processor.",
+            show_default="a real vision tower, built on first use",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to; files of an earlier tuning are replaced.")] = Path(
+        "neuroflow-tuned"
+    ),
+    frames: Annotated[int, typer.Option(help="Measure on so many frames.")] = 120,
+    stretches: Annotated[
+        int, typer.Option(help="In so many stretches, spread over the video; keyframes are at least once in each.")
+    ] = 3,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the frames in pixels.", show_default="the model's")
+    ] = None,
+    stride: Annotated[int, typer.Option(help="Take every so many frames of the video.")] = 1,
+    max_frames: Annotated[
+        int | None, typer.Option(help="Look at no more than so many frames of the video.", show_default="all")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes CUDA if there is one.")] = "auto",
+    debug: Annotated[bool, typer.Option("--debug", help="Show errors with their traceback.")] = False,
+):
+    """Find gate settings for a checkpoint and a camera, beside the controls, and write a configuration with them."""
+    with one_line_errors(debug, nothing_done="nothing was written."):
+        require_dtype(dtype)
+
+        from .loading import DTYPES, load_model, usable_device
+        from .run import prepare_folder
+        from .tower import TOWER_NAME, build_tower, default_tower_dir
+        from .tune import checkpoint_config, tune_video, write_tuning
+        from .tune_points import Requirement
+        from .tune_words import next_steps
+        from .video import VideoReader, bundled_clip
+
+        # what fails quickly goes first
+        Requirement(min_cosine, max_cost, statistic)
+        reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
+        usable_device(device)
+        prepare_folder(out)
+        source = model or str(build_tower(default_tower_dir()))
+        loaded, preprocess = load_model(source, DTYPES[dtype], device, resolution)
+        with tune_progress(statistic) as on_step:
+            result = tune_video(
+                reader,
+                loaded,
+                preprocess,
+                min_cosine=min_cosine,
+                max_cost=max_cost,
+                statistic=statistic,
+                frames=frames,
+                stretches=stretches,
+                on_step=on_step,
+            )
+        config = checkpoint_config(source)
+        command = shlex.join(["neuroflow", *sys.argv[1:]])
+        files = write_tuning(result, out, config, model_name=model or TOWER_NAME, command=command)
+    print_tuning(result)
+    if result.chosen is not None:
+        given = {"model": model, "resolution": resolution, "stride": stride if stride > 1 else None, "config": out}
+        for line in next_steps(video, given, type(config).__name__, source):
+            typer.echo(line)  # without markup and line breaks: to be pasted
+    Console(highlight=False).print(f"Written to {escape(str(out))}: {', '.join(file.name for file in files)}")
+    if result.note:
+        typer.echo(f"The video broke off: {result.note}. What was read before counts.", err=True)
+    if result.status == "interrupted":
+        typer.echo(f"Stopped by Ctrl-C; {len(result.points)} settings were measured before.", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if result.chosen is None:
+        raise typer.Exit(EXIT_UNREACHED)
+
+
+@contextlib.contextmanager
+def tune_progress(statistic: str) -> Iterator[Any]:
+    """A progress bar on stderr, with a line above it for each setting measured; yields what `tune_video` calls."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from .tune_words import figure_words
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"))
+    progress = Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
+    task = progress.add_task("reading", total=None)
+
+    def on_step(what, done, total, point):
+        progress.start()  # not before there is something to show: an error should stand alone
+        progress.update(task, description=what, completed=done, total=total)
+        if point is not None:
+            progress.console.print(figure_words(point, statistic), soft_wrap=True)
+
+    try:
+        yield on_step
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+
+
+def print_tuning(result: Any):
+    """What a tuning found, as a table and a few sentences on stdout."""
+    from .tune_words import tuning_rows, tuning_sentences
+
+    console = Console(highlight=False)
+    table = Table("", "cost", "mean", "p5", "min", "worst stretch", "ms", title=f"required: {result.requirement}")
+    table.title_justify = "left"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for place, row in enumerate(tuning_rows(result)):
+        table.add_row(*row, style="bold" if place == 0 else "dim")
+    console.print(table)
+    for sentence in tuning_sentences(result):
+        console.print(escape(sentence), soft_wrap=True)

@@ -1,6 +1,7 @@
 """A model and what makes its pixel values, from a folder or a name on the Hub, or an error that says what to do."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from .configuration_neuroflow_gate import NeuroFlowGateConfig
 from .modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .preprocess import Preprocessor
 from .tower_weights import quiet_transformers
@@ -68,6 +70,37 @@ def load_model(
     if not model.use_head:
         raise ModelLoadError(f"The model in {source} has no pooling head, so a frame has no embedding.")
     return model.eval().to(device), preprocess
+
+
+def load_gate(path: str | Path) -> dict:
+    """
+    All options of the gate that a NeuroFlow configuration holds, such as `neuroflow tune` writes.
+
+    Args:
+        path: the `config.json`, or the folder that it lies in.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not JSON, holds no gate, or one with unknown options or values out of range.
+    """
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no {file}; expected a configuration that `neuroflow tune` wrote.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no configuration: it is not JSON ({one_line(error)}).") from error
+    parts = [config, config.get("vision_config")] if isinstance(config, dict) else []
+    gates = [part["gate"] for part in parts if isinstance(part, dict) and isinstance(part.get("gate"), dict)]
+    if not gates:
+        raise ValueError(
+            f"{file} holds no gate options; expected a NeuroFlow configuration, such as `neuroflow tune` writes."
+        )
+    try:
+        return NeuroFlowGateConfig.from_options(gates[0]).to_dict()
+    except ValueError as error:
+        raise ValueError(f"The gate in {file} cannot be used: {one_line(error)}") from error
 
 
 @contextlib.contextmanager

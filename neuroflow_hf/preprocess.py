@@ -120,7 +120,16 @@ class Preprocessor:
         Raises:
             ValueError: `image` has another shape or dtype.
         """
-        resized = self.resize(image).to(device or "cpu")
+        return self.normalise(self.resize(image), dtype, device)
+
+    def normalise(
+        self,
+        resized: torch.Tensor,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """The second step alone: uint8 [1, 3, R, R] from `resize` to `dtype` [1, 3, R, R] on `device`, contiguous."""
+        resized = resized.to(device or "cpu")
         # (level * factor - mean) / std as one product and one sum
         scale = [self.rescale_factor / std for std in self.image_std]
         offset = [-mean / std for mean, std in zip(self.image_mean, self.image_std, strict=True)]

@@ -179,8 +179,9 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor, stream: Any) -> dict:
+def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor) -> dict:
     """What was run and on what machine, for the summary."""
+    side = preprocess.resolution // model.config.patch_size
     return {
         "video": {
             "name": reader.path.name,
@@ -191,8 +192,7 @@ def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess:
         },
         "weights": fingerprint(model),
         "resolution": preprocess.resolution,
-        "grid": list(stream.geometry.grid),
-        "gate": stream.gate.to_dict(),
+        "grid": [side, side],
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "cpu_count": os.cpu_count(),
@@ -210,6 +210,14 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def require_one_patch(preprocess: Preprocessor, patch_size: int):
+    """Raise a ValueError for a resolution of less than one patch."""
+    if preprocess.resolution < patch_size:
+        raise ValueError(
+            f"The resolution is {preprocess.resolution}; expected at least one patch, {patch_size} pixels."
+        )
+
+
 def prepare_folder(out: str | Path) -> Path:
     """Make the folder that a run is written to; NotADirectoryError if there is a file of that name."""
     out = Path(out)
@@ -225,14 +233,14 @@ def prepare_folder(out: str | Path) -> Path:
     return out
 
 
-def publish(folder: Path, out: Path) -> list[Path]:
-    """Move finished run files from `folder` to `out`, each in one step; what is left of an earlier run goes."""
-    for name in RUN_FILES:
+def publish(folder: Path, out: Path, names: Sequence[str] = RUN_FILES) -> list[Path]:
+    """Move finished files from `folder` to `out`, each in one step; what an earlier run left of `names` goes."""
+    for name in names:
         if (folder / name).exists():
             os.replace(folder / name, out / name)
         else:
             (out / name).unlink(missing_ok=True)
-    return [out / name for name in RUN_FILES if (out / name).exists()]
+    return [out / name for name in names if (out / name).exists()]
 
 
 def write_records(folder: Path, records: Sequence[FrameRecord], title: str, cells: SheetCells):
@@ -296,10 +304,7 @@ def run_video(
     if dense_every is not None and dense_every < 0:
         raise ValueError(f"`dense_every` is {dense_every}; expected a number of frames, or 0 for no comparison.")
     patch_size = model.config.patch_size
-    if preprocess.resolution < patch_size:
-        raise ValueError(
-            f"The resolution is {preprocess.resolution}; expected at least one patch, {patch_size} pixels."
-        )
+    require_one_patch(preprocess, patch_size)
     out = prepare_folder(out)
     stream = model.new_stream(**(gate_options or {}))
     if dense_every is None:
@@ -352,7 +357,8 @@ def run_video(
             "command": command,
             "model": model_name or model.config.name_or_path,
             "dense_every": dense_every,
-            **settings(reader, model, preprocess, stream),
+            "gate": stream.gate.to_dict(),
+            **settings(reader, model, preprocess),
             **figures(records),
             "stream_bytes": stream.nbytes,
         }
