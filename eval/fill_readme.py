@@ -102,18 +102,22 @@ def speed_table(report: dict) -> str:
                 add(case["resolution"], case["mode"], case["cost"], case["gigamacs"], case["dtype"], cells)
 
     full = [(ratio, case) for case, _, ratio in ratios(report) if case["active"] == 1]
-    slowest, case = min(full, key=lambda pair: pair[0])
-    frames = [part["frames"] for part in [entry["milliseconds"] for entry in report["dense"]]]
-    frames += [case["streamed"]["frames"] for case in report["cases"]]
+    said = f"{fraction:.0%} of the patches active (in `propagate`, none joining)."
+    if full:
+        slowest, case = min(full, key=lambda pair: pair[0])
+        said += (
+            f" With everything active, all modes lie between {slowest:.2f} (`{case['mode']}`, {case['resolution']} "
+            f"px, {case['dtype']}) and {max(ratio for ratio, _ in full):.2f} times dense's speed."
+        )
+    timed = [entry["milliseconds"] for entry in report["dense"]] + [case["streamed"] for case in report["cases"]]
+    frames = [times["frames"] for times in timed]
     return "\n".join(
         [
             f"| pixels | mode | cost | GMAC |{''.join(f' {dtype}: ms | times faster |' for dtype in dtypes)}",
             f"|---|---|---|---|{'---|---|' * len(dtypes)}",
             *(f"{''.join(row)} |" for row in rows.values()),
             "",
-            f"{fraction:.0%} of the patches active (in `propagate`, none joining). With everything active, all modes "
-            f"lie between {slowest:.2f} (`{case['mode']}`, {case['resolution']} px, {case['dtype']}) and "
-            f"{max(ratio for ratio, _ in full):.2f} times dense's speed.",
+            said,
             f"`{report['command']}`: SigLIP-base geometry, {report['machine']['threads']} threads on the CPU, from "
             f"pixels to embedding, medians of {min(frames)} to {max(frames)} frames, dense with torch's attention in "
             "the same run and type. GMAC: billions of multiply-adds.",
