@@ -1,6 +1,7 @@
 """
 Write README's figures and pictures from the results: tables from `eval/results/*.json`, pictures from a run.
 
+    python eval/vision_policies.py --frames 60 --workers 2
     python eval/vision_controls.py && neuroflow run --out neuroflow-run
     python eval/benchmark_vision.py --fresh && python eval/benchmark_streams.py
     python eval/fill_readme.py
@@ -16,6 +17,8 @@ from benchmark_streams import WAYS
 from benchmark_vision import ratios
 from PIL import Image
 from report import RESULTS, fill_block, write_json, write_text
+
+from neuroflow_hf import PRESETS
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +41,61 @@ def controls_table(report: dict) -> str:
             "",
             f"`{report['command']}`: {report['frames']} frames of {report['clip']}, {report['tower']}; the first "
             "frame, which every method encodes in full, is left out. Cost: multiply-adds spent, gate and pooling head "
-            "included, over those of dense. Threshold 0.01 and reference `last_update` unless said.",
+            "included, over those of dense. Plain modes with threshold 0.01 and reference `last_update` unless said.",
+        ]
+    )
+
+
+def policies_table(report: dict) -> str:
+    """The methods over all clips, each beside the best control at its own cost, from `vision_policies.json`."""
+
+    def with_interval(found):
+        low, high = found["interval"]
+        return f"{found['value']:.4f} | {found['control']:.4f} | {1e3 * low:+.2f} to {1e3 * high:+.2f}"
+
+    lines = [
+        "| method | cost | mean cosine | best control | difference, thousandths | p5 | best control | difference "
+        "| clips above, level, below |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = [row for row in report["pooled"] if row["clips"] == "all" and row["equal"] == "cost"]
+    for row in rows:
+        mean, low = row["pooled_mean"], row["pooled_p5"]
+        verdicts = ", ".join(str(mean["clips"][verdict]) for verdict in ("above", "level", "below"))
+        name = f"`{row['method']}`" if row["method"] in PRESETS else row["method"]
+        lines.append(f"| {name} | {row['cost']:.3f} | {with_interval(mean)} | {with_interval(low)} | {verdicts} |")
+    frames = report["clips_measured"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`{report['command']}`: {len(frames)} clips, {sum(frames.values())} frames in all, {report['tower']}; the "
+            "first frame of each, dense in every method, is left out. The best control is, for each clip and statistic "
+            "and chosen after the fact, the better of dense every k frames and dense by a trigger, at the method's own "
+            "cost on that clip. Differences: 95 % intervals of a paired bootstrap over clips and blocks of frames. "
+            "Last column: clips on which the mean is above, level with or below that control.",
+        ]
+    )
+
+
+def delays_table(report: dict) -> str:
+    """By how many frames outputs lag behind events, from `vision_policies.json`."""
+    rows = [row for row in report["pooled"] if row["clips"] == "all" and row["equal"] == "cost"]
+    families = [name for name in rows[0]["delay"] if name not in ("events", "method")]
+    lines = [
+        f"| method | cost | its delay | {' | '.join(families)} |",
+        f"|{'---|' * (3 + len(families))}",
+    ]
+    for row in rows:
+        delays = [row["delay"][name] for name in ("method", *families)]
+        name = f"`{row['method']}`" if row["method"] in PRESETS else row["method"]
+        lines.append(f"| {name} | {row['cost']:.3f} | {' | '.join(f'{delay:.1f}' for delay in delays)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Frames until the output is closer to the dense output of the moment than to that before the event, in "
+            f"excess of dense's own, mean of {rows[0]['delay']['events']} events; controls at equal cost.",
         ]
     )
 
@@ -155,6 +212,9 @@ def main(
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = fill_block(readme, "figures:controls", controls_table(controls))
+    policies = json.loads((RESULTS / "vision_policies.json").read_text(encoding="utf-8"))
+    readme = fill_block(readme, "figures:policies", policies_table(policies))
+    readme = fill_block(readme, "figures:delays", delays_table(policies))
     benchmark = json.loads((RESULTS / "benchmark_vision.json").read_text(encoding="utf-8"))
     readme = fill_block(readme, "figures:speed", speed_table(benchmark))
     streams = json.loads((RESULTS / "benchmark_streams.json").read_text(encoding="utf-8"))

@@ -791,7 +791,7 @@ def detail_table(method: str, results: Sequence[ClipResult]) -> Table:
 VERDICT_COLOURS = {"above": "#15803d", "level": "#9ca3af", "below": "#b91c1c"}
 FAMILY_LINES = {"every k": "#475569", "mean surprise": "#2563eb", "share changed": "#93c5fd"}
 METHOD_COLOURS = (
-    "#d97706", "#dc2626", "#db2777", "#7c3aed", "#0d9488", "#65a30d", "#854d0e", "#111827", "#f59e0b", "#f472b6",
+    "#d97706", "#dc2626", "#db2777", "#7c3aed", "#0d9488", "#65a30d", "#854d0e", "#111827", "#06b6d4", "#f472b6",
 )  # fmt: skip
 LEAST_ERROR = 1e-5
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import lively
-from fill_readme import controls_table, run_table, speed_table
+from fill_readme import controls_table, delays_table, policies_table, run_table, speed_table
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -45,7 +45,14 @@ def test_python_examples_run_and_say_true_shapes(tower, capsys):
 
 
 @pytest.mark.parametrize(
-    "table, result", [(controls_table, "vision_controls"), (speed_table, "benchmark_vision"), (run_table, "run")]
+    "table, result",
+    [
+        (controls_table, "vision_controls"),
+        (policies_table, "vision_policies"),
+        (delays_table, "vision_policies"),
+        (speed_table, "benchmark_vision"),
+        (run_table, "run"),
+    ],
 )
 def test_figures_are_those_of_the_results(table, result):
     report = json.loads((ROOT / f"eval/results/{result}.json").read_text(encoding="utf-8"))
