@@ -30,8 +30,9 @@ format: $(READY)  ## apply the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## time the modes against dense
+bench: $(READY)  ## time the modes against dense: half an hour on two cores; run again to continue
 	$(BIN)/python eval/benchmark_vision.py
+	$(BIN)/python eval/benchmark_streams.py
 
 hub: $(READY)  ## write complete Hub repositories to dist/hub/
 	$(BIN)/python -m neuroflow_hf.hub

@@ -3,7 +3,7 @@ Write README's figures and pictures from the results: tables from `eval/results/
 
     python eval/vision_policies.py --frames 60 --workers 2
     python eval/vision_controls.py && neuroflow run --out neuroflow-run
-    python eval/benchmark_vision.py --resolutions 224,448,896 --fractions 0.03,1 --repeats 3
+    python eval/benchmark_vision.py --fresh && python eval/benchmark_streams.py
     python eval/fill_readme.py
 
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from benchmark_streams import WAYS
+from benchmark_vision import ratios
 from PIL import Image
 from report import RESULTS, fill_block, write_json, write_text
 
@@ -137,29 +139,66 @@ def run_table(summary: dict) -> str:
 
 
 def speed_table(report: dict) -> str:
-    """The sparse cases of `benchmark_vision.json` as a table in Markdown, and the span of the others."""
+    """The sparsest cases of `benchmark_vision.json` as a table in Markdown, and the span of the full ones."""
+    dtypes = list(dict.fromkeys(entry["dtype"] for entry in report["dense"]))
+    fraction = min(case["active"] for case in report["cases"])
+    rows: dict[tuple, list[str]] = {}
 
-    def ratio(case):
-        return case["dense"]["median"] / case["streamed"]["median"]
+    def add(resolution, mode, cost, gigamacs, dtype, cells):
+        row = rows.setdefault(
+            (resolution, mode), [f"| {resolution} | `{mode}` | {cost:.3f} | {gigamacs:.1f}", *[" | |"] * len(dtypes)]
+        )
+        row[1 + dtypes.index(dtype)] = cells
 
-    lines = [
-        "| pixels | active | mode | cost | dense, ms | streamed, ms | times faster |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for case in report["cases"]:
-        if case["active"] < 1:
-            lines.append(
-                f"| {case['resolution']} | {case['active']:.0%} | `{case['mode']}` | {case['cost']:.3f} "
-                f"| {case['dense']['median']:.0f} | {case['streamed']['median']:.0f} | {ratio(case):.1f} |"
-            )
-    full = [ratio(case) for case in report["cases"] if case["active"] == 1]
+    for entry in sorted(report["dense"], key=lambda entry: entry["resolution"]):
+        milliseconds = entry["milliseconds"]["median"]
+        add(entry["resolution"], "dense", 1, entry["gigamacs"], entry["dtype"], f" | {milliseconds:.0f} |")
+        for case, dense, ratio in ratios(report):
+            if dense is entry and case["active"] == fraction:
+                cells = f" | {case['streamed']['median']:.0f} | {ratio:.1f}"
+                add(case["resolution"], case["mode"], case["cost"], case["gigamacs"], case["dtype"], cells)
+
+    full = [(ratio, case) for case, _, ratio in ratios(report) if case["active"] == 1]
+    said = f"{fraction:.0%} of the patches active (in `propagate`, none joining)."
+    if full:
+        slowest, case = min(full, key=lambda pair: pair[0])
+        said += (
+            f" With everything active, all modes lie between {slowest:.2f} (`{case['mode']}`, {case['resolution']} "
+            f"px, {case['dtype']}) and {max(ratio for ratio, _ in full):.2f} times dense's speed."
+        )
+    timed = [entry["milliseconds"] for entry in report["dense"]] + [case["streamed"] for case in report["cases"]]
+    frames = [times["frames"] for times in timed]
     return "\n".join(
         [
+            f"| pixels | mode | cost | GMAC |{''.join(f' {dtype}: ms | times faster |' for dtype in dtypes)}",
+            f"|---|---|---|---|{'---|---|' * len(dtypes)}",
+            *(f"{''.join(row)} |" for row in rows.values()),
+            "",
+            said,
+            f"`{report['command']}`: SigLIP-base geometry, {report['machine']['threads']} threads on the CPU, from "
+            f"pixels to embedding, medians of {min(frames)} to {max(frames)} frames, dense with torch's attention in "
+            "the same run and type. GMAC: billions of multiply-adds.",
+        ]
+    )
+
+
+def streams_table(report: dict) -> str:
+    """`benchmark_streams.json` as a table in Markdown."""
+    lines = []
+    for case in report["cases"]:
+        one, separate, dense = (case["frames_per_second"][way]["median"] for way in WAYS)
+        lines.append(
+            f"| `{case['mode']}` | {case['cameras']} | {one:.1f} | {separate:.1f} | {dense:.1f} "
+            f"| {one / separate:.1f} | {one / dense:.1f} |"
+        )
+    return "\n".join(
+        [
+            "| mode | cameras | frames/s: one call | a call each | dense, batched | to a call each | to dense |",
+            "|---|---|---|---|---|---|---|",
             *lines,
             "",
-            f"With everything active, all modes and sizes lie between {min(full):.2f} and {max(full):.2f} times.",
-            f"`{report['command']}`: SigLIP-base geometry, {report['dtype']}, {report['machine']['threads']} threads "
-            f"on the CPU, from pixels to embedding, medians of {report['repeats']} frames, dense in the same run.",
+            f"`{report['command']}`: SigLIP-base geometry, 224 px, {report['dtype']}, {report['machine']['threads']} "
+            "threads on the CPU; in each camera another share of the patches changes, 1% to 10%.",
         ]
     )
 
@@ -178,6 +217,8 @@ def main(
     readme = fill_block(readme, "figures:delays", delays_table(policies))
     benchmark = json.loads((RESULTS / "benchmark_vision.json").read_text(encoding="utf-8"))
     readme = fill_block(readme, "figures:speed", speed_table(benchmark))
+    streams = json.loads((RESULTS / "benchmark_streams.json").read_text(encoding="utf-8"))
+    readme = fill_block(readme, "figures:streams", streams_table(streams))
     readme = fill_block(readme, "figures:run", run_table(summary))
     write_json(RESULTS / "run.json", summary)  # what the second table says
     pictures = ROOT / "docs"

@@ -1,9 +1,26 @@
 """The active set of one frame: which patches of which stream are encoded."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
+
+
+class computed_once:
+    """`functools.cached_property` without the lock that it has in Python 3.11 and that torch.compile cannot trace."""
+
+    def __init__(self, compute: Callable):
+        self.compute = compute
+
+    def __set_name__(self, owner: type, name: str):
+        self.name = name
+
+    def __get__(self, instance, owner: type | None = None):
+        if instance is None:
+            return self
+        if self.name not in instance.__dict__:
+            instance.__dict__[self.name] = self.compute(instance)
+        return instance.__dict__[self.name]
 
 
 @dataclass(frozen=True)
@@ -32,22 +49,22 @@ class ActiveSet:
         """N."""
         return self.mask.shape[1]
 
-    @cached_property
+    @computed_once
     def everything(self) -> bool:
         """Whether every patch of every stream is active."""
         return sum(self.counts) == self.mask.numel()
 
-    @cached_property
+    @computed_once
     def live(self) -> list[int]:
         """The streams with at least one active patch."""
         return [stream for stream, count in enumerate(self.counts) if count]
 
-    @cached_property
+    @computed_once
     def rows(self) -> torch.Tensor:
         """int64 [M]: the active patches' places in memories laid out as [B * N, D], ascending."""
         return torch.nonzero_static(self.mask.flatten(), size=sum(self.counts)).squeeze(1)
 
-    @cached_property
+    @computed_once
     def among_live(self) -> "ActiveSet":
         """The same active patches, in a numbering that leaves out streams with none."""
         if len(self.live) == len(self.counts):
@@ -144,6 +161,8 @@ def add_to_memory(
 
 def may_write_in_place(stored: torch.Tensor) -> bool:
     """Whether torch, and a graph that may hold on to it, allow writing into a memory."""
+    if torch.compiler.is_compiling():  # inference mode cannot be asked for in a graph
+        return not torch.is_grad_enabled()
     return not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not stored.is_inference())
 
 

@@ -43,7 +43,6 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
         scores, looked_at, mean_scores, changed, mask = None, signal, nothing.sum(-1), nothing, nothing.clone()
     waited = stream.memory["age"].amin(-1) if "age" in stream.memory else nothing.sum(-1)
 
-    # the one time in a frame that the host waits for the device
     numbers = (
         has_only_finite(looked_at),
         mean_scores,
@@ -52,8 +51,14 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
         (changed & mask).sum(-1),
         waited,
     )
-    per_stream = torch.stack([number.double() for number in numbers], dim=-1).tolist()
-    require_finite([finite for finite, *_ in per_stream])
+    count = fixed_count(gate, num_patches)
+    if torch.compiler.is_compiling() and count is not None:
+        # a graph cannot wait for numbers; it can stop at one, if without a stream's name
+        torch._assert_async(numbers[0].all(), "The frame of a stream has NaN or infinite pixel values.")
+        per_stream = [(True, 0, 0, count, 0, 0)] * batch_size
+    else:  # the one time in a frame that the host waits for the device
+        per_stream = torch.stack([number.double() for number in numbers], dim=-1).tolist()
+        require_finite([finite for finite, *_ in per_stream])
 
     keyframes, counts, changed_counts = stream.due_keyframes(), [], []
     for index, (_, mean_score, num_changed, num_active, num_both, num_waited) in enumerate(per_stream):
@@ -73,6 +78,18 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
         if of_all:
             mask[of_all] = value
     return ActiveSet(mask, counts, keyframes, changed, changed_counts), scores
+
+
+def fixed_count(gate: NeuroFlowGateConfig, num_patches: int) -> int | None:
+    """How many patches are active in a frame that is no keyframe by its number, if that is known whatever it shows."""
+    if gate.everything_active:
+        return num_patches
+    if not gate.needs_surprise:
+        return 0
+    looks = gate.has_keyframe_trigger or gate.hold_fraction is not None or gate.mode == "extrapolate"
+    if gate.token_budget is None or looks:
+        return None
+    return min(num_patches, max(gate.token_budget, gate.least_active))
 
 
 def require_finite(finite_streams: list[float]):
