@@ -72,7 +72,8 @@ def policies_table(report: dict) -> str:
             f"`{report['command']}`: {len(frames)} clips, {sum(frames.values())} frames in all, {report['tower']}; "
             "the first frame of each, dense in every method, is left out. The best control is, for each clip and "
             "statistic and chosen after the fact, the better of dense every k frames and dense by a trigger, at the "
-            "method's own cost on that clip. Differences: 95 % intervals of a paired bootstrap over clips and blocks of frames. "
+            "method's own cost on that clip. Differences: 95 % intervals of a paired bootstrap over clips and blocks of "
+            "frames. "
             "Last column: clips on which the mean is above, level with or below that control.",
         ]
     )
