@@ -72,8 +72,8 @@ def policies_table(report: dict) -> str:
             f"`{report['command']}`: {len(frames)} clips, {sum(frames.values())} frames in all, {report['tower']}; "
             "the first frame of each, dense in every method, is left out. The best control is, for each clip and "
             "statistic and chosen after the fact, the better of dense every k frames and dense by a trigger, at the "
-            "method's own cost on that clip. Differences: 95 % intervals of a paired bootstrap over clips and blocks of "
-            "frames. "
+            "method's own cost on that clip. Differences: 95 % intervals of a paired bootstrap over clips and blocks "
+            "of frames. "
             "Last column: clips on which the mean is above, level with or below that control.",
         ]
     )
@@ -126,9 +126,13 @@ def run_table(summary: dict) -> str:
             fidelity(f"streamed (cost {summary['cost']['mean']:.2f})", cosines["streamed"]),
             fidelity("control: first frame repeated", cosines["first_frame"]),
             fidelity(f"control: dense every {every} frames (cost {1 / every:.2f}), held between", cosines["held"]),
-            fidelity(
-                f"control: dense every {at_cost['every']} frames (cost {at_cost['cost']:.2f}), held between",
-                at_cost["cosine"],
+            *(
+                fidelity(
+                    f"control: dense every {control['every']} frames (cost {control['cost']:.2f}), held between",
+                    control["cosine"],
+                )
+                for control in [at_cost]
+                if control["every"] != every
             ),
             "",
             f"`neuroflow run`: {summary['frames']} frames, {summary['resolution']} px, {summary['dtype']}, "
