@@ -1,0 +1,1 @@
+"""The embedded SigLIP: data, captions, training."""

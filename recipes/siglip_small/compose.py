@@ -1,0 +1,228 @@
+"""Pictures out of drawings and photographs, each with what is in it; a picture depends on its number alone."""
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter
+
+from .facts import Placed, facts_of
+from .sources import FAMILIES, HELD_OUT_STYLE, Drawing, Photo, drawings, footage, held_out_family, photos, things
+
+SIDE = 224
+SPLITS = ("training", "held out", "unseen style")
+MOST_COVERED = 0.4  # what is behind drawings that cover more than this is not said to be seen
+
+
+@dataclass(frozen=True)
+class Picture:
+    """
+    Attributes:
+        image: RGB, SIDE x SIDE.
+        placed: the drawings in it, the largest first.
+        facts: as of `facts_of`.
+    """
+
+    image: Image.Image
+    placed: tuple[Placed, ...]
+    facts: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Material:
+    """
+    What pictures of one split are made of.
+
+    Attributes:
+        drawings: by thing.
+        photos: what is shown alone.
+        grounds: what drawings are put on. Where it is measured which thing is recognised, none of them shows a thing.
+    """
+
+    drawings: dict[str, list[Drawing]]
+    photos: list[Photo]
+    grounds: list[Photo]
+
+
+def load_material() -> dict[str, Material]:
+    """
+    The material of each of SPLITS: drawings for training and those of the held-out families; `unseen style` has a
+    style of which no drawing of any thing is in training. Photographs for training, and those held out.
+    """
+    chosen: dict[str, dict[str, list[Drawing]]] = {split: {} for split in SPLITS}
+    every = drawings()
+    for thing in things():
+        found = [drawing for drawing in every[thing.name] if drawing.style != HELD_OUT_STYLE]
+        held_out = FAMILIES.get(held_out_family(thing, found), ())
+        chosen["training"][thing.name] = [drawing for drawing in found if drawing.style not in held_out]
+        chosen["held out"][thing.name] = [drawing for drawing in found if drawing.style in held_out]
+        chosen["unseen style"][thing.name] = [item for item in every[thing.name] if item.style == HELD_OUT_STYLE]
+    pictures = [*photos(), *footage()]
+    training = [photo for photo in pictures if not photo.held_out]
+    held_out = [photo for photo in pictures if photo.held_out]
+    without_things = [photo for photo in held_out if not {"person", *every} & set(photo.shows)]
+    behind = {"training": (training, training)}
+    return {
+        split: Material(
+            {name: found for name, found in chosen[split].items() if found},
+            *behind.get(split, (held_out, without_things)),
+        )
+        for split in SPLITS
+    }
+
+
+def compose(material: Material, rng: np.random.Generator) -> Picture:
+    """
+    One picture: mostly one to three drawings before a photograph or a plain ground, now and then several of the same;
+    sometimes a photograph alone.
+    """
+    draw = rng.random()
+    if draw < 0.1:
+        return photograph_alone(material, rng)
+    photo = one_of(material.grounds, rng) if rng.random() < 0.75 else None
+    ground = crop(photo.picture, rng, least=0.3) if photo else plain_ground(rng)
+    names = list(material.drawings)
+    kind = rng.random()
+    if kind < 0.55:
+        chosen = [names[rng.integers(len(names))]]
+    elif kind < 0.88:
+        chosen = [names[place] for place in rng.choice(len(names), size=2 if rng.random() < 0.7 else 3, replace=False)]
+    else:
+        chosen = [names[rng.integers(len(names))]] * int(rng.integers(2, 4))
+    several = len(set(chosen)) < len(chosen)
+    main_side = math.exp(rng.uniform(math.log(0.22), math.log(0.95 if len(chosen) == 1 else 0.7)))
+    sides = [main_side * (rng.uniform(0.85, 1) if several else rng.uniform(0.4, 0.8)) for _ in chosen[1:]]
+    return assemble(material, rng, ground, chosen, [main_side, *sides], photo.shows if photo else ())
+
+
+def assemble(
+    material: Material,
+    rng: np.random.Generator,
+    ground: Image.Image,
+    names: list[str],
+    sides: list[float],
+    shows: tuple[str, ...],
+) -> Picture:
+    """Drawings of the things `names`, their longer sides shares `sides` of the picture's, put on a ground."""
+    taken: list[tuple[float, float, float, float]] = []
+    placed = []
+    one_drawing: dict[str, Drawing] = {}
+    for name, side in zip(names, sides, strict=True):
+        found = material.drawings[name]
+        drawing = one_drawing.setdefault(name, found[rng.integers(len(found))])  # several of a thing look alike
+        cut = turned(drawing.picture, rng, round(side * SIDE))
+        box = free_place(cut.size, taken, rng)
+        if box is None:
+            continue
+        taken.append(box)
+        ground.paste(cut, (round(box[0]), round(box[1])), cut)
+        share = float((np.asarray(cut.getchannel("A")) > 127).sum()) / SIDE**2
+        x, y = ((box[0] + box[2]) / 2 / SIDE, (box[1] + box[3]) / 2 / SIDE)
+        placed.append(Placed(name, drawing.style, x, y, share))
+    placed.sort(key=lambda item: -item.share)
+    if sum(item.share for item in placed) > MOST_COVERED:
+        shows = ()
+    return Picture(spoiled(ground, rng), tuple(placed), facts_of(placed, shows, empty=False))
+
+
+def photograph_alone(material: Material, rng: np.random.Generator) -> Picture:
+    """A photograph, or a plain ground with nothing on it."""
+    if rng.random() < 0.15:
+        return Picture(spoiled(plain_ground(rng), rng), (), facts_of((), (), empty=True))
+    photo = one_of(material.photos, rng)
+    view = crop(photo.picture, rng, least=0.45 if photo.shows else 0.15)
+    return Picture(spoiled(view, rng), (), facts_of((), photo.shows, photo.empty))
+
+
+def one_of(photos: list[Photo], rng: np.random.Generator) -> Photo:
+    """A photograph; all scenes are equally frequent, for footage has many frames of few."""
+    scenes = sorted({photo.shows for photo in photos if photo.shows})
+    place = rng.integers(len(scenes) + sum(not photo.shows for photo in photos))
+    shows = scenes[place] if place < len(scenes) else ()
+    those = [photo for photo in photos if photo.shows == shows]
+    return those[rng.integers(len(those))]
+
+
+def crop(photo: Image.Image, rng: np.random.Generator, least: float) -> Image.Image:
+    """A part of a photograph, at least that share of its area, perhaps mirrored, SIDE x SIDE."""
+    area = photo.width * photo.height * rng.uniform(least, 1.0)
+    aspect = math.exp(rng.uniform(-0.3, 0.3)) * photo.width / photo.height
+    width = min(photo.width, round(math.sqrt(area * aspect)))
+    height = min(photo.height, round(math.sqrt(area / aspect)))
+    left, top = rng.integers(photo.width - width + 1), rng.integers(photo.height - height + 1)
+    view = photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else view
+
+
+def plain_ground(rng: np.random.Generator) -> Image.Image:
+    """One colour, or one that fades into another."""
+    first, second = rng.integers(0, 256, 3), rng.integers(0, 256, 3)
+    if rng.random() < 0.4:
+        first = second = np.full(3, 255) if rng.random() < 0.5 else first
+    fade = np.linspace(0, 1, SIDE)[:, None, None] * np.ones((1, SIDE, 1))
+    ground = first * (1 - fade) + second * fade
+    if rng.random() < 0.5:
+        ground = ground.transpose(1, 0, 2)
+    return Image.fromarray(ground.astype(np.uint8))
+
+
+def turned(drawing: Image.Image, rng: np.random.Generator, side: int) -> Image.Image:
+    """A drawing at its size, turned by up to 25 degrees, perhaps mirrored, its colours changed a little."""
+    scale = side / max(drawing.size)
+    cut = drawing.resize([max(2, round(scale * length)) for length in drawing.size], Image.Resampling.BILINEAR)
+    if rng.random() < 0.5:
+        cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if rng.random() < 0.6:
+        cut = cut.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)
+    alpha = cut.getchannel("A")
+    colours = ImageEnhance.Brightness(cut.convert("RGB")).enhance(rng.uniform(0.7, 1.2))
+    colours = ImageEnhance.Color(colours).enhance(rng.uniform(0.5, 1.4))
+    colours.putalpha(alpha)
+    return colours
+
+
+def free_place(
+    size: tuple[int, int], taken: list[tuple[float, float, float, float]], rng: np.random.Generator
+) -> tuple[float, float, float, float] | None:
+    """A box of that size in the picture that covers no more than a tenth of any other; None if none is found."""
+    width, height = size
+    if width > SIDE * 1.15 or height > SIDE * 1.15:
+        return (
+            None
+            if taken
+            else (SIDE / 2 - width / 2, SIDE / 2 - height / 2, SIDE / 2 + width / 2, SIDE / 2 + height / 2)
+        )
+    for _ in range(30):
+        left = rng.uniform(min(0, SIDE - width), max(0, SIDE - width))
+        top = rng.uniform(min(0, SIDE - height), max(0, SIDE - height))
+        box = (left, top, left + width, top + height)
+        if all(overlap(box, other) < 0.1 for other in taken):
+            return box
+    return None
+
+
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """The common area of two boxes, as a share of the smaller one."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    return width * height / min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+
+
+def spoiled(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The picture as cameras give it: brightness, blur, noise, compression, each now and then; grey at times."""
+    picture = ImageEnhance.Brightness(picture).enhance(rng.uniform(0.75, 1.25))
+    if rng.random() < 0.05:
+        picture = picture.convert("L").convert("RGB")
+    if rng.random() < 0.25:
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.6)))
+    if rng.random() < 0.25:
+        noise = rng.normal(0, rng.uniform(2, 14), (SIDE, SIDE, 3))
+        picture = Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
+    if rng.random() < 0.4:
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=int(rng.integers(25, 90)))
+        picture = Image.open(buffer).convert("RGB")
+    return picture

