@@ -22,6 +22,8 @@ app = typer.Typer(
 
 GATE = "Gate (defaults: the model's own, else those named here)"
 COMPARISON = "Comparison and output"
+LABELS = "Labels"
+MOST_STRETCHES = 20  # printed of the labels' timeline
 EXIT_DAMAGED, EXIT_UNUSABLE, EXIT_UNREACHED, EXIT_INTERRUPTED = 1, 2, 3, 130
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
@@ -110,6 +112,22 @@ def run(
     max_frames: Annotated[int | None, typer.Option(help="Stop after so many frames.", show_default="all")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes CUDA if there is one.")] = "auto",
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="What the frames may show, separated by commas, such as 'a dog, a cat'; the model must read text.",
+            show_default="none",
+            rich_help_panel=LABELS,
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="The text that is compared with frames, with {} for the label.",
+            show_default="This is a photo of {}.",
+            rich_help_panel=LABELS,
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -226,12 +244,21 @@ def run(
         require_dtype(dtype)
 
         from .configuration_neuroflow_gate import NeuroFlowGateConfig
-        from .loading import DTYPES, load_gate, load_model, usable_device
+        from .labels import TEMPLATE, check_labels, parse_labels
+        from .loading import DTYPES, load_gate, load_model, load_model_with_labels, usable_device
         from .run import prepare_folder, run_video
         from .tower import TOWER_NAME, build_tower, default_tower_dir
         from .video import VideoReader, bundled_clip
 
         # what fails quickly goes first
+        names = None if labels is None else parse_labels(labels)
+        if names is None and template is not None:
+            raise ValueError("--template goes with --labels; name some.")
+        if names is not None:
+            template = TEMPLATE if template is None else template
+            check_labels(names, template)
+            if model is None:
+                raise ValueError(f"{TOWER_NAME} reads no text; for --labels, name a SigLIP checkpoint with --model.")
         reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
         usable_device(device)
         if dense_every is not None and dense_every < 0:
@@ -244,7 +271,11 @@ def run(
             NeuroFlowGateConfig.from_options(**options)
         prepare_folder(out)
         source = model or build_tower(default_tower_dir())
-        loaded, preprocess = load_model(source, DTYPES[dtype], device, resolution)
+        how = (DTYPES[dtype], device, resolution)
+        if names is None:
+            (loaded, preprocess), embedded = load_model(source, *how), None
+        else:
+            loaded, preprocess, embedded = load_model_with_labels(source, names, template, *how)
         with frame_progress(reader.expected_frames) as on_frame:
             result = run_video(
                 reader,
@@ -254,6 +285,7 @@ def run(
                 options,
                 dense_every=dense_every,
                 overlay=overlay,
+                labels=embedded,
                 model_name=model or TOWER_NAME,
                 command=shlex.join(["neuroflow", *sys.argv[1:]]),
                 on_frame=on_frame,
@@ -310,6 +342,8 @@ def print_run(result: Any, out: Path):
         note = control_note(summary)
         if note:
             console.print(f"[yellow]{note}[/]")
+    if "labels" in summary:
+        print_labels(console, summary, out)
     if summary["speed_up"]:
         speed_up = summary["speed_up"]
         console.print(
@@ -384,6 +418,54 @@ def control_note(summary: dict) -> str:
     if as_good:
         return f"Here, dense every {as_good[0]} frames, held between, is about as close or closer and costs no more."
     return ""
+
+
+def print_labels(console: Console, summary: dict, out: Path):
+    """The labels' timeline, and how often the best label is that of dense."""
+    console.print(timeline_table(summary["labels"]))
+    more = len(summary["labels"]["timeline"]) - MOST_STRETCHES
+    if more > 0:
+        console.print(f"and {more} more: all are under `labels`, `timeline` in {escape(str(out / 'summary.json'))}.")
+    if summary["labels"]["agreement"]["compared_frames"]:
+        console.print(agreement_table(summary))
+
+
+def timeline_table(labels: dict) -> Table:
+    """Which label fits best from when to when: every change of it, in order, as far as `MOST_STRETCHES` lines go."""
+    from .label_records import percent
+
+    table = Table("best label", "seconds", "frames", "confidence", f"share among {len(labels['names'])}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stretch in labels["timeline"][:MOST_STRETCHES]:
+        seconds = f"{stretch['start']:.1f} to {stretch['end']:.1f}"
+        figures = percent(stretch["confidence"]), percent(stretch["share"])
+        table.add_row(escape(stretch["label"]), seconds, str(stretch["frames"]), *figures)
+    return table
+
+
+def agreement_table(summary: dict) -> Table:
+    """
+    On how many sampled frames after the first the stream's best label, and the controls', is the one that dense gives.
+    A held label is compared at its oldest, as the cosine is.
+    """
+    found, every = summary["labels"]["agreement"], summary["dense_every"]
+    table = Table("best label as in dense", "cost", "frames")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    compared = found["compared_frames"]
+    rows = [
+        ("streamed", f"{summary['cost']['mean']:.3f}", found["streamed"], compared, "bold"),
+        ("control: first frame's label repeated", "0", found["first_frame"], compared, "dim"),
+        (f"control: dense every {every}, held {every} frames", f"{1 / every:.3f}", found["held"], compared, "dim"),
+    ]
+    control = found["held_at_cost"]
+    if control and control["every"] != every:
+        label = f"control: dense every {control['every']}, held {control['every']} frames"
+        rows.append((label, f"{control['cost']:.3f}", control["agreed"], control["compared_frames"], "dim"))
+    for label, cost, agreed, of, style in rows:
+        table.add_row(label, cost, f"{agreed} of {of}", style=style)
+    return table
 
 
 # --- tune ----------------------------------------------------------------------------------------------------------

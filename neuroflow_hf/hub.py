@@ -21,13 +21,14 @@ from .modeling_neuroflow_siglip import (
 )
 from .tower import build_tower, default_tower_dir
 
-CONFIG, CARD, LICENCE = "config.json", "README.md", "LICENSE"
+CONFIG, CARD, LICENCE, PROCESSOR = "config.json", "README.md", "LICENSE", "processor_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 NEEDED = {
     "a configuration": (CONFIG,),
     "weights": WEIGHTS,
-    "a preprocessor": ("preprocessor_config.json", "processor_config.json"),
+    "a preprocessor": ("preprocessor_config.json", PROCESSOR),
 }
+TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
 
 # Weights that are too large to keep under models/: by the folder's name, what makes (or finds) a folder with them.
 RECIPES: dict[str, Callable[[], Path]] = {
@@ -43,9 +44,9 @@ def build_hub_repository(source: Path, output: Path) -> Path:
     Args:
         source: Folder of the model, with its card `README.md`. Weights (safetensors), `config.json` and preprocessor
             or processor files, of SigLIP or of NeuroFlow, lie in it or, where its name is in `RECIPES`, come from
-            there. A file in `source` goes before one of the same name from the recipe: a `config.json` with other
-            options under `gate`, for example. All other files that lie directly in it are taken along; a `LICENSE`
-            is taken from the checkout if it has none.
+            there; with a model that reads text, its tokenizer's too. A file in `source` goes before one of the same
+            name from the recipe: a `config.json` with other options under `gate`, for example. All other files that
+            lie directly in it are taken along; a `LICENSE` is taken from the checkout if it has none.
         output: Folder to write. A repository that is there already is replaced, once the new one is whole.
 
     Returns:
@@ -74,13 +75,16 @@ def build_hub_repository(source: Path, output: Path) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
         repository = Path(temporary) / "repository"
-        load_model(find((CONFIG,), folders), find(WEIGHTS, folders)).save_pretrained(repository)
+        model = load_model(find((CONFIG,), folders), find(WEIGHTS, folders))
+        model.save_pretrained(repository)
         others = [path for folder in folders for path in sorted(folder.iterdir()) if not left_out(path)]
         others += [folder / name for folder in general for name in (LICENCE, "THIRD_PARTY_NOTICES.md")]
         for path in others:
             # what was saved goes first, and in particular this version's code before any that lies with the weights
             if path.is_file() and not (repository / path.name).exists():
                 shutil.copyfile(path, repository / path.name)
+        if isinstance(model, NeuroFlowSiglipModel) and find(TOKENIZER, [repository]):
+            name_processor(repository / PROCESSOR)
         put_in_place(repository, output, aside=Path(temporary) / "previous")
     return output
 
@@ -127,6 +131,15 @@ def load_model(config_file: Path, weights_file: Path):
             f"{missing}. They would be published as random numbers."
         )
     return model
+
+
+def name_processor(file: Path):
+    """
+    Write a `processor_config.json` that names SigLIP's processor, unless there is one. For `AutoProcessor`: by the
+    model type alone, transformers knows which it is for SigLIP, and for ours only where this package is installed.
+    """
+    if not file.exists():
+        file.write_text(json.dumps({"processor_class": "SiglipProcessor"}, indent=2) + "\n", encoding="utf-8")
 
 
 def left_out(path: Path) -> bool:

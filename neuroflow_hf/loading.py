@@ -3,18 +3,22 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from .configuration_neuroflow_gate import NeuroFlowGateConfig
-from .modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
+from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
+from .labels import TEMPLATE, Labels, check_labels, embed_labels
+from .modeling_neuroflow_siglip import NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
 from .preprocess import Preprocessor
 from .tower_weights import quiet_transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NEED_TEXT = "Labels need a model that reads text: name a whole SigLIP or SigLIP 2 checkpoint, with its tokenizer."
 
 
 class ModelLoadError(ValueError):
@@ -38,38 +42,138 @@ def load_model(
         ModelLoadError: if it does not exist, is damaged, lacks weights, or has no image processor.
         ValueError: for a device that is not there, and a resolution that is no whole number of pixels.
     """
-    # Anything else that is not there is a mistyped path, and should not be looked for on the Hub.
-    if not Path(source).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
-        raise ModelLoadError(f"There is no model folder {source}.")
+    require_place(source)
     device = usable_device(device)
     with quiet_transformers(), quiet_loading():
-        try:
+        with load_errors("SigLIP vision model", source):
             model, info = NeuroFlowSiglipVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        except Exception as error:  # damaged files raise whatever their reader raises
-            if isinstance(error, SafetensorError):
-                advice = ". A weights file is damaged or cut short; copy or download it again."
-            elif not Path(source).exists():
-                advice = " There is no folder of that name here, so it was looked for on the Hub."
-            else:
-                advice = ""
-            message = f"Cannot load a SigLIP vision model from {source}: {one_line(error)}{advice}"
-            raise ModelLoadError(message) from error
-        if info["missing_keys"]:
-            names = sorted(info["missing_keys"])
+        require_weights("SigLIP vision model", source, info["missing_keys"])
+        preprocess = load_preprocess(source, resolution)
+    require_head(model, source)
+    return model.eval().to(device), preprocess
+
+
+def load_text_model(
+    source: str | Path, dtype: torch.dtype = torch.float32, device: str = "auto", resolution: int | None = None
+) -> tuple[NeuroFlowSiglipModel, Preprocessor, Any]:
+    """
+    A whole model, text tower included, in evaluation mode; what makes its pixel values; and its tokenizer.
+
+    Args:
+        source, dtype, device, resolution: as in `load_model`; the checkpoint is one with text tower and tokenizer.
+
+    Raises:
+        ModelLoadError: as in `load_model`, and if it has no text tower or no tokenizer.
+        ValueError: as in `load_model`.
+    """
+    require_place(source)
+    device = usable_device(device)
+    with quiet_transformers(), quiet_loading():
+        with load_errors("SigLIP model", source):
+            settings, _ = NeuroFlowSiglipConfig.get_config_dict(source)
+        if settings.get("model_type") == NeuroFlowSiglipVisionConfig.model_type:
+            # its configuration says nothing of a text tower, and one of the default size would be made
+            raise ModelLoadError(f"{source} holds a vision tower alone. {NEED_TEXT}")
+        with load_errors("SigLIP model", source):
+            model, info = NeuroFlowSiglipModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        missing = sorted(info["missing_keys"])
+        if missing and all(name.startswith(("text_model.", "logit_")) for name in missing):
             raise ModelLoadError(
-                f"{source} is no complete SigLIP vision model: {len(names)} of its weights are missing, such as "
-                f"{names[0]}. They would be random; name a SigLIP or SigLIP 2 checkpoint."
+                f"{source} has no complete text tower: {len(missing)} of its weights are missing, such as "
+                f"{missing[0]}. {NEED_TEXT}"
             )
-        try:
-            preprocess = Preprocessor.from_pretrained(source, resolution)
-        except (OSError, TypeError, KeyError) as error:
-            raise ModelLoadError(
-                f"Cannot load an image processor from {source}: {one_line(error)} Save one beside the model: "
-                "`AutoImageProcessor.from_pretrained(...).save_pretrained(folder)`."
-            ) from error
+        require_weights("SigLIP model", source, missing)
+        preprocess = load_preprocess(source, resolution)
+        tokenizer = load_tokenizer(source)
+    require_head(model.vision_model, source)
+    return model.eval().to(device), preprocess, tokenizer
+
+
+def load_model_with_labels(
+    source: str | Path,
+    names: Sequence[str],
+    template: str = TEMPLATE,
+    dtype: torch.dtype = torch.float32,
+    device: str = "auto",
+    resolution: int | None = None,
+) -> tuple[NeuroFlowSiglipVisionModel, Preprocessor, Labels]:
+    """
+    What `load_model` gives, and labels as the checkpoint's text tower embeds them. The text tower is not kept.
+
+    Args:
+        source, dtype, device, resolution: as in `load_text_model`.
+        names, template: as in `embed_labels`.
+
+    Raises:
+        ModelLoadError, ValueError: as in `load_text_model` and `embed_labels`.
+    """
+    check_labels(names, template)
+    model, preprocess, tokenizer = load_text_model(source, dtype, device, resolution)
+    return model.vision_model, preprocess, embed_labels(model, tokenizer, names, template)
+
+
+def require_place(source: str | Path):
+    """
+    Raise a ModelLoadError for what is neither a folder nor like a name on the Hub: it is a mistyped path, and should
+    not be looked for there.
+    """
+    if not Path(source).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
+        raise ModelLoadError(f"There is no model folder {source}.")
+
+
+@contextlib.contextmanager
+def load_errors(what: str, source: str | Path) -> Iterator[None]:
+    """Whatever is raised while `what` is read from `source` becomes a ModelLoadError that says so, and what to do."""
+    try:
+        yield
+    except Exception as error:  # damaged files raise whatever their reader raises
+        if isinstance(error, SafetensorError):
+            advice = ". A weights file is damaged or cut short; copy or download it again."
+        elif not Path(source).exists():
+            advice = " There is no folder of that name here, so it was looked for on the Hub."
+        else:
+            advice = ""
+        raise ModelLoadError(f"Cannot load a {what} from {source}: {one_line(error)}{advice}") from error
+
+
+def require_weights(what: str, source: str | Path, missing: Iterable[str]):
+    """Raise a ModelLoadError if weights are missing."""
+    names = sorted(missing)
+    if names:
+        raise ModelLoadError(
+            f"{source} is no complete {what}: {len(names)} of its weights are missing, such as "
+            f"{names[0]}. They would be random; name a SigLIP or SigLIP 2 checkpoint."
+        )
+
+
+def require_head(model: NeuroFlowSiglipVisionModel, source: str | Path):
+    """Raise a ModelLoadError for a vision tower without pooling head."""
     if not model.use_head:
         raise ModelLoadError(f"The model in {source} has no pooling head, so a frame has no embedding.")
-    return model.eval().to(device), preprocess
+
+
+def load_preprocess(source: str | Path, resolution: int | None) -> Preprocessor:
+    """What makes pixel values, from the image processor in `source`; ModelLoadError if there is none."""
+    try:
+        return Preprocessor.from_pretrained(source, resolution)
+    except (OSError, TypeError, KeyError) as error:
+        raise ModelLoadError(
+            f"Cannot load an image processor from {source}: {one_line(error)} Save one beside the model: "
+            "`AutoImageProcessor.from_pretrained(...).save_pretrained(folder)`."
+        ) from error
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer in `source`; ModelLoadError if there is none, or none that can be used."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # as for the model, and ImportError where it needs a package that is not there
+        raise ModelLoadError(
+            f"Cannot load a tokenizer from {source}, and labels need one. Save it beside the model: "
+            f"`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`. What transformers says: {one_line(error)}"
+        ) from error
 
 
 def load_gate(path: str | Path) -> dict:

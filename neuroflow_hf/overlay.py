@@ -129,10 +129,15 @@ def caption_strip(width: int, fields: Sequence[tuple[str, str]], size: int) -> n
     return np.asarray(strip)
 
 
+def captioned(picture: np.ndarray, rows: Sequence[Sequence[tuple[str, str]]], size: int) -> np.ndarray:
+    """A picture uint8 RGB [H, W, 3] above a `caption_strip` for each row of fields; uint8 RGB [H', W, 3]."""
+    return np.concatenate([picture, *(caption_strip(picture.shape[1], fields, size) for fields in rows)])
+
+
 def overlay_frame(
     image: np.ndarray,
     mask: np.ndarray,
-    fields: Sequence[tuple[str, str]],
+    rows: Sequence[Sequence[tuple[str, str]]],
     covered: tuple[float, float] = (1.0, 1.0),
 ) -> np.ndarray:
     """
@@ -141,28 +146,31 @@ def overlay_frame(
     Args:
         image: uint8 RGB [H, W, 3] as it came out of the video.
         mask: bool [grid_h, grid_w], the patches that were encoded.
-        fields: the caption's columns, (label, value).
+        rows: of the caption, each with its columns, (label, value).
         covered: as in `patch_pixels`.
 
     Returns:
-        uint8 RGB [H', W', 3] with even sides, the same ones for all frames of a video.
+        uint8 RGB [H', W', 3] with even sides, the same ones for all frames of a video that have as many rows.
     """
     height, width = overlay_size(*image.shape[:2])
     picture = mark_encoded(resize(image, height, width), mask, covered)
     missing = max(0, LEAST_WIDTH - width)  # a narrow video gets margins, so that its caption stays legible
     picture = np.pad(picture, ((0, 0), (missing // 2, missing - missing // 2), (0, 0)))
-    strip = caption_strip(picture.shape[1], fields, size=round(picture.shape[1] / 48))
-    return np.concatenate([picture, strip])
+    return captioned(picture, rows, size=round(picture.shape[1] / 48))
 
 
 def contact_sheet(
-    cells: Sequence[tuple[np.ndarray, Sequence[tuple[str, str]]]], title: str, cell_width: int = 480, columns: int = 4
+    cells: Sequence[tuple[np.ndarray, Sequence[Sequence[tuple[str, str]]]]],
+    title: str,
+    cell_width: int = 480,
+    columns: int = 4,
 ) -> np.ndarray:
     """
     A grid of marked pictures, each above its caption, under a title line and a legend.
 
     Args:
-        cells: (picture uint8 RGB [H, W, 3], caption fields) from left to right and top to bottom; at least one.
+        cells: (picture uint8 RGB [H, W, 3], rows of the caption) from left to right and top to bottom; at least one,
+            and all with as many rows.
         title: of the sheet, in one line.
         cell_width: in pixels.
         columns: at most.
@@ -173,19 +181,16 @@ def contact_sheet(
     gap = 12
     columns = min(columns, len(cells))
     height = round(cells[0][0].shape[0] * cell_width / cells[0][0].shape[1])
-    drawn = [
-        np.concatenate([resize(picture, height, cell_width), caption_strip(cell_width, fields, size=25)])
-        for picture, fields in cells
-    ]
+    drawn = [captioned(resize(picture, height, cell_width), rows, size=25) for picture, rows in cells]
     cell_height = drawn[0].shape[0]
-    rows = math.ceil(len(drawn) / columns)
+    lines = math.ceil(len(drawn) / columns)
     width = columns * (cell_width + gap) + gap
     header = sheet_header(width, title, margin=gap)
-    sheet = Image.new("RGB", (width, header.height + rows * (cell_height + gap)), BACKGROUND)
+    sheet = Image.new("RGB", (width, header.height + lines * (cell_height + gap)), BACKGROUND)
     sheet.paste(header, (0, 0))
     for place, cell in enumerate(drawn):
-        row, column = divmod(place, columns)
-        position = (gap + column * (cell_width + gap), header.height + row * (cell_height + gap))
+        line, column = divmod(place, columns)
+        position = (gap + column * (cell_width + gap), header.height + line * (cell_height + gap))
         sheet.paste(Image.fromarray(cell), position)
     return np.asarray(sheet)
 
@@ -220,18 +225,18 @@ class SheetCells:
         self.wanted = wanted
         self.step = 1
         self.offered = 0
-        self.cells: list[tuple[np.ndarray, Sequence[tuple[str, str]]]] = []
+        self.cells: list[tuple[np.ndarray, Sequence[Sequence[tuple[str, str]]]]] = []
 
-    def offer(self, picture: np.ndarray, fields: Sequence[tuple[str, str]]):
-        """A candidate: uint8 RGB [H, W, 3] and its caption."""
+    def offer(self, picture: np.ndarray, rows: Sequence[Sequence[tuple[str, str]]]):
+        """A candidate: uint8 RGB [H, W, 3] and the rows of its caption."""
         if self.offered % self.step == 0:
-            self.cells.append((picture, fields))
+            self.cells.append((picture, rows))
         self.offered += 1
         if len(self.cells) > 4 * self.wanted:
             self.cells = self.cells[::2]
             self.step *= 2
 
-    def evenly(self) -> list[tuple[np.ndarray, Sequence[tuple[str, str]]]]:
+    def evenly(self) -> list[tuple[np.ndarray, Sequence[Sequence[tuple[str, str]]]]]:
         """At most `wanted` of the kept cells, evenly spaced, the first and the last among them."""
         count = min(self.wanted, len(self.cells))
         places = np.round(np.linspace(0, len(self.cells) - 1, count)).astype(int)

@@ -1,15 +1,20 @@
 """Pictures: a run over time, what each frame cost and kept; a tuning, what each setting costs and loses."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from .label_records import shortened
 from .tune_points import HOLD_BY_THE_CLOCK, Point, Requirement
 
 OURS, CONTROL_FIRST, CONTROL_HELD, KEYFRAME = "#d97706", "#9ca3af", "#475569", "#b91c1c"
 FAMILY_COLOURS = (OURS, "#0f766e", "#7c3aed", "#be185d", "#65a30d", "#0369a1")
+LABEL_COLOURS = (*FAMILY_COLOURS, "#111827", "#22d3ee", "#78350f", "#f472b6")
+# Of a legend: characters of a label, characters that fit a row, inches that a row takes.
+LEGEND_LABEL, LEGEND_WIDTH, LEGEND_ROW = 50, 120, 0.22
 # What is lost is drawn on a logarithmic scale; less than this is no more than rounding.
 LEAST_LOSS = 1e-6
 ROUND_TICKS = [digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)]
@@ -22,9 +27,11 @@ def plot_run(
     sampled_times: Sequence[float],
     fidelity: dict[str, Sequence[float]],
     title: str,
+    labels: dict[str, Sequence[float]] | None = None,
 ) -> Figure:
     """
-    Two panels over time: cost of every frame, and cosine to dense on the sampled frames beside the controls.
+    Panels over time: cost of every frame; cosine to dense on the sampled frames beside the controls; and each label's
+    confidence on every frame, if there are labels.
 
     Args:
         times: seconds, one for each frame.
@@ -34,23 +41,30 @@ def plot_run(
             second panel.
         fidelity: cosines to dense, one for each sampled frame, under `"streamed"`, `"first_frame"` and `"held"`.
         title: in one line.
+        labels: confidences, one for each frame, under each label's name.
 
     Returns:
         A figure of its own, outside pyplot, so that nothing has to be closed.
     """
-    compared = len(sampled_times) > 0
-    figure = Figure(figsize=(10, 5.6 if compared else 3.2), layout="constrained")
-    panels = figure.subplots(2 if compared else 1, 1, sharex=True, squeeze=False)[:, 0]
+    compared, labelled = len(sampled_times) > 0, bool(labels)
+    columns = legend_columns(labels or {})
+    legend_height = LEGEND_ROW * math.ceil(min(len(labels), len(LABEL_COLOURS) + 1) / columns) if labelled else 0
+    size = 10, 3.2 + 2.4 * compared + 2.4 * labelled + legend_height
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1 + compared + labelled, 1, sharex=True, squeeze=False)[:, 0]
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
     draw_cost(panels[0], times, costs, keyframes)
     if compared:
         draw_fidelity(panels[1], sampled_times, fidelity)
+    if labelled:
+        draw_labels(panels[-1], times, labels)
     for panel in panels:
         panel.grid(axis="y", color="#e5e7eb", linewidth=0.8)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
         panel.margins(x=0.01)
-        panel.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=10)
+        beside = columns if labelled and panel is panels[-1] else 3
+        panel.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=beside, frameon=False, fontsize=10)
     figure.align_ylabels()
     panels[-1].set_xlabel("time in the video (s)")
     return figure
@@ -84,6 +98,35 @@ def draw_fidelity(panel, times: Sequence[float], fidelity: dict[str, Sequence[fl
         label="control: last dense sample held",
     )
     panel.set_ylabel("cosine to dense")
+
+
+def draw_labels(panel, times: Sequence[float], labels: dict[str, Sequence[float]]):
+    """Each label's confidence over the frames, in a colour of its own; of many, those that are never high in grey."""
+    highest = sorted(labels, key=lambda name: -max(labels[name]))
+    coloured = set(highest[: len(LABEL_COLOURS)])
+    colours = iter(LABEL_COLOURS)
+    for name, confidences in labels.items():
+        if name in coloured:
+            panel.plot(times, confidences, color=next(colours), linewidth=1.4, label=legend_text(name), zorder=3)
+    others = [labels[name] for name in highest[len(LABEL_COLOURS) :]]
+    for place, confidences in enumerate(others):
+        label = f"{len(others)} others, never as high" if place == 0 else None
+        panel.plot(times, confidences, color=CONTROL_FIRST, linewidth=0.8, label=label)
+    # probabilities of labels that do not fit are far below 1, and still say which fits better
+    panel.set_ylim(0, max(1e-6, 1.05 * max(labels[highest[0]])))
+    panel.set_ylabel("label's confidence")
+
+
+def legend_text(name: str) -> str:
+    """A label as a legend shows it: shortened, and with nothing that matplotlib would set as a formula or hide."""
+    text = shortened(name, LEGEND_LABEL)
+    return " " * text.startswith("_") + text.replace("$", r"\$")
+
+
+def legend_columns(names: Iterable[str]) -> int:
+    """How many columns of the longest of `names`, 4 at most, fit a legend's row."""
+    longest = max((len(legend_text(name)) for name in names), default=0)
+    return min(4, LEGEND_WIDTH // (longest + 8))
 
 
 def plot_tuning(

@@ -29,6 +29,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+from .label_records import label_caption, label_figures, label_line
+from .labels import Labels
 from .modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .overlay import OverlayWriter, SheetCells, contact_sheet, mark_encoded, overlay_frame, overlay_size, resize
 from .plots import plot_run, save_plot
@@ -79,9 +81,11 @@ def encode_video(
     preprocess: Preprocessor,
     stream: Any,
     dense_every: int,
+    labels: Labels | None = None,
 ) -> Iterator[tuple[Frame, np.ndarray, FrameRecord]]:
     """
-    Run the stream over the video, and a forward without a stream on every `dense_every`-th frame (0: on none).
+    Run the stream over the video, and a forward without a stream on every `dense_every`-th frame (0: on none). With
+    `labels`, both embeddings are compared with them, outside of the time that is measured.
 
     A thread decodes and preprocesses ahead, but waits while a forward is timed: both forwards have the machine to
     themselves, and get the same pixel values.
@@ -116,6 +120,8 @@ def encode_video(
                 if dense_every and place % dense_every == 0:
                     dense, dense_milliseconds = timed(lambda x=pixel_values: forward(x), model.device)
             mask = output.active_mask[0].cpu().numpy()
+            embedding = output.pooler_output[0].float().cpu()
+            dense_embedding = None if dense is None else dense.pooler_output[0].float().cpu()
             record = FrameRecord(
                 index=frame.index,
                 time=frame.time,
@@ -123,9 +129,11 @@ def encode_video(
                 patches=mask.size,
                 cost=output.cost[0].item(),
                 milliseconds=milliseconds,
-                embedding=output.pooler_output[0].float().cpu(),
-                dense_embedding=None if dense is None else dense.pooler_output[0].float().cpu(),
+                embedding=embedding,
+                dense_embedding=dense_embedding,
                 dense_milliseconds=dense_milliseconds,
+                label_logits=None if labels is None else labels.logits(embedding),
+                dense_label_logits=None if labels is None or dense is None else labels.logits(dense_embedding),
             )
             yield frame, mask, record
 
@@ -243,11 +251,19 @@ def publish(folder: Path, out: Path, names: Sequence[str] = RUN_FILES) -> list[P
     return [out / name for name in names if (out / name).exists()]
 
 
-def write_records(folder: Path, records: Sequence[FrameRecord], title: str, cells: SheetCells):
+def write_records(
+    folder: Path, records: Sequence[FrameRecord], title: str, cells: SheetCells, labels: Labels | None = None
+):
     """Write `frames.jsonl`, `contact_sheet.png` and `plot.png` into `folder`."""
     compared = compare_with_dense(records)
-    lines = [json.dumps(frame_line(record, compared.get(place))) for place, record in enumerate(records)]
-    (folder / "frames.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [frame_line(record, compared.get(place)) for place, record in enumerate(records)]
+    confidences = None
+    if labels is not None:
+        lines = [line | label_line(record, labels.names) for line, record in zip(lines, records, strict=True)]
+        scores = torch.stack([record.label_logits for record in records]).sigmoid()
+        confidences = dict(zip(labels.names, scores.T.tolist(), strict=True))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "frames.jsonl").write_text(text, encoding="utf-8")
     figure = plot_run(
         times=[record.time for record in records],
         costs=[record.cost for record in records],
@@ -257,6 +273,7 @@ def write_records(folder: Path, records: Sequence[FrameRecord], title: str, cell
             name: [cosines[name] for cosines in compared.values()] for name in ("streamed", "first_frame", "held")
         },
         title=title,
+        labels=confidences,
     )
     save_plot(figure, folder / "plot.png")
     Image.fromarray(contact_sheet(cells.evenly(), title)).save(folder / "contact_sheet.png", optimize=True)
@@ -274,6 +291,7 @@ def run_video(
     *,
     dense_every: int | None = None,
     overlay: bool = True,
+    labels: Labels | None = None,
     model_name: str = "",
     command: str = "",
     on_frame: Callable[[FrameRecord], None] | None = None,
@@ -292,6 +310,7 @@ def run_video(
         gate_options: options of [`NeuroFlowGateConfig`], laid over the model's own.
         dense_every: compare with dense on every so many frames; 0 never; None for about 25 samples in all.
         overlay: also write the video that shows what was encoded.
+        labels: from `load_model_with_labels`; what the frames are compared with.
         model_name, command: for the summary.
         on_frame: called with each frame's record.
 
@@ -321,20 +340,22 @@ def run_video(
             sample = None
             with (
                 stop_on_interrupt() as stop,
-                contextlib.closing(encode_video(reader, model, preprocess, stream, dense_every)) as encoded,
+                contextlib.closing(encode_video(reader, model, preprocess, stream, dense_every, labels)) as encoded,
             ):
                 for frame, mask, record in encoded:
                     records.append(record)
                     if record.dense_embedding is not None:
                         sample = record.time, cosine(record.embedding, record.dense_embedding)
+                    label_rows = [] if labels is None else [label_caption(record, labels.names)]
                     covered = tuple(count * patch_size / preprocess.resolution for count in mask.shape)
                     if not dense_every or record.dense_embedding is not None:
                         picture = mark_encoded(
                             resize(frame.image, *overlay_size(*frame.image.shape[:2])), mask, covered
                         )
-                        cells.offer(picture, caption(record, sample, short=True))
+                        cells.offer(picture, [caption(record, sample, short=True), *label_rows])
                     if writer is not None:
-                        writer.write(overlay_frame(frame.image, mask, caption(record, sample), covered))
+                        rows = [caption(record, sample), *label_rows]
+                        writer.write(overlay_frame(frame.image, mask, rows, covered))
                     if on_frame is not None:
                         on_frame(record)
                     if stop.is_set():
@@ -350,7 +371,7 @@ def run_video(
                 writer.close()
 
         title = run_title(stream.gate, reader.path.name, preprocess.resolution)
-        write_records(folder, records, title, cells)
+        write_records(folder, records, title, cells, labels)
         summary = {
             "status": status,
             "message": message,
@@ -362,8 +383,12 @@ def run_video(
             **figures(records),
             "stream_bytes": stream.nbytes,
         }
+        if labels is not None:
+            summary["labels"] = label_figures(records, labels)
         # bytes, for `save_file` makes files that only their owner can read
         metadata = {name: json.dumps(summary[name]) for name in STORED_SETTINGS}
+        if labels is not None:
+            metadata |= {"labels": json.dumps(labels.names), "template": json.dumps(labels.template)}
         (folder / "embeddings.safetensors").write_bytes(save(embedding_tensors(records), metadata))
         summary["files"] = [name for name in RUN_FILES if (folder / name).exists() or name == "summary.json"]
         # decoding, preprocessing, drawing and writing included; only the loading of the model is not

@@ -24,6 +24,8 @@ class FrameRecord:
         embedding: float32 [D], on the CPU.
         dense_embedding: float32 [D] of the forward without a stream; None where the frame was not sampled.
         dense_milliseconds: of that forward.
+        label_logits, dense_label_logits: float32 [L], how well each label fits the two embeddings; None where no
+            labels were asked for, and where there is no dense embedding.
     """
 
     index: int
@@ -35,6 +37,8 @@ class FrameRecord:
     embedding: torch.Tensor
     dense_embedding: torch.Tensor | None = None
     dense_milliseconds: float | None = None
+    label_logits: torch.Tensor | None = None
+    dense_label_logits: torch.Tensor | None = None
 
     @property
     def keyframe(self) -> bool:
@@ -74,16 +78,33 @@ def held_at_cost(records: Sequence[FrameRecord], cost: float) -> dict | None:
     `cost`, and held between. `cosine` is the spread at the *oldest* frame of each hold, just before the next dense
     one, so it understates the control. None if the video is too short for it.
     """
+    held = held_pairs(records, cost)
+    if held is None:
+        return None
+    every, pairs = held
+    values = [cosine(old.dense_embedding, new.dense_embedding) for old, new in pairs]
+    return {"every": every, "cost": 1 / every, "cosine": spread(values)}
+
+
+def held_pairs(
+    records: Sequence[FrameRecord], cost: float
+) -> tuple[int, list[tuple[FrameRecord, FrameRecord]]] | None:
+    """
+    Of the control in [`held_at_cost`], every how many frames it is dense, and what is compared: pairs of a sampled
+    frame whose output is held and the one on which that is at its oldest. None if the video is too short for it.
+    """
     places = [place for place, record in enumerate(records) if record.dense_embedding is not None]
     if len(places) < 2 or cost <= 0:
         return None
     step = places[1] - places[0]
     samples = math.ceil(1 / (cost * step))  # how many of them lie between two dense frames
-    pairs = list(zip(places[:-samples], places[samples:], strict=True))
-    if not pairs:
-        return None
-    values = [cosine(records[old].dense_embedding, records[new].dense_embedding) for old, new in pairs]
-    return {"every": samples * step, "cost": 1 / (samples * step), "cosine": spread(values)}
+    pairs = [(records[old], records[new]) for old, new in zip(places[:-samples], places[samples:], strict=True)]
+    return (samples * step, pairs) if pairs else None
+
+
+def mean_cost(records: Sequence[FrameRecord]) -> float:
+    """Mean cost of a run's frames."""
+    return float(np.mean([record.cost for record in records]))
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -130,7 +151,7 @@ def figures(records: Sequence[FrameRecord]) -> dict:
         "cosine_to_dense": {
             name: spread([cosines[name] for cosines in compared]) for name in ("streamed", "first_frame", "held")
         },
-        "held_at_cost": held_at_cost(records, float(np.mean([record.cost for record in records]))),
+        "held_at_cost": held_at_cost(records, mean_cost(records)),
     }
 
 
@@ -160,7 +181,7 @@ def frame_line(record: FrameRecord, cosines: dict[str, float] | None) -> dict:
 def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, torch.Tensor]:
     """
     `embeddings` float32 [T, D], `frame_index` int64 [T] and `time` float64 [T] in seconds; with S sampled frames,
-    also `dense_embeddings` [S, D] and `dense_frame_index` [S].
+    also `dense_embeddings` [S, D] and `dense_frame_index` [S]; with L labels, also `label_scores` float32 [T, L].
     """
     tensors = {
         "embeddings": torch.stack([record.embedding for record in records]),
@@ -171,6 +192,8 @@ def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, torch.Tensor]
     if sampled:
         tensors["dense_embeddings"] = torch.stack([record.dense_embedding for record in sampled])
         tensors["dense_frame_index"] = torch.tensor([record.index for record in sampled])
+    if records[0].label_logits is not None:
+        tensors["label_scores"] = torch.stack([record.label_logits for record in records]).sigmoid()
     return tensors
 
 

@@ -3,12 +3,20 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_SIZE, TINY_TEXT, TINY_VISION, lively, random_video
 from loopback_hub import call_elsewhere
 from safetensors.torch import load_file, save_file
-from transformers import SiglipConfig, SiglipForImageClassification, SiglipImageProcessor
+from test_pipelines import LABELS, PIPELINE_TEXT, make_processor
+from transformers import (
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipTextConfig,
+)
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -81,6 +89,50 @@ def test_the_repository_works_without_the_package(source, stock_vision, tmp_path
     with torch.no_grad():
         expected = torch.stack([output.pooler_output for output in model.stream_frames(frames)])
     torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["pooled"], expected, rtol=0, atol=1e-6)
+
+
+def use_whole_repository(folder, labels):
+    """Runs elsewhere: an image of noise and labels, through the processor and the model."""
+    import numpy as np
+    import torch
+    from transformers import AutoModel, AutoProcessor
+
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    inputs = processor(text=labels, images=image, padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs, stream=model.new_stream()).logits_per_image
+    return {"logits": logits.tolist(), "classes": [type(model).__name__, type(processor).__name__]}
+
+
+@pytest.mark.parametrize("saved_as", ["processor", "parts"])
+def test_a_whole_model_takes_its_tokenizer_along(tmp_path, saved_as):
+    source = tmp_path / "models" / "whole"
+    text = SiglipTextConfig(**TINY_TEXT | PIPELINE_TEXT)
+    torch.manual_seed(0)
+    stock = lively(SiglipModel(SiglipConfig(text_config=text, vision_config=TINY_VISION)))
+    stock.save_pretrained(source)
+    processor = make_processor()
+    if saved_as == "processor":
+        processor.save_pretrained(source)
+    else:
+        processor.tokenizer.save_pretrained(source)
+        processor.image_processor.save_pretrained(source)
+    (source / "README.md").write_text("# Whole")
+    beside = {path.name for path in source.iterdir()}
+    repository = hub.build_hub_repository(source, tmp_path / "out")
+    assert beside <= {path.name for path in repository.iterdir()}
+    assert "tokenizer.json" in beside
+    assert set(load_file(repository / "model.safetensors")) == set(stock.state_dict())
+
+    found = call_elsewhere(use_whole_repository, tmp_path / "elsewhere", folder=repository, labels=list(LABELS))
+    assert found["classes"] == ["NeuroFlowSiglipModel", "SiglipProcessor"]
+    image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    inputs = make_processor()(text=list(LABELS), images=image, padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        expected = stock(**inputs).logits_per_image
+    torch.testing.assert_close(torch.tensor(found["logits"]), expected, rtol=0, atol=1e-5)
 
 
 def test_a_recipe_fills_in_what_is_missing(source, tmp_path, monkeypatch):

@@ -6,18 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lively
+from conftest import TINY_TEXT, TINY_VISION, lively
 from fill_readme import controls_table, delays_table, policies_table, run_table, speed_table
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from test_pipelines import PIPELINE_TEXT, make_processor
+from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 ROOT = Path(__file__).parent.parent
 TOWER = ".cache/neuroflow/siglip-dinov2-small"
+WHOLE = "path/to/siglip"
 
 
 @pytest.fixture
 def tower(tmp_path, monkeypatch):
-    """An empty folder to work in, with a tiny checkpoint of the tower's shape where README expects the tower."""
+    """
+    An empty folder to work in, with a tiny checkpoint of the tower's shape where README expects the tower, and one
+    with text where it names a checkpoint.
+    """
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     config = SiglipVisionConfig(
@@ -30,6 +35,11 @@ def tower(tmp_path, monkeypatch):
     )
     lively(SiglipVisionModel(config)).save_pretrained(TOWER)
     SiglipImageProcessorPil().save_pretrained(TOWER)
+    text = SiglipTextConfig(**TINY_TEXT | PIPELINE_TEXT)
+    lively(SiglipModel(SiglipConfig(text_config=text, vision_config=TINY_VISION))).save_pretrained(WHOLE)
+    processor = make_processor()
+    processor.tokenizer.add_tokens(["person", "car", "an", "empty", "street"])
+    processor.save_pretrained(WHOLE)
 
 
 def test_python_examples_run_and_say_true_shapes(tower, capsys):

@@ -321,7 +321,7 @@ def test_the_border_lies_inside_and_closes_at_the_edge():
 @pytest.mark.parametrize("size", [(576, 768), (32, 48), (2160, 3840), (999, 401), (48, 1000)])
 def test_overlay_frames_have_even_sides_and_one_size(size):
     frames = [
-        overlay_frame(np.zeros((*size, 3), dtype=np.uint8), np.zeros((2, 2), dtype=bool), [("LABEL", text)] * 5)
+        overlay_frame(np.zeros((*size, 3), dtype=np.uint8), np.zeros((2, 2), dtype=bool), [[("LABEL", text)] * 5])
         for text in ("1", "a value that is much too long for its column")
     ]
     assert frames[0].shape == frames[1].shape
@@ -340,7 +340,7 @@ def test_captions_are_not_clipped():
 def test_the_contact_sheet_keeps_evenly_spaced_cells():
     cells = SheetCells(wanted=4)
     for value in range(200):
-        cells.offer(np.full((6, 8, 3), value, dtype=np.uint8), [("AT", str(value))])
+        cells.offer(np.full((6, 8, 3), value, dtype=np.uint8), [[("AT", str(value))]])
     kept = [int(picture[0, 0, 0]) for picture, _ in cells.evenly()]
     gaps = np.diff(kept)
     assert kept[0] == 0 and kept[-1] > 180 and gaps.max() <= 1.5 * gaps.min()
