@@ -18,9 +18,14 @@ from recipes.siglip_small.train import Trained, sigmoid_loss, truth
 
 @pytest.fixture(scope="module")
 def material():
-    """A red disc that is called a dog, a blue bar that is called a cat, and two photographs."""
+    """A red disc that is called a dog, blue and white bars that are called cat and apple, and two photographs."""
     drawings = {}
-    for name, colour, box in (("dog", "red", (0, 0, 223, 223)), ("cat", "blue", (0, 90, 223, 130))):
+    shapes = {
+        "dog": ("red", (0, 0, 223, 223)),
+        "cat": ("blue", (0, 90, 223, 130)),
+        "apple": ("white", (90, 0, 130, 223)),
+    }
+    for name, (colour, box) in shapes.items():
         picture = Image.new("RGBA", (224, 224))
         ImageDraw.Draw(picture).ellipse(box, fill=colour)
         drawings[name] = [Drawing(name, "noto", 0, picture.crop(picture.getbbox()))]

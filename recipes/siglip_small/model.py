@@ -10,10 +10,10 @@ TEXT_LENGTH = 64  # what transformers' zero-shot pipeline pads to for SigLIP
 VOCABULARY = 2000
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 TEXT_TOWER = {
-    "hidden_size": 256,
-    "intermediate_size": 768,
+    "hidden_size": 192,
+    "intermediate_size": 576,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
+    "num_attention_heads": 3,
     "max_position_embeddings": TEXT_LENGTH,
 }
 
@@ -57,7 +57,7 @@ def make_model(tower: SiglipVisionModel, tokenizer: PreTrainedTokenizerFast, see
     )
     model = SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=tower.config.to_dict()))
     model.vision_model.load_state_dict(tower.state_dict())
-    with torch.no_grad():  # SigLIP's own start
-        model.logit_scale.fill_(torch.tensor(10.0).log())
-        model.logit_bias.fill_(-10.0)
+    with torch.no_grad():
+        model.logit_scale.fill_(torch.tensor(20.0).log())
+        model.logit_bias.fill_(-8.0)
     return model

@@ -5,6 +5,9 @@ Train the embedded SigLIP: from packages to `models/neuroflow-siglip-small`, in 
 
 Composes pictures, computes the frozen tower's patch features once, then trains the pooling head, a small text tower,
 the scale and the bias with SigLIP's sigmoid loss (Zhai et al., 2023), every caption of a batch against every picture.
+So that a text tower can be had in minutes, two stages go before: the pooling head learns, by the same loss, against a
+vector for each fact; and the text tower learns to put a text where its facts are.
+
 Each step can be interrupted and is continued by the same command; the checkpoint appears whole, at the end.
 """
 
@@ -23,7 +26,8 @@ import transformers
 import typer
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from rich.progress import Progress
+from rich.progress import Progress, track
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import SiglipModel, SiglipProcessor, SiglipVisionModel
@@ -34,8 +38,8 @@ from neuroflow_hf.tower import build_tower, default_tower_dir
 from neuroflow_hf.tower_head import pool
 from neuroflow_hf.tower_weights import quiet_transformers
 
-from .captions import Caption, caption, name_caption
-from .features import FeatureStore, cached_features
+from .captions import Caption, caption, name_caption, prompts
+from .features import SHARD, FeatureStore, cached_features
 from .model import make_model, make_tokenizer
 from .sources import HERE, cache_folder, things
 
@@ -49,20 +53,25 @@ class Recipe:
     """
     Attributes:
         pictures: how many are composed for training.
-        epochs: passes over them.
+        fact_epochs: passes over them in the first stage, without texts.
+        reading_steps: of the second stage, without pictures.
+        epochs: passes in the third stage, with both.
         batch: pictures a step.
         captions: texts a step; each is compared with every picture of the step.
         named_captions: of these, so many name a thing at random, whatever the pictures show.
-        learning_rate: of the text tower; a third of it of the pooling head, which is trained already.
+        learning_rate: of the text tower; a third of it of the pooling head, which is trained already, and ten times as
+            much of scale and bias, which have far to go.
         kept_patches: of each picture's patches, the share that the head sees in a step.
         seed: of the pictures, the weights, the order and the captions.
     """
 
     pictures: int = 16384
-    epochs: int = 16
-    batch: int = 512
-    captions: int = 192
-    named_captions: int = 64
+    fact_epochs: int = 6
+    reading_steps: int = 800
+    epochs: int = 6
+    batch: int = 256
+    captions: int = 128
+    named_captions: int = 48
     learning_rate: float = 1e-3
     kept_patches: float = 0.5
     seed: int = 0
@@ -70,17 +79,19 @@ class Recipe:
 
 def sigmoid_loss(logits: Tensor, is_true: Tensor) -> Tensor:
     """
-    SigLIP's loss for pictures [P] and captions [C] with any number of true pairs.
+    SigLIP's loss for pictures [P] and captions [C] with any number of true pairs. A caption counts by one over the
+    number of pictures that it is true of: "a person" would outweigh a hundred things otherwise.
 
     Args:
         logits: [P, C].
         is_true: bool [P, C].
 
     Returns:
-        The pairs' binary cross entropies, summed over pictures, averaged over captions.
+        The pairs' binary cross entropies, summed over pictures, averaged over captions so weighted.
     """
     signs = torch.where(is_true, 1.0, -1.0)
-    return -functional.logsigmoid(signs * logits).sum(0).mean()
+    of_captions = -functional.logsigmoid(signs * logits).sum(0)
+    return (of_captions / is_true.sum(0).clamp(min=1)).mean()
 
 
 def truth(pictures: list[frozenset[str]], captions: list[Caption]) -> Tensor:
@@ -105,26 +116,29 @@ class Trained(nn.Module):
         self.head, self.text_model = model.vision_model.head, model.text_model
         self.logit_scale, self.logit_bias = model.logit_scale, model.logit_bias
 
-    def forward(self, patches: Tensor, input_ids: Tensor) -> Tensor:
-        """Logits [P, C] of patch features [P, N, D] and texts [C, T]."""
-        images = functional.normalize(pool(self.head, patches), dim=-1)
-        texts = functional.normalize(self.text_model(input_ids=input_ids).pooler_output, dim=-1)
+    def embed_pictures(self, patches: Tensor) -> Tensor:
+        """Unit embeddings [P, D] of patch features [P, N, D]."""
+        return functional.normalize(pool(self.head, patches), dim=-1)
+
+    def compare(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Logits [P, C] of unit embeddings."""
         return images @ texts.T * self.logit_scale.exp() + self.logit_bias
 
+    def forward(self, patches: Tensor, input_ids: Tensor) -> Tensor:
+        """Logits [P, C] of patch features [P, N, D] and texts [C, T]."""
+        texts = functional.normalize(self.text_model(input_ids=input_ids).pooler_output, dim=-1)
+        return self.compare(self.embed_pictures(patches), texts)
+
     def groups(self, learning_rate: float) -> list[dict]:
-        """Parameters for the optimizer; biases, norms, embeddings and the scalars are not decayed."""
-        head = set(self.head.parameters())
-        groups = []
-        for rate, chosen in (
-            (learning_rate, [item for item in self.parameters() if item not in head]),
-            (learning_rate / 3, list(head)),
-        ):
-            for decay, members in (
-                (0.05, [item for item in chosen if item.ndim > 1]),
-                (0.0, [item for item in chosen if item.ndim <= 1]),
-            ):
-                groups.append({"params": members, "lr": rate, "weight_decay": decay})
-        return groups
+        """Parameters for the optimizer, each once; biases, norms and the scalars are not decayed."""
+        parts = (
+            (learning_rate, 0.05, [item for item in self.text_model.parameters() if item.ndim > 1]),
+            (learning_rate, 0.0, [item for item in self.text_model.parameters() if item.ndim <= 1]),
+            (learning_rate / 3, 0.05, [item for item in self.head.parameters() if item.ndim > 1]),
+            (learning_rate / 3, 0.0, [item for item in self.head.parameters() if item.ndim <= 1]),
+            (10 * learning_rate, 0.0, [self.logit_scale, self.logit_bias]),
+        )
+        return [{"params": items, "lr": rate, "weight_decay": decay} for rate, decay, items in parts]
 
 
 def tokens_of(tokenizer, texts: list[str]) -> Tensor:
@@ -132,9 +146,133 @@ def tokens_of(tokenizer, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
 
 
+class Facts(nn.Module):
+    """
+    A unit vector for each of F facts, in the place of a text's embedding.
+
+    Args:
+        names: of the facts.
+        vectors: [F, D].
+    """
+
+    def __init__(self, names: list[str], vectors: Tensor):
+        super().__init__()
+        self.places = {name: place for place, name in enumerate(names)}
+        self.vectors = nn.Parameter(vectors)
+
+    def target(self, facts: frozenset[str]) -> Tensor:
+        """Where a text that asserts these facts should be: [D], the direction of their sum."""
+        unit = functional.normalize(self.vectors.detach()[[self.places[fact] for fact in sorted(facts)]], dim=-1)
+        return functional.normalize(unit.sum(0), dim=0)
+
+    def truth(self, pictures: list[frozenset[str]]) -> Tensor:
+        """Bool [P, F]."""
+        is_true = torch.zeros(len(pictures), len(self.places), dtype=torch.bool)
+        for row, facts in enumerate(pictures):
+            is_true[row, [self.places[fact] for fact in facts if fact in self.places]] = True
+        return is_true
+
+
+@torch.no_grad()
+def begin_facts(trained: "Trained", store: FeatureStore) -> Facts:
+    """
+    Facts that occur, each at the mean of the pictures that it is true of. Before, the pooling head's output is shifted,
+    in place, so that its mean over pictures is 0: as it comes, all of its outputs point in much the same direction.
+    """
+    known = store.facts()
+    names = sorted(set().union(*known))
+    pooled = torch.cat(
+        [
+            pool(trained.head, torch.from_numpy(store.features[first : first + SHARD]).float())
+            for first in range(0, len(known), SHARD)
+        ]
+    )
+    mean = pooled.mean(0)
+    trained.head.mlp.fc2.bias -= mean
+    facts = Facts(names, torch.zeros(len(names), pooled.shape[1]))
+    unit = functional.normalize(pooled - mean, dim=-1)
+    facts.vectors += facts.truth(known).float().T @ unit
+    facts.vectors.copy_(functional.normalize(facts.vectors, dim=-1))
+    return facts
+
+
+def learn_facts(trained: "Trained", store: FeatureStore, recipe: Recipe) -> tuple[Facts, list[float]]:
+    """
+    First stage: pooling head, scale and bias, and a vector for each fact instead of a text tower, by the same loss.
+
+    Returns:
+        The facts, and each epoch's mean loss.
+    """
+    facts, known, losses = begin_facts(trained, store), store.facts(), []
+    parts = ((recipe.learning_rate / 2, trained.head), (2 * recipe.learning_rate, facts))
+    groups = [{"params": list(module.parameters()), "lr": rate} for rate, module in parts]
+    groups.append({"params": [trained.logit_scale, trained.logit_bias], "lr": 10 * recipe.learning_rate})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    steps = len(known) // recipe.batch
+    rates = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=recipe.fact_epochs * steps)
+    for epoch in track(range(recipe.fact_epochs), "first stage: facts"):
+        rng, total = np.random.default_rng((recipe.seed, 1, epoch)), 0.0
+        for chosen in np.array_split(rng.permutation(len(known)), steps):
+            chosen = np.sort(chosen)
+            images = trained.embed_pictures(some_patches(store, chosen, recipe, rng))
+            logits = trained.compare(images, functional.normalize(facts.vectors, dim=-1))
+            is_true = facts.truth([known[place] for place in chosen])
+            loss = functional.binary_cross_entropy_with_logits(logits, is_true.float(), reduction="sum") / len(chosen)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        losses.append(total / steps)
+    return facts, losses
+
+
+def learn_to_read(trained: "Trained", facts: Facts, tokenizer, store: FeatureStore, recipe: Recipe) -> list[float]:
+    """
+    Second stage: the text tower, so that a text lies where the facts that it asserts lie. From nothing, the pictures
+    alone would teach it to read many times more slowly.
+
+    Returns:
+        The mean loss, 1 - cosine, of every hundred steps.
+    """
+    text_model, known, losses = trained.text_model, store.facts(), []
+    with torch.no_grad():  # as of the pooling head: texts are told apart from the start
+        text_model.head.bias -= text_model(input_ids=tokens_of(tokenizer, prompts("{}"))).pooler_output.mean(0)
+    optimizer = torch.optim.AdamW(text_model.parameters(), lr=2 * recipe.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2 * recipe.learning_rate, total_steps=recipe.reading_steps, pct_start=0.1
+    )
+    for step in track(range(recipe.reading_steps), "second stage: reading"):
+        rng = np.random.default_rng((recipe.seed, 2, step))
+        pictures = [known[place] for place in rng.integers(len(known), size=recipe.captions)]
+        texts = draw_captions(pictures, recipe, rng)
+        targets = torch.stack([facts.target(text.facts) for text in texts])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = text_model(input_ids=tokens_of(tokenizer, [text.text for text in texts])).pooler_output
+        loss = 1 - functional.cosine_similarity(found.float(), targets, dim=-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(text_model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            print(f"reading, step {step + 1}: {np.mean(losses[-100:]):.3f}", flush=True)
+    return [float(np.mean(losses[first : first + 100])) for first in range(0, len(losses), 100)]
+
+
+def some_patches(store: FeatureStore, chosen: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> Tensor:
+    """Features [P, n, D] of the chosen pictures, of a random share of the patches."""
+    num_patches = store.features.shape[1]
+    kept = rng.permutation(num_patches)[: round(recipe.kept_patches * num_patches)]
+    return torch.from_numpy(store.features[chosen][:, kept]).float()
+
+
 def draw_captions(facts: list[frozenset[str]], recipe: Recipe, rng: np.random.Generator) -> list[Caption]:
     """The texts of a step: most are true of some of its pictures, the rest name any thing."""
-    those = [facts[place] for place in rng.choice(len(facts), recipe.captions - recipe.named_captions, replace=False)]
+    count = recipe.captions - recipe.named_captions
+    those = [facts[place] for place in rng.choice(len(facts), count, replace=len(facts) < count)]
     names = [thing.name for thing in things()]
     named = [name_caption(names[rng.integers(len(names))], rng) for _ in range(recipe.named_captions)]
     return [caption(known, rng) for known in those] + named
@@ -142,7 +280,7 @@ def draw_captions(facts: list[frozenset[str]], recipe: Recipe, rng: np.random.Ge
 
 def train(model: SiglipModel, tokenizer, store: FeatureStore, recipe: Recipe, folder: Path) -> list[dict]:
     """
-    Train in place.
+    Third stage: pooling head, text tower, scale and bias together, in place.
 
     Args:
         model: from `make_model`.
@@ -161,7 +299,7 @@ def train(model: SiglipModel, tokenizer, store: FeatureStore, recipe: Recipe, fo
     rates = [group["lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=recipe.epochs * steps, pct_start=0.08)
     trained, optimizer, schedule = accelerator.prepare(trained, optimizer, schedule)
-    facts, log, num_patches = store.facts(), [], store.features.shape[1]
+    facts, log = store.facts(), []
     state = folder / "state"
     if (folder / "log.json").is_file():
         accelerator.load_state(state)
@@ -173,12 +311,11 @@ def train(model: SiglipModel, tokenizer, store: FeatureStore, recipe: Recipe, fo
             started, total = time.perf_counter(), 0.0
             for chosen in np.array_split(rng.permutation(len(facts)), steps):
                 chosen = np.sort(chosen)
-                kept = rng.permutation(num_patches)[: round(recipe.kept_patches * num_patches)]
-                batch = torch.from_numpy(store.features[chosen][:, kept])
+                batch = some_patches(store, chosen, recipe, rng)
                 known = [facts[place] for place in chosen]
                 texts = draw_captions(known, recipe, rng)
                 input_ids = tokens_of(tokenizer, [text.text for text in texts])
-                logits = trained(batch.to(accelerator.device, torch.float32), input_ids.to(accelerator.device))
+                logits = trained(batch.to(accelerator.device), input_ids.to(accelerator.device))
                 loss = sigmoid_loss(logits.float(), truth(known, texts).to(logits.device))
                 accelerator.backward(loss)
                 accelerator.clip_grad_norm_(trained.parameters(), 1.0)
@@ -193,6 +330,21 @@ def train(model: SiglipModel, tokenizer, store: FeatureStore, recipe: Recipe, fo
             (folder / "log.json").write_text(json.dumps(log))
     model.eval()
     return log
+
+
+def first_stages(model: SiglipModel, tokenizer, store: FeatureStore, recipe: Recipe, folder: Path) -> dict:
+    """The stages before the joint one, in place, or what was kept of them in `folder`; returns their losses."""
+    trained, weights, said = Trained(model), folder / "first_stages.safetensors", folder / "first_stages.json"
+    if said.is_file():
+        load_model(trained, weights)
+        return json.loads(said.read_text(encoding="utf-8"))
+    facts, fact_losses = learn_facts(trained, store, recipe)
+    print("facts:", [round(loss, 3) for loss in fact_losses], flush=True)
+    reading_losses = learn_to_read(trained, facts, tokenizer, store, recipe)
+    save_model(trained, weights)
+    losses = {"facts": fact_losses, "reading": reading_losses}
+    said.write_text(json.dumps(losses), encoding="utf-8")
+    return losses
 
 
 def material_key(tower: SiglipVisionModel) -> str:
@@ -234,6 +386,7 @@ def main(
     settings = hashlib.blake2b(repr((recipe, key)).encode(), digest_size=4).hexdigest()
     folder = cache_folder() / "training" / f"{NAME}-{settings}"
     folder.mkdir(parents=True, exist_ok=True)
+    early = first_stages(model, tokenizer, store, recipe, folder)
     log = train(model, tokenizer, store, recipe, folder)
     record = {
         "command": f"python -m recipes.siglip_small.train --pictures {pictures} --epochs {epochs} --seed {seed}",
@@ -244,6 +397,7 @@ def main(
             "pooling head": sum(item.numel() for item in model.vision_model.head.parameters()),
             "all": sum(item.numel() for item in model.parameters()),
         },
+        "first_stages": early,
         "log": log,
         "features_seconds_of_this_start": round(features_seconds, 1),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
