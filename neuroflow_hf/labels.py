@@ -101,7 +101,7 @@ def embed_labels(
     check_labels(names, template)
     tokens = tokenize(tokenizer, [template.replace("{}", name) for name in names], model.config.text_config)
     require_different(names, tokens["input_ids"])
-    features = model.get_text_features(**{name: values.to(model.device) for name, values in tokens.items()})
+    features = model.text_model(**{name: values.to(model.device) for name, values in tokens.items()})
     return Labels(
         names=names,
         template=template,

@@ -109,6 +109,7 @@ def load_text_model(
         preprocess = load_preprocess(source, resolution)
         tokenizer = load_tokenizer(source)
     require_head(model.vision_model, source)
+    model.vision_model.config.name_or_path = model.config.name_or_path  # for runs, which are given the tower alone
     return model.eval().to(device), preprocess, tokenizer
 
 

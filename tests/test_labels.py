@@ -118,6 +118,7 @@ def test_the_tower_is_the_one_that_is_loaded_without_labels(folder):
     alone, _ = load_model(folder, device="cpu", resolution=32)
     tower, preprocess, labels = load_model_with_labels(folder, LABELS, device="cpu", resolution=32)
     assert fingerprint(tower) == fingerprint(alone) and type(tower) is type(alone) and not tower.training
+    assert tower.config.name_or_path == alone.config.name_or_path == str(folder)
     assert preprocess.resolution == 32 and not labels.text_embeddings.requires_grad
 
 
