@@ -42,9 +42,7 @@ def test_its_text_tower_is_small_and_its_weights_are_in_half_precision(stock):
 
 
 def test_stock_siglip_and_neuroflow_give_the_same(stock, frames):
-    ours, loading = NeuroFlowSiglipModel.from_pretrained(
-        EMBEDDED_MODEL, dtype=torch.float32, output_loading_info=True
-    )
+    ours, loading = NeuroFlowSiglipModel.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
     inputs = processor(

@@ -54,7 +54,7 @@ def frames() -> Iterator[np.ndarray]:
                 cut = pictures[name]
                 scale = side * HEIGHT / DRAWING_SIDE
                 cut = cut.resize([round(scale * length) for length in cut.size], Image.Resampling.LANCZOS)
-                if end[0] > start[0]:  # emoji look to the left
+                if end[0] >= start[0]:  # emoji look to the left
                     cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 picture.paste(cut, (round(x * HEIGHT - cut.width / 2), round(y * HEIGHT - cut.height / 2)), cut)
         noise = rng.normal(0, 1.2, (HEIGHT, WIDTH, 1))

@@ -176,8 +176,8 @@ class Facts(nn.Module):
 @torch.no_grad()
 def begin_facts(trained: "Trained", store: FeatureStore) -> Facts:
     """
-    Facts that occur, each at the mean of the pictures that it is true of. Before, the pooling head's output is shifted,
-    in place, so that its mean over pictures is 0: as it comes, all of its outputs point in much the same direction.
+    Facts that occur, each at the mean of the pictures that it is true of. Before, the pooling head's output is
+    shifted, in place, so that its mean over pictures is 0: as it comes, all outputs point in much the same direction.
     """
     known = store.facts()
     names = sorted(set().union(*known))
