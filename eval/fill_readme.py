@@ -161,8 +161,8 @@ def labels_table(summary: dict) -> str:
             *lines,
             "",
             f"The first command: {summary['frames']} frames of a composed clip, mean cost "
-            f"{summary['cost']['mean']:.2f} of dense. The stream's best label is dense's on {found['streamed']} of {of} "
-            f"sampled frames; the first frame's label repeated is on {found['first_frame']}{held}.",
+            f"{summary['cost']['mean']:.2f} of dense. The stream's best label is dense's on {found['streamed']} of "
+            f"{of} sampled frames; the first frame's label repeated is on {found['first_frame']}{held}.",
         ]
     )
 

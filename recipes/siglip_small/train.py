@@ -66,9 +66,9 @@ class Recipe:
     """
 
     pictures: int = 16384
-    fact_epochs: int = 6
-    reading_steps: int = 800
-    epochs: int = 6
+    fact_epochs: int = 32
+    reading_steps: int = 600
+    epochs: int = 4
     batch: int = 256
     captions: int = 128
     named_captions: int = 48
@@ -204,7 +204,7 @@ def learn_facts(trained: "Trained", store: FeatureStore, recipe: Recipe) -> tupl
         The facts, and each epoch's mean loss.
     """
     facts, known, losses = begin_facts(trained, store), store.facts(), []
-    parts = ((recipe.learning_rate / 2, trained.head), (2 * recipe.learning_rate, facts))
+    parts = ((recipe.learning_rate, trained.head), (5 * recipe.learning_rate, facts))
     groups = [{"params": list(module.parameters()), "lr": rate} for rate, module in parts]
     groups.append({"params": [trained.logit_scale, trained.logit_bias], "lr": 10 * recipe.learning_rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
@@ -225,6 +225,7 @@ def learn_facts(trained: "Trained", store: FeatureStore, recipe: Recipe) -> tupl
             schedule.step()
             total += loss.item()
         losses.append(total / steps)
+        print(f"facts, epoch {epoch + 1}: {losses[-1]:.2f}", flush=True)
     return facts, losses
 
 
@@ -339,7 +340,6 @@ def first_stages(model: SiglipModel, tokenizer, store: FeatureStore, recipe: Rec
         load_model(trained, weights)
         return json.loads(said.read_text(encoding="utf-8"))
     facts, fact_losses = learn_facts(trained, store, recipe)
-    print("facts:", [round(loss, 3) for loss in fact_losses], flush=True)
     reading_losses = learn_to_read(trained, facts, tokenizer, store, recipe)
     save_model(trained, weights)
     losses = {"facts": fact_losses, "reading": reading_losses}
