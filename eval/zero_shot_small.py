@@ -33,9 +33,9 @@ sys.path.insert(0, str(ROOT))  # recipes/ is no part of the package
 from neuroflow_hf.tower_head import to_pixels  # noqa: E402
 from recipes.siglip_small.captions import HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, prompts  # noqa: E402
 from recipes.siglip_small.compose import Material, Picture, compose, load_material  # noqa: E402
-from recipes.siglip_small.sources import things  # noqa: E402
+from recipes.siglip_small.sources import cache_folder, things  # noqa: E402
 
-CHECKPOINT = ROOT / "models" / "neuroflow-siglip-small"
+CHECKPOINT = cache_folder() / "neuroflow-siglip-small"
 SEED = 1_000_000  # far from the training's numbers
 LEAST_SHARE = 0.15
 SIZES = ((0.0, 0.05), (0.05, 0.15), (0.15, 0.3), (0.3, 1.01))

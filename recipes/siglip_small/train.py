@@ -1,5 +1,7 @@
 """
-Train the embedded SigLIP: from packages to `models/neuroflow-siglip-small`, in one command.
+Train a small SigLIP with text: from packages to a checkpoint in the cache folder, in one command.
+
+Work in progress: what it gives recognises too little yet to be published.
 
     python -m recipes.siglip_small.train
 
@@ -44,7 +46,7 @@ from .model import make_model, make_tokenizer
 from .sources import HERE, cache_folder, things
 
 NAME = "neuroflow-siglip-small"
-OUTPUT = HERE.parent.parent / "models" / NAME
+OUTPUT = cache_folder() / NAME  # under models/ once it is good enough to be published
 MATERIAL_FILES = ("sources.py", "facts.py", "compose.py", "things.csv", "photos.csv", "footage.csv")
 
 
@@ -363,6 +365,8 @@ def save_checkpoint(model: SiglipModel, tokenizer, folder: Path, record: dict) -
         model.half().save_pretrained(partial)
         processor.save_pretrained(partial)
         (Path(partial) / "recipe.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if not (folder / "README.md").exists():
+            shutil.copyfile(HERE / "card.md", Path(partial) / "README.md")
         for path in sorted(Path(partial).iterdir()):
             shutil.move(path, folder / path.name)
 
