@@ -1,5 +1,7 @@
 """Tiny random Phi-3 models of every kind of checkpoint, and ways to run them."""
 
+import inspect
+
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -19,13 +21,16 @@ TINY = {
     "pad_token_id": 0,
 }
 WINDOW = 7
+# transformers 5.17 drops the cache where long RoPE switches, and then goes on without the text before
+SWITCHES = "next_sequence_length" in inspect.getsource(Phi3ForCausalLM.prepare_inputs_for_generation)
+LONG_AFTER = 16 if SWITCHES else 64
 # what stock checkpoints differ in
 KINDS = {
     "plain": {},
     "window": {"sliding_window": WINDOW},  # mini 4k
     "longrope": {  # mini 128k
         "max_position_embeddings": 64,
-        "original_max_position_embeddings": 16,
+        "original_max_position_embeddings": LONG_AFTER,
         "rope_parameters": {
             "rope_type": "longrope",
             "rope_theta": 10000.0,

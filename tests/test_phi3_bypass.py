@@ -1,12 +1,14 @@
 """The bypass: against the method in plain loops, its caches, its batches, its memory, in every way to generate."""
 
 import copy
+import inspect
 
 import pytest
 import torch
-from phi3_models import KINDS, WINDOW, adopt, make_ours, make_stock, random_ids, run_steps
+from phi3_models import KINDS, SWITCHES, WINDOW, adopt, make_ours, make_stock, random_ids, run_steps
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, modeling_utils
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from neuroflow_hf import NeuroFlowPhi3Config
 from neuroflow_hf.naive_bypass import NaiveBypass
@@ -82,6 +84,18 @@ def test_policies_as_in_plain_loops(policy, layers):
     assert bypassed_at(model, cache) == [naive.bypassed]
     assert 2 < sum(naive.bypassed) <= 20
     assert (sum(naive.bypassed) == 20) == (policy == "always")
+    torch.testing.assert_close(logits[0], torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_a_prompt_of_one_token(layers):
+    model, ids = make_ours(), random_ids(1, 9)
+    options = LAYERS[layers] | {"target": "block", "threshold": 0.1}
+    logits, cache = run_steps(model, ids, 1, bypass=options)
+    with torch.no_grad():
+        naive = NaiveBypass(model, model.bypass_options(options))
+        expected = [naive.feed([token])[0] for token in ids[0].tolist()]
+    assert bypassed_at(model, cache) == [naive.bypassed]
     torch.testing.assert_close(logits[0], torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
@@ -193,6 +207,8 @@ def test_an_adapted_projection_is_called():
 def test_after_cropping_all_is_as_if_never_gone_further(kind, target, back):
     if kind == "longrope":
         pytest.skip("transformers' cache does not survive the switch of frequencies")
+    if kind == "window" and "num_visible" not in inspect.getsource(DynamicSlidingWindowLayer.update):
+        pytest.skip("this version of transformers records the past for a single forward only")
     model, ids, others = make_ours(kind), random_ids(2, 16), random_ids(2, 16, seed=9)
     options = LAYERS["several"] | {"target": target, "max_consecutive": 3}
     options["threshold"] = threshold_of(model, ids, share=0.3, **options)
@@ -265,6 +281,25 @@ def test_generations_do_not_meet():
                 model(ids[row : row + 1, position : position + 1], past_key_values=caches[row], bypass=options)
     _, together = run_steps(model, ids, PROMPT, bypass=options)
     assert [bypassed_at(model, cache)[0] for cache in caches] == bypassed_at(model, together)
+
+
+@each_target
+def test_one_generation_leaves_nothing_to_the_next(target):
+    model, ids = make_ours(bypass=LAYERS["several"] | {"target": target, "threshold": 0.2}), random_ids(2, 6)
+    first = model.generate(ids, max_new_tokens=9)
+    model.generate(random_ids(3, 4, seed=1), max_new_tokens=5)
+    assert torch.equal(model.generate(ids, max_new_tokens=9), first)
+
+
+@each_target
+def test_half_precision(target):
+    model, ids = make_ours("partial").to(torch.bfloat16), random_ids(3, 12)
+    options = LAYERS["several"] | {"target": target}
+    options["threshold"] = threshold_of(model, ids, **options)
+    logits, cache = run_steps(model, ids, PROMPT, bypass=options)
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+    assert 0 < model.bypass_statistics(cache).bypassed.sum() < 21
 
 
 def test_what_was_not_recorded_is_not_reused():
@@ -371,6 +406,7 @@ def test_as_an_assistant(kind):
     assert text.shape == (1, 20)
 
 
+@pytest.mark.skipif(not SWITCHES, reason="this version of transformers loses the text where long RoPE switches")
 def test_long_rope_starts_anew():
     """Phi-3 drops the cache where the frequencies switch; what the bypass remembers goes with it."""
     model, ids = make_ours("longrope"), random_ids(1, 10)
@@ -383,7 +419,9 @@ def test_long_rope_starts_anew():
 def test_a_guard_follows_the_logits_that_were_kept():
     model, ids = make_ours(), random_ids(2, 9)
     options = LAYERS["one"] | {"threshold": -1, "guard_margin": 0.0}
-    keeps = [0, 1, 3, torch.tensor([8]), torch.tensor([[7, 8], [7, 8]]), torch.arange(9).ge(6).expand(2, 9)]
+    keeps = [0, 1, 3, torch.tensor([8])]
+    if hasattr(modeling_utils, "slice_logits_to_keep"):  # not in transformers 5.17
+        keeps += [torch.tensor([[7, 8], [7, 8]]), torch.arange(9).ge(6).expand(2, 9)]
     for keep in keeps:
         with torch.no_grad():
             output = model(ids, bypass=options, logits_to_keep=keep)
