@@ -10,7 +10,7 @@ import functools
 
 import torch
 from torch import nn
-from transformers import DynamicCache, Phi3ForCausalLM, Phi3Model
+from transformers import DynamicCache, Phi3ForCausalLM, Phi3Model, StoppingCriteriaList, StopStringCriteria
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.phi3.modeling_phi3 import (
     Phi3DecoderLayer,
@@ -259,7 +259,8 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
                 `return_dict_in_generate`, a [`NeuroFlowLosslessOutput`] with counts.
 
         Raises:
-            ValueError: with `lossless`, for sampling, beams, several sequences, and caches that cannot be cropped.
+            ValueError: with `lossless`, for sampling, beams, several sequences, and caches that cannot be cropped;
+                for `stop_strings` without a tokenizer.
         """
         if lossless is None or lossless is False:
             return super().generate(*args, **kwargs)
@@ -267,8 +268,15 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         for name in ("custom_generate", "assistant_model"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` and `lossless` are two ways to decode; pass one of them.")
-        # transformers streams the prompt, but does not hand its streamer to a decoding method from outside
+        # to a decoding method from outside, transformers hands neither its streamer, which it gives the prompt, nor
+        # what `stop_strings` need of the tokenizer
         decode = functools.partial(decode_losslessly, options=options, streamer=kwargs.get("streamer"))
+        strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+        if strings is not None:
+            if tokenizer is None:
+                raise ValueError("`stop_strings` need the tokenizer; pass `tokenizer=` too.")
+            criterion = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
         return super().generate(*args, custom_generate=decode, **kwargs)
 
     def _get_candidate_generator(self, *args, **kwargs):

@@ -3,7 +3,8 @@
 import inspect
 
 import torch
-from transformers import Phi3Config, Phi3ForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
 
@@ -91,3 +92,14 @@ def run_steps(model, ids, prompt_length, cache=None, **kwargs):
             output = model(ids[:, position : position + 1], past_key_values=output.past_key_values, **kwargs)
             logits.append(output.logits[:, -1])
     return torch.stack(logits, dim=1), output.past_key_values
+
+
+def make_tokenizer():
+    """A tokenizer of one token per character."""
+    vocabulary = {
+        token: index for index, token in enumerate(["<pad>", "<s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz "])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()  # no spaces between them
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from phi3_models import KINDS, TINY, adopt, make_ours, make_stock, random_ids, run_steps
-from tokenizers import Tokenizer, models, pre_tokenizers
+from phi3_models import KINDS, TINY, adopt, make_ours, make_stock, make_tokenizer, random_ids, run_steps
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -13,7 +12,6 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     Phi3Model,
-    PreTrainedTokenizerFast,
     SiglipConfig,
     pipeline,
 )
@@ -160,16 +158,6 @@ def test_auto_classes(tmp_path):
     assert stored["architectures"] == ["NeuroFlowPhi3ForCausalLM"]
     assert set(stored["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert set(json.loads((tmp_path / "bare" / "config.json").read_text())["auto_map"]) == {"AutoConfig", "AutoModel"}
-
-
-def make_tokenizer():
-    """A tokenizer of one token per character."""
-    vocabulary = {
-        token: index for index, token in enumerate(["<pad>", "<s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz "])
-    }
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
 
 
 @pytest.mark.parametrize("options", [{}, {"bypass": BYPASS}, {"lossless": True}], ids=["off", "bypass", "lossless"])

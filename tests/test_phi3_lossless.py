@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from phi3_models import KINDS, VOCABULARY, adopt, make_ours, make_stock, random_ids, run_steps
+from phi3_models import KINDS, VOCABULARY, adopt, make_ours, make_stock, make_tokenizer, random_ids, run_steps
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from neuroflow_hf import NeuroFlowLosslessConfig
@@ -268,6 +268,19 @@ def test_ends_where_other_criteria_say(drafter):
         lossless=options_of(drafter, draft_length=5),
     )
     assert torch.equal(text, dense[:, :17])
+
+
+def test_ends_with_a_string():
+    tokenizer = make_tokenizer()
+    ours = make_ours(vocab_size=len(tokenizer))
+    ids = tokenizer("hello world", return_tensors="pt").input_ids
+    dense = ours.generate(ids, max_new_tokens=NEW)
+    ending = {"stop_strings": tokenizer.decode(dense[0, 15]), "tokenizer": tokenizer}
+    expected = ours.generate(ids, max_new_tokens=NEW, **ending)
+    assert ids.shape[1] < expected.shape[1] <= 16
+    assert torch.equal(ours.generate(ids, max_new_tokens=NEW, lossless=options_of("both"), **ending), expected)
+    with pytest.raises(ValueError, match="pass `tokenizer="):
+        ours.generate(ids, lossless=True, stop_strings="a")
 
 
 @each_drafter
