@@ -1,16 +1,21 @@
-"""SigLIP over video without computing again what did not change."""
+"""SigLIP over video, and Phi-3 over text, without computing again what did not change."""
 
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     SiglipProcessor,
 )
 
+from .configuration_neuroflow_bypass import NeuroFlowBypassConfig
 from .configuration_neuroflow_gate import PRESETS, NeuroFlowGateConfig
+from .configuration_neuroflow_lossless import NeuroFlowLosslessConfig
+from .configuration_neuroflow_phi3 import NeuroFlowPhi3Config
 from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
+from .modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM, NeuroFlowPhi3Model
 from .modeling_neuroflow_siglip import (
     NeuroFlowSiglipForImageClassification,
     NeuroFlowSiglipImageClassifierOutput,
@@ -18,6 +23,8 @@ from .modeling_neuroflow_siglip import (
     NeuroFlowSiglipVisionModel,
     NeuroFlowSiglipVisionOutput,
 )
+from .neuroflow_bypass_state import BypassStatistics
+from .neuroflow_lossless import LosslessCounts, NeuroFlowLosslessOutput
 from .neuroflow_stream import NeuroFlowStream
 
 __version__ = "0.1.0"
@@ -29,10 +36,21 @@ AutoModel.register(NeuroFlowSiglipVisionConfig, NeuroFlowSiglipVisionModel)
 AutoModelForZeroShotImageClassification.register(NeuroFlowSiglipConfig, NeuroFlowSiglipModel)
 AutoModelForImageClassification.register(NeuroFlowSiglipConfig, NeuroFlowSiglipForImageClassification)
 AutoProcessor.register(NeuroFlowSiglipConfig, SiglipProcessor)
+AutoConfig.register(NeuroFlowPhi3Config.model_type, NeuroFlowPhi3Config)
+AutoModel.register(NeuroFlowPhi3Config, NeuroFlowPhi3Model)
+AutoModelForCausalLM.register(NeuroFlowPhi3Config, NeuroFlowPhi3ForCausalLM)
 
 __all__ = [
     "PRESETS",
+    "BypassStatistics",
+    "LosslessCounts",
+    "NeuroFlowBypassConfig",
     "NeuroFlowGateConfig",
+    "NeuroFlowLosslessConfig",
+    "NeuroFlowLosslessOutput",
+    "NeuroFlowPhi3Config",
+    "NeuroFlowPhi3ForCausalLM",
+    "NeuroFlowPhi3Model",
     "NeuroFlowSiglipConfig",
     "NeuroFlowSiglipForImageClassification",
     "NeuroFlowSiglipImageClassifierOutput",
