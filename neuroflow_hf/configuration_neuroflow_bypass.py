@@ -1,11 +1,12 @@
 """The options of the bypass: which layers of a language model reuse their last output, and when."""
 
-import difflib
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+
+from .neuroflow_options import make_options
 
 ALWAYS = -1  # a cosine is never below it
 NEVER = 2  # nor ever above 1
@@ -94,21 +95,10 @@ class NeuroFlowBypassConfig:
         Raises:
             ValueError: for an option that does not exist, a value of the wrong type or outside its range.
         """
-        known = [field.name for field in fields(cls)]
         merged = {**(base or {}), **options}
-        for name in merged:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"Did you mean `{near[0]}`?" if near else f"Known options: {', '.join(known)}."
-                raise ValueError(f"Unknown bypass option `{name}`. {hint}")
         if isinstance(merged.get("cache_layers"), (tuple, range)):
             merged["cache_layers"] = list(merged["cache_layers"])
-        try:
-            return cls(**merged)
-        except (TypeError, ValueError):
-            raise
-        except Exception as error:  # the strict dataclass has error types of its own that are not ValueErrors
-            raise ValueError(f"Bad bypass option: {error.__cause__ or error}") from error
+        return make_options(cls, "bypass", merged)
 
     def resolve(self, num_layers: int) -> "NeuroFlowBypassConfig":
         """

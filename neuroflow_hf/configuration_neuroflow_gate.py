@@ -1,11 +1,12 @@
 """The options of the gate: which patches of a frame are encoded again, and what the others reuse."""
 
-import difflib
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from huggingface_hub.dataclasses import strict
+
+from .neuroflow_options import make_options
 
 Mode = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate", "propagate"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -247,7 +248,6 @@ class NeuroFlowGateConfig:
         Raises:
             ValueError: for a preset or an option that does not exist, a value of the wrong type or outside its range.
         """
-        known = [field.name for field in fields(cls)]
         preset, merged = DEFAULT_PRESET, {}
         for layer in (base or {}, options):
             if "preset" in layer:
@@ -259,17 +259,7 @@ class NeuroFlowGateConfig:
             if preset not in PRESETS:
                 raise ValueError(f"Unknown preset {preset!r}; expected one of {', '.join(PRESETS)}.")
             merged = PRESETS[preset] | merged
-        for name in merged:
-            if name not in known:
-                near = difflib.get_close_matches(name, [*known, "preset"], n=1)
-                hint = f"Did you mean `{near[0]}`?" if near else f"Known options: preset, {', '.join(known)}."
-                raise ValueError(f"Unknown gate option `{name}`. {hint}")
-        try:
-            return cls(**merged)
-        except (TypeError, ValueError):
-            raise
-        except Exception as error:  # the strict dataclass has error types of its own that are not ValueErrors
-            raise ValueError(f"Bad gate option: {error.__cause__ or error}") from error
+        return make_options(cls, "gate", merged, also_known=("preset",))
 
     def to_dict(self) -> dict:
         """All options as plain values."""

@@ -1,12 +1,12 @@
 """The options of lossless generation: how the next tokens are guessed before the dense model checks them."""
 
-import difflib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
 from .configuration_neuroflow_bypass import ALWAYS, NeuroFlowBypassConfig
+from .neuroflow_options import make_options
 
 
 @strict
@@ -70,18 +70,7 @@ class NeuroFlowLosslessConfig:
             options = {}
         if not isinstance(options, dict):
             raise TypeError(f"`lossless` is {options!r}; expected a dict of options, or True.")
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"Did you mean `{near[0]}`?" if near else f"Known options: {', '.join(known)}."
-                raise ValueError(f"Unknown lossless option `{name}`. {hint}")
-        try:
-            return cls(**options)
-        except (TypeError, ValueError):
-            raise
-        except Exception as error:  # the strict dataclass has error types of its own that are not ValueErrors
-            raise ValueError(f"Bad lossless option: {error.__cause__ or error}") from error
+        return make_options(cls, "lossless", options)
 
     def to_dict(self) -> dict:
         """All options as plain values."""
