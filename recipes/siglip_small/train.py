@@ -67,7 +67,7 @@ class Recipe:
         seed: of the pictures, the weights, the order and the captions.
     """
 
-    pictures: int = 16384
+    pictures: int = 24576
     fact_epochs: int = 32
     reading_steps: int = 600
     epochs: int = 4
