@@ -16,7 +16,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(READY)  ## run the main job on the shipped clip
+demo: $(READY)  ## what is in the shipped clips, when it changed, and what it cost to know
+	$(BIN)/neuroflow run neuroflow_hf/assets/things.mp4 --labels "a dog, a bicycle, a cat, nothing" --out neuroflow-run-things
 	$(BIN)/neuroflow run --out neuroflow-run
 
 test: $(READY)  ## run the tests (no network but for the set-up, no model hub)
@@ -37,7 +38,7 @@ bench: $(READY)  ## time the modes against dense: half an hour on two cores; run
 hub: $(READY)  ## write complete Hub repositories to dist/hub/
 	$(BIN)/python -m neuroflow_hf.hub
 
-siglip-small: $(READY)  ## train a small SigLIP with text (in the making); run again to continue
+siglip-small: $(READY)  ## train models/neuroflow-siglip-small anew: about an hour on two cores; run again to continue
 	$(BIN)/python -m recipes.siglip_small.train
 	$(BIN)/python eval/zero_shot_small.py
 

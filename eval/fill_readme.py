@@ -2,7 +2,7 @@
 Write README's figures and pictures from the results: tables from `eval/results/*.json`, pictures from a run.
 
     python eval/vision_policies.py --frames 60 --workers 2
-    python eval/vision_controls.py && neuroflow run --out neuroflow-run
+    python eval/vision_controls.py && make demo
     python eval/benchmark_vision.py --fresh && python eval/benchmark_streams.py
     python eval/fill_readme.py
 
@@ -143,6 +143,30 @@ def run_table(summary: dict) -> str:
     )
 
 
+def labels_table(summary: dict) -> str:
+    """A run's timeline of labels in Markdown, and how often dense and the controls say the same."""
+    labels, lines = summary["labels"], ["| seconds | best label | confidence |", "|---|---|---|"]
+    for stretch in labels["timeline"]:
+        seconds = f"{stretch['start']:.1f} to {stretch['end']:.1f}"
+        lines.append(f"| {seconds} | {stretch['label']} | {stretch['confidence']:.0%} |")
+    found, of = labels["agreement"], labels["agreement"]["compared_frames"]
+    control = found["held_at_cost"]
+    held = (
+        f", one held for {control['every']} frames on {control['agreed']} of {control['compared_frames']}"
+        if control
+        else ""
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The first command: {summary['frames']} frames of a composed clip, mean cost "
+            f"{summary['cost']['mean']:.2f} of dense. The stream's best label is dense's on {found['streamed']} of "
+            f"{of} sampled frames; the first frame's label repeated is on {found['first_frame']}{held}.",
+        ]
+    )
+
+
 def speed_table(report: dict) -> str:
     """The sparsest cases of `benchmark_vision.json` as a table in Markdown, and the span of the full ones."""
     dtypes = list(dict.fromkeys(entry["dtype"] for entry in report["dense"]))
@@ -211,8 +235,10 @@ def streams_table(report: dict) -> str:
 def main(
     run: Annotated[Path, typer.Option(help="Folder of a `neuroflow run` on the shipped clip.")] = ROOT
     / "neuroflow-run",
+    labelled: Annotated[Path, typer.Option(help="Folder of a run with labels on the composed clip.")] = ROOT
+    / "neuroflow-run-things",
 ):
-    """Fill README's blocks and copy the run's pictures."""
+    """Fill README's blocks and copy the runs' pictures."""
     controls = json.loads((RESULTS / "vision_controls.json").read_text(encoding="utf-8"))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -225,11 +251,15 @@ def main(
     streams = json.loads((RESULTS / "benchmark_streams.json").read_text(encoding="utf-8"))
     readme = fill_block(readme, "figures:streams", streams_table(streams))
     readme = fill_block(readme, "figures:run", run_table(summary))
-    write_json(RESULTS / "run.json", summary)  # what the second table says
+    things = json.loads((labelled / "summary.json").read_text(encoding="utf-8"))
+    readme = fill_block(readme, "figures:labels", labels_table(things))
+    write_json(RESULTS / "run.json", summary)
+    write_json(RESULTS / "run_labels.json", things)
     pictures = ROOT / "docs"
     pictures.mkdir(exist_ok=True)
-    sheet = Image.open(run / "contact_sheet.png").convert("RGB")
-    sheet.save(pictures / "contact_sheet.jpg", quality=85, optimize=True)
+    for folder, name in ((run, "contact_sheet"), (labelled, "labels")):
+        sheet = Image.open(folder / "contact_sheet.png").convert("RGB")
+        sheet.save(pictures / f"{name}.jpg", quality=85, optimize=True)
     Image.open(run / "plot.png").convert("RGB").quantize(256).save(pictures / "plot.png", optimize=True)
     write_text(ROOT / "README.md", readme)
 

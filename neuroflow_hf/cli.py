@@ -99,7 +99,7 @@ def run(
         str | None,
         typer.Option(
             help="Folder or Hub name of a SigLIP or SigLIP 2 checkpoint with its image processor.",
-            show_default="a real vision tower, built on first use",
+            show_default="in a checkout the one under models/, else a real vision tower, built on first use",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to; files of an earlier run are replaced.")] = Path(
@@ -245,9 +245,8 @@ def run(
 
         from .configuration_neuroflow_gate import NeuroFlowGateConfig
         from .labels import TEMPLATE, check_labels, parse_labels
-        from .loading import DTYPES, load_gate, load_model, load_model_with_labels, usable_device
+        from .loading import DTYPES, default_model, load_gate, load_model, load_model_with_labels, usable_device
         from .run import prepare_folder, run_video
-        from .tower import TOWER_NAME, build_tower, default_tower_dir
         from .video import VideoReader, bundled_clip
 
         # what fails quickly goes first
@@ -257,8 +256,6 @@ def run(
         if names is not None:
             template = TEMPLATE if template is None else template
             check_labels(names, template)
-            if model is None:
-                raise ValueError(f"{TOWER_NAME} reads no text; for --labels, name a SigLIP checkpoint with --model.")
         reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
         usable_device(device)
         if dense_every is not None and dense_every < 0:
@@ -267,10 +264,12 @@ def run(
             if "preset" in options:
                 raise ValueError("Give --config or --preset: each is a whole set of gate options.")
             options = load_gate(config) | options
-        if model is None:  # the tower has no gate options of its own, and its building takes minutes
+        source = model
+        if model is None:  # the default has no gate options of its own, and its making may take minutes
             NeuroFlowGateConfig.from_options(**options)
+            source = default_model(must_read_text=True) if names is not None else None
         prepare_folder(out)
-        source = model or build_tower(default_tower_dir())
+        source = source or default_model()
         how = (DTYPES[dtype], device, resolution)
         if names is None:
             (loaded, preprocess), embedded = load_model(source, *how), None
@@ -286,7 +285,7 @@ def run(
                 dense_every=dense_every,
                 overlay=overlay,
                 labels=embedded,
-                model_name=model or TOWER_NAME,
+                model_name=model or source.name,
                 command=shlex.join(["neuroflow", *sys.argv[1:]]),
                 on_frame=on_frame,
             )
@@ -491,7 +490,7 @@ def tune(
         str | None,
         typer.Option(
             help="Folder or Hub name of a SigLIP or SigLIP 2 checkpoint with its image processor.",
-            show_default="a real vision tower, built on first use",
+            show_default="in a checkout the one under models/, else a real vision tower, built on first use",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to; files of an earlier tuning are replaced.")] = Path(
@@ -516,9 +515,8 @@ def tune(
     with one_line_errors(debug, nothing_done="nothing was written."):
         require_dtype(dtype)
 
-        from .loading import DTYPES, load_model, usable_device
+        from .loading import DTYPES, default_model, load_model, usable_device
         from .run import prepare_folder
-        from .tower import TOWER_NAME, build_tower, default_tower_dir
         from .tune import checkpoint_config, tune_video, write_tuning
         from .tune_points import Requirement
         from .tune_words import next_steps
@@ -529,7 +527,7 @@ def tune(
         reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
         usable_device(device)
         prepare_folder(out)
-        source = model or str(build_tower(default_tower_dir()))
+        source = model or default_model()
         loaded, preprocess = load_model(source, DTYPES[dtype], device, resolution)
         with tune_progress(statistic) as on_step:
             result = tune_video(
@@ -545,7 +543,7 @@ def tune(
             )
         config = checkpoint_config(source)
         command = shlex.join(["neuroflow", *sys.argv[1:]])
-        files = write_tuning(result, out, config, model_name=model or TOWER_NAME, command=command)
+        files = write_tuning(result, out, config, model_name=model or source.name, command=command)
     print_tuning(result)
     if result.chosen is not None:
         given = {"model": model, "resolution": resolution, "stride": stride if stride > 1 else None, "config": out}
