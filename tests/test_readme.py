@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_TEXT, TINY_VISION, lively
-from fill_readme import controls_table, delays_table, policies_table, run_table, speed_table
+from fill_readme import DRIFT, controls_table, delays_table, drift_block, policies_table, run_table, speed_table
 from test_pipelines import PIPELINE_TEXT, make_processor
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -62,6 +62,7 @@ def test_python_examples_run_and_say_true_shapes(tower, capsys):
         (delays_table, "vision_policies"),
         (speed_table, "benchmark_vision"),
         (run_table, "run"),
+        *([(drift_block, "token_drift")] if DRIFT.exists() else []),
     ],
 )
 def test_figures_are_those_of_the_results(table, result):
