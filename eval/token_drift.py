@@ -2,7 +2,7 @@
 What a bypass changes in the text of the small Phi-3, and which published findings hold on it.
 
     python eval/token_drift.py    # some 15 minutes on two cores
-    accelerate launch --cpu --num_processes 2 eval/token_drift.py
+    torchrun --nproc_per_node 2 eval/token_drift.py    # prompts split over processes; for GPUs, accelerate launch
 
 Prompts are texts that the model was not trained on, from `eval/prompts/phi3_nano.jsonl`. Dense and bypass have caches
 of their own. Every finished configuration is in `eval/results/token_drift.json` at once, and skipped when the command

@@ -580,5 +580,5 @@ app.command()(generate)
 app.command()(drift)
 
 
-if __name__ == "__main__":  # for `accelerate launch -m neuroflow_hf.cli`
+if __name__ == "__main__":  # for `accelerate launch -m neuroflow_hf.cli drift`
     app()

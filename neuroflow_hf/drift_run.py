@@ -6,7 +6,8 @@ A drift evaluation: prompts through a dense model and through bypasses, and one 
     report["configurations"][0]["tasks"]["prose"]["drift"]
 
 The report is written after each configuration, whole or not at all, and continued where it was left. Started by
-`accelerate launch`, the prompts are split over the processes, and the first one writes. Nothing is printed here.
+`accelerate launch` or `torchrun`, the prompts are split over the processes, and the first one writes. Nothing is
+printed here.
 """
 
 import copy

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from .configuration_neuroflow_phi3 import NeuroFlowPhi3Config
 from .loading import ModelLoadError, load_errors, one_line, quiet_loading, require_place, usable_device
 from .modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM
+from .tower_weights import quiet_transformers
 
 NANO = "models/neuroflow-phi3-nano"  # in the checkout
 NANO_PROMPTS = "eval/prompts/phi3_nano.jsonl"
@@ -64,7 +65,7 @@ def load_language_model(
     """
     require_place(source)
     device = usable_device(str(device))
-    with quiet_loading():
+    with quiet_transformers(), quiet_loading():
         with load_errors("Phi-3 model", source):
             settings, _ = NeuroFlowPhi3Config.get_config_dict(source)
         if settings.get("model_type") not in MODEL_TYPES:

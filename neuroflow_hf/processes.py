@@ -1,4 +1,4 @@
-"""Several processes on one job, as `accelerate launch` starts them; or one, where it was not started so."""
+"""Several processes on one job, as `accelerate launch` and `torchrun` start them; or one, started as usual."""
 
 import os
 from collections.abc import Sequence

@@ -379,8 +379,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
     script.write_text(SCRIPT)
     options = ["--model", folder, "--prompts", prompts, "--new-tokens", 6, "--threshold", 0.2, "--target", "block"]
     options = ["drift", *options, "--cache-layers", "2-4", "--device", "cpu"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # `accelerate launch` starts several processes for accelerators only
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     root = str(Path(drift_run.__file__).parent.parent)
     reports = []
     for name, start in (("one", [sys.executable]), ("two", launch)):
