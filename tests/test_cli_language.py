@@ -164,7 +164,7 @@ def test_one_bypass(folder, prompts, tmp_path):
     (entry,) = report["configurations"]
     assert entry["options"]["threshold"] == -1 and entry["tasks"]["all"]["bypass_rate"] == 1
     assert report["command"].startswith("neuroflow")
-    for words in ("1->24, attention", "dense, bfloat16", "100.0%", "Written to"):
+    for words in ("own, attention, threshold -1", "dense, bfloat16", "100.0%", "Written to"):
         assert words in result.stdout
 
 
