@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench hub siglip-small wheel clean help
+.PHONY: demo test check format bench drift hub siglip-small wheel clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -35,6 +35,9 @@ bench: $(READY)  ## time the modes against dense: half an hour on two cores; run
 	$(BIN)/python eval/benchmark_vision.py
 	$(BIN)/python eval/benchmark_streams.py
 
+drift: $(READY)  ## measure what a bypass changes in the text; run again to continue
+	$(BIN)/python eval/token_drift.py
+
 hub: $(READY)  ## write complete Hub repositories to dist/hub/
 	$(BIN)/python -m neuroflow_hf.hub
 
@@ -46,4 +49,4 @@ wheel: $(READY)  ## build the wheel
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove what was built
-	rm -rf build dist *.egg-info neuroflow-run neuroflow-tuned
+	rm -rf build dist *.egg-info neuroflow-run neuroflow-tuned neuroflow-drift

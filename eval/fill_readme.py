@@ -4,6 +4,7 @@ Write README's figures and pictures from the results: tables from `eval/results/
     python eval/vision_policies.py --frames 60 --workers 2
     python eval/vision_controls.py && make demo
     python eval/benchmark_vision.py --fresh && python eval/benchmark_streams.py
+    python eval/token_drift.py
     python eval/fill_readme.py
 
 """
@@ -19,8 +20,10 @@ from PIL import Image
 from report import RESULTS, fill_block, write_json, write_text
 
 from neuroflow_hf import PRESETS
+from neuroflow_hf.drift_tables import readme_table
 
 ROOT = Path(__file__).parent.parent
+DRIFT = RESULTS / "token_drift.json"
 
 
 def controls_table(report: dict) -> str:
@@ -232,6 +235,17 @@ def streams_table(report: dict) -> str:
     )
 
 
+def drift_block(report: dict) -> str:
+    """The drift report's tables, and its pictures, from `token_drift.json`."""
+    return "\n\n".join(
+        [
+            readme_table(report),
+            "![Drift by share of steps bypassed, a panel for each task](docs/drift.png)",
+            "![Steps bypassed while no prompt's text changes, with and without the guard](docs/drift_reachable.png)",
+        ]
+    )
+
+
 def main(
     run: Annotated[Path, typer.Option(help="Folder of a `neuroflow run` on the shipped clip.")] = ROOT
     / "neuroflow-run",
@@ -253,6 +267,8 @@ def main(
     readme = fill_block(readme, "figures:run", run_table(summary))
     things = json.loads((labelled / "summary.json").read_text(encoding="utf-8"))
     readme = fill_block(readme, "figures:labels", labels_table(things))
+    if DRIFT.exists():
+        readme = fill_block(readme, "figures:drift", drift_block(json.loads(DRIFT.read_text(encoding="utf-8"))))
     write_json(RESULTS / "run.json", summary)
     write_json(RESULTS / "run_labels.json", things)
     pictures = ROOT / "docs"

@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cli_errors import EXIT_DAMAGED, EXIT_INTERRUPTED, EXIT_UNREACHED, one_line_errors, require_dtype
+from .cli_language import drift, generate
+
 app = typer.Typer(
     help="SigLIP over video without computing again what did not change.",
     no_args_is_help=True,
@@ -24,8 +27,6 @@ GATE = "Gate (defaults: the model's own, else those named here)"
 COMPARISON = "Comparison and output"
 LABELS = "Labels"
 MOST_STRETCHES = 20  # printed of the labels' timeline
-EXIT_DAMAGED, EXIT_UNUSABLE, EXIT_UNREACHED, EXIT_INTERRUPTED = 1, 2, 3, 130
-DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
 def show_version(wanted: bool):
@@ -46,28 +47,6 @@ def main(
     """SigLIP over video without computing again what did not change."""
 
 
-@contextlib.contextmanager
-def one_line_errors(debug: bool, nothing_done: str) -> Iterator[None]:
-    """
-    Errors in what the user gave become one line on stderr and exit code 2, Ctrl-C one line and 130.
-
-    Args:
-        debug: let errors through, with their traceback.
-        nothing_done: what to say about the state of things after Ctrl-C.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"Stopped by Ctrl-C; {nothing_done}", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        if debug:
-            raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        typer.echo(f"Error: {message}", err=True)
-        raise typer.Exit(EXIT_UNUSABLE) from error
-
-
 def parse_gate(settings: list[str]) -> dict[str, Any]:
     """`["dilate=1", "max_age=none"]` to `{"dilate": 1, "max_age": None}`; ValueError without a `=`."""
     options = {}
@@ -81,12 +60,6 @@ def parse_gate(settings: list[str]) -> dict[str, Any]:
             value = text
         options[name.strip().replace("-", "_")] = value
     return options
-
-
-def require_dtype(dtype: str):
-    """Raise a ValueError unless this is a type that models run in."""
-    if dtype not in DTYPE_NAMES:
-        raise ValueError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16.")
 
 
 # --- run -----------------------------------------------------------------------------------------------------------
@@ -597,3 +570,13 @@ def print_tuning(result: Any):
     console.print(table)
     for sentence in tuning_sentences(result):
         console.print(escape(sentence), soft_wrap=True)
+
+
+# --- language ------------------------------------------------------------------------------------------------------
+
+app.command()(generate)
+app.command()(drift)
+
+
+if __name__ == "__main__":  # for `accelerate launch -m neuroflow_hf.cli drift`
+    app()

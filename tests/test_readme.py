@@ -5,7 +5,16 @@ import re
 from pathlib import Path
 
 import pytest
-from fill_readme import controls_table, delays_table, labels_table, policies_table, run_table, speed_table
+from fill_readme import (
+    DRIFT,
+    controls_table,
+    delays_table,
+    drift_block,
+    labels_table,
+    policies_table,
+    run_table,
+    speed_table,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +47,7 @@ def test_python_examples_run_and_say_true_shapes(checkout, capsys):
         (speed_table, "benchmark_vision"),
         (run_table, "run"),
         (labels_table, "run_labels"),
+        *([(drift_block, "token_drift")] if DRIFT.exists() else []),
     ],
 )
 def test_figures_are_those_of_the_results(table, result):
