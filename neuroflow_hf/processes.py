@@ -20,11 +20,17 @@ class Processes:
     def __init__(self):
         self.index, self.count = 0, 1
         self.device: torch.device | None = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1:
             from accelerate import PartialState
 
-            state = PartialState()
+            state = PartialState(cpu=not torch.accelerator.is_available())  # unasked, it takes CPUs to be alone
             self.index, self.count, self.device = state.process_index, state.num_processes, state.device
+            if self.count != started:  # each would do all of it, and write over the others
+                raise RuntimeError(
+                    f"{started} processes were started, and accelerate sees {self.count}; start them with torchrun, "
+                    "or with `accelerate launch`."
+                )
 
     @property
     def is_main(self) -> bool:

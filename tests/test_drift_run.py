@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from phi3_models import make_ours, make_tokenizer
 from PIL import Image
+from typer.testing import CliRunner
 
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM, drift_run
+from neuroflow_hf.cli import app
 from neuroflow_hf.cli_language import write_drift
 from neuroflow_hf.drift_bench import DriftBench
 from neuroflow_hf.drift_decode import decode, make_batches
@@ -19,6 +22,7 @@ from neuroflow_hf.drift_findings import FAILS, HOLDS, UNKNOWN, drift_findings, i
 from neuroflow_hf.drift_records import COLUMNS
 from neuroflow_hf.drift_run import DriftSettings, evaluate_drift
 from neuroflow_hf.drift_tables import readme_table, summary_table
+from neuroflow_hf.processes import Processes
 from neuroflow_hf.prompts import Prompt
 
 TEXTS = ["the quick brown fox", "hello", "a b", "one two three four five six seven", "x", "jumps over the lazy dog"]
@@ -371,29 +375,32 @@ app(sys.argv[1:])
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    model, tokenizer = make_ours(**FIVE), make_tokenizer()
     folder, prompts, script = tmp_path / "model", tmp_path / "prompts.jsonl", tmp_path / "script.py"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_ours(**FIVE).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     prompts.write_text("\n".join(json.dumps({"prompt": p.text, "task": p.task}) for p in PROMPTS))
     script.write_text(SCRIPT)
     options = ["--model", folder, "--prompts", prompts, "--new-tokens", 6, "--threshold", 0.2, "--target", "block"]
-    options = ["drift", *options, "--cache-layers", "2-4", "--device", "cpu"]
+    options = [str(part) for part in ("drift", *options, "--cache-layers", "2-4", "--device", "cpu", "--out")]
+    alone = CliRunner().invoke(app, [*options, str(tmp_path / "one")])
+    assert alone.exit_code == 0, alone.output
     # `accelerate launch` starts several processes for accelerators only
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     root = str(Path(drift_run.__file__).parent.parent)
-    reports = []
-    for name, start in (("one", [sys.executable]), ("two", launch)):
-        command = [*start, script, *options, "--out", tmp_path / name]
-        run = subprocess.run(
-            list(map(str, command)), cwd=root, env=environment(root), capture_output=True, text=True, timeout=500
-        )
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.count("Written to") == 1
-        reports.append(json.loads((tmp_path / name / "drift.json").read_text()))
-    one, two = reports
+    run = subprocess.run(
+        [*launch, *options, str(tmp_path / "two")],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Written to") == 1
+    one, two = (json.loads((tmp_path / name / "drift.json").read_text()) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
-    for before, after in zip(*([*r["noise"][:1], *r["configurations"]] for r in reports), strict=True):
+    pairs = [(report["noise"][0], report["configurations"][0]) for report in (one, two)]
+    for before, after in zip(*pairs, strict=True):
         for task, parts in before["prompts"].items():
             for name in ("drift", "first_divergence", "steps", "bypassed", "forced_divergent"):
                 assert parts[name] == after["prompts"][task][name]
@@ -402,5 +409,10 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert one["configurations"][0]["tasks"]["all"]["bypass_rate"] > 0
 
 
-def environment(root):
-    return os.environ | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(
+        "accelerate.PartialState", lambda cpu: SimpleNamespace(process_index=0, num_processes=1, device="cpu")
+    )
+    with pytest.raises(RuntimeError, match="2 processes were started, and accelerate sees 1"):
+        Processes()
