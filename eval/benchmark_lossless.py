@@ -223,7 +223,7 @@ def main(
         **{"new_tokens": new_tokens, "least_tokens": least_tokens, "turns": turns, "seed": seed, "dtype": "float32"},
         "options": lossless,
         **{name: provenance()[name] for name in ("machine", "versions")},
-        "commit": commit(),
+        "code": fingerprint(*sorted((ROOT / "neuroflow_hf").glob("*.py"))),
     }
     report = {"settings": settings, "cases": []}
     before = json.loads(output.read_text(encoding="utf-8")) if output.exists() and not fresh else {}
@@ -246,11 +246,11 @@ def main(
         order = random.Random(f"{seed} {row['number']}")
         case = measure(language_model, encoded[row["number"]], order, settings)
         report["cases"].append({"number": row["number"], "task": row["task"], "source": row.get("source"), **case})
-        write_json(output, {**provenance(), **report, "summary": summaries(report)})
+        write_json(output, {**provenance(), "commit": commit(), **report, "summary": summaries(report)})
     if not summaries(report):
         console.print("Nothing was measured.")
         raise typer.Exit(1)
-    write_json(output, {**provenance(), **report, "summary": summaries(report)})
+    write_json(output, {**provenance(), "commit": commit(), **report, "summary": summaries(report)})
     found = summaries(report, "processor_seconds" if processor else "seconds")
     Console(width=max(console.width, 120)).print(table(found))
     if any(row["divergences"]["others"] for row in found[WHOLE].values()):

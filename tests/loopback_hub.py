@@ -108,7 +108,7 @@ def call_elsewhere(function, directory: Path, package: bool = False, hub: str | 
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,  # some seconds, unless the machine is busy with something else
     )
     assert process.returncode == 0, f"{function.__name__} failed elsewhere:\n{process.stdout}{process.stderr}"
     return json.loads(result.read_text(encoding="utf-8"))

@@ -61,8 +61,8 @@ def use(name, prompt):
         "classes": [type(model).__name__, type(pipe.model).__name__],
         "texts": [
             pipe(prompt, do_sample=False)[0]["generated_text"],  # it samples unless told
-            tokenizer.decode(model.generate(ids)[0]),
-            tokenizer.decode(model.generate(ids, lossless=True)[0]),
+            tokenizer.decode(model.generate(ids)[0], skip_special_tokens=True),
+            tokenizer.decode(model.generate(ids, lossless=True)[0], skip_special_tokens=True),
         ],
     }
 
@@ -84,7 +84,7 @@ def test_the_repository_generates_without_the_package(source, stock, place, tmp_
         assert set(served.files("user/tiny")) >= written
     tokenizer = make_tokenizer()
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    text = tokenizer.decode(stock.float().generate(ids, max_new_tokens=NEW)[0])
+    text = tokenizer.decode(stock.float().generate(ids, max_new_tokens=NEW)[0], skip_special_tokens=True)
     assert found == {"dtype": "torch.float16", "classes": 2 * ["NeuroFlowPhi3ForCausalLM"], "texts": 3 * [text]}
 
 
