@@ -84,8 +84,8 @@ def with_embeddings(model: nn.Module, hidden_state: Tensor, objects: Sequence[Mo
     """
     Objects with their embeddings: the patches of each one pooled by the head, as if they were the whole picture.
 
-    Patches have seen the whole frame, so an embedding tells of the surroundings too. The features are as they were last
-    encoded: on a frame that is held, or beyond a budget, they are of an earlier one.
+    Patches have seen the whole frame, so an embedding tells of the surroundings too. The features are as they were
+    last encoded: on a frame that is held, or beyond a budget, they are of an earlier one.
 
     Args:
         model: a vision model, or one with a text tower; with a pooling head.
