@@ -11,7 +11,6 @@ Runs in bfloat16.
 Writes `eval/results/zero_shot_small.json` and fills the card's figures.
 """
 
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from transformers import AutoProcessor, SiglipModel
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # recipes/ is no part of the package
 
+from neuroflow_hf.intervals import wilson  # noqa: E402
 from neuroflow_hf.tower_head import to_pixels  # noqa: E402
 from recipes.siglip_small.captions import HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, prompts  # noqa: E402
 from recipes.siglip_small.compose import Material, Picture, compose, load_material  # noqa: E402
@@ -41,16 +41,6 @@ LEAST_SHARE = 0.15
 SIZES = ((0.0, 0.05), (0.05, 0.15), (0.15, 0.3), (0.3, 1.01))
 PIPELINE_PHRASING = "This is a photo of {name}."
 BATCH = 32
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    if not count:
-        return 0.0, 1.0
-    z, share = 1.959964, right / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
 
 
 def accuracy(right: Sequence[bool]) -> dict:

@@ -193,6 +193,14 @@ def run(
     overlay: Annotated[
         bool, typer.Option(help="Write a video of what was encoded.", rich_help_panel=COMPARISON)
     ] = True,
+    objects: Annotated[
+        bool,
+        typer.Option(
+            "--objects",
+            help="Also find what moves: boxes in the pictures and in frames.jsonl; with --labels, named.",
+            rich_help_panel=COMPARISON,
+        ),
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show errors with their traceback.", rich_help_panel=COMPARISON)
     ] = False,
@@ -258,6 +266,7 @@ def run(
                 dense_every=dense_every,
                 overlay=overlay,
                 labels=embedded,
+                objects=objects,
                 model_name=model or source.name,
                 command=shlex.join(["neuroflow", *sys.argv[1:]]),
                 on_frame=on_frame,
@@ -316,6 +325,12 @@ def print_run(result: Any, out: Path):
             console.print(f"[yellow]{note}[/]")
     if "labels" in summary:
         print_labels(console, summary, out)
+    if "objects" in summary:
+        moving, counts = summary["objects"]["frames"], summary["objects"]["per_frame"]
+        console.print(
+            f"Moving objects: on {moving} of {summary['frames']} frames, {counts['mean']:.1f} a frame by mean, "
+            f"{counts['max']:.0f} at most."
+        )
     if summary["speed_up"]:
         speed_up = summary["speed_up"]
         console.print(

@@ -102,6 +102,13 @@ def label_caption(record: FrameRecord, names: Sequence[str]) -> list[tuple[str, 
     return [("LABEL, CONFIDENCE", f"{shortened(names[place], MOST_CHARACTERS)}   {confidence}")]
 
 
+def object_caption(line: dict) -> str:
+    """What stands at a moving object's box: its label and confidence; empty without labels."""
+    if "label" not in line:
+        return ""
+    return f"{shortened(line['label'], MOST_CHARACTERS // 2)} {percent(line['confidence'])}"
+
+
 def top_label(record: FrameRecord) -> int:
     """The place of the label that fits best; by logits, for the scores of two can both be 1 in float32."""
     return int(record.label_logits.argmax())

@@ -15,7 +15,10 @@ ACCENT = (255, 176, 0)
 BACKGROUND = (17, 20, 24)
 LABEL = (139, 148, 158)
 TEXT = (240, 246, 252)
+MOVING = (64, 156, 255)
 REUSED_BRIGHTNESS = 0.42
+LEGEND = "full colour, outlined: encoded on this frame      dark grey: reused from memory"
+OBJECTS_LEGEND = LEGEND + "      blue box: moves"
 
 # Sides of an overlay frame in pixels: small clips are enlarged until a caption fits, large ones need not be larger.
 LEAST_WIDTH, MOST_SIDE = 480, 960
@@ -72,6 +75,39 @@ def mark_encoded(image: np.ndarray, mask: np.ndarray, covered: tuple[float, floa
     drawn = np.where(marked[..., None], image, grey[..., None].astype(np.uint8))
     drawn[border(marked, max(1, round(min(height, width) / 300)))] = ACCENT
     return drawn
+
+
+def outline_objects(
+    picture: np.ndarray, boxes: Sequence[tuple[int, int, int, int]], captions: Sequence[str], scale: float = 1.0
+) -> np.ndarray:
+    """
+    A picture with boxes around what moves.
+
+    Args:
+        picture: uint8 RGB [H, W, 3].
+        boxes: left, top, right and bottom of each, right and bottom outside, in pixels of the frame.
+        captions: what stands at each box; nothing if empty.
+        scale: the picture's pixels for one of the frame's.
+
+    Returns:
+        uint8 RGB [H, W, 3], a new array.
+    """
+    drawn = Image.fromarray(picture)
+    draw = ImageDraw.Draw(drawn)
+    thickness = max(2, round(min(drawn.size) / 200))
+    typeface = font(max(10, round(drawn.width / 48)))
+    for box, text in zip(boxes, captions, strict=True):
+        left, top, right, bottom = (round(scale * value) for value in box)
+        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=MOVING, width=thickness)
+        if text:
+            _, _, width, height = typeface.getbbox(text, anchor="lt")
+            width, height = width + 4, height + 4
+            # above the box if there is room, and inside the picture
+            x = max(0, min(left, drawn.width - width))
+            y = top - height if top >= height else min(top, drawn.height - height)
+            draw.rectangle((x, y, x + width - 1, y + height - 1), fill=MOVING)
+            draw.text((x + 2, y + 2), text, fill=BACKGROUND, font=typeface, anchor="lt")
+    return np.asarray(drawn)
 
 
 def overlay_size(height: int, width: int) -> tuple[int, int]:
@@ -139,6 +175,8 @@ def overlay_frame(
     mask: np.ndarray,
     rows: Sequence[Sequence[tuple[str, str]]],
     covered: tuple[float, float] = (1.0, 1.0),
+    boxes: Sequence[tuple[int, int, int, int]] = (),
+    captions: Sequence[str] = (),
 ) -> np.ndarray:
     """
     A frame of the overlay video: the marked picture above its caption.
@@ -148,15 +186,29 @@ def overlay_frame(
         mask: bool [grid_h, grid_w], the patches that were encoded.
         rows: of the caption, each with its columns, (label, value).
         covered: as in `patch_pixels`.
+        boxes, captions: of what moves, as in `outline_objects`, in pixels of `image`.
 
     Returns:
         uint8 RGB [H', W', 3] with even sides, the same ones for all frames of a video that have as many rows.
     """
-    height, width = overlay_size(*image.shape[:2])
-    picture = mark_encoded(resize(image, height, width), mask, covered)
+    width = overlay_size(*image.shape[:2])[1]
+    picture = marked_picture(image, mask, covered, boxes, captions)
     missing = max(0, LEAST_WIDTH - width)  # a narrow video gets margins, so that its caption stays legible
     picture = np.pad(picture, ((0, 0), (missing // 2, missing - missing // 2), (0, 0)))
     return captioned(picture, rows, size=round(picture.shape[1] / 48))
+
+
+def marked_picture(
+    image: np.ndarray,
+    mask: np.ndarray,
+    covered: tuple[float, float] = (1.0, 1.0),
+    boxes: Sequence[tuple[int, int, int, int]] = (),
+    captions: Sequence[str] = (),
+) -> np.ndarray:
+    """A frame at its `overlay_size` with what was encoded, and boxes around what moves; arguments as above."""
+    height, width = overlay_size(*image.shape[:2])
+    picture = mark_encoded(resize(image, height, width), mask, covered)
+    return outline_objects(picture, boxes, captions, width / image.shape[1]) if boxes else picture
 
 
 def contact_sheet(
@@ -164,6 +216,7 @@ def contact_sheet(
     title: str,
     cell_width: int = 480,
     columns: int = 4,
+    legend: str = LEGEND,
 ) -> np.ndarray:
     """
     A grid of marked pictures, each above its caption, under a title line and a legend.
@@ -174,6 +227,7 @@ def contact_sheet(
         title: of the sheet, in one line.
         cell_width: in pixels.
         columns: at most.
+        legend: what colours mean, in one line.
 
     Returns:
         uint8 RGB [H', W', 3].
@@ -185,7 +239,7 @@ def contact_sheet(
     cell_height = drawn[0].shape[0]
     lines = math.ceil(len(drawn) / columns)
     width = columns * (cell_width + gap) + gap
-    header = sheet_header(width, title, margin=gap)
+    header = sheet_header(width, title, legend, margin=gap)
     sheet = Image.new("RGB", (width, header.height + lines * (cell_height + gap)), BACKGROUND)
     sheet.paste(header, (0, 0))
     for place, cell in enumerate(drawn):
@@ -195,9 +249,8 @@ def contact_sheet(
     return np.asarray(sheet)
 
 
-def sheet_header(width: int, title: str, margin: int) -> Image.Image:
+def sheet_header(width: int, title: str, legend: str, margin: int) -> Image.Image:
     """The title of a contact sheet and, in a second line, what colours and greys mean."""
-    legend = "full colour, outlined: encoded on this frame      dark grey: reused from memory"
     room = width - 4 * margin
     title_font, legend_font = fitting_font([title], room, 30, bold=True), fitting_font([legend], room, 24)
     header = Image.new("RGB", (width, 112), BACKGROUND)

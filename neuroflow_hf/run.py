@@ -29,10 +29,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from .label_records import label_caption, label_figures, label_line
+from .label_records import label_caption, label_figures, label_line, object_caption
 from .labels import Labels
 from .modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
-from .overlay import OverlayWriter, SheetCells, contact_sheet, mark_encoded, overlay_frame, overlay_size, resize
+from .motion_objects import find_objects, object_line, require_objects_found
+from .overlay import LEGEND, OBJECTS_LEGEND, OverlayWriter, SheetCells, contact_sheet, marked_picture, overlay_frame
 from .plots import plot_run, save_plot
 from .prefetch import prefetch
 from .preprocess import Preprocessor
@@ -44,6 +45,7 @@ from .run_records import (
     embedding_tensors,
     figures,
     frame_line,
+    object_figures,
     run_title,
 )
 from .video import Frame, VideoError, VideoReader
@@ -82,10 +84,12 @@ def encode_video(
     stream: Any,
     dense_every: int,
     labels: Labels | None = None,
+    objects: bool = False,
 ) -> Iterator[tuple[Frame, np.ndarray, FrameRecord]]:
     """
     Run the stream over the video, and a forward without a stream on every `dense_every`-th frame (0: on none). With
-    `labels`, both embeddings are compared with them, outside of the time that is measured.
+    `labels`, both embeddings are compared with them; with `objects`, what moves is found, and labelled if there are
+    labels. Neither counts in the time that is measured, nor in the cost.
 
     A thread decodes and preprocesses ahead, but waits while a forward is timed: both forwards have the machine to
     themselves, and get the same pixel values.
@@ -122,6 +126,10 @@ def encode_video(
             mask = output.active_mask[0].cpu().numpy()
             embedding = output.pooler_output[0].float().cpu()
             dense_embedding = None if dense is None else dense.pooler_output[0].float().cpu()
+            moving = None
+            if objects:
+                where = (*frame.image.shape[:2], covered_share(mask, model, preprocess))
+                moving = [object_line(item, *where) for item in find_objects(model, output, stream.gate, labels)[0]]
             record = FrameRecord(
                 index=frame.index,
                 time=frame.time,
@@ -134,8 +142,17 @@ def encode_video(
                 dense_milliseconds=dense_milliseconds,
                 label_logits=None if labels is None else labels.logits(embedding),
                 dense_label_logits=None if labels is None or dense is None else labels.logits(dense_embedding),
+                objects=moving,
             )
             yield frame, mask, record
+
+
+def covered_share(
+    mask: np.ndarray, model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor
+) -> tuple[float, float]:
+    """Which shares of the frame's height and width its patches cover, those of `mask` [grid_h, grid_w]."""
+    down, across = (count * model.config.patch_size / preprocess.resolution for count in mask.shape)
+    return down, across
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
@@ -276,7 +293,10 @@ def write_records(
         labels=confidences,
     )
     save_plot(figure, folder / "plot.png")
-    Image.fromarray(contact_sheet(cells.evenly(), title)).save(folder / "contact_sheet.png", optimize=True)
+    legend = LEGEND if records[0].objects is None else OBJECTS_LEGEND
+    Image.fromarray(contact_sheet(cells.evenly(), title, legend=legend)).save(
+        folder / "contact_sheet.png", optimize=True
+    )
 
 
 # --- the job -------------------------------------------------------------------------------------------------------
@@ -292,6 +312,7 @@ def run_video(
     dense_every: int | None = None,
     overlay: bool = True,
     labels: Labels | None = None,
+    objects: bool = False,
     model_name: str = "",
     command: str = "",
     on_frame: Callable[[FrameRecord], None] | None = None,
@@ -311,21 +332,25 @@ def run_video(
         dense_every: compare with dense on every so many frames; 0 never; None for about 25 samples in all.
         overlay: also write the video that shows what was encoded.
         labels: from `load_model_with_labels`; what the frames are compared with.
+        objects: also find what moves, box by box, with `labels` labelled: in `frames.jsonl`, the overlay and the
+            contact sheet.
         model_name, command: for the summary.
         on_frame: called with each frame's record.
 
     Raises:
-        ValueError: for a gate option, `dense_every` or resolution out of range, or pixels that the model refuses.
+        ValueError: for a gate option, `dense_every` or resolution out of range, or pixels that the model refuses; for
+            `objects` with a gate that does not look at frames.
         VideoError: if not even the first frame can be read.
         NotADirectoryError, OSError: if `out` is a file or cannot be written to.
     """
     started = time.perf_counter()
     if dense_every is not None and dense_every < 0:
         raise ValueError(f"`dense_every` is {dense_every}; expected a number of frames, or 0 for no comparison.")
-    patch_size = model.config.patch_size
-    require_one_patch(preprocess, patch_size)
+    require_one_patch(preprocess, model.config.patch_size)
     out = prepare_folder(out)
     stream = model.new_stream(**(gate_options or {}))
+    if objects:
+        require_objects_found(stream.gate, labelled=labels is not None)
     if dense_every is None:
         dense_every = sampling_step(reader.expected_frames, stream.gate.keyframe_interval)
 
@@ -340,22 +365,24 @@ def run_video(
             sample = None
             with (
                 stop_on_interrupt() as stop,
-                contextlib.closing(encode_video(reader, model, preprocess, stream, dense_every, labels)) as encoded,
+                contextlib.closing(
+                    encode_video(reader, model, preprocess, stream, dense_every, labels, objects)
+                ) as encoded,
             ):
                 for frame, mask, record in encoded:
                     records.append(record)
                     if record.dense_embedding is not None:
                         sample = record.time, cosine(record.embedding, record.dense_embedding)
                     label_rows = [] if labels is None else [label_caption(record, labels.names)]
-                    covered = tuple(count * patch_size / preprocess.resolution for count in mask.shape)
+                    covered = covered_share(mask, model, preprocess)
+                    boxes = [line["box"] for line in record.objects or ()]
+                    names = [object_caption(line) for line in record.objects or ()]
                     if not dense_every or record.dense_embedding is not None:
-                        picture = mark_encoded(
-                            resize(frame.image, *overlay_size(*frame.image.shape[:2])), mask, covered
-                        )
+                        picture = marked_picture(frame.image, mask, covered, boxes, names)
                         cells.offer(picture, [caption(record, sample, short=True), *label_rows])
                     if writer is not None:
                         rows = [caption(record, sample), *label_rows]
-                        writer.write(overlay_frame(frame.image, mask, rows, covered))
+                        writer.write(overlay_frame(frame.image, mask, rows, covered, boxes, names))
                     if on_frame is not None:
                         on_frame(record)
                     if stop.is_set():
@@ -385,6 +412,8 @@ def run_video(
         }
         if labels is not None:
             summary["labels"] = label_figures(records, labels)
+        if objects:
+            summary["objects"] = object_figures(records)
         # bytes, for `save_file` makes files that only their owner can read
         metadata = {name: json.dumps(summary[name]) for name in STORED_SETTINGS}
         if labels is not None:

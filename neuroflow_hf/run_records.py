@@ -26,6 +26,7 @@ class FrameRecord:
         dense_milliseconds: of that forward.
         label_logits, dense_label_logits: float32 [L], how well each label fits the two embeddings; None where no
             labels were asked for, and where there is no dense embedding.
+        objects: what moves, as in `object_line`; None where it was not asked for.
     """
 
     index: int
@@ -39,6 +40,7 @@ class FrameRecord:
     dense_milliseconds: float | None = None
     label_logits: torch.Tensor | None = None
     dense_label_logits: torch.Tensor | None = None
+    objects: list[dict] | None = None
 
     @property
     def keyframe(self) -> bool:
@@ -155,6 +157,12 @@ def figures(records: Sequence[FrameRecord]) -> dict:
     }
 
 
+def object_figures(records: Sequence[FrameRecord]) -> dict:
+    """What `summary.json` says about moving objects: on how many frames there are some, and how many on each."""
+    counts = [len(record.objects) for record in records]
+    return {"frames": sum(count > 0 for count in counts), "per_frame": spread(counts)}
+
+
 # --- lines, tensors and words --------------------------------------------------------------------------------------
 
 
@@ -170,6 +178,8 @@ def frame_line(record: FrameRecord, cosines: dict[str, float] | None) -> dict:
         "milliseconds": round(record.milliseconds, 3),
         "keyframe": record.keyframe,
     }
+    if record.objects is not None:
+        line["objects"] = record.objects
     if cosines is not None:
         line["cosine_to_dense"] = round(cosines["streamed"], 7)
         line["cosine_first_frame"] = round(cosines["first_frame"], 7)
