@@ -14,6 +14,7 @@ Writes `eval/results/zero_shot_small.json` and fills the card's figures.
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -179,7 +180,7 @@ def main(
     some = held_out[: pictures // 2]
     changed = {"the held-out pictures in grey": in_grey, "*control:* their patches shuffled": shuffled}
     for name, change in changed.items():
-        others[name] = [Picture(change(picture.image, rng), picture.placed, picture.facts) for picture in some]
+        others[name] = [replace(picture, image=change(picture.image, rng)) for picture in some]
     report["others"] = {}
     for name, found in others.items():
         here = embed(encode, [picture.image for picture in found], name)
