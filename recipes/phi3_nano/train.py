@@ -62,7 +62,7 @@ class Recipe:
         seed: of the weights and the rows.
     """
 
-    tokens: int = 8_000_000
+    tokens: int = 7_600_000
     batch_tokens: int = 4096
     context: int = 256
     fall: float = 0.35
@@ -280,6 +280,7 @@ def main(
     record = {
         "command": f"python -m recipes.phi3_nano.train --tokens {tokens} --seed {seed}",
         "recipe": asdict(recipe),
+        "context_at_end": CONTEXT,
         "parameters": sum(item.numel() for item in model.parameters()),
         "tokens_of_domains": {domain: len(stream) for domain, stream in corpus.streams.items()},
         "log": log,
