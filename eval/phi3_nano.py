@@ -8,8 +8,8 @@ Questions, each beside its trivial controls, and all on files that are in no tra
 - Perplexity per token and bits per byte of each domain, against a unigram and a trigram model of the same tokens,
   counted on the same training texts. Windows of 512 tokens, each predicted from its own beginning; intervals are 95 %,
   from a bootstrap over files.
-- Of 100 held-out beginnings of functions (decorators, signature, docstring or first statement), how many does greedy
-  decoding complete so that `ast.parse` accepts the text when it is cut at the last complete statement, one that the
+- Of 100 held-out beginnings of functions (decorators, signature, docstring or first statement), how many does decoding,
+  greedy and at a low temperature, complete so that `ast.parse` accepts the text when it is cut at the last complete statement, one that the
   completion itself began? That is kind: one good statement suffices, whatever follows. So also: of how many is all
   that was generated the valid beginning of a Python file? The control draws completions from the trigram model.
 - Which share of the words in its prose, drawn at a low temperature, is in a word list? The controls are the held-out
@@ -53,7 +53,7 @@ CHECKPOINT = ROOT / "models" / "neuroflow-phi3-nano"
 WINDOW, WINDOWS = 512, 8  # tokens; of a file, from its beginning, at most
 SEED = 1
 FUNCTIONS, NEW_TOKENS = 100, 160
-TEMPERATURE = 0.7
+TEMPERATURE, COOL = 0.7, 0.4  # of prose, of code
 BATCH = 20
 
 
@@ -269,8 +269,11 @@ def main(
         },
     }
     functions = [item["prompt"] for item in draw_prompts(held_out, tokenizer, "code", FUNCTIONS, SEED)]
+    torch.manual_seed(SEED)
+    cool = {"do_sample": True, "temperature": COOL, "top_k": 0}
     report["functions"] = {
         "model, greedy": judge_functions(functions, generate(model, tokenizer, functions, do_sample=False)),
+        f"model, temperature {COOL}": judge_functions(functions, generate(model, tokenizer, functions, **cool)),
         "*control:* trigram, drawn": judge_functions(functions, ngram_texts(ngrams["trigram"], tokenizer, functions)),
     }
     prose = [item["prompt"] for item in draw_prompts(held_out, tokenizer, "prose", FUNCTIONS, SEED)]

@@ -22,7 +22,7 @@ from recipes.phi3_nano.structured import compat_texts, definition_texts, metadat
 from recipes.phi3_nano.tokenizer import END_OF_TEXT, train_tokenizer
 from recipes.phi3_nano.train import Recipe, draw_rows, make_optimizers, next_token_loss, reused_rows, train
 
-HEAD = 'def double(values):\n    """Twice of each."""\n'
+HEAD = 'def double(values):\n    """Twice of each."""'
 
 
 def sentence(number: int) -> str:
@@ -289,7 +289,7 @@ def test_the_loss_is_that_of_transformers():
 
 def test_prefixes_end_where_a_function_begins_to_do_something():
     text = "@x.y\ndef f(a):\n    '''Doc.'''\n    b = a\n    c = b\n    return c\n\ndef short():\n    return 1\n"
-    assert list(function_prefixes(text)) == ["@x.y\ndef f(a):\n    '''Doc.'''\n"]
+    assert list(function_prefixes(text)) == ["@x.y\ndef f(a):\n    '''Doc.'''"]
 
 
 def test_prompts_are_of_the_length_and_of_all_files_in_turn(tokenizer):
@@ -305,20 +305,22 @@ def test_prompts_are_of_the_length_and_of_all_files_in_turn(tokenizer):
 @pytest.mark.parametrize(
     "completion, statements, valid",
     [
-        ("    return [2 * value for value in values]\n", 1, True),
-        ("    found = []\n    for value in values:\n        found.append(2 * value)\n    return found\n", 4, True),
-        ("    found = []\n    for value in val", 1, True),  # broken off in its last line
-        ("    found = []\n    for value in values:\n", 1, True),  # broken off before a block's body
-        ("    try:\n        a = 1\n", 0, False),  # nothing is complete
-        ("    found = [\n        1,\n        2", 0, False),
-        ("    found = []\n    return return\n    more = 1\n", 1, False),
-        ("    # only a comment\n", 0, False),
-        ("    'unclosed\n", 0, False),
-        ("\n\n\n", 0, False),
+        ("\n    return [2 * value for value in values]\n", 1, True),
+        ("\n    found = []\n    for value in values:\n        found.append(2 * value)\n    return found\n", 4, True),
+        ("\n    found = []\n    for value in val", 1, True),  # broken off in its last line
+        ("\n    found = []\n    for value in values:\n", 1, True),  # broken off before a block's body
+        ("\n    try:\n        a = 1\n", 0, False),  # nothing is complete
+        ("\n    found = [\n        1,\n        2", 0, False),
+        ("\n    found = []\n    return return\n    more = 1\n", 1, False),
+        ("\n    # only a comment\n", 0, False),
+        ("\n    'unclosed\n", 0, False),
+        ("\n\n\n\n", 0, False),
         ("", 0, False),
-        ("  wrong = 1\n", 0, False),
-        ("    a = 1\n   b = 2\n", 1, False),
-        ("\nx = 1\n", 1, True),  # a statement after the function
+        ("\n  wrong = 1\n", 0, False),
+        ("\n    a = 1\n   b = 2\n", 1, False),
+        ("\n\nx = 1\n", 1, True),  # a statement after the function
+        (".strip()\n    return 1\n", 1, True),
+        (".strip()\n", 0, False),
     ],
 )
 def test_completions_are_judged(completion, statements, valid):
@@ -327,10 +329,10 @@ def test_completions_are_judged(completion, statements, valid):
 
 
 def test_the_last_line_counts_only_where_the_model_ended_it():
-    assert judge(HEAD, "    return values").statements == 0
-    assert judge(HEAD, "    return values", is_ended=True).statements == 1
+    assert judge(HEAD, "\n    return values").statements == 0
+    assert judge(HEAD, "\n    return values", is_ended=True).statements == 1
     with pytest.raises(ValueError, match="line's end"):
-        judge("def f():", " pass")
+        judge("def f():\n", " pass")
 
 
 def test_words():

@@ -48,41 +48,34 @@ def judge(prompt: str, completion: str, is_ended: bool = False) -> Completion:
     Judge a completion of a Python text.
 
     Args:
-        prompt: whole lines, that may end with the header of a function and its docstring.
+        prompt: lines that end with the header of a function and its docstring, or with a statement; without the last
+            line's end, which is the model's to give.
         completion: what was generated after it.
         is_ended: whether the model itself ended the text, so that its last line is finished.
 
     Returns:
         The cut is made at line ends from the last on; the first that leaves a text which parses, and whose last
-        statement is the completion's own, counts. What the prompt itself has does not: a function of which only the
-        docstring is kept has gained nothing.
+        statement begins in a line of the completion's own, counts. What the prompt itself has does not: a function of
+        which only the docstring is kept has gained nothing.
     """
-    if not prompt.endswith("\n"):
-        raise ValueError(f"The prompt must end with a line's end; it ends with {prompt[-20:]!r}.")
-    lines = completion.split("\n")
+    if prompt.endswith("\n"):
+        raise ValueError("The prompt must not end with a line's end: the model's tokens hold it with what follows.")
+    lines = completion.split("\n")  # the first one goes on where the prompt stops
     if lines[-1] and not is_ended:
         lines = lines[:-1]
-    text = prompt + "\n".join(lines) + "\n"
-    before = prompt.count("\n")
-    base = count_statements(prompt)
-    if base is None:
-        base = count_statements(prompt + " " * indentation_after(prompt) + "pass\n") - 1
+    before = prompt.count("\n") + 1
+    base = count_statements(prompt + "\n") or 0
     kept, added = "", 0
-    for end in range(len(lines), 0, -1):
+    for end in range(len(lines), 1, -1):
         last = lines[end - 1].strip()
         if not last or last.startswith("#"):
             continue
         candidate = prompt + "\n".join(lines[:end]) + "\n"
         found = count_statements(candidate)
-        if found is not None and found > base and starts_statement_in(candidate, before + 1, before + end):
-            kept, added = "\n".join(lines[:end]) + "\n", found - base
+        if found is not None and found > base and starts_statement_in(candidate, before + 1, before + end - 1):
+            kept, added = "\n".join(lines[1:end]) + "\n", found - base
             break
-    return Completion(added, kept, added > 0 and is_valid_beginning(text))
-
-
-def indentation_after(text: str) -> int:
-    """Spaces that the body of a header at the end of a text would have: four more than its least indented line."""
-    return 4 + min(len(line) - len(line.lstrip()) for line in text.split("\n") if line.strip())
+    return Completion(added, kept, added > 0 and is_valid_beginning(prompt + "\n".join(lines) + "\n"))
 
 
 def is_valid_beginning(text: str) -> bool:

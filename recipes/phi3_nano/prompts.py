@@ -4,7 +4,8 @@ Short held-out prompts of every domain, for whoever measures text generation.
     python -m recipes.phi3_nano.prompts
 
 writes `eval/prompts/phi3_nano.jsonl`; a line is `{"task": "code" | "structured" | "prose", "prompt": text,
-"source": where it is from}`. They are from files that the embedded Phi-3 never saw.
+"source": where it is from}`. They are from files that the embedded Phi-3 never saw. None ends with a line's end: to
+the tokenizer that is one token with the next line's indentation, so that alone it would mean that none follows.
 """
 
 import ast
@@ -35,14 +36,14 @@ def function_prefixes(text: str) -> Iterator[str]:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 3 or node.col_offset:
             continue
         first = min([node.lineno, *(item.lineno for item in node.decorator_list)])
-        yield "\n".join(lines[first - 1 : node.body[0].end_lineno]) + "\n"
+        yield "\n".join(lines[first - 1 : node.body[0].end_lineno])
 
 
 def structured_prefixes(text: str, rng: np.random.Generator) -> Iterator[str]:
     """The beginning of a structured text, and some stretches of whole lines out of its middle."""
     lines = text.split("\n")
     for first in (0, *rng.integers(max(1, len(lines) - 20), size=5)):
-        yield "\n".join(lines[first : first + int(rng.integers(6, 20))]) + "\n"
+        yield "\n".join(lines[first : first + int(rng.integers(6, 20))]).rstrip()
 
 
 def prose_prefixes(text: str, rng: np.random.Generator) -> Iterator[str]:
