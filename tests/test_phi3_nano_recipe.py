@@ -163,7 +163,16 @@ def test_indentation_is_cheap_and_texts_get_no_extra_tokens(tokenizer):
 # --- training --------------------------------------------------------------------------------------------------------
 
 TINY = Recipe(
-    tokens=12 * 64, batch_tokens=64, context=16, warmup=2, width=32, layers=4, fall=0.5, matrix_rate=1e-2, seed=3
+    tokens=12 * 64,
+    more=0,
+    batch_tokens=64,
+    context=16,
+    warmup=2,
+    width=32,
+    layers=4,
+    fall=0.5,
+    matrix_rate=1e-2,
+    seed=3,
 )
 
 
@@ -215,7 +224,7 @@ def test_a_longer_training_goes_on_from_a_state_before_the_fall_only(tmp_path, s
     assert longer.same_but_length() == TINY.same_but_length()
     _, log = run(tmp_path, longer, streams, every=4)
     assert log[-1]["step"] == 16
-    with pytest.raises(ValueError, match="different learning rates"):
+    with pytest.raises(ValueError, match="learning rate was another"):
         run(tmp_path, Recipe(**{**vars(TINY), "tokens": 20 * 64}), streams)
 
 
@@ -230,6 +239,10 @@ def test_the_rate_rises_stays_and_falls():
     rates = [TINY.rate(step) for step in range(TINY.steps)]
     assert rates[0] == 0.5 and rates[1 : TINY.first_falling + 1] == [1.0] * TINY.first_falling
     assert all(before > after for before, after in itertools.pairwise(rates[6:])) and rates[-1] > 0
+    longer = Recipe(**{**vars(TINY), "more": 4 * 64})
+    rates = [longer.rate(step) for step in range(longer.steps)]
+    assert rates[:12] == [TINY.rate(step) for step in range(12)]
+    assert rates[12:] == pytest.approx([0.6, 0.45, 0.3, 0.15])
 
 
 def test_every_parameter_is_optimized_once():

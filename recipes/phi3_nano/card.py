@@ -116,8 +116,10 @@ def training(recipe: dict) -> str:
             f"from texts of {there} tokens.",
             f"- Muon for the layers' matrices (rate {settings['matrix_rate']}, decay {settings['decay']}), AdamW for "
             f"embeddings and norms (rate {settings['other_rate']}); {settings['warmup']} steps of warm-up, a constant "
-            f"rate, and a linear fall to nothing over the last {settings['fall']:.0%}. Rows of {settings['context']} "
-            f"tokens, in the fall of {recipe['context_at_end']}. bfloat16 by autocast, through accelerate.",
+            f"rate, and a linear fall to nothing over the last {settings['fall']:.0%} of {settings['tokens'] / 1e6} "
+            f"million tokens; then a second fall from {settings['again']:.0%} of the rate, over "
+            f"{settings['more'] / 1e6} million. Rows of {settings['context']} tokens, from the first fall on of "
+            f"{recipe['context_at_end']}. bfloat16 by autocast, through accelerate.",
             f"- In {settings['reuse']:.0%} of the rows, the layers that a lossless draft bypasses gave, at all but "
             f"one of 2 to {settings['longest_reuse'] + 1} tokens, the attention and MLP outputs of an earlier token, "
             "which is what bypassing does. This is meant to make the model's drafts good; no model was trained "

