@@ -51,7 +51,7 @@ from recipes.phi3_nano.prompts import draw_prompts  # noqa: E402
 from recipes.phi3_nano.sources import DOMAINS, Document, word_list  # noqa: E402
 
 CHECKPOINT = ROOT / "models" / "neuroflow-phi3-nano"
-WINDOW, WINDOWS = 512, 8  # tokens; of a file, from its beginning, at most
+WINDOW, WINDOWS = 512, 4  # tokens; of a file, from its beginning, at most
 SEED = 1
 FUNCTIONS, NEW_TOKENS = 100, 160
 TEMPERATURE, COOL = 0.7, 0.4  # of prose, of code
@@ -200,8 +200,8 @@ def layers_skipped(checkpoint: Path, files: dict, byte_lengths: np.ndarray) -> d
     }
 
 
-def drafts(checkpoint: Path, tokenizer, prompts: dict[str, list[str]], count: int = 15) -> dict:
-    """By domain and drafter, guesses per check and the share that came true, over some prompts with 96 new tokens."""
+def drafts(checkpoint: Path, tokenizer, prompts: dict[str, list[str]], count: int = 8) -> dict:
+    """By domain and drafter, guesses per check and the share that came true, over some prompts with 64 new tokens."""
     model = NeuroFlowPhi3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     found: dict[str, dict] = {}
     for domain, texts in prompts.items():
@@ -212,7 +212,7 @@ def drafts(checkpoint: Path, tokenizer, prompts: dict[str, list[str]], count: in
             for text in texts[:count]:
                 inputs = tokenizer(text, return_tensors="pt")
                 output = model.generate(
-                    **inputs, max_new_tokens=96, do_sample=False, lossless=options, return_dict_in_generate=True
+                    **inputs, max_new_tokens=64, do_sample=False, lossless=options, return_dict_in_generate=True
                 ).lossless
                 tokens, checks = tokens + output.tokens, checks + output.checks
                 drafted += sum(output.drafted.values())

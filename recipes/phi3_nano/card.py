@@ -109,6 +109,11 @@ def training(recipe: dict) -> str:
     seen = log[-1]["step"] * settings["batch_tokens"]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(DOMAINS, settings["shares"], strict=True))
     there = ", ".join(f"{name} {count / 1e6:.1f} million" for name, count in recipe["tokens_of_domains"].items())
+    second = ""
+    if settings["more"]:
+        second = (
+            f"; then a second fall from {settings['again']:.0%} of the rate, over {settings['more'] / 1e6} million"
+        )
     return "\n".join(
         [
             f"- {recipe['parameters'] / 1e6:.1f} million parameters; {seen / 1e6:.1f} million tokens seen, in "
@@ -117,8 +122,7 @@ def training(recipe: dict) -> str:
             f"- Muon for the layers' matrices (rate {settings['matrix_rate']}, decay {settings['decay']}), AdamW for "
             f"embeddings and norms (rate {settings['other_rate']}); {settings['warmup']} steps of warm-up, a constant "
             f"rate, and a linear fall to nothing over the last {settings['fall']:.0%} of {settings['tokens'] / 1e6} "
-            f"million tokens; then a second fall from {settings['again']:.0%} of the rate, over "
-            f"{settings['more'] / 1e6} million. Rows of {settings['context']} tokens, from the first fall on of "
+            f"million tokens{second}. Rows of {settings['context']} tokens, from the fall on of "
             f"{recipe['context_at_end']}. bfloat16 by autocast, through accelerate.",
             f"- In {settings['reuse']:.0%} of the rows, the layers that a lossless draft bypasses gave, at all but "
             f"one of 2 to {settings['longest_reuse'] + 1} tokens, the attention and MLP outputs of an earlier token, "

