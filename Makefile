@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench drift hub siglip-small wheel clean help
+.PHONY: demo test check format bench drift hub siglip-small phi3-nano wheel clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -44,6 +44,10 @@ hub: $(READY)  ## write complete Hub repositories to dist/hub/
 siglip-small: $(READY)  ## train models/neuroflow-siglip-small anew: about an hour on two cores; run again to continue
 	$(BIN)/python -m recipes.siglip_small.train
 	$(BIN)/python eval/zero_shot_small.py
+
+phi3-nano: $(READY)  ## train the embedded Phi-3 and measure it: hours on two cores; run again to continue
+	$(BIN)/python -m recipes.phi3_nano.train
+	$(BIN)/python eval/phi3_nano.py
 
 wheel: $(READY)  ## build the wheel
 	$(BIN)/python -m build --wheel

@@ -1,0 +1,1 @@
+"""The embedded Phi-3: texts, tokenizer, training, held-out prompts."""
