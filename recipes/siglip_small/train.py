@@ -60,8 +60,10 @@ class Recipe:
         batch: pictures a step.
         captions: texts a step; each is compared with every picture of the step.
         named_captions: of these, so many name a thing at random, whatever the pictures show.
-        learning_rate: of the text tower; a third of it of the pooling head, which is trained already, and ten times as
-            much of scale and bias, which have far to go.
+        learning_rate: of the pooling head in the first stage and, twice as much, of the text tower in the second.
+        joint_rate: of the text tower in the third stage; a tenth of it of the pooling head, which is trained already,
+            and ten times as much of scale and bias. Much higher, and the third stage unlearns names of renderings
+            that are not in training.
         naming: weight, in the first stage, of the loss that has the largest drawing named among all things.
         looking: weight, in the first stage, of the loss that draws the head's attention to the drawings.
         kept_patches: of each picture's patches, the share that the head sees in a step.
@@ -71,11 +73,12 @@ class Recipe:
     pictures: int = 24576
     fact_epochs: int = 16
     reading_steps: int = 600
-    epochs: int = 4
+    epochs: int = 2
     batch: int = 256
     captions: int = 128
     named_captions: int = 48
     learning_rate: float = 1e-3
+    joint_rate: float = 1e-4
     naming: float = 25.0
     looking: float = 1.0
     kept_patches: float = 0.5
@@ -156,8 +159,8 @@ class Trained(nn.Module):
         parts = (
             (learning_rate, 0.05, [item for item in self.text_model.parameters() if item.ndim > 1]),
             (learning_rate, 0.0, [item for item in self.text_model.parameters() if item.ndim <= 1]),
-            (learning_rate / 3, 0.05, [item for item in self.head.parameters() if item.ndim > 1]),
-            (learning_rate / 3, 0.0, [item for item in self.head.parameters() if item.ndim <= 1]),
+            (learning_rate / 10, 0.05, [item for item in self.head.parameters() if item.ndim > 1]),
+            (learning_rate / 10, 0.0, [item for item in self.head.parameters() if item.ndim <= 1]),
             (10 * learning_rate, 0.0, [self.logit_scale, self.logit_bias]),
         )
         return [{"params": items, "lr": rate, "weight_decay": decay} for rate, decay, items in parts]
@@ -343,7 +346,7 @@ def train(model: SiglipModel, tokenizer, store: FeatureStore, recipe: Recipe, fo
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
     trained = Trained(model).train()
-    optimizer = torch.optim.AdamW(trained.groups(recipe.learning_rate), betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(trained.groups(recipe.joint_rate), betas=(0.9, 0.98))
     steps = len(store.lines) // recipe.batch
     rates = [group["lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=recipe.epochs * steps, pct_start=0.08)
