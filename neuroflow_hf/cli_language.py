@@ -358,7 +358,7 @@ def print_drift(report: dict):
 
     console = Console(highlight=False)
     console.print(escape(description(report)), soft_wrap=True)
-    console = Console(highlight=False, width=max(console.width, 120))  # narrower, figures would break
+    console = Console(highlight=False, width=max(console.width, 150))  # narrower, figures would break
     headers, rows = summary_table(report)
     table = Table(*headers)
     for column in table.columns[1:]:

@@ -11,7 +11,12 @@ PUBLISHED_LAYERS = 32  # of Phi-3-mini, whose layers the published pairs count
 PUBLISHED_PAIRS = ((1, 24), (1, 31))
 PUBLISHED_THRESHOLDS = (0.6, 0.65, 0.7)
 GUARD_ENTROPY = 1.0  # nats
-RATES = {"unguarded": (0.05, 0.1, 0.2, 0.4, 0.8), "guarded": (0.1, 0.2, 0.4, 0.8, 1.0), "control": (0.1, 0.2, 0.4)}
+# the guard takes away most of what a threshold bypasses, so its rates reach further
+RATES = {
+    "unguarded": (0.01, 0.05, 0.1, 0.2, 0.4, 0.8),
+    "guarded": (0.05, 0.1, 0.2, 0.4, 0.8, 1.0),
+    "control": (0.1, 0.2, 0.4),
+}
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ def plot_drift(report: dict) -> Figure:
     for place, (panel, task) in enumerate(zip(panels, tasks, strict=True)):
         for name, entries in families(report).items():
             points = sorted((rate_of(entry, task), entry["tasks"][task]["drift"]) for entry in entries)
-            panel.plot(*zip(*points, strict=True), label=name if place == 0 else None, **style_of(entries))
+            label = name if place == 0 else None
+            panel.plot(*zip(*points, strict=True), label=label, clip_on=False, **style_of(entries))
         for kind, line in (("batch", (0, (1, 2))), ("dtype", (0, (5, 1)))):
             if kind in noise:
                 label = noise[kind]["name"] if place == 0 else None
@@ -96,9 +97,10 @@ def plot_reachable(report: dict) -> Figure:
         rates = reachable(report, task)
         colours = [style_of(found[name])["color"] for name in names]
         bars = panel.barh(names, [rates[name] for name in names], color=colours, height=0.7)
-        panel.bar_label(bars, [f"{rates[name]:.1%}" for name in names], padding=3, fontsize=8)
+        labels = [f"{rates[name]:.1%}" if rates[name] else "every threshold tried changes a text" for name in names]
+        panel.bar_label(bars, labels, padding=3, fontsize=8)
         prompts = report["prompts"]["of_task"][task]
-        finish(panel, f"{task}: none of {prompts} prompts, so at most {min(1, 3 / prompts):.0%} of such")
+        finish(panel, f"{task}: none of {prompts} prompts changes, so at most {min(1, 3 / prompts):.0%} of such do")
         panel.grid(axis="x", color="#e5e7eb", linewidth=0.8)
         panel.tick_params(axis="y", labelsize=8)
         panel.margins(x=0.12)

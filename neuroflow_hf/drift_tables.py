@@ -42,7 +42,7 @@ def summary_table(report: dict, entries: Sequence[dict] | None = None) -> tuple[
     headers = [
         "configuration",
         "bypassed",
-        *(f"drift, diverged: {task}" for task in tasks),
+        *(f"drift: {task}" for task in tasks),
         "first at",
         "other top-1",
         "KL mean",

@@ -225,7 +225,7 @@ def test_published_layers_in_the_models_proportions():
 
 def test_the_grid_has_all_that_is_to_be_shown():
     thresholds = {
-        layer: {f"{rate:g}": 1 - rate - layer / 100 for rate in (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)}
+        layer: {f"{rate:g}": 1 - rate - layer / 100 for rate in (0.01, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0)}
         for layer in gate_layers(8)
     }
     grid = full_grid(8, thresholds)

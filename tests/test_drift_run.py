@@ -175,6 +175,7 @@ def evaluate_here(tmp_path):
 
 def test_a_whole_report(evaluate_here, tmp_path):
     report, _ = evaluate_here(quick=True)
+    names = [entry["name"] for entry in report["configurations"]]
     assert [entry["kind"] for entry in report["noise"]] == ["batch", "dtype"]
     assert report["noise"][0]["tasks"]["all"]["drift"] == 0
     assert report["prompts"]["of_task"] == {"code": 2, "structured": 2, "prose": 2}
@@ -190,7 +191,8 @@ def test_a_whole_report(evaluate_here, tmp_path):
         if entry["family"] == "1->24, attention" and entry["asked_rate"]
     }
     rates = [by_rate[rate]["bypass_rate"] for rate in sorted(by_rate)]
-    assert len(rates) == 5 and rates[0] < 0.5 < rates[-1]
+    # of so few steps, the thresholds for 1% and 5% are the same
+    assert len(rates) >= 5 and rates[0] < 0.5 < rates[-1]
     assert report["timing"]["milliseconds"] and report["findings"]
     assert {found["verdict"] for found in report["findings"]} <= {HOLDS, FAILS, UNKNOWN}
     paths = {"table": tmp_path / "a.md", "plot": tmp_path / "a.png", "reachable": tmp_path / "b.png"}
@@ -201,6 +203,13 @@ def test_a_whole_report(evaluate_here, tmp_path):
     for name in ("plot", "reachable"):
         assert Image.open(paths[name]).format == "PNG"
     assert "dense, bfloat16" in readme_table(report)
+    # a rate that the grid did not have is measured, in its place, and nothing else is
+    del report["configurations"][4]
+    del report["gates"]["1"]["thresholds"]["0.05"]
+    (tmp_path / "drift.json").write_text(json.dumps(report))
+    again, done = evaluate_here(quick=True)
+    assert [entry["name"] for entry in again["configurations"]] == names
+    assert done == ["similarity at layer 1", "dense", names[4], "done"]
 
 
 def test_an_interrupted_run_is_continued(evaluate_here, monkeypatch):
