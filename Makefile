@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench hub siglip-small wheel clean help
+.PHONY: demo test check format bench drift hub siglip-small wheel clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -16,7 +16,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(READY)  ## run the main job on the shipped clip
+demo: $(READY)  ## what is in the shipped clips, when it changed, and what it cost to know
+	$(BIN)/neuroflow run neuroflow_hf/assets/things.mp4 --labels "a dog, a bicycle, a cat, nothing" --out neuroflow-run-things
 	$(BIN)/neuroflow run --out neuroflow-run
 
 test: $(READY)  ## run the tests (no network but for the set-up, no model hub)
@@ -34,10 +35,13 @@ bench: $(READY)  ## time the modes against dense: half an hour on two cores; run
 	$(BIN)/python eval/benchmark_vision.py
 	$(BIN)/python eval/benchmark_streams.py
 
+drift: $(READY)  ## measure what a bypass changes in the text; run again to continue
+	$(BIN)/python eval/token_drift.py
+
 hub: $(READY)  ## write complete Hub repositories to dist/hub/
 	$(BIN)/python -m neuroflow_hf.hub
 
-siglip-small: $(READY)  ## train a small SigLIP with text (in the making); run again to continue
+siglip-small: $(READY)  ## train models/neuroflow-siglip-small anew: about an hour on two cores; run again to continue
 	$(BIN)/python -m recipes.siglip_small.train
 	$(BIN)/python eval/zero_shot_small.py
 
@@ -45,4 +49,4 @@ wheel: $(READY)  ## build the wheel
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove what was built
-	rm -rf build dist *.egg-info neuroflow-run neuroflow-tuned
+	rm -rf build dist *.egg-info neuroflow-run neuroflow-tuned neuroflow-drift

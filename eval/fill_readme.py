@@ -2,8 +2,9 @@
 Write README's figures and pictures from the results: tables from `eval/results/*.json`, pictures from a run.
 
     python eval/vision_policies.py --frames 60 --workers 2
-    python eval/vision_controls.py && neuroflow run --out neuroflow-run
+    python eval/vision_controls.py && make demo
     python eval/benchmark_vision.py --fresh && python eval/benchmark_streams.py
+    python eval/token_drift.py
     python eval/fill_readme.py
 
 """
@@ -19,8 +20,11 @@ from PIL import Image
 from report import RESULTS, fill_block, write_json, write_text
 
 from neuroflow_hf import PRESETS
+from neuroflow_hf.drift_tables import readme_table
 
 ROOT = Path(__file__).parent.parent
+DRIFT = RESULTS / "token_drift.json"
+DIVERGENCES = ("within_rounding", "others")
 
 
 def controls_table(report: dict) -> str:
@@ -143,6 +147,30 @@ def run_table(summary: dict) -> str:
     )
 
 
+def labels_table(summary: dict) -> str:
+    """A run's timeline of labels in Markdown, and how often dense and the controls say the same."""
+    labels, lines = summary["labels"], ["| seconds | best label | confidence |", "|---|---|---|"]
+    for stretch in labels["timeline"]:
+        seconds = f"{stretch['start']:.1f} to {stretch['end']:.1f}"
+        lines.append(f"| {seconds} | {stretch['label']} | {stretch['confidence']:.0%} |")
+    found, of = labels["agreement"], labels["agreement"]["compared_frames"]
+    control = found["held_at_cost"]
+    held = (
+        f", one held for {control['every']} frames on {control['agreed']} of {control['compared_frames']}"
+        if control
+        else ""
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The first command: {summary['frames']} frames of a composed clip, mean cost "
+            f"{summary['cost']['mean']:.2f} of dense. The stream's best label is dense's on {found['streamed']} of "
+            f"{of} sampled frames; the first frame's label repeated is on {found['first_frame']}{held}.",
+        ]
+    )
+
+
 def speed_table(report: dict) -> str:
     """The sparsest cases of `benchmark_vision.json` as a table in Markdown, and the span of the full ones."""
     dtypes = list(dict.fromkeys(entry["dtype"] for entry in report["dense"]))
@@ -208,11 +236,57 @@ def streams_table(report: dict) -> str:
     )
 
 
+def drift_block(report: dict) -> str:
+    """The drift report's tables, and its pictures, from `token_drift.json`."""
+    return "\n\n".join(
+        [
+            readme_table(report),
+            "![Drift by share of steps bypassed, a panel for each task](docs/drift.png)",
+            "![Steps bypassed while no prompt's text changes, with and without the guard](docs/drift_reachable.png)",
+        ]
+    )
+
+
+def lossless_table(report: dict) -> str:
+    """`benchmark_lossless.json` as a table in Markdown."""
+    lines = []
+    for task, rows in report["summary"].items():
+        for variant, row in rows.items():
+            ratio, beside = row.get("times_dense"), row.get("times_lookup")
+            cells = [f"{row['tokens_per_second']:.0f}"]
+            for found in (ratio, beside):
+                low, high = found["interval"] if found else (0, 0)
+                cells.append(f"{found['median']:.2f} ({low:.2f} to {high:.2f})" if found else "")
+            for name, form in (("acceptance", ".0%"), ("draft_length", ".1f"), ("tokens_per_check", ".1f")):
+                cells.append("" if row.get(name) is None else format(row[name], form))
+            lines.append(f"| {task} | {variant} | {' | '.join(cells)} |")
+    settings, everything = report["settings"], list(report["summary"].values())[-1]
+    differ = {name: sum(row["divergences"][name] for row in everything.values()) for name in DIVERGENCES}
+    measured = [case for case in report["cases"] if case["tokens"] >= settings["least_tokens"]]
+    return "\n".join(
+        [
+            "| task | drafts | tokens/s | times dense | times lookup | accepted | tokens drafted at once "
+            "| tokens per check |",
+            "|---|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+            f"`{report['command']}`: {settings['model']}, {len(measured)} held-out prompts with texts of "
+            f"{settings['least_tokens']} to {settings['new_tokens']} tokens, {settings['dtype']}, "
+            f"{settings['machine']['threads']} thread(s); medians over prompts of {settings['turns']} turns, variants "
+            "taking turns, with 95 % intervals of a paired bootstrap. Dense: the same loop without drafts; stock: "
+            f"transformers' own. Texts unlike the stock model's: {differ['within_rounding']} where its first two "
+            f"logits are level, {differ['others']} elsewhere.",
+        ]
+    )
+
+
 def main(
     run: Annotated[Path, typer.Option(help="Folder of a `neuroflow run` on the shipped clip.")] = ROOT
     / "neuroflow-run",
+    labelled: Annotated[Path, typer.Option(help="Folder of a run with labels on the composed clip.")] = ROOT
+    / "neuroflow-run-things",
 ):
-    """Fill README's blocks and copy the run's pictures."""
+    """Fill README's blocks and copy the runs' pictures."""
     controls = json.loads((RESULTS / "vision_controls.json").read_text(encoding="utf-8"))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -225,11 +299,20 @@ def main(
     streams = json.loads((RESULTS / "benchmark_streams.json").read_text(encoding="utf-8"))
     readme = fill_block(readme, "figures:streams", streams_table(streams))
     readme = fill_block(readme, "figures:run", run_table(summary))
-    write_json(RESULTS / "run.json", summary)  # what the second table says
+    things = json.loads((labelled / "summary.json").read_text(encoding="utf-8"))
+    readme = fill_block(readme, "figures:labels", labels_table(things))
+    if DRIFT.exists():
+        readme = fill_block(readme, "figures:drift", drift_block(json.loads(DRIFT.read_text(encoding="utf-8"))))
+    write_json(RESULTS / "run.json", summary)
+    write_json(RESULTS / "run_labels.json", things)
+    if (RESULTS / "benchmark_lossless.json").exists():
+        lossless = json.loads((RESULTS / "benchmark_lossless.json").read_text(encoding="utf-8"))
+        readme = fill_block(readme, "figures:lossless", lossless_table(lossless))
     pictures = ROOT / "docs"
     pictures.mkdir(exist_ok=True)
-    sheet = Image.open(run / "contact_sheet.png").convert("RGB")
-    sheet.save(pictures / "contact_sheet.jpg", quality=85, optimize=True)
+    for folder, name in ((run, "contact_sheet"), (labelled, "labels")):
+        sheet = Image.open(folder / "contact_sheet.png").convert("RGB")
+        sheet.save(pictures / f"{name}.jpg", quality=85, optimize=True)
     Image.open(run / "plot.png").convert("RGB").quantize(256).save(pictures / "plot.png", optimize=True)
     write_text(ROOT / "README.md", readme)
 

@@ -33,9 +33,9 @@ from neuroflow_hf.intervals import wilson  # noqa: E402
 from neuroflow_hf.tower_head import to_pixels  # noqa: E402
 from recipes.siglip_small.captions import HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, prompts  # noqa: E402
 from recipes.siglip_small.compose import Material, Picture, compose, load_material  # noqa: E402
-from recipes.siglip_small.sources import cache_folder, things  # noqa: E402
+from recipes.siglip_small.sources import things  # noqa: E402
 
-CHECKPOINT = cache_folder() / "neuroflow-siglip-small"
+CHECKPOINT = ROOT / "models" / "neuroflow-siglip-small"
 SEED = 1_000_000  # far from the training's numbers
 LEAST_SHARE = 0.15
 SIZES = ((0.0, 0.05), (0.05, 0.15), (0.15, 0.3), (0.3, 1.01))
@@ -131,7 +131,7 @@ def breakdown(pictures: Sequence[Picture], right: list[bool]) -> dict:
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
-    pictures: Annotated[int, typer.Option(help="Held-out pictures; half as many of the others.")] = 2400,
+    pictures: Annotated[int, typer.Option(help="Held-out pictures; half as many of the others.")] = 1600,
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "zero_shot_small.json",
     card: Annotated[bool, typer.Option(help="Fill the card's figures.")] = True,
 ):
@@ -172,7 +172,7 @@ def main(
         **breakdown(held_out, of_ensemble),
     }
     others = {
-        "training renderings": with_drawings(material["training"], pictures // 2, SEED + 1),
+        "new pictures of training drawings": with_drawings(material["training"], pictures // 2, SEED + 1),
         "a style never seen": with_drawings(material["unseen style"], pictures // 2, SEED + 2),
     }
     rng = np.random.default_rng(SEED)

@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cli_errors import EXIT_DAMAGED, EXIT_INTERRUPTED, EXIT_UNREACHED, one_line_errors, require_dtype
+from .cli_language import drift, generate
+
 app = typer.Typer(
     help="SigLIP over video without computing again what did not change.",
     no_args_is_help=True,
@@ -24,8 +27,6 @@ GATE = "Gate (defaults: the model's own, else those named here)"
 COMPARISON = "Comparison and output"
 LABELS = "Labels"
 MOST_STRETCHES = 20  # printed of the labels' timeline
-EXIT_DAMAGED, EXIT_UNUSABLE, EXIT_UNREACHED, EXIT_INTERRUPTED = 1, 2, 3, 130
-DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
 def show_version(wanted: bool):
@@ -46,28 +47,6 @@ def main(
     """SigLIP over video without computing again what did not change."""
 
 
-@contextlib.contextmanager
-def one_line_errors(debug: bool, nothing_done: str) -> Iterator[None]:
-    """
-    Errors in what the user gave become one line on stderr and exit code 2, Ctrl-C one line and 130.
-
-    Args:
-        debug: let errors through, with their traceback.
-        nothing_done: what to say about the state of things after Ctrl-C.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"Stopped by Ctrl-C; {nothing_done}", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        if debug:
-            raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        typer.echo(f"Error: {message}", err=True)
-        raise typer.Exit(EXIT_UNUSABLE) from error
-
-
 def parse_gate(settings: list[str]) -> dict[str, Any]:
     """`["dilate=1", "max_age=none"]` to `{"dilate": 1, "max_age": None}`; ValueError without a `=`."""
     options = {}
@@ -83,12 +62,6 @@ def parse_gate(settings: list[str]) -> dict[str, Any]:
     return options
 
 
-def require_dtype(dtype: str):
-    """Raise a ValueError unless this is a type that models run in."""
-    if dtype not in DTYPE_NAMES:
-        raise ValueError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16.")
-
-
 # --- run -----------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +72,7 @@ def run(
         str | None,
         typer.Option(
             help="Folder or Hub name of a SigLIP or SigLIP 2 checkpoint with its image processor.",
-            show_default="a real vision tower, built on first use",
+            show_default="in a checkout the one under models/, else a real vision tower, built on first use",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to; files of an earlier run are replaced.")] = Path(
@@ -253,9 +226,8 @@ def run(
 
         from .configuration_neuroflow_gate import NeuroFlowGateConfig
         from .labels import TEMPLATE, check_labels, parse_labels
-        from .loading import DTYPES, load_gate, load_model, load_model_with_labels, usable_device
+        from .loading import DTYPES, default_model, load_gate, load_model, load_model_with_labels, usable_device
         from .run import prepare_folder, run_video
-        from .tower import TOWER_NAME, build_tower, default_tower_dir
         from .video import VideoReader, bundled_clip
 
         # what fails quickly goes first
@@ -265,8 +237,6 @@ def run(
         if names is not None:
             template = TEMPLATE if template is None else template
             check_labels(names, template)
-            if model is None:
-                raise ValueError(f"{TOWER_NAME} reads no text; for --labels, name a SigLIP checkpoint with --model.")
         reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
         usable_device(device)
         if dense_every is not None and dense_every < 0:
@@ -275,10 +245,12 @@ def run(
             if "preset" in options:
                 raise ValueError("Give --config or --preset: each is a whole set of gate options.")
             options = load_gate(config) | options
-        if model is None:  # the tower has no gate options of its own, and its building takes minutes
+        source = model
+        if model is None:  # the default has no gate options of its own, and its making may take minutes
             NeuroFlowGateConfig.from_options(**options)
+            source = default_model(must_read_text=True) if names is not None else None
         prepare_folder(out)
-        source = model or build_tower(default_tower_dir())
+        source = source or default_model()
         how = (DTYPES[dtype], device, resolution)
         if names is None:
             (loaded, preprocess), embedded = load_model(source, *how), None
@@ -295,7 +267,7 @@ def run(
                 overlay=overlay,
                 labels=embedded,
                 objects=objects,
-                model_name=model or TOWER_NAME,
+                model_name=model or source.name,
                 command=shlex.join(["neuroflow", *sys.argv[1:]]),
                 on_frame=on_frame,
             )
@@ -506,7 +478,7 @@ def tune(
         str | None,
         typer.Option(
             help="Folder or Hub name of a SigLIP or SigLIP 2 checkpoint with its image processor.",
-            show_default="a real vision tower, built on first use",
+            show_default="in a checkout the one under models/, else a real vision tower, built on first use",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to; files of an earlier tuning are replaced.")] = Path(
@@ -531,9 +503,8 @@ def tune(
     with one_line_errors(debug, nothing_done="nothing was written."):
         require_dtype(dtype)
 
-        from .loading import DTYPES, load_model, usable_device
+        from .loading import DTYPES, default_model, load_model, usable_device
         from .run import prepare_folder
-        from .tower import TOWER_NAME, build_tower, default_tower_dir
         from .tune import checkpoint_config, tune_video, write_tuning
         from .tune_points import Requirement
         from .tune_words import next_steps
@@ -544,7 +515,7 @@ def tune(
         reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
         usable_device(device)
         prepare_folder(out)
-        source = model or str(build_tower(default_tower_dir()))
+        source = model or default_model()
         loaded, preprocess = load_model(source, DTYPES[dtype], device, resolution)
         with tune_progress(statistic) as on_step:
             result = tune_video(
@@ -560,7 +531,7 @@ def tune(
             )
         config = checkpoint_config(source)
         command = shlex.join(["neuroflow", *sys.argv[1:]])
-        files = write_tuning(result, out, config, model_name=model or TOWER_NAME, command=command)
+        files = write_tuning(result, out, config, model_name=model or source.name, command=command)
     print_tuning(result)
     if result.chosen is not None:
         given = {"model": model, "resolution": resolution, "stride": stride if stride > 1 else None, "config": out}
@@ -614,3 +585,13 @@ def print_tuning(result: Any):
     console.print(table)
     for sentence in tuning_sentences(result):
         console.print(escape(sentence), soft_wrap=True)
+
+
+# --- language ------------------------------------------------------------------------------------------------------
+
+app.command()(generate)
+app.command()(drift)
+
+
+if __name__ == "__main__":  # for `accelerate launch -m neuroflow_hf.cli drift`
+    app()

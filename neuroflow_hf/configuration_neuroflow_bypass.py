@@ -147,6 +147,12 @@ class NeuroFlowBypassConfig:
         return self.guard_margin is not None or self.guard_entropy is not None
 
     @property
+    def passes_over_layers(self) -> bool:
+        """Whether every step of one token reuses the outputs of whole layers, asking nobody; once resolved."""
+        asks = self.is_guarded or self.is_inverted or self.max_consecutive is not None
+        return self.target == "block" and self.threshold == ALWAYS and not asks
+
+    @property
     def is_inverted(self) -> bool:
         """Whether the gate layer comes after the layers it decides about, or is one of them; once resolved."""
         return self.cache_layers[-1] <= self.gate_layer

@@ -25,7 +25,13 @@ class NeuroFlowLosslessConfig:
         bypass (`dict`, *optional*):
             What the bypassing drafter skips: options of [`NeuroFlowBypassConfig`], laid over
             `{"target": "block", "threshold": -1}` and, for `cache_layers`, the second half of the layers but the last.
-            More layers make a draft cheaper and worse. The configuration's own `bypass` plays no part.
+            More layers make a draft cheaper and worse. Whole layers on every step, as by default, are passed over and
+            cost nothing; with other targets, thresholds or guards they still write keys and values, and on a small
+            model save next to nothing. The configuration's own `bypass` plays no part.
+        reuse (`bool`, defaults to `True`):
+            Whether a draft changes the hidden states by as much as the layers passed over last changed them. False
+            leaves those layers out, as a model expects that was trained with layer dropout: try it there, above all
+            with layers apart (`"cache_layers": [1, 3, 5, ...]`). Matters only where whole layers are passed over.
         draft_length (`int`, *optional*):
             Draft always this many tokens. By default the length follows from the share of guesses that came true and
             from the time that drafting and checking take here, and is none where guessing does not pay.
@@ -41,6 +47,7 @@ class NeuroFlowLosslessConfig:
 
     drafter: Literal["both", "bypass", "lookup", "none"] = "both"
     bypass: dict | None = None
+    reuse: bool = True
     draft_length: int | None = None
     max_draft: int = 8
     max_lookup: int = 16

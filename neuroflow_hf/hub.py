@@ -6,14 +6,21 @@ Command: `python -m neuroflow_hf.hub [--models DIR] [--output DIR]`
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from safetensors import safe_open
+from transformers import GenerationConfig
 from transformers.utils import logging
 
+from .configuration_neuroflow_phi3 import NeuroFlowPhi3Config
 from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig, adopt_model_type
+from .modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM
 from .modeling_neuroflow_siglip import (
     NeuroFlowSiglipForImageClassification,
     NeuroFlowSiglipModel,
@@ -21,14 +28,85 @@ from .modeling_neuroflow_siglip import (
 )
 from .tower import build_tower, default_tower_dir
 
-CONFIG, CARD, LICENCE, PROCESSOR = "config.json", "README.md", "LICENSE", "processor_config.json"
+CONFIG, CARD, LICENCE = "config.json", "README.md", "LICENSE"
+PROCESSOR, GENERATION = "processor_config.json", "generation_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-NEEDED = {
-    "a configuration": (CONFIG,),
-    "weights": WEIGHTS,
-    "a preprocessor": ("preprocessor_config.json", PROCESSOR),
-}
-TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
+NEEDED = {"a configuration": (CONFIG,), "weights": WEIGHTS}  # by models of every family
+TOKENIZER = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    What the models of one family need in their repositories.
+
+    Args:
+        name: as people call it.
+        needed: by what it is, the names that the file may have, beside configuration and weights.
+        choose_class: from the stored configuration to the class that the model is saved as, or None for other models.
+        complete: adds to the repository's folder what only the family's models need.
+    """
+
+    name: str
+    needed: dict[str, tuple[str, ...]]
+    choose_class: Callable[[dict], type | None]
+    complete: Callable[[Path], None] = lambda repository: None
+
+
+def choose_siglip_class(stored: dict) -> type | None:
+    """SigLIP's class for a stored configuration. Raises a ValueError for SigLIP 2's NaFlex."""
+    model_type = adopt_model_type(stored.get("model_type"))
+    if model_type == NeuroFlowSiglipVisionConfig.model_type:
+        return NeuroFlowSiglipVisionModel
+    if model_type != NeuroFlowSiglipConfig.model_type:
+        return None
+    is_classifier = any(name.endswith("ForImageClassification") for name in stored.get("architectures") or [])
+    return NeuroFlowSiglipForImageClassification if is_classifier else NeuroFlowSiglipModel
+
+
+def choose_phi3_class(stored: dict) -> type | None:
+    """
+    Phi-3's class for a stored configuration.
+
+    Raises:
+        ValueError: for one with another head, which would be lost.
+    """
+    if stored.get("model_type") not in ("phi3", NeuroFlowPhi3Config.model_type):
+        return None
+    others = [name for name in stored.get("architectures") or [] if not name.endswith("ForCausalLM")]
+    if others:
+        raise ValueError(
+            f"The configuration's `architectures` are {others}; expected `Phi3ForCausalLM`: only language models are "
+            "made into repositories."
+        )
+    return NeuroFlowPhi3ForCausalLM
+
+
+def name_processor(repository: Path):
+    """
+    Where there is a tokenizer, write a `processor_config.json` that names SigLIP's processor, unless there is one. For
+    `AutoProcessor`: by the model type alone, transformers knows which it is for SigLIP, and for ours only where this
+    package is installed.
+    """
+    file = repository / PROCESSOR
+    if find(("tokenizer_config.json", *TOKENIZER), [repository]) and not file.exists():
+        file.write_text(json.dumps({"processor_class": "SiglipProcessor"}, indent=2) + "\n", encoding="utf-8")
+
+
+FAMILIES = (
+    Family(
+        name="SigLIP",
+        needed={"a preprocessor": ("preprocessor_config.json", PROCESSOR)},
+        choose_class=choose_siglip_class,
+        complete=name_processor,
+    ),
+    Family(
+        name="Phi-3",
+        # its configuration knows the special tokens
+        needed={"a tokenizer": TOKENIZER, "a tokenizer's configuration": ("tokenizer_config.json",)},
+        choose_class=choose_phi3_class,
+    ),
+)
 
 # Weights that are too large to keep under models/: by the folder's name, what makes (or finds) a folder with them.
 RECIPES: dict[str, Callable[[], Path]] = {
@@ -42,11 +120,12 @@ def build_hub_repository(source: Path, output: Path) -> Path:
     this package is not installed, and that can be uploaded as it is (`hf upload NAME FOLDER`).
 
     Args:
-        source: Folder of the model, with its card `README.md`. Weights (safetensors), `config.json` and preprocessor
-            or processor files, of SigLIP or of NeuroFlow, lie in it or, where its name is in `RECIPES`, come from
-            there; with a model that reads text, its tokenizer's too. A file in `source` goes before one of the same
-            name from the recipe: a `config.json` with other options under `gate`, for example. All other files that
-            lie directly in it are taken along; a `LICENSE` is taken from the checkout if it has none.
+        source: Folder of the model, with its card `README.md`. Weights (safetensors), `config.json` and what else
+            `FAMILIES` says (SigLIP: preprocessor or processor; Phi-3: tokenizer), of the stock model or of NeuroFlow,
+            lie in it or, where its name is in `RECIPES`, come from there. A file in `source` goes before one of the
+            same name from the recipe: a `config.json` with other options under `gate` or `bypass`, for example. All
+            other files that lie directly in it are taken along; a `LICENSE` is taken from the checkout if it has none.
+            Weights keep their dtype.
         output: Folder to write. A repository that is there already is replaced, once the new one is whole.
 
     Returns:
@@ -55,7 +134,7 @@ def build_hub_repository(source: Path, output: Path) -> Path:
     Raises:
         FileNotFoundError: if something is missing; the message names all of it.
         FileExistsError: if there is something at `output` that is not a repository of this kind.
-        ValueError: if the checkpoint is no SigLIP, or lacks weights that the model needs.
+        ValueError: if the checkpoint is of no family in `FAMILIES`, or lacks weights that the model needs.
     """
     source, output = Path(source), Path(output)
     if output.exists() and not may_be_replaced(output):
@@ -71,11 +150,16 @@ def build_hub_repository(source: Path, output: Path) -> Path:
     if source.name in RECIPES and not find(WEIGHTS, folders):
         folders.append(Path(RECIPES[source.name]()))
     require(NEEDED, folders)
+    family, model_class = find_family(find((CONFIG,), folders))
+    require(family.needed, folders)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
         repository = Path(temporary) / "repository"
-        model = load_model(find((CONFIG,), folders), find(WEIGHTS, folders))
+        model = load_model(model_class, find((CONFIG,), folders), find(WEIGHTS, folders))
+        generation = find((GENERATION,), folders)
+        if generation:  # which is not always the one beside the weights
+            model.generation_config = GenerationConfig.from_pretrained(generation.parent)
         model.save_pretrained(repository)
         others = [path for folder in folders for path in sorted(folder.iterdir()) if not left_out(path)]
         others += [folder / name for folder in general for name in (LICENCE, "THIRD_PARTY_NOTICES.md")]
@@ -83,8 +167,7 @@ def build_hub_repository(source: Path, output: Path) -> Path:
             # what was saved goes first, and in particular this version's code before any that lies with the weights
             if path.is_file() and not (repository / path.name).exists():
                 shutil.copyfile(path, repository / path.name)
-        if isinstance(model, NeuroFlowSiglipModel) and find(TOKENIZER, [repository]):
-            name_processor(repository / PROCESSOR)
+        family.complete(repository)
         put_in_place(repository, output, aside=Path(temporary) / "previous")
     return output
 
@@ -104,26 +187,33 @@ def require(needed: dict[str, tuple[str, ...]], folders: list[Path]):
         )
 
 
-def load_model(config_file: Path, weights_file: Path):
+def find_family(config_file: Path) -> tuple[Family, type]:
     """
-    The NeuroFlow model for a checkpoint of SigLIP or NeuroFlow.
+    The family of a checkpoint, and the class that it is saved as.
 
     Raises:
-        ValueError: for other model types, and for a checkpoint that would leave weights of the model at random.
+        ValueError: for other models than those of `FAMILIES`, and for heads that are not published.
     """
     stored = json.loads(config_file.read_text(encoding="utf-8"))
-    model_type = adopt_model_type(stored.get("model_type"))
-    is_classifier = any(name.endswith("ForImageClassification") for name in stored.get("architectures") or [])
-    if model_type == NeuroFlowSiglipVisionConfig.model_type:
-        model_class = NeuroFlowSiglipVisionModel
-    elif model_type == NeuroFlowSiglipConfig.model_type:
-        model_class = NeuroFlowSiglipForImageClassification if is_classifier else NeuroFlowSiglipModel
-    else:
-        raise ValueError(
-            f"{config_file} has `model_type` {stored.get('model_type')!r}; expected SigLIP or NeuroFlow SigLIP."
-        )
+    for family in FAMILIES:
+        model_class = family.choose_class(stored)
+        if model_class is not None:
+            return family, model_class
+    names = " or ".join(family.name for family in FAMILIES)
+    raise ValueError(f"{config_file} has `model_type` {stored.get('model_type')!r}; expected {names}, or NeuroFlow's.")
+
+
+def load_model(model_class: type, config_file: Path, weights_file: Path):
+    """
+    The NeuroFlow model of a checkpoint, in the dtype that its weights are stored in, whatever the configuration says.
+
+    Raises:
+        ValueError: for a checkpoint that would leave weights of the model at random.
+    """
     config = model_class.config_class.from_pretrained(config_file.parent)
-    model, loading = model_class.from_pretrained(weights_file.parent, config=config, output_loading_info=True)
+    model, loading = model_class.from_pretrained(
+        weights_file.parent, config=config, dtype=stored_dtype(weights_file), output_loading_info=True
+    )
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise ValueError(
@@ -133,13 +223,15 @@ def load_model(config_file: Path, weights_file: Path):
     return model
 
 
-def name_processor(file: Path):
-    """
-    Write a `processor_config.json` that names SigLIP's processor, unless there is one. For `AutoProcessor`: by the
-    model type alone, transformers knows which it is for SigLIP, and for ours only where this package is installed.
-    """
-    if not file.exists():
-        file.write_text(json.dumps({"processor_class": "SiglipProcessor"}, indent=2) + "\n", encoding="utf-8")
+def stored_dtype(weights_file: Path) -> torch.dtype:
+    """The dtype of most floating-point tensors in a safetensors file, or in the first file of an index."""
+    if weights_file.suffix == ".json":
+        index = json.loads(weights_file.read_text(encoding="utf-8"))
+        weights_file = weights_file.parent / min(index["weight_map"].values())
+    with safe_open(weights_file, framework="pt") as file:
+        counts = Counter(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118, no mapping
+    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return next((known[name] for name, _ in counts.most_common() if name in known), torch.float32)
 
 
 def left_out(path: Path) -> bool:

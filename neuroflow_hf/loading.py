@@ -21,8 +21,31 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 NEED_TEXT = "Labels need a model that reads text: name a whole SigLIP or SigLIP 2 checkpoint, with its tokenizer."
 
 
+EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "neuroflow-siglip-small"
+
+
 class ModelLoadError(ValueError):
     """No streamed vision model can be made of what was named. The message names it, and what to do."""
+
+
+def default_model(must_read_text: bool = False) -> Path:
+    """
+    The checkpoint to use where none is named: in a checkout of this package the one that lies in it, else the vision
+    tower, which is built on first use and takes minutes then.
+
+    Args:
+        must_read_text: whether it has to have a text tower; the one that is built has none.
+
+    Raises:
+        ModelLoadError: if it has to read text, and this package does not lie in a checkout.
+    """
+    from .tower import TOWER_NAME, build_tower, default_tower_dir
+
+    if (EMBEDDED_MODEL / "model.safetensors").is_file():
+        return EMBEDDED_MODEL
+    if must_read_text:
+        raise ModelLoadError(f"{TOWER_NAME} reads no text; for --labels, name a SigLIP checkpoint with --model.")
+    return build_tower(default_tower_dir())
 
 
 def load_model(

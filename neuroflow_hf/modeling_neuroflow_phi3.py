@@ -22,19 +22,22 @@ from transformers.models.phi3.modeling_phi3 import (
 from .configuration_neuroflow_bypass import NeuroFlowBypassConfig
 from .configuration_neuroflow_lossless import NeuroFlowLosslessConfig
 from .configuration_neuroflow_phi3 import NeuroFlowPhi3Config, adopt_phi3_config
-from .neuroflow_bypass import BypassStep, begin_step, bypassing_layer, record_confidence
+from .neuroflow_bypass import BypassStep, begin_step, record_confidence
 from .neuroflow_bypass_state import BypassStatistics, find_state
 from .neuroflow_lossless import decode_losslessly
+from .neuroflow_skip import LayerChanges
 
 
 class NeuroFlowPhi3DecoderLayer(Phi3DecoderLayer):
-    """Phi-3's decoder layer; with a `bypass_step`, it takes part as the gate layer or as a cache layer."""
+    """Phi-3's decoder layer; with a `bypass_step`, that says what is done in the layers it concerns."""
 
-    def forward(self, hidden_states: torch.Tensor, bypass_step: BypassStep | None = None, **kwargs) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, bypass_step: BypassStep | LayerChanges | None = None, **kwargs
+    ) -> torch.Tensor:
         """`hidden_states` [B, n, D] to [B, n, D]."""
         if bypass_step is None or not bypass_step.concerns(self.self_attn.layer_idx):
             return super().forward(hidden_states, **kwargs)
-        return bypassing_layer(self, hidden_states, bypass_step, **kwargs)
+        return bypass_step.run(self, super().forward, hidden_states, **kwargs)
 
 
 class NeuroFlowPhi3PreTrainedModel(Phi3PreTrainedModel):

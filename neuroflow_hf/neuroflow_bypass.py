@@ -150,6 +150,10 @@ class BypassStep:
         self.records[name] = output
         return output
 
+    def run(self, layer: nn.Module, compute, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The output [B, n, D] of a decoder layer that this concerns, for `hidden` [B, n, D]."""
+        return bypassing_layer(layer, hidden, self, **kwargs)
+
     def finish(self, cache):
         """Record the step in the cache, whose own layers exist by now."""
         if self.state is None:

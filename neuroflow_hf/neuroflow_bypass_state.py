@@ -47,6 +47,14 @@ class BypassState:
     reordered and repeated as keys and values are. Appending copies nothing: a bypassed step's output *is* that of the
     step before. What is recorded, and under which names, is the business of `neuroflow_bypass`.
 
+    Memory: at most B * T * D * (1 + parts * cache layers) numbers of the model's dtype, for B sequences of T positions
+    and width D: the gate's output, and of each cache layer one part (`attention` or `mlp`) or two (`block`). The KV
+    cache takes B * T * 2 * kv_width per layer, so one cache layer with `block` takes as much again as its keys and
+    values, and more with grouped heads. Bypassed steps share their tensors with the step before and take next to
+    nothing until rows are reordered. It cannot be less without breaking the promise that a cache cropped to *any*
+    length goes on as if it had never been longer: what a step reuses was last computed at a position that may be the
+    last one kept. Lossless drafts that pass over whole layers do without (`neuroflow_skip`).
+
     Args:
         first_layer: the cache's first layer; with offloading, the one to be fetched after this.
     """

@@ -8,6 +8,10 @@ from .configuration_neuroflow_lossless import NeuroFlowLosslessConfig
 FIRST_DRAFT = 2  # tokens drafted before it is known how long that takes, or to try again whether it pays
 MEMORY = 0.9  # the weight of what was observed before, with every new observation
 PRIOR_SHARE, PRIOR_WEIGHT = 0.7, 2.0  # of guesses that come true, until some were observed
+LOOKUP_PRIORS = {1: 0.4, 2: 0.6}  # the same for lookups, by how many tokens were found; of more, as above
+PRIOR_DRAFTING = 0.6  # seconds that a step of drafting takes, over a dense one's, until one was observed
+HICCUP = 3.0  # what takes longer than this many times the mean was interrupted by something else
+WORTH = 1.1  # times the plain speed that must be expected of a draft: less is within what clocks and shares can tell
 FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # tokens without a guess, where guessing does not pay
 
 
@@ -41,8 +45,8 @@ class Lookup:
 class Record:
     """How a drafter has done: the share of its guesses that came true, with older ones fading."""
 
-    def __init__(self):
-        self.right, self.tried = PRIOR_SHARE * PRIOR_WEIGHT, PRIOR_WEIGHT
+    def __init__(self, prior: float = PRIOR_SHARE):
+        self.right, self.tried = prior * PRIOR_WEIGHT, PRIOR_WEIGHT
         self.pause, self.waits_until = FIRST_PAUSE, 0
 
     @property
@@ -61,13 +65,35 @@ class Record:
         return (1 - share ** (length + 1)) / (1 - share)
 
 
+class Line:
+    """Running least squares of y over x: where a line through what was seen lies, which never falls."""
+
+    def __init__(self):
+        self.weight = self.x = self.y = self.xx = self.xy = 0.0
+
+    def learn(self, x: float, y: float):
+        """Take in a point; older ones fade."""
+        self.weight, self.x, self.y = MEMORY * self.weight + 1, MEMORY * self.x + x, MEMORY * self.y + y
+        self.xx, self.xy = MEMORY * self.xx + x * x, MEMORY * self.xy + x * y
+
+    def at(self, x: float) -> float:
+        """The line's height; at the mean of what was seen, while that has but one x."""
+        mean_x, mean_y = self.x / self.weight, self.y / self.weight
+        spread = self.xx / self.weight - mean_x**2
+        slope = (self.xy / self.weight - mean_x * mean_y) / spread if spread > 1e-6 else 0.0
+        return mean_y + max(0.0, slope) * (x - mean_x)
+
+
 class Pace:
-    """Seconds that a dense forward over n tokens takes, and one step of drafting; running means."""
+    """
+    Seconds that a dense forward over n tokens takes, and one step of drafting. The step from one token to two is one
+    of its own (masks, other kernels), and each further token adds little, so those over several lie on a line.
+    """
 
     def __init__(self):
         self.plain_steps = 0
         self.single: float | None = None
-        self.each: float | None = None  # for every token more than one
+        self.several = Line()
         self.drafting: float | None = None
 
     def checked(self, tokens: int, seconds: float):
@@ -77,21 +103,27 @@ class Pace:
             first = self.plain_steps <= 2
             self.single = min(seconds, self.single or seconds) if first else blend(self.single, seconds)
         elif self.single is not None:
-            self.each = blend(self.each, max(0.0, seconds - self.single) / (tokens - 1))
+            expected = self.checking(tokens - 1)
+            self.several.learn(tokens, min(seconds, HICCUP * expected) if self.several.weight else seconds)
 
     def drafted(self, steps: int, seconds: float):
         """Take in some steps of drafting."""
         if steps:
             self.drafting = blend(self.drafting, seconds / steps)
 
+    def checking(self, length: int) -> float:
+        """Expected for checking a draft of this length; as one token alone while none was checked."""
+        return max(self.single, self.several.at(length + 1)) if self.several.weight else self.single
+
     def seconds(self, length: int, drafts: bool) -> float:
-        """Expected for a step with a draft of this length; what was not observed yet counts as free."""
-        return self.single + length * ((self.each or 0.0) + (self.drafting or 0.0 if drafts else 0.0))
+        """Expected for a step with a draft of this length."""
+        drafting = PRIOR_DRAFTING * self.single if self.drafting is None else self.drafting
+        return self.checking(length) + (length * drafting if drafts else 0.0)
 
 
 def blend(before: float | None, now: float) -> float:
-    """A running mean."""
-    return now if before is None else MEMORY * before + (1 - MEMORY) * now
+    """A running mean, which one interruption does not move far."""
+    return now if before is None else MEMORY * before + (1 - MEMORY) * min(now, HICCUP * before)
 
 
 @dataclass
@@ -129,7 +161,8 @@ class Drafts:
         if options.looks_up:
             length, found = self.lookup.propose(tokens, min(limit, options.draft_length or options.max_lookup))
             if found:
-                candidates.append(("lookup", self.record(f"lookup {length}"), len(found)))
+                record = self.record(f"lookup {length}", LOOKUP_PRIORS.get(length, PRIOR_SHARE))
+                candidates.append(("lookup", record, len(found)))
         if options.bypasses:
             most = FIRST_DRAFT if self.pace.drafting is None else options.max_draft
             candidates.append(("bypass", self.record("bypass"), min(limit, options.draft_length or most)))
@@ -150,30 +183,28 @@ class Drafts:
         Of candidates `(source, record, most tokens)`, the one and the length with the most expected tokens per
         second; None if that is not to draft.
         """
-        chosen, plain = None, 1 / self.pace.single
-        fastest = plain
+        chosen, trial = None, None
+        plain = fastest = WORTH / self.pace.single
         for source, record, most in candidates:
             rates = {
                 length: record.expected(length) / self.pace.seconds(length, source == "bypass")
                 for length in range(1, most + 1)
             }
             length = max(rates, key=rates.get)
-            tries = False
             if rates[length] > plain:
                 record.pause, record.waits_until = FIRST_PAUSE, 0
             elif position >= record.waits_until:  # try again, now and then: texts change
-                tries = record.waits_until > 0
+                if record.waits_until > 0:
+                    trial = (source, record, min(FIRST_DRAFT, most))
                 record.waits_until = position + record.pause
                 record.pause = min(2 * record.pause, LONGEST_PAUSE)
-            if tries:
-                chosen = (source, record, min(FIRST_DRAFT, most))
-            elif rates[length] > fastest:
+            if rates[length] > fastest:
                 chosen, fastest = (source, record, length), rates[length]
-        return chosen
+        return chosen or trial  # trials are for where nothing is known to pay
 
-    def record(self, name: str) -> Record:
+    def record(self, name: str, prior: float = PRIOR_SHARE) -> Record:
         """A drafter's record, by its name and, for lookups, by how much was found."""
-        return self.records.setdefault(name, Record())
+        return self.records.setdefault(name, Record(prior))
 
     def learn(self, draft: Draft, accepted: int, seconds: float):
         """Take in that so many of a draft's tokens came true, and that checking them took so long."""

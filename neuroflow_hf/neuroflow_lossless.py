@@ -16,6 +16,7 @@ from .configuration_neuroflow_bypass import NEVER
 from .configuration_neuroflow_lossless import NeuroFlowLosslessConfig
 from .neuroflow_bypass_state import find_state
 from .neuroflow_drafts import Drafts
+from .neuroflow_skip import LayerChanges
 
 
 @dataclass
@@ -26,6 +27,7 @@ class LosslessCounts:
     Args:
         tokens: new tokens.
         checks: dense forwards after the prompt's, each of which gave at least one token.
+        drafts: checks with a draft.
         draft_steps: bypassed forwards.
         drafted: tokens guessed, by drafter (`"lookup"`, `"bypass"`).
         accepted: those of them that came true, by drafter.
@@ -33,6 +35,7 @@ class LosslessCounts:
 
     tokens: int = 0
     checks: int = 0
+    drafts: int = 0
     draft_steps: int = 0
     drafted: dict[str, int] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
@@ -41,6 +44,7 @@ class LosslessCounts:
         """Count a check, and the draft that it checked."""
         self.checks += 1
         if drafted:
+            self.drafts += 1
             self.drafted[source] = self.drafted.get(source, 0) + drafted
             self.accepted[source] = self.accepted.get(source, 0) + accepted
 
@@ -78,15 +82,23 @@ class Sequence:
         self.position_ids = model_kwargs.get("position_ids")
         self.first_position = 0  # of the cache's first entry; negative with padding on the left
         self.draft_bypass = self.check_bypass = False
+        self.changes = None
         if options.bypasses:
-            self.draft_bypass = options.draft_bypass(model.config.num_hidden_layers)
-            self.check_bypass = replace(self.draft_bypass, threshold=NEVER)  # remembers what drafts will reuse
+            bypass = options.draft_bypass(model.config.num_hidden_layers)
+            if bypass.passes_over_layers:
+                self.changes = LayerChanges(bypass.cache_layers, options.reuse)
+            else:
+                self.draft_bypass = bypass
+                self.check_bypass = replace(bypass, threshold=NEVER)  # remembers what drafts will reuse
         # Phi-3 with long RoPE turns all keys anew once a text gets longer than this
         turns = model.config.rope_parameters["rope_type"] == "longrope" and self.embeds is None
         self.turns_after = model.config.original_max_position_embeddings if turns else None
 
     def forward(self, inputs: dict, keep: int, bypass) -> torch.Tensor:
         """The logits of the last `keep` tokens fed, [keep, V]."""
+        if self.changes is not None:
+            self.changes.count = keep
+            inputs["bypass_step"] = self.changes
         output = self.model(
             past_key_values=self.cache, use_cache=True, logits_to_keep=keep, bypass=bypass, return_dict=True, **inputs
         )
@@ -155,6 +167,8 @@ class Sequence:
         drafted: list[int] = []
         # layers write by putting new tensors in the place of old ones, so the old ones are all there is to keep
         kept = [dict(vars(layer)) for layer in self.cache.layers]
+        if self.changes is not None:
+            self.changes.is_drafting = True
         while len(drafted) < length:
             logits = self.feed([token], 1, self.draft_bypass)
             token = choose(logits, drafted)
@@ -166,7 +180,10 @@ class Sequence:
         for layer, fields in zip(self.cache.layers, kept, strict=True):
             if layer is not state:
                 vars(layer).update(fields)
-        state.crop(-len(drafted))
+        if self.changes is not None:
+            self.changes.is_drafting = False
+        else:
+            state.crop(-len(drafted))
         return drafted
 
     def check(self, drafted: list[int]) -> torch.Tensor:
@@ -179,6 +196,8 @@ class Sequence:
 
     def take_back(self, length: int):
         """Remove the last positions from the cache, so that it holds all tokens but the last."""
+        if self.changes is not None:
+            self.changes.last = -1 - length
         if length or any(getattr(layer, "record_past", False) for layer in self.cache.layers):
             self.cache.crop(-length)
         record_past(self.cache, False)

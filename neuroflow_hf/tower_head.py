@@ -131,7 +131,27 @@ def start_head_at_mean(head: nn.Module) -> None:
     head.mlp.fc2.bias.zero_()
 
 
-def pool(head: nn.Module, patches: Tensor) -> Tensor:
+def probe_weights(head: nn.Module, patches: Tensor) -> Tensor:
+    """How much SigLIP's pooling head looks at each patch.
+
+    Args:
+        head: ``SiglipMultiheadAttentionPoolingHead``.
+        patches: (B, N, D) float32.
+
+    Returns:
+        (B, N, heads) float32, each head's attention of the probe; sums to 1 over the patches.
+    """
+    attention = head.attention
+    heads, width = attention.num_heads, attention.head_dim
+    query_weight, key_weight, _ = attention.in_proj_weight.chunk(3)  # (D, D) each
+    query_bias, _, _ = attention.in_proj_bias.chunk(3)
+    query = functional.linear(head.probe[0, 0], query_weight, query_bias).view(heads, width)
+    # The key's bias is left out: it adds the same to the score of every patch, which softmax does not see.
+    direction = torch.einsum("hw,hwd->hd", query, key_weight.view(heads, width, -1)) / math.sqrt(width)
+    return torch.softmax(patches @ direction.T, dim=1)
+
+
+def pool(head: nn.Module, patches: Tensor, weights: Tensor | None = None) -> Tensor:
     """Compute ``head(patches)`` of SigLIP's pooling head in another order, many times faster to train.
 
     The head asks with a single query, the probe. So each attention head's key matrix can be applied to the query once
@@ -140,18 +160,16 @@ def pool(head: nn.Module, patches: Tensor) -> Tensor:
     Args:
         head: ``SiglipMultiheadAttentionPoolingHead``.
         patches: (B, N, D) float32.
+        weights: `probe_weights(head, patches)`, if they are at hand.
 
     Returns:
         (B, D) float32, equal to ``head(patches)`` up to rounding.
     """
     attention = head.attention
     heads, width = attention.num_heads, attention.head_dim
-    query_weight, key_weight, value_weight = attention.in_proj_weight.chunk(3)  # (D, D) each
-    query_bias, _, value_bias = attention.in_proj_bias.chunk(3)
-    query = functional.linear(head.probe[0, 0], query_weight, query_bias).view(heads, width)
-    # The key's bias is left out: it adds the same to the score of every patch, which softmax does not see.
-    direction = torch.einsum("hw,hwd->hd", query, key_weight.view(heads, width, -1)) / math.sqrt(width)
-    weights = torch.softmax(patches @ direction.T, dim=1)  # (B, N, heads)
+    value_weight, value_bias = attention.in_proj_weight.chunk(3)[2], attention.in_proj_bias.chunk(3)[2]
+    if weights is None:
+        weights = probe_weights(head, patches)
     means = torch.einsum("bnh,bnd->bhd", weights, patches)
     values = torch.einsum("bhd,hwd->bhw", means, value_weight.view(heads, width, -1)).flatten(1) + value_bias
     pooled = attention.out_proj(values)

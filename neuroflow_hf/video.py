@@ -39,6 +39,14 @@ def bundled_clip() -> Path:
     return Path(str(importlib.resources.files("neuroflow_hf") / "assets" / "pedestrians.mp4"))
 
 
+def labelled_clip() -> Path:
+    """
+    Path of the composed clip that ships with the package: 120 frames, 480x360, 12 per second. A dog, a bicycle and a
+    cat come into an empty lawn; drawings, made by `recipes/siglip_small/demo_clip.py`.
+    """
+    return Path(str(importlib.resources.files("neuroflow_hf") / "assets" / "things.mp4"))
+
+
 # --- errors --------------------------------------------------------------------------------------------------------
 
 

@@ -139,13 +139,14 @@ def test_the_table_says_what_the_summary_says(finished):
 
 def test_without_arguments_the_shipped_clip_and_the_tower_are_taken(clip, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(neuroflow_hf.video, "bundled_clip", lambda: clip)
+    monkeypatch.setattr("neuroflow_hf.loading.EMBEDDED_MODEL", tmp_path / "none")
     monkeypatch.setattr(neuroflow_hf.tower, "build_tower", lambda folder: model_folder)
     monkeypatch.chdir(tmp_path)
     result = call("run", "--max-frames", 3, "--stride", 2, "--no-overlay", "--dense-every", 0)
     assert result.exit_code == 0, result.output
     summary, lines, _ = read_run(tmp_path / "neuroflow-run")
     assert [line["index"] for line in lines] == [0, 2, 4]
-    assert summary["model"] == neuroflow_hf.tower.TOWER_NAME and "overlay.mp4" not in summary["files"]
+    assert summary["model"] == model_folder.name and "overlay.mp4" not in summary["files"]
 
 
 def test_a_damaged_video_keeps_the_frames_before_the_damage(model_folder, tmp_path):
@@ -313,6 +314,7 @@ def test_what_is_wrong_is_said_before_the_tower_is_built(wrong, clip, tmp_path, 
     def build(folder):
         raise AssertionError("the build takes minutes")
 
+    monkeypatch.setattr("neuroflow_hf.loading.EMBEDDED_MODEL", tmp_path / "none")
     monkeypatch.setattr(neuroflow_hf.tower, "build_tower", build)
     result = call("run", str(clip), "--out", str(tmp_path / "out"), *wrong)
     assert result.exit_code == 2

@@ -169,9 +169,10 @@ def test_a_classifier_keeps_its_class(tmp_path, source):
     [
         (["model.safetensors"], ["weights (model.safetensors or"]),
         (
-            ["config.json", "model.safetensors", "preprocessor_config.json"],
-            ["config.json", "weights", "preprocessor"],
+            ["config.json", "model.safetensors"],
+            ["config.json", "weights"],
         ),
+        (["preprocessor_config.json"], ["a preprocessor (preprocessor_config.json or processor_config.json)"]),
         (["README.md"], ["a card (README.md)"]),
     ],
 )
@@ -199,6 +200,18 @@ def test_weights_at_random_are_not_published(source, tmp_path):
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 weights .* post_layernorm\.weight"):
         hub.build_hub_repository(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_keep_their_dtype_whatever_the_configuration_says(source, stock_vision, tmp_path, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in stock_vision.state_dict().items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert json.loads((source / "config.json").read_text())["dtype"] == "float32"
+    repository = hub.build_hub_repository(source, tmp_path / "out")
+    written = load_file(repository / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+    assert json.loads((repository / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
 def test_other_models_are_refused(source, tmp_path):

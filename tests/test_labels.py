@@ -440,6 +440,7 @@ def test_models_that_read_no_text_are_one_line(clip, stock_vision, folder, tmp_p
     out = tmp_path / "out"
     for model, word in ((tmp_path / "tower", "vision tower alone"), (bare, "tokenizer")):
         assert_clean_error(call("run", clip, "--model", model, "--out", out, "--labels", TEXT), model, word)
+    monkeypatch.setattr("neuroflow_hf.loading.EMBEDDED_MODEL", tmp_path / "none")
     monkeypatch.setattr("neuroflow_hf.tower.build_tower", lambda folder: pytest.fail("the build takes minutes"))
     assert_clean_error(call("run", clip, "--out", out, "--labels", TEXT), "siglip-dinov2-small", "--model")
     assert not list(tmp_path.glob("out/*"))

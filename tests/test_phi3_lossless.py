@@ -131,14 +131,16 @@ def test_whatever_is_guessed(kind, seed, prompt, new_tokens, length, wrong_at, w
     threshold=st.sampled_from([-1, 0.3, 2]),
     layers=st.sampled_from([[1], [3], [1, 2, 3]]),
     min_confidence=st.sampled_from([0.0, 0.3, 1.0]),
+    reuse=st.booleans(),
 )
-def test_whatever_drafts(kind, drafter, prompt, seed, draft_length, target, threshold, layers, min_confidence):
+def test_whatever_drafts(kind, drafter, prompt, seed, draft_length, target, threshold, layers, min_confidence, reuse):
     stock, ours = models(kind, seed)
     ids = torch.tensor([prompt])
     lossless = {
         "drafter": drafter,
         "draft_length": draft_length,
         "min_confidence": min_confidence,
+        "reuse": reuse,
         "bypass": {"gate_layer": 0, "target": target, "threshold": threshold, "cache_layers": layers},
     }
     text = ours.generate(ids, max_new_tokens=NEW, lossless=lossless)
@@ -155,6 +157,33 @@ def test_right_guesses_are_all_taken():
     assert counts.accepted == counts.drafted
 
 
+@pytest.mark.parametrize("kind", ["plain", "window", "partial"])
+@pytest.mark.parametrize("layers", [[1], [2, 3]])
+def test_passing_over_layers_is_bypassing_them(kind, layers):
+    """Drafts that leave out layers are those of the bypass that writes keys and values."""
+    _, ours = models(kind)
+    ids = random_ids(1, 6, seed=3)
+    drafted = []
+    for bypass in ({}, {"max_consecutive": 100}):  # a cap that is never reached makes it ask, and so write
+        lossless = options_of("bypass", bypass={"gate_layer": 0, "cache_layers": layers} | bypass)
+        output = ours.generate(ids, max_new_tokens=NEW, lossless=lossless, return_dict_in_generate=True)
+        drafted.append((output.lossless.drafted, output.lossless.accepted, output.lossless.checks))
+    assert drafted[0] == drafted[1]
+
+
+def test_layers_without_change_are_left_out():
+    _, ours = models("plain")
+    ids = random_ids(1, 6, seed=3)
+    seen = []
+    layer = ours.model.layers[2]
+    handle = layer.register_forward_hook(lambda _, inputs, output: seen.append(torch.equal(inputs[0], output)))
+    lossless = options_of("bypass", reuse=False)
+    counts = ours.generate(ids, max_new_tokens=NEW, lossless=lossless, return_dict_in_generate=True).lossless
+    handle.remove()
+    assert seen.count(True) == counts.draft_steps > 0
+    assert seen.count(False) == counts.checks + 1
+
+
 def test_drafts_that_skip_nothing_are_right():
     _, ours = models("window")
     lossless = options_of("bypass", bypass={"threshold": 2})
@@ -165,17 +194,20 @@ def test_drafts_that_skip_nothing_are_right():
 
 @pytest.mark.parametrize("kind", ["plain", "window", "partial"])
 @each_drafter
-def test_the_cache_is_that_of_dense_generation(kind, drafter):
+@pytest.mark.parametrize("target", ["block", "mlp"])
+def test_the_cache_is_that_of_dense_generation(kind, drafter, target):
     stock, ours = models(kind)
     ids = random_ids(1, 6, seed=3)
-    output = ours.generate(ids, max_new_tokens=NEW, lossless=options_of(drafter), return_dict_in_generate=True)
+    lossless = options_of(drafter, bypass={"gate_layer": 0, "cache_layers": [1, 2], "target": target})
+    output = ours.generate(ids, max_new_tokens=NEW, lossless=lossless, return_dict_in_generate=True)
     _, dense = run_steps(stock, output.sequences[:, :-1], 6)
     for layer, expected in zip(output.past_key_values.layers, dense.layers, strict=False):
         torch.testing.assert_close(layer.keys, expected.keys, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.values, expected.values, rtol=1e-4, atol=1e-4)
     assert not any(getattr(layer, "record_past", False) for layer in output.past_key_values.layers)
     state = find_state(output.past_key_values)
-    assert (state is not None) == (drafter in ("bypass", "both"))
+    # layers that are passed over as a whole leave nothing in the cache
+    assert (state is not None) == (drafter in ("bypass", "both") and target == "mlp")
     if state is not None:
         assert state.positions == output.sequences.shape[1] - 1
 

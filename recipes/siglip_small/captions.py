@@ -72,6 +72,10 @@ SCENES = {
     "painting": ("a painting",),
     "graffiti": ("graffiti", "a painted wall"),
     "text": ("text", "a sign with letters"),
+    "flower": ("a flower", "flowers"),
+    "mountain": ("a mountain", "mountains"),
+    "bridge": ("a bridge",),
+    "piano": ("a piano", "somebody playing the piano"),
 }
 KIND_WORDS = {
     "animal": ("an animal", "animals"),

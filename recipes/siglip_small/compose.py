@@ -8,7 +8,16 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from .facts import Placed, facts_of
-from .sources import FAMILIES, HELD_OUT_STYLE, Drawing, Photo, drawings, footage, held_out_family, photos, things
+from .sources import (
+    HELD_OUT_STYLE,
+    MONOCHROME,
+    Drawing,
+    Photo,
+    drawings,
+    footage,
+    held_out_rendering,
+    photos,
+)
 
 SIDE = 224
 SPLITS = ("training", "held out", "unseen style")
@@ -22,11 +31,13 @@ class Picture:
         image: RGB, SIDE x SIDE.
         placed: the drawings in it, the largest first.
         facts: as of `facts_of`.
+        covered: bool [SIDE, SIDE], where there are drawings.
     """
 
     image: Image.Image
     placed: tuple[Placed, ...]
     facts: frozenset[str]
+    covered: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -47,21 +58,21 @@ class Material:
 
 def load_material() -> dict[str, Material]:
     """
-    The material of each of SPLITS: drawings for training and those of the held-out families; `unseen style` has a
-    style of which no drawing of any thing is in training. Photographs for training, and those held out.
+    The material of each of SPLITS. `held out`: one rendering of each thing of which another one, of the same emoji, is
+    in training. `unseen style`: a style of which no drawing of any thing is in training. Photographs for training, and
+    those held out.
     """
     chosen: dict[str, dict[str, list[Drawing]]] = {split: {} for split in SPLITS}
-    every = drawings()
-    for thing in things():
-        found = [drawing for drawing in every[thing.name] if drawing.style != HELD_OUT_STYLE]
-        held_out = FAMILIES.get(held_out_family(thing, found), ())
-        chosen["training"][thing.name] = [drawing for drawing in found if drawing.style not in held_out]
-        chosen["held out"][thing.name] = [drawing for drawing in found if drawing.style in held_out]
-        chosen["unseen style"][thing.name] = [item for item in every[thing.name] if item.style == HELD_OUT_STYLE]
+    for name, every in drawings().items():
+        found = [drawing for drawing in every if drawing.style != HELD_OUT_STYLE]
+        held_out = held_out_rendering(name, {drawing.style for drawing in found})
+        chosen["training"][name] = [drawing for drawing in found if drawing.style != held_out]
+        chosen["held out"][name] = [drawing for drawing in found if drawing.style == held_out]
+        chosen["unseen style"][name] = [drawing for drawing in every if drawing.style == HELD_OUT_STYLE]
     pictures = [*photos(), *footage()]
     training = [photo for photo in pictures if not photo.held_out]
     held_out = [photo for photo in pictures if photo.held_out]
-    without_things = [photo for photo in held_out if not {"person", *every} & set(photo.shows)]
+    without_things = [photo for photo in held_out if not {"person", *chosen["training"]} & set(photo.shows)]
     behind = {"training": (training, training)}
     return {
         split: Material(
@@ -84,15 +95,15 @@ def compose(material: Material, rng: np.random.Generator) -> Picture:
     ground = crop(photo.picture, rng, least=0.3) if photo else plain_ground(rng)
     names = list(material.drawings)
     kind = rng.random()
-    if kind < 0.55:
+    if kind < 0.6:
         chosen = [names[rng.integers(len(names))]]
-    elif kind < 0.88:
+    elif kind < 0.9:
         chosen = [names[place] for place in rng.choice(len(names), size=2 if rng.random() < 0.7 else 3, replace=False)]
     else:
         chosen = [names[rng.integers(len(names))]] * int(rng.integers(2, 4))
     several = len(set(chosen)) < len(chosen)
-    main_side = math.exp(rng.uniform(math.log(0.22), math.log(0.95 if len(chosen) == 1 else 0.7)))
-    sides = [main_side * (rng.uniform(0.85, 1) if several else rng.uniform(0.4, 0.8)) for _ in chosen[1:]]
+    main_side = math.exp(rng.uniform(math.log(0.25), math.log(1.0 if len(chosen) == 1 else 0.75)))
+    sides = [main_side * (rng.uniform(0.85, 1) if several else rng.uniform(0.35, 0.65)) for _ in chosen[1:]]
     return assemble(material, rng, ground, chosen, [main_side, *sides], photo.shows if photo else ())
 
 
@@ -106,33 +117,38 @@ def assemble(
 ) -> Picture:
     """Drawings of the things `names`, their longer sides shares `sides` of the picture's, put on a ground."""
     taken: list[tuple[float, float, float, float]] = []
-    placed = []
+    placed, covered = [], Image.new("L", (SIDE, SIDE))
     one_drawing: dict[str, Drawing] = {}
     for name, side in zip(names, sides, strict=True):
         found = material.drawings[name]
         drawing = one_drawing.setdefault(name, found[rng.integers(len(found))])  # several of a thing look alike
-        cut = turned(drawing.picture, rng, round(side * SIDE))
+        picture = tinted(drawing.picture, rng) if drawing.style in MONOCHROME else drawing.picture
+        cut = turned(picture, rng, round(side * SIDE))
         box = free_place(cut.size, taken, rng)
         if box is None:
             continue
         taken.append(box)
-        ground.paste(cut, (round(box[0]), round(box[1])), cut)
+        place = (round(box[0]), round(box[1]))
+        ground.paste(cut, place, cut)
+        covered.paste(255, place, cut.getchannel("A"))
         share = float((np.asarray(cut.getchannel("A")) > 127).sum()) / SIDE**2
         x, y = ((box[0] + box[2]) / 2 / SIDE, (box[1] + box[3]) / 2 / SIDE)
         placed.append(Placed(name, drawing.style, x, y, share))
     placed.sort(key=lambda item: -item.share)
     if sum(item.share for item in placed) > MOST_COVERED:
         shows = ()
-    return Picture(spoiled(ground, rng), tuple(placed), facts_of(placed, shows, empty=False))
+    where = np.asarray(covered) > 127
+    return Picture(spoiled(ground, rng), tuple(placed), facts_of(placed, shows, empty=False), where)
 
 
 def photograph_alone(material: Material, rng: np.random.Generator) -> Picture:
     """A photograph, or a plain ground with nothing on it."""
+    nowhere = np.zeros((SIDE, SIDE), dtype=bool)
     if rng.random() < 0.15:
-        return Picture(spoiled(plain_ground(rng), rng), (), facts_of((), (), empty=True))
+        return Picture(spoiled(plain_ground(rng), rng), (), facts_of((), (), empty=True), nowhere)
     photo = one_of(material.photos, rng)
     view = crop(photo.picture, rng, least=0.45 if photo.shows else 0.15)
-    return Picture(spoiled(view, rng), (), facts_of((), photo.shows, photo.empty))
+    return Picture(spoiled(view, rng), (), facts_of((), photo.shows, photo.empty), nowhere)
 
 
 def one_of(photos: list[Photo], rng: np.random.Generator) -> Photo:
@@ -167,8 +183,18 @@ def plain_ground(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(ground.astype(np.uint8))
 
 
+def tinted(drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A drawing in one colour, in another one."""
+    tint = Image.new("RGBA", drawing.size, (*(int(value) for value in rng.integers(0, 256, 3)), 255))
+    tint.putalpha(drawing.getchannel("A"))
+    return tint
+
+
 def turned(drawing: Image.Image, rng: np.random.Generator, side: int) -> Image.Image:
-    """A drawing at its size, turned by up to 25 degrees, perhaps mirrored, its colours changed a little."""
+    """
+    A drawing at its size, turned by up to 25 degrees, perhaps mirrored, its colours changed: mostly a little, at times
+    another hue, or none.
+    """
     scale = side / max(drawing.size)
     cut = drawing.resize([max(2, round(scale * length)) for length in drawing.size], Image.Resampling.BILINEAR)
     if rng.random() < 0.5:
@@ -177,9 +203,18 @@ def turned(drawing: Image.Image, rng: np.random.Generator, side: int) -> Image.I
         cut = cut.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)
     alpha = cut.getchannel("A")
     colours = ImageEnhance.Brightness(cut.convert("RGB")).enhance(rng.uniform(0.7, 1.2))
-    colours = ImageEnhance.Color(colours).enhance(rng.uniform(0.5, 1.4))
+    colours = ImageEnhance.Color(colours).enhance(0.0 if rng.random() < 0.05 else rng.uniform(0.4, 1.5))
+    colours = ImageEnhance.Contrast(colours).enhance(rng.uniform(0.7, 1.3))
+    if rng.random() < 0.1:
+        colours = other_hue(colours, int(rng.integers(20, 236)))
     colours.putalpha(alpha)
     return colours
+
+
+def other_hue(picture: Image.Image, by: int) -> Image.Image:
+    """The picture's hues, of 256, turned by so many."""
+    hue, saturation, value = picture.convert("HSV").split()
+    return Image.merge("HSV", (hue.point(lambda old: (old + by) % 256), saturation, value)).convert("RGB")
 
 
 def free_place(

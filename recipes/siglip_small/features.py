@@ -1,6 +1,7 @@
 """What the frozen tower makes of composed pictures, kept on disk in half precision; continues where it stopped."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -47,24 +48,38 @@ def collate(items: list[tuple[torch.Tensor, Picture]]) -> tuple[torch.Tensor, li
     return torch.stack([pixels for pixels, _ in items]), [picture for _, picture in items]
 
 
+def open_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A float16 array on disk, made if it is not there; ValueError if one of another shape is."""
+    if not path.is_file():
+        np.lib.format.open_memmap(path, "w+", np.float16, shape).flush()
+    found = np.load(path, mmap_mode="r+")
+    if found.shape != shape:
+        raise ValueError(f"{path} holds an array of shape {found.shape}; expected {shape}. Delete its folder.")
+    return found
+
+
+def patch_shares(where: np.ndarray, num_patches: int) -> np.ndarray:
+    """Of a mask bool [H, W] each patch's share, float [N], row by row."""
+    side = math.isqrt(num_patches)
+    height, width = where.shape[0] // side, where.shape[1] // side
+    return where.reshape(side, height, side, width).mean((1, 3)).reshape(num_patches)
+
+
 class FeatureStore:
     """
     Patch features of `count` pictures and what is in them.
 
     Args:
-        folder: `features.npy`, float16 [count, N, D], and `facts.jsonl`, a line for every picture that is done.
+        folder: `features.npy`, float16 [count, N, D]; `covered.npy`, float16 [count, N], each patch's share that
+            drawings cover; and `facts.jsonl`, a line for every picture that is done.
         count: how many pictures.
         shape: (N, D).
     """
 
     def __init__(self, folder: Path, count: int, shape: tuple[int, int]):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "features.npy"
-        if not path.is_file():
-            np.lib.format.open_memmap(path, "w+", np.float16, (count, *shape)).flush()
-        self.features = np.load(path, mmap_mode="r+")
-        if self.features.shape != (count, *shape):
-            raise ValueError(f"{path} holds features of shape {self.features.shape}; expected {(count, *shape)}.")
+        self.features = open_array(folder / "features.npy", (count, *shape))
+        self.covered = open_array(folder / "covered.npy", (count, shape[0]))
         self.facts_path = folder / "facts.jsonl"
         lines = self.facts_path.read_text(encoding="utf-8").splitlines() if self.facts_path.is_file() else []
         self.lines = lines[: len(lines) // SHARD * SHARD] if len(lines) < count else lines
@@ -77,7 +92,11 @@ class FeatureStore:
     def add(self, features: torch.Tensor, pictures: list[Picture]):
         """Append features [S, N, D] of some pictures."""
         self.features[self.done : self.done + len(pictures)] = features.half().numpy()
+        self.covered[self.done : self.done + len(pictures)] = [
+            patch_shares(picture.covered, self.covered.shape[1]) for picture in pictures
+        ]
         self.features.flush()
+        self.covered.flush()
         self.lines += [
             json.dumps({"placed": [asdict(item) for item in picture.placed], "facts": sorted(picture.facts)})
             for picture in pictures

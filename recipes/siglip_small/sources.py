@@ -16,7 +16,7 @@ import subprocess
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,15 +77,10 @@ for row in read_table("packages.csv"):
     PACKAGES[registry][row["name"]] = make(**row)
 EMOJI, DEBIAN = PACKAGES["npm"], PACKAGES["debian"]
 
-# Families whose drawings resemble each other; a rendering is held out with its whole family.
-FAMILIES = {
-    "noto": ("noto", "noto-v1"),
-    "fluent": ("fluent-emoji", "fluent-emoji-flat"),
-    "twemoji": ("twemoji",),
-    "emojione": ("emojione",),
-    "fxemoji": ("fxemoji",),
-    "openclipart": ("openclipart",),
-}
+# Two renderings of the same emoji each. One of them may be held out where the other one is in training.
+RENDERINGS = (("noto", "noto-v1"), ("fluent-emoji", "fluent-emoji-flat"), ("emojione", "emojione-v1"))
+# Drawn in one colour, which composing replaces.
+MONOCHROME = ("emojione-monotone", "fluent-emoji-high-contrast")
 
 CLIP_ART = "openclipart-svg"
 CLIP_ART_FOLDER = "./usr/share/openclipart/svg/"
@@ -312,21 +307,23 @@ def render_all(folder: Path) -> None:
 
 
 def spelled(names: tuple[str, ...], style: str) -> list[str]:
-    """The emoji's names as a family spells them."""
-    return [name.replace("-", "") if style == "fxemoji" else name for name in names]
+    """The emoji's names as a family spells them; some families number their drawings of the same."""
+    if style == "fxemoji":
+        return [name.replace("-", "") for name in names]
+    if style == "streamline-emojis":
+        return [f"{name}{number}" for name in names for number in ("", "-1", "-2", "-3")]
+    return list(names)
 
 
-def held_out_family(thing: Thing, found: list[Drawing]) -> str | None:
+def held_out_rendering(thing: str, styles: Collection[str]) -> str | None:
     """
-    The family whose drawings of this thing are held out: chosen by the thing's name, among those that leave two
-    others for training; None if there are fewer than three.
+    The style whose drawings of a thing are held out: chosen by the thing's name, among those of RENDERINGS whose
+    other rendering there is too; None if there is none.
     """
-    styles = {drawing.style for drawing in found}
-    families = [family for family, members in FAMILIES.items() if styles & set(members)]
-    if len(families) < 3:
+    candidates = [style for pair in RENDERINGS if set(pair) <= set(styles) for style in pair]
+    if not candidates:
         return None
-    digest = hashlib.sha256(thing.name.encode()).digest()
-    return families[digest[0] % len(families)]
+    return candidates[hashlib.sha256(thing.encode()).digest()[0] % len(candidates)]
 
 
 # --- photographs and footage -----------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
 """
-Train a small SigLIP with text: from packages to a checkpoint in the cache folder, in one command.
-
-Work in progress: what it gives recognises too little yet to be published.
+Train the embedded SigLIP: from packages to `models/neuroflow-siglip-small`, in one command.
 
     python -m recipes.siglip_small.train
 
 Composes pictures, computes the frozen tower's patch features once, then trains the pooling head, a small text tower,
 the scale and the bias with SigLIP's sigmoid loss (Zhai et al., 2023), every caption of a batch against every picture.
 So that a text tower can be had in minutes, two stages go before: the pooling head learns, by the same loss, against a
-vector for each fact; and the text tower learns to put a text where its facts are.
+vector for each fact, to name what is largest, and to look at what is in the picture rather than behind it; and the
+text tower learns to put a text where its facts are.
 
 Each step can be interrupted and is continued by the same command; the checkpoint appears whole, at the end.
 """
@@ -37,7 +36,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from neuroflow_hf.run import fingerprint
 from neuroflow_hf.tower import build_tower, default_tower_dir
-from neuroflow_hf.tower_head import pool
+from neuroflow_hf.tower_head import pool, probe_weights
 from neuroflow_hf.tower_weights import quiet_transformers
 
 from .captions import Caption, caption, name_caption, prompts
@@ -46,7 +45,7 @@ from .model import make_model, make_tokenizer
 from .sources import HERE, cache_folder, things
 
 NAME = "neuroflow-siglip-small"
-OUTPUT = cache_folder() / NAME  # under models/ once it is good enough to be published
+OUTPUT = HERE.parent.parent / "models" / NAME
 MATERIAL_FILES = ("sources.py", "facts.py", "compose.py", "things.csv", "photos.csv", "footage.csv")
 
 
@@ -63,18 +62,22 @@ class Recipe:
         named_captions: of these, so many name a thing at random, whatever the pictures show.
         learning_rate: of the text tower; a third of it of the pooling head, which is trained already, and ten times as
             much of scale and bias, which have far to go.
+        naming: weight, in the first stage, of the loss that has the largest drawing named among all things.
+        looking: weight, in the first stage, of the loss that draws the head's attention to the drawings.
         kept_patches: of each picture's patches, the share that the head sees in a step.
         seed: of the pictures, the weights, the order and the captions.
     """
 
-    pictures: int = 16384
-    fact_epochs: int = 32
+    pictures: int = 24576
+    fact_epochs: int = 16
     reading_steps: int = 600
     epochs: int = 4
     batch: int = 256
     captions: int = 128
     named_captions: int = 48
     learning_rate: float = 1e-3
+    naming: float = 25.0
+    looking: float = 1.0
     kept_patches: float = 0.5
     seed: int = 0
 
@@ -94,6 +97,23 @@ def sigmoid_loss(logits: Tensor, is_true: Tensor) -> Tensor:
     signs = torch.where(is_true, 1.0, -1.0)
     of_captions = -functional.logsigmoid(signs * logits).sum(0)
     return (of_captions / is_true.sum(0).clamp(min=1)).mean()
+
+
+def looking_loss(weights: Tensor, covered: Tensor) -> Tensor:
+    """
+    Minus the logarithm of the attention that falls on patches that drawings cover, at least in part.
+
+    Args:
+        weights: [P, n, heads], of the pooling head; sums to 1 over the patches.
+        covered: [P, n], each patch's share that drawings cover. Pictures without any do not count.
+
+    Returns:
+        The mean over pictures and heads; 0 if no picture has a drawing.
+    """
+    is_covered = (covered > 0.3).float()
+    seen = is_covered.sum(1) > 0
+    on_drawings = torch.einsum("pnh,pn->ph", weights, is_covered)[seen]
+    return -(on_drawings + 1e-6).log().mean() if seen.any() else weights.new_zeros(())
 
 
 def truth(pictures: list[frozenset[str]], captions: list[Caption]) -> Tensor:
@@ -161,6 +181,13 @@ class Facts(nn.Module):
         super().__init__()
         self.places = {name: place for place, name in enumerate(names)}
         self.vectors = nn.Parameter(vectors)
+        known = [thing.name for thing in things() if thing.name in self.places]
+        self.of_things = [self.places[name] for name in known]
+        self.numbers = {name: number for number, name in enumerate(known)}
+
+    def number_of_thing(self, name: str) -> int:
+        """Which of `of_things` is the fact that there is such a thing."""
+        return self.numbers[name]
 
     def target(self, facts: frozenset[str]) -> Tensor:
         """Where a text that asserts these facts should be: [D], the direction of their sum."""
@@ -206,6 +233,7 @@ def learn_facts(trained: "Trained", store: FeatureStore, recipe: Recipe) -> tupl
         The facts, and each epoch's mean loss.
     """
     facts, known, losses = begin_facts(trained, store), store.facts(), []
+    named = torch.tensor([facts.number_of_thing(placed[0].thing) if placed else -1 for placed in store.placed()])
     parts = ((recipe.learning_rate, trained.head), (5 * recipe.learning_rate, facts))
     groups = [{"params": list(module.parameters()), "lr": rate} for rate, module in parts]
     groups.append({"params": [trained.logit_scale, trained.logit_bias], "lr": 10 * recipe.learning_rate})
@@ -217,10 +245,14 @@ def learn_facts(trained: "Trained", store: FeatureStore, recipe: Recipe) -> tupl
         rng, total = np.random.default_rng((recipe.seed, 1, epoch)), 0.0
         for chosen in np.array_split(rng.permutation(len(known)), steps):
             chosen = np.sort(chosen)
-            images = trained.embed_pictures(some_patches(store, chosen, recipe, rng))
+            patches, covered = some_patches(store, chosen, recipe, rng)
+            weights = probe_weights(trained.head, patches)
+            images = functional.normalize(pool(trained.head, patches, weights), dim=-1)
             logits = trained.compare(images, functional.normalize(facts.vectors, dim=-1))
             is_true = facts.truth([known[place] for place in chosen])
             loss = functional.binary_cross_entropy_with_logits(logits, is_true.float(), reduction="sum") / len(chosen)
+            loss = loss + recipe.naming * naming_loss(logits[:, facts.of_things], named[chosen])
+            loss = loss + recipe.looking * looking_loss(weights, covered)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -229,6 +261,17 @@ def learn_facts(trained: "Trained", store: FeatureStore, recipe: Recipe) -> tupl
         losses.append(total / steps)
         print(f"facts, epoch {epoch + 1}: {losses[-1]:.2f}", flush=True)
     return facts, losses
+
+
+def naming_loss(logits: Tensor, named: Tensor) -> Tensor:
+    """
+    Cross entropy of the largest drawing's name among all things.
+
+    Args:
+        logits: [P, T], of pictures and things.
+        named: int64 [P], the place of the largest drawing's thing; -1 where there is no drawing, which does not count.
+    """
+    return functional.cross_entropy(logits, named, ignore_index=-1)
 
 
 def learn_to_read(trained: "Trained", facts: Facts, tokenizer, store: FeatureStore, recipe: Recipe) -> list[float]:
@@ -265,11 +308,14 @@ def learn_to_read(trained: "Trained", facts: Facts, tokenizer, store: FeatureSto
     return [float(np.mean(losses[first : first + 100])) for first in range(0, len(losses), 100)]
 
 
-def some_patches(store: FeatureStore, chosen: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> Tensor:
-    """Features [P, n, D] of the chosen pictures, of a random share of the patches."""
+def some_patches(
+    store: FeatureStore, chosen: np.ndarray, recipe: Recipe, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Features [P, n, D] of the chosen pictures, of a random share of the patches, and how far drawings cover them."""
     num_patches = store.features.shape[1]
     kept = rng.permutation(num_patches)[: round(recipe.kept_patches * num_patches)]
-    return torch.from_numpy(store.features[chosen][:, kept]).float()
+    found = (array[chosen][:, kept] for array in (store.features, store.covered))
+    return tuple(torch.from_numpy(part).float() for part in found)
 
 
 def draw_captions(facts: list[frozenset[str]], recipe: Recipe, rng: np.random.Generator) -> list[Caption]:
@@ -314,7 +360,7 @@ def train(model: SiglipModel, tokenizer, store: FeatureStore, recipe: Recipe, fo
             started, total = time.perf_counter(), 0.0
             for chosen in np.array_split(rng.permutation(len(facts)), steps):
                 chosen = np.sort(chosen)
-                batch = some_patches(store, chosen, recipe, rng)
+                batch, _ = some_patches(store, chosen, recipe, rng)
                 known = [facts[place] for place in chosen]
                 texts = draw_captions(known, recipe, rng)
                 input_ids = tokens_of(tokenizer, [text.text for text in texts])
@@ -365,8 +411,6 @@ def save_checkpoint(model: SiglipModel, tokenizer, folder: Path, record: dict) -
         model.half().save_pretrained(partial)
         processor.save_pretrained(partial)
         (Path(partial) / "recipe.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        if not (folder / "README.md").exists():
-            shutil.copyfile(HERE / "card.md", Path(partial) / "README.md")
         for path in sorted(Path(partial).iterdir()):
             shutil.move(path, folder / path.name)
 

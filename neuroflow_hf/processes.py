@@ -1,0 +1,52 @@
+"""Several processes on one job, as `accelerate launch` and `torchrun` start them; or one, started as usual."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class Processes:
+    """
+    This process among those of one job. Alone, nothing of accelerate is loaded, and everything returns what it is
+    given.
+
+    Attributes:
+        index, count: which process this is, of how many.
+        device: where accelerate wants this one to work; None if it is alone.
+    """
+
+    def __init__(self):
+        self.index, self.count = 0, 1
+        self.device: torch.device | None = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
+
+            state = PartialState()
+            self.index, self.count, self.device = state.process_index, state.num_processes, state.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.index == 0
+
+    def share(self, count: int) -> list[int]:
+        """The places, of so many, that are this process's: every `self.count`-th."""
+        return list(range(self.index, count, self.count))
+
+    def gather(self, items: Sequence[Any]) -> list[Any]:
+        """The items of all processes, on all of them."""
+        if self.count == 1:
+            return list(items)
+        from accelerate.utils import gather_object
+
+        return gather_object(list(items))
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value, on all of them."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]

@@ -1,0 +1,97 @@
+"""Prompts out of a file, or an error that names the line."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+TASKS = ("code", "structured", "prose")  # in this order where there are such
+OWN = "own"  # of prompts without a task
+ALL = "all"  # tasks together
+LINE = '{"prompt": "text", "task": "code"}'
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    A text to continue.
+
+    Args:
+        text: the prompt.
+        task: what it is counted under.
+    """
+
+    text: str
+    task: str = OWN
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """
+    The prompts of a file.
+
+    Args:
+        path: a `.jsonl` file with an object in each line, with `prompt`, and `task` if there are several (other names
+            are left alone); or a `.txt` file with a prompt in each line. Empty lines are skipped.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: if there is no such file.
+        ValueError: for another kind of file, one without prompts, and a line that is none; the message names file,
+            line and what was expected.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file of prompts, .jsonl or .txt.")
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file of prompts {path}.")
+    if path.suffix not in (".jsonl", ".txt"):
+        raise ValueError(
+            f"{path} ends in {path.suffix or 'nothing'!r}; expected .jsonl with lines such as {LINE}, or .txt with a "
+            "prompt in each line."
+        )
+    prompts = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            text = line.decode("utf-8").removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}).") from error
+        if text.strip():
+            prompts.append(Prompt(text) if path.suffix == ".txt" else parse_line(text, f"{path}, line {number}"))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; expected at least one line.")
+    return prompts
+
+
+def parse_line(text: str, where: str) -> Prompt:
+    """The prompt in a line of JSON; a ValueError that begins with `where` if there is none."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error}); expected an object such as {LINE}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: a {type(found).__name__}; expected an object such as {LINE}.")
+    prompt, task = found.get("prompt"), found.get("task", OWN)
+    for name, value in (("prompt", prompt), ("task", task)):
+        if not isinstance(value, str) or not value.strip():
+            said = "is missing" if name not in found else f"is {value!r}"
+            raise ValueError(f"{where}: `{name}` {said}; expected a text that is not empty, as in {LINE}.")
+    if task == ALL:
+        raise ValueError(f"{where}: `task` is {ALL!r}, which stands for all of them; expected another name.")
+    return Prompt(prompt, task)
+
+
+def order_tasks(tasks) -> list[str]:
+    """The tasks that there are, each once: the usual ones first, then the others as they come."""
+    found = list(dict.fromkeys(tasks))
+    return [task for task in TASKS if task in found] + [task for task in found if task not in TASKS]
+
+
+def first_of_each(prompts: list[Prompt], count: int | None) -> list[Prompt]:
+    """The first so many prompts of each task, in their order; all for None."""
+    if count is None:
+        return prompts
+    seen: dict[str, int] = {}
+    kept = []
+    for prompt in prompts:
+        seen[prompt.task] = seen.get(prompt.task, 0) + 1
+        if seen[prompt.task] <= count:
+            kept.append(prompt)
+    return kept
