@@ -42,7 +42,8 @@ def no_network_and_own_caches(tmp_path_factory):
         for config in (evaluate.config, datasets.config):
             patch.setattr(config, "HF_MODULES_CACHE", str(folder / "modules"), raising=False)
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", folder / "metrics")
-        patch.setattr(sys, "path", list(sys.path))
+        # other tests may have loaded a metric from another folder, which would be looked into first
+        patch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "evaluate_modules").is_dir()])
         patch.setattr(socket.socket, "connect", refuse)
         forget_modules()
         yield
