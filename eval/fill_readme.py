@@ -23,7 +23,6 @@ from neuroflow_hf import PRESETS
 from neuroflow_hf.drift_tables import readme_table
 
 ROOT = Path(__file__).parent.parent
-DRIFT = RESULTS / "token_drift.json"
 DIVERGENCES = ("within_rounding", "others")
 
 
@@ -301,8 +300,8 @@ def main(
     readme = fill_block(readme, "figures:run", run_table(summary))
     things = json.loads((labelled / "summary.json").read_text(encoding="utf-8"))
     readme = fill_block(readme, "figures:labels", labels_table(things))
-    if DRIFT.exists():
-        readme = fill_block(readme, "figures:drift", drift_block(json.loads(DRIFT.read_text(encoding="utf-8"))))
+    drift = json.loads((RESULTS / "token_drift.json").read_text(encoding="utf-8"))
+    readme = fill_block(readme, "figures:drift", drift_block(drift))
     write_json(RESULTS / "run.json", summary)
     write_json(RESULTS / "run_labels.json", things)
     if (RESULTS / "benchmark_lossless.json").exists():

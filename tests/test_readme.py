@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from fill_readme import (
-    DRIFT,
     controls_table,
     delays_table,
     drift_block,
@@ -47,7 +46,7 @@ def test_python_examples_run_and_say_true_shapes(checkout, capsys):
         (speed_table, "benchmark_vision"),
         (run_table, "run"),
         (labels_table, "run_labels"),
-        *([(drift_block, "token_drift")] if DRIFT.exists() else []),
+        (drift_block, "token_drift"),
     ],
 )
 def test_figures_are_those_of_the_results(table, result):
