@@ -17,7 +17,7 @@ import typer
 from benchmark_streams import WAYS
 from benchmark_vision import ratios
 from PIL import Image
-from report import RESULTS, fill_block, write_json, write_text
+from report import RESULTS, fill_block, write_json, write_whole
 
 from neuroflow_hf import PRESETS
 from neuroflow_hf.drift_tables import readme_table
@@ -313,7 +313,7 @@ def main(
         sheet = Image.open(folder / "contact_sheet.png").convert("RGB")
         sheet.save(pictures / f"{name}.jpg", quality=85, optimize=True)
     Image.open(run / "plot.png").convert("RGB").quantize(256).save(pictures / "plot.png", optimize=True)
-    write_text(ROOT / "README.md", readme)
+    write_whole(ROOT / "README.md", readme)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import torch
 import transformers
 import typer
 from ngrams import NGrams
-from report import RESULTS, percentile, provenance, write_json, write_text
+from report import RESULTS, percentile, provenance, write_json, write_whole
 from rich.console import Console
 from rich.progress import track
 from transformers import AutoTokenizer, Phi3ForCausalLM
@@ -298,7 +298,7 @@ def main(
     write_json(output, report)
     if card:
         recipe = json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
-        write_text(checkpoint / "README.md", make_card(report, recipe))
+        write_whole(checkpoint / "README.md", make_card(report, recipe))
     console.print_json(json.dumps({name: report[name] for name in ("perplexity", "functions", "words", "drafts")}))
 
 

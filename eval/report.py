@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: percentiles, where a figure comes from, and writing whole files."""
+"""What the scripts of this folder share: percentiles, where a figure comes from, and filling figures into texts."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import neuroflow_hf
+from neuroflow_hf.provenance import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,15 +37,7 @@ def provenance() -> dict:
 
 def write_json(path: Path, report: dict):
     """Write a report, whole or not at all."""
-    write_text(path, json.dumps(report, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str):
-    """Write a text file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(report, indent=2) + "\n")
 
 
 def fill_block(text: str, name: str, content: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from report import RESULTS, fill_block, provenance, write_json, write_text
+from report import RESULTS, fill_block, provenance, write_json, write_whole
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
@@ -202,7 +202,7 @@ def main(
         "recipe_torch_threads": built["torch_threads"],
     }
     write_json(RESULT, result)
-    write_text(CARD, fill_block(CARD.read_text(encoding="utf-8"), "figures", figures_block(result)))
+    write_whole(CARD, fill_block(CARD.read_text(encoding="utf-8"), "figures", figures_block(result)))
     print(figures_block(result))
 
 

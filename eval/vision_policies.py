@@ -39,7 +39,7 @@ import typer
 from clips import NAMES, Clip, load_clips
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from report import RESULTS, provenance, write_text
+from report import RESULTS, provenance, write_whole
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -966,7 +966,7 @@ def main(
         "clip_columns": CLIP_COLUMNS,
     }
     clip_rows = [clip_row(method, result) for method, found in results.items() for result in found]
-    write_text(output, report_text(report, {"pooled": rows, "clips": clip_rows}))
+    write_whole(output, report_text(report, {"pooled": rows, "clips": clip_rows}))
 
     over_all = [row for row in rows if row["clips"] == "all"]
     equal_cost = [row for row in over_all if row["equal"] == "cost"]

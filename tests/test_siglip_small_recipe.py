@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import SiglipModel
 
+from recipes import packages
 from recipes.siglip_small import sources
 from recipes.siglip_small.captions import HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, Caption, caption, phrase, prompts
 from recipes.siglip_small.compose import SIDE, Material, compose, tinted
@@ -231,17 +232,17 @@ def test_features_continue_where_they_stopped(tmp_path, material):
         FeatureStore(tmp_path, SHARD, (4, 3))
 
 
-def test_a_file_with_another_hash_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "cache_folder", lambda: tmp_path)
-    (tmp_path / "sources").mkdir()
-    (tmp_path / "sources" / "x.tgz").write_bytes(b"other")
-    package = sources.Package(("npm",), "x.tgz", "0" * 64, "", "")
+def test_a_file_with_another_hash_is_refused(tmp_path):
+    (tmp_path / "x.tgz").write_bytes(b"other")
     with pytest.raises(ValueError, match="SHA-256"):
-        sources.fetch(package)
+        packages.fetch(packages.Package(("npm",), "x.tgz", "0" * 64), tmp_path)
 
 
-def test_a_registrys_client_that_is_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "cache_folder", lambda: tmp_path)
-    package = sources.Package(("no-such-client", "pack"), "x.tgz", "0" * 64, "", "")
+def test_a_registrys_client_that_is_missing_is_named(tmp_path):
     with pytest.raises(RuntimeError, match="no-such-client"):
-        sources.fetch(package)
+        packages.fetch(packages.Package(("no-such-client", "pack"), "x.tgz", "0" * 64), tmp_path)
+
+
+def test_every_package_is_one_of_a_registry_that_is_known():
+    assert len(sources.EMOJI) + len(sources.DEBIAN) == len(sources.ROWS)
+    assert sources.EMOJI["noto"].filename == f"iconify-json-noto-{sources.ROWS[0]['version']}.tgz"

@@ -55,7 +55,9 @@ def make_model(tower: SiglipVisionModel, tokenizer: PreTrainedTokenizerFast, see
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    model = SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=tower.config.to_dict()))
+    vision = tower.config.to_dict()
+    vision.pop("_name_or_path", None)  # the tower's folder on this machine
+    model = SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision))
     model.vision_model.load_state_dict(tower.state_dict())
     with torch.no_grad():
         model.logit_scale.fill_(torch.tensor(20.0).log())

@@ -11,10 +11,7 @@ import hashlib
 import io
 import json
 import re
-import shutil
-import subprocess
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -29,40 +26,11 @@ from eval.clips import RECORDINGS
 from neuroflow_hf.tower import default_tower_dir
 from neuroflow_hf.tower_wheels import WHEELS, WheelPin, fetch_wheel
 
+from ..packages import Package, debian_package, fetch, npm_package, open_debian
+
 HERE = Path(__file__).parent
 DRAWING_SIDE = 224
 HELD_OUT_STYLE = "openmoji"
-
-
-@dataclass(frozen=True)
-class Package:
-    """
-    A package of a registry that is no Python index.
-
-    Attributes:
-        command: what downloads it into the working directory, by a client of that registry.
-        filename: of the file that the command leaves.
-        sha256: of that file.
-        licence, author: whom to credit.
-    """
-
-    command: tuple[str, ...]
-    filename: str
-    sha256: str
-    licence: str
-    author: str
-
-
-def npm_package(name: str, version: str, **credit: str) -> Package:
-    """An emoji family of npm's `@iconify-json`."""
-    command = ("npm", "pack", "--silent", f"@iconify-json/{name}@{version}")
-    return Package(command, f"iconify-json-{name}-{version}.tgz", **credit)
-
-
-def debian_package(name: str, version: str, **credit: str) -> Package:
-    """A package for all architectures of Debian 12."""
-    command = ("apt-get", "download", "-q", f"{name}={version}")
-    return Package(command, f"{name}_{version.replace(':', '%3a')}_all.deb", **credit)
 
 
 def read_table(name: str) -> list[dict[str, str]]:
@@ -71,11 +39,17 @@ def read_table(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-PACKAGES = {"npm": {}, "debian": {}}
-for row in read_table("packages.csv"):
-    make = npm_package if (registry := row.pop("registry")) == "npm" else debian_package
-    PACKAGES[registry][row["name"]] = make(**row)
-EMOJI, DEBIAN = PACKAGES["npm"], PACKAGES["debian"]
+ROWS = read_table("packages.csv")
+EMOJI = {
+    row["name"]: npm_package(f"@iconify-json/{row['name']}", row["version"], row["sha256"])
+    for row in ROWS
+    if row["registry"] == "npm"
+}
+DEBIAN = {
+    row["name"]: debian_package(row["name"], row["version"], row["sha256"])
+    for row in ROWS
+    if row["registry"] == "debian"
+}
 
 # Two renderings of the same emoji each. One of them may be held out where the other one is in training.
 RENDERINGS = (("noto", "noto-v1"), ("fluent-emoji", "fluent-emoji-flat"), ("emojione", "emojione-v1"))
@@ -105,46 +79,9 @@ def cache_folder() -> Path:
     return default_tower_dir().parent
 
 
-def fetch(package: Package) -> Path:
-    """
-    The checked file of a package; if it is not there, it is downloaded, which is said on stderr.
-
-    Raises:
-        RuntimeError: the registry's client is missing, or could not download it.
-        ValueError: the file has another SHA-256 than the pin.
-    """
-    folder = cache_folder() / "sources"
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / package.filename
-    if not kept.is_file():
-        Console(stderr=True).print(f"Downloading {package.filename}, to keep in {folder}")
-        client = package.command[0]
-        if shutil.which(client) is None:
-            raise RuntimeError(
-                f"`{client}` is needed to download {package.filename}, and is not here. Install it, or put the file "
-                f"into {folder}."
-            )
-        with tempfile.TemporaryDirectory(dir=folder) as partial:
-            ended = subprocess.run(package.command, cwd=partial, capture_output=True, text=True, check=False)
-            downloaded = Path(partial) / package.filename
-            if ended.returncode != 0 or not downloaded.is_file():
-                said = (ended.stderr.strip().splitlines() or ["nothing"])[-1]
-                raise RuntimeError(
-                    f"`{' '.join(package.command)}` did not give {package.filename}. Put the file into {folder} by "
-                    f"other means, or run the client's update first (`apt-get update`). It said: {said}"
-                )
-            check(downloaded, package.sha256)
-            downloaded.replace(kept)
-    return check(kept, package.sha256)
-
-
-def check(path: Path, sha256: str) -> Path:
-    """`path`; ValueError unless the file has that SHA-256."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path} has the SHA-256 {found}; expected {sha256}. Delete it and run again.")
-    return path
+def package_file(package: Package) -> Path:
+    """The checked file of a package, downloaded if it is not there."""
+    return fetch(package, cache_folder() / "sources")
 
 
 @functools.cache
@@ -157,23 +94,10 @@ def wheel_pins() -> dict[str, WheelPin]:
 def read_member(package: str, member: str) -> bytes:
     """A file out of a Debian package or a wheel, by the package's name."""
     if package in DEBIAN:
-        with open_debian(package) as archive:
+        with open_debian(package_file(DEBIAN[package])) as archive:
             return archive.extractfile(member).read()
     with zipfile.ZipFile(fetch_wheel(wheel_pins()[package], cache_folder() / "wheels", Console(stderr=True))) as wheel:
         return wheel.read(member)
-
-
-def open_debian(name: str) -> tarfile.TarFile:
-    """The files of a Debian package, an `ar` archive whose last member is a compressed tar archive."""
-    content = fetch(DEBIAN[name]).read_bytes()
-    place = 8  # after the magic
-    while place < len(content):
-        member, size = content[place : place + 16].decode().strip(), int(content[place + 48 : place + 58])
-        place += 60
-        if member.startswith("data.tar"):
-            return tarfile.open(fileobj=io.BytesIO(content[place : place + size]))
-        place += size + size % 2
-    raise ValueError(f"{DEBIAN[name].filename} holds no data.")
 
 
 # --- things and their drawings ---------------------------------------------------------------------------------------
@@ -214,7 +138,7 @@ def things() -> tuple[Thing, ...]:
 
 def emoji_svgs(style: str) -> dict[str, str]:
     """All drawings of an emoji family as SVG, by name."""
-    with tarfile.open(fetch(EMOJI[style])) as archive:
+    with tarfile.open(package_file(EMOJI[style])) as archive:
         icons = json.load(archive.extractfile("package/icons.json"))
     width, height = icons.get("width", 16), icons.get("height", 16)
 
@@ -232,7 +156,7 @@ def clip_art_svgs() -> dict[str, list[str]]:
     """Clip art by the thing that its file is named after."""
     names = {name: thing.name for thing in things() for name in (thing.name, thing.plural, *thing.synonyms)}
     found: dict[str, dict[str, str]] = {}
-    with open_debian(CLIP_ART) as archive:
+    with open_debian(package_file(DEBIAN[CLIP_ART])) as archive:
         for member in archive:
             path = member.name.removeprefix(CLIP_ART_FOLDER)
             if not path.endswith(".svg") or not member.isfile() or path.startswith(CLIP_ART_LEFT_OUT):
@@ -361,7 +285,7 @@ def photos() -> Iterator[Photo]:
         package = row["package"]
         if package in DEBIAN:
             if package not in archives:
-                archives[package] = open_debian(package)
+                archives[package] = open_debian(package_file(DEBIAN[package]))
             content = archives[package].extractfile(row["member"]).read()
         else:
             content = read_member(package, row["member"])
