@@ -27,7 +27,8 @@ class NeuroFlowLosslessConfig:
             `{"target": "block", "threshold": -1}` and, for `cache_layers`, the second half of the layers but the last.
             More layers make a draft cheaper and worse. Whole layers on every step, as by default, are passed over and
             cost nothing; with other targets, thresholds or guards they still write keys and values, and on a small
-            model save next to nothing. The configuration's own `bypass` plays no part.
+            model save next to nothing. The configuration's own `bypass` plays no part; its `lossless` may hold these
+            options, for a checkpoint that was trained to draft with few layers.
         reuse (`bool`, defaults to `True`):
             Whether a draft changes the hidden states by as much as the layers passed over last changed them. False
             leaves those layers out, as a model expects that was trained with layer dropout: try it there, above all
@@ -65,9 +66,9 @@ class NeuroFlowLosslessConfig:
             )
 
     @classmethod
-    def from_options(cls, options: dict | bool) -> "NeuroFlowLosslessConfig":
+    def from_options(cls, options: dict | bool, own: dict | None = None) -> "NeuroFlowLosslessConfig":
         """
-        The options of a call; True for the defaults.
+        The options of a call, laid over a checkpoint's `own`; True for these alone.
 
         Raises:
             ValueError: for an option that does not exist, a value of the wrong type or outside its range.
@@ -77,7 +78,7 @@ class NeuroFlowLosslessConfig:
             options = {}
         if not isinstance(options, dict):
             raise TypeError(f"`lossless` is {options!r}; expected a dict of options, or True.")
-        return make_options(cls, "lossless", options)
+        return make_options(cls, "lossless", {**(own or {}), **options})
 
     def to_dict(self) -> dict:
         """All options as plain values."""

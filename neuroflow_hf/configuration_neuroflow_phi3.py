@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import Phi3Config
 
 from .configuration_neuroflow_bypass import NeuroFlowBypassConfig
+from .configuration_neuroflow_lossless import NeuroFlowLosslessConfig
 
 
 @strict
@@ -19,14 +20,19 @@ class NeuroFlowPhi3Config(Phi3Config):
             Options of [`NeuroFlowBypassConfig`] that differ from its defaults, such as
             `{"gate_layer": 1, "cache_layers": [24], "threshold": 0.65}`; `{}` for all defaults. None, the default: the
             model is Phi-3. A stored model keeps them; a call can lay others over them, `generate(..., bypass={...})`.
+        lossless (`dict`, *optional*):
+            Options of [`NeuroFlowLosslessConfig`] that differ from its defaults, above all which layers this
+            checkpoint's drafts do without: `{"bypass": {"cache_layers": [8, 9, 10]}}`. Used by
+            `generate(..., lossless=True)`; a call can lay others over them, `generate(..., lossless={...})`.
 
     Raises:
-        ValueError: for a bypass option that does not exist or is out of range, and for a layer that does not exist.
+        ValueError: for a bypass or lossless option that does not exist or is out of range, and for a layer that does not exist.
     """
 
     model_type = "neuroflow_phi3"
 
     bypass: dict | None = None
+    lossless: dict | None = None
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -41,6 +47,8 @@ class NeuroFlowPhi3Config(Phi3Config):
     def __setattr__(self, name, value):
         if name == "bypass":
             value = checked_bypass(value, self.num_hidden_layers)
+        if name == "lossless":
+            value = checked_lossless(value, self.num_hidden_layers)
         super().__setattr__(name, value)
 
     def __post_init__(self, **kwargs):
@@ -53,6 +61,15 @@ def checked_bypass(options: dict | None, num_layers: int) -> dict | None:
     if not isinstance(options, dict):
         return options
     resolved = NeuroFlowBypassConfig.from_options(options).resolve(num_layers)
+    return {name: getattr(resolved, name) for name in options}
+
+
+def checked_lossless(options: dict | None, num_layers: int) -> dict | None:
+    """A copy of the options of lossless generation, all known and in range; what is no dict is left to the check."""
+    if not isinstance(options, dict):
+        return options
+    resolved = NeuroFlowLosslessConfig.from_options(options)
+    resolved.draft_bypass(num_layers)
     return {name: getattr(resolved, name) for name in options}
 
 

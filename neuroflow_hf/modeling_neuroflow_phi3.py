@@ -256,8 +256,8 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
 
         Args:
             lossless (`dict` or `bool`, *optional*):
-                Options of [`NeuroFlowLosslessConfig`], or True for the defaults: greedy generation whose next tokens
-                are guessed and then checked by the dense model, all in one cache. The text is that of dense greedy
+                Options of [`NeuroFlowLosslessConfig`] that differ from the configuration's own, or True for these:
+                greedy generation whose next tokens are guessed and then checked by the dense model, all in one cache. The text is that of dense greedy
                 generation, but for steps at which the first two logits differ by no more than rounding. With
                 `return_dict_in_generate`, a [`NeuroFlowLosslessOutput`] with counts.
 
@@ -267,7 +267,7 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         """
         if lossless is None or lossless is False:
             return super().generate(*args, **kwargs)
-        options = NeuroFlowLosslessConfig.from_options(lossless)
+        options = NeuroFlowLosslessConfig.from_options(lossless, self.config.lossless)
         for name in ("custom_generate", "assistant_model"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` and `lossless` are two ways to decode; pass one of them.")

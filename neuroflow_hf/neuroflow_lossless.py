@@ -97,7 +97,7 @@ class Sequence:
     def forward(self, inputs: dict, keep: int, bypass) -> torch.Tensor:
         """The logits of the last `keep` tokens fed, [keep, V]."""
         if self.changes is not None:
-            self.changes.count = keep
+            self.changes.begin()
             inputs["bypass_step"] = self.changes
         output = self.model(
             past_key_values=self.cache, use_cache=True, logits_to_keep=keep, bypass=bypass, return_dict=True, **inputs

@@ -72,6 +72,21 @@ def test_the_text_is_that_of_dense_generation(kind, drafter, draft_length):
         assert counts.draft_steps == counts.drafted["bypass"] > 0
 
 
+def test_a_checkpoint_has_options_of_its_own():
+    _, ours = models("plain")
+    own = {"drafter": "bypass", "draft_length": 2, "min_confidence": 0.0, "bypass": {"cache_layers": [1, 2]}}
+    model = type(ours)(type(ours.config)(**{**ours.config.to_dict(), "lossless": own})).eval()
+    model.load_state_dict(ours.state_dict())
+    ids, options = random_ids(1, 6, seed=3), {"max_new_tokens": 12, "return_dict_in_generate": True}
+    assert set(model.generate(ids, lossless=True, **options).lossless.drafted) == {"bypass"}
+    assert set(model.generate(ids, lossless={"drafter": "none"}, **options).lossless.drafted) == set()
+    assert model.generate(ids, lossless={"draft_length": 1}, **options).lossless.drafts > 0
+    with pytest.raises(ValueError, match="draft_lenght"):
+        type(ours.config)(lossless={"draft_lenght": 2})
+    with pytest.raises(ValueError, match="cache_layers|layer 99"):
+        type(ours.config)(num_hidden_layers=4, lossless={"bypass": {"cache_layers": [99]}})
+
+
 class Scripted:
     """Drafts from a script, in the place of `Drafts`."""
 

@@ -30,6 +30,7 @@ def model_config(vocabulary: int, width: int = 128, layers: int = 12) -> Phi3Con
         embd_pdrop=0.0,
         attention_dropout=0.0,
         sliding_window=None,
+        lossless={"bypass": {"cache_layers": list(drafting_layers(layers))}},
     )
 
 
@@ -45,8 +46,8 @@ def make_model(vocabulary: int, seed: int, width: int = 128, layers: int = 12) -
 
 
 def drafting_layers(layers: int) -> range:
-    """The layers that a draft bypasses: the second half but the last, as in `NeuroFlowLosslessConfig`."""
-    return range(layers // 2, layers - 1)
+    """The layers that a draft bypasses: all after the first quarter but the last; the configuration says so."""
+    return range(layers // 4, layers - 1)
 
 
 def anchors(length: int, period: int, start: int) -> torch.Tensor:
