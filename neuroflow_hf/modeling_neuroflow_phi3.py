@@ -257,9 +257,9 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         Args:
             lossless (`dict` or `bool`, *optional*):
                 Options of [`NeuroFlowLosslessConfig`] that differ from the configuration's own, or True for these:
-                greedy generation whose next tokens are guessed and then checked by the dense model, all in one cache. The text is that of dense greedy
-                generation, but for steps at which the first two logits differ by no more than rounding. With
-                `return_dict_in_generate`, a [`NeuroFlowLosslessOutput`] with counts.
+                greedy generation whose next tokens are guessed and then checked by the dense model, all in one cache.
+                The text is that of dense greedy generation, but for steps at which the first two logits differ by no
+                more than rounding. With `return_dict_in_generate`, a [`NeuroFlowLosslessOutput`] with counts.
 
         Raises:
             ValueError: with `lossless`, for sampling, beams, several sequences, and caches that cannot be cropped;

@@ -83,7 +83,7 @@ def test_a_checkpoint_has_options_of_its_own():
     assert model.generate(ids, lossless={"draft_length": 1}, **options).lossless.drafts > 0
     with pytest.raises(ValueError, match="draft_lenght"):
         type(ours.config)(lossless={"draft_lenght": 2})
-    with pytest.raises(ValueError, match="cache_layers|layer 99"):
+    with pytest.raises(ValueError, match="99"):
         type(ours.config)(num_hidden_layers=4, lossless={"bypass": {"cache_layers": [99]}})
 
 

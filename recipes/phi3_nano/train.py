@@ -149,6 +149,7 @@ class NextTokenLoss(nn.Module):
                 layer.compile(dynamic=False)
 
     def forward(self, rows: Tensor) -> Tensor:
+        """The loss of rows, int64 [B, T]."""
         hidden = self.model.model(input_ids=rows, use_cache=False).last_hidden_state
         return self.cross_entropy(hidden[:, :-1], self.model.lm_head.weight, rows[:, 1:])
 
