@@ -26,8 +26,8 @@ class NeuroFlowPhi3Config(Phi3Config):
             `generate(..., lossless=True)`; a call can lay others over them, `generate(..., lossless={...})`.
 
     Raises:
-        ValueError: for a bypass or lossless option that does not exist or is out of range, and for a layer that does not
-            exist.
+        ValueError: for a bypass or lossless option that does not exist or is out of range, and for a layer that does
+            not exist.
     """
 
     model_type = "neuroflow_phi3"
