@@ -9,7 +9,7 @@ Questions, each beside its trivial controls, and all on files that are in no tra
   counted on the same training texts. Windows of 512 tokens, each predicted from its own beginning; intervals are 95 %,
   from a bootstrap over files.
 - Of 100 held-out beginnings of functions (decorators, signature, docstring or first statement), how many does
-  decoding, greedy and at a low temperature, complete so that `ast.parse` accepts the text when it is cut at the last
+  decoding, greedy, greedy without repeating NO_REPEAT tokens, and at a low temperature, complete so that `ast.parse` accepts the text when it is cut at the last
   complete statement, one that the completion itself began? That is kind: one good statement suffices, whatever
   follows. So also: of how many is all that was generated the valid beginning of a Python file? The control draws
   completions from the trigram model.
@@ -54,6 +54,7 @@ CHECKPOINT = ROOT / "models" / "neuroflow-phi3-nano"
 WINDOW, WINDOWS = 512, 4  # tokens; of a file, from its beginning, at most
 SEED = 1
 FUNCTIONS, NEW_TOKENS = 100, 160
+NO_REPEAT = 12  # tokens in a row that may not come twice: so small a model repeats itself for ever
 TEMPERATURE, COOL = 0.7, 0.4  # of prose, of code
 BATCH = 20
 
@@ -274,6 +275,9 @@ def main(
     cool = {"do_sample": True, "temperature": COOL, "top_k": 0}
     report["functions"] = {
         "model, greedy": judge_functions(functions, generate(model, tokenizer, functions, do_sample=False)),
+        f"model, greedy, no {NO_REPEAT} tokens twice": judge_functions(
+            functions, generate(model, tokenizer, functions, do_sample=False, no_repeat_ngram_size=NO_REPEAT)
+        ),
         f"model, temperature {COOL}": judge_functions(functions, generate(model, tokenizer, functions, **cool)),
         "*control:* trigram, drawn": judge_functions(functions, ngram_texts(ngrams["trigram"], tokenizer, functions)),
     }

@@ -10,7 +10,6 @@ they choose by the nearest mean, by logistic regression, and by a network with a
 training pictures, and asked for the held-out renderings and for new pictures of training drawings, beside the model
 itself, on the same pictures: those of a single thing that covers at least 15 % of the frame.
 
-And how much do more drawings help? The same, from pictures of a part of each thing's drawings, with as many pictures
 And how much do more drawings help? The same, from pictures of a part of the drawings, with as many pictures each time.
 """
 

@@ -20,7 +20,7 @@ from recipes.phi3_nano.sources import Document
 from recipes.phi3_nano.split import MOST_SHARED, shared_share, shingles, split
 from recipes.phi3_nano.structured import compat_texts, definition_texts, metadata_texts, toml_tables
 from recipes.phi3_nano.tokenizer import END_OF_TEXT, train_tokenizer
-from recipes.phi3_nano.train import NextTokenLoss, Recipe, draw_rows, make_optimizers, reused_rows, train
+from recipes.phi3_nano.train import NextTokenLoss, Recipe, can_compile, draw_rows, make_optimizers, reused_rows, train
 
 HEAD = 'def double(values):\n    """Twice of each."""'
 
@@ -295,6 +295,27 @@ def test_the_loss_is_that_of_transformers():
     model, rows = make_model(100, 0, 32, 4).eval(), torch.randint(100, (2, 9))
     torch.testing.assert_close(NextTokenLoss(model)(rows), model(input_ids=rows, labels=rows).loss)
     assert isinstance(model, Phi3ForCausalLM)
+
+
+@pytest.mark.skipif(not can_compile(), reason="compiling takes a C++ compiler")
+def test_the_compiled_loss_is_the_same_whatever_is_reused():
+    def make(compiled):
+        model = make_model(100, 0, 32, 4)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for value in model.parameters():
+                value.normal_(std=0.2)
+        return Reuse(model), NextTokenLoss(model, compiled)
+
+    (reuse, loss), (of_compiled, compiled_loss) = make(False), make(True)
+    rows, found = torch.randint(100, (4, 32)), []
+    for period, start in ((3, 0), (5, 1), (7, 3)):
+        index = anchors(32, period, start)
+        with reuse.of(2, index), of_compiled.of(2, index):
+            expected, same = loss(rows), compiled_loss(rows)
+        torch.testing.assert_close(same, expected, rtol=1e-5, atol=1e-5)
+        found.append(round(expected.item(), 4))
+    assert len({*found, round(loss(rows).item(), 4)}) == 4  # each of them, and none, is something else
 
 
 # --- prompts and judging ---------------------------------------------------------------------------------------------
