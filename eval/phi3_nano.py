@@ -9,10 +9,10 @@ Questions, each beside its trivial controls, and all on files that are in no tra
   counted on the same training texts. Windows of 512 tokens, each predicted from its own beginning; intervals are 95 %,
   from a bootstrap over files.
 - Of 100 held-out beginnings of functions (decorators, signature, docstring or first statement), how many does
-  decoding, greedy, greedy without repeating NO_REPEAT tokens, and at a low temperature, complete so that `ast.parse` accepts the text when it is cut at the last
-  complete statement, one that the completion itself began? That is kind: one good statement suffices, whatever
-  follows. So also: of how many is all that was generated the valid beginning of a Python file? The control draws
-  completions from the trigram model.
+  decoding complete so that `ast.parse` accepts the text when it is cut at the last complete statement, one that the
+  completion itself began? Decoding is greedy; greedy, but with no NO_REPEAT tokens in a row twice; or drawn at a low
+  temperature. That is kind: one good statement suffices, whatever follows. So also: of how many is all that was
+  generated the valid beginning of a Python file? The control draws completions from the trigram model.
 - Which share of the words in its prose, drawn at a low temperature, is in a word list? The controls are the held-out
   texts themselves and the trigram model.
 - What is left with layers skipped, and how many bypassed drafts come true in lossless generation?

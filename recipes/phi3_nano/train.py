@@ -145,6 +145,7 @@ class NextTokenLoss(nn.Module):
         self.model = model
         self.cross_entropy = torch.compile(logits_and_loss, dynamic=False) if compiled else logits_and_loss
         if compiled:
+            torch._dynamo.config.recompile_limit = 4 * len(model.model.layers)  # each layer reuses in a way of its own
             for layer in model.model.layers:
                 layer.compile(dynamic=False)
 
