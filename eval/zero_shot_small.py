@@ -6,7 +6,8 @@ What the embedded SigLIP recognises: zero-shot top-1 on composed pictures that i
 Question: asked for one of all the things that it was trained on, does the model name a picture's largest drawing?
 Pictures are composed as in training, of held-out renderings (for each thing, one family of drawings is in no training
 picture), before held-out photographs; and of a style of which nothing was in training (OpenMoji). Beside them the
-training's renderings, pictures in grey, pictures whose patches are shuffled, and chance. Intervals are Wilson's, 95 %.
+training's renderings, pictures in grey, pictures whose patches are shuffled, and chance. And, told what the largest
+drawing is: where is it, and of how many alike, beside the most frequent answer. Intervals are Wilson's, 95 %.
 Runs in bfloat16.
 Writes `eval/results/zero_shot_small.json` and fills the card's figures.
 """
@@ -32,8 +33,16 @@ sys.path.insert(0, str(ROOT))  # recipes/ is no part of the package
 
 from neuroflow_hf.intervals import wilson  # noqa: E402
 from neuroflow_hf.tower_head import to_pixels  # noqa: E402
-from recipes.siglip_small.captions import HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, prompts  # noqa: E402
+from recipes.siglip_small.captions import (  # noqa: E402
+    HELD_OUT_PHRASINGS,
+    NUMBERS,
+    PLACE_WORDS,
+    TRAINING_PHRASINGS,
+    prompts,
+    with_article,
+)
 from recipes.siglip_small.compose import Material, Picture, compose, load_material  # noqa: E402
+from recipes.siglip_small.facts import place_of  # noqa: E402
 from recipes.siglip_small.sources import things  # noqa: E402
 
 CHECKPOINT = ROOT / "models" / "neuroflow-siglip-small"
@@ -130,6 +139,44 @@ def breakdown(pictures: Sequence[Picture], right: list[bool]) -> dict:
     return {"by size": sizes, "by number": numbers}
 
 
+def place_texts(thing) -> dict[str, str]:
+    """By place, a text that puts a thing there."""
+    return {place: f"{with_article(thing.name, thing)} {words[0]}" for place, words in PLACE_WORDS.items()}
+
+
+def number_texts(thing) -> dict[str, str]:
+    """By number, a text of so many."""
+    return {1: f"one {thing.name}", **{number: f"{word} {thing.plural}" for number, word in NUMBERS.items()}}
+
+
+def details(pictures: Sequence[Picture], images: torch.Tensor, texts_of: Callable, truth_of: Callable, embed_texts):
+    """
+    Of the pictures of one thing, of how many the detail is told right that `truth_of(picture)` says (None: not asked),
+    out of `texts_of(thing)`; and the control, the most frequent one always.
+
+    Args:
+        images: unit embeddings [P, D].
+        embed_texts: list of texts to unit embeddings.
+    """
+    by_name = {thing.name: thing for thing in things()}
+    right, truths = [], []
+    for picture, image in zip(pictures, images, strict=True):
+        truth = truth_of(picture) if len({item.thing for item in picture.placed}) == 1 else None
+        if truth is None:
+            continue
+        texts = texts_of(by_name[picture.placed[0].thing])
+        answers = list(texts)
+        right.append(answers[int((embed_texts(list(texts.values())) @ image).argmax())] == truth)
+        truths.append(truth)
+    most = max(Counter(truths).values(), default=0)
+    return {**accuracy(right), "most frequent": most / max(1, len(truths))}
+
+
+def place_in(picture: Picture) -> str | None:
+    """Where a single drawing is, if it is clearly there."""
+    return place_of(picture.placed[0]) if len(picture.placed) == 1 else None
+
+
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
     pictures: Annotated[int, typer.Option(help="Held-out pictures; half as many of the others.")] = 1600,
@@ -187,6 +234,15 @@ def main(
         report["others"][name] = accuracy(large(found, is_right(found, named(here, ensemble, names))))
     report["others"]["*control:* chance"] = {"top1": 1 / len(names)}
 
+    def embed_texts(found):
+        return text_embeddings(model, tokenizer, found)
+
+    report["details"] = {
+        "where it is, of five places": details(held_out, embedded, place_texts, place_in, embed_texts),
+        "whether there are one, two or three": details(
+            held_out, embedded, number_texts, lambda picture: min(3, len(picture.placed)), embed_texts
+        ),
+    }
     missed = Counter(
         (picture.placed[0].thing, answer[0])
         for picture, answer, ok in zip(held_out, answers, of_ensemble, strict=True)
@@ -239,6 +295,14 @@ def card_tables(report: dict) -> str:
         "| in the picture | top-1 | pictures |",
         "|---|---|---|",
         *(row(name, found) for name, found in report["by number"].items()),
+        "",
+        "| held-out pictures, told what it is | right | most frequent answer | pictures |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {found['top1']:.1%} ({found['interval'][0]:.1%} to {found['interval'][1]:.1%}) | "
+            f"{found['most frequent']:.1%} | {found['pictures']} |"
+            for name, found in report["details"].items()
+        ),
         "",
         f"Five held-out phrasings together; one at a time {min(held_out):.1%} to {max(held_out):.1%}, those of "
         f"training {min(known):.1%} to {max(known):.1%}, `{PIPELINE_PHRASING}` (the pipeline's) "
