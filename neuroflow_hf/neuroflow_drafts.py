@@ -10,8 +10,11 @@ MEMORY = 0.9  # the weight of what was observed before, with every new observati
 PRIOR_SHARE, PRIOR_WEIGHT = 0.7, 2.0  # of guesses that come true, until some were observed
 LOOKUP_PRIORS = {1: 0.4, 2: 0.6}  # the same for lookups, by how many tokens were found; of more, as above
 PRIOR_DRAFTING = 0.6  # seconds that a step of drafting takes, over a dense one's, until one was observed
+PRIOR_CHECKING = {2: 1.1, 10: 1.5}  # the same of dense forwards over so many tokens, until some were observed
 HICCUP = 3.0  # what takes longer than this many times the mean was interrupted by something else
-WORTH = 1.1  # times the plain speed that must be expected of a draft: less is within what clocks and shares can tell
+WORTH = (
+    1.1  # times another choice's speed that must be expected of one: less is within what clocks and shares can tell
+)
 FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # tokens without a guess, where guessing does not pay
 
 
@@ -88,9 +91,13 @@ class Pace:
     """
     Seconds that a dense forward over n tokens takes, and one step of drafting. The step from one token to two is one
     of its own (masks, other kernels), and each further token adds little, so those over several lie on a line.
+
+    Args:
+        prior_drafting: seconds of a step of drafting over a dense one's, until one was observed.
     """
 
-    def __init__(self):
+    def __init__(self, prior_drafting: float = PRIOR_DRAFTING):
+        self.prior_drafting = prior_drafting
         self.plain_steps = 0
         self.single: float | None = None
         self.several = Line()
@@ -103,8 +110,7 @@ class Pace:
             first = self.plain_steps <= 2
             self.single = min(seconds, self.single or seconds) if first else blend(self.single, seconds)
         elif self.single is not None:
-            expected = self.checking(tokens - 1)
-            self.several.learn(tokens, min(seconds, HICCUP * expected) if self.several.weight else seconds)
+            self.several.learn(tokens, min(seconds, HICCUP * self.checking(tokens - 1)))
 
     def drafted(self, steps: int, seconds: float):
         """Take in some steps of drafting."""
@@ -112,12 +118,15 @@ class Pace:
             self.drafting = blend(self.drafting, seconds / steps)
 
     def checking(self, length: int) -> float:
-        """Expected for checking a draft of this length; as one token alone while none was checked."""
-        return max(self.single, self.several.at(length + 1)) if self.several.weight else self.single
+        """Expected for checking a draft of this length."""
+        if not self.several.weight:
+            for tokens, ratio in PRIOR_CHECKING.items():
+                self.several.learn(tokens, ratio * self.single)
+        return max(self.single, self.several.at(length + 1))
 
     def seconds(self, length: int, drafts: bool) -> float:
         """Expected for a step with a draft of this length."""
-        drafting = PRIOR_DRAFTING * self.single if self.drafting is None else self.drafting
+        drafting = self.prior_drafting * self.single if self.drafting is None else self.drafting
         return self.checking(length) + (length * drafting if drafts else 0.0)
 
 
@@ -142,13 +151,14 @@ class Drafts:
     Args:
         options: of the lossless generation.
         draft_with_bypass: `(token, length) -> tokens`, the bypassed model's continuation.
+        prior_drafting: as in `Pace`.
     """
 
-    def __init__(self, options: NeuroFlowLosslessConfig, draft_with_bypass):
+    def __init__(self, options: NeuroFlowLosslessConfig, draft_with_bypass, prior_drafting: float = PRIOR_DRAFTING):
         self.options, self.draft_with_bypass = options, draft_with_bypass
         self.lookup = Lookup(options.max_ngram)
         self.records: dict[str, Record] = {}
-        self.pace = Pace()
+        self.pace = Pace(prior_drafting)
 
     def next(self, tokens: list[int], limit: int) -> Draft:
         """A draft of at most `limit` tokens to follow `tokens`; often an empty one."""
@@ -181,7 +191,7 @@ class Drafts:
     def best(self, candidates: list, position: int) -> tuple[str, Record, int] | None:
         """
         Of candidates `(source, record, most tokens)`, the one and the length with the most expected tokens per
-        second; None if that is not to draft.
+        second; None if that is not to draft. A later one must be WORTH more than an earlier one.
         """
         chosen, trial = None, None
         plain = fastest = WORTH / self.pace.single
@@ -199,7 +209,7 @@ class Drafts:
                 record.waits_until = position + record.pause
                 record.pause = min(2 * record.pause, LONGEST_PAUSE)
             if rates[length] > fastest:
-                chosen, fastest = (source, record, length), rates[length]
+                chosen, fastest = (source, record, length), WORTH * rates[length]
         return chosen or trial  # trials are for where nothing is known to pay
 
     def record(self, name: str, prior: float = PRIOR_SHARE) -> Record:

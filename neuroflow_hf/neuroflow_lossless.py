@@ -18,6 +18,8 @@ from .neuroflow_bypass_state import find_state
 from .neuroflow_drafts import Drafts
 from .neuroflow_skip import LayerChanges
 
+OVERHEAD = 0.1  # of a step of drafting, over a dense forward's time: embeddings, head, what is kept and put back
+
 
 @dataclass
 class LosslessCounts:
@@ -82,11 +84,12 @@ class Sequence:
         self.position_ids = model_kwargs.get("position_ids")
         self.first_position = 0  # of the cache's first entry; negative with padding on the left
         self.draft_bypass = self.check_bypass = False
-        self.changes = None
+        self.changes, self.drafting_share = None, 1.0
         if options.bypasses:
             bypass = options.draft_bypass(model.config.num_hidden_layers)
             if bypass.passes_over_layers:
                 self.changes = LayerChanges(bypass.cache_layers, options.reuse)
+                self.drafting_share -= len(bypass.cache_layers) / model.config.num_hidden_layers
             else:
                 self.draft_bypass = bypass
                 self.check_bypass = replace(bypass, threshold=NEVER)  # remembers what drafts will reuse
@@ -265,7 +268,8 @@ def decode_losslessly(
 
     Args:
         options: who drafts, and how.
-        make_drafts: from the options and the bypassed model's `(token, length) -> tokens` to what chooses drafts.
+        make_drafts: from the options, the bypassed model's `(token, length) -> tokens`, and how long a step of it may
+            take, over a dense one's, to what chooses drafts.
 
     Raises:
         ValueError: for what it cannot do, with what to do instead.
@@ -283,7 +287,7 @@ def decode_losslessly(
         counts.draft_steps += len(drafted)
         return drafted
 
-    drafts = make_drafts(options, draft_with_bypass)
+    drafts = make_drafts(options, draft_with_bypass, OVERHEAD + sequence.drafting_share)
     mask = model_kwargs.get("attention_mask")
     mask_length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
     is_whole = sequence.embeds is not None or mask_length == input_ids.shape[1]

@@ -90,7 +90,7 @@ def test_a_checkpoint_has_options_of_its_own():
 class Scripted:
     """Drafts from a script, in the place of `Drafts`."""
 
-    def __init__(self, script, options, draft_with_bypass):
+    def __init__(self, script, options, draft_with_bypass, prior_drafting):
         self.script = script
 
     def next(self, tokens, limit):
