@@ -66,7 +66,7 @@ class Recipe:
         seed: of the weights and the rows.
     """
 
-    tokens: int = 7_600_000
+    tokens: int = 20_000_000
     more: int = 0
     batch_tokens: int = 4096
     context: int = 256
