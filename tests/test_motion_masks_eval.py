@@ -110,3 +110,26 @@ def test_clips_are_measured_and_controls_do_what_they_must(model, tmp_path):
     for row in labels[ALL].values():
         assert row["object"]["value"] is None or 0 <= row["object"]["value"] <= 1
     assert set(MASK_COLUMNS) <= set(own) and set(OBJECT_COLUMNS) <= set(objects[ALL]["nothing"])
+
+
+def test_readmes_table_is_made_of_the_report(model, tmp_path):
+    from fill_readme import motion_table
+
+    names = clip_names(1, 16, 0, ("crossing", "still"))
+    measured = list(
+        zip(
+            names, measure_clips(TinyBench(model), names, measure_motion, {}, Processes(), cache=tmp_path), strict=True
+        )
+    )
+    report = {
+        "command": "python eval/motion_masks.py",
+        "clips": {"in_all": 2, "frames": 16},
+        "labels_known": 4,
+        "least_iou": 0.3,
+        "masks": masks_table(measured),
+        "objects": objects_table(measured),
+        "labels": labels_table(measured),
+    }
+    lines = motion_table(report).splitlines()
+    assert {line.count("|") for line in lines[:8]} == {10} and not lines[8]
+    assert "control: everything | " in lines[6] and " | 100% | " in lines[6]
