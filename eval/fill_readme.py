@@ -318,8 +318,8 @@ def motion_table(report: dict) -> str:
             "motion. The change: the patches that a thing covers now or covered on the frame before. Boxes: found if "
             f"the IoU with a moving thing's box is at least {report['least_iou']}. Named right: of the boxes found "
             f"(in the first row {own['objects']}), among {report['labels_known']} labels, by the object's patches, by "
-            "the whole frame, and by the thing's true patches through the same head. The pixels' level is chosen after "
-            "the fact, which favours that control. By motion, with intervals: "
+            "the whole frame, and by the thing's true patches through the same head. The pixels' level is chosen "
+            "after the fact, which favours that control. By motion, with intervals: "
             "[all figures](eval/results/motion_masks.json).",
         ]
     )
