@@ -4,7 +4,7 @@ Write README's figures and pictures from the results: tables from `eval/results/
     python eval/vision_policies.py --frames 60 --workers 2
     python eval/vision_controls.py && make demo
     python eval/benchmark_vision.py --fresh && python eval/benchmark_streams.py
-    python eval/token_drift.py
+    python eval/token_drift.py && python eval/motion_masks.py
     python eval/fill_readme.py
 
 """
@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from benchmark_streams import WAYS
 from benchmark_vision import ratios
+from motion_measure import LABEL_COLUMNS
 from PIL import Image
 from report import RESULTS, fill_block, write_json, write_whole
 
@@ -279,6 +280,51 @@ def lossless_table(report: dict) -> str:
     )
 
 
+MOTION_ROWS = {
+    "balanced, last_update, 0.01": "`balanced` (default)",
+    "balanced, ema, 0.01": "`balanced`, reference `ema`",
+    "context, last_update, 0.01": "`context`",
+    "context, ema, 0.01": "`context`, reference `ema`",
+    "everything": "control: everything",
+}
+PIXEL_CONTROL = "control: difference of pixels, best level"
+
+
+def motion_table(report: dict) -> str:
+    """How well masks, boxes and names of what moves fit, from `motion_masks.json`; all motions together."""
+    masks, objects, labels = (report[part]["all motions"] for part in ("masks", "objects", "labels"))
+
+    def number(found, form):
+        return "" if found["value"] is None else format(found["value"], form)
+
+    pixels = max((way for way in masks if way.startswith("pixels")), key=lambda way: masks[way]["change"]["value"])
+    lines = []
+    for way, name in {**MOTION_ROWS, pixels: PIXEL_CONTROL}.items():
+        of_labels = labels.get(way.rpartition(", ")[0])
+        cells = [number(masks[way][column], ".2f") for column in ("thing", "change")]
+        cells.append(number(masks[way]["false share"], ".0%"))
+        cells += [number(objects[way][column], ".0%") for column in ("recall", "precision")]
+        cells += [number(of_labels[column], ".0%") if of_labels else "" for column in LABEL_COLUMNS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    clips, own = report["clips"], labels["balanced, last_update"]
+    return "\n".join(
+        [
+            "| mask | IoU with the thing | with the change | marked where nothing moved | boxes: recall | precision "
+            "| named right: object | whole frame | true patches |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+            f"`{report['command']}`: {clips['in_all']} composed clips of {clips['frames']} frames, in 14 kinds of "
+            "motion. The change: the patches that a thing covers now or covered on the frame before. Boxes: found if "
+            f"the IoU with a moving thing's box is at least {report['least_iou']}. Named right: of the boxes found "
+            f"(in the first row {own['objects']}), among {report['labels_known']} labels, by the object's patches, by "
+            "the whole frame, and by the thing's true patches through the same head. The pixels' level is chosen "
+            "after the fact, which favours that control. By motion, with intervals: "
+            "[all figures](eval/results/motion_masks.json).",
+        ]
+    )
+
+
 def main(
     run: Annotated[Path, typer.Option(help="Folder of a `neuroflow run` on the shipped clip.")] = ROOT
     / "neuroflow-run",
@@ -302,6 +348,9 @@ def main(
     readme = fill_block(readme, "figures:labels", labels_table(things))
     drift = json.loads((RESULTS / "token_drift.json").read_text(encoding="utf-8"))
     readme = fill_block(readme, "figures:drift", drift_block(drift))
+    if (RESULTS / "motion_masks.json").exists():
+        motion = json.loads((RESULTS / "motion_masks.json").read_text(encoding="utf-8"))
+        readme = fill_block(readme, "figures:motion", motion_table(motion))
     write_json(RESULTS / "run.json", summary)
     write_json(RESULTS / "run_labels.json", things)
     if (RESULTS / "benchmark_lossless.json").exists():
