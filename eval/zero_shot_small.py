@@ -9,9 +9,14 @@ picture), before held-out photographs; and of a style of which nothing was in tr
 training's renderings, pictures in grey, pictures whose patches are shuffled, and chance. And, told what the largest
 drawing is: where is it, and of how many alike, beside the most frequent answer. Intervals are Wilson's, 95 %.
 Runs in bfloat16.
-Writes `eval/results/zero_shot_small.json` and fills the card's figures.
+Writes `eval/results/zero_shot_small.json` and fills the card's figures. Of a checkpoint that the recipe made again:
+
+    python eval/zero_shot_small.py --checkpoint AGAIN --no-card --output eval/results/zero_shot_small_again.json
+
+which the next run puts beside the first.
 """
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -46,6 +51,7 @@ from recipes.siglip_small.facts import place_of  # noqa: E402
 from recipes.siglip_small.sources import things  # noqa: E402
 
 CHECKPOINT = ROOT / "models" / "neuroflow-siglip-small"
+AGAIN = RESULTS / "zero_shot_small_again.json"
 SEED = 1_000_000  # far from the training's numbers
 LEAST_SHARE = 0.15
 SIZES = ((0.0, 0.05), (0.05, 0.15), (0.15, 0.3), (0.3, 1.01))
@@ -269,6 +275,13 @@ def photographs(material: Material, encode, texts: torch.Tensor, names: list[str
     ]
 
 
+def held_out_again() -> list[dict]:
+    """The main figure of a checkpoint that the recipe made again, if it was measured."""
+    if not AGAIN.is_file():
+        return []
+    return [json.loads(AGAIN.read_text(encoding="utf-8"))["held-out renderings, photographs and phrasings"]]
+
+
 def card_tables(report: dict) -> str:
     """The figures in Markdown."""
 
@@ -287,6 +300,7 @@ def card_tables(report: dict) -> str:
         "|---|---|---|",
         row("**held-out renderings, photographs and phrasings**", main),
         *(row(name, found) for name, found in report["others"].items()),
+        *(row("the same of the recipe run again, from nothing", found) for found in held_out_again()),
         "",
         "| main thing covers | top-1 | pictures |",
         "|---|---|---|",
