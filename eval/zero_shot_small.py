@@ -8,9 +8,12 @@ Pictures are composed as in training, of held-out renderings (for each thing, on
 picture), before held-out photographs; and of a style of which nothing was in training (OpenMoji). Beside them the
 training's renderings, pictures in grey, pictures whose patches are shuffled, and chance. Intervals are Wilson's, 95 %.
 Runs in bfloat16.
-Writes `eval/results/zero_shot_small.json` and fills the card's figures.
+Writes `eval/results/zero_shot_small.json` and fills the card's figures, in its head too.
+
+    python eval/zero_shot_small.py --card-only      # the card alone, from the JSON file
 """
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +24,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from huggingface_hub import EvalResult
 from PIL import Image
 from report import RESULTS, fill_block, provenance, write_json, write_whole
 from rich.console import Console
@@ -30,6 +34,7 @@ from transformers import AutoProcessor, SiglipModel
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # recipes/ is no part of the package
 
+from neuroflow_hf.eval_card import card_with_results, dataset_type  # noqa: E402
 from neuroflow_hf.intervals import wilson  # noqa: E402
 from neuroflow_hf.tower_head import to_pixels  # noqa: E402
 from recipes.siglip_small.captions import HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, prompts  # noqa: E402
@@ -135,8 +140,12 @@ def main(
     pictures: Annotated[int, typer.Option(help="Held-out pictures; half as many of the others.")] = 1600,
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "zero_shot_small.json",
     card: Annotated[bool, typer.Option(help="Fill the card's figures.")] = True,
+    card_only: Annotated[bool, typer.Option("--card-only", help="Fill the card from the JSON file alone.")] = False,
 ):
     """Measure, print and write."""
+    if card_only:
+        write_card(checkpoint, json.loads(output.read_text(encoding="utf-8")))
+        return
     model = SiglipModel.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
     names = [thing.name for thing in things()]
@@ -196,8 +205,7 @@ def main(
     report["photographs"] = photographs(material["held out"], encode, ensemble, names)
     write_json(output, report)
     if card:
-        path = checkpoint / "README.md"
-        write_whole(path, fill_block(path.read_text(encoding="utf-8"), "figures", card_tables(report)))
+        write_card(checkpoint, report)
     Console().print(card_tables(report))
 
 
@@ -210,6 +218,36 @@ def photographs(material: Material, encode, texts: torch.Tensor, names: list[str
     return [
         {"shows": sorted(set(photo.shows) & set(names)), "named": answer}
         for photo, answer in zip(unique, found, strict=True)
+    ]
+
+
+def write_card(checkpoint: Path, report: dict):
+    """Fill the card's tables and the figures in its head."""
+    path = checkpoint / "README.md"
+    text = fill_block(path.read_text(encoding="utf-8"), "figures", card_tables(report))
+    write_whole(path, card_with_results(text, CHECKPOINT.name, card_results(report)))
+
+
+def card_results(report: dict) -> list[EvalResult]:
+    """The figures of the card's head: top-1 and top-5 on held-out pictures, top-1 on a style never seen."""
+    held_out, style = "held-out renderings, photographs and phrasings", "a style never seen"
+    figures = {
+        ("top-1 accuracy", held_out): report[held_out]["top1"],
+        ("top-5 accuracy", held_out): report[held_out]["top5"],
+        ("top-1 accuracy", style): report["others"][style]["top1"],
+    }
+    return [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            task_name=f"One of {report['things']} things, which covers at least {LEAST_SHARE:.0%} of the picture",
+            dataset_type=dataset_type(f"composed pictures {data}"),
+            dataset_name=f"Composed pictures: {data}",
+            metric_type="accuracy",
+            metric_name=metric,
+            metric_value=round(value, 4),
+            verified=False,
+        )
+        for (metric, data), value in figures.items()
     ]
 
 

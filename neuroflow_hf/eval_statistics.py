@@ -177,6 +177,11 @@ def frame_draws(lengths: Sequence[int], samples: int, seed: int) -> Iterator[np.
             yield np.concatenate(parts)
 
 
+def enough_to_draw(lengths: Sequence[int]) -> bool:
+    """Whether `frame_draws` of these lengths can say anything: five videos, or two blocks of one."""
+    return len(lengths) >= LEAST_VIDEOS or max(lengths) >= 2 * BLOCK
+
+
 def run_places(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """`[5, 9]`, `[2, 3]` to `[5, 6, 9, 10, 11]`: so many places from each of the first ones on."""
     before = np.cumsum(lengths) - lengths
@@ -238,8 +243,8 @@ def compare(
     Returns:
         `value`, and of each family that can be had for this cost its figure under `controls`; of the best: `best` (the
         settings), `control` (its figure), `difference`, its 95 % `interval` of a paired bootstrap, and `verdict`:
-        `"above"`, `"level"` or `"below"`. A single video's true label has no interval, and its verdict is `"level"`.
-        None if no control can be had for so little.
+        `"above"`, `"level"` or `"below"`. Where there is too little to draw from, there is no interval, and the
+        verdict is `"unknown"`. None if no control can be had for so little.
     """
     ours = question.values(outcome)
     at_cost = controls_at(families, outcome.mean_cost)
@@ -254,7 +259,7 @@ def compare(
     best = int(np.argmax(figures))
     difference = question.reduce(ours) - figures[best]
     interval = None
-    if sum(question.lengths) > 1:
+    if enough_to_draw(question.lengths):
         drawn = [
             question.reduce(ours[places]) - mixed(theirs[best], places)
             for places in frame_draws(question.lengths, samples, seed)
@@ -274,6 +279,8 @@ def compare(
 
 def verdict(difference: float, interval: Sequence[float] | None) -> str:
     """Above or below, if the interval is clear of zero and the difference is more than rounding; else level."""
-    if interval is None or abs(difference) < LEVEL or interval[0] <= 0 <= interval[1]:
+    if interval is None:
+        return "unknown"
+    if abs(difference) < LEVEL or interval[0] <= 0 <= interval[1]:
         return "level"
     return "above" if difference > 0 else "below"

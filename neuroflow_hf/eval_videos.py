@@ -148,8 +148,8 @@ def chosen_labels(videos: VideoSet, named: Sequence[str] | None) -> tuple[str, .
     if missing:
         raise ValueError(
             f"--labels lacks {', '.join(map(repr, missing[:5]))}{' and others' * (len(missing) > 5)}, which "
-            f"subfolders of {videos.name} are named after. Add what is missing, leave --labels out, or give --no-truth if the "
-            "subfolders' names do not say what the videos show."
+            f"subfolders of {videos.name} are named after. Add what is missing, leave --labels out, or give "
+            "--no-truth if the subfolders' names do not say what the videos show."
         )
     if videos.classes and len(labels) < 2:
         raise ValueError(
