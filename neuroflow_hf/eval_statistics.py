@@ -132,18 +132,19 @@ class Mixture:
         return ", ".join(f"{share:.0%} {part.name}" for share, part in self.parts)
 
 
-def control_at(settings: Sequence[Outcome], cost: float) -> Mixture | None:
-    """One family's mixture that costs `cost`; None if all its settings cost more."""
+def control_at(family: str, settings: Sequence[Outcome], cost: float) -> Mixture | None:
+    """The mixture of a family's settings that costs `cost`; None if all of them cost more."""
     costs = [setting.mean_cost for setting in settings]
     if cost < min(costs):
         return None
     parts = [(share, settings[place]) for share, place in shares_at(costs, cost) if share > 0]
-    return Mixture(settings[0].family, parts)
+    return Mixture(family, parts)
 
 
 def controls_at(families: Mapping[str, Sequence[Outcome]], cost: float) -> list[Mixture]:
     """Every family's mixture that costs `cost`, of those that can."""
-    return [found for settings in families.values() if (found := control_at(settings, cost)) is not None]
+    mixtures = [control_at(family, settings, cost) for family, settings in families.items()]
+    return [mixture for mixture in mixtures if mixture is not None]
 
 
 # --- paired intervals ----------------------------------------------------------------------------------------------
@@ -252,8 +253,8 @@ def compare(
         return None
     theirs = [[(share, question.values(part)) for share, part in control.parts] for control in at_cost]
 
-    def mixed(parts, places=slice(None)):
-        return sum(share * question.reduce(values[places]) for share, values in parts)
+    def mixed(parts, places=slice(None)) -> float:
+        return float(sum(share * question.reduce(values[places]) for share, values in parts))
 
     figures = [mixed(parts) for parts in theirs]
     best = int(np.argmax(figures))
