@@ -49,6 +49,7 @@ import neuroflow_hf
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.code_keys import code_version, key_of, model_version
 from neuroflow_hf.configuration_neuroflow_gate import DEFAULT_PRESET, PRESETS
+from neuroflow_hf.eval_statistics import shares_at
 from neuroflow_hf.neuroflow_patches import project_patches
 from neuroflow_hf.preprocess import Preprocessor
 from neuroflow_hf.run import fingerprint
@@ -327,17 +328,6 @@ def control_families(
     }
     every = [hold_every(interval, frames) for interval in range(1, LONGEST_INTERVAL + 1)]
     return {"every k": [first, *every], **triggers, "first frame": [first]}
-
-
-def shares_at(costs: Sequence[float], cost: float) -> list[tuple[float, int]]:
-    """Which policies to mix, and in which shares, for an expected `cost`: the neighbours, or the last at the ends."""
-    order = np.argsort(costs, kind="stable")
-    ordered = np.asarray(costs)[order]
-    above = int(np.searchsorted(ordered, cost))
-    if above == 0 or above == len(ordered):
-        return [(1.0, int(order[min(above, len(ordered) - 1)]))]
-    share = (cost - ordered[above - 1]) / (ordered[above] - ordered[above - 1])
-    return [(1 - share, int(order[above - 1])), (share, int(order[above]))]
 
 
 def mixed(controls: Sequence[Control], shares: Iterable[tuple[float, int]]) -> Control:

@@ -205,23 +205,24 @@ def label_words(report: dict) -> str:
 
 
 READING = """\
-- *Cost*: multiply-adds spent, the gate's own included, over those of dense; the first frame of every video, which every
-  method encodes in full, is left out of all figures. *ms*: median per frame in this run; cost is not time, least of all
-  on small models.
+- *Cost*: multiply-adds spent, the gate's own included, over those of dense; the first frame of every video, which
+  every method encodes in full, is left out of all figures. *ms*: median per frame in this run; cost is not time, least
+  of all on small models.
 - *Mean, p5, p1*: of the cosine of a frame's embedding to dense's; p5 is what 19 of 20 frames are above.
 - *Best control*: the best of the trivial and earlier ways, at the method's own cost: the first frame repeated, dense
   every k frames, dense when the patches or the pixels differ enough from the last dense frame, a smaller input, Token
   Merging. Between two settings a control is the mixture of both (of the two's p5 and p1, too). The best is chosen for
   each figure after the fact, and at one setting for all videos.
-- *Differences*: to that control, with 95 % intervals of a paired bootstrap (over whole videos; of fewer than five, over
-  blocks of ten frames of each, which says nothing on other videos), the control's settings held fixed. *Above* and
-  *below*: the interval is clear of zero; *unknown*: too little to draw from.
+- *Differences*: to that control, with 95 % intervals of a paired bootstrap (over whole videos; of fewer than five,
+  over blocks of ten frames of each, which says nothing on other videos), the control's settings held fixed. *Above*
+  and *below*: the interval is clear of zero; *unknown*: too little to draw from.
 - What lies above the controls was worth computing; a high cosine alone may only say that the videos hardly change."""
 
 READING_TRUE = """\
-- *Top-1, top-5*: a video's label is that of the mean of its frames' embeddings; intervals of shares are Wilson's, those
-  of what is retained and of differences to dense are for pairs (Bonett and Price; Newcombe), and McNemar's test is
-  exact. Videos are taken to be independent: clips cut from one recording are not, and intervals are too narrow then."""
+- *Top-1, top-5*: a video's label is that of the mean of its frames' embeddings; intervals of shares are Wilson's,
+  those of what is retained and of differences to dense are for pairs (Bonett and Price; Newcombe), and McNemar's test
+  is exact. Videos are taken to be independent: clips cut from one recording are not, and intervals are too narrow
+  then."""
 
 
 def markdown_table(table: Table) -> str:

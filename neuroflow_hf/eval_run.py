@@ -40,7 +40,8 @@ from .video import VideoError, VideoReader
 from .zero_shot import ranks
 
 RECORDS = "records"
-CODE = ("eval_methods.py", "token_merging.py", "preprocess.py", "video.py")  # beside the model's, what figures rest on
+# beside the model's, the code that recordings rest on
+CODE = ("eval_methods.py", "token_merging.py", "preprocess.py", "video.py", "configuration_neuroflow_gate.py")
 # Holding can spend any share of dense's cost: its settings begin at the first frame repeated, and end at dense.
 HOLDS = ("every", "surprise", "pixels")
 MERGED_SCHEDULE = "constant"  # of token merging, the paper's main one
