@@ -141,7 +141,7 @@ def controls_table(report: dict) -> Table:
         figures = entry["figures"]
         row = [entry["name"], entry["family"], number(figures["cost"], ".3f")]
         row += [number(figures["cosine"][name]) for name in ("mean", "p5", "p1")]
-        row += [number(figures["agreement"], ".1%")] * labelled
+        row += [number(figures["agreement"], ".1%")] if labelled else []
         row += [number(figures["accuracy"]["top1"], ".1%")] if true else []
         rows.append(row)
     return headers, rows

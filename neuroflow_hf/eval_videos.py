@@ -23,7 +23,9 @@ ENDINGS = frozenset(
 )
 SHIPPED = "shipped clips"
 SHIPPED_LABELS = ("a dog", "a bicycle", "a cat", "nothing")
-WORD = re.compile(r"[A-Z]{2,}(?![a-z])|[A-Z]?[a-z]+|[A-Z]|\d+|[^\W\d_a-zA-Z]+")
+LETTER = r"[^\W\d_]"
+# between dog|House, TV|Show, show|2 and 2|nd
+WORD_ENDS = re.compile(rf"(?<=[^\W\d_A-Z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<={LETTER})(?=\d)|(?<=\d)(?={LETTER})")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class VideoSet:
 
 def class_words(folder: str) -> str:
     """A folder's name as a label: `"ApplyEyeMakeup"` and `"apply_eye_makeup"` to `"apply eye makeup"`."""
-    words = WORD.findall(folder)
+    words = WORD_ENDS.sub(" ", re.sub(r"[\W_]+", " ", folder)).split()
     return " ".join(words).lower() if words else folder
 
 

@@ -111,7 +111,7 @@ def test_an_evaluation_in_an_existing_card():
     assert found["cosine", "cosine to dense, 5th percentile, balanced"].metric_value == 0.8
     assert ("cost", "multiply-adds, dense = 1, balanced") in found
     assert all(one.verified is False and one.dataset_type == "my-clips" for one in found.values())
-    assert not any("every 3" in name or name.startswith("cosine") and "dense, dense" in name for _, name in found)
+    assert not any("every 3" in name or (name.startswith("cosine") and "dense, dense" in name) for _, name in found)
     again = evaluation_card(report(top1=0.75, top5=1.0), "ANOTHER TABLE", text)
     assert "A TABLE" not in again and "ANOTHER TABLE" in again and BODY.rstrip() in again
     assert len(ModelCard(again).data.eval_results) == len(ModelCard(text).data.eval_results)
