@@ -244,12 +244,12 @@ def skipped_words(report: dict) -> list[str]:
     return lines + [f"- and {len(skipped) - MOST_SKIPPED} more, all in the JSON file"] * (len(skipped) > MOST_SKIPPED)
 
 
-def provenance_words(report: dict) -> str:
+def provenance_words(report: dict, command: str) -> str:
     """Where the figures come from, in one line."""
     versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
     machine = report["machine"]
     return (
-        f"`{report['command']}`, {report['processes']} process(es) of {machine['threads']} thread(s), "
+        f"`{command}`, {report['processes']} process(es) of {machine['threads']} thread(s), "
         f"{machine['device']}, {machine['cores']} cores ({machine['processor']}); {versions}; commit "
         f"{report['commit'] or 'unknown'}; bootstrap of {report['settings']['samples']} samples, seed "
         f"{report['settings']['seed']}."
@@ -285,7 +285,7 @@ def report_markdown(report: dict, plots: Sequence[str] = ()) -> str:
             f"## Skipped: {len(skipped)} of {report['videos']['count']} videos",
             "\n".join(skipped_words(report)),
         ]
-    parts += ["## Where the figures come from", provenance_words(report)]
+    parts += ["## Where the figures come from", provenance_words(report, report["command"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -297,5 +297,7 @@ def card_markdown(report: dict) -> str:
     skipped = report["videos"]["skipped"]
     if skipped:
         parts.append(f"{len(skipped)} of {report['videos']['count']} videos could not be read and are left out.")
-    parts += [READING + ("\n" + READING_TRUE if report["labels"]["true"] else ""), provenance_words(report)]
+    # a card is published: it names no folder of the machine, as the command does
+    parts += [READING + ("\n" + READING_TRUE if report["labels"]["true"] else "")]
+    parts.append(provenance_words(report, "neuroflow eval"))
     return "\n\n".join(parts)

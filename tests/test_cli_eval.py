@@ -157,7 +157,9 @@ def test_the_markdown_says_what_the_json_says(finished):
     assert f"{ours['figures']['cosine']['mean']:.4f}" in finished[0].stdout
 
 
-def test_the_card_keeps_its_text_and_has_the_figures(finished):
+def test_the_card_keeps_its_text_and_has_the_figures(finished, videos, folder):
+    text = (finished[1] / "model_card.md").read_text()
+    assert not any(str(place.parent) in text for place in (videos, folder, finished[1]))
     card = ModelCard.load(finished[1] / "model_card.md")
     assert "A text that stays." in card.text and card.data.license == "mit" and card.data.model_name == "tiny-siglip"
     found = {one.metric_name: one for one in card.data.eval_results}
