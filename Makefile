@@ -53,4 +53,4 @@ wheel: $(READY)  ## build the wheel
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove what was built
-	rm -rf build dist *.egg-info neuroflow-run neuroflow-tuned neuroflow-drift
+	rm -rf build dist *.egg-info neuroflow-run neuroflow-tuned neuroflow-drift neuroflow-eval

@@ -238,12 +238,22 @@ def commit() -> str:
     return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
 
 
+def write_card(checkpoint: Path, report: dict):
+    """Write the model card."""
+    recipe = json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
+    write_whole(checkpoint / "README.md", make_card(report, recipe))
+
+
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "phi3_nano.json",
     card: Annotated[bool, typer.Option(help="Write the model card.")] = True,
+    card_only: Annotated[bool, typer.Option("--card-only", help="Write the card from the JSON file alone.")] = False,
 ):
     """Measure, print and write."""
+    if card_only:
+        write_card(checkpoint, json.loads(output.read_text(encoding="utf-8")))
+        return
     console = Console()
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -301,8 +311,7 @@ def main(
     }
     write_json(output, report)
     if card:
-        recipe = json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
-        write_whole(checkpoint / "README.md", make_card(report, recipe))
+        write_card(checkpoint, report)
     console.print_json(json.dumps({name: report[name] for name in ("perplexity", "functions", "words", "drafts")}))
 
 

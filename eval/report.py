@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: percentiles, where a figure comes from, and filling figures into texts."""
+"""What the scripts of this folder share: percentiles, where a figure comes from."""
 
 import json
 import os
@@ -11,7 +11,9 @@ import torch
 import transformers
 
 import neuroflow_hf
-from neuroflow_hf.provenance import write_whole
+from neuroflow_hf.provenance import fill_block, write_whole
+
+__all__ = ["RESULTS", "fill_block", "percentile", "provenance", "write_json", "write_whole"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,12 +40,3 @@ def provenance() -> dict:
 def write_json(path: Path, report: dict):
     """Write a report, whole or not at all."""
     write_whole(path, json.dumps(report, indent=2) + "\n")
-
-
-def fill_block(text: str, name: str, content: str) -> str:
-    """`text` with what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` replaced by `content`."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"Expected `{begin}` and `{end}` once each.")
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"

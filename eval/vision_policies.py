@@ -17,7 +17,6 @@ moving-block bootstrap over frames, and over clips where clips are pooled; with 
 intervals lies beside the truth on each side. Writes `eval/results/vision_policies.json` and `docs/policies.png`.
 """
 
-import ast
 import functools
 import hashlib
 import io
@@ -48,7 +47,9 @@ from safetensors.torch import save_file
 
 import neuroflow_hf
 from neuroflow_hf import NeuroFlowSiglipVisionModel
+from neuroflow_hf.code_keys import code_version, key_of, model_version
 from neuroflow_hf.configuration_neuroflow_gate import DEFAULT_PRESET, PRESETS
+from neuroflow_hf.eval_statistics import shares_at
 from neuroflow_hf.neuroflow_patches import project_patches
 from neuroflow_hf.preprocess import Preprocessor
 from neuroflow_hf.run import fingerprint
@@ -90,30 +91,6 @@ def load_tower() -> tuple[NeuroFlowSiglipVisionModel, Preprocessor, str]:
     folder = build_tower(default_tower_dir())
     model = NeuroFlowSiglipVisionModel.from_pretrained(folder).eval()
     return model, Preprocessor.from_pretrained(folder), fingerprint(model)
-
-
-def key_of(**parts) -> str:
-    """16 hex digits that change with any of the parts (what JSON can hold)."""
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def code_version(paths: Iterable[Path]) -> str:
-    """16 hex digits that change with what the code in these files does, not with comments, docstrings or layout."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(paths):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        digest.update(f"{path.name}\n{ast.dump(tree)}\n".encode())
-    return digest.hexdigest()
-
-
-@functools.cache
-def model_version() -> str:
-    """The version of the code that a method's figures depend on; its options are a part of the key of their own."""
-    package = Path(neuroflow_hf.__file__).parent
-    return code_version([*package.glob("neuroflow_*.py"), *package.glob("modeling_*.py")])
 
 
 def footage_version() -> str:
@@ -351,17 +328,6 @@ def control_families(
     }
     every = [hold_every(interval, frames) for interval in range(1, LONGEST_INTERVAL + 1)]
     return {"every k": [first, *every], **triggers, "first frame": [first]}
-
-
-def shares_at(costs: Sequence[float], cost: float) -> list[tuple[float, int]]:
-    """Which policies to mix, and in which shares, for an expected `cost`: the neighbours, or the last at the ends."""
-    order = np.argsort(costs, kind="stable")
-    ordered = np.asarray(costs)[order]
-    above = int(np.searchsorted(ordered, cost))
-    if above == 0 or above == len(ordered):
-        return [(1.0, int(order[min(above, len(ordered) - 1)]))]
-    share = (cost - ordered[above - 1]) / (ordered[above] - ordered[above - 1])
-    return [(1 - share, int(order[above - 1])), (share, int(order[above]))]
 
 
 def mixed(controls: Sequence[Control], shares: Iterable[tuple[float, int]]) -> Control:

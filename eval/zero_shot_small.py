@@ -9,11 +9,13 @@ picture), before held-out photographs; and of a style of which nothing was in tr
 training's renderings, pictures in grey, pictures whose patches are shuffled, and chance. And, told what the largest
 drawing is: where is it, and of how many alike, beside the most frequent answer. Intervals are Wilson's, 95 %.
 Runs in bfloat16.
-Writes `eval/results/zero_shot_small.json` and fills the card's figures. Of a checkpoint that the recipe made again:
+Writes `eval/results/zero_shot_small.json` and fills the card's figures, in its head too.
+
+    python eval/zero_shot_small.py --card-only      # the card alone, from the JSON file
+
+Of a checkpoint that the recipe made again, to be put beside the first:
 
     python eval/zero_shot_small.py --checkpoint AGAIN --no-card --output eval/results/zero_shot_small_again.json
-
-which the next run puts beside the first.
 """
 
 import json
@@ -27,6 +29,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from huggingface_hub import EvalResult
 from PIL import Image
 from report import RESULTS, fill_block, provenance, write_json, write_whole
 from rich.console import Console
@@ -36,6 +39,7 @@ from transformers import AutoProcessor, SiglipModel
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # recipes/ is no part of the package
 
+from neuroflow_hf.eval_card import card_with_results, dataset_type  # noqa: E402
 from neuroflow_hf.intervals import wilson  # noqa: E402
 from neuroflow_hf.tower_head import to_pixels  # noqa: E402
 from recipes.siglip_small.captions import (  # noqa: E402
@@ -188,8 +192,12 @@ def main(
     pictures: Annotated[int, typer.Option(help="Held-out pictures; half as many of the others.")] = 1600,
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "zero_shot_small.json",
     card: Annotated[bool, typer.Option(help="Fill the card's figures.")] = True,
+    card_only: Annotated[bool, typer.Option("--card-only", help="Fill the card from the JSON file alone.")] = False,
 ):
     """Measure, print and write."""
+    if card_only:
+        write_card(checkpoint, json.loads(output.read_text(encoding="utf-8")))
+        return
     model = SiglipModel.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
     names = [thing.name for thing in things()]
@@ -258,8 +266,7 @@ def main(
     report["photographs"] = photographs(material["held out"], encode, ensemble, names)
     write_json(output, report)
     if card:
-        path = checkpoint / "README.md"
-        write_whole(path, fill_block(path.read_text(encoding="utf-8"), "figures", card_tables(report)))
+        write_card(checkpoint, report)
     Console().print(card_tables(report))
 
 
@@ -280,6 +287,36 @@ def held_out_again() -> list[dict]:
     if not AGAIN.is_file():
         return []
     return [json.loads(AGAIN.read_text(encoding="utf-8"))["held-out renderings, photographs and phrasings"]]
+
+
+def write_card(checkpoint: Path, report: dict):
+    """Fill the card's tables and the figures in its head."""
+    path = checkpoint / "README.md"
+    text = fill_block(path.read_text(encoding="utf-8"), "figures", card_tables(report))
+    write_whole(path, card_with_results(text, CHECKPOINT.name, card_results(report)))
+
+
+def card_results(report: dict) -> list[EvalResult]:
+    """The figures of the card's head: top-1 and top-5 on held-out pictures, top-1 on a style never seen."""
+    held_out, style = "held-out renderings, photographs and phrasings", "a style never seen"
+    figures = {
+        ("top-1 accuracy", held_out): report[held_out]["top1"],
+        ("top-5 accuracy", held_out): report[held_out]["top5"],
+        ("top-1 accuracy", style): report["others"][style]["top1"],
+    }
+    return [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            task_name=f"One of {report['things']} things, which covers at least {LEAST_SHARE:.0%} of the picture",
+            dataset_type=dataset_type(f"composed pictures {data}"),
+            dataset_name=f"Composed pictures: {data}",
+            metric_type="accuracy",
+            metric_name=metric,
+            metric_value=round(value, 4),
+            verified=False,
+        )
+        for (metric, data), value in figures.items()
+    ]
 
 
 def card_tables(report: dict) -> str:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cli_errors import EXIT_DAMAGED, EXIT_INTERRUPTED, EXIT_UNREACHED, one_line_errors, require_dtype
+from .cli_eval import evaluate
 from .cli_language import drift, generate
 
 app = typer.Typer(
@@ -586,6 +587,10 @@ def print_tuning(result: Any):
     for sentence in tuning_sentences(result):
         console.print(escape(sentence), soft_wrap=True)
 
+
+# --- eval ----------------------------------------------------------------------------------------------------------
+
+app.command("eval")(evaluate)
 
 # --- language ------------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,10 @@ class ModelLoadError(ValueError):
     """No streamed vision model can be made of what was named. The message names it, and what to do."""
 
 
+class NoTextTowerError(ModelLoadError):
+    """What was named has no text tower, or no complete one, and labels need it."""
+
+
 def default_model(must_read_text: bool = False) -> Path:
     """
     The checkpoint to use where none is named: in a checkout of this package the one that lies in it, else the vision
@@ -96,12 +100,12 @@ def load_text_model(
             settings, _ = NeuroFlowSiglipConfig.get_config_dict(source)
         if settings.get("model_type") == NeuroFlowSiglipVisionConfig.model_type:
             # its configuration says nothing of a text tower, and one of the default size would be made
-            raise ModelLoadError(f"{source} holds a vision tower alone. {NEED_TEXT}")
+            raise NoTextTowerError(f"{source} holds a vision tower alone. {NEED_TEXT}")
         with load_errors("SigLIP model", source):
             model, info = NeuroFlowSiglipModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
         missing = sorted(info["missing_keys"])
         if missing and all(name.startswith(("text_model.", "logit_")) for name in missing):
-            raise ModelLoadError(
+            raise NoTextTowerError(
                 f"{source} has no complete text tower: {len(missing)} of its weights are missing, such as "
                 f"{missing[0]}. {NEED_TEXT}"
             )

@@ -1,4 +1,4 @@
-"""Where a figure comes from: machine, versions, commit; and reports written whole or not at all."""
+"""Where a figure comes from: machine, versions, commit; reports written whole or not at all, and filled into texts."""
 
 import json
 import math
@@ -44,9 +44,14 @@ def checkout_commit() -> str | None:
 
 def write_whole(path: Path, text: str):
     """Write a text file, whole or not at all."""
+    write_whole_bytes(path, text.encode())
+
+
+def write_whole_bytes(path: Path, content: bytes):
+    """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 
@@ -63,3 +68,12 @@ def report_text(report: dict) -> str:
     """A report as JSON, indented, with lists of numbers in one line each."""
     text = json.dumps(finite(report), indent=2, allow_nan=False)
     return LIST_OF_NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text) + "\n"
+
+
+def fill_block(text: str, name: str, content: str) -> str:
+    """`text` with what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` replaced by `content`."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"Expected `{begin}` and `{end}` once each.")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"

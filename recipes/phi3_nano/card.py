@@ -1,8 +1,11 @@
-"""The model card: `card.md` with its figures, tables of sources and samples filled in by script."""
+"""The model card: `card.md` with its figures, in the head too, tables of sources and samples filled in by script."""
 
 from itertools import groupby
 
+from huggingface_hub import EvalResult
+
 from eval.report import fill_block
+from neuroflow_hf.eval_card import card_with_results
 
 from .sources import DOMAINS, HERE, packages
 
@@ -34,7 +37,33 @@ def make_card(report: dict, recipe: dict) -> str:
     }
     for name, content in blocks.items():
         text = fill_block(text, name, content)
-    return text
+    return card_with_results(text, "neuroflow-phi3-nano", card_results(report))
+
+
+def card_results(report: dict) -> list[EvalResult]:
+    """The figures of the card's head: perplexity and bits per byte in every domain, functions that parse."""
+    figures = [
+        (f"Held-out {domain}", metric_type, metric, found["model"][name])
+        for domain, found in report["perplexity"].items()
+        for metric_type, metric, name in (
+            ("perplexity", "perplexity per token of its own tokenizer", "perplexity"),
+            ("bits_per_byte", "bits per byte", "bits_per_byte"),
+        )
+    ]
+    greedy = report["functions"]["model, greedy"]["parse_when_cut"]
+    figures.append(("Held-out functions", "parses", "parses when cut, greedy", greedy))
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data.lower().replace(" ", "-"),
+            dataset_name=data,
+            metric_type=metric_type,
+            metric_name=metric,
+            metric_value=round(value, 4),
+            verified=False,
+        )
+        for data, metric_type, metric, value in figures
+    ]
 
 
 def interval(low_high: list[float], form: str) -> str:
