@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import typer
 from clips import NAMES, Clip, load_clips
+from equal_cost import shares_at
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from report import RESULTS, provenance, write_whole
@@ -51,6 +52,7 @@ from neuroflow_hf.code_keys import code_version, key_of, model_version
 from neuroflow_hf.configuration_neuroflow_gate import DEFAULT_PRESET, PRESETS
 from neuroflow_hf.neuroflow_patches import project_patches
 from neuroflow_hf.preprocess import Preprocessor
+from neuroflow_hf.provenance import write_bytes
 from neuroflow_hf.run import fingerprint
 from neuroflow_hf.tower import build_tower, default_tower_dir
 
@@ -96,14 +98,6 @@ def footage_version() -> str:
     """The version of the code that the pixel values depend on."""
     package = Path(neuroflow_hf.__file__).parent
     return code_version([Path(__file__).parent / "clips.py", package / "video.py", package / "preprocess.py"])
-
-
-def write_bytes(path: Path, content: bytes):
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 @dataclass(frozen=True)
@@ -327,17 +321,6 @@ def control_families(
     }
     every = [hold_every(interval, frames) for interval in range(1, LONGEST_INTERVAL + 1)]
     return {"every k": [first, *every], **triggers, "first frame": [first]}
-
-
-def shares_at(costs: Sequence[float], cost: float) -> list[tuple[float, int]]:
-    """Which policies to mix, and in which shares, for an expected `cost`: the neighbours, or the last at the ends."""
-    order = np.argsort(costs, kind="stable")
-    ordered = np.asarray(costs)[order]
-    above = int(np.searchsorted(ordered, cost))
-    if above == 0 or above == len(ordered):
-        return [(1.0, int(order[min(above, len(ordered) - 1)]))]
-    share = (cost - ordered[above - 1]) / (ordered[above] - ordered[above - 1])
-    return [(1 - share, int(order[above - 1])), (share, int(order[above]))]
 
 
 def mixed(controls: Sequence[Control], shares: Iterable[tuple[float, int]]) -> Control:
