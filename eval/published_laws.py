@@ -39,10 +39,10 @@ from matplotlib.figure import Figure
 from report import RESULTS, provenance
 from rich.console import Console
 from rich.table import Table
-from vision_policies import tidy, write_bytes
+from vision_policies import tidy
 
 from neuroflow_hf.processes import Processes
-from neuroflow_hf.provenance import checkout_commit, report_text, write_whole
+from neuroflow_hf.provenance import checkout_commit, report_text, write_whole, write_whole_bytes
 
 COLOURS = {"holds": "green", "does not hold": "red"}
 
@@ -156,7 +156,7 @@ def main(
     write_whole(output, report_text(report))
     picture = io.BytesIO()
     plot_laws(report, measured).savefig(picture, dpi=110, format="png")
-    write_bytes(plot, picture.getvalue())
+    write_whole_bytes(plot, picture.getvalue())
     console = Console()
     console.width = max(console.width, 140)
     console.print(findings_table(report["findings"]))

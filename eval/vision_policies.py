@@ -52,6 +52,7 @@ from neuroflow_hf.configuration_neuroflow_gate import DEFAULT_PRESET, PRESETS
 from neuroflow_hf.eval_statistics import shares_at
 from neuroflow_hf.neuroflow_patches import project_patches
 from neuroflow_hf.preprocess import Preprocessor
+from neuroflow_hf.provenance import write_whole_bytes
 from neuroflow_hf.run import fingerprint
 from neuroflow_hf.tower import build_tower, default_tower_dir
 
@@ -99,14 +100,6 @@ def footage_version() -> str:
     return code_version([Path(__file__).parent / "clips.py", package / "video.py", package / "preprocess.py"])
 
 
-def write_bytes(path: Path, content: bytes):
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
 @dataclass(frozen=True)
 class Measured:
     """Where the results of a clip lie: the dense references, and a file for each method."""
@@ -138,7 +131,7 @@ def measure_clip(name: str, frames: int, methods: dict[str, dict], cache: Path) 
                 pooled, patches = dense.get_tensor("pooled"), dense.get_tensor("patches")
             buffer = io.BytesIO()
             np.savez(buffer, **measure_method(model, pixels(), pooled, patches, options))
-            write_bytes(paths[label], buffer.getvalue())
+            write_whole_bytes(paths[label], buffer.getvalue())
     return Measured(name, dense_path, paths)
 
 
@@ -162,7 +155,7 @@ def pixels_digest(name: str, frames: int, pixels, preprocess: Preprocessor, cach
         digest = hashlib.blake2b(digest_size=8)
         for frame in pixels():
             digest.update(frame.numpy().tobytes())
-        write_bytes(memo, digest.hexdigest().encode())
+        write_whole_bytes(memo, digest.hexdigest().encode())
     return memo.read_text()
 
 
@@ -938,7 +931,7 @@ def main(
     equal_cost = [row for row in over_all if row["equal"] == "cost"]
     picture = io.BytesIO()
     plot_policies(controls, results, equal_cost, detail).savefig(picture, dpi=130, format="png")
-    write_bytes(plot, picture.getvalue())
+    write_whole_bytes(plot, picture.getvalue())
 
     for basis in dict.fromkeys(row["equal"] for row in over_all):
         title = f"best control at equal {basis}; {len(names)} clips"

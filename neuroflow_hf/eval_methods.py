@@ -524,7 +524,7 @@ def make_methods(model: nn.Module, specs: Sequence[MethodSpec]) -> list[Method]:
 DENSE = MethodSpec("dense", "dense", "dense")
 FIRST = MethodSpec("first frame repeated", "first frame", "first", control=True)
 EMA = {"reference": "ema", "ema_rate": 0.05}  # as the paper gates
-# family, what a setting is called, the options of each setting; the one that a quick run takes is the first
+# family, what a setting is called, the options of each setting; a quick run takes the first
 STREAMS: tuple[tuple[str, str, tuple[dict, ...]], ...] = (
     (
         "extrapolate",
@@ -553,9 +553,9 @@ STREAMS: tuple[tuple[str, str, tuple[dict, ...]], ...] = (
         tuple({"mode": "mlp", "threshold": level, **EMA} for level in (0.01, 0.003, 0.05)),
     ),
 )
-EVERY = (8, 3, 4, 6, 12, 25)
-SURPRISE_LEVELS = (0.05, 0.01, 0.02, 0.1, 0.2)
-PIXEL_LEVELS = (0.1, 0.02, 0.05, 0.2, 0.4)
+EVERY = (8, 4, 3, 6, 12, 25)
+SURPRISE_LEVELS = (0.05, 0.1, 0.01, 0.02, 0.2)
+PIXEL_LEVELS = (0.1, 0.2, 0.02, 0.05, 0.4)
 SMALLER_SHARES = (0.5, 0.25, 0.375, 0.625, 0.75)  # of the side
 MERGED_SHARES = (0.25, 0.08, 0.04, 0.15)  # of the patches, in each layer
 MERGED_DECREASING = (0.08, 0.04, 0.15)
@@ -575,13 +575,13 @@ def standard_methods(model: nn.Module, quick: bool = False) -> list[MethodSpec]:
     streams = [
         MethodSpec(f"{family}, {dial} {options[dial]:g}", family, "stream", options)
         for family, dial, settings in STREAMS
-        for options in some(settings, 1)
+        for options in some(settings, 0 if family == "extrapolate" else 1)  # the presets are of that mode
     ]
     return [DENSE, *presets, *streams, *standard_controls(tower, quick)]
 
 
 def standard_controls(model: nn.Module, quick: bool = False) -> list[MethodSpec]:
-    """The controls at several settings; with `quick` at one to three."""
+    """The controls at several settings; with `quick` at one or two."""
     tower = tower_of(model)
     side, patch = tower.config.image_size // tower.config.patch_size, tower.config.patch_size
 
@@ -589,18 +589,18 @@ def standard_controls(model: nn.Module, quick: bool = False) -> list[MethodSpec]
         return settings[:few] if quick else settings
 
     smaller = {round(share * side) for share in some(SMALLER_SHARES, 2)} - {0, side}
-    constant = [(max(1, round(share * side * side)), "constant") for share in some(MERGED_SHARES, 2)]
+    constant = [(max(1, round(share * side * side)), "constant") for share in some(MERGED_SHARES, 1)]
     decreasing = [(max(1, round(share * side * side)), "decreasing") for share in some(MERGED_DECREASING, 1)]
     return [
         FIRST,
-        *(MethodSpec(f"every {k}", "every k", "every", {"k": k}, True) for k in some(EVERY, 3)),
+        *(MethodSpec(f"every {k}", "every k", "every", {"k": k}, True) for k in some(EVERY, 2)),
         *(
             MethodSpec(f"surprise over {level:g}", "surprise", "surprise", {"level": level}, True)
-            for level in some(SURPRISE_LEVELS, 3)
+            for level in some(SURPRISE_LEVELS, 2)
         ),
         *(
             MethodSpec(f"pixels over {level:g}", "pixel difference", "pixels", {"level": level}, True)
-            for level in some(PIXEL_LEVELS, 3)
+            for level in some(PIXEL_LEVELS, 2)
         ),
         *(
             MethodSpec(f"{cells * patch} px", "smaller input", "smaller", {"resolution": cells * patch}, True)

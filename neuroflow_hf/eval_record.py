@@ -32,7 +32,7 @@ from .configuration_neuroflow_gate import NeuroFlowGateConfig
 from .eval_methods import MethodSpec, make_methods, tower_of
 from .preprocess import Preprocessor
 from .processes import Processes
-from .provenance import checkout_commit, machine_and_versions
+from .provenance import checkout_commit, machine_and_versions, write_whole_bytes
 from .run import fingerprint
 
 CODE = ("eval_methods.py", "eval_record.py", "token_merging.py", "preprocess.py", "configuration_neuroflow_gate.py")
@@ -98,16 +98,27 @@ def chosen_changes(changes: Sequence[int], most: int | None) -> list[int]:
     return [changes[round(place)] for place in np.linspace(0, len(changes) - 1, most)]
 
 
-def sampled_frames(scene: Scene, settings: RecordSettings) -> np.ndarray:
-    """Which of a scene's frames are sampled, bool [T]."""
+def drawn_frames(scene: Scene, settings: RecordSettings) -> np.ndarray:
+    """
+    One frame of every `dense_every`, bool [T], for figures over time; never the first frame, which all methods encode
+    in full.
+    """
     digest = hashlib.blake2b(scene.name.encode(), digest_size=8).digest()
     rng = np.random.default_rng((settings.seed, int.from_bytes(digest)))
-    sampled = np.zeros(scene.count, dtype=bool)
+    drawn = np.zeros(scene.count, dtype=bool)
     for first in range(0, scene.count, settings.dense_every):
-        sampled[rng.integers(first, min(first + settings.dense_every, scene.count))] = True
+        places = range(max(1, first), min(first + settings.dense_every, scene.count))
+        if places:
+            drawn[rng.integers(places.start, places.stop)] = True
+    return drawn
+
+
+def frames_around_changes(scene: Scene, settings: RecordSettings) -> np.ndarray:
+    """The frames around changes of the label, bool [T], to see when a method follows."""
+    around = np.zeros(scene.count, dtype=bool)
     for change in chosen_changes(scene.changes, settings.most_changes):
-        sampled[max(0, change - settings.before) : change + settings.after + 1] = True
-    return sampled
+        around[max(0, change - settings.before) : change + settings.after + 1] = True
+    return around
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +130,7 @@ class Recording:
         spec: the method.
         scenes: names.
         sampled: bool [T, B].
+        drawn: bool [T, B], those of the sampled frames that were drawn by chance; figures over time are of these.
         embeddings: float16 [M, D], frame after frame, and scene after scene within a frame.
         cost: float32 [T, B], of every frame; the first is a keyframe of every method.
         labels: int64 [T, B], places in `label_names`, -1 where no label is right.
@@ -130,6 +142,7 @@ class Recording:
     spec: MethodSpec
     scenes: tuple[str, ...]
     sampled: Tensor
+    drawn: Tensor
     embeddings: Tensor
     cost: Tensor
     labels: Tensor
@@ -137,12 +150,15 @@ class Recording:
     nbytes: Tensor
     about: dict = field(default_factory=dict)
 
-    def of(self, scene: str) -> tuple[Tensor, Tensor]:
-        """A scene's sampled frames, int64 [m] in order, and their embeddings, float32 [m, D]."""
+    def of(self, scene: str, drawn: bool = False) -> tuple[Tensor, Tensor]:
+        """
+        A scene's sampled frames, int64 [m] in order, and their embeddings, float32 [m, D]; with `drawn`, of those
+        alone that were drawn by chance.
+        """
         column = self.scenes.index(scene)
         places = torch.full(self.sampled.shape, -1)
         places[self.sampled] = torch.arange(int(self.sampled.sum()))
-        frames = self.sampled[:, column].nonzero()[:, 0]
+        frames = (self.drawn if drawn else self.sampled)[:, column].nonzero()[:, 0]
         return frames, self.embeddings[places[frames, column]].float()
 
     def labels_of(self, scene: str) -> list[str | None]:
@@ -164,10 +180,7 @@ def write_recording(recording: Recording, path: Path):
         "label_names": json.dumps(recording.label_names),
         "about": json.dumps(recording.about),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(save(tensors, metadata))
-    temporary.replace(path)
+    write_whole_bytes(path, save(tensors, metadata))
 
 
 def read_recording(path: Path) -> Recording:
@@ -184,7 +197,7 @@ def read_recording(path: Path) -> Recording:
     )
 
 
-TENSORS = ("sampled", "embeddings", "cost", "labels", "nbytes")
+TENSORS = ("sampled", "drawn", "embeddings", "cost", "labels", "nbytes")
 
 
 def frames_of(scenes: Sequence[Scene]) -> Iterator[list[tuple[np.ndarray, str | None]]]:
@@ -239,7 +252,11 @@ def record(
     methods = make_methods(model, specs)
     for method in methods:
         method.start(len(scenes))
-    sampled = torch.from_numpy(np.stack([sampled_frames(scene, settings) for scene in scenes], axis=1))
+    drawn, around = (
+        torch.from_numpy(np.stack([choose(scene, settings) for scene in scenes], axis=1))
+        for choose in (drawn_frames, frames_around_changes)
+    )
+    sampled = drawn | around
     embeddings: list[list[Tensor]] = [[] for _ in specs]
     costs: list[list[Tensor]] = [[] for _ in specs]
     nbytes = torch.zeros(len(specs), len(sampled), dtype=torch.int64)
@@ -277,6 +294,7 @@ def record(
             spec=spec,
             scenes=tuple(scene.name for scene in scenes),
             sampled=sampled,
+            drawn=drawn,
             embeddings=torch.cat(embeddings[place]),
             cost=of_every_frame(costs[place], len(sampled), methods[place].follows),
             labels=labels,
@@ -449,4 +467,4 @@ def slug(name: str) -> str:
     return "-".join("".join(sign if sign.isalnum() or sign == "." else " " for sign in name.lower()).split())
 
 
-__all__ = ["RecordSettings", "Recorder", "Recording", "Scene", "record", "sampled_frames"]
+__all__ = ["RecordSettings", "Recorder", "Recording", "Scene", "record"]

@@ -1,0 +1,206 @@
+"""
+Does a stream stay close to dense over thousands of frames? Cosine over time, its trend, and what is remembered.
+
+    python eval/fidelity.py --quick                      # 1,000 frames of each motion
+    torchrun --nproc_per_node 2 eval/fidelity.py         # 5,000; run again to continue
+
+One long composed clip of each motion; compared are frames drawn by chance, one of every `--dense-every`, without the
+first. Mean, 5th and 1st percentile of the cosine to dense by `eval/metrics/embedding_fidelity`, over all clips and by
+motion. Trend: the cosine's slope over time, per 1,000 frames, each clip around its own mean, with a 95 % interval by a
+moving-block bootstrap over the frames of each clip (neighbours are alike): a stream that drifts away has one below
+zero. Memory: the stream's bytes on every frame after the first, which must be one number. Beside each method, the best
+control at its own cost as in `accuracy.py`, by the 5th percentile, with intervals from drawing clips. Dense itself is
+recorded in the same arithmetic; embeddings are kept in float16, which hides differences below about 1e-6.
+Writes `eval/results/fidelity.json`.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import typer
+from equal_cost import RESAMPLES, best_control, families_of, middle
+from evidence import (
+    CHECKPOINT,
+    Checkpoint,
+    Clips,
+    DenseEvery,
+    Dtype,
+    Evidence,
+    Folder,
+    Frames,
+    Methods,
+    Plan,
+    Quick,
+    ShortFrames,
+    gather_evidence,
+    rounded,
+)
+from report import RESULTS, write_json
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional
+
+METRIC = Path(__file__).parent / "metrics" / "embedding_fidelity"
+BLOCK = 20  # of compared frames
+LONG = 0  # the batch of the long clips
+
+
+def cosines_of(evidence: Evidence, name: str, dense: str) -> np.ndarray:
+    """A method's cosines to dense on the drawn frames of the long clips, [S, m]."""
+    ours, theirs = evidence.recording(name, LONG), evidence.recording(dense, LONG)
+    return np.stack(
+        [
+            functional.cosine_similarity(
+                ours.of(scene.name, drawn=True)[1].double(), theirs.of(scene.name, drawn=True)[1].double(), dim=-1
+            ).numpy()
+            for scene in evidence.batches[LONG]
+        ]
+    )
+
+
+def frames_of(evidence: Evidence, dense: str) -> np.ndarray:
+    """The numbers of those frames, [S, m]."""
+    recording = evidence.recording(dense, LONG)
+    return np.stack([recording.of(scene.name, drawn=True)[0].numpy() for scene in evidence.batches[LONG]])
+
+
+def fifth_percentile(cosines: np.ndarray) -> np.ndarray:
+    """Over all frames of [R, S, m], interpolated: [R]."""
+    return np.quantile(cosines.reshape(len(cosines), -1), 0.05, axis=1)
+
+
+def slope(frames: np.ndarray, cosines: np.ndarray) -> np.ndarray:
+    """Slope per 1,000 frames, by least squares with each scene around its own means: [..., S, m] each to [...]."""
+    time = frames / 1000
+    time = time - time.mean(-1, keepdims=True)
+    centred = cosines - cosines.mean(-1, keepdims=True)
+    return (time * centred).sum((-1, -2)) / (time * time).sum((-1, -2))
+
+
+def slope_interval(
+    frames: np.ndarray, cosines: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
+    """A 95 % interval of the slope, from drawing blocks of BLOCK compared frames within each scene; [S, m] each."""
+    scenes, count = cosines.shape
+    block = min(BLOCK, count)
+    rng = np.random.default_rng(seed)
+    draws = np.empty(resamples)
+    for place in range(resamples):
+        starts = rng.integers(count, size=(scenes, math.ceil(count / block)))
+        drawn = ((starts[..., None] + np.arange(block)) % count).reshape(scenes, -1)[:, :count]
+        draws[place] = slope(np.take_along_axis(frames, drawn, 1), np.take_along_axis(cosines, drawn, 1))
+    return middle(draws)
+
+
+def metric_figures(metric, evidence: Evidence, name: str, dense: str, scenes: Sequence[str]) -> dict:
+    """What the metric says of some of the long clips."""
+    for scene in scenes:
+        ours, theirs = (evidence.recording(one, LONG).of(scene, drawn=True)[1].numpy() for one in (name, dense))
+        metric.add_batch(predictions=ours, references=theirs)
+    found = metric.compute()
+    return {short: found[f"cosine_{short}"] for short in ("mean", "p5", "p1")} | {"frames": found["count"]}
+
+
+def fidelity_report(evidence: Evidence) -> dict:
+    """All figures."""
+    metric = evaluate.load(str(METRIC))
+    dense = next(spec.name for spec in evidence.specs if spec.kind == "dense")
+    scenes = [(LONG, scene) for scene in evidence.batches[LONG]]
+    frames = frames_of(evidence, dense)
+    cosines = {spec.name: cosines_of(evidence, spec.name, dense) for spec in evidence.specs}
+    costs = {spec.name: evidence.cost(spec.name, scenes) for spec in evidence.specs}
+    families = families_of(evidence.specs)
+    motions = list(dict.fromkeys(scene.group for _, scene in scenes))
+    results = []
+    for spec in evidence.specs:
+        if spec.name == dense:
+            continue
+        nbytes = sorted(set(evidence.recording(spec.name, LONG).nbytes[1:].tolist()))
+        row = {
+            "name": spec.name,
+            "family": spec.family,
+            "control": spec.control,
+            "cost": costs[spec.name],
+            **metric_figures(metric, evidence, spec.name, dense, [scene.name for _, scene in scenes]),
+            "trend": float(slope(frames, cosines[spec.name])),
+            "trend_interval": slope_interval(frames, cosines[spec.name]),
+            "bytes": nbytes[-1] // len(scenes),
+            "bytes_constant": len(nbytes) == 1,
+            "motions": {
+                motion: metric_figures(
+                    metric, evidence, spec.name, dense, [scene.name for _, scene in scenes if scene.group == motion]
+                )
+                for motion in motions
+            },
+        }
+        if not spec.control:
+            compared = best_control(spec.name, cosines, costs, families, fifth_percentile)
+            row["best control"] = None if compared is None else compared.to_dict()
+        results.append(row)
+    return rounded({**evidence.about, "block": BLOCK, "resamples": RESAMPLES, "results": results}, digits=8)
+
+
+def table_of(report: dict) -> Table:
+    """All clips together."""
+    table = Table(title="cosine to dense over time, all motions", title_justify="left")
+    for heading in (
+        "method",
+        "cost",
+        "mean",
+        "p5",
+        "p1",
+        "trend, thousandths per 1,000 frames",
+        "MB a stream",
+        "best control's p5",
+        "difference, thousandths",
+    ):
+        table.add_column(heading, justify="left" if heading in ("method", "best control's p5") else "right")
+    for row in report["results"]:
+        compared = row.get("best control")
+        table.add_row(
+            ("control: " if row["control"] else "") + row["name"],
+            f"{row['cost']:.3f}",
+            *(f"{row[name]:.4f}" for name in ("mean", "p5", "p1")),
+            thousandths(row["trend"], row["trend_interval"]),
+            f"{row['bytes'] / 1e6:.1f}" + ("" if row["bytes_constant"] else ", not constant"),
+            "" if compared is None else f"{compared['control']:.4f} {compared['family']}",
+            "" if compared is None else thousandths(compared["difference"], compared["interval"]),
+        )
+    return table
+
+
+def thousandths(value: float, interval: Sequence[float] | None) -> str:
+    """In thousandths, with its interval."""
+    between = "" if interval is None else f" [{1e3 * interval[0]:+.2f}, {1e3 * interval[1]:+.2f}]"
+    return f"{1e3 * value:+.2f}{between}"
+
+
+def main(
+    quick: Quick = False,
+    clips: Clips = 6,
+    frames: Frames = 5000,
+    short_frames: ShortFrames = 500,
+    dense_every: DenseEvery = 8,
+    methods: Methods = None,
+    checkpoint: Checkpoint = CHECKPOINT,
+    dtype: Dtype = "bfloat16",
+    folder: Folder = None,
+    output: Path = RESULTS / "fidelity.json",
+):
+    """Record what is missing, compare, and write the report."""
+    plan = Plan(clips, frames, short_frames, dense_every, quick, methods)
+    evidence, processes = gather_evidence(plan, checkpoint, dtype, folder)
+    if not processes.is_main:
+        return
+    report = fidelity_report(evidence)
+    write_json(output, report)
+    console = Console()
+    console.width = max(console.width, 160)
+    console.print(table_of(report))
+
+
+if __name__ == "__main__":
+    typer.run(main)
