@@ -48,7 +48,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from neuroflow_hf.eval_record import Scene
-from neuroflow_hf.provenance import write_bytes
+from neuroflow_hf.provenance import write_whole_bytes
 
 TOP = (1, 5)
 PLOT = RESULTS.parents[1] / "docs" / "accuracy.png"
@@ -239,7 +239,7 @@ def main(
     write_json(output, report)
     picture = io.BytesIO()
     plot_accuracy(evidence, report).savefig(picture, dpi=130, format="png")
-    write_bytes(plot, picture.getvalue())
+    write_whole_bytes(plot, picture.getvalue())
     console = Console()
     console.width = max(console.width, 140)
     console.print(*tables(report))

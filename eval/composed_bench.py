@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from composed_clips import MOTIONS, SIDE, ClipSpec, Truth, frame, specify
 from torch import Tensor
-from vision_policies import code_version, key_of, model_version, write_bytes
 
 import neuroflow_hf
+from neuroflow_hf.code_keys import code_version, key_of, model_version
 from neuroflow_hf.labels import Labels, embed_labels
 from neuroflow_hf.loading import load_text_model
 from neuroflow_hf.processes import Processes
+from neuroflow_hf.provenance import write_whole_bytes
 from neuroflow_hf.run import fingerprint
 from neuroflow_hf.tower import default_tower_dir
 
@@ -163,7 +164,7 @@ def measure_clips(
             buffer = io.BytesIO()
             with torch.inference_mode():
                 np.savez(buffer, **measure(bench, bench.clip(name)))
-            write_bytes(path, buffer.getvalue())
+            write_whole_bytes(path, buffer.getvalue())
         with np.load(path, allow_pickle=False) as stored:
             found.append((place, {part: stored[part] for part in stored.files}))
     if on_clip is not None:
