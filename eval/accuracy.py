@@ -31,6 +31,7 @@ from evidence import (
     DenseEvery,
     Dtype,
     Evidence,
+    FewSettings,
     Folder,
     Frames,
     Methods,
@@ -219,6 +220,7 @@ def points(difference: float | None, interval: Sequence[float] | None) -> str:
 
 def main(
     quick: Quick = False,
+    few_settings: FewSettings = False,
     clips: Clips = 6,
     frames: Frames = 5000,
     short_frames: ShortFrames = 500,
@@ -231,7 +233,7 @@ def main(
     plot: Path = PLOT,
 ):
     """Record what is missing, compare, and write the report and the picture."""
-    plan = Plan(clips, frames, short_frames, dense_every, quick, methods)
+    plan = Plan(clips, frames, short_frames, dense_every, quick, methods, few_settings)
     evidence, processes = gather_evidence(plan, checkpoint, dtype, folder)
     if not processes.is_main:
         return

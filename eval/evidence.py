@@ -43,6 +43,7 @@ SEED = 3
 NOTHING = "nothing"
 
 Quick = Annotated[bool, typer.Option("--quick", help="One clip of 1,000 frames of each motion, fewer settings.")]
+FewSettings = Annotated[bool, typer.Option("--few-settings", help="As of a quick run, but all the clips.")]
 Clips = Annotated[int, typer.Option(help="Clips of each motion.", min=1)]
 Frames = Annotated[int, typer.Option(help="Frames of the first clip of each motion.", min=composed_clips.FEWEST)]
 ShortFrames = Annotated[int, typer.Option(help="Frames of each of the others.", min=composed_clips.FEWEST)]
@@ -66,6 +67,7 @@ class Plan:
     dense_every: int = 8
     quick: bool = False
     methods: str | None = None
+    few_settings: bool = False
 
     @property
     def settings(self) -> RecordSettings:
@@ -202,7 +204,7 @@ def record_evidence(
     processes: Processes,
 ) -> Evidence:
     """Record what is missing, show how far it is, and read all of it."""
-    specs = chosen(standard_methods(model, plan.quick), plan.methods)
+    specs = chosen(standard_methods(model, plan.quick or plan.few_settings), plan.methods)
     recorder = Recorder(model, preprocess, folder, plan.settings, processes)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(

@@ -31,6 +31,7 @@ from evidence import (
     DenseEvery,
     Dtype,
     Evidence,
+    FewSettings,
     Folder,
     Frames,
     Methods,
@@ -266,6 +267,7 @@ def frames_text(frames: float, interval: Sequence[float] | None) -> str:
 
 def main(
     quick: Quick = False,
+    few_settings: FewSettings = False,
     clips: Clips = 6,
     frames: Frames = 5000,
     short_frames: ShortFrames = 500,
@@ -277,7 +279,7 @@ def main(
     output: Path = RESULTS / "reaction.json",
 ):
     """Record what is missing, compare, and write the report."""
-    plan = Plan(clips, frames, short_frames, dense_every, quick, methods)
+    plan = Plan(clips, frames, short_frames, dense_every, quick, methods, few_settings)
     evidence, processes = gather_evidence(plan, checkpoint, dtype, folder)
     if not processes.is_main:
         return
