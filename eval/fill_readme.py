@@ -4,7 +4,8 @@ Write README's figures and pictures from the results: tables from `eval/results/
     python eval/vision_policies.py --frames 60 --workers 2
     python eval/vision_controls.py && make demo
     python eval/benchmark_vision.py --fresh && python eval/benchmark_streams.py
-    python eval/token_drift.py && python eval/motion_masks.py
+    python eval/token_drift.py && python eval/benchmark_lossless.py
+    python eval/motion_masks.py && python eval/published_laws.py && python eval/accuracy.py && python eval/reaction.py
     python eval/fill_readme.py
 
 """
@@ -18,6 +19,7 @@ from benchmark_streams import WAYS
 from benchmark_vision import ratios
 from motion_measure import LABEL_COLUMNS
 from PIL import Image
+from readme_evidence import accuracy_table, laws_table, reaction_table
 from report import RESULTS, fill_block, write_json, write_whole
 
 from neuroflow_hf import PRESETS
@@ -325,43 +327,49 @@ def motion_table(report: dict) -> str:
     )
 
 
+BLOCKS = {
+    "policies": (policies_table, "vision_policies"),
+    "delays": (delays_table, "vision_policies"),
+    "controls": (controls_table, "vision_controls"),
+    "speed": (speed_table, "benchmark_vision"),
+    "streams": (streams_table, "benchmark_streams"),
+    "run": (run_table, "run"),
+    "labels": (labels_table, "run_labels"),
+    "motion": (motion_table, "motion_masks"),
+    "accuracy": (accuracy_table, "accuracy"),
+    "reaction": (reaction_table, "reaction"),
+    "laws": (laws_table, "published_laws"),
+    "drift": (drift_block, "token_drift"),
+    "lossless": (lossless_table, "benchmark_lossless"),
+}
+
+
+def take_run(folder: Path, result: str, sheet: str, plot: str | None = None):
+    """Keep a run's summary under the results, and its pictures under `docs/`."""
+    write_json(RESULTS / f"{result}.json", json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    pictures = ROOT / "docs"
+    pictures.mkdir(exist_ok=True)
+    contact_sheet = Image.open(folder / "contact_sheet.png").convert("RGB")
+    contact_sheet.save(pictures / f"{sheet}.jpg", quality=85, optimize=True)
+    if plot is not None:
+        Image.open(folder / "plot.png").convert("RGB").quantize(256).save(pictures / f"{plot}.png", optimize=True)
+
+
 def main(
     run: Annotated[Path, typer.Option(help="Folder of a `neuroflow run` on the shipped clip.")] = ROOT
     / "neuroflow-run",
     labelled: Annotated[Path, typer.Option(help="Folder of a run with labels on the composed clip.")] = ROOT
     / "neuroflow-run-things",
 ):
-    """Fill README's blocks and copy the runs' pictures."""
-    controls = json.loads((RESULTS / "vision_controls.json").read_text(encoding="utf-8"))
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    """Fill README's blocks; where there are the runs' folders, take their summaries and pictures before."""
+    if (run / "summary.json").is_file():
+        take_run(run, "run", "contact_sheet", "plot")
+    if (labelled / "summary.json").is_file():
+        take_run(labelled, "run_labels", "labels")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    readme = fill_block(readme, "figures:controls", controls_table(controls))
-    policies = json.loads((RESULTS / "vision_policies.json").read_text(encoding="utf-8"))
-    readme = fill_block(readme, "figures:policies", policies_table(policies))
-    readme = fill_block(readme, "figures:delays", delays_table(policies))
-    benchmark = json.loads((RESULTS / "benchmark_vision.json").read_text(encoding="utf-8"))
-    readme = fill_block(readme, "figures:speed", speed_table(benchmark))
-    streams = json.loads((RESULTS / "benchmark_streams.json").read_text(encoding="utf-8"))
-    readme = fill_block(readme, "figures:streams", streams_table(streams))
-    readme = fill_block(readme, "figures:run", run_table(summary))
-    things = json.loads((labelled / "summary.json").read_text(encoding="utf-8"))
-    readme = fill_block(readme, "figures:labels", labels_table(things))
-    drift = json.loads((RESULTS / "token_drift.json").read_text(encoding="utf-8"))
-    readme = fill_block(readme, "figures:drift", drift_block(drift))
-    if (RESULTS / "motion_masks.json").exists():
-        motion = json.loads((RESULTS / "motion_masks.json").read_text(encoding="utf-8"))
-        readme = fill_block(readme, "figures:motion", motion_table(motion))
-    write_json(RESULTS / "run.json", summary)
-    write_json(RESULTS / "run_labels.json", things)
-    if (RESULTS / "benchmark_lossless.json").exists():
-        lossless = json.loads((RESULTS / "benchmark_lossless.json").read_text(encoding="utf-8"))
-        readme = fill_block(readme, "figures:lossless", lossless_table(lossless))
-    pictures = ROOT / "docs"
-    pictures.mkdir(exist_ok=True)
-    for folder, name in ((run, "contact_sheet"), (labelled, "labels")):
-        sheet = Image.open(folder / "contact_sheet.png").convert("RGB")
-        sheet.save(pictures / f"{name}.jpg", quality=85, optimize=True)
-    Image.open(run / "plot.png").convert("RGB").quantize(256).save(pictures / "plot.png", optimize=True)
+    for name, (table, result) in BLOCKS.items():
+        report = json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8"))
+        readme = fill_block(readme, f"figures:{name}", table(report))
     write_whole(ROOT / "README.md", readme)
 
 

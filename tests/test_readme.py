@@ -5,15 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fill_readme import (
-    controls_table,
-    delays_table,
-    drift_block,
-    labels_table,
-    policies_table,
-    run_table,
-    speed_table,
-)
+from fill_readme import BLOCKS
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,18 +29,8 @@ def test_python_examples_run_and_say_true_shapes(checkout, capsys):
     assert Path("stream.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "table, result",
-    [
-        (controls_table, "vision_controls"),
-        (policies_table, "vision_policies"),
-        (delays_table, "vision_policies"),
-        (speed_table, "benchmark_vision"),
-        (run_table, "run"),
-        (labels_table, "run_labels"),
-        (drift_block, "token_drift"),
-    ],
-)
-def test_figures_are_those_of_the_results(table, result):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_figures_are_those_of_the_results(name):
+    table, result = BLOCKS[name]
     report = json.loads((ROOT / f"eval/results/{result}.json").read_text(encoding="utf-8"))
     assert table(report) in (ROOT / "README.md").read_text(encoding="utf-8")

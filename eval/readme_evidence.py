@@ -1,0 +1,112 @@
+"""README's tables of evidence, in Markdown, each from its JSON file under `eval/results/`: pure functions."""
+
+from collections.abc import Sequence
+
+
+def points(difference: float | None, interval: Sequence[float] | None) -> str:
+    """A difference of shares in points, with its interval."""
+    if difference is None:
+        return ""
+    between = "" if interval is None else f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
+    return f"{100 * difference:+.1f}{between}"
+
+
+def frames(value: float, interval: Sequence[float] | None) -> str:
+    """A number of frames, with its interval."""
+    return f"{value:.1f}" + ("" if interval is None else f" ({interval[0]:.1f} to {interval[1]:.1f})")
+
+
+def name_of(row: dict) -> str:
+    """A method's name; controls are called so, presets are code."""
+    if row["control"]:
+        return f"*control:* {row['name']}"
+    return f"`{row['name']}`" if row["family"] == "presets" else row["name"]
+
+
+def what_was_recorded(report: dict) -> str:
+    """The command, the clips and the machine."""
+    lengths = sorted(set(report["frames"]), reverse=True)
+    recorded = report["recorded"]
+    return (
+        f"`{report['command']}`: {len(report['scenes'])} composed clips, {len(report['frames'])} of each of 14 kinds "
+        f"of motion, of {' or '.join(map(str, lengths))} frames, held-out drawings before held-out photographs; "
+        f"neuroflow-siglip-small, {recorded['dtype']}"
+    )
+
+
+def accuracy_table(report: dict) -> str:
+    """Zero-shot accuracy of all methods, from `accuracy.json`."""
+    lines = [
+        "| method | cost | top-1 | less dense's, points | largest loss in a motion | best control at its cost "
+        "| difference to it, points | top-5 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["results"]:
+        compared = row["top1"].get("best control")
+        differences = {
+            motion: found["top1"]["difference"]
+            for motion, found in row["motions"].items()
+            if found["top1"]["difference"] is not None
+        }
+        worst = min(differences, key=differences.get)
+        control = "" if compared is None else f"{compared['control']:.1%} ({compared['family']})"
+        beside = "" if compared is None else points(compared["difference"], compared["interval"])
+        loss = "" if row["name"] == "dense" else f"{points(differences[worst], None)} ({worst})"
+        less = "" if row["name"] == "dense" else points(row["top1"]["difference"], row["top1"]["interval"])
+        lines.append(
+            f"| {name_of(row)} | {row['cost']:.3f} | {row['top1']['accuracy']:.1%} | {less} | {loss} | {control} "
+            f"| {beside} | {row['top5']['accuracy']:.1%} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{what_was_recorded(report)}; {report['frames_counted']} frames counted, asked for one of "
+            f"{report['texts']} labels. Intervals: 95 %, from drawing clips, paired. The best control, chosen after "
+            "the fact, is a mixture of the two settings of one family that are nearest in cost.",
+        ]
+    )
+
+
+def reaction_table(report: dict) -> str:
+    """Delays between an event and the label's change, from `reaction.json`."""
+    own = report["own"]
+    lines = [
+        "| method | cost | delay beyond dense's, frames | never within the clip | best control at its cost "
+        "| difference to it, frames |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in own["results"]:
+        compared = row.get("best control")
+        control = "" if compared is None else f"{compared['control']:.1f} ({compared['family']})"
+        beside = "" if compared is None else frames(compared["difference"], compared["interval"])
+        delay = "" if row["name"] == "dense" else frames(row["delay"], row["interval"])
+        lines.append(f"| {name_of(row)} | {row['cost']:.3f} | {delay} | {row['censored']} | {control} | {beside} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`{report['command']}`: {own['events']} events in {own['scenes']} clips, by the clip's own labels and "
+            f"`nothing`; dense itself takes {own['dense_delay']:.1f} frames. {own['left_out']} events that dense does "
+            "not follow, or says before, are left out.",
+        ]
+    )
+
+
+def laws_table(report: dict) -> str:
+    """What of the published observations holds, from `published_laws.json`."""
+    lines = ["| published observation | measured | control | verdict |", "|---|---|---|---|"]
+    lines += [
+        f"| {found['claim']} | {found['measured']} | {found['control']} | {found['verdict']} |"
+        for found in report["findings"]
+    ]
+    clips = report["clips"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`{report['command']}`: {clips['in_all']} composed clips of {clips['frames']} frames, {report['labels']} "
+            f"labels, {report['checkpoint']['name']}; the rules stand in [all figures]"
+            "(eval/results/published_laws.json).",
+        ]
+    )
