@@ -7,7 +7,6 @@ motion is long, the others are short. Measured on one core of two, both busy: a 
 processor time, everything about 14 hours, which any number of sessions may share.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -247,7 +246,6 @@ def gather_evidence(plan: Plan, checkpoint: Path, dtype: str, folder: Path | Non
     from recipes.siglip_small.compose import load_material
 
     processes = Processes()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.count))
     device = "auto" if processes.device is None else str(processes.device)
     model, preprocess, tokenizer = load_text_model(checkpoint, DTYPES[dtype], device)
     material = load_material()["held out"]
