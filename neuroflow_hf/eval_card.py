@@ -6,6 +6,7 @@ already stays: its text as it is, its metadata and other figures by value.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -42,8 +43,14 @@ def card_with_results(text: str, model_name: str, results: Sequence[EvalResult])
     card = read_card(text)
     kept = [one for one in card.data.eval_results or [] if not any(same_question(one, new) for new in results)]
     card.data.model_name = card.data.model_name or model_name
-    card.data.eval_results = [*kept, *results]
+    card.data.eval_results = [*kept, *(with_plain_value(one) for one in results)]
     return str(card)
+
+
+def with_plain_value(result: EvalResult) -> EvalResult:
+    """The same figure as Python's own number: NumPy's would stand in the YAML as objects, which nobody reads."""
+    value = result.metric_value
+    return replace(result, metric_value=float(value) if isinstance(value, float) else value)
 
 
 def read_card(text: str) -> ModelCard:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 from zero_shot_small import card_results as results_of_siglip
@@ -74,6 +75,12 @@ def test_figures_are_replaced_not_repeated():
     assert card_with_results(once, "mine", [result(0.25)]) == once
     twice = ModelCard(card_with_results(once, "mine", [result(0.75), result(0.1, metric_name="top-5")]))
     assert [one.metric_value for one in twice.data.eval_results] == [0.5, 0.75, 0.1]
+
+
+def test_numpys_numbers_stand_in_the_head_as_numbers():
+    text = card_with_results("# A model\n", "a-model", [result(np.float64(0.25))])
+    assert "python/" not in text
+    assert ModelCard(text).data.eval_results[0].metric_value == 0.25
 
 
 def test_a_card_without_head_gets_one():
