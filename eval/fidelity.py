@@ -46,6 +46,7 @@ from torch.nn import functional
 
 METRIC = Path(__file__).parent / "metrics" / "embedding_fidelity"
 BLOCK = 20  # of compared frames
+FEWEST_BLOCKS = 5
 LONG = 0  # the batch of the long clips
 
 
@@ -84,9 +85,14 @@ def slope(frames: np.ndarray, cosines: np.ndarray) -> np.ndarray:
 def slope_interval(
     frames: np.ndarray, cosines: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float] | None:
-    """A 95 % interval of the slope, from drawing blocks of BLOCK compared frames within each scene; [S, m] each."""
+    """A 95 % interval of the slope, from drawing blocks of BLOCK compared frames within each scene; [S, m] each.
+
+    None of fewer than FEWEST_BLOCKS: drawing them says nothing.
+    """
     scenes, count = cosines.shape
-    block = min(BLOCK, count)
+    block = BLOCK
+    if count < FEWEST_BLOCKS * block:
+        return None
     rng = np.random.default_rng(seed)
     draws = np.empty(resamples)
     for place in range(resamples):

@@ -141,6 +141,7 @@ def test_the_trend_is_the_slope_per_thousand_frames():
     assert low < -2e-3 < high < 0
     low, high = fidelity.slope_interval(frames, level + rng.normal(0, 1e-3, frames.shape), resamples=200)
     assert low < 0 < high
+    assert fidelity.slope_interval(frames[:, :90], falling[:, :90]) is None
 
 
 # --- all of it ---
