@@ -45,7 +45,7 @@ siglip-small: $(READY)  ## train models/neuroflow-siglip-small anew: about an ho
 	$(BIN)/python -m recipes.siglip_small.train
 	$(BIN)/python eval/zero_shot_small.py
 
-phi3-nano: $(READY)  ## train the embedded Phi-3 and measure it: hours on two cores; run again to continue
+phi3-nano: $(READY)  ## train the embedded Phi-3 and measure it: an hour or two; run again to continue
 	$(BIN)/python -m recipes.phi3_nano.train
 	$(BIN)/python eval/phi3_nano.py
 
