@@ -337,7 +337,7 @@ def card_tables(report: dict) -> str:
         "|---|---|---|",
         row("**held-out renderings, photographs and phrasings**", main),
         *(row(name, found) for name, found in report["others"].items()),
-        *(row("the same of the recipe run again, from nothing", found) for found in held_out_again()),
+        *(row("the first row, of the recipe run again from nothing", found) for found in held_out_again()),
         "",
         "| main thing covers | top-1 | pictures |",
         "|---|---|---|",
