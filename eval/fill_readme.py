@@ -284,6 +284,7 @@ def lossless_table(report: dict) -> str:
 
 MOTION_ROWS = {
     "balanced, last_update, 0.01": "`balanced` (default)",
+    "balanced, last_update, 0.03": "`balanced`, threshold 0.03",
     "balanced, ema, 0.01": "`balanced`, reference `ema`",
     "context, last_update, 0.01": "`context`",
     "context, ema, 0.01": "`context`, reference `ema`",
