@@ -44,6 +44,7 @@ RECORDS = "records"
 CODE = ("eval_methods.py", "token_merging.py", "preprocess.py", "video.py", "configuration_neuroflow_gate.py")
 # Holding can spend any share of dense's cost: its settings begin at the first frame repeated, and end at dense.
 HOLDS = ("every", "surprise", "pixels")
+HELD = (*HOLDS, FIRST.kind)  # what returns dense's embeddings
 MERGED_SCHEDULE = "constant"  # of token merging, the paper's main one
 EVERY = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 48)
 SURPRISE_LEVELS = tuple(float(f"{level:.3g}") for level in np.geomspace(0.002, 0.4, 14))
@@ -138,7 +139,8 @@ def chosen_methods(model: NeuroFlowSiglipVisionModel, resolution: int, names: Se
     Args:
         model: the vision tower.
         resolution: side of the frames in pixels, which smaller inputs and merged tokens are in proportion to.
-        names: of methods or of their families, such as `"balanced"` or `"context"`; None for the presets.
+        names: of methods or of their families, such as `"balanced"` or `"context"`, also parted at the commas that a
+            setting's name has in it; None for the presets.
         quick: fewer settings of each control.
 
     Raises:
@@ -149,14 +151,33 @@ def chosen_methods(model: NeuroFlowSiglipVisionModel, resolution: int, names: Se
         wanted = [spec for spec in methods if spec.name in PRESETS]
     else:
         known = list(dict.fromkeys(part for spec in methods for part in (spec.name, short_family(spec))))
-        for name in names:
-            if name not in known:
-                raise ValueError(f"There is no method {name!r}; expected some of {', '.join(map(repr, known))}.")
+        names = whole_names(names, known)
         wanted = [spec for spec in methods if {spec.name, short_family(spec)} & set(names)]
     controls = [spec for spec in standard_controls(model, quick) if spec.kind not in HOLDS]
     kept = [*hold_controls(), *(one for one in controls if one.options.get("schedule") in (None, MERGED_SCHEDULE))]
     scaled = [for_resolution(spec, resolution, model.config.image_size, model.config.patch_size) for spec in kept]
     return [DENSE, *wanted, *{spec.name: spec for spec in scaled}.values()]
+
+
+def whole_names(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """
+    Names of methods, those put together again that were parted at commas of their own: `["context", "threshold 0.01"]`
+    to `["context, threshold 0.01"]`. The longest that is known is taken.
+
+    Raises:
+        ValueError: for a name that is not known.
+    """
+    found, place = [], 0
+    while place < len(names):
+        for end in range(len(names), place, -1):
+            name = ", ".join(names[place:end])
+            if name in known:
+                break
+        else:
+            raise ValueError(f"There is no method {names[place]!r}; expected some of {', '.join(map(repr, known))}.")
+        found.append(name)
+        place = end
+    return found
 
 
 def hold_controls() -> list[MethodSpec]:
@@ -227,7 +248,7 @@ class Recording:
     One method over one video of T frames.
 
     Args:
-        embeddings: float32 [T, D].
+        embeddings: float32 [T, D]; [T, 0] of what returns dense's, for there are dozens of these: see `embeddings_of`.
         cost, skip, milliseconds: float32 [T]; `skip` is NaN where a method knows of none, `milliseconds` where it was
             not timed.
     """
@@ -305,9 +326,15 @@ class EvalJob:
         return found
 
     def record(self, reader: VideoReader, specs: Sequence[MethodSpec]) -> dict[str, Recording]:
-        """Some methods over a video, frame by frame."""
+        """
+        Some methods over a video, frame by frame.
+
+        Raises:
+            ValueError: for embeddings that are not finite.
+        """
         model, methods = self.checkpoint.model, make_methods(self.checkpoint.model, specs)
         rows: dict[str, list] = {spec.name: [] for spec in specs}
+        held = {spec.name for spec in specs if spec.kind in HELD}
         for method in methods:
             method.start(1)
         with torch.inference_mode(), contextlib.closing(prefetch(self.pixels(reader))) as frames:
@@ -315,7 +342,11 @@ class EvalJob:
                 for method in methods:
                     step, spent = timed(lambda m=method, x=pixel_values: m.step(x), model.device)
                     skip = math.nan if step.skip_rate is None else step.skip_rate[0].item()
-                    rows[method.name].append((step.embeddings[0].float().cpu(), step.cost[0].item(), skip, spent))
+                    embedding = step.embeddings[0].float().cpu()
+                    require_finite(embedding, method.name, len(rows[method.name]), reader.path)
+                    if method.name in held:
+                        embedding = embedding[:0]
+                    rows[method.name].append((embedding, step.cost[0].item(), skip, spent))
         if len(rows[specs[0].name]) < 2:
             raise VideoError(f"{reader.path} gives a single frame; expected at least two to compare.")
         kinds = {spec.name: spec.kind for spec in specs}
@@ -415,9 +446,26 @@ class EvalJob:
 def recording_of(rows: Sequence[tuple], kind: str) -> Recording:
     """Frames' values stacked; controls that hold share their dense frames with others, so their time says nothing."""
     embeddings, cost, skip, milliseconds = zip(*rows, strict=True)
-    if kind in (*HOLDS, FIRST.kind):
+    if kind in HELD:
         milliseconds = [math.nan] * len(rows)
     return Recording(torch.stack(embeddings), *(torch.tensor(values) for values in (cost, skip, milliseconds)))
+
+
+def require_finite(embedding: torch.Tensor, method: str, frame: int, path: Path):
+    """ValueError if an embedding [D] is not finite: figures of it would compare with nothing."""
+    if not embedding.isfinite().all():
+        raise ValueError(
+            f"{method} gives an embedding with NaN or infinite values for frame {frame} of {path}; expected numbers. "
+            "Choose another --dtype: float16 is too small for some checkpoints."
+        )
+
+
+def embeddings_of(recording: Recording, dense: Recording) -> torch.Tensor:
+    """A recording's embeddings, float32 [T, D]: its own, or dense's of the frame that was encoded last."""
+    if recording.embeddings.shape[-1]:
+        return recording.embeddings
+    places = torch.arange(len(recording.skip))
+    return dense.embeddings[torch.where(recording.skip == 0, places, 0).cummax(0).values]
 
 
 def read_recording(path: Path) -> Recording | None:
@@ -448,7 +496,7 @@ def video_line(video: EvalVideo, recordings: dict[str, Recording], labels: Label
     line = {"name": video.name, "truth": video.truth, "asked": asked, "frames": len(dense), "methods": {}}
     dense_best = labels.logits(dense).argmax(-1) if asked else None
     for name, recording in recordings.items():
-        embeddings = recording.embeddings[1:]
+        embeddings = embeddings_of(recording, recordings[DENSE.name])[1:]
         cosine = torch.nn.functional.cosine_similarity(embeddings.double(), dense.double(), dim=-1).numpy()
         cost, skip = (values[1:].double().numpy() for values in (recording.cost, recording.skip))
         # without the frame on which kernels are chosen and memory is claimed

@@ -141,7 +141,7 @@ def chosen_labels(videos: VideoSet, named: Sequence[str] | None) -> tuple[str, .
     there are none.
 
     Raises:
-        ValueError: if a class is not among those named, or if there is a class and no other label to take it for.
+        ValueError: if a class is not among those named, or if there is one label and no other to take it for.
     """
     labels = tuple(named) if named is not None else videos.classes
     if named is None and videos.name == SHIPPED:
@@ -157,6 +157,10 @@ def chosen_labels(videos: VideoSet, named: Sequence[str] | None) -> tuple[str, .
         raise ValueError(
             f"All videos show {labels[0]!r}, and there is nothing else to take them for; add other --labels, or give "
             "--no-truth."
+        )
+    if len(labels) == 1 and labels[0]:
+        raise ValueError(
+            f"There is one label, {labels[0]!r}, which is the best one on every frame; name what else there may be."
         )
     return labels
 

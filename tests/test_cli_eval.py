@@ -19,8 +19,9 @@ from test_pipelines import PIPELINE_TEXT, make_processor
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 
 from neuroflow_hf import eval_run
-from neuroflow_hf.eval_methods import MethodSpec
-from neuroflow_hf.eval_run import EvalJob, EvalSettings, for_resolution
+from neuroflow_hf.eval_methods import DENSE, FIRST, Dense, MethodSpec, Step
+from neuroflow_hf.eval_run import EvalJob, EvalSettings, embeddings_of, for_resolution, load_checkpoint, whole_names
+from neuroflow_hf.eval_videos import VideoSet, find_videos
 
 FRAMES = 6
 FILES = {"report.json", "report.md", "fidelity_over_cost.png", "accuracy_over_cost.png", "model_card.md", "records"}
@@ -257,6 +258,30 @@ def test_other_options_are_measured_anew_and_damaged_records_too(videos, folder,
     assert all(path.stat().st_size > 100 for path in records)
 
 
+def test_what_is_held_is_stored_without_embeddings_and_is_denses_of_its_last_frame(videos, folder, tmp_path):
+    clip = find_videos(videos / "Dog" / "a.mkv").videos[0]
+    checkpoint = load_checkpoint(folder, device="cpu")
+    every = MethodSpec("every 2", "every k", "every", {"k": 2}, True)
+    job = EvalJob(checkpoint, VideoSet("one", (clip,)), tmp_path, [DENSE, every, FIRST], EvalSettings(), False, None)
+    recordings = job.record_video(clip, lambda what: None)
+    dense, held, first = (recordings[spec.name] for spec in (DENSE, every, FIRST))
+    assert held.embeddings.numel() == 0 == first.embeddings.numel()
+    assert torch.equal(embeddings_of(held, dense), dense.embeddings[[0, 0, 2, 2, 4, 4]])
+    assert torch.equal(embeddings_of(first, dense), dense.embeddings[[0] * FRAMES])
+    assert embeddings_of(dense, dense) is dense.embeddings
+    again = job.record_video(clip, lambda what: None)
+    assert torch.equal(embeddings_of(again[every.name], again[DENSE.name]), embeddings_of(held, dense))
+
+
+def test_embeddings_that_are_not_finite_are_refused(videos, folder, tmp_path, monkeypatch):
+    clip = find_videos(videos / "Dog" / "a.mkv")
+    checkpoint = load_checkpoint(folder, device="cpu")
+    monkeypatch.setattr(Dense, "step", lambda self, pixels, wanted=None: Step(torch.full((1, 4), math.nan), pixels))
+    job = EvalJob(checkpoint, clip, tmp_path, [DENSE], EvalSettings(), False, None)
+    with pytest.raises(ValueError, match=r"dense gives an embedding with NaN.*frame 0 of .*a\.mkv.*--dtype"):
+        job.run()
+
+
 # --- labels or none ------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +334,15 @@ def test_controls_keep_their_proportions():
     assert for_resolution(merged, 224, 224, 14) == merged
 
 
+def test_names_with_commas_of_their_own_may_be_parted_at_them():
+    known = ["context", "context, threshold 0.01", "eliminate (B, not distilled), threshold 0.01", "balanced"]
+    text = "balanced, eliminate (B, not distilled), threshold 0.01, context, context, threshold 0.01"
+    assert whole_names(text.split(", "), known) == [known[3], known[2], known[0], known[1]]
+    assert whole_names(known, known) == known
+    with pytest.raises(ValueError, match=r"no method 'threshold 0\.01'"):
+        whole_names(["balanced", "threshold 0.01"], known)
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -322,6 +356,8 @@ def test_controls_keep_their_proportions():
         (("--stride", 0), "`stride` is 0"),
         (("--dtype", "int8"), "--dtype is 'int8'"),
         (("--resolution", 2), "one patch"),
+        (("--no-truth", "--labels", "dog"), "one label, 'dog'"),
+        (("--no-truth", "--labels", ""), "is empty"),
         (("--no-card", "--write-card"), "not both"),
         (("--no-truth", "--template", "{}"), "--template"),
     ],

@@ -150,6 +150,7 @@ def made_up(motion, number, *, loss, right, dense_right=1.0, skips=None, frames=
     return ClipName(motion, number, 0, frames), figures
 
 
+NOWHERE_NEAR = dict.fromkeys(("ema 0.0003", "ema 0.003", "ema 0.1", "ema 0.4"), 0.0)
 SKIPS = {"ema 0.0003": 0.555, "ema 0.01": 0.66, "ema 0.4": 0.84}
 
 
@@ -163,6 +164,12 @@ def test_saturation_holds_where_nothing_depends_on_the_skip_rate_and_fails_where
     assert [one["verdict"] for one in saturation(steep)] == [FAILS, FAILS]
     assert "ema 0.0003: 55.5% skipped, ema 0.4: 84.0%" in saturation(steep)[0]["measured"]
     assert [one["verdict"] for one in saturation(level[:2])] == [UNKNOWN, UNKNOWN]
+
+
+def test_saturation_cannot_be_told_by_a_setting_beside_itself():
+    same = [made_up("still", n, loss=0.05, right=0.7, skips={"ema 0.01": 0.8, **NOWHERE_NEAR}) for n in range(5)]
+    assert [one["verdict"] for one in saturation(same)] == [UNKNOWN, UNKNOWN]
+    assert "ema 0.01: 80.0% skipped, ema 0.01: 80.0%" in saturation(same)[0]["measured"]
 
 
 @pytest.mark.parametrize("travelling, staying, verdict", [(0.2, 0.8, HOLDS), (0.8, 0.2, FAILS)])
@@ -199,6 +206,8 @@ def test_a_held_embedding_loses_nothing_where_nothing_changes_and_more_the_longe
     figures["dense pooled"] = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     assert loss_held(figures, 1.0) == pytest.approx(np.zeros(20), abs=1e-9)
     assert loss_held(figures, 0.1).mean() > loss_held(figures, 0.3).mean() > 0
+    half, most = loss_held(figures, 0.5).mean(), loss_held(figures, 0.9).mean()  # dense on 9 of 10 frames, not on 5
+    assert half > 0 and most == pytest.approx(0.2 * half)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
