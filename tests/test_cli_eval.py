@@ -252,6 +252,7 @@ def test_other_options_are_measured_anew_and_damaged_records_too(videos, folder,
     assert run(tmp_path, clip, folder, "--stride", 2).exit_code == 0
     assert len(set((tmp_path / "records").iterdir())) == 2 * len(records)
     assert report_of(tmp_path)["videos"]["frames"] == 2
+    assert "one of every 2, 2 frames in all" in (tmp_path / "report.md").read_text()
     for path in records:
         path.write_bytes(b"broken")
     assert run(tmp_path, clip, folder).exit_code == 0
