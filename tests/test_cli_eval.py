@@ -274,6 +274,15 @@ def test_what_is_held_is_stored_without_embeddings_and_is_denses_of_its_last_fra
     assert torch.equal(embeddings_of(again[every.name], again[DENSE.name]), embeddings_of(held, dense))
 
 
+def test_a_recording_is_of_the_libraries_that_the_report_names(videos, folder, tmp_path, monkeypatch):
+    clip = find_videos(videos / "Dog" / "a.mkv")
+    job = EvalJob(load_checkpoint(folder, device="cpu"), clip, tmp_path, [DENSE], EvalSettings(), False, None)
+    before = job.path_of(clip.videos[0], "abc", DENSE)
+    assert job.path_of(clip.videos[0], "abc", DENSE) == before
+    monkeypatch.setattr(eval_run, "version", lambda name: "0.0")
+    assert job.path_of(clip.videos[0], "abc", DENSE) != before
+
+
 def test_embeddings_that_are_not_finite_are_refused(videos, folder, tmp_path, monkeypatch):
     clip = find_videos(videos / "Dog" / "a.mkv")
     checkpoint = load_checkpoint(folder, device="cpu")
