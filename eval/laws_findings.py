@@ -246,7 +246,7 @@ def saturation(measured: Measured) -> list[dict]:
         ),
         finding(
             "fidelity hardly depends on the skip rate",
-            f"holds if the interval of the difference of `1 - cos` lies within {LEVEL_COSINE}, not if beside it; {apart}",
+            f"holds if the interval of the difference of `1 - cos` lies within {LEVEL_COSINE}, not if beside; {apart}",
             f"{shown(fidelity, '{:+.4f}')} ({where})",
             two and within(fidelity, -LEVEL_COSINE, LEVEL_COSINE),
             two and outside(fidelity, -LEVEL_COSINE, LEVEL_COSINE),

@@ -72,7 +72,7 @@ def reaction_table(report: dict) -> str:
     """Delays between an event and the label's change, from `reaction.json`."""
     own = report["own"]
     lines = [
-        "| method | cost | delay beyond dense's, frames | never within the clip | best control at its cost "
+        "| method | cost | delay beyond dense's, frames | not within the frames looked at | best control at its cost "
         "| difference to it, frames |",
         "|---|---|---|---|---|---|",
     ]
@@ -88,7 +88,9 @@ def reaction_table(report: dict) -> str:
             "",
             f"`{report['command']}`: {own['events']} events in {own['scenes']} clips, by the clip's own labels and "
             f"`nothing`; dense itself takes {own['dense_delay']:.1f} frames. {own['left_out']} events that dense does "
-            "not follow, or says before, are left out.",
+            "not follow, or says before, are left out. Looked at are "
+            f"{report['recorded']['settings']['after'] + 1} frames from an event on, or those until the next one: "
+            "what takes longer counts as that long, so that delays are lower bounds where there is any.",
         ]
     )
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .configuration_neuroflow_gate import NeuroFlowGateConfig
 from .labels import Labels
+from .provenance import write_whole_bytes
 
 FILE_NAME = "logit_bias.safetensors"
 FORMAT = "neuroflow-logit-bias-1"
@@ -96,7 +97,6 @@ class LogitBias:
     def save(self, folder: str | Path) -> Path:
         """Write FILE_NAME in a folder, whole or not at all, and return its path."""
         path = Path(folder) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {
             "format": FORMAT,
             "labels": json.dumps(self.labels),
@@ -105,9 +105,7 @@ class LogitBias:
             "fingerprint": self.fingerprint,
             "frames": str(self.frames),
         }
-        partial = path.with_name(path.name + ".part")
-        partial.write_bytes(save({"logit_bias": self.values.contiguous()}, metadata))
-        partial.replace(path)
+        write_whole_bytes(path, save({"logit_bias": self.values.contiguous()}, metadata))
         return path
 
     @classmethod

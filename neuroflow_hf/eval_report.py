@@ -180,7 +180,7 @@ def description(report: dict) -> str:
     """What was measured, in one paragraph."""
     model, videos, settings = report["model"], report["videos"], report["settings"]
     first = "all frames" if settings["frames"] is None else f"the first {settings['frames']} frames"
-    stride = "" if settings["stride"] == 1 else f", every {settings['stride']}th"
+    stride = "" if settings["stride"] == 1 else f", one of every {settings['stride']}"
     return (
         f"{model['name']} ({model['parameters'] / 1e6:.1f} million parameters in its vision tower, weights "
         f"{model['weights']}) on {videos['measured']} of {videos['count']} videos of {videos['name']}: {first} of "
@@ -206,8 +206,8 @@ def label_words(report: dict) -> str:
 
 READING = """\
 - *Cost*: multiply-adds spent, the gate's own included, over those of dense; the first frame of every video, which
-  every method encodes in full, is left out of all figures. *ms*: median per frame in this run; cost is not time, least
-  of all on small models.
+  every method encodes in full, is left out of all figures. *ms*: median per frame when it was recorded, in this run
+  or an earlier one that it continues; cost is not time, least of all on small models.
 - *Mean, p5, p1*: of the cosine of a frame's embedding to dense's; p5 is what 19 of 20 frames are above.
 - *Best control*: the best of the trivial and earlier ways, at the method's own cost: the first frame repeated, dense
   every k frames, dense when the patches or the pixels differ enough from the last dense frame, a smaller input, Token

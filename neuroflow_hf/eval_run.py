@@ -7,14 +7,16 @@ Evidence on a checkpoint and videos: dense, methods and controls over all of the
     report["methods"][1]["beside"]["p5"]["verdict"]
 
 A recording is one method over one video, a file under `records/`, written whole or not at all; one that is there is
-not made again while the code, the weights, the video and the options are the same. Started by `accelerate launch` or
-`torchrun`, the videos are split over the processes, and the first one writes the report. Nothing is printed here.
+not made again while the code, the libraries, the weights, the video and the options are the same. Started by
+`accelerate launch` or `torchrun`, the videos are split over the processes, and the first one writes the report.
+Nothing is printed here.
 """
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from .zero_shot import ranks
 RECORDS = "records"
 # beside the model's, the code that recordings rest on
 CODE = ("eval_methods.py", "token_merging.py", "preprocess.py", "video.py", "configuration_neuroflow_gate.py")
+LIBRARIES = ("torch", "transformers", "av", "pillow")  # and what computes, decodes and resizes
 # Holding can spend any share of dense's cost: its settings begin at the first frame repeated, and end at dense.
 HOLDS = ("every", "surprise", "pixels")
 HELD = (*HOLDS, FIRST.kind)  # what returns dense's embeddings
@@ -300,6 +303,7 @@ class EvalJob:
             dtype=str(model.dtype),
             device=model.device.type,
             code=model_version(*CODE),
+            libraries={name: version(name) for name in LIBRARIES},
         )
         return self.records / f"{video.path.stem[:40]}-{key}.safetensors"
 

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -48,11 +49,14 @@ def write_whole(path: Path, text: str):
 
 
 def write_whole_bytes(path: Path, content: bytes):
-    """Write a file, whole or not at all."""
+    """Write a file, whole or not at all, also where several processes write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def finite(value):

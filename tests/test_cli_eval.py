@@ -252,6 +252,7 @@ def test_other_options_are_measured_anew_and_damaged_records_too(videos, folder,
     assert run(tmp_path, clip, folder, "--stride", 2).exit_code == 0
     assert len(set((tmp_path / "records").iterdir())) == 2 * len(records)
     assert report_of(tmp_path)["videos"]["frames"] == 2
+    assert "one of every 2, 2 frames in all" in (tmp_path / "report.md").read_text()
     for path in records:
         path.write_bytes(b"broken")
     assert run(tmp_path, clip, folder).exit_code == 0
@@ -271,6 +272,15 @@ def test_what_is_held_is_stored_without_embeddings_and_is_denses_of_its_last_fra
     assert embeddings_of(dense, dense) is dense.embeddings
     again = job.record_video(clip, lambda what: None)
     assert torch.equal(embeddings_of(again[every.name], again[DENSE.name]), embeddings_of(held, dense))
+
+
+def test_a_recording_is_of_the_libraries_that_the_report_names(videos, folder, tmp_path, monkeypatch):
+    clip = find_videos(videos / "Dog" / "a.mkv")
+    job = EvalJob(load_checkpoint(folder, device="cpu"), clip, tmp_path, [DENSE], EvalSettings(), False, None)
+    before = job.path_of(clip.videos[0], "abc", DENSE)
+    assert job.path_of(clip.videos[0], "abc", DENSE) == before
+    monkeypatch.setattr(eval_run, "version", lambda name: "0.0")
+    assert job.path_of(clip.videos[0], "abc", DENSE) != before
 
 
 def test_embeddings_that_are_not_finite_are_refused(videos, folder, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import typer
 from composed_clips import MOTIONS, specify
 from conftest import IMAGE_SIZE
 from PIL import Image
+from readme_evidence import reaction_table
 from torch.nn import functional
 
 from neuroflow_hf.eval_methods import DENSE, FIRST, MethodSpec, standard_methods
@@ -248,3 +249,17 @@ def test_from_clips_to_fidelity(recorded):
     assert rows["balanced"]["p5"] > rows[FIRST.name]["p5"]
     assert rows["balanced"]["p5"] == pytest.approx(rows["balanced"]["best control"]["value"], abs=1e-6)
     assert fidelity.table_of(report).row_count == len(rows)
+
+
+def test_readmes_table_of_delays_says_what_is_looked_at():
+    row = {"name": "every 4", "family": "every k", "control": True, "cost": 0.25, "delay": 3.0, "interval": None}
+    table = reaction_table(
+        {
+            "command": "python eval/reaction.py",
+            "recorded": {"settings": {"after": 40}},
+            "own": {"results": [row | {"censored": 2}], "events": 9, "scenes": 4, "dense_delay": 1.5, "left_out": 1},
+        }
+    )
+    assert "| *control:* every 4 | 0.250 | 3.0 | 2 |  |  |" in table
+    assert "not within the frames looked at" in table and "41 frames from an event on" in table
+    assert "lower bounds" in table and "{" not in table
