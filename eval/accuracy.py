@@ -144,7 +144,7 @@ def plot_accuracy(evidence: Evidence, report: dict) -> Figure:
     lines = -(-len(motions) // columns)
     figure = Figure(figsize=(15, 5 + 2.4 * lines), layout="constrained")
     grid = figure.add_gridspec(1 + lines, columns, height_ratios=[2, *[1] * lines])
-    top = figure.add_subplot(grid[0, :3])
+    top = figure.add_subplot(grid[0, :])
     draw_over_cost(
         top,
         evidence.specs,
@@ -154,7 +154,7 @@ def plot_accuracy(evidence: Evidence, report: dict) -> Figure:
     )
     top.set_title(f"Top-1, share of dense's ({rows[0]['top1']['dense']:.1%}), all motions", loc="left", fontsize=11)
     top.set_xlabel("cost (share of dense)")
-    top.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
+    top.legend(loc="lower left", frameon=False, fontsize=8, ncols=2)
     for place, motion in enumerate(motions):
         panel = figure.add_subplot(grid[1 + place // columns, place % columns])
         of_motion = {row["name"]: row["motions"][motion] for row in rows}
