@@ -15,6 +15,7 @@ from .provenance import fill_block
 
 CARD = "README.md"
 BLOCK = "neuroflow-eval"
+MARKS = (f"<!-- {BLOCK}:begin -->", f"<!-- {BLOCK}:end -->")
 NEW_CARD = """
 # {name}
 
@@ -93,7 +94,8 @@ def existing_card(source: str | Path) -> str | None:
     The card of a checkpoint, folder or name on the Hub; None if there is none, or the Hub cannot be asked.
 
     Raises:
-        ValueError: if it is no UTF-8 text, or its head cannot be read.
+        ValueError: if it is no UTF-8 text, if its head cannot be read, or if one of the marks around an evaluation's
+            figures is missing or there twice.
     """
     file = Path(source) / CARD
     if not Path(source).is_dir():
@@ -113,6 +115,12 @@ def existing_card(source: str | Path) -> str | None:
             f"{file} is not UTF-8 ({error.reason} at byte {error.start}); mend it, or give --no-card."
         ) from error
     read_card(text)
+    begin, end = MARKS
+    if (text.count(begin), text.count(end)) not in ((0, 0), (1, 1)) or text.find(begin) > text.find(end):
+        raise ValueError(
+            f"{file} does not have `{begin}` and `{end}` once each, in this order, between which the figures go; mend "
+            "it, take both out, or give --no-card."
+        )
     return text
 
 
@@ -140,7 +148,7 @@ def evaluation_card(report: dict, tables: str, existing: str | None) -> str:
     text = new_card(name, report["model"]["reads_text"]) if existing is None else existing
     text = card_with_results(text, name, evaluation_results(report))
     line_end = "\r\n" if "\r\n" in text else "\n"
-    begin, end = f"<!-- {BLOCK}:begin -->", f"<!-- {BLOCK}:end -->"
+    begin, end = MARKS
     if begin not in text and end not in text:
         text = f"{text.rstrip()}{line_end}{line_end}{begin}{line_end}{end}{line_end}"
     return fill_block(text, BLOCK, tables.replace("\n", line_end)) if line_end == "\n" else filled_crlf(text, tables)

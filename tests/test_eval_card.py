@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard
 from zero_shot_small import card_results as results_of_siglip
 
 from neuroflow_hf.eval_card import (
+    MARKS,
     card_with_results,
     dataset_type,
     evaluation_card,
@@ -157,3 +158,13 @@ def test_the_cards_agree_with_the_json(model, file, results):
     else:
         for domain, figures in report["perplexity"].items():
             assert found[f"Held-out {domain}", "bits per byte"] == round(figures["model"]["bits_per_byte"], 4)
+
+
+@pytest.mark.parametrize("marks", ["{0}", "{1}\n{0}", "{0}\n{1}\n{0}\n{1}"])
+def test_a_card_whose_marks_do_not_fit_is_refused_before_anything_is_measured(tmp_path, marks):
+    file = tmp_path / "README.md"
+    file.write_text("# Mine\n" + "\n".join(MARKS))
+    assert existing_card(tmp_path) is not None
+    file.write_text("# Mine\n" + marks.format(*MARKS))
+    with pytest.raises(ValueError, match=r"README\.md does not have .* once each, in this order"):
+        existing_card(tmp_path)
