@@ -96,7 +96,8 @@ def best_control(
     statistic: Statistic,
 ) -> Compared | None:
     """
-    A method against the best family of controls at its own cost, pooled over S scenes.
+    A method against the best family of controls at no more than its own cost, pooled over S scenes: a mixture of the
+    two settings whose costs are nearest, or any cheaper setting, for more expense need not help.
 
     Args:
         name: of the method.
@@ -110,15 +111,17 @@ def best_control(
         None if there are no controls.
     """
     own = statistic(values[name][None])[0]
-    found = {}
+    found = []
     for family, members in families.items():
-        shares = [(share, members[at]) for share, at in shares_at([costs[one] for one in members], costs[name])]
-        found[family] = (sum(share * statistic(values[one][None])[0] for share, one in shares), shares)
-    found = {family: pair for family, pair in found.items() if not math.isnan(pair[0])}
+        mixture = [(share, members[at]) for share, at in shares_at([costs[one] for one in members], costs[name])]
+        cheaper = [[(1.0, one)] for one in members if costs[one] <= costs[name]]
+        for shares in (mixture, *cheaper):
+            value = sum(share * statistic(values[one][None])[0] for share, one in shares)
+            if not math.isnan(value):
+                found.append((value, family, shares))
     if not found or math.isnan(own):
         return None
-    family = max(found, key=lambda family: found[family][0])
-    control, shares = found[family]
+    control, family, shares = max(found, key=lambda one: one[0])
     interval = None
     if len(values[name]) >= FEWEST_SCENES:
         drawn = drawn_scenes(len(values[name]))

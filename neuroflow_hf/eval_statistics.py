@@ -142,9 +142,17 @@ def control_at(family: str, settings: Sequence[Outcome], cost: float) -> Mixture
 
 
 def controls_at(families: Mapping[str, Sequence[Outcome]], cost: float) -> list[Mixture]:
-    """Every family's mixture that costs `cost`, of those that can."""
-    mixtures = [control_at(family, settings, cost) for family, settings in families.items()]
-    return [mixture for mixture in mixtures if mixture is not None]
+    """
+    What can be had of every family for no more than `cost`: the mixture that costs it, and each setting that costs
+    less, for more expense need not help.
+    """
+    found = []
+    for family, settings in families.items():
+        mixture = control_at(family, settings, cost)
+        if mixture is not None:
+            cheaper = [setting for setting in settings if setting.mean_cost <= cost]
+            found += [mixture, *(Mixture(family, [(1.0, setting)]) for setting in cheaper)]
+    return found
 
 
 # --- paired intervals ----------------------------------------------------------------------------------------------
@@ -239,11 +247,11 @@ def compare(
     seed: int = 0,
 ) -> dict | None:
     """
-    A method beside the best control at its cost, by one figure.
+    A method beside the best control at no more than its cost, by one figure.
 
     Returns:
-        `value`, and of each family that can be had for this cost its figure under `controls`; of the best: `best` (the
-        settings), `control` (its figure), `difference`, its 95 % `interval` of a paired bootstrap, and `verdict`:
+        `value`, and of each family that can be had for this cost its best figure under `controls`; of the best: `best`
+        (the settings), `control` (its figure), `difference`, its 95 % `interval` of a paired bootstrap, and `verdict`:
         `"above"`, `"level"` or `"below"`. Where there is too little to draw from, there is no interval, and the
         verdict is `"unknown"`. None if no control can be had for so little.
     """
@@ -268,7 +276,7 @@ def compare(
         interval = np.percentile(drawn, (2.5, 97.5)).tolist()
     return {
         "value": question.reduce(ours),
-        "controls": {control.family: figure for control, figure in zip(at_cost, figures, strict=True)},
+        "controls": {at_cost[place].family: figures[place] for place in np.argsort(figures, kind="stable")},
         "best": at_cost[best].words,
         "family": at_cost[best].family,
         "control": figures[best],

@@ -73,6 +73,15 @@ def test_the_best_control_is_named_for_each_figure():
     assert compare(outcome(cost=0.01), families, questions([20, 20], None, None)[0]) is None
 
 
+def test_a_cheaper_control_that_is_better_is_not_passed_over():
+    settings = [outcome("cheap", 0.1, 0.9, control=True), outcome("dear", 0.3, 0.8, control=True)]
+    found = compare(
+        outcome(cost=0.2, cosine=0.87), {"family": settings}, questions([20, 20], None, None)[0], samples=50
+    )
+    assert found["best"] == "cheap" and found["controls"] == {"family": pytest.approx(0.9)}
+    assert found["verdict"] == "below"
+
+
 def test_a_method_against_itself_is_level():
     ours = outcome(cosine=np.random.default_rng(0).random(40))
     for question in questions([20, 20], None, None):

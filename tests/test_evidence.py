@@ -70,6 +70,14 @@ def test_a_control_between_two_settings_is_their_mixture():
     assert found.interval == pytest.approx((found.difference, found.difference))
 
 
+def test_a_cheaper_control_that_is_better_is_not_passed_over():
+    families = equal_cost.families_of(SPECS)
+    by_name = {"dense": 0.6, FIRST.name: 0.0, "ours": 0.7, "k 2": 0.5, "k 4": 0.9, "small": 0.5}
+    values = {name: np.full((5, 3), value) for name, value in by_name.items()}
+    found = equal_cost.best_control("ours", values, COSTS, families, mean)
+    assert found.family == "every k" and found.control == pytest.approx(0.9)
+
+
 def test_intervals_come_from_scenes_and_are_paired():
     rng = np.random.default_rng(0)
     level = rng.uniform(0, 1, (12, 1))  # of the scenes, which differ a lot
