@@ -63,7 +63,7 @@ def accuracy_table(report: dict) -> str:
             "",
             f"{what_was_recorded(report)}; {report['frames_counted']} frames counted, asked for one of "
             f"{report['texts']} labels. Intervals: 95 %, from drawing clips, paired. The best control, chosen after "
-            "the fact, costs no more: a setting, or a mixture of the two settings of a family that are nearest in cost. "
+            "the fact, costs no more: a setting, or a mixture of the two of a family that are nearest in cost. "
             "Of each control there were one or two settings, which makes the mixtures weaker than they could be.",
         ]
     )
