@@ -9,8 +9,8 @@ command. The learning rate is warmed up, stays, and falls to nothing; with `--mo
 part of its height. So a larger `--tokens` continues a training that has not come to the first fall yet, and a larger
 `--more` one that has not come to the second, as if it had been asked for at the start.
 
-Where other work shares the processor, two processes of one thread are faster than one of two threads, and give the
-same up to rounding:
+Two processes of one thread are faster than one of two threads where other work shares the processor. They give almost
+the same: how many rows reuse older outputs is rounded in each.
 
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m recipes.phi3_nano.train
 """
