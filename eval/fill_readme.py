@@ -6,6 +6,7 @@ Write README's figures and pictures from the results: tables from `eval/results/
     python eval/benchmark_vision.py --fresh && python eval/benchmark_streams.py
     python eval/token_drift.py && python eval/benchmark_lossless.py
     python eval/motion_masks.py && python eval/published_laws.py && python eval/accuracy.py && python eval/reaction.py
+    python eval/fidelity.py
     python eval/fill_readme.py
 
 """
@@ -19,7 +20,7 @@ from benchmark_streams import WAYS
 from benchmark_vision import ratios
 from motion_measure import LABEL_COLUMNS
 from PIL import Image
-from readme_evidence import accuracy_table, laws_table, reaction_table
+from readme_evidence import accuracy_table, fidelity_table, laws_table, reaction_table
 from report import RESULTS, fill_block, write_json, write_whole
 
 from neuroflow_hf import PRESETS
@@ -339,6 +340,7 @@ BLOCKS = {
     "motion": (motion_table, "motion_masks"),
     "accuracy": (accuracy_table, "accuracy"),
     "reaction": (reaction_table, "reaction"),
+    "fidelity": (fidelity_table, "fidelity"),
     "laws": (laws_table, "published_laws"),
     "drift": (drift_block, "token_drift"),
     "lossless": (lossless_table, "benchmark_lossless"),

@@ -96,6 +96,30 @@ def reaction_table(report: dict) -> str:
     )
 
 
+def thousandths(value: float, interval: Sequence[float] | None) -> str:
+    """In thousandths, with its interval."""
+    between = "" if interval is None else f" ({1e3 * interval[0]:+.1f} to {1e3 * interval[1]:+.1f})"
+    return f"{1e3 * value:+.1f}{between}"
+
+
+def fidelity_table(report: dict) -> str:
+    """Cosine to dense over long clips, from `fidelity.json`."""
+    lines = [
+        "| method | cost | cosine: mean | p5 | p1 | trend per 1,000 frames, thousandths | MB a stream "
+        "| p5 less the best control's, thousandths |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["results"]:
+        compared = row.get("best control")
+        beside = "" if compared is None else thousandths(compared["difference"], compared["interval"])
+        constant = "" if row["bytes_constant"] else ", not constant"
+        lines.append(
+            f"| {name_of(row)} | {row['cost']:.3f} | {row['mean']:.4f} | {row['p5']:.4f} | {row['p1']:.4f} "
+            f"| {thousandths(row['trend'], row['trend_interval'])} | {row['bytes'] / 1e6:.1f}{constant} | {beside} |"
+        )
+    return "\n".join([*lines, "", f"{what_was_recorded(report)}."])
+
+
 def laws_table(report: dict) -> str:
     """What of the published observations holds, from `published_laws.json`."""
     lines = ["| published observation | measured | control | verdict |", "|---|---|---|---|"]

@@ -152,7 +152,9 @@ def test_subfolders_are_classes(tmp_path):
         chosen_labels(found, ["dog", "cat"])
     plain = find_videos(tmp_path, truth=False)
     assert plain.classes == () and all(video.truth is None for video in plain.videos)
-    assert chosen_labels(plain, None) == () and chosen_labels(plain, ["cat"]) == ("cat",)
+    assert chosen_labels(plain, None) == () and chosen_labels(plain, ["cat", "dog"]) == ("cat", "dog")
+    with pytest.raises(ValueError, match="There is one label"):
+        chosen_labels(plain, ["cat"])
 
 
 def test_what_cannot_be_taken(tmp_path):
@@ -174,6 +176,6 @@ def test_what_cannot_be_taken(tmp_path):
 def test_a_file_and_the_shipped_clips():
     shipped = find_videos(None)
     assert [video.labelled for video in shipped.videos] == [True, False]
-    assert "a dog" in chosen_labels(shipped, None) and chosen_labels(shipped, ["x"]) == ("x",)
+    assert "a dog" in chosen_labels(shipped, None) and chosen_labels(shipped, ["x", "y"]) == ("x", "y")
     (video,) = find_videos(shipped.videos[0].path).videos
     assert video.name == "things.mp4" and video.labelled

@@ -131,5 +131,5 @@ def test_readmes_table_is_made_of_the_report(model, tmp_path):
         "labels": labels_table(measured),
     }
     lines = motion_table(report).splitlines()
-    assert {line.count("|") for line in lines[:8]} == {10} and not lines[8]
-    assert "control: everything | " in lines[6] and " | 100% | " in lines[6]
+    assert {line.count("|") for line in lines[:9]} == {10} and not lines[9]
+    assert "control: everything | " in lines[7] and " | 100% | " in lines[7]
