@@ -11,6 +11,7 @@ Cost is that of `neuroflow_cost`, of a dense frame at the resolution of the fram
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -343,7 +344,7 @@ class EveryFrames:
         return whole, 0.0
 
 
-class Difference:
+class Difference(ABC):
     """
     A keyframe when the frame differs from the last one by more than `level`. What of it is compared, and how, is in
     `PatchSurprise` and `PixelDifference`.
@@ -378,13 +379,13 @@ class Difference:
         """As in [`Trigger`]."""
         return self.reference.nbytes if self.reference is not None else 0
 
+    @abstractmethod
     def seen(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
         """What is compared of frames [B, 3, H, W]: [B, ...]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def distance(self, now: Tensor, reference: Tensor) -> Tensor:
         """How much what is seen differs from the reference, [B, ...] both: [B]."""
-        raise NotImplementedError
 
 
 class PatchSurprise(Difference):

@@ -12,9 +12,7 @@ LOOKUP_PRIORS = {1: 0.4, 2: 0.6}  # the same for lookups, by how many tokens wer
 PRIOR_DRAFTING = 0.6  # seconds that a step of drafting takes, over a dense one's, until one was observed
 PRIOR_CHECKING = {2: 1.1, 10: 1.5}  # the same of dense forwards over so many tokens, until some were observed
 HICCUP = 3.0  # what takes longer than this many times the mean was interrupted by something else
-WORTH = (
-    1.1  # times another choice's speed that must be expected of one: less is within what clocks and shares can tell
-)
+WORTH = 1.1  # times the speed of the choice before must be expected of one: less is within what clocks can tell
 FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # tokens without a guess, where guessing does not pay
 
 

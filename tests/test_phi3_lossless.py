@@ -1,6 +1,7 @@
 """Lossless generation: the text of dense greedy generation, whatever was guessed; when guessing pays."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from neuroflow_hf import NeuroFlowLosslessConfig
 from neuroflow_hf.neuroflow_bypass_state import find_state
 from neuroflow_hf.neuroflow_drafts import Draft, Drafts, Lookup, Record
 from neuroflow_hf.neuroflow_lossless import decode_losslessly
+from neuroflow_hf.neuroflow_skip import LayerChanges
 
 DRAFTERS = ("none", "lookup", "bypass", "both")
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -85,6 +87,26 @@ def test_a_checkpoint_has_options_of_its_own():
         type(ours.config)(lossless={"draft_lenght": 2})
     with pytest.raises(ValueError, match="99"):
         type(ours.config)(num_hidden_layers=4, lossless={"bypass": {"cache_layers": [99]}})
+
+
+def test_a_draft_changes_by_what_each_run_of_layers_changed_at_the_last_position():
+    layers = [SimpleNamespace(self_attn=SimpleNamespace(layer_idx=index)) for index in range(6)]
+    changes = LayerChanges([1, 2, 4])
+
+    def forward(hidden):
+        changes.begin()
+        for index, layer in enumerate(layers):
+            compute = functools.partial(lambda hidden, by: hidden * by, by=index + 2)
+            hidden = changes.run(layer, compute, hidden) if changes.concerns(index) else compute(hidden)
+        return hidden
+
+    dense = torch.tensor([[[1.0], [10.0], [100.0]]])
+    forward(dense)
+    changes.last, changes.is_drafting = -2, True  # the last of the three positions was taken back
+    for new in (1.0, 3.0):  # the second draft step changes by as much as the first
+        passed = new * 2 + (10 * 2 * 3 * 4 - 10 * 2)
+        passed = passed * 5 + (10 * 2 * 3 * 4 * 5 * 6 - 10 * 2 * 3 * 4 * 5)
+        assert forward(torch.tensor([[[new]]])).item() == passed * 7
 
 
 class Scripted:
