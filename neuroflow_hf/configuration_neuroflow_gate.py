@@ -133,6 +133,17 @@ class NeuroFlowGateConfig:
         max_hold (`int`, *optional*):
             What `hold_fraction` holds becomes a keyframe once nothing was encoded for this many frames. It bounds by
             how much the output lags behind, and the cost while a camera moves to one in `max_hold + 1`.
+        cost_budget (`float`, *optional*):
+            The cost that a stream may spend per frame in the long run, as a share of dense's, however much moves. What
+            quiet frames leave over is saved up, to `cost_reserve`, and spent when something happens; a stream that has
+            spent more than it had encodes nothing until it is even again. The first frame is free, and keyframes by
+            `keyframe_interval` always happen, and count. For many cameras on one machine: 0.25 keeps labels and the
+            moment they change on fixed cameras, where it seldom binds; a steadily moving camera gets a dense frame
+            every `1 / cost_budget` frames.
+        cost_reserve (`float`, defaults to 4.0):
+            How many dense frames' worth a stream saves up at most under a `cost_budget`; it starts with as much. More
+            follows longer events without a gap, and lets the cost of a stretch of T frames exceed the budget by
+            `(cost_reserve + 1) / T`, never by more.
         ema_rate (`float`, defaults to 0.01):
             The share of the new signal in the running mean, per frame, in (0, 1]. 0.01 forgets in about 100 frames.
             A keyframe starts all running means anew, so with `keyframe_interval` none reaches further back than that.
@@ -182,6 +193,8 @@ class NeuroFlowGateConfig:
     keyframe_surprise: float | int | None = None
     hold_fraction: float | int | None = None
     max_hold: int | None = None
+    cost_budget: float | int | None = None
+    cost_reserve: float | int = 4.0
     ema_rate: float | int = 0.01
     slow_ema_rate: float | int | None = None
     memory_blend: float | int = 1.0
@@ -224,12 +237,19 @@ class NeuroFlowGateConfig:
         )
         require("tolerance_tilt", lambda value: -1 <= value <= 1, "a share from -1 to 1")
         require("spread_layers", lambda value: value >= 1, "a whole number of at least 1, or None for all layers")
-        for name in ("ema_rate", "slow_ema_rate", "memory_blend"):
+        for name in ("ema_rate", "slow_ema_rate", "memory_blend", "cost_budget"):
             require(name, is_rate, "a share above 0 and at most 1")
+        require("cost_reserve", lambda value: math.isfinite(value) and value >= 1, "at least one dense frame's worth")
         if self.hold_fraction is not None and self.max_hold is None and not self.has_keyframe_rule:
             raise ValueError(
                 "Gate option `hold_fraction` holds the last output while much changes: for ever, without a keyframe; "
                 "set `max_hold` (8 is a good value), `keyframe_surprise`, `keyframe_interval` or `keyframe_fraction`."
+            )
+        if None not in (self.cost_budget, self.keyframe_interval) and self.cost_budget * self.keyframe_interval <= 1:
+            raise ValueError(
+                f"Gate option `keyframe_interval` {self.keyframe_interval} alone costs "
+                f"{1 / self.keyframe_interval:.3g} of dense, and `cost_budget` is {self.cost_budget}; raise one "
+                "of them."
             )
         if self.slow_ema_rate is not None and self.reference == "last_update":
             raise ValueError(

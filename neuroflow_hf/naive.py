@@ -84,7 +84,7 @@ class NaiveStream:
 
     def __init__(self, model: nn.Module, gate: NeuroFlowGateConfig):
         self.model, self.gate = model, gate
-        self.frame = 0
+        self.frame, self.savings = 0, float(gate.cost_reserve)
         self.references: dict[str, list[torch.Tensor]] = {}
         self.age: list[int] = []
         self.outputs: list[torch.Tensor | None] = []
@@ -123,6 +123,11 @@ class NaiveStream:
         self.frame += 1
         return self.pooled, torch.stack(seen) if seen else torch.zeros(0, len(patches[0])), active
 
+    def pay(self, cost: float):
+        """What the frame cost, of a dense one; multiply-adds are not counted here. For a `cost_budget`."""
+        if self.gate.cost_budget is not None and self.frame > 1:
+            self.savings = min(self.savings - cost + self.gate.cost_budget, self.gate.cost_reserve)
+
     def choose(self, signal: list[torch.Tensor], grid: tuple[int, int]) -> tuple[list[int], bool]:
         """The active patches of a frame, ascending, and whether it is a keyframe."""
         gate, everything = self.gate, list(range(len(signal)))
@@ -131,7 +136,7 @@ class NaiveStream:
             return everything, True
         if interval is not None and self.frame % interval == 0:
             return everything, True
-        if not gate.needs_surprise:
+        if not gate.needs_surprise or (gate.cost_budget is not None and self.savings <= 0):
             return [], False
         scores = [
             max(naive_surprise(signal[patch], reference[patch]) for reference in self.references.values())

@@ -12,7 +12,7 @@ from .neuroflow_cost import gate as gate_cost
 from .neuroflow_cost import patch_projection as projection_cost
 from .neuroflow_cost import pooling_head as head_cost
 from .neuroflow_extrapolate import carryings_of, weighing_cost
-from .neuroflow_gate import choose_active, update_references
+from .neuroflow_gate import choose_active, savings_after, update_references
 from .neuroflow_layer import LayerOutput, LayerStep
 from .neuroflow_modes import MODES
 from .neuroflow_patches import active_position_embeddings, position_embeddings, project_patches
@@ -81,13 +81,16 @@ def encode_frame(
     pooled = pool(model, stream, tokens, token_mask, encoded.active, folded)
     if projected:
         update_references(stream, signal, active)
-    stream.frames = [frame + 1 for frame in stream.frames]
-    stream.frame_in_progress = False
-
     costs = [
         frame_cost(model, stream, count, layers, projected, folded)
         for count, layers in zip(active.counts, encoded.multiply_adds, strict=True)
     ]
+    stream.savings = [
+        savings_after(stream.gate, *of_stream) for of_stream in zip(stream.savings, stream.frames, costs, strict=True)
+    ]
+    stream.frames = [frame + 1 for frame in stream.frames]
+    stream.frame_in_progress = False
+
     counts = torch.tensor(active.counts, dtype=torch.float32)
     return FrameResult(
         active=active,

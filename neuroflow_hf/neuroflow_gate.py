@@ -23,9 +23,10 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
     where the options do not look at the frame (`dense`, `hold` by the clock). Patches of a stream's first frame have
     no reference; their surprise is 1, the cosine to nothing being 0. Nothing is written.
 
-    The order of the policies: surprise, global motion, dilation, threshold or budget (with patches whose turn it is
-    taken first), the minimum, the keyframe rules (by the mean surprise and by the share of patches above the threshold
-    before dilation), holding (by the same share), encoding in full what nearly is.
+    The order of the policies: surprise, global motion, dilation, threshold or token budget (with patches whose turn it
+    is taken first), the minimum, keyframes by number, holding what the cost budget does not allow, the other keyframe
+    rules (by the mean surprise and by the share of patches above the threshold before dilation), holding (by the same
+    share), encoding in full what nearly is.
 
     Raises:
         ValueError: if a stream's pixels are not finite.
@@ -64,10 +65,12 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
     for index, (_, mean_score, num_changed, num_active, num_both, num_waited) in enumerate(per_stream):
         changed_fraction = num_changed / num_patches
         holds = gate.hold_fraction is not None and changed_fraction > gate.hold_fraction
-        keyframes[index] |= asks_for_keyframe(gate, mean_score, changed_fraction, holds, num_waited)
+        overdrawn = gate.cost_budget is not None and stream.savings[index] <= 0
+        if not overdrawn:
+            keyframes[index] |= asks_for_keyframe(gate, mean_score, changed_fraction, holds, num_waited)
         if keyframes[index]:
             num_active = num_patches
-        elif holds:
+        elif holds or overdrawn:
             num_active = num_both = 0
         elif num_active > gate.full_above * num_patches:
             keyframes[index], num_active = True, num_patches
@@ -87,7 +90,7 @@ def fixed_count(gate: NeuroFlowGateConfig, num_patches: int) -> int | None:
     if not gate.needs_surprise:
         return 0
     looks = gate.has_keyframe_trigger or gate.hold_fraction is not None or gate.mode == "extrapolate"
-    if gate.token_budget is None or looks:
+    if gate.token_budget is None or looks or gate.cost_budget is not None:
         return None
     return min(num_patches, max(gate.token_budget, gate.least_active))
 
@@ -116,6 +119,17 @@ def asks_for_keyframe(
     if gate.keyframe_surprise is not None and may_be_stale and mean_surprise > gate.keyframe_surprise:
         return True
     return holds and gate.max_hold is not None and waited >= gate.max_hold
+
+
+def savings_after(gate: NeuroFlowGateConfig, savings: float, frame: int, cost: float) -> float:
+    """
+    What a stream may spend on the coming frames, in dense frames' worth, after one of this number and cost; positive
+    when the next one may be encoded. Over T frames after the first it spends at most
+    `cost_budget * T + cost_reserve + 1`: one frame may overdraw.
+    """
+    if gate.cost_budget is None or frame == 0:
+        return gate.cost_reserve
+    return min(savings - cost + gate.cost_budget, gate.cost_reserve)
 
 
 def surprise_of(stream: NeuroFlowStream, signal: torch.Tensor) -> torch.Tensor:

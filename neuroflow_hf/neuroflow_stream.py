@@ -17,7 +17,7 @@ from .configuration_neuroflow_gate import NeuroFlowGateConfig
 from .neuroflow_gating import refreshed_per_frame
 from .neuroflow_modes import MODES
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class NeuroFlowStream:
 
     Attributes:
         frames (`list[int]`): how many frames each stream has seen since it was made or last reset.
+        savings (`list[float]`):
+            What each stream may still spend under a `cost_budget`, in dense frames' worth; 0 or less: nothing is
+            encoded until it is even again.
     """
 
     def __init__(self, gate: NeuroFlowGateConfig, batch_size: int = 1):
@@ -78,6 +81,7 @@ class NeuroFlowStream:
     def forget(self):
         """Drop all memory; the next frame may have another shape, and is a keyframe of every stream."""
         self.frames = [0] * self.batch_size
+        self.savings = [float(self.gate.cost_reserve)] * self.batch_size
         self.geometry: StreamGeometry | None = None
         self.stores: dict | None = None
         self.memory: dict[str, torch.Tensor] = {}
@@ -213,7 +217,7 @@ class NeuroFlowStream:
             raise ValueError(
                 f"This is not the state of a stream in format {STATE_FORMAT}; expected what `state_dict()` returned."
             )
-        missing = {"batch_size", "frames", "geometry", "gate", "memory"} - state.keys()
+        missing = {"batch_size", "frames", "savings", "geometry", "gate", "memory"} - state.keys()
         if missing:
             raise ValueError(f"The state lacks {', '.join(sorted(missing))}; expected what `state_dict()` returned.")
         theirs, ours = stored_by(NeuroFlowGateConfig.from_options(state["gate"])), stored_by(self.gate)
@@ -239,7 +243,8 @@ class NeuroFlowStream:
                 layer_memories[int(index)][field] = tensor.clone()
             else:
                 memory[name] = tensor.clone()
-        self.batch_size, self.frames = state["batch_size"], list(state["frames"])
+        self.batch_size = state["batch_size"]
+        self.frames, self.savings = list(state["frames"]), list(state["savings"])
         self.geometry, self.memory, self.layer_memories = geometry, memory, layer_memories
         self.stores = None if geometry is None else ours
         self.frame_in_progress = False
@@ -287,6 +292,7 @@ class NeuroFlowStream:
             "format": STATE_FORMAT,
             "batch_size": self.batch_size,
             "frames": list(self.frames),
+            "savings": list(self.savings),
             "geometry": geometry,
             "gate": self.gate.to_dict(),
         }
@@ -343,9 +349,12 @@ def memory_layout(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) ->
 
 def require_complete(state: dict, layout: dict[str, MemoryLayout]):
     """Raise a ValueError unless a state has frames for all streams and its memories are as `layout` says."""
-    batch_size, frames, geometry, memory = (state[key] for key in ("batch_size", "frames", "geometry", "memory"))
-    if len(frames) != batch_size or (geometry is not None and geometry["batch_size"] != batch_size):
-        raise ValueError(f"The state is of {batch_size} streams, and its frames or memories are of another number.")
+    batch_size, geometry, memory = (state[key] for key in ("batch_size", "geometry", "memory"))
+    counts = {len(state["frames"]), len(state["savings"]), batch_size if geometry is None else geometry["batch_size"]}
+    if counts != {batch_size}:
+        raise ValueError(
+            f"The state is of {batch_size} streams, and its frames, savings or memories are of another number."
+        )
     if geometry is not None and "pooled" in memory:
         layout = {**layout, "pooled": MemoryLayout((batch_size, geometry["hidden_size"]))}
     for name in sorted(layout.keys() | memory.keys()):

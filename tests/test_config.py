@@ -323,6 +323,7 @@ OPTIONS = {
     "keyframe_fraction": st.one_of(st.none(), st.floats(0, 1)),
     "keyframe_surprise": st.one_of(st.none(), st.floats(0, 2)),
     "max_hold": st.one_of(st.none(), st.integers(1, 1000)),
+    "cost_reserve": st.floats(1, 100),
     "sentinels": st.one_of(st.integers(0, 1), st.floats(0, 1)),
     "ema_rate": st.floats(1e-6, 1),
     "memory_blend": st.floats(1e-6, 1),
@@ -338,7 +339,7 @@ MEANS = st.one_of(
 
 
 def test_the_strategies_cover_every_option():
-    assert {*OPTIONS, "reference", "slow_ema_rate", "hold_fraction"} == {
+    assert {*OPTIONS, "reference", "slow_ema_rate", "hold_fraction", "cost_budget"} == {
         field.name for field in fields(NeuroFlowGateConfig)
     }
 

@@ -29,6 +29,8 @@ gate_options = st.fixed_dictionaries(
         "keyframe_surprise": maybe | st.floats(0.1, 0.9),
         "hold_fraction": maybe | st.floats(0.1, 0.9),
         "max_hold": maybe | st.integers(1, 2),
+        "cost_budget": maybe | st.floats(0.51, 1),
+        "cost_reserve": st.sampled_from([1.0, 2.5]),
         "sentinels": st.sampled_from([0, 0.1, 1]),
         "ema_rate": st.sampled_from([0.05, 0.5, 1.0]),
         "memory_blend": st.sampled_from([1.0, 0.5]),
@@ -66,6 +68,7 @@ def test_fast_path_equals_the_patch_by_patch_reference(smallest_vision, options,
         for frame in random_video(5, seed=seed, size=16):
             pooled, seen, active = naive.step(frame)
             output = model(pixel_values=frame, stream=stream)
+            naive.pay(output.cost.item())
             assert output.active_mask.flatten().nonzero().flatten().tolist() == active
             torch.testing.assert_close(output.last_hidden_state[0], seen, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(output.pooler_output[0], pooled, rtol=1e-4, atol=1e-4)
