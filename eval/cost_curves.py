@@ -52,7 +52,8 @@ def draw_over_cost(
                 zorder=2 if control else 3,
             )
     panel.set_xscale("log")
-    panel.set_xlim(LEAST_COST * 0.9, 1.1)
+    drawn = [costs[spec.name] for spec in specs if spec.name in values]
+    panel.set_xlim(LEAST_COST * 0.9, 1.1 * max([1.0, *drawn]))
     panel.grid(color="#e5e7eb", linewidth=0.7)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)

@@ -27,8 +27,16 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # recipes/ is no part of the package
 
 from neuroflow_hf.code_keys import code_version, key_of  # noqa: E402
-from neuroflow_hf.eval_methods import DENSE, FIRST, MethodSpec, standard_methods  # noqa: E402
+from neuroflow_hf.eval_methods import MethodSpec  # noqa: E402
 from neuroflow_hf.eval_record import Recorder, Recording, RecordSettings, Scene  # noqa: E402
+from neuroflow_hf.eval_settings import (  # noqa: E402
+    DENSE,
+    FIRST,
+    hold_controls,
+    mode_methods,
+    preset_methods,
+    smaller_controls,
+)
 from neuroflow_hf.labels import tokenize  # noqa: E402
 from neuroflow_hf.loading import DTYPES, load_text_model  # noqa: E402
 from neuroflow_hf.modeling_neuroflow_siglip import NeuroFlowSiglipModel  # noqa: E402
@@ -53,6 +61,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Folder = Annotated[Path | None, typer.Option(help="Where recordings lie.", show_default="in the cache folder")]
 
 QUICK_FRAMES = 1000
+SLOW_MODES = ("propagate", "mlp")
 MOST_CHANGES = 8  # of a clip; of those whose label changes all the time, some will do
 
 
@@ -79,6 +88,16 @@ class Plan:
         if self.quick:
             return [min(self.frames, QUICK_FRAMES)]
         return [self.frames, *[self.short_frames] * (self.clips - 1)]
+
+    def specs(self, model: torch.nn.Module) -> list[MethodSpec]:
+        """
+        What to record. A quick run leaves out the modes that take longer than dense on a processor, and takes two
+        settings of each hold: with many, most frames would be dense ones of some.
+        """
+        few = self.quick or self.few_settings
+        modes = [spec for spec in mode_methods(few) if not (self.quick and spec.options["mode"] in SLOW_MODES)]
+        controls = [FIRST, *hold_controls(few=self.quick), *smaller_controls(model, few)]
+        return chosen([DENSE, *preset_methods(), *modes, *controls], self.methods)
 
 
 def composed_scene(spec: composed_clips.ClipSpec) -> Scene:
@@ -203,7 +222,7 @@ def record_evidence(
     processes: Processes,
 ) -> Evidence:
     """Record what is missing, show how far it is, and read all of it."""
-    specs = chosen(standard_methods(model, plan.quick or plan.few_settings), plan.methods)
+    specs = plan.specs(model)
     recorder = Recorder(model, preprocess, folder, plan.settings, processes)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(

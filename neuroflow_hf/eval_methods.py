@@ -1,8 +1,7 @@
 """
 Ways to get an embedding for every frame of B videos, behind one interface: streams, and the controls beside them.
 
-    specs = standard_methods(model, quick=True)
-    (method,) = make_methods(model, [specs[0]])
+    (method,) = make_methods(model, [MethodSpec("every 8", "every k", "every", {"k": 8}, control=True)])
     method.start(2)
     for pixel_values in frames:  # [2, 3, H, W] each
         step = method.step(pixel_values)
@@ -22,8 +21,9 @@ from torch.nn import functional
 
 from . import neuroflow_cost as cost
 from . import token_merging
-from .configuration_neuroflow_gate import PRESETS, NeuroFlowGateConfig
+from .configuration_neuroflow_gate import NeuroFlowGateConfig
 from .neuroflow_attention import can_fold_probe
+from .neuroflow_gate import savings_after
 from .neuroflow_gating import surprise
 from .neuroflow_patches import project_patches
 
@@ -90,8 +90,9 @@ class MethodSpec:
         name: unique among the methods that are compared.
         family: the curve over cost that it is a point of.
         kind: `dense`, `stream`, `every`, `surprise`, `pixels`, `first`, `smaller` or `merged`.
-        options: of `stream`, the gate's; of `every`, `k`; of `surprise` and `pixels`, `level`; of `smaller`,
-            `resolution`; of `merged`, `r` and `schedule`, `constant` or `decreasing`.
+        options: of `stream`, the gate's; of `every`, `k`; of `surprise` and `pixels`, `level`, of `surprise` also
+            `budget`, None for none; of `smaller`, `resolution`; of `merged`, `r` and `schedule`, `constant` or
+            `decreasing`.
         control: whether it is one of the trivial or earlier ways that a method has to beat.
     """
 
@@ -246,19 +247,29 @@ class Streamed:
 class Held:
     """
     Dense embeddings of some frames, the keyframes, held in between. The first frame of each video is one; which others
-    are is up to the trigger.
+    are is up to the trigger and, where there is one, to the gate's `cost_budget`.
     """
 
     follows = True
 
-    def __init__(self, model: nn.Module, trigger: "Trigger", name: str = "held", frames: DenseFrames | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        trigger: "Trigger",
+        name: str = "held",
+        frames: DenseFrames | None = None,
+        budget: float | None = None,
+    ):
         self.name, self.trigger, self.frames = name, trigger, frames or DenseFrames(model)
+        self.gate = NeuroFlowGateConfig(mode="hold", cost_budget=budget)
         self.count, self.number = 0, 0
+        self.savings: list[float] = []
         self.held: Tensor | None = None
 
     def start(self, count: int):
         """As in [`Method`]."""
         self.count, self.number, self.held = count, 0, None
+        self.savings = [self.gate.cost_reserve] * count
         self.trigger.start(count)
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
@@ -266,6 +277,8 @@ class Held:
         tower, count = self.frames.tower, self.count
         patches = math.prod(grid_of(tower, pixel_values))
         keyframes = self.trigger.fires(tower, pixel_values, self.number)
+        if self.gate.cost_budget is not None:
+            keyframes = keyframes & (torch.tensor(self.savings) > 0)
         if self.number == 0:
             keyframes = torch.ones_like(keyframes)
         rows = wanted_rows(keyframes, count)
@@ -275,10 +288,14 @@ class Held:
         else:
             self.held[rows] = fresh
         self.trigger.taken(rows)
-        self.number += 1
         whole = dense_cost(tower, patches)
         spent = self.trigger.costs(tower, pixel_values, whole)
         costs = torch.where(keyframes.cpu(), *(torch.tensor(part / whole) for part in spent))
+        self.savings = [
+            savings_after(self.gate, savings, self.number, cost)
+            for savings, cost in zip(self.savings, costs.tolist(), strict=True)
+        ]
+        self.number += 1
         mask = keyframes[:, None].expand(-1, patches)
         return Step(self.held.clone(), costs, 1 - keyframes.float(), mask)
 
@@ -509,7 +526,7 @@ def make_methods(model: nn.Module, specs: Sequence[MethodSpec]) -> list[Method]:
         "stream": lambda name, **options: Streamed(model, options, name),
         "first": lambda name: Held(model, EveryFrames(None), name, frames),
         "every": lambda name, k: Held(model, EveryFrames(k), name, frames),
-        "surprise": lambda name, level: Held(model, PatchSurprise(level), name, frames),
+        "surprise": lambda name, level, budget=None: Held(model, PatchSurprise(level), name, frames, budget),
         "pixels": lambda name, level: PixelGate(model, level, name, frames),
         "smaller": lambda name, resolution: Smaller(model, resolution, name),
         "merged": lambda name, r, schedule="constant": Merged(model, r, schedule, name),
@@ -520,103 +537,7 @@ def make_methods(model: nn.Module, specs: Sequence[MethodSpec]) -> list[Method]:
     return [makers[spec.kind](spec.name, **spec.options) for spec in specs]
 
 
-# --- which methods, at which settings -------------------------------------------------------------------------------
-
-DENSE = MethodSpec("dense", "dense", "dense")
-FIRST = MethodSpec("first frame repeated", "first frame", "first", control=True)
-EMA = {"reference": "ema", "ema_rate": 0.05}  # as the paper gates
-# family, what a setting is called, the options of each setting; a quick run takes the first
-STREAMS: tuple[tuple[str, str, tuple[dict, ...]], ...] = (
-    (
-        "extrapolate",
-        "sentinels",
-        tuple({"mode": "extrapolate", "sentinels": share} for share in (0.05, 0.02, 0.1, 0.2)),
-    ),
-    ("context", "threshold", tuple({"mode": "context", "threshold": level} for level in (0.01, 0.001, 0.05))),
-    (
-        "propagate",
-        "tolerance",
-        tuple({"mode": "propagate", "tolerance": share} for share in (0.3, 0.1, 0.2, 0.5)),
-    ),
-    (
-        "reconstruct (the paper's C)",
-        "threshold",
-        tuple({"mode": "reconstruct", "threshold": level, **EMA} for level in (0.01, 0.003, 0.05)),
-    ),
-    (
-        "eliminate (the paper's B, not distilled)",
-        "threshold",
-        tuple({"mode": "eliminate", "threshold": level, **EMA} for level in (0.01, 0.003, 0.05)),
-    ),
-    (
-        "mlp (the paper's A)",
-        "threshold",
-        tuple({"mode": "mlp", "threshold": level, **EMA} for level in (0.01, 0.003, 0.05)),
-    ),
-)
-EVERY = (8, 4, 3, 6, 12, 25)
-SURPRISE_LEVELS = (0.05, 0.1, 0.01, 0.02, 0.2)
-PIXEL_LEVELS = (0.1, 0.2, 0.02, 0.05, 0.4)
-SMALLER_SHARES = (0.5, 0.25, 0.375, 0.625, 0.75)  # of the side
-MERGED_SHARES = (0.25, 0.08, 0.04, 0.15)  # of the patches, in each layer
-MERGED_DECREASING = (0.08, 0.04, 0.15)
-
-
-def standard_methods(model: nn.Module, quick: bool = False) -> list[MethodSpec]:
-    """
-    Dense, the presets, every mode and the controls, each at several settings; with `quick`, dense, the presets, and
-    each mode and control at a setting or two.
-    """
-    tower = tower_of(model)
-    presets = [MethodSpec(name, "presets", "stream", dict(options)) for name, options in reversed(PRESETS.items())]
-
-    def some(settings: Sequence, few: int) -> Sequence:
-        return settings[:few] if quick else settings
-
-    streams = [
-        MethodSpec(f"{family}, {dial} {options[dial]:g}", family, "stream", options)
-        for family, dial, settings in STREAMS
-        for options in some(settings, 0 if family == "extrapolate" else 1)  # the presets are of that mode
-    ]
-    return [DENSE, *presets, *streams, *standard_controls(tower, quick)]
-
-
-def standard_controls(model: nn.Module, quick: bool = False) -> list[MethodSpec]:
-    """The controls at several settings; with `quick` at one or two."""
-    tower = tower_of(model)
-    side, patch = tower.config.image_size // tower.config.patch_size, tower.config.patch_size
-
-    def some(settings: Sequence, few: int) -> Sequence:
-        return settings[:few] if quick else settings
-
-    smaller = {round(share * side) for share in some(SMALLER_SHARES, 2)} - {0, side}
-    constant = [(max(1, round(share * side * side)), "constant") for share in some(MERGED_SHARES, 1)]
-    decreasing = [(max(1, round(share * side * side)), "decreasing") for share in some(MERGED_DECREASING, 1)]
-    return [
-        FIRST,
-        *(MethodSpec(f"every {k}", "every k", "every", {"k": k}, True) for k in some(EVERY, 2)),
-        *(
-            MethodSpec(f"surprise over {level:g}", "surprise", "surprise", {"level": level}, True)
-            for level in some(SURPRISE_LEVELS, 2)
-        ),
-        *(
-            MethodSpec(f"pixels over {level:g}", "pixel difference", "pixels", {"level": level}, True)
-            for level in some(PIXEL_LEVELS, 2)
-        ),
-        *(
-            MethodSpec(f"{cells * patch} px", "smaller input", "smaller", {"resolution": cells * patch}, True)
-            for cells in sorted(smaller)
-        ),
-        *(
-            MethodSpec(f"ToMe {r}, {how}", f"ToMe, {how}", "merged", {"r": r, "schedule": how}, True)
-            for r, how in dict.fromkeys([*constant, *decreasing])
-        ),
-    ]
-
-
 __all__ = [
-    "DENSE",
-    "FIRST",
     "Dense",
     "DenseFrames",
     "Held",
@@ -628,6 +549,4 @@ __all__ = [
     "Step",
     "Streamed",
     "make_methods",
-    "standard_controls",
-    "standard_methods",
 ]

@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save
 
 from .code_keys import key_of, model_version
 from .configuration_neuroflow_gate import PRESETS, NeuroFlowGateConfig
-from .eval_methods import DENSE, FIRST, MethodSpec, make_methods, standard_controls, standard_methods
+from .eval_methods import MethodSpec, make_methods
+from .eval_settings import DENSE, FIRST, hold_controls, mode_methods, preset_methods, smaller_controls
 from .eval_statistics import Outcome, compare, outcome_figures, questions
 from .eval_videos import EvalVideo, VideoSet, file_digest
 from .labels import TEMPLATE, Labels
@@ -49,9 +50,6 @@ LIBRARIES = ("torch", "transformers", "av", "pillow")  # and what computes, deco
 HOLDS = ("every", "surprise", "pixels")
 HELD = (*HOLDS, FIRST.kind)  # what returns dense's embeddings
 MERGED_SCHEDULE = "constant"  # of token merging, the paper's main one
-EVERY = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 48)
-SURPRISE_LEVELS = tuple(float(f"{level:.3g}") for level in np.geomspace(0.002, 0.4, 14))
-PIXEL_LEVELS = tuple(float(f"{level:.3g}") for level in np.geomspace(0.005, 0.7, 14))
 OnStep = Callable[[str, str, int, int], None]
 
 
@@ -149,15 +147,17 @@ def chosen_methods(model: NeuroFlowSiglipVisionModel, resolution: int, names: Se
     Raises:
         ValueError: for a name that there is not.
     """
-    methods = [spec for spec in standard_methods(model) if spec.kind == "stream"]
+    methods = [*preset_methods(), *mode_methods()]
     if names is None:
         wanted = [spec for spec in methods if spec.name in PRESETS]
     else:
         known = list(dict.fromkeys(part for spec in methods for part in (spec.name, short_family(spec))))
         names = whole_names(names, known)
         wanted = [spec for spec in methods if {spec.name, short_family(spec)} & set(names)]
-    controls = [spec for spec in standard_controls(model, quick) if spec.kind not in HOLDS]
-    kept = [*hold_controls(), *(one for one in controls if one.options.get("schedule") in (None, MERGED_SCHEDULE))]
+    smaller = [
+        spec for spec in smaller_controls(model, quick) if spec.options.get("schedule") in (None, MERGED_SCHEDULE)
+    ]
+    kept = [FIRST, *hold_controls(), *smaller]
     scaled = [for_resolution(spec, resolution, model.config.image_size, model.config.patch_size) for spec in kept]
     return [DENSE, *wanted, *{spec.name: spec for spec in scaled}.values()]
 
@@ -181,24 +181,6 @@ def whole_names(names: Sequence[str], known: Sequence[str]) -> list[str]:
         found.append(name)
         place = end
     return found
-
-
-def hold_controls() -> list[MethodSpec]:
-    """
-    Holds at many settings, which cost next to nothing to measure: between settings far apart, a mixture of both would
-    be worse than a setting in between, and the control too weak.
-    """
-    return [
-        *(MethodSpec(f"every {k}", "every k", "every", {"k": k}, True) for k in EVERY),
-        *(
-            MethodSpec(f"{kind} over {level:.3g}", family, kind, {"level": level}, True)
-            for kind, family, levels in (
-                ("surprise", "surprise", SURPRISE_LEVELS),
-                ("pixels", "pixel difference", PIXEL_LEVELS),
-            )
-            for level in levels
-        ),
-    ]
 
 
 def short_family(spec: MethodSpec) -> str:

@@ -5,7 +5,6 @@ import torch
 from conftest import NUM_PATCHES, random_video
 
 from neuroflow_hf.eval_methods import (
-    DENSE,
     Dense,
     DenseFrames,
     EveryFrames,
@@ -18,8 +17,8 @@ from neuroflow_hf.eval_methods import (
     Streamed,
     dense_cost,
     make_methods,
-    standard_methods,
 )
+from neuroflow_hf.eval_settings import DENSE, hold_controls, standard_methods
 
 
 def run(method, frames):
@@ -65,6 +64,17 @@ def test_triggered_by_surprise_is_mode_hold(vision, level):
     torch.testing.assert_close(costs[1:], expected_costs[1:], atol=1e-5, rtol=1e-5)
     if level < 0.4:
         assert 0 < (costs[1:] > 0.5).sum() < 14
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.3])
+def test_a_budget_is_that_of_mode_hold(vision, budget):
+    frames = [torch.cat(some) for some in zip(random_video(1) * 40, random_video(40, changed=0.9), strict=True)]
+    level = 0.05
+    embeddings, costs = run(Held(vision, PatchSurprise(level), budget=budget), frames)
+    expected, expected_costs = streamed(vision, frames, mode="hold", keyframe_surprise=level, cost_budget=budget)
+    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(costs[1:], expected_costs[1:], atol=1e-5, rtol=1e-5)
+    assert costs[1:, 0].max() < 0.1 and 4 < (costs[1:, 1] > 0.5).sum() < 20
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -149,8 +159,9 @@ def test_dense_frames_are_computed_once_for_all_that_return_them(vision):
 
 
 def test_the_standard_methods_can_be_made_and_told_apart(model, vision):
-    for quick in (False, True):
-        specs = standard_methods(model, quick)
+    for few in (False, True):
+        specs = [*standard_methods(model, few), *hold_controls(few=True)]
+        specs = list({spec.name: spec for spec in specs}.values())
         assert len({spec.name for spec in specs}) == len(specs)
         assert {spec.kind for spec in specs} == {
             "dense",

@@ -12,7 +12,7 @@ import torch
 from conftest import IMAGE_SIZE
 
 from neuroflow_hf import eval_record
-from neuroflow_hf.eval_methods import DENSE, FIRST, MethodSpec
+from neuroflow_hf.eval_methods import MethodSpec
 from neuroflow_hf.eval_record import (
     Recorder,
     RecordSettings,
@@ -23,6 +23,7 @@ from neuroflow_hf.eval_record import (
     record,
     shares_by_work,
 )
+from neuroflow_hf.eval_settings import DENSE, FIRST
 from neuroflow_hf.preprocess import Preprocessor
 
 PREPROCESS = Preprocessor(IMAGE_SIZE)

@@ -18,8 +18,9 @@ from PIL import Image
 from readme_evidence import reaction_table
 from torch.nn import functional
 
-from neuroflow_hf.eval_methods import DENSE, FIRST, MethodSpec, standard_methods
+from neuroflow_hf.eval_methods import MethodSpec
 from neuroflow_hf.eval_record import RecordSettings, Scene
+from neuroflow_hf.eval_settings import DENSE, FIRST, standard_methods
 from neuroflow_hf.preprocess import Preprocessor
 from neuroflow_hf.processes import Processes
 
@@ -166,6 +167,15 @@ def test_plans_and_the_choice_of_methods(vision):
     assert evidence.chosen(specs, None) == specs
     with pytest.raises(typer.BadParameter, match="begins with 'balancd'"):
         evidence.chosen(specs, "balancd")
+    everything, few, quick = (
+        evidence.Plan(**plan).specs(vision) for plan in ({}, {"few_settings": True}, {"quick": True})
+    )
+    for plan in (everything, few, quick):
+        assert len({spec.name for spec in plan}) == len(plan)
+    assert len(everything) > len(few) > len(quick)
+    assert {spec.family for spec in everything} == {spec.family for spec in few} | {"extrapolate"}
+    slow = {spec.family for spec in few if spec.options.get("mode") in evidence.SLOW_MODES}
+    assert len(slow) == 2 and {spec.family for spec in quick} == {spec.family for spec in few} - slow
 
 
 def test_a_scene_is_known_by_what_it_shows(material):
