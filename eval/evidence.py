@@ -212,6 +212,11 @@ class Evidence:
         return next(spec for spec in self.specs if spec.name == name)
 
 
+def distinct(values: Sequence[dict]) -> list[dict]:
+    """The values that differ, each once, in order."""
+    return [value for place, value in enumerate(values) if value not in values[:place]]
+
+
 def record_evidence(
     plan: Plan,
     model: NeuroFlowSiglipModel,
@@ -244,7 +249,8 @@ def record_evidence(
         "commit": checkout_commit(),
         "recorded": {
             "commits": sorted({str(one.about["commit"]) for some in recordings.values() for one in some}),
-            **{name: of_first[name] for name in ("machine", "versions", "dtype", "settings")},
+            "machines": distinct([one.about["machine"] for some in recordings.values() for one in some]),
+            **{name: of_first[name] for name in ("versions", "dtype", "settings")},
         },
         "weights": recorder.weights,
         "seed": SEED,

@@ -20,7 +20,7 @@ from benchmark_streams import WAYS
 from benchmark_vision import ratios
 from motion_measure import LABEL_COLUMNS
 from PIL import Image
-from readme_evidence import accuracy_table, fidelity_table, laws_table, reaction_table
+from readme_evidence import accuracy_table, calibration_table, fidelity_table, laws_table, reaction_table
 from report import RESULTS, fill_block, write_json, write_whole
 
 from neuroflow_hf import PRESETS
@@ -341,6 +341,7 @@ BLOCKS = {
     "accuracy": (accuracy_table, "accuracy"),
     "reaction": (reaction_table, "reaction"),
     "fidelity": (fidelity_table, "fidelity"),
+    "calibration": (calibration_table, "calibration"),
     "laws": (laws_table, "published_laws"),
     "drift": (drift_block, "token_drift"),
     "lossless": (lossless_table, "benchmark_lossless"),

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+SHOWN = "Of each family of controls, the setting nearest in cost to the default"
+
 
 def points(difference: float | None, interval: Sequence[float] | None) -> str:
     """A difference of shares in points, with its interval."""
@@ -23,6 +25,27 @@ def name_of(row: dict) -> str:
     return f"`{row['name']}`" if row["family"] == "presets" else row["name"]
 
 
+def rows_shown(rows: Sequence[dict], default: str = "balanced") -> list[dict]:
+    """
+    Of many settings those for a table: dense, the presets, of each family of methods the first setting, of each of
+    controls the one whose cost is nearest to the default preset's.
+    """
+    by_name = {row["name"]: row for row in rows}
+    cost = by_name[default]["cost"] if default in by_name else 0
+    shown: dict[str, list[dict]] = {}
+    for row in rows:
+        shown.setdefault(row["family"], []).append(row)
+    kept = []
+    for family, settings in shown.items():
+        if family == "presets":
+            kept += settings
+        elif settings[0]["control"]:
+            kept.append(min(settings, key=lambda row: abs(row["cost"] - cost)))
+        else:
+            kept.append(settings[0])
+    return kept
+
+
 def what_was_recorded(report: dict) -> str:
     """The command, the clips and the machine."""
     lengths = sorted(set(report["frames"]), reverse=True)
@@ -41,7 +64,7 @@ def accuracy_table(report: dict) -> str:
         "| difference to it, points | top-5 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in report["results"]:
+    for row in rows_shown(report["results"]):
         compared = row["top1"].get("best control")
         differences = {
             motion: found["top1"]["difference"]
@@ -64,7 +87,7 @@ def accuracy_table(report: dict) -> str:
             f"{what_was_recorded(report)}; {report['frames_counted']} frames counted, asked for one of "
             f"{report['texts']} labels. Intervals: 95 %, from drawing clips, paired. The best control, chosen after "
             "the fact, costs no more: a setting, or a mixture of the two of a family that are nearest in cost. "
-            "Of each control there were one or two settings, which makes the mixtures weaker than they could be.",
+            f"{SHOWN}: [all {len(report['results'])}](eval/results/accuracy.json).",
         ]
     )
 
@@ -77,7 +100,7 @@ def reaction_table(report: dict) -> str:
         "| difference to it, frames |",
         "|---|---|---|---|---|---|",
     ]
-    for row in own["results"]:
+    for row in rows_shown(own["results"]):
         compared = row.get("best control")
         control = "" if compared is None else f"{compared['control']:.1f} ({compared['family']})"
         beside = "" if compared is None else frames(compared["difference"], compared["interval"])
@@ -91,7 +114,8 @@ def reaction_table(report: dict) -> str:
             f"`nothing`; dense itself takes {own['dense_delay']:.1f} frames. {own['left_out']} events that dense does "
             "not follow, or says before, are left out. Looked at are "
             f"{report['recorded']['settings']['after'] + 1} frames from an event on, or those until the next one: "
-            "what takes longer counts as that long, so that delays are lower bounds where there is any.",
+            "what takes longer counts as that long, so that delays are lower bounds where there is any. "
+            f"{SHOWN}: [all {len(own['results'])}](eval/results/reaction.json).",
         ]
     )
 
@@ -109,7 +133,7 @@ def fidelity_table(report: dict) -> str:
         "| p5 less the best control's, thousandths |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in report["results"]:
+    for row in rows_shown(report["results"]):
         compared = row.get("best control")
         beside = "" if compared is None else thousandths(compared["difference"], compared["interval"])
         constant = "" if row["bytes_constant"] else ", not constant"
@@ -117,7 +141,49 @@ def fidelity_table(report: dict) -> str:
             f"| {name_of(row)} | {row['cost']:.3f} | {row['mean']:.4f} | {row['p5']:.4f} | {row['p1']:.4f} "
             f"| {thousandths(row['trend'], row['trend_interval'])} | {row['bytes'] / 1e6:.1f}{constant} | {beside} |"
         )
-    return "\n".join([*lines, "", f"{what_was_recorded(report)}."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{what_was_recorded(report)}. {SHOWN}: [all {len(report['results'])}](eval/results/fidelity.json).",
+        ]
+    )
+
+
+def calibration_table(report: dict) -> str:
+    """What a logit bias changes on held-out clips, from `calibration.json`: with the most calibration clips."""
+    lines = [
+        "| setting | cost | best label is dense's | with the bias, points | control: shuffled | right | with the bias "
+        "| control: shuffled | squared error of logits |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, setting in report["settings"].items():
+        count = max(setting["clips"], key=int)
+        bias, shuffled = (setting["clips"][count][kind] for kind in ("bias", "control: shuffled among labels"))
+        cells = []
+        for measure in ("agreement", "top1"):
+            cells += [
+                f"{bias[measure]['before']['value']:.1%}",
+                *(
+                    points(one[measure]["difference"]["value"], one[measure]["difference"]["interval"])
+                    for one in (bias, shuffled)
+                ),
+            ]
+        errors = bias["squared error of logits"]
+        lines.append(
+            f"| `{name}` | {setting['cost']:.3f} | {' | '.join(cells)} "
+            f"| {errors['before']['value']:.2f} to {errors['after']['value']:.2f} |"
+        )
+    clips = report["clips"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`{report['command']}`: fitted on {clips['calibration']['in_all']} composed clips, measured on "
+            f"{clips['held_out']['in_all']} others, of {clips['frames']} frames each; {report['labels']} labels. "
+            "`reconstruct`: the paper's dual memory. Intervals: 95 %, from drawing clips.",
+        ]
+    )
 
 
 def laws_table(report: dict) -> str:

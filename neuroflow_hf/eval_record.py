@@ -6,8 +6,8 @@ Recordings: what methods give for scenes, stored once, so that many questions ca
     recording = recorder.load(batches[0], specs[0])
 
 A batch of scenes is recorded as B videos in one call for each frame. There is one file for each batch and method,
-under a key of all that it depends on: weights, code, preprocessing, scenes, settings, options. What is there is not
-recorded again, and what was recorded with something else is not used.
+under a key of all that it depends on: weights, code, libraries, preprocessing, scenes, settings, options. What is
+there is not recorded again, and what was recorded with something else is not used.
 
 Embeddings are kept of *sampled* frames, the same for all methods: one of every `dense_every` frames, drawn by chance
 (at a fixed distance, methods with a period would be looked at in the same phase always), and all around the frames
@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from .provenance import checkout_commit, machine_and_versions, write_whole_bytes
 from .run import fingerprint
 
 CODE = ("eval_methods.py", "eval_record.py", "token_merging.py", "preprocess.py", "configuration_neuroflow_gate.py")
+LIBRARIES = ("torch", "transformers", "pillow")  # and what computes and draws
 OnFrame = Callable[[int], None]
 OnPass = Callable[[str, int, int], None]
 
@@ -334,16 +336,17 @@ def passes_of(specs: Sequence[MethodSpec]) -> list[list[MethodSpec]]:
     return [*([together] if together else []), *([spec] for spec in specs if not spec.shares_dense)]
 
 
-WORK = {"mlp": 0.7, "propagate": 0.6, "dense": 1.0, "hold": 0.2}  # of the streams' modes; guesses, to share by
+# Of the streams' modes, measured on two processes with one core each; to share work by.
+WORK = {"mlp": 1.4, "propagate": 2.2, "dense": 1.0, "hold": 0.2}
 
 
 def expected_work(specs: Sequence[MethodSpec]) -> float:
     """About what a pass takes, in dense passes over all frames."""
     if any(spec.shares_dense for spec in specs):
-        return 0.6
+        return 1.3
     if specs[0].kind == "stream":
         return WORK.get(NeuroFlowGateConfig.from_options({}, **specs[0].options).mode, 0.35)
-    return 0.15
+    return 0.1
 
 
 def shares_by_work(work: Sequence[float], count: int) -> list[list[int]]:
@@ -398,6 +401,7 @@ class Recorder:
             scenes=[(scene.name, scene.count, scene.changes, scene.identity) for scene in scenes],
             kind=spec.kind,
             options=options,
+            libraries={name: version(name) for name in LIBRARIES},
         )
         return self.folder / f"{slug(spec.name)}-{key}.safetensors"
 

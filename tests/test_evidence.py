@@ -15,7 +15,7 @@ import typer
 from composed_clips import MOTIONS, specify
 from conftest import IMAGE_SIZE
 from PIL import Image
-from readme_evidence import reaction_table
+from readme_evidence import reaction_table, rows_shown
 from torch.nn import functional
 
 from neuroflow_hf.eval_methods import MethodSpec
@@ -233,6 +233,7 @@ def test_from_clips_to_accuracy(recorded):
         assert low <= row["top1"]["difference"] <= high
     assert {"control", "family", "difference", "interval", "value"} == set(rows["balanced"]["top1"]["best control"])
     assert report["frames_counted"] > 200 and report["recorded"]["dtype"] == "float32"
+    assert len(report["recorded"]["machines"]) == 1
     assert len(accuracy.tables(report)) == 2
     assert len(accuracy.plot_accuracy(found, report).axes) == 1 + len(MOTIONS)
 
@@ -281,3 +282,14 @@ def test_readmes_table_of_delays_says_what_is_looked_at():
     assert "| *control:* every 4 | 0.250 | 3.0 | 2 |  |  |" in table
     assert "not within the frames looked at" in table and "41 frames from an event on" in table
     assert "lower bounds" in table and "{" not in table
+
+
+def test_a_table_shows_the_defaults_and_the_controls_at_their_cost():
+    def row(name, family, cost, control=False):
+        return {"name": name, "family": family, "cost": cost, "control": control}
+
+    presets = [row("thrifty", "presets", 0.1), row("balanced", "presets", 0.2)]
+    modes = [row("context, 0.01", "context", 0.3), row("context, 0.05", "context", 0.2)]
+    controls = [row(f"every {k}", "every k", 1 / k, True) for k in (2, 4, 5, 8)]
+    shown = [one["name"] for one in rows_shown([*presets, *modes, *controls])]
+    assert shown == ["thrifty", "balanced", "context, 0.01", "every 5"]
