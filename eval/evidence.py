@@ -2,9 +2,7 @@
 What `accuracy.py`, `reaction.py` and `fidelity.py` ask their questions of: composed clips, methods, recordings.
 
 Recorded once, kept in the cache folder (`NEUROFLOW_CACHE`), and continued by whichever of the three runs next. Clips
-are those of `composed_clips.py`, drawings and photographs that were in no training picture. The first clip of each
-motion is long, the others are short. Measured on one core of two, both busy: a quick run takes about 2,300 seconds of
-processor time, everything about 14 hours, which any number of sessions may share.
+are those of `composed_clips.py`, drawings and photographs that were in no training picture.
 """
 
 import sys
@@ -52,14 +50,17 @@ NOTHING = "nothing"
 Quick = Annotated[bool, typer.Option("--quick", help="One clip of 1,000 frames of each motion, fewer settings.")]
 FewSettings = Annotated[bool, typer.Option("--few-settings", help="As of a quick run, but all the clips.")]
 Clips = Annotated[int, typer.Option(help="Clips of each motion.", min=1)]
-Frames = Annotated[int, typer.Option(help="Frames of the first clip of each motion.", min=composed_clips.FEWEST)]
-ShortFrames = Annotated[int, typer.Option(help="Frames of each of the others.", min=composed_clips.FEWEST)]
+Frames = Annotated[
+    int | None,
+    typer.Option(help="Frames of each clip.", min=composed_clips.FEWEST, show_default="125; with --quick 1000"),
+]
 DenseEvery = Annotated[int, typer.Option(help="One frame of so many is compared with dense.", min=1)]
 Methods = Annotated[str | None, typer.Option(help="Only methods whose name or family begins so; with | between.")]
 Checkpoint = Annotated[Path, typer.Option(help="Checkpoint with a text tower.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Folder = Annotated[Path | None, typer.Option(help="Where recordings lie.", show_default="in the cache folder")]
 
+FRAMES = 125
 QUICK_FRAMES = 1000
 SLOW_MODES = ("propagate", "mlp")
 MOST_CHANGES = 8  # of a clip; of those whose label changes all the time, some will do
@@ -67,11 +68,10 @@ MOST_CHANGES = 8  # of a clip; of those whose label changes all the time, some w
 
 @dataclass(frozen=True)
 class Plan:
-    """What to record: `clips` of each motion, the first of so many `frames`, the others of `short_frames`."""
+    """What to record: `clips` of each motion, of so many `frames` each, by default FRAMES or QUICK_FRAMES."""
 
-    clips: int = 6
-    frames: int = 5000
-    short_frames: int = 500
+    clips: int = 5
+    frames: int | None = None
     dense_every: int = 8
     quick: bool = False
     methods: str | None = None
@@ -86,8 +86,8 @@ class Plan:
     def lengths(self) -> list[int]:
         """How many frames the clips of a motion have."""
         if self.quick:
-            return [min(self.frames, QUICK_FRAMES)]
-        return [self.frames, *[self.short_frames] * (self.clips - 1)]
+            return [self.frames or QUICK_FRAMES]
+        return [self.frames or FRAMES] * self.clips
 
     def specs(self, model: torch.nn.Module) -> list[MethodSpec]:
         """

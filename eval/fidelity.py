@@ -1,16 +1,18 @@
 """
 Does a stream stay close to dense over thousands of frames? Cosine over time, its trend, and what is remembered.
 
-    python eval/fidelity.py --quick                      # 1,000 frames of each motion
-    torchrun --nproc_per_node 2 eval/fidelity.py         # 5,000; run again to continue
+    torchrun --nproc_per_node 2 eval/fidelity.py         # run again to continue
+    python eval/fidelity.py --quick                      # fewer controls, as in the other quick runs
+    python eval/fidelity.py --frames 10000 --methods balanced
 
-One long composed clip of each motion; compared are frames drawn by chance, one of every `--dense-every`, without the
-first. Mean, 5th and 1st percentile of the cosine to dense by `eval/metrics/embedding_fidelity`, over all clips and by
-motion. Trend: the cosine's slope over time, per 1,000 frames, each clip around its own mean, with a 95 % interval by a
-moving-block bootstrap over the frames of each clip (neighbours are alike): a stream that drifts away has one below
-zero. Memory: the stream's bytes on every frame after the first, which must be one number. Beside each method, the best
-control at its own cost as in `accuracy.py`, by the 5th percentile, with intervals from drawing clips. Dense itself is
-recorded in the same arithmetic; embeddings are kept in float16, which hides differences below about 1e-6.
+One composed clip of 1,000 frames of each motion; compared are frames drawn by chance, one of every `--dense-every`,
+without the first. Mean, 5th and 1st percentile of the cosine to dense by `eval/metrics/embedding_fidelity`, over all
+clips and by motion. Trend: the cosine's slope over time, per 1,000 frames, each clip around its own mean, with a 95 %
+interval by a moving-block bootstrap over the frames of each clip (neighbours are alike): a stream that drifts away has
+one below zero. Memory: the stream's bytes on every frame after the first, which must be one number. Beside each
+method, the best control at its own cost as in `accuracy.py`, by the 5th percentile, with intervals from drawing
+clips; of all clips, and of those whose label changes alone, at the cost on those. Dense itself is recorded in the same
+arithmetic; embeddings are kept in float16, which hides differences below about 1e-6.
 Writes `eval/results/fidelity.json`.
 """
 
@@ -24,8 +26,8 @@ import typer
 from equal_cost import RESAMPLES, best_control, families_of, middle
 from evidence import (
     CHECKPOINT,
+    QUICK_FRAMES,
     Checkpoint,
-    Clips,
     DenseEvery,
     Dtype,
     Evidence,
@@ -35,7 +37,6 @@ from evidence import (
     Methods,
     Plan,
     Quick,
-    ShortFrames,
     gather_evidence,
     rounded,
 )
@@ -44,7 +45,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 
+from neuroflow_hf import PRESETS
+
 METRIC = Path(__file__).parent / "metrics" / "embedding_fidelity"
+# the presets, and what costs next to nothing to record beside them
+METHODS = "|".join([*PRESETS, "every", "surprise", "pixels"])
 BLOCK = 20  # of compared frames
 FEWEST_BLOCKS = 5
 LONG = 0  # the batch of the long clips
@@ -111,6 +116,27 @@ def metric_figures(metric, evidence: Evidence, name: str, dense: str, scenes: Se
     return {short: found[f"cosine_{short}"] for short in ("mean", "p5", "p1")} | {"frames": found["count"]}
 
 
+def beside_controls(evidence: Evidence, cosines: dict[str, np.ndarray], scenes: Sequence[int]) -> dict[str, dict]:
+    """
+    By method, on some of the long clips: cost, 5th percentile, and the best control's at that cost.
+
+    Args:
+        cosines: by method [S, m].
+        scenes: places of the clips.
+    """
+    pairs = [(LONG, evidence.batches[LONG][place]) for place in scenes]
+    chosen = {name: values[scenes] for name, values in cosines.items()}
+    costs = {name: evidence.cost(name, pairs) for name in chosen}
+    families, found = families_of(evidence.specs), {}
+    for spec in evidence.specs:
+        row: dict = {"cost": costs[spec.name], "p5": float(fifth_percentile(chosen[spec.name][None])[0])}
+        if not spec.control:
+            compared = best_control(spec.name, chosen, costs, families, fifth_percentile)
+            row["best control"] = None if compared is None else compared.to_dict()
+        found[spec.name] = row
+    return found
+
+
 def fidelity_report(evidence: Evidence) -> dict:
     """All figures."""
     metric = evaluate.load(str(METRIC))
@@ -118,8 +144,9 @@ def fidelity_report(evidence: Evidence) -> dict:
     scenes = [(LONG, scene) for scene in evidence.batches[LONG]]
     frames = frames_of(evidence, dense)
     cosines = {spec.name: cosines_of(evidence, spec.name, dense) for spec in evidence.specs}
-    costs = {spec.name: evidence.cost(spec.name, scenes) for spec in evidence.specs}
-    families = families_of(evidence.specs)
+    of_all = beside_controls(evidence, cosines, range(len(scenes)))
+    changing = [place for place, (_, scene) in enumerate(scenes) if scene.changes]
+    of_changing = beside_controls(evidence, cosines, changing) if changing else {}
     motions = list(dict.fromkeys(scene.group for _, scene in scenes))
     results = []
     for spec in evidence.specs:
@@ -130,7 +157,7 @@ def fidelity_report(evidence: Evidence) -> dict:
             "name": spec.name,
             "family": spec.family,
             "control": spec.control,
-            "cost": costs[spec.name],
+            **of_all[spec.name],
             **metric_figures(metric, evidence, spec.name, dense, [scene.name for _, scene in scenes]),
             "trend": float(slope(frames, cosines[spec.name])),
             "trend_interval": slope_interval(frames, cosines[spec.name]),
@@ -143,11 +170,11 @@ def fidelity_report(evidence: Evidence) -> dict:
                 for motion in motions
             },
         }
-        if not spec.control:
-            compared = best_control(spec.name, cosines, costs, families, fifth_percentile)
-            row["best control"] = None if compared is None else compared.to_dict()
+        if changing:
+            row["changing"] = of_changing[spec.name]
         results.append(row)
-    return rounded({**evidence.about, "block": BLOCK, "resamples": RESAMPLES, "results": results}, digits=8)
+    about = {**evidence.about, "changing": [scenes[place][1].name for place in changing]}
+    return rounded({**about, "block": BLOCK, "resamples": RESAMPLES, "results": results}, digits=8)
 
 
 def table_of(report: dict) -> Table:
@@ -163,20 +190,34 @@ def table_of(report: dict) -> Table:
         "MB a stream",
         "best control's p5",
         "difference, thousandths",
+        "where labels change: cost",
+        "p5",
+        "best control's p5 there",
+        "difference there",
     ):
-        table.add_column(heading, justify="left" if heading in ("method", "best control's p5") else "right")
+        table.add_column(heading, justify="left" if heading.startswith(("method", "best control's p5")) else "right")
     for row in report["results"]:
-        compared = row.get("best control")
+        changing = row.get("changing")
         table.add_row(
             ("control: " if row["control"] else "") + row["name"],
             f"{row['cost']:.3f}",
             *(f"{row[name]:.4f}" for name in ("mean", "p5", "p1")),
             thousandths(row["trend"], row["trend_interval"]),
             f"{row['bytes'] / 1e6:.1f}" + ("" if row["bytes_constant"] else ", not constant"),
-            "" if compared is None else f"{compared['control']:.4f} {compared['family']}",
-            "" if compared is None else thousandths(compared["difference"], compared["interval"]),
+            *beside(row),
+            *(("", "") if changing is None else (f"{changing['cost']:.3f}", f"{changing['p5']:.4f}")),
+            *beside(changing or {}),
         )
     return table
+
+
+def beside(row: dict) -> tuple[str, str]:
+    """The best control beside a row, and the difference; empty if there is none."""
+    compared = row.get("best control")
+    if compared is None:
+        return "", ""
+    control = f"{compared['control']:.4f} {compared['family']}"
+    return control, thousandths(compared["difference"], compared["interval"])
 
 
 def thousandths(value: float, interval: Sequence[float] | None) -> str:
@@ -188,18 +229,16 @@ def thousandths(value: float, interval: Sequence[float] | None) -> str:
 def main(
     quick: Quick = False,
     few_settings: FewSettings = False,
-    clips: Clips = 6,
-    frames: Frames = 5000,
-    short_frames: ShortFrames = 500,
+    frames: Frames = QUICK_FRAMES,
     dense_every: DenseEvery = 8,
-    methods: Methods = None,
+    methods: Methods = METHODS,
     checkpoint: Checkpoint = CHECKPOINT,
     dtype: Dtype = "bfloat16",
     folder: Folder = None,
     output: Path = RESULTS / "fidelity.json",
 ):
     """Record what is missing, compare, and write the report."""
-    plan = Plan(clips, frames, short_frames, dense_every, quick, methods, few_settings)
+    plan = Plan(1, frames, dense_every, quick, methods, few_settings)
     evidence, processes = gather_evidence(plan, checkpoint, dtype, folder)
     if not processes.is_main:
         return

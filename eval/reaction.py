@@ -37,7 +37,6 @@ from evidence import (
     Methods,
     Plan,
     Quick,
-    ShortFrames,
     gather_evidence,
     rounded,
 )
@@ -268,9 +267,8 @@ def frames_text(frames: float, interval: Sequence[float] | None) -> str:
 def main(
     quick: Quick = False,
     few_settings: FewSettings = False,
-    clips: Clips = 6,
-    frames: Frames = 5000,
-    short_frames: ShortFrames = 500,
+    clips: Clips = 5,
+    frames: Frames = None,
     dense_every: DenseEvery = 8,
     methods: Methods = None,
     checkpoint: Checkpoint = CHECKPOINT,
@@ -279,7 +277,7 @@ def main(
     output: Path = RESULTS / "reaction.json",
 ):
     """Record what is missing, compare, and write the report."""
-    plan = Plan(clips, frames, short_frames, dense_every, quick, methods, few_settings)
+    plan = Plan(clips, frames, dense_every, quick, methods, few_settings)
     evidence, processes = gather_evidence(plan, checkpoint, dtype, folder)
     if not processes.is_main:
         return

@@ -158,7 +158,7 @@ def test_the_trend_is_the_slope_per_thousand_frames():
 
 
 def test_plans_and_the_choice_of_methods(vision):
-    assert evidence.Plan(clips=3, frames=100, short_frames=50).lengths == [100, 50, 50]
+    assert evidence.Plan(clips=3, frames=100).lengths == [100] * 3
     assert evidence.Plan(quick=True).lengths == [1000]
     specs = standard_methods(vision)
     names = [spec.name for spec in evidence.chosen(specs, "balanced|every k")]
@@ -193,9 +193,7 @@ def test_a_scene_is_known_by_what_it_shows(material):
 @pytest.fixture(scope="module")
 def recorded(vision, material, tmp_path_factory):
     """A tiny model's recordings of two clips of each motion, with labels that dense recognises."""
-    plan = evidence.Plan(
-        clips=2, frames=FRAMES, short_frames=32, dense_every=2, methods="balanced|every 3|every 8|ToMe 3, constant"
-    )
+    plan = evidence.Plan(clips=2, frames=FRAMES, dense_every=2, methods="balanced|every 3|every 8|ToMe 3, constant")
     batches = evidence.composed_batches(material, plan, side=48)
     names = [*COLOURS, evidence.NOTHING]
     preprocess = Preprocessor(IMAGE_SIZE)
