@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PROCESSES ?= 2
+EVIDENCE := accuracy reaction fidelity published_laws motion_masks calibration
+QUICK := neuroflow-evidence
 
-.PHONY: demo test check format bench drift hub siglip-small phi3-nano wheel clean help
+.PHONY: demo test check format bench drift evidence evidence-quick hub siglip-small phi3-nano wheel clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -38,6 +41,18 @@ bench: $(READY)  ## time the modes against dense: half an hour on two cores; run
 drift: $(READY)  ## measure what a bypass changes in the text; run again to continue
 	$(BIN)/python eval/token_drift.py
 
+evidence: $(READY)  ## labels, delays, fidelity, laws, masks on composed clips: three hours on two cores; run again to continue
+	for script in $(EVIDENCE); do \
+		$(BIN)/torchrun --nproc_per_node $(PROCESSES) eval/$$script.py || exit 1; \
+	done
+
+evidence-quick: $(READY)  ## the same on a clip of 1,000 frames of each motion, into neuroflow-evidence/: half an hour
+	for script in $(EVIDENCE); do \
+		plot=; [ $$script = accuracy ] && plot="--plot $(QUICK)/accuracy.png"; \
+		$(BIN)/torchrun --nproc_per_node $(PROCESSES) eval/$$script.py --quick --output $(QUICK)/$$script.json $$plot \
+			|| exit 1; \
+	done
+
 hub: $(READY)  ## write complete Hub repositories to dist/hub/
 	$(BIN)/python -m neuroflow_hf.hub
 
@@ -53,4 +68,4 @@ wheel: $(READY)  ## build the wheel
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove what was built
-	rm -rf build dist *.egg-info neuroflow-run neuroflow-tuned neuroflow-drift neuroflow-eval
+	rm -rf build dist *.egg-info neuroflow-run neuroflow-tuned neuroflow-drift neuroflow-eval $(QUICK)
