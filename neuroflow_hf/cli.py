@@ -166,6 +166,14 @@ def run(
             help="Encode everything when more than this share changed.", show_default="never", rich_help_panel=GATE
         ),
     ] = None,
+    cost_budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Spend no more than this share of dense in the long run.",
+            show_default="the preset's",
+            rich_help_panel=GATE,
+        ),
+    ] = None,
     global_motion_norm: Annotated[
         bool | None,
         typer.Option(
@@ -218,6 +226,7 @@ def run(
         "max_age": max_age,
         "keyframe_interval": keyframe_interval,
         "keyframe_fraction": keyframe_fraction,
+        "cost_budget": cost_budget,
         "global_motion_norm": global_motion_norm,
         "ema_rate": ema_rate,
     }

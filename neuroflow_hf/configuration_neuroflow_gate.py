@@ -24,25 +24,29 @@ PRESETS: dict[str, dict] = {
         "hold_fraction": 0.4,
         "max_hold": 2,
     },
-    # the default
+    # the default: close to dense where little moves, and never more than a quarter of its cost
     "balanced": {
         "mode": "extrapolate",
         "threshold": 0.01,
         "sentinels": 0.06,
         "keyframe_surprise": 0.05,
         "keyframe_interval": 30,
-        "hold_fraction": 0.25,
+        "hold_fraction": 0.4,
         "max_hold": 7,
+        "cost_budget": 0.25,
+        "cost_reserve": 4.0,
     },
-    # for many cameras on one machine, where an embedding that lags a little does no harm
+    # for many cameras on one machine: never more than a tenth
     "thrifty": {
         "mode": "extrapolate",
         "threshold": 0.01,
         "sentinels": 0.04,
-        "keyframe_surprise": 0.1,
+        "keyframe_surprise": 0.05,
         "keyframe_interval": 60,
-        "hold_fraction": 0.12,
+        "hold_fraction": 0.4,
         "max_hold": 12,
+        "cost_budget": 0.1,
+        "cost_reserve": 4.0,
     },
 }
 
@@ -129,7 +133,8 @@ class NeuroFlowGateConfig:
             In a frame that is no keyframe and in which more than this fraction of the patches is above the threshold,
             `dilate` not counted, nothing is encoded and the last output is returned; `max_age` waits so long. For
             cameras that move or shake: encoding some of many changed patches beside stale ones costs more than
-            holding and is no closer to dense. 0.25 is where that turns. Needs `max_hold` or a keyframe rule.
+            holding and is no closer to dense. Between 0.25 and 0.5, by the footage, is where that turns.
+            Needs `max_hold` or a keyframe rule.
         max_hold (`int`, *optional*):
             What `hold_fraction` holds becomes a keyframe once nothing was encoded for this many frames. It bounds by
             how much the output lags behind, and the cost while a camera moves to one in `max_hold + 1`.
@@ -249,7 +254,7 @@ class NeuroFlowGateConfig:
             raise ValueError(
                 f"Gate option `keyframe_interval` {self.keyframe_interval} alone costs "
                 f"{1 / self.keyframe_interval:.3g} of dense, and `cost_budget` is {self.cost_budget}; raise one "
-                "of them."
+                "of them, or lift the budget with None."
             )
         if self.slow_ema_rate is not None and self.reference == "last_update":
             raise ValueError(

@@ -155,7 +155,7 @@ def test_bad_values_are_refused_by_name(name, value):
         {"slow_ema_rate": 0.001, "reference": "both"},
         {"slow_ema_rate": 1, "reference": "ema"},
         {"max_age": 1},
-        {"keyframe_interval": 1},
+        {"keyframe_interval": 1, "cost_budget": None},
     ],
 )
 def test_values_at_the_edge_are_taken(options):
