@@ -62,6 +62,14 @@ def evaluate(
             show_default="the presets",
         ),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also measure the gate options of this configuration, such as `neuroflow tune` writes, or of its "
+            "folder's.",
+            show_default="none",
+        ),
+    ] = None,
     frames: Annotated[
         int | None,
         typer.Option(help="Take the first so many frames of each video; 0: all.", show_default=f"{FRAMES}"),
@@ -108,7 +116,7 @@ def evaluate(
         from .eval_run import EvalSettings, evaluate_checkpoint, load_checkpoint
         from .eval_videos import chosen_labels, find_videos
         from .labels import TEMPLATE, check_labels, parse_labels
-        from .loading import DTYPES, default_model
+        from .loading import DTYPES, default_model, load_gate
         from .processes import Processes
         from .run import prepare_folder
 
@@ -117,6 +125,7 @@ def evaluate(
             raise ValueError("--write-card writes into the checkpoint's folder; name one with --model.")
         if write_card and not card:
             raise ValueError("Give --write-card or --no-card, not both.")
+        gate = None if config is None else load_gate(config)
         settings = EvalSettings(frames=wanted_frames(frames, quick), stride=stride, seed=seed)
         found = find_videos(videos, truth)
         names = chosen_labels(found, None if labels is None else parse_labels(labels))
@@ -135,7 +144,7 @@ def evaluate(
         )
         wanted = None if methods is None else [name.strip() for name in methods.split(",")]
         with eval_progress() as on_step:
-            report = evaluate_checkpoint(checkpoint, found, out, settings, wanted, quick, fresh, on_step)
+            report = evaluate_checkpoint(checkpoint, found, out, settings, wanted, quick, fresh, on_step, gate)
         if not processes.is_main:
             return
         report = {"command": shlex.join(["neuroflow", *sys.argv[1:]]), **report}

@@ -49,6 +49,7 @@ LIBRARIES = ("torch", "transformers", "av", "pillow")  # and what computes, deco
 # Holding can spend any share of dense's cost: its settings begin at the first frame repeated, and end at dense.
 HOLDS = ("every", "surprise", "pixels")
 HELD = (*HOLDS, FIRST.kind)  # what returns dense's embeddings
+TUNED = "own settings"  # of a configuration that is named
 MERGED_SCHEDULE = "constant"  # of token merging, the paper's main one
 OnStep = Callable[[str, str, int, int], None]
 
@@ -535,6 +536,7 @@ def evaluate_checkpoint(
     quick: bool = False,
     fresh: bool = False,
     on_step: OnStep | None = None,
+    gate: dict | None = None,
 ) -> dict:
     """
     Measure dense, methods and controls on videos.
@@ -548,6 +550,7 @@ def evaluate_checkpoint(
         quick: fewer settings of each control.
         fresh: make all recordings anew.
         on_step: called with a video's name, what is being done, and the number of it among how many.
+        gate: options of one more method, TUNED.
 
     Returns:
         The report, on all processes. A video that cannot be read is in it as skipped, with the reason.
@@ -557,4 +560,6 @@ def evaluate_checkpoint(
         OSError: if a recording cannot be written.
     """
     specs = chosen_methods(checkpoint.model, checkpoint.preprocess.resolution, methods, quick)
+    if gate is not None:
+        specs.insert(1, MethodSpec(TUNED, TUNED, "stream", gate))
     return EvalJob(checkpoint, videos, Path(out), specs, settings or EvalSettings(), fresh, on_step).run()

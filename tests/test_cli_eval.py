@@ -102,6 +102,19 @@ def entry_of(report, name):
     return next(entry for entry in report["methods"] if entry["name"] == name)
 
 
+def test_settings_of_a_configuration_come_along(videos, folder, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"gate": {"mode": "context", "threshold": 0.5}}))
+    result = run(tmp_path / "out", videos / "Dog" / "a.mkv", folder, "--config", tmp_path)
+    assert result.exit_code == 0, result.output
+    report = report_of(tmp_path / "out")
+    entry = entry_of(report, "own settings")
+    assert entry["options"]["threshold"] == 0.5 and entry["beside"] and not entry["control"]
+    assert "own settings" in (tmp_path / "out" / "report.md").read_text()
+    assert "own settings" in result.stdout
+    missing = run(tmp_path / "out", videos / "Dog" / "a.mkv", folder, "--config", tmp_path / "none")
+    assert missing.exit_code != 0 and "neuroflow tune" in missing.stderr
+
+
 # --- what it gives -------------------------------------------------------------------------------------------------
 
 
