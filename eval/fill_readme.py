@@ -20,7 +20,14 @@ from benchmark_streams import WAYS
 from benchmark_vision import ratios
 from motion_measure import LABEL_COLUMNS
 from PIL import Image
-from readme_evidence import accuracy_table, calibration_table, fidelity_table, laws_table, reaction_table
+from readme_evidence import (
+    accuracy_table,
+    calibration_table,
+    fidelity_table,
+    laws_table,
+    motions_table,
+    reaction_table,
+)
 from report import RESULTS, fill_block, write_json, write_whole
 
 from neuroflow_hf import PRESETS
@@ -339,6 +346,7 @@ BLOCKS = {
     "labels": (labels_table, "run_labels"),
     "motion": (motion_table, "motion_masks"),
     "accuracy": (accuracy_table, "accuracy"),
+    "motions": (motions_table, "accuracy"),
     "reaction": (reaction_table, "reaction"),
     "fidelity": (fidelity_table, "fidelity"),
     "calibration": (calibration_table, "calibration"),

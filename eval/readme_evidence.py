@@ -92,6 +92,27 @@ def accuracy_table(report: dict) -> str:
     )
 
 
+def motions_table(report: dict, default: str = "balanced", family: str = "every k") -> str:
+    """The default preset by kind of motion, beside the control of a family that is nearest in cost over all."""
+    rows = {row["name"]: row for row in report["results"]}
+    ours = rows[default]
+    controls = [row for row in report["results"] if row["family"] == family]
+    control = min(controls, key=lambda row: abs(row["cost"] - ours["cost"]))
+    lines = [
+        f"| motion | top-1 of dense | cost of `{default}` | its top-1 less dense's, points "
+        f"| *control:* {control['name']}, cost | top-1 less dense's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for motion, found in ours["motions"].items():
+        beside = control["motions"][motion]
+        lines.append(
+            f"| {motion} | {found['top1']['dense']:.1%} | {found['cost']:.3f} "
+            f"| {points(found['top1']['difference'], found['top1']['interval'])} | {beside['cost']:.3f} "
+            f"| {points(beside['top1']['difference'], beside['top1']['interval'])} |"
+        )
+    return "\n".join([*lines, "", f"The same run, {len(report['frames'])} clips of each kind of motion."])
+
+
 def reaction_table(report: dict) -> str:
     """Delays between an event and the label's change, from `reaction.json`."""
     own = report["own"]
