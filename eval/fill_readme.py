@@ -22,6 +22,7 @@ from motion_measure import LABEL_COLUMNS
 from PIL import Image
 from readme_evidence import (
     accuracy_table,
+    aims_table,
     calibration_table,
     fidelity_table,
     laws_table,
@@ -346,6 +347,7 @@ BLOCKS = {
     "labels": (labels_table, "run_labels"),
     "motion": (motion_table, "motion_masks"),
     "accuracy": (accuracy_table, "accuracy"),
+    "aims": (aims_table, "accuracy", "reaction", "fidelity"),
     "motions": (motions_table, "accuracy"),
     "reaction": (reaction_table, "reaction"),
     "fidelity": (fidelity_table, "fidelity"),
@@ -379,9 +381,9 @@ def main(
     if (labelled / "summary.json").is_file():
         take_run(labelled, "run_labels", "labels")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, (table, result) in BLOCKS.items():
-        report = json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8"))
-        readme = fill_block(readme, f"figures:{name}", table(report))
+    for name, (table, *results) in BLOCKS.items():
+        reports = [json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8")) for result in results]
+        readme = fill_block(readme, f"figures:{name}", table(*reports))
     write_whole(ROOT / "README.md", readme)
 
 

@@ -224,3 +224,59 @@ def laws_table(report: dict) -> str:
             "(eval/results/published_laws.json).",
         ]
     )
+
+
+def verdict(value: float, interval: Sequence[float] | None, least: float) -> str:
+    """Whether what should be at least so much is: by its interval, by its estimate alone, or not."""
+    if value < least:
+        return "missed"
+    return "met" if interval is not None and interval[0] >= least else "by the estimate; its interval reaches beyond"
+
+
+def aims_table(accuracy: dict, reaction: dict, fidelity: dict, default: str = "balanced") -> str:
+    """What the default preset was to reach on composed clips, and what it does, from the three reports."""
+    top1, delay, cosine = (
+        next(row for row in rows if row["name"] == default)
+        for rows in (accuracy["results"], reaction["own"]["results"], fidelity["results"])
+    )
+    pooled = top1["top1"]
+    motions = {name: found["top1"] for name, found in top1["motions"].items()}
+    worst = min(motions, key=lambda name: motions[name]["difference"])
+    sooner, closer = delay["best control"], cosine["changing"]["best control"]
+    most = max(top1["cost"], cosine["cost"])
+    rows = [
+        (
+            "cost at most 0.20 of dense",
+            f"{top1['cost']:.3f} on short clips, {cosine['cost']:.3f} on long ones",
+            "met" if most <= 0.2 else "missed",
+        ),
+        (
+            "top-1 at most 1 point below dense, all motions",
+            f"{points(pooled['difference'], pooled['interval'])} points",
+            verdict(pooled["difference"], pooled["interval"], -0.01),
+        ),
+        (
+            "at most 3 points below in any motion",
+            f"{points(motions[worst]['difference'], motions[worst]['interval'])} points ({worst}, "
+            f"{motions[worst]['scenes']} clips)",
+            verdict(motions[worst]["difference"], motions[worst]["interval"], -0.03),
+        ),
+        (
+            "5th percentile of the cosine above every control's at that cost, clips whose label changes",
+            f"{cosine['changing']['p5']:.3f}, the best control's {closer['control']:.3f} ({closer['family']}): "
+            f"{thousandths(closer['difference'], closer['interval'])} thousandths",
+            verdict(closer["difference"], closer["interval"], 0),
+        ),
+        (
+            "labels change sooner than with every control at that cost",
+            f"{delay['delay']:.1f} frames after dense, the best control's {sooner['control']:.1f} "
+            f"({sooner['family']}): {frames(sooner['difference'], sooner['interval'])}",
+            verdict(
+                -sooner["difference"],
+                None if sooner["interval"] is None else [-sooner["interval"][1], -sooner["interval"][0]],
+                0,
+            ),
+        ),
+    ]
+    lines = [f"| {aim} | {measured} | {outcome} |" for aim, measured, outcome in rows]
+    return "\n".join([f"| aim for `{default}` | measured | |", "|---|---|---|", *lines])
