@@ -46,9 +46,9 @@ evidence: $(READY)  ## labels, delays, fidelity, laws, masks on composed clips: 
 		$(BIN)/torchrun --nproc_per_node $(PROCESSES) eval/$$script.py || exit 1; \
 	done
 
-evidence-quick: $(READY)  ## the same on a clip of 1,000 frames of each motion, into neuroflow-evidence/: half an hour
+evidence-quick: $(READY)  ## the same with a clip of each motion, into neuroflow-evidence/: half an hour
 	for script in $(EVIDENCE); do \
-		plot=; [ $$script = accuracy ] && plot="--plot $(QUICK)/accuracy.png"; \
+		case $$script in accuracy|published_laws) plot="--plot $(QUICK)/$$script.png";; *) plot=;; esac; \
 		$(BIN)/torchrun --nproc_per_node $(PROCESSES) eval/$$script.py --quick --output $(QUICK)/$$script.json $$plot \
 			|| exit 1; \
 	done

@@ -48,7 +48,9 @@ SEED = 3
 NOTHING = "nothing"
 
 Quick = Annotated[bool, typer.Option("--quick", help="One clip of 1,000 frames of each motion, fewer settings.")]
-FewSettings = Annotated[bool, typer.Option("--few-settings", help="As of a quick run, but all the clips.")]
+FewSettings = Annotated[
+    bool, typer.Option("--few-settings", help="Of each mode and smaller input one setting or two.")
+]
 Clips = Annotated[int, typer.Option(help="Clips of each motion.", min=1)]
 Frames = Annotated[
     int | None,

@@ -48,8 +48,7 @@ from torch.nn import functional
 from neuroflow_hf import PRESETS
 
 METRIC = Path(__file__).parent / "metrics" / "embedding_fidelity"
-# the presets, and what costs next to nothing to record beside them
-METHODS = "|".join([*PRESETS, "every", "surprise", "pixels"])
+METHODS = "|".join([*PRESETS, "every", "surprise", "pixels", "smaller", "ToMe"])  # the presets, and all controls
 BLOCK = 20  # of compared frames
 FEWEST_BLOCKS = 5
 LONG = 0  # the batch of the long clips

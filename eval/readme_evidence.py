@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-SHOWN = "Of each family of controls, the setting nearest in cost to the default"
+SHOWN = "Of each family of controls the setting nearest in cost to the default, of each mode one setting"
+START = "Streams with a budget begin with a reserve, so that short clips cost more than long ones."
 
 
 def points(difference: float | None, interval: Sequence[float] | None) -> str:
@@ -30,8 +31,7 @@ def rows_shown(rows: Sequence[dict], default: str = "balanced") -> list[dict]:
     Of many settings those for a table: dense, the presets, of each family of methods the first setting, of each of
     controls the one whose cost is nearest to the default preset's.
     """
-    by_name = {row["name"]: row for row in rows}
-    cost = by_name[default]["cost"] if default in by_name else 0
+    cost = next(row["cost"] for row in rows if row["name"] == default)
     shown: dict[str, list[dict]] = {}
     for row in rows:
         shown.setdefault(row["family"], []).append(row)
@@ -87,7 +87,7 @@ def accuracy_table(report: dict) -> str:
             f"{what_was_recorded(report)}; {report['frames_counted']} frames counted, asked for one of "
             f"{report['texts']} labels. Intervals: 95 %, from drawing clips, paired. The best control, chosen after "
             "the fact, costs no more: a setting, or a mixture of the two of a family that are nearest in cost. "
-            f"{SHOWN}: [all {len(report['results'])}](eval/results/accuracy.json).",
+            f"{START} {SHOWN}: [all {len(report['results'])}](eval/results/accuracy.json).",
         ]
     )
 
@@ -240,7 +240,9 @@ def aims_table(accuracy: dict, reaction: dict, fidelity: dict, default: str = "b
         for rows in (accuracy["results"], reaction["own"]["results"], fidelity["results"])
     )
     pooled = top1["top1"]
-    motions = {name: found["top1"] for name, found in top1["motions"].items()}
+    motions = {
+        name: found["top1"] for name, found in top1["motions"].items() if found["top1"]["difference"] is not None
+    }
     worst = min(motions, key=lambda name: motions[name]["difference"])
     sooner, closer = delay["best control"], cosine["changing"]["best control"]
     most = max(top1["cost"], cosine["cost"])
@@ -262,7 +264,7 @@ def aims_table(accuracy: dict, reaction: dict, fidelity: dict, default: str = "b
             verdict(motions[worst]["difference"], motions[worst]["interval"], -0.03),
         ),
         (
-            "5th percentile of the cosine above every control's at that cost, clips whose label changes",
+            "5th percentile of the cosine above every control's at that cost, long clips whose label changes",
             f"{cosine['changing']['p5']:.3f}, the best control's {closer['control']:.3f} ({closer['family']}): "
             f"{thousandths(closer['difference'], closer['interval'])} thousandths",
             verdict(closer["difference"], closer["interval"], 0),

@@ -158,7 +158,7 @@ def run(
     ] = None,
     keyframe_interval: Annotated[
         int | None,
-        typer.Option(help="Encode everything every so many frames.", show_default="never", rich_help_panel=GATE),
+        typer.Option(help="Encode all every so many frames.", show_default="the preset's", rich_help_panel=GATE),
     ] = None,
     keyframe_fraction: Annotated[
         float | None,

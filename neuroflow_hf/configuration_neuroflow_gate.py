@@ -24,7 +24,7 @@ PRESETS: dict[str, dict] = {
         "hold_fraction": 0.4,
         "max_hold": 2,
     },
-    # the default: close to dense where little moves, and never more than a quarter of its cost
+    # the default: close to dense where little moves, and in the long run never more than a quarter of its cost
     "balanced": {
         "mode": "extrapolate",
         "threshold": 0.01,
@@ -36,7 +36,7 @@ PRESETS: dict[str, dict] = {
         "cost_budget": 0.25,
         "cost_reserve": 4.0,
     },
-    # for many cameras on one machine: never more than a tenth
+    # for many cameras on one machine: never more than a tenth in the long run
     "thrifty": {
         "mode": "extrapolate",
         "threshold": 0.01,
@@ -49,6 +49,20 @@ PRESETS: dict[str, dict] = {
         "cost_reserve": 4.0,
     },
 }
+
+
+def is_affordable(cost_budget: float | None, keyframe_interval: int | None) -> bool:
+    """Whether a budget pays for the keyframes by their number, if there are both."""
+    return cost_budget is None or keyframe_interval is None or cost_budget * keyframe_interval > 1
+
+
+def without_conflict(preset: dict, named: dict) -> dict:
+    """A preset's options without a budget or interval that does not go with the interval or budget that is named."""
+    budget, interval = ({**preset, **named}.get(name) for name in ("cost_budget", "keyframe_interval"))
+    if is_affordable(budget, interval):
+        return preset
+    dropped = {"cost_budget", "keyframe_interval"} - named.keys()
+    return {name: value for name, value in preset.items() if name not in dropped}
 
 
 @strict
@@ -141,14 +155,16 @@ class NeuroFlowGateConfig:
         cost_budget (`float`, *optional*):
             The cost that a stream may spend per frame in the long run, as a share of dense's, however much moves. What
             quiet frames leave over is saved up, to `cost_reserve`, and spent when something happens; a stream that has
-            spent more than it had encodes nothing until it is even again. The first frame is free, and keyframes by
-            `keyframe_interval` always happen, and count. For many cameras on one machine: 0.25 keeps labels and the
-            moment they change on fixed cameras, where it seldom binds; a steadily moving camera gets a dense frame
-            every `1 / cost_budget` frames.
+            spent more than it had returns its last output until it is even again, about `1 / cost_budget` frames after
+            a dense one, whatever `token_budget`, `min_active_tokens`, `max_age`, `max_hold` and the other keyframe
+            rules ask for. The first frame is free, keyframes by `keyframe_interval` always happen and count, and
+            `threshold` -1 is beyond any budget. 0.25 keeps labels and the moment they change on fixed cameras, where
+            it seldom binds; a steadily moving camera gets a dense frame every four then. With `reference` `"ema"`
+            alone, what happens while nothing is encoded may fade into the mean; take another one.
         cost_reserve (`float`, defaults to 4.0):
-            How many dense frames' worth a stream saves up at most under a `cost_budget`; it starts with as much. More
-            follows longer events without a gap, and lets the cost of a stretch of T frames exceed the budget by
-            `(cost_reserve + 1) / T`, never by more.
+            How many dense frames' worth a stream saves up at most under a `cost_budget`; it starts with as much, and
+            again after a reset. More follows longer events without a gap, and lets the cost of a stretch of T frames
+            exceed the budget by up to `(cost_reserve + 1) / T`; with a `keyframe_interval`, `(cost_reserve + 2) / T`.
         ema_rate (`float`, defaults to 0.01):
             The share of the new signal in the running mean, per frame, in (0, 1]. 0.01 forgets in about 100 frames.
             A keyframe starts all running means anew, so with `keyframe_interval` none reaches further back than that.
@@ -250,7 +266,7 @@ class NeuroFlowGateConfig:
                 "Gate option `hold_fraction` holds the last output while much changes: for ever, without a keyframe; "
                 "set `max_hold` (8 is a good value), `keyframe_surprise`, `keyframe_interval` or `keyframe_fraction`."
             )
-        if None not in (self.cost_budget, self.keyframe_interval) and self.cost_budget * self.keyframe_interval <= 1:
+        if not self.everything_active and not is_affordable(self.cost_budget, self.keyframe_interval):
             raise ValueError(
                 f"Gate option `keyframe_interval` {self.keyframe_interval} alone costs "
                 f"{1 / self.keyframe_interval:.3g} of dense, and `cost_budget` is {self.cost_budget}; raise one "
@@ -268,7 +284,9 @@ class NeuroFlowGateConfig:
         The options of `base` with `options` laid over them.
 
         They start from a preset, `"balanced"` unless `preset` names another; but whoever names a `mode` and no
-        `preset` starts from the plain defaults of this class. A `preset` in `options` replaces all of `base`.
+        `preset` starts from the plain defaults of this class. A `preset` in `options` replaces all of `base`. With a
+        `keyframe_interval` that alone costs more than the preset's `cost_budget` there is no budget, and with a
+        `cost_budget` that does not pay for the preset's `keyframe_interval` no interval.
 
         Raises:
             ValueError: for a preset or an option that does not exist, a value of the wrong type or outside its range.
@@ -283,7 +301,7 @@ class NeuroFlowGateConfig:
         if preset is not None:
             if preset not in PRESETS:
                 raise ValueError(f"Unknown preset {preset!r}; expected one of {', '.join(PRESETS)}.")
-            merged = PRESETS[preset] | merged
+            merged = without_conflict(PRESETS[preset], merged) | merged
         return make_options(cls, "gate", merged, also_known=("preset",))
 
     def to_dict(self) -> dict:

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from .plots import CONTROL_FIRST, CONTROL_HELD, FAMILY_COLOURS, LEAST_LOSS
 
-CONTROL_STYLES = ((0, ()), (0, (3, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)), (0, (6, 3)))
+CONTROL_STYLES = ((0, ()), (0, (3, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)), (0, (6, 3)), (0, (1, 3)), (0, (8, 1)))
 
 
 def plot_fidelity(report: dict) -> Figure:

@@ -46,8 +46,8 @@ SURPRISE_LEVELS = tuple(float(f"{level:.3g}") for level in np.geomspace(0.002, 0
 FEW_SURPRISE_LEVELS = (0.05, 0.1)
 PIXEL_LEVELS = tuple(float(f"{level:.3g}") for level in np.geomspace(0.005, 0.7, 14))
 FEW_PIXEL_LEVELS = (0.1, 0.2)
-# A level at which every motion is a keyframe, as far as the budget goes
-BUDGET_LEVEL = 0.02
+# One level at which every motion is a keyframe, as far as the budget goes, and one that leaves small changes out.
+BUDGET_LEVELS = (0.02, 0.1)
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5)
 FEW_BUDGETS = (0.15, 0.25)
 SMALLER_SHARES = (0.5, 0.25, 0.375, 0.625, 0.75)  # of the side
@@ -87,12 +87,13 @@ def hold_controls(few: bool = False) -> list[MethodSpec]:
         *over("surprise", "surprise", FEW_SURPRISE_LEVELS if few else SURPRISE_LEVELS),
         *(
             MethodSpec(
-                f"surprise within a budget of {budget:g}",
-                "surprise within a budget",
+                f"surprise over {level:g} within a budget of {budget:g}",
+                f"surprise over {level:g}, budget",
                 "surprise",
-                {"level": BUDGET_LEVEL, "budget": budget},
+                {"level": level, "budget": budget},
                 True,
             )
+            for level in BUDGET_LEVELS
             for budget in (FEW_BUDGETS if few else BUDGETS)
         ),
         *over("pixels", "pixel difference", FEW_PIXEL_LEVELS if few else PIXEL_LEVELS),
@@ -127,9 +128,3 @@ def smaller_controls(model: nn.Module, few: bool = False) -> list[MethodSpec]:
             for r, how in dict.fromkeys(merged)
         ),
     ]
-
-
-def standard_methods(model: nn.Module, few: bool = False) -> list[MethodSpec]:
-    """Dense, the presets, every mode and the controls; with `few`, of modes and smaller inputs a setting or two."""
-    methods = [DENSE, *preset_methods(), *mode_methods(few)]
-    return [*methods, FIRST, *hold_controls(), *smaller_controls(model, few)]

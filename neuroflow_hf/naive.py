@@ -126,7 +126,7 @@ class NaiveStream:
     def pay(self, cost: float):
         """What the frame cost, of a dense one; multiply-adds are not counted here. For a `cost_budget`."""
         if self.gate.cost_budget is not None and self.frame > 1:
-            self.savings = min(self.savings - cost + self.gate.cost_budget, self.gate.cost_reserve)
+            self.savings = max(min(self.savings - cost + self.gate.cost_budget, self.gate.cost_reserve), -2.0)
 
     def choose(self, signal: list[torch.Tensor], grid: tuple[int, int]) -> tuple[list[int], bool]:
         """The active patches of a frame, ascending, and whether it is a keyframe."""

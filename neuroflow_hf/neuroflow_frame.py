@@ -12,7 +12,7 @@ from .neuroflow_cost import gate as gate_cost
 from .neuroflow_cost import patch_projection as projection_cost
 from .neuroflow_cost import pooling_head as head_cost
 from .neuroflow_extrapolate import carryings_of, weighing_cost
-from .neuroflow_gate import choose_active, savings_after, update_references
+from .neuroflow_gate import choose_active, require_budget, savings_after, update_references
 from .neuroflow_layer import LayerOutput, LayerStep
 from .neuroflow_modes import MODES
 from .neuroflow_patches import active_position_embeddings, position_embeddings, project_patches
@@ -52,6 +52,7 @@ def encode_frame(
     mode = MODES[stream.gate.mode]
     with stream.unchanged_by_errors():
         stream.begin_frame(geometry)
+        require_budget(stream.gate, frame_cost(model, stream, 0, 0, projected=True, folded=False))
         projected = stream.gate.needs_surprise or any(stream.due_keyframes())
         if projected:
             # mode `dense` is SigLIP bit for bit

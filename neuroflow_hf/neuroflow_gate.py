@@ -16,6 +16,10 @@ from .neuroflow_gating import (
 )
 from .neuroflow_stream import NeuroFlowStream
 
+# A frame may overdraw by one dense frame, and a keyframe by its number by another one; more, as of a stream whose
+# options were changed on the way, is forgiven.
+MOST_DEBT = 2.0
+
 
 def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[ActiveSet, torch.Tensor | None]:
     """
@@ -124,12 +128,34 @@ def asks_for_keyframe(
 def savings_after(gate: NeuroFlowGateConfig, savings: float, frame: int, cost: float) -> float:
     """
     What a stream may spend on the coming frames, in dense frames' worth, after one of this number and cost; positive
-    when the next one may be encoded. Over T frames after the first it spends at most
-    `cost_budget * T + cost_reserve + 1`: one frame may overdraw.
+    when the next one may be encoded. Any stretch of T frames after the first spends at most
+    `cost_budget * T + cost_reserve + 1`, for one frame may overdraw, and 1 more with a `keyframe_interval`, whose
+    keyframe may come on top.
     """
     if gate.cost_budget is None or frame == 0:
-        return gate.cost_reserve
-    return min(savings - cost + gate.cost_budget, gate.cost_reserve)
+        return float(gate.cost_reserve)
+    return max(min(savings - cost + gate.cost_budget, float(gate.cost_reserve)), -MOST_DEBT)
+
+
+def unavoidable_cost(keyframe_interval: int | None, looking: float) -> float:
+    """
+    What a stream spends per frame whatever it shows: looking at every frame, which costs a share `looking` of a dense
+    one, and keyframes by their number.
+    """
+    return looking + (0 if keyframe_interval is None else (1 - looking) / keyframe_interval)
+
+
+def require_budget(gate: NeuroFlowGateConfig, looking: float):
+    """Raise a ValueError if a `cost_budget` does not pay for the `unavoidable_cost`: debt would never end."""
+    if gate.cost_budget is None or gate.everything_active or not gate.needs_surprise:
+        return
+    least = unavoidable_cost(gate.keyframe_interval, looking)
+    if gate.cost_budget <= least:
+        keyframes = "" if gate.keyframe_interval is None else f" and a keyframe every {gate.keyframe_interval} frames"
+        raise ValueError(
+            f"Gate option `cost_budget` is {gate.cost_budget}, and looking at every frame{keyframes} costs "
+            f"{least:.3g} of dense; raise the budget, or lift it with None."
+        )
 
 
 def surprise_of(stream: NeuroFlowStream, signal: torch.Tensor) -> torch.Tensor:

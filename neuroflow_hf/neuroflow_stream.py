@@ -1,6 +1,7 @@
 """The temporal state of B camera streams, in an object that the caller owns."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -90,7 +91,7 @@ class NeuroFlowStream:
 
     def reset(self, streams: int | Iterable[int] | None = None):
         """
-        Start streams anew: their next frame is a keyframe.
+        Start streams anew: their next frame is a keyframe, and their savings are the reserve again.
 
         Args:
             streams: indices of the streams, one or several; by default all, and then all memory is freed.
@@ -110,7 +111,7 @@ class NeuroFlowStream:
             if not 0 <= index < self.batch_size:
                 raise IndexError(f"There is no stream {index}; this object holds streams 0 to {self.batch_size - 1}.")
         for index in indices:
-            self.frames[index] = 0
+            self.frames[index], self.savings[index] = 0, float(self.gate.cost_reserve)
 
     @property
     def nbytes(self) -> int:
@@ -214,8 +215,10 @@ class NeuroFlowStream:
                 is changed.
         """
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+            found = state.get("format") if isinstance(state, dict) else None
             raise ValueError(
-                f"This is not the state of a stream in format {STATE_FORMAT}; expected what `state_dict()` returned."
+                f"This is not the state of a stream in format {STATE_FORMAT} (found: {found}); expected what "
+                "`state_dict()` of this version returns. A stream saved by another version has to start anew."
             )
         missing = {"batch_size", "frames", "savings", "geometry", "gate", "memory"} - state.keys()
         if missing:
@@ -351,6 +354,8 @@ def require_complete(state: dict, layout: dict[str, MemoryLayout]):
     """Raise a ValueError unless a state has frames for all streams and its memories are as `layout` says."""
     batch_size, geometry, memory = (state[key] for key in ("batch_size", "geometry", "memory"))
     counts = {len(state["frames"]), len(state["savings"]), batch_size if geometry is None else geometry["batch_size"]}
+    if not all(isinstance(value, float) and math.isfinite(value) for value in state["savings"]):
+        raise ValueError(f"The state's savings are {state['savings']!r}; expected a finite number for each stream.")
     if counts != {batch_size}:
         raise ValueError(
             f"The state is of {batch_size} streams, and its frames, savings or memories are of another number."

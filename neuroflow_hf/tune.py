@@ -25,7 +25,9 @@ import torch
 
 from .configuration_neuroflow_gate import PRESETS, NeuroFlowGateConfig
 from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
+from .eval_methods import dense_cost, looking_cost
 from .modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
+from .neuroflow_gate import unavoidable_cost
 from .neuroflow_stream import NeuroFlowStream
 from .plots import plot_tuning, save_plot
 from .preprocess import Preprocessor
@@ -269,6 +271,12 @@ class Bench:
                 lambda: model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate, **kwargs), model.device
             )
 
+    @property
+    def looking(self) -> float:
+        """What looking at a frame costs, as a share of a dense one."""
+        patches = (self.preprocess.resolution // self.model.config.patch_size) ** 2
+        return looking_cost(self.model, patches) / dense_cost(self.model, patches)
+
     def measure_dense(self):
         """Run dense over all stretches; sets `dense`, float32 [T, D] on the CPU for each, and `dense_milliseconds`."""
         self.forward(self.stretches[0].images[0])  # kernels are chosen and memory is claimed before the clock runs
@@ -289,18 +297,26 @@ class Bench:
         return output.pooler_output[0].float().cpu(), output.cost[0].item(), milliseconds
 
     def measure(self, family: str, options: dict, control: bool = False) -> Point:
-        """Run one setting over all stretches, a new stream for each, and add its point."""
+        """
+        Run one setting over all stretches, a new stream for each, and add its point. A stretch stands for a video
+        that goes on: under a `cost_budget` it begins with nothing saved up and its keyframe charged.
+        """
         length = len(self.stretches[0].images)
         if "mode" not in options or "preset" in options:
             options = spelt_out(options)
         interval = fitting_interval(options.get("keyframe_interval"), length)
         options = {**options, "keyframe_interval": interval}
+        budget = options.get("cost_budget")
+        if budget is not None and budget <= unavoidable_cost(interval, self.looking):  # of a very short stretch
+            options["cost_budget"] = None
         gate, counted = NeuroFlowGateConfig.from_options(options), whole_periods(length, interval)
         costs, cosines, milliseconds = [], [], []
         for place, stretch in enumerate(self.stretches):
             stream, outputs = NeuroFlowStream(gate), []
             for image in stretch.images[:counted]:
                 outputs.append(self.streamed(image, stream))
+                if len(outputs) == 1 and gate.cost_budget is not None:
+                    stream.savings = [gate.cost_budget - 1]
                 self.on_step(family, place * counted + len(outputs), len(self.stretches) * counted, None)
             embeddings, stretch_costs, stretch_milliseconds = zip(*outputs, strict=True)
             dense = self.dense[place][:counted].double()

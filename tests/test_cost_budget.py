@@ -32,7 +32,7 @@ def moving(num_frames, **options):
 
 @given(
     mode=st.sampled_from(GATED_MODES),
-    budget=st.sampled_from([0.1, 0.25, 0.6]),
+    budget=st.sampled_from([0.15, 0.25, 0.6]),
     reserve=st.sampled_from([1.0, 3.0]),
     seed=st.integers(0, 1000),
     changed=st.floats(0, 1),
@@ -48,7 +48,7 @@ def test_any_stretch_after_the_first_frame_keeps_to_the_budget(vision, mode, bud
     spent = torch.cat([torch.zeros(1), costs.cumsum(0)])
     for first in range(len(spent)):
         for last in range(first + 1, len(spent)):
-            assert spent[last] - spent[first] <= budget * (last - first) + reserve + 1.2 + due
+            assert spent[last] - spent[first] <= budget * (last - first) + reserve + 1 + due
 
 
 def test_moving_all_the_time_it_spends_the_budget_and_no_less(vision):
@@ -79,7 +79,7 @@ def test_what_quiet_frames_leave_over_is_spent_when_something_happens(vision):
 
 @pytest.mark.parametrize("mode", GATED_MODES)
 def test_an_overdrawn_stream_returns_its_last_output(vision, mode):
-    stream = vision.new_stream(mode=mode, cost_budget=0.01, cost_reserve=1, **MOVING)
+    stream = vision.new_stream(mode=mode, cost_budget=0.06, cost_reserve=1, **MOVING)
     *_, last, held = play(vision, moving(4), stream)
     assert last.active_mask.all()
     assert held.skip_rate.item() == 1
@@ -100,10 +100,10 @@ def test_all_of_dense_is_no_bound(vision, mode):
 
 
 def test_keyframes_by_their_number_happen_in_debt_and_count(vision):
-    stream = vision.new_stream(mode="context", cost_budget=0.2, cost_reserve=1, keyframe_interval=6, **MOVING)
+    stream = vision.new_stream(mode="context", cost_budget=0.25, cost_reserve=1, keyframe_interval=6, **MOVING)
     outputs = play(vision, moving(121), stream)
     assert all(output.active_mask.all() for output in outputs[::6])
-    assert costs_of(outputs)[6:].mean().item() == pytest.approx(0.2, abs=0.02)
+    assert costs_of(outputs)[6:].mean().item() == pytest.approx(0.25, abs=0.02)
 
 
 def test_everything_active_is_beyond_any_budget(vision):
@@ -122,6 +122,7 @@ def test_each_stream_of_a_batch_has_its_own_savings_and_reset_gives_new_ones(vis
     assert batched.savings == [2.0, alone.savings[0]]
     assert batched.savings[1] < 0
     batched.reset(1)
+    assert batched.savings == [2.0, 2.0]
     vision(pixel_values=torch.cat([still, busy[0]]), stream=batched)
     assert batched.savings == [2.0, 2.0]
 
@@ -139,6 +140,16 @@ def test_savings_are_saved_and_untouched_by_a_refused_frame(vision, tmp_path):
     assert restored.savings == before
     for ours, theirs in zip(play(vision, frames[4:], stream), play(vision, frames[4:], restored), strict=True):
         assert torch.equal(ours.active_mask, theirs.active_mask)
+
+
+@pytest.mark.parametrize("savings", [[None], ["x"], [float("nan")], [], "1"])
+def test_savings_that_are_no_numbers_are_refused(vision, savings):
+    stream = vision.new_stream(mode="context", cost_budget=0.1)
+    play(vision, moving(2), stream)
+    state, before = stream.state_dict(), list(stream.savings)
+    with pytest.raises(ValueError, match="savings"):
+        stream.load_state_dict({**state, "savings": savings})
+    assert stream.savings == before
 
 
 def test_without_a_budget_nothing_is_counted():
@@ -165,7 +176,53 @@ def test_a_budget_does_not_change_what_is_stored(vision):
     stream = vision.new_stream(mode="context", **MOVING)
     frames = moving(30)
     play(vision, frames[:10], stream)
+    before = stream.nbytes
     stream.gate.cost_budget = 0.2
     outputs = play(vision, frames[10:], stream)
     assert costs_of(outputs).sum().item() < 0.2 * 20 + stream.gate.cost_reserve + 1
-    assert max(stream.nbytes for _ in outputs) == NUM_PATCHES * 32 * 4 * (2 + 2 * 3) + 32 * 4
+    assert stream.nbytes == before == NUM_PATCHES * 32 * 4 * (2 + 2 * 3) + 32 * 4
+
+
+def test_a_debt_of_options_that_were_changed_is_forgiven(vision):
+    stream = vision.new_stream(mode="context", cost_budget=0.25, cost_reserve=1, **MOVING)
+    stream.gate.threshold = -1
+    frames = moving(100)
+    play(vision, frames[:50], stream)
+    stream.gate.threshold = 0.01
+    assert stream.savings == [-2.0]
+    dense = costs_of(play(vision, frames[50:], stream)) > 0.9
+    assert 7 <= dense[10:].sum() <= 10
+
+
+def test_a_budget_that_does_not_pay_for_looking_is_refused_and_changes_nothing(vision):
+    frame, clock = random_video(1)[0], {"keyframe_interval": 30}
+    for options, words in (
+        ({"cost_budget": 0.02}, "looking at every frame costs 0.04"),
+        ({"cost_budget": 0.06, **clock}, "looking at every frame and a keyframe every 30 frames costs 0.07"),
+    ):
+        stream = vision.new_stream(mode="context", **options)
+        with pytest.raises(ValueError, match=words):
+            vision(pixel_values=frame, stream=stream)
+        assert stream.frames == [0] and not stream.memory
+    for options in (
+        {"mode": "hold", "keyframe_interval": 90},
+        {"mode": "context", "threshold": -1},
+        {"mode": "dense"},
+    ):
+        vision(pixel_values=frame, stream=vision.new_stream(**options, cost_budget=0.02))
+
+
+def test_what_is_named_overrides_a_presets_budget_or_interval():
+    def of(*layers, **options):
+        gate = NeuroFlowGateConfig.from_options(*layers, **options)
+        return gate.cost_budget, gate.keyframe_interval
+
+    assert of() == (0.25, 30)
+    assert of(keyframe_interval=4) == (None, 4) == of({"keyframe_interval": 4})
+    assert of(keyframe_interval=5) == (0.25, 5)
+    assert of(cost_budget=0.03) == (0.03, None)
+    assert of({"preset": "thrifty"}, keyframe_interval=10) == (None, 10)
+    assert of({"keyframe_interval": 4}, cost_budget=0.5) == (0.5, 4)
+    with pytest.raises(ValueError, match="alone costs"):
+        of(keyframe_interval=4, cost_budget=0.25)
+    assert of(mode="dense", keyframe_interval=4, cost_budget=0.25) == (0.25, 4)  # neither matters

@@ -18,7 +18,7 @@ from neuroflow_hf.eval_methods import (
     dense_cost,
     make_methods,
 )
-from neuroflow_hf.eval_settings import DENSE, hold_controls, standard_methods
+from neuroflow_hf.eval_settings import DENSE, FIRST, hold_controls, mode_methods, preset_methods, smaller_controls
 
 
 def run(method, frames):
@@ -160,8 +160,8 @@ def test_dense_frames_are_computed_once_for_all_that_return_them(vision):
 
 def test_the_standard_methods_can_be_made_and_told_apart(model, vision):
     for few in (False, True):
-        specs = [*standard_methods(model, few), *hold_controls(few=True)]
-        specs = list({spec.name: spec for spec in specs}.values())
+        methods = [DENSE, *preset_methods(), *mode_methods(few)]
+        specs = [*methods, FIRST, *hold_controls(few), *smaller_controls(model, few)]
         assert len({spec.name for spec in specs}) == len(specs)
         assert {spec.kind for spec in specs} == {
             "dense",
@@ -181,7 +181,6 @@ def test_the_standard_methods_can_be_made_and_told_apart(model, vision):
             embeddings, costs = run(method, frames)
             assert embeddings.shape == (2, 2, 32) and costs.shape == (2, 2)
             assert torch.isfinite(embeddings).all() and (costs >= 0).all()
-    assert standard_methods(vision)[0] == DENSE
     assert MethodSpec(**specs[1].to_dict()) == specs[1]
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from neuroflow_hf.eval_methods import MethodSpec
 from neuroflow_hf.eval_record import RecordSettings, Scene
-from neuroflow_hf.eval_settings import DENSE, FIRST, standard_methods
+from neuroflow_hf.eval_settings import DENSE, FIRST
 from neuroflow_hf.preprocess import Preprocessor
 from neuroflow_hf.processes import Processes
 
@@ -160,7 +160,7 @@ def test_the_trend_is_the_slope_per_thousand_frames():
 def test_plans_and_the_choice_of_methods(vision):
     assert evidence.Plan(clips=3, frames=100).lengths == [100] * 3
     assert evidence.Plan(quick=True).lengths == [1000]
-    specs = standard_methods(vision)
+    specs = evidence.Plan().specs(vision)
     names = [spec.name for spec in evidence.chosen(specs, "balanced|every k")]
     assert names[:2] == ["dense", "balanced"] and FIRST.name in names and "every 3" in names
     assert "thrifty" not in names
@@ -270,11 +270,13 @@ def test_from_clips_to_fidelity(recorded):
 
 def test_readmes_table_of_delays_says_what_is_looked_at():
     row = {"name": "every 4", "family": "every k", "control": True, "cost": 0.25, "delay": 3.0, "interval": None}
+    row["censored"] = 2
+    ours = row | {"name": "balanced", "family": "presets", "control": False}
     table = reaction_table(
         {
             "command": "python eval/reaction.py",
             "recorded": {"settings": {"after": 40}},
-            "own": {"results": [row | {"censored": 2}], "events": 9, "scenes": 4, "dense_delay": 1.5, "left_out": 1},
+            "own": {"results": [ours, row], "events": 9, "scenes": 4, "dense_delay": 1.5, "left_out": 1},
         }
     )
     assert "| *control:* every 4 | 0.250 | 3.0 | 2 |  |  |" in table

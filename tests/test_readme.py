@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from fill_readme import BLOCKS
 
+from neuroflow_hf import PRESETS, NeuroFlowGateConfig
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -34,3 +36,16 @@ def test_figures_are_those_of_the_results(name):
     table, *results = BLOCKS[name]
     reports = [json.loads((ROOT / f"eval/results/{result}.json").read_text(encoding="utf-8")) for result in results]
     assert table(*reports) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("result", ["accuracy", "reaction", "fidelity"])
+def test_figures_are_those_of_the_presets_of_today(result):
+    report = json.loads((ROOT / f"eval/results/{result}.json").read_text(encoding="utf-8"))
+    measured = {spec["name"]: spec["options"] for spec in report["methods"] if spec["family"] == "presets"}
+    assert measured == PRESETS
+
+
+@pytest.mark.parametrize("result", ["run", "run_labels"])
+def test_the_runs_are_of_the_default_of_today(result):
+    report = json.loads((ROOT / f"eval/results/{result}.json").read_text(encoding="utf-8"))
+    assert report["gate"] == NeuroFlowGateConfig.from_options({}).to_dict()

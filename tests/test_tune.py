@@ -222,6 +222,18 @@ def test_the_candidates_are_settings_and_go_from_frugal_to_faithful():
             assert values == sorted(values, reverse=True)
 
 
+def test_a_budget_is_measured_as_in_the_long_run(clip, vision):
+    """Not as a stream that has its reserve to spend; and on stretches too short for a budget there is none."""
+    options = {"mode": "context", "keyframe_surprise": 0.0, "threshold": 0.0, "cost_budget": 0.3}
+    how = {"max_cost": 0.9, "candidates": {"one": [options], "presets": FAMILIES["presets"]}}
+    result = tune_video(VideoReader(clip), vision, Preprocessor(resolution=24), frames=24, stretches=1, **how)
+    found = next(one for one in result.points if one.family == "one")
+    assert 0.25 < found.cost() < 0.36
+    short = tune_video(VideoReader(clip), vision, Preprocessor(resolution=24), frames=8, stretches=1, **how)
+    found = next(one for one in short.points if one.family == "presets")
+    assert found.options["cost_budget"] is None and found.options["keyframe_interval"] == 8
+
+
 def test_a_point_is_what_a_stream_gives(clip, vision):
     options = {"mode": "context", "threshold": 0.02, "keyframe_interval": 6}
     steps = []
@@ -272,10 +284,10 @@ def test_candidates_may_name_a_preset(clip, vision):
         Preprocessor(resolution=24),
         max_cost=0.9,
         frames=12,
-        candidates={"one": [{"preset": "thrifty", "dilate": 1}]},
+        candidates={"one": [{"preset": "balanced", "dilate": 1}]},
     )
     found = result.points[-1].options
-    expected = NeuroFlowGateConfig.from_options(preset="thrifty", dilate=1, keyframe_interval=12)
+    expected = NeuroFlowGateConfig.from_options(preset="balanced", dilate=1, keyframe_interval=12)
     assert NeuroFlowGateConfig.from_options(found) == expected
 
 
