@@ -317,9 +317,12 @@ def frame_progress(expected_frames: int | None) -> Iterator[Any]:
 
 def print_run(result: Any, out: Path):
     """What a run gave, as tables on stdout."""
+    from .configuration_neuroflow_gate import NeuroFlowGateConfig
+    from .run_records import gate_rule
+
     console, summary = Console(highlight=False), result.summary
     video, gate = summary["video"], summary["gate"]
-    rule = f"budget {gate['token_budget']}" if gate["token_budget"] else f"threshold {gate['threshold']:g}"
+    rule = gate_rule(NeuroFlowGateConfig(**gate))
     grid = summary["grid"]
     console.print(
         f"[bold]{escape(video['name'])}[/]  {video['width']}x{video['height']}, {summary['frames']} frames"

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
+
+from .configuration_neuroflow_gate import NeuroFlowGateConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +235,12 @@ def caption(record: FrameRecord, sample: tuple[float, float] | None, short: bool
     ]
 
 
-def run_title(gate: Any, video: str, resolution: int) -> str:
+def gate_rule(gate: NeuroFlowGateConfig) -> str:
+    """By what patches are chosen, in words, and what they may cost."""
+    rule = f"{gate.token_budget} patches" if gate.token_budget else f"threshold {gate.threshold:g}"
+    return rule if gate.cost_budget is None else f"{rule}, cost budget {gate.cost_budget:g}"
+
+
+def run_title(gate: NeuroFlowGateConfig, video: str, resolution: int) -> str:
     """One line that says what was run."""
-    rule = f"budget {gate.token_budget}" if gate.token_budget else f"threshold {gate.threshold:g}"
-    return f"{video} at {resolution} px, mode {gate.mode}, reference {gate.reference}, {rule}"
+    return f"{video} at {resolution} px, mode {gate.mode}, reference {gate.reference}, {gate_rule(gate)}"

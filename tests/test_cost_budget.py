@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from neuroflow_hf import NeuroFlowGateConfig, NeuroFlowStream
 from neuroflow_hf.neuroflow_gate import savings_after
+from neuroflow_hf.run_records import gate_rule
 
 MOVING = {"keyframe_surprise": 0.0}  # whatever moves is a keyframe
 
@@ -226,3 +227,8 @@ def test_what_is_named_overrides_a_presets_budget_or_interval():
     with pytest.raises(ValueError, match="alone costs"):
         of(keyframe_interval=4, cost_budget=0.25)
     assert of(mode="dense", keyframe_interval=4, cost_budget=0.25) == (0.25, 4)  # neither matters
+
+
+def test_a_run_says_what_it_may_cost():
+    assert gate_rule(NeuroFlowGateConfig()) == "threshold 0.01"
+    assert gate_rule(NeuroFlowGateConfig(token_budget=9, cost_budget=0.1)) == "9 patches, cost budget 0.1"

@@ -45,6 +45,11 @@ def test_figures_are_those_of_the_presets_of_today(result):
     assert measured == PRESETS
 
 
+def test_figures_on_footage_are_those_of_the_presets_of_today():
+    methods = json.loads((ROOT / "eval/results/vision_policies.json").read_text(encoding="utf-8"))["methods"]
+    assert {name: methods[name] for name in PRESETS} == PRESETS
+
+
 @pytest.mark.parametrize("result", ["run", "run_labels"])
 def test_the_runs_are_of_the_default_of_today(result):
     report = json.loads((ROOT / f"eval/results/{result}.json").read_text(encoding="utf-8"))
