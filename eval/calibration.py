@@ -8,7 +8,8 @@ Does a logit bias, fitted on a few clips, bring streamed labels closer to dense 
 Fitted on M composed clips (the mean of each label's logit, dense less streamed), applied to held-out clips of another
 seed: how often the best label is dense's, and how often it is right, before and after, with paired intervals of a
 bootstrap over clips. Controls: the same values shuffled among the labels, and one value for all labels, their mean,
-which cannot change which label is best. What was measured before is reused. Writes `eval/results/calibration.json`.
+which cannot change which label is best. What was measured before is reused. Writes `eval/results/calibration.json`;
+with `--save models/neuroflow-siglip-small` also one setting's bias, beside the checkpoint, for `LogitBias.load`.
 """
 
 import time
@@ -36,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from neuroflow_hf.calibration import fit_logit_bias
+from neuroflow_hf.calibration import LogitBias, fit_logit_bias
 from neuroflow_hf.processes import Processes
 from neuroflow_hf.provenance import checkout_commit, report_text, write_whole
 
@@ -67,6 +68,15 @@ def fitted(clips: Sequence[Figures], setting: str) -> Tensor:
         torch.from_numpy(np.concatenate([clip[name][1:] for clip in clips])) for name in ("dense", setting)
     )
     return fit_logit_bias(dense, streamed)
+
+
+def bias_of(bench: Bench, clips: Sequence[Figures], setting: str) -> LogitBias:
+    """A setting's bias from these clips, for `LogitBias.applied_to`."""
+    dense, streamed = (
+        torch.from_numpy(np.concatenate([clip[name][1:] for clip in clips])) for name in ("dense", setting)
+    )
+    gate = bench.model.new_stream(**SETTINGS[setting]).gate
+    return LogitBias.fit(bench.labels, dense, streamed, gate, bench.weights)
 
 
 def agreements(clips: Sequence[Figures], setting: str, bias: Tensor) -> list[np.ndarray]:
@@ -172,9 +182,13 @@ def main(
     clips: Annotated[int, typer.Option(help="Held-out clips of each motion.", min=1)] = 3,
     frames: Annotated[int, typer.Option(help="Frames of each clip.", min=16)] = 48,
     fresh: Annotated[bool, typer.Option(help="Measure again what was measured before.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Folder to write a bias to.", show_default="none")] = None,
+    setting: Annotated[str, typer.Option(help=f"Whose: {', '.join(SETTINGS)}.")] = "balanced",
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "calibration.json",
 ):
     """Measure what is missing, fit, compare, and write the report."""
+    if setting not in SETTINGS:
+        raise typer.BadParameter(f"`--setting` is {setting!r}; expected one of {', '.join(SETTINGS)}.")
     processes, console, start = Processes(), Console(stderr=True), time.perf_counter()
     if quick:
         clips, frames = 1, 20
@@ -211,6 +225,8 @@ def main(
         "settings": settings,
     }
     write_whole(output, report_text(report))
+    if save is not None:
+        console.print(f"Written: {bias_of(bench, fitting, setting).save(save)}")
     console = Console()
     console.width = max(console.width, 150)
     console.print(summary_table(settings))

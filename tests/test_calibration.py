@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from calibration import agreements, compared, compared_shuffled, figures_of, fitted, measure_logits, rights
+from calibration import agreements, bias_of, compared, compared_shuffled, figures_of, fitted, measure_logits, rights
 from clip_bench import TinyBench
 from composed_bench import clip_names, measure_clips
 
@@ -143,5 +143,10 @@ def test_clips_are_measured_and_judged(model, tmp_path):
         assert set(row["clips"]) == {"1"}
         control = row["clips"]["1"]["control: one value for all labels"]
         assert control["top1"]["difference"]["value"] == 0 == control["agreement"]["difference"]["value"]
+    bias, stream = bias_of(bench, found, "thrifty"), model.new_stream(preset="thrifty")
+    assert bias.frames == 3 * 15 and torch.equal(bias.values, fitted(found, "thrifty"))
+    bias.save(tmp_path)
+    calibrated = LogitBias.load(tmp_path).applied_to(bench.labels, stream.gate, bench.weights)
+    assert torch.equal(calibrated.label_bias, bias.values)
     still = found[1]
     assert np.allclose(still["balanced"], still["dense"], atol=1e-4)
