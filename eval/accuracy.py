@@ -51,6 +51,7 @@ from neuroflow_hf.eval_record import Scene
 from neuroflow_hf.provenance import write_whole_bytes
 
 TOP = (1, 5)
+CLOSE, CLOSE_COST = (0.9, 1.05), 0.03  # of the close-up's axes
 PLOT = RESULTS.parents[1] / "docs" / "accuracy.png"
 
 
@@ -136,23 +137,27 @@ def accuracy_report(evidence: Evidence) -> dict:
 
 
 def plot_accuracy(evidence: Evidence, report: dict) -> Figure:
-    """Top-1 over cost, relative to dense: all clips above, and a panel for each motion."""
+    """Top-1 over cost, relative to dense: all clips above, whole and close up, and a panel for each motion."""
     rows = report["results"]
     motions = list(rows[0]["motions"])
     columns = 5
     lines = -(-len(motions) // columns)
     figure = Figure(figsize=(15, 5 + 2.4 * lines), layout="constrained")
     grid = figure.add_gridspec(1 + lines, columns, height_ratios=[2, *[1] * lines])
-    top = figure.add_subplot(grid[0, :])
-    draw_over_cost(
-        top,
-        evidence.specs,
-        {row["name"]: row["cost"] for row in rows},
-        relative({row["name"]: row["top1"] for row in rows}),
-        1.0,
-    )
+    top, near = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
+    for panel in (top, near):
+        draw_over_cost(
+            panel,
+            evidence.specs,
+            {row["name"]: row["cost"] for row in rows},
+            relative({row["name"]: row["top1"] for row in rows}),
+            1.0,
+        )
+        panel.set_xlabel("cost (share of dense)")
     top.set_title(f"Top-1, share of dense's ({rows[0]['top1']['dense']:.1%}), all motions", loc="left", fontsize=11)
-    top.set_xlabel("cost (share of dense)")
+    near.set_title("The same, close to dense's", loc="left", fontsize=11)
+    near.set_ylim(CLOSE)
+    near.set_xlim(left=CLOSE_COST)
     top.legend(loc="lower left", frameon=False, fontsize=8, ncols=2)
     for place, motion in enumerate(motions):
         panel = figure.add_subplot(grid[1 + place // columns, place % columns])

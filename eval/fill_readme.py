@@ -89,9 +89,22 @@ def policies_table(report: dict) -> str:
             "statistic and chosen after the fact, the better of dense every k frames and dense by a trigger, at the "
             "method's own cost on that clip. Differences: 95 % intervals of a paired bootstrap over clips and blocks "
             "of frames. "
-            "Last column: clips on which the mean is above, level with or below that control.",
+            "Last column: clips on which the mean is above, level with or below that control. "
+            f"Below are {'; '.join(losses(report, row['method']) for row in rows if row['method'] in PRESETS)}.",
         ]
     )
+
+
+def losses(report: dict, method: str) -> str:
+    """The clips on which a method's mean cosine is below the best control's at its cost, and by how much at most."""
+    below = {
+        row["clip"]: row["equal_cost"]["pooled_mean"]["value"] - row["equal_cost"]["pooled_mean"]["control"]
+        for row in report["clips"]
+        if row["method"] == method and row["equal_cost"]["pooled_mean"]["verdict"] == "below"
+    }
+    if not below:
+        return f"`{method}` nowhere"
+    return f"`{method}` on {', '.join(below)} (by at most {-1e3 * min(below.values()):.2f} thousandths)"
 
 
 def delays_table(report: dict) -> str:

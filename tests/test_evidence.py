@@ -233,7 +233,7 @@ def test_from_clips_to_accuracy(recorded):
     assert report["frames_counted"] > 200 and report["recorded"]["dtype"] == "float32"
     assert len(report["recorded"]["machines"]) == 1
     assert len(accuracy.tables(report)) == 2
-    assert len(accuracy.plot_accuracy(found, report).axes) == 1 + len(MOTIONS)
+    assert len(accuracy.plot_accuracy(found, report).axes) == 2 + len(MOTIONS)
 
 
 def test_from_clips_to_reaction(recorded):
