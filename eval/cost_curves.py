@@ -7,7 +7,7 @@ from neuroflow_hf.eval_methods import MethodSpec
 
 COLOURS = ("#d97706", "#2563eb", "#7c3aed", "#0d9488", "#be185d", "#65a30d", "#854d0e")
 CONTROL_COLOURS = ("#111827", "#6b7280", "#9ca3af", "#374151", "#4b5563", "#a8a29e", "#78716c", "#1f2937", "#94a3b8")
-CONTROL_MARKERS = ("s", "^", "v", "D", "x", "+", "P", "1", "*")
+CONTROL_MARKERS = ("s", "^", "v", "D", "x", "+", "P", "1", "p")
 LEAST_COST = 0.01  # of the axis; what costs nothing is drawn here
 
 
