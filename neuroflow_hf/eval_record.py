@@ -16,6 +16,7 @@ where another label becomes right. Methods for which a frame stands for itself c
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -259,8 +260,12 @@ def record(
         for choose in (drawn_frames, frames_around_changes)
     )
     sampled = drawn | around
-    embeddings: list[list[Tensor]] = [[] for _ in specs]
-    costs: list[list[Tensor]] = [[] for _ in specs]
+    # Whole from the start: many small tensors that stay, made between large ones that go, leave no room for the next
+    # large ones, and over a thousand frames memory is full.
+    width = tower.config.hidden_size
+    embeddings = torch.empty(len(specs), int(sampled.sum()), width, dtype=torch.float16)
+    filled = [0] * len(specs)
+    costs = torch.full((len(specs), *sampled.shape), math.nan)
     nbytes = torch.zeros(len(specs), len(sampled), dtype=torch.int64)
     label_names: dict[str, int] = {}
     labels = torch.full(sampled.shape, -1)
@@ -278,8 +283,9 @@ def record(
             step = methods[place].step(pixels, wanted)
             found = step.embeddings[wanted.to(step.embeddings.device)].cpu()
             require_finite(found, specs[place], number)
-            embeddings[place].append(found.half())
-            costs[place].append(step.cost.cpu())
+            embeddings[place, filled[place] : filled[place] + len(found)] = found.half()
+            filled[place] += len(found)
+            costs[place, number] = step.cost.cpu()
             nbytes[place, number] = methods[place].nbytes
             spent[place] += time.perf_counter() - before
         if on_frame is not None:
@@ -297,8 +303,8 @@ def record(
             scenes=tuple(scene.name for scene in scenes),
             sampled=sampled,
             drawn=drawn,
-            embeddings=torch.cat(embeddings[place]),
-            cost=of_every_frame(costs[place], len(sampled), methods[place].follows),
+            embeddings=embeddings[place],
+            cost=costs[place] if methods[place].follows else of_every_frame(costs[place]),
             labels=labels,
             label_names=tuple(label_names),
             nbytes=nbytes[place],
@@ -308,11 +314,10 @@ def record(
     ]
 
 
-def of_every_frame(costs: Sequence[Tensor], count: int, follows: bool) -> Tensor:
-    """Costs [B] of the frames that were computed to [T, B]; what stands for itself costs the same on each frame."""
-    if follows:
-        return torch.stack(list(costs))
-    return costs[0].expand(count, -1).clone()
+def of_every_frame(costs: Tensor) -> Tensor:
+    """Costs [T, B], NaN on frames that were not computed, where each frame costs the same: [T, B] without NaN."""
+    computed = costs[~costs[:, 0].isnan()]
+    return computed[:1].expand(costs.shape).clone()
 
 
 def require_one_length(scenes: Sequence[Scene]):
