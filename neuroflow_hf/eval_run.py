@@ -332,7 +332,7 @@ class EvalJob:
                     embedding = step.embeddings[0].float().cpu()
                     require_finite(embedding, method.name, len(rows[method.name]), reader.path)
                     if method.name in held:
-                        embedding = embedding[:0]
+                        embedding = embedding.new_empty(0)  # an empty view would keep the whole
                     rows[method.name].append((embedding, step.cost[0].item(), skip, spent))
         if len(rows[specs[0].name]) < 2:
             raise VideoError(f"{reader.path} gives a single frame; expected at least two to compare.")
