@@ -97,14 +97,14 @@ def policies_table(report: dict) -> str:
 
 def losses(report: dict, method: str) -> str:
     """The clips on which a method's mean cosine is below the best control's at its cost, and by how much at most."""
-    below = {
-        row["clip"]: row["equal_cost"]["pooled_mean"]["value"] - row["equal_cost"]["pooled_mean"]["control"]
-        for row in report["clips"]
-        if row["method"] == method and row["equal_cost"]["pooled_mean"]["verdict"] == "below"
-    }
+    below = {}
+    for row in report["clips"]:
+        found = dict(zip(report["clip_columns"], row["equal_cost"]["pooled_mean"], strict=True))
+        if row["method"] == method and found["verdict"] == "below":
+            below[row["clip"]] = found["control"] - found["value"]
     if not below:
         return f"`{method}` nowhere"
-    return f"`{method}` on {', '.join(below)} (by at most {-1e3 * min(below.values()):.2f} thousandths)"
+    return f"`{method}` on {', '.join(below)} (by at most {1e3 * max(below.values()):.2f} thousandths)"
 
 
 def delays_table(report: dict) -> str:
