@@ -41,7 +41,7 @@ bench: $(READY)  ## time the modes against dense: half an hour on two cores; run
 drift: $(READY)  ## measure what a bypass changes in the text; run again to continue
 	$(BIN)/python eval/token_drift.py
 
-evidence: $(READY)  ## labels, delays, fidelity, laws, masks on composed clips: three hours on two cores; run again to continue
+evidence: $(READY)  ## labels, delays, fidelity, laws, masks on composed clips: two hours on two cores; run again to continue
 	for script in $(EVIDENCE); do \
 		$(BIN)/torchrun --nproc_per_node $(PROCESSES) eval/$$script.py || exit 1; \
 	done
