@@ -62,21 +62,23 @@ def measure_logits(bench: Bench, clip: Clip) -> Figures:
     return figures
 
 
-def fitted(clips: Sequence[Figures], setting: str) -> Tensor:
-    """The bias [C] of a setting from the frames after the first of these clips."""
+def logits_after_first(clips: Sequence[Figures], setting: str) -> tuple[Tensor, Tensor]:
+    """Dense and streamed logits [n, C] of the frames after the first of these clips."""
     dense, streamed = (
         torch.from_numpy(np.concatenate([clip[name][1:] for clip in clips])) for name in ("dense", setting)
     )
-    return fit_logit_bias(dense, streamed)
+    return dense, streamed
+
+
+def fitted(clips: Sequence[Figures], setting: str) -> Tensor:
+    """The bias [C] of a setting from the frames after the first of these clips."""
+    return fit_logit_bias(*logits_after_first(clips, setting))
 
 
 def bias_of(bench: Bench, clips: Sequence[Figures], setting: str) -> LogitBias:
     """A setting's bias from these clips, for `LogitBias.applied_to`."""
-    dense, streamed = (
-        torch.from_numpy(np.concatenate([clip[name][1:] for clip in clips])) for name in ("dense", setting)
-    )
     gate = bench.model.new_stream(**SETTINGS[setting]).gate
-    return LogitBias.fit(bench.labels, dense, streamed, gate, bench.weights)
+    return LogitBias.fit(bench.labels, *logits_after_first(clips, setting), gate, bench.weights)
 
 
 def agreements(clips: Sequence[Figures], setting: str, bias: Tensor) -> list[np.ndarray]:

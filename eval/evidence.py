@@ -93,7 +93,7 @@ class Plan:
 
     def specs(self, model: torch.nn.Module) -> list[MethodSpec]:
         """
-        What to record. A quick run leaves out the modes that take longer than dense on a processor, and takes two
+        What to record. A quick run leaves out the two modes that take longest on a processor, and takes two
         settings of each hold: with many, most frames would be dense ones of some.
         """
         few = self.quick or self.few_settings

@@ -341,17 +341,16 @@ def passes_of(specs: Sequence[MethodSpec]) -> list[list[MethodSpec]]:
     return [*([together] if together else []), *([spec] for spec in specs if not spec.shares_dense)]
 
 
-# Of the streams' modes, measured on two processes with one core each; to share work by.
-WORK = {"mlp": 1.4, "propagate": 2.2, "dense": 1.0, "hold": 0.2}
+WORK = {"mlp": 0.35, "propagate": 0.35, "dense": 0.5}  # of the streams' modes; guesses, to share by
 
 
 def expected_work(specs: Sequence[MethodSpec]) -> float:
-    """About what a pass takes, in dense passes over all frames."""
+    """About what a pass takes, as a share of that of all that return dense frames."""
     if any(spec.shares_dense for spec in specs):
-        return 1.3
+        return 1.0
     if specs[0].kind == "stream":
-        return WORK.get(NeuroFlowGateConfig.from_options({}, **specs[0].options).mode, 0.35)
-    return 0.1
+        return WORK.get(NeuroFlowGateConfig.from_options({}, **specs[0].options).mode, 0.15)
+    return 0.05
 
 
 def shares_by_work(work: Sequence[float], count: int) -> list[list[int]]:

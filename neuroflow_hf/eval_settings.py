@@ -75,8 +75,8 @@ def hold_controls(few: bool = False) -> list[MethodSpec]:
     """
     Dense frames held in between: every k frames, by surprise, by surprise within a budget, by the pixels' difference.
     At many settings, for they cost next to nothing to measure: between settings far apart, a mixture of both would be
-    worse than a setting in between, and the control too weak. With `few`, two each, which leave most frames dense
-    nowhere.
+    worse than a setting in between, and the control too weak. With `few`, two each, so that many frames are
+    dense in none of them.
     """
 
     def over(kind: str, family: str, levels: Sequence[float]) -> list[MethodSpec]:

@@ -102,3 +102,15 @@ def random_video(num_frames, batch_size=1, seed=0, size=IMAGE_SIZE, changed=0.2)
         frame = torch.where(mask, torch.randn(frame.shape, generator=generator), frame)
         frames.append(frame)
     return frames
+
+
+@pytest.fixture
+def no_grad():
+    """For modules that train nothing: `pytestmark = pytest.mark.usefixtures("no_grad")`."""
+    with torch.no_grad():
+        yield
+
+
+def play(model, frames, stream):
+    """The outputs of frames, one after the other, in a stream."""
+    return [model(pixel_values=frame, stream=stream) for frame in frames]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GATED_MODES, NUM_PATCHES, random_video
+from conftest import GATED_MODES, NUM_PATCHES, play, random_video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,15 +12,7 @@ from neuroflow_hf.run_records import gate_rule
 
 MOVING = {"keyframe_surprise": 0.0}  # whatever moves is a keyframe
 
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-def play(model, frames, stream):
-    return [model(pixel_values=frame, stream=stream) for frame in frames]
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def costs_of(outputs):

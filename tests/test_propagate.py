@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import NUM_PATCHES, TINY_VISION, lively, random_video
+from conftest import NUM_PATCHES, TINY_VISION, lively, play, random_video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_modes import counted, eager
@@ -16,15 +16,7 @@ from neuroflow_hf.neuroflow_propagate import AttentionState, attend_with_mass, e
 
 HEADS, DIM, SCALE = 2, 16, 0.5
 
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-def play(model, frames, stream):
-    return [model(pixel_values=frame, stream=stream) for frame in frames]
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def vectors(generator, *shape):

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import GATED_MODES, MODES, NUM_PATCHES, TINY_VISION, random_video
+from conftest import GATED_MODES, MODES, NUM_PATCHES, TINY_VISION, play, random_video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -21,15 +21,7 @@ from neuroflow_hf import (
 OPTIONS = {"threshold": 0.3, "reference": "both", "ema_rate": 0.1, "max_age": 12}
 FIELDS = ("pooler_output", "last_hidden_state", "active_mask", "surprise", "skip_rate", "cost", "token_mask")
 
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-def play(model, frames, stream):
-    return [model(pixel_values=frame, stream=stream) for frame in frames]
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def assert_same(outputs, expected, exact=True):
