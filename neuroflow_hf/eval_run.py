@@ -332,7 +332,7 @@ class EvalJob:
                     embedding = step.embeddings[0].float().cpu()
                     require_finite(embedding, method.name, len(rows[method.name]), reader.path)
                     if method.name in held:
-                        embedding = embedding.new_empty(0)  # an empty view would keep the whole
+                        embedding = nothing_of(embedding)
                     rows[method.name].append((embedding, step.cost[0].item(), skip, spent))
         if len(rows[specs[0].name]) < 2:
             raise VideoError(f"{reader.path} gives a single frame; expected at least two to compare.")
@@ -428,6 +428,11 @@ class EvalJob:
             report["methods"].append(entry)
         report["truths"] = [line["truth"] for line in lines] if true else []
         return finite(report)
+
+
+def nothing_of(embedding: torch.Tensor) -> torch.Tensor:
+    """An empty tensor [0] of the same type; an empty view would keep the whole embedding [D] in memory."""
+    return embedding.new_empty(0)
 
 
 def recording_of(rows: Sequence[tuple], kind: str) -> Recording:

@@ -20,7 +20,15 @@ from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 
 from neuroflow_hf import eval_run
 from neuroflow_hf.eval_methods import Dense, MethodSpec, Step
-from neuroflow_hf.eval_run import EvalJob, EvalSettings, embeddings_of, for_resolution, load_checkpoint, whole_names
+from neuroflow_hf.eval_run import (
+    EvalJob,
+    EvalSettings,
+    embeddings_of,
+    for_resolution,
+    load_checkpoint,
+    nothing_of,
+    whole_names,
+)
 from neuroflow_hf.eval_settings import DENSE, FIRST
 from neuroflow_hf.eval_videos import VideoSet, find_videos
 
@@ -437,3 +445,8 @@ def test_two_processes_give_what_one_gives(videos, folder, finished, tmp_path):
     report = report_of(tmp_path / "two")
     assert report["processes"] == 2
     assert comparable(report, {"milliseconds"}) == comparable(report_of(finished[1]), {"milliseconds"})
+
+
+def test_what_is_not_kept_takes_no_memory():
+    kept = nothing_of(torch.ones(64))
+    assert kept.shape == (0,) and kept.untyped_storage().nbytes() == 0

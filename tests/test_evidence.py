@@ -266,6 +266,10 @@ def test_from_clips_to_fidelity(recorded):
     assert rows["balanced"]["p5"] > rows[FIRST.name]["p5"]
     assert rows["balanced"]["p5"] == pytest.approx(rows["balanced"]["best control"]["value"], abs=1e-6)
     assert fidelity.table_of(report).row_count == len(rows)
+    changing = [scene for scene in found.batches[0] if scene.changes]
+    assert report["changing"] == [scene.name for scene in changing] and 0 < len(changing) < len(MOTIONS)
+    costs = [found.cost("balanced", [(0, scene)]) for scene in changing]
+    assert rows["balanced"]["changing"]["cost"] == pytest.approx(sum(costs) / len(costs), abs=1e-6)
 
 
 def test_readmes_table_of_delays_says_what_is_looked_at():
