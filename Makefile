@@ -35,34 +35,34 @@ format: $(READY)  ## apply the style
 	$(BIN)/ruff format .
 
 bench: $(READY)  ## time the modes against dense: half an hour on two cores; run again to continue
-	$(BIN)/python eval/benchmark_vision.py
-	$(BIN)/python eval/benchmark_streams.py
+	$(BIN)/python -m eval.vision.benchmark_vision
+	$(BIN)/python -m eval.vision.benchmark_streams
 
 drift: $(READY)  ## measure what a bypass changes in the text; run again to continue
-	$(BIN)/python eval/token_drift.py
+	$(BIN)/python -m eval.language.token_drift
 
 evidence: $(READY)  ## labels, delays, fidelity, laws, masks on composed clips: two hours on two cores; run again to continue
 	for script in $(EVIDENCE); do \
-		$(BIN)/torchrun --nproc_per_node $(PROCESSES) eval/$$script.py || exit 1; \
+		$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m eval.vision.$$script || exit 1; \
 	done
 
 evidence-quick: $(READY)  ## the same with a clip of each motion, into neuroflow-evidence/: half an hour
 	for script in $(EVIDENCE); do \
 		case $$script in accuracy|published_laws) plot="--plot $(QUICK)/$$script.png";; *) plot=;; esac; \
-		$(BIN)/torchrun --nproc_per_node $(PROCESSES) eval/$$script.py --quick --output $(QUICK)/$$script.json $$plot \
+		$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m eval.vision.$$script --quick --output $(QUICK)/$$script.json $$plot \
 			|| exit 1; \
 	done
 
 hub: $(READY)  ## write complete Hub repositories to dist/hub/
-	$(BIN)/python -m neuroflow_hf.hub
+	$(BIN)/python -m recipes.hub
 
 siglip-small: $(READY)  ## train models/neuroflow-siglip-small anew: about an hour on two cores; run again to continue
 	$(BIN)/python -m recipes.siglip_small.train
-	$(BIN)/python eval/zero_shot_small.py
+	$(BIN)/python -m eval.vision.zero_shot_small
 
 phi3-nano: $(READY)  ## train the embedded Phi-3 and measure it: an hour or two; run again to continue
 	$(BIN)/python -m recipes.phi3_nano.train
-	$(BIN)/python eval/phi3_nano.py
+	$(BIN)/python -m eval.language.phi3_nano
 
 wheel: $(READY)  ## build the wheel
 	$(BIN)/python -m build --wheel

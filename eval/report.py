@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import neuroflow_hf
-from neuroflow_hf.provenance import fill_block, write_whole
+from neuroflow_hf.utils.provenance import fill_block, write_whole
 
 __all__ = ["RESULTS", "fill_block", "percentile", "provenance", "write_json", "write_whole"]
 

@@ -10,22 +10,22 @@ from transformers import (
     SiglipProcessor,
 )
 
-from .configuration_neuroflow_bypass import NeuroFlowBypassConfig
-from .configuration_neuroflow_gate import PRESETS, NeuroFlowGateConfig
-from .configuration_neuroflow_lossless import NeuroFlowLosslessConfig
-from .configuration_neuroflow_phi3 import NeuroFlowPhi3Config
-from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
-from .modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM, NeuroFlowPhi3Model
-from .modeling_neuroflow_siglip import (
+from .language.bypass_config import NeuroFlowBypassConfig
+from .language.bypass_state import BypassStatistics
+from .language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
+from .language.lossless_config import NeuroFlowLosslessConfig
+from .language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM, NeuroFlowPhi3Model
+from .language.speculative_decoding import LosslessCounts, NeuroFlowLosslessOutput
+from .vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
+from .vision.gate_config import PRESETS, NeuroFlowGateConfig
+from .vision.modeling_neuroflow_siglip import (
     NeuroFlowSiglipForImageClassification,
     NeuroFlowSiglipImageClassifierOutput,
     NeuroFlowSiglipModel,
     NeuroFlowSiglipVisionModel,
     NeuroFlowSiglipVisionOutput,
 )
-from .neuroflow_bypass_state import BypassStatistics
-from .neuroflow_lossless import LosslessCounts, NeuroFlowLosslessOutput
-from .neuroflow_stream import NeuroFlowStream
+from .vision.stream import NeuroFlowStream
 
 __version__ = "0.1.0"
 

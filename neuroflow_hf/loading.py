@@ -9,19 +9,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import AutoTokenizer
 
-from .configuration_neuroflow_gate import NeuroFlowGateConfig
-from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
-from .labels import TEMPLATE, Labels, check_labels, embed_labels
-from .modeling_neuroflow_siglip import NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
-from .preprocess import Preprocessor
-from .tower_weights import quiet_transformers
+from .language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
+from .language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM
+from .video.labels import TEMPLATE, Labels, check_labels, embed_labels
+from .video.preprocess import Preprocessor
+from .vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
+from .vision.gate_config import NeuroFlowGateConfig
+from .vision.modeling_neuroflow_siglip import NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NEED_TEXT = "Labels need a model that reads text: name a whole SigLIP or SigLIP 2 checkpoint, with its tokenizer."
 
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "neuroflow-siglip-small"
+
+NANO = "models/neuroflow-phi3-nano"  # in the checkout
+NANO_PROMPTS = "eval/prompts/phi3_nano.jsonl"
+MODEL_TYPES = ("phi3", NeuroFlowPhi3Config.model_type)
 
 
 class ModelLoadError(ValueError):
@@ -32,24 +38,19 @@ class NoTextTowerError(ModelLoadError):
     """What was named has no text tower, or no complete one, and labels need it."""
 
 
-def default_model(must_read_text: bool = False) -> Path:
+def default_model() -> Path:
     """
-    The checkpoint to use where none is named: in a checkout of this package the one that lies in it, else the vision
-    tower, which is built on first use and takes minutes then.
-
-    Args:
-        must_read_text: whether it has to have a text tower; the one that is built has none.
+    The small SigLIP that lies in the checkout of this package.
 
     Raises:
-        ModelLoadError: if it has to read text, and this package does not lie in a checkout.
+        ModelLoadError: if it is not there, as in an installed package.
     """
-    from .tower import TOWER_NAME, build_tower, default_tower_dir
-
-    if (EMBEDDED_MODEL / "model.safetensors").is_file():
-        return EMBEDDED_MODEL
-    if must_read_text:
-        raise ModelLoadError(f"{TOWER_NAME} reads no text; for --labels, name a SigLIP checkpoint with --model.")
-    return build_tower(default_tower_dir())
+    if not (EMBEDDED_MODEL / "model.safetensors").is_file():
+        raise ModelLoadError(
+            f"There is no {EMBEDDED_MODEL.name} here: it lies in the checkout of this package. Name a SigLIP "
+            "checkpoint with --model, a folder or a name on the Hub."
+        )
+    return EMBEDDED_MODEL
 
 
 def load_model(
@@ -236,6 +237,20 @@ def load_gate(path: str | Path) -> dict:
 
 
 @contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' own progress bars inside the block: they would break into ours."""
+    import transformers
+
+    showing = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if showing:
+            transformers.utils.logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
     """Hold back what transformers says while it loads: what matters of it becomes an error."""
     from transformers.utils import logging
@@ -262,3 +277,78 @@ def one_line(error: BaseException) -> str:
     """An error's message without line breaks, shortened to 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def default_language_model() -> Path:
+    """
+    The small Phi-3 that lies in the checkout.
+
+    Raises:
+        ModelLoadError: if it is not there, as in an installed package.
+    """
+    folder = Path(__file__).parent.parent / NANO
+    if not (folder / "config.json").exists():
+        raise ModelLoadError(
+            f"There is no {NANO} here: it lies in the checkout of this package. Name a Phi-3 checkpoint with --model, "
+            "a folder or a name on the Hub."
+        )
+    return folder
+
+
+def default_prompts() -> Path:
+    """
+    The prompts that lie in the checkout: texts that the small Phi-3 was not trained on.
+
+    Raises:
+        FileNotFoundError: if they are not there, as in an installed package.
+    """
+    path = Path(__file__).parent.parent / NANO_PROMPTS
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no {NANO_PROMPTS} here: it lies in the checkout of this package. Name a file of prompts with "
+            "--prompts."
+        )
+    return path
+
+
+def load_language_model(
+    source: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "auto"
+) -> tuple[NeuroFlowPhi3ForCausalLM, Any]:
+    """
+    A language model in evaluation mode, and its tokenizer.
+
+    Args:
+        source: a folder or a name on the Hub, holding a Phi-3 checkpoint, or one of this package, and its tokenizer.
+        dtype: of the weights.
+        device: `"auto"` takes CUDA where there is one, else the CPU.
+
+    Raises:
+        ModelLoadError: if it does not exist, is damaged, is no Phi-3, lacks weights, or has no tokenizer.
+        ValueError: for a device that is not there.
+    """
+    require_place(source)
+    device = usable_device(str(device))
+    with quiet_transformers(), quiet_loading():
+        with load_errors("Phi-3 model", source):
+            settings, _ = NeuroFlowPhi3Config.get_config_dict(source)
+        if settings.get("model_type") not in MODEL_TYPES:
+            raise ModelLoadError(
+                f"{source} holds a model of type {settings.get('model_type')!r}; expected a Phi-3 checkpoint (`phi3`)."
+            )
+        with load_errors("Phi-3 model", source):
+            model, info = NeuroFlowPhi3ForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ModelLoadError(
+                f"{source} is no complete Phi-3: {len(missing)} of its weights are missing, such as {missing[0]}. "
+                "They would be random; copy or download the checkpoint again."
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except Exception as error:  # whatever the reader of a damaged file raises, and ImportError
+            raise ModelLoadError(
+                f"Cannot load a tokenizer from {source}. Save it beside the model: "
+                f"`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`. What transformers says: "
+                f"{one_line(error)}"
+            ) from error
+    return model.eval().to(device), tokenizer

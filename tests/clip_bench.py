@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from composed_bench import Bench
-from conftest import IMAGE_SIZE
 from PIL import Image
 
-from neuroflow_hf.labels import Labels
-from neuroflow_hf.preprocess import Preprocessor
+from eval.vision.composed_bench import Bench
+from neuroflow_hf.video.labels import Labels
+from neuroflow_hf.video.preprocess import Preprocessor
+from tests.conftest import IMAGE_SIZE
 
 THINGS = {"apple": (250, 10, 10), "boat": (10, 250, 10), "cat": (10, 10, 250), "dog": (250, 250, 10)}
 

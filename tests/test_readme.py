@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from fill_readme import BLOCKS
 
+from eval.docs.fill_readme import BLOCKS
 from neuroflow_hf import PRESETS, NeuroFlowGateConfig
 
 ROOT = Path(__file__).parent.parent

@@ -5,9 +5,8 @@ from itertools import groupby
 from huggingface_hub import EvalResult
 
 from eval.report import fill_block
-from neuroflow_hf.eval_card import card_with_results
-
-from .sources import DOMAINS, HERE, packages
+from neuroflow_hf.evaluation.card import card_with_results
+from recipes.phi3_nano.sources import DOMAINS, HERE, packages
 
 TRAINED_FROM = {
     "pypi": "Python files of the wheel; its metadata as TOML and JSON",
@@ -25,7 +24,7 @@ def make_card(report: dict, recipe: dict) -> str:
     The card in Markdown.
 
     Args:
-        report: what `eval/phi3_nano.py` writes.
+        report: what `eval/language/phi3_nano.py` writes.
         recipe: `recipe.json` of the checkpoint.
     """
     text = (HERE / "card.md").read_text(encoding="utf-8")

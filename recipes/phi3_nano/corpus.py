@@ -13,9 +13,9 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from .sources import DOMAINS, HERE, Document, cache_folder, documents
-from .split import split
-from .tokenizer import train_tokenizer, wrapped
+from recipes.phi3_nano.sources import DOMAINS, HERE, Document, cache_folder, documents
+from recipes.phi3_nano.split import split
+from recipes.phi3_nano.tokenizer import train_tokenizer, wrapped
 
 SPLITS = ("training", "held_out", "left_out")
 TEXT_FILES = ("packages.csv", "sources.py", "structured.py", "split.py")

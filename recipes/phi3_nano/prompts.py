@@ -18,8 +18,8 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from .corpus import load_corpus, read_texts, write_whole
-from .sources import DOMAINS, Document
+from recipes.phi3_nano.corpus import load_corpus, read_texts, write_whole
+from recipes.phi3_nano.sources import DOMAINS, Document
 
 OUTPUT = Path("eval/prompts/phi3_nano.jsonl")
 EACH = 60

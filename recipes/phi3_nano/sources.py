@@ -19,11 +19,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from neuroflow_hf.tower import default_tower_dir
-from neuroflow_hf.tower_wheels import SKLEARN_WHEEL, WheelPin, fetch_wheel
-
-from ..packages import debian_package, fetch, npm_package, open_debian
-from .structured import compat_texts, definition_texts, metadata_texts
+from recipes.packages import debian_package, fetch, npm_package, open_debian
+from recipes.phi3_nano.structured import compat_texts, definition_texts, metadata_texts
+from recipes.siglip_dinov2_small.build import default_tower_dir
+from recipes.siglip_dinov2_small.wheels import SKLEARN_WHEEL, WheelPin, fetch_wheel
 
 HERE = Path(__file__).parent
 DOMAINS = ("code", "structured", "prose")

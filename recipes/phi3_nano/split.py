@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 
-from .sources import Document
+from recipes.phi3_nano.sources import Document
 
 HELD_OUT_SHARE = 0.05
 SHINGLE = 12  # words and signs in a row that count as shared text

@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Phi3ForCausalLM, PreTrainedTokenizerFast
 
-from .corpus import load_corpus
-from .model import CONTEXT, Reuse, anchors, make_model
-from .sources import DOMAINS, cache_folder
+from recipes.phi3_nano.corpus import load_corpus
+from recipes.phi3_nano.model import CONTEXT, Reuse, anchors, make_model
+from recipes.phi3_nano.sources import DOMAINS, cache_folder
 
 NAME = "neuroflow-phi3-nano"
 OUTPUT = Path("models") / NAME

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .facts import KINDS, NOTHING, PLACES
-from .sources import Thing, things
+from recipes.siglip_small.facts import KINDS, NOTHING, PLACES
+from recipes.siglip_small.sources import Thing, things
 
 # {} is the thing with its article ("a dog", "an apple", "grapes"), {name} the bare name.
 TRAINING_PHRASINGS = (

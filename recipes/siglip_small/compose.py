@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
-from .facts import Placed, facts_of
-from .sources import (
+from recipes.siglip_small.facts import Placed, facts_of
+from recipes.siglip_small.sources import (
     HELD_OUT_STYLE,
     MONOCHROME,
     Drawing,

@@ -18,7 +18,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from .sources import DRAWING_SIDE, drawings, read_member
+from recipes.siglip_small.sources import DRAWING_SIDE, drawings, read_member
 
 OUTPUT = Path(__file__).parent.parent.parent / "neuroflow_hf" / "assets" / "things.mp4"
 HEIGHT, WIDTH, FRAMES, FRAMES_PER_SECOND = 360, 480, 120, 12

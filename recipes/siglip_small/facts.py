@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .sources import things
+from recipes.siglip_small.sources import things
 
 NOTHING = "nothing"
 # What the groups of `things.csv` are called; the others have no name that a caption would use.

@@ -12,11 +12,10 @@ from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 from transformers import SiglipVisionModel
 
-from neuroflow_hf.tower_head import to_pixels
-
-from .compose import Material, Picture, compose, load_material
-from .facts import Placed
-from .sources import cache_folder
+from recipes.siglip_dinov2_small.head import to_pixels
+from recipes.siglip_small.compose import Material, Picture, compose, load_material
+from recipes.siglip_small.facts import Placed
+from recipes.siglip_small.sources import cache_folder
 
 SHARD = 256
 BATCH = 32

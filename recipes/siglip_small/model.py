@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionModel
 
-from .captions import all_words
+from recipes.siglip_small.captions import all_words
 
 TEXT_LENGTH = 64  # what transformers' zero-shot pipeline pads to for SigLIP
 VOCABULARY = 2000

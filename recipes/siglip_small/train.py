@@ -34,15 +34,14 @@ from torch.nn import functional
 from transformers import SiglipModel, SiglipProcessor, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from neuroflow_hf.run import fingerprint
-from neuroflow_hf.tower import build_tower, default_tower_dir
-from neuroflow_hf.tower_head import pool, probe_weights
-from neuroflow_hf.tower_weights import quiet_transformers
-
-from .captions import Caption, caption, name_caption, prompts
-from .features import SHARD, FeatureStore, cached_features
-from .model import make_model, make_tokenizer
-from .sources import HERE, cache_folder, things
+from neuroflow_hf.loading import quiet_transformers
+from neuroflow_hf.video.run import fingerprint
+from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
+from recipes.siglip_dinov2_small.head import pool, probe_weights
+from recipes.siglip_small.captions import Caption, caption, name_caption, prompts
+from recipes.siglip_small.features import SHARD, FeatureStore, cached_features
+from recipes.siglip_small.model import make_model, make_tokenizer
+from recipes.siglip_small.sources import HERE, cache_folder, things
 
 NAME = "neuroflow-siglip-small"
 OUTPUT = HERE.parent.parent / "models" / NAME

@@ -11,8 +11,14 @@ import datasets
 import evaluate
 import torch
 
-from neuroflow_hf.drift import compare_steps, cut_at_end, first_divergence, negative_log_likelihood, position_drift
-from neuroflow_hf.drift_records import PromptRecord, summarise
+from neuroflow_hf.drift.metrics import (
+    compare_steps,
+    cut_at_end,
+    first_divergence,
+    negative_log_likelihood,
+    position_drift,
+)
+from neuroflow_hf.drift.records import PromptRecord, summarise
 
 DESCRIPTION = """
 Token drift compares what a language model generates under a change that should be harmless (layers bypassed, another

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from neuroflow_hf.zero_shot import checked_top_k, paired_counts, paired_figures, ranks, share_figures
+from neuroflow_hf.evaluation.zero_shot import checked_top_k, paired_counts, paired_figures, ranks, share_figures
 
 DESCRIPTION = """
 Zero-shot classification: is a picture's own label among the k that score highest? Shares come with Wilson's interval.

@@ -1,0 +1,1 @@
+"""Evaluation scripts: one question a script."""

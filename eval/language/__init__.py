@@ -1,0 +1,1 @@
+"""Questions about the bypass and lossless generation."""

@@ -1,0 +1,262 @@
+"""
+How many tokens per second lossless generation gives, by drafter, against the same loop without drafts.
+
+    python -m eval.language.benchmark_lossless --model models/neuroflow-phi3-nano           # some minutes on two cores
+    python -m eval.language.benchmark_lossless --model CHECKPOINT --output other.json
+
+Prompts: `eval/prompts/phi3_nano.jsonl`, held out, a line each: `{"task": ..., "prompt": ..., "source": ...}`. Greedy
+text until the end token or `--new-tokens`, prompt included in the time. All variants take turns on every prompt, in
+another order each time, so that a machine that slows down meets all alike; a prompt's time is the median of its turns.
+What is compared is paired: the variants' speeds on the same prompt, over those of the loop without drafts. The
+stock model's own `generate` stands beside them, so that what a lean loop brings is not taken for what drafts bring.
+
+Every text is compared with the stock model's. One may differ from a token on at which the stock model's first two
+logits are closer than rounding (1e-5 in float32); such places are counted, and others end the program with 1.
+
+Every finished prompt is in `eval/results/benchmark_lossless.json` at once, and skipped when the command is run again
+with the same settings, unless with `--fresh`.
+"""
+
+import hashlib
+import json
+import math
+import random
+import statistics
+import subprocess
+import time
+from itertools import zip_longest
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from eval.report import RESULTS, provenance, write_json
+from neuroflow_hf import NeuroFlowPhi3ForCausalLM
+
+ROOT = Path(__file__).parents[2]
+DRAFTERS = {"dense": "none", "lookup": "lookup", "bypass": "bypass", "both": "both"}
+VARIANTS = ("stock", *DRAFTERS)
+COMPARED = {"dense": VARIANTS, "lookup": ("both",)}  # over what, by which variants
+ROUNDING = 1e-5
+RESAMPLES = 2000
+WHOLE = "all"  # tasks
+
+
+def read_prompts(path: Path, limit: int | None) -> list[dict]:
+    """
+    Prompts by task in turn, `limit` of each at most, each with a number.
+
+    Raises:
+        ValueError: for a line without task or prompt; the message names it.
+    """
+    by_task: dict[str, list[dict]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        row = json.loads(line)
+        if not {"task", "prompt"} <= row.keys():
+            raise ValueError(f'{path}, line {number}: expected {{"task": ..., "prompt": ...}}, has {sorted(row)}.')
+        rows = by_task.setdefault(row["task"], [])
+        if limit is None or len(rows) < limit:
+            rows.append({"number": number, **row})
+    turns = zip_longest(*by_task.values())
+    return [row for turn in turns for row in turn if row is not None]
+
+
+def generate(model, ids: torch.Tensor, variant: str, options: dict, new_tokens: int) -> dict:
+    """One text: its tokens after the prompt `ids` [1, T], seconds by the clock and of processor, and counts."""
+    kwargs = {"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True}
+    if variant != "stock":
+        kwargs["lossless"] = {**options, "drafter": DRAFTERS[variant]}
+    clock, processor = time.perf_counter(), time.process_time()
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
+    taken = {"seconds": time.perf_counter() - clock, "processor_seconds": time.process_time() - processor}
+    counts = getattr(output, "lossless", None)
+    return {"tokens": output.sequences[0, ids.shape[1] :].tolist(), **taken, "counts": counts and vars(counts)}
+
+
+def divergence(model, ids: torch.Tensor, expected: list[int], tokens: list[int]) -> dict | None:
+    """Where `tokens` leave `expected`, after the prompt `ids` [1, T], and by how much the first logit leads there."""
+    if tokens == expected:
+        return None
+    pairs = zip(tokens, expected, strict=False)
+    at = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(tokens), len(expected)))
+    before = torch.cat([ids, torch.tensor([expected[:at]], dtype=ids.dtype)], dim=1)
+    top = model(before, logits_to_keep=1, bypass=False).logits[0, -1].float().topk(2).values
+    margin = (top[0] - top[1]).item()
+    return {"at": at, "margin": margin, "within_rounding": margin <= ROUNDING}
+
+
+def measure(model, ids: torch.Tensor, order: random.Random, settings: dict) -> dict:
+    """All variants on one prompt: by variant, the times of its turns, its counts and how its text differs."""
+    found: dict[str, dict] = {name: {"seconds": [], "processor_seconds": [], "divergences": []} for name in VARIANTS}
+    expected = generate(model, ids, "stock", {}, settings["new_tokens"])["tokens"]
+    for _ in range(settings["turns"]):
+        for variant in order.sample(VARIANTS, len(VARIANTS)):
+            run = generate(model, ids, variant, settings["options"], settings["new_tokens"])
+            entry = found[variant]
+            for name in ("seconds", "processor_seconds"):
+                entry[name].append(run[name])
+            entry["counts"] = run["counts"]
+            entry["divergences"] += filter(None, [divergence(model, ids, expected, run["tokens"])])
+    return {"tokens": len(expected), "variants": found}
+
+
+def rate(case: dict, variant: str, clock: str) -> float:
+    """Tokens per second of a variant on one prompt."""
+    return case["tokens"] / statistics.median(case["variants"][variant][clock])
+
+
+def interval(values: list[float], seed: int = 0) -> list[float]:
+    """95 % interval of the median of `values`, by bootstrap."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.tensor(values, dtype=torch.float64)[
+        torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    ]
+    return drawn.quantile(0.5, dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def summarise(cases: list[dict], clock: str) -> dict:
+    """Of some prompts, by variant: speed, ratios to the loop without drafts and to lookup alone, and counts."""
+    summary = {}
+    for variant in VARIANTS:
+        entries = [case["variants"][variant] for case in cases]
+        row = {"tokens_per_second": statistics.median(rate(case, variant, clock) for case in cases)}
+        for base, variants in COMPARED.items():
+            if variant in variants and variant != base:
+                ratios = [rate(case, variant, clock) / rate(case, base, clock) for case in cases]
+                row[f"times_{base}"] = {
+                    "median": statistics.median(ratios),
+                    "interval": interval(ratios),
+                    "total": sum(statistics.median(case["variants"][base][clock]) for case in cases)
+                    / sum(statistics.median(case["variants"][variant][clock]) for case in cases),
+                    "least": min(ratios),
+                }
+        counts = [entry["counts"] for entry in entries if entry["counts"]]
+        if counts and variant != "dense":
+            drafted, accepted = (sum(sum(c[name].values()) for c in counts) for name in ("drafted", "accepted"))
+            drafts = sum(c["drafts"] for c in counts)
+            row |= {
+                "acceptance": accepted / drafted if drafted else None,
+                "draft_length": drafted / drafts if drafts else None,
+                "tokens_per_check": sum(c["tokens"] for c in counts) / max(1, sum(c["checks"] for c in counts)),
+            }
+        places = [place for entry in entries for place in entry["divergences"]]
+        row["divergences"] = {
+            "within_rounding": sum(place["within_rounding"] for place in places),
+            "others": sum(not place["within_rounding"] for place in places),
+            "greatest_margin": max((place["margin"] for place in places), default=None),
+        }
+        summary[variant] = row
+    return summary
+
+
+def summaries(report: dict, clock: str = "seconds") -> dict:
+    """Summaries by task and of all; texts of fewer tokens than `least_tokens` are left out."""
+    cases = [case for case in report["cases"] if case["tokens"] >= report["settings"]["least_tokens"]]
+    tasks = {task: [case for case in cases if case["task"] == task] for task in sorted({c["task"] for c in cases})}
+    return {task: summarise(chosen, clock) for task, chosen in {**tasks, WHOLE: cases}.items() if chosen}
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with a + where files differ from it; None outside of one."""
+    try:
+        name = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
+        changed = subprocess.check_output(["git", "status", "--porcelain", "-uno"], cwd=ROOT, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name.strip() + ("+" if changed else "")
+
+
+def fingerprint(*files: Path) -> str:
+    """What tells the contents of these files from others."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def table(found: dict) -> Table:
+    """All summaries, as they are printed at the end."""
+    shown = Table("task", "variant", "tokens/s", "to dense", "95 %", "acceptance", "draft", "tokens/check", "differ")
+    for task, rows in found.items():
+        for variant, row in rows.items():
+            ratio = row.get("times_dense")
+            low, high = ratio["interval"] if ratio else (1, 1)
+            cells = (row.get(name) for name in ("acceptance", "draft_length", "tokens_per_check"))
+            differ = row["divergences"]
+            shown.add_row(
+                *(task, variant, f"{row['tokens_per_second']:.0f}", f"{ratio['median'] if ratio else 1:.2f}"),
+                f"{low:.2f} to {high:.2f}",
+                *("" if cell is None else f"{cell:.2f}" for cell in cells),
+                f"{differ['within_rounding']} + {differ['others']}",
+            )
+    return shown
+
+
+@torch.inference_mode()
+def main(
+    model: Annotated[Path, typer.Option(help="Folder with a Phi-3 checkpoint and its tokenizer.")] = ROOT
+    / "models/neuroflow-phi3-nano",
+    prompts: Annotated[Path, typer.Option(help="JSON lines with `task` and `prompt`.")] = ROOT
+    / "eval/prompts/phi3_nano.jsonl",
+    limit: Annotated[int | None, typer.Option(help="Prompts of each task, at most.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated, at most.")] = 128,
+    least_tokens: Annotated[int, typer.Option(help="Leave texts out that end before.")] = 16,
+    turns: Annotated[int, typer.Option(help="How often every variant runs on a prompt.")] = 3,
+    bypass: Annotated[str | None, typer.Option(help="JSON: what the bypassing drafter skips.")] = None,
+    options: Annotated[str | None, typer.Option(help="JSON: other options of lossless generation.")] = None,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the order in which variants run.")] = 0,
+    processor: Annotated[bool, typer.Option("--processor", help="Print by processor time; shared machines.")] = False,
+    budget_minutes: Annotated[float, typer.Option(help="Begin no further prompt after so many minutes.")] = math.inf,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not continue what is in the file.")] = False,
+    output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "benchmark_lossless.json",
+):
+    """Time all variants on all prompts, compare their texts, and print the table."""
+    until, console = time.monotonic() + 60 * budget_minutes, Console()
+    torch.set_num_threads(threads)
+    lossless = json.loads(options or "{}") | ({"bypass": json.loads(bypass)} if bypass else {})
+    settings = {
+        "model": model.name,
+        "weights": fingerprint(*sorted(model.glob("*.safetensors"))),
+        "prompts": fingerprint(prompts),
+        **{"new_tokens": new_tokens, "least_tokens": least_tokens, "turns": turns, "seed": seed, "dtype": "float32"},
+        "options": lossless,
+        **{name: provenance()[name] for name in ("machine", "versions")},
+        "code": fingerprint(*sorted((ROOT / "neuroflow_hf").glob("*.py"))),
+    }
+    report = {"settings": settings, "cases": []}
+    before = json.loads(output.read_text(encoding="utf-8")) if output.exists() and not fresh else {}
+    if before.get("settings") == settings:
+        report["cases"] = before["cases"]
+    done = {case["number"] for case in report["cases"]}
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    language_model = NeuroFlowPhi3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    rows = read_prompts(prompts, limit)
+    encoded = {row["number"]: tokenizer(row["prompt"], return_tensors="pt").input_ids for row in rows}
+    for variant in VARIANTS:  # what is slow only the first time
+        generate(language_model, encoded[rows[0]["number"]], variant, lossless, 8)
+    for row in rows:
+        if row["number"] in done:
+            continue
+        if time.monotonic() > until:
+            console.print("The time is up. Run the same command again to continue.")
+            break
+        order = random.Random(f"{seed} {row['number']}")
+        case = measure(language_model, encoded[row["number"]], order, settings)
+        report["cases"].append({"number": row["number"], "task": row["task"], "source": row.get("source"), **case})
+        write_json(output, {**provenance(), "commit": commit(), **report, "summary": summaries(report)})
+    if not summaries(report):
+        console.print("Nothing was measured.")
+        raise typer.Exit(1)
+    write_json(output, {**provenance(), "commit": commit(), **report, "summary": summaries(report)})
+    found = summaries(report, "processor_seconds" if processor else "seconds")
+    Console(width=max(console.width, 120)).print(table(found))
+    if any(row["divergences"]["others"] for row in found[WHOLE].values()):
+        console.print("Some texts differ from the stock model's by more than rounding: see `divergences`.")
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

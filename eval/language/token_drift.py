@@ -1,0 +1,63 @@
+"""
+What a bypass changes in the text of the small Phi-3, and which published findings hold on it.
+
+    python -m eval.language.token_drift    # some 15 minutes on two cores
+    torchrun --nproc_per_node 2 -m eval.language.token_drift
+
+Prompts are texts that the model was not trained on, from `eval/prompts/phi3_nano.jsonl`. Dense and bypass have caches
+of their own. Every finished configuration is in `eval/results/token_drift.json` at once, and skipped when the command
+is run again with the same model, prompts, settings and machine, unless with `--fresh`. Also writes `token_drift.md`
+beside it, and draws `docs/drift.png` and `docs/drift_reachable.png`. `neuroflow drift` does the same for your own
+checkpoint and prompts, and less with `--quick`.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eval.report import RESULTS, provenance
+from neuroflow_hf.cli.errors import one_line_errors
+from neuroflow_hf.cli.language import print_drift, run_drift, write_drift
+
+PICTURES = Path(__file__).parents[2] / "docs"
+
+
+def main(
+    model: Annotated[str | None, typer.Option(help="Checkpoint.", show_default="the one in the checkout")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts.", show_default="those in the checkout")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Generated after each prompt.")] = 64,
+    max_prompts: Annotated[int | None, typer.Option(help="Of each task.", show_default="all")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 64,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not continue what is in the file.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the intervals' bootstrap.")] = 0,
+    output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "token_drift.json",
+    pictures: Annotated[Path, typer.Option(help="Folder to draw to.")] = PICTURES,
+    debug: Annotated[bool, typer.Option("--debug", help="Show errors with their traceback.")] = False,
+):
+    """Measure the grid, print it, and write it."""
+    with one_line_errors(debug, f"what was measured is in {output}; the same command continues."):
+        report = run_drift(
+            model=model,
+            prompts=prompts,
+            path=output,
+            settings={"new_tokens": new_tokens, "batch_size": batch_size, "seed": seed},
+            own=None,
+            max_prompts=max_prompts,
+            quick=False,
+            fresh=fresh,
+            dtype="float32",
+            device="auto",
+            command=provenance()["command"],
+        )
+        if report is None:
+            return
+        names = {"plot": pictures / "drift.png", "reachable": pictures / "drift_reachable.png"}
+        write_drift(report, {"table": output.with_suffix(".md"), **names})
+    print_drift(report)
+
+
+if __name__ == "__main__":
+    typer.run(main)

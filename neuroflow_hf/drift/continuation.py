@@ -1,0 +1,138 @@
+"""A text continued by a language model, and what its bypass did meanwhile."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..language.bypass_state import BypassStatistics
+from ..language.speculative_decoding import LosslessCounts
+from ..loading import quiet_loading
+from .metrics import first_divergence, position_drift
+
+
+@dataclass
+class Continuation:
+    """
+    What was generated.
+
+    Args:
+        tokens: the new ones.
+        seconds: it took, the prompt included.
+        statistics: of the bypass; None without one.
+        lossless: what was guessed, and came true; None in plain generation.
+    """
+
+    tokens: list[int]
+    seconds: float
+    statistics: BypassStatistics | None = None
+    lossless: LosslessCounts | None = None
+
+
+def continue_text(
+    model,
+    tokenizer,
+    text: str,
+    max_new_tokens: int = 128,
+    bypass: dict | bool | None = None,
+    lossless: dict | bool | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    streamer: Any = None,
+) -> Continuation:
+    """
+    Continue a text.
+
+    Args:
+        model: a [`NeuroFlowPhi3ForCausalLM`].
+        tokenizer: its tokenizer.
+        text: the prompt.
+        max_new_tokens: the most tokens to generate.
+        bypass: options of [`NeuroFlowBypassConfig`]; False for none, None for the configuration's.
+        lossless: options of [`NeuroFlowLosslessConfig`], True for the defaults; None for plain generation.
+        temperature: 0 for the most probable token each time; above, tokens are drawn.
+        seed: of the drawing.
+        streamer: is given the tokens as they come.
+
+    Raises:
+        ValueError: for options out of range, a prompt without tokens, and one that leaves no room.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` is {max_new_tokens}; expected a whole number of at least 1.")
+    if temperature < 0:
+        raise ValueError(f"`temperature` is {temperature:g}; expected 0 (no drawing) or more.")
+    inputs = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+    count, room = inputs.shape[1], model.config.max_position_embeddings
+    if not count:
+        raise ValueError("The prompt has no tokens; expected some text.")
+    if count + max_new_tokens > room:
+        raise ValueError(
+            f"The prompt has {count} tokens; with {max_new_tokens} new ones that is more than the {room} that the "
+            "model has room for. Shorten it, or ask for fewer."
+        )
+    how: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        how["temperature"] = float(temperature)
+        torch.manual_seed(seed)
+    started = time.perf_counter()
+    with quiet_loading():
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            bypass=bypass,
+            lossless=lossless,
+            streamer=streamer,
+            return_dict_in_generate=True,
+            **how,
+        )
+    return Continuation(
+        tokens=output.sequences[0, count:].tolist(),
+        seconds=time.perf_counter() - started,
+        statistics=None if lossless or bypass_is_off(model, bypass) else statistics_of(model, output),
+        lossless=getattr(output, "lossless", None),
+    )
+
+
+def bypass_is_off(model, bypass: dict | bool | None) -> bool:
+    """Whether neither the call nor the configuration asks for a bypass."""
+    return model.bypass_options(bypass) is None
+
+
+def statistics_of(model, output) -> BypassStatistics:
+    """What the gate did in a generation."""
+    return model.bypass_statistics(output.past_key_values)
+
+
+def figures_in_words(model, found: Continuation, bypass: dict | bool | None) -> list[str]:
+    """What a generation did, in sentences."""
+    count = len(found.tokens)
+    lines = [f"{count} tokens in {found.seconds:.2f} s ({count / found.seconds:.1f} a second)."]
+    if found.statistics is not None:
+        options, statistics = model.bypass_options(bypass), found.statistics
+        layers = ", ".join(map(str, options.cache_layers))
+        low, middle, high = statistics.percentiles(0.1, 0.5, 0.9)
+        lines.append(
+            f"Bypassed {statistics.rate.item():.1%} of {statistics.steps.item()} steps (gate layer "
+            f"{options.gate_layer}, reusing the {options.target} of layer {layers}, threshold {options.threshold:g}); "
+            f"similarity P10 {low:.3f}, P50 {middle:.3f}, P90 {high:.3f}."
+        )
+    if found.lossless is not None:
+        counts = found.lossless
+        drafted, accepted = sum(counts.drafted.values()), sum(counts.accepted.values())
+        lines.append(
+            f"Lossless: {accepted} of {drafted} guessed tokens came true; {counts.checks} dense forwards and "
+            f"{counts.draft_steps} bypassed ones after the prompt's."
+        )
+    return lines
+
+
+def comparison_in_words(dense: Continuation, found: Continuation) -> str:
+    """How far a text is from dense's, in a sentence."""
+    first = first_divergence(dense.tokens, found.tokens)
+    if first is None:
+        return f"Against dense: the same {len(dense.tokens)} tokens."
+    positions = max(len(dense.tokens), len(found.tokens))
+    drift = position_drift(dense.tokens, found.tokens)
+    return f"Against dense: drift {drift:.1%} of {positions} positions; first other token at position {first}, from 0."

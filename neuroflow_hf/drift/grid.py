@@ -1,0 +1,159 @@
+"""Which bypasses a drift evaluation tries: the published ones, in the model's proportions, and what surrounds them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..language.bypass_config import ALWAYS, NeuroFlowBypassConfig
+
+PUBLISHED_LAYERS = 32  # of Phi-3-mini, whose layers the published pairs count
+PUBLISHED_PAIRS = ((1, 24), (1, 31))
+PUBLISHED_THRESHOLDS = (0.6, 0.65, 0.7)
+GUARD_ENTROPY = 1.0  # nats
+# the guard takes away most of what a threshold bypasses, so its rates reach further
+RATES = {
+    "unguarded": (0.01, 0.05, 0.1, 0.2, 0.4, 0.8),
+    "guarded": (0.05, 0.1, 0.2, 0.4, 0.8, 1.0),
+    "control": (0.1, 0.2, 0.4),
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """
+    A bypass to be measured.
+
+    Args:
+        pair: the published layers that it stands for, as `"1->24"`; `"own"` for layers that a user named.
+        options: of [`NeuroFlowBypassConfig`].
+        asked_rate: the share of steps for which the threshold was chosen; None for a threshold that was given.
+    """
+
+    pair: str
+    options: dict = field(hash=False)
+    asked_rate: float | None = None
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether the language-model head is asked too."""
+        return any(self.options.get(name) is not None for name in ("guard_entropy", "guard_margin"))
+
+    @property
+    def is_inverted(self) -> bool:
+        """Whether a later layer decides about an earlier one."""
+        return max(self.options["cache_layers"]) <= self.options["gate_layer"]
+
+    @property
+    def family(self) -> str:
+        """All that is not the threshold, in words."""
+        words = [f"{self.pair} inverted" if self.is_inverted else self.pair, self.options["target"]]
+        for name, unit in (("guard_entropy", "entropy"), ("guard_margin", "margin"), ("max_consecutive", "at most")):
+            if self.options.get(name) is not None:
+                words.append(f"{unit} {self.options[name]:g}")
+        return ", ".join(words)
+
+    @property
+    def name(self) -> str:
+        """All of it, in words."""
+        return f"{self.family}, threshold {self.options['threshold']:g}"
+
+
+def scale_layer(layer: int, num_layers: int) -> int:
+    """The layer that a published one corresponds to: at the same share of the depth, never the first."""
+    return max(1, min(num_layers - 1, round(layer * num_layers / PUBLISHED_LAYERS)))
+
+
+def scaled_pairs(num_layers: int) -> dict[str, tuple[int, int]]:
+    """
+    Gate layer and cache layer for each published pair, by its name `"1->24"`; a pair that falls together with one
+    before it is left out.
+
+    Raises:
+        ValueError: for a model of fewer than 3 layers.
+    """
+    if num_layers < 3:
+        raise ValueError(
+            f"The model has {num_layers} layers; expected at least 3, for a gate after the first layer and one to "
+            "reuse. Name the layers yourself: --gate-layer 0 --cache-layers 1."
+        )
+    pairs: dict[str, tuple[int, int]] = {}
+    for gate, cache in PUBLISHED_PAIRS:
+        scaled = scale_layer(gate, num_layers), scale_layer(cache, num_layers)
+        if scaled not in pairs.values():
+            pairs[f"{gate}->{cache}"] = scaled
+    return pairs
+
+
+def threshold_for_rate(similarity: Sequence[float], rate: float) -> float:
+    """
+    The threshold that a share `rate` of the similarities reaches, to 6 places; -1 (always) for a rate of 1.
+
+    Args:
+        similarity: of dense steps.
+        rate: above 0, at most 1.
+
+    Raises:
+        ValueError: if there are no similarities.
+    """
+    if rate >= 1:
+        return ALWAYS
+    if not len(similarity):
+        raise ValueError("No step has a similarity to choose a threshold by; expected at least one of two new tokens.")
+    return round(torch.tensor(similarity, dtype=torch.float64).quantile(1 - rate).item(), 6)
+
+
+def gate_layers(num_layers: int) -> list[int]:
+    """The layers whose similarities `full_grid` has to know."""
+    pairs = scaled_pairs(num_layers).values()
+    return sorted({layer for gate, cache in pairs for layer in (gate, cache)})
+
+
+def full_grid(num_layers: int, thresholds: dict[int, dict[str, float]], quick: bool = False) -> list[Configuration]:
+    """
+    The published pairs at the published thresholds, and at thresholds that bypass given shares of the steps, for a
+    published threshold may bypass all of one checkpoint's steps and none of another's. For all three targets, with and
+    without a guard by entropy, and inverted, with the two layers' parts exchanged.
+
+    Args:
+        num_layers: of the model.
+        thresholds: by gate layer, for all of `gate_layers`, and by rate, as `"0.2"`, for all of `RATES`.
+        quick: the first pair only.
+    """
+    found: dict[str, Configuration] = {}
+
+    def add(pair, gate, cache, threshold, target="attention", rate=None, **more):
+        options = {"gate_layer": gate, "cache_layers": [cache], "threshold": threshold, "target": target, **more}
+        configuration = Configuration(pair, options, rate)
+        found.setdefault(configuration.name, configuration)
+
+    pairs = list(scaled_pairs(num_layers).items())
+    for pair, (gate, cache) in pairs[:1] if quick else pairs:
+        for threshold in PUBLISHED_THRESHOLDS:
+            add(pair, gate, cache, threshold)
+        for rate in RATES["unguarded"]:
+            add(pair, gate, cache, thresholds[gate][f"{rate:g}"], rate=rate)
+        for rate in RATES["guarded"]:
+            threshold = thresholds[gate][f"{rate:g}"]
+            add(pair, gate, cache, threshold, rate=rate, guard_entropy=GUARD_ENTROPY)
+        for target in ("mlp", "block"):
+            for rate in RATES["control"]:
+                add(pair, gate, cache, thresholds[gate][f"{rate:g}"], target, rate)
+        for rate in RATES["control"]:
+            add(pair, cache, gate, thresholds[cache][f"{rate:g}"], rate=rate)
+    return list(found.values())
+
+
+def own_configuration(num_layers: int, options: dict) -> Configuration:
+    """
+    A user's own options, completed; named after the published pair where the layers are its.
+
+    Raises:
+        ValueError: for options that do not exist or are out of range, and layers that the model does not have.
+    """
+    resolved = NeuroFlowBypassConfig.from_options(options).resolve(num_layers)
+    layers = (resolved.gate_layer, *resolved.cache_layers)
+    pairs = scaled_pairs(num_layers) if num_layers >= 3 else {}
+    named = [name for name, pair in pairs.items() if layers in (pair, pair[::-1])]
+    kept = {name: value for name, value in resolved.to_dict().items() if value is not None}
+    return Configuration(named[0] if named else "own", kept)

@@ -1,0 +1,118 @@
+"""Pictures of a drift report: what a bypass changes over how much it saves, and how much is to be had for nothing."""
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from ..video.plots import CONTROL_HELD, FAMILY_COLOURS
+from .findings import LAST, PUBLISHED_DRIFT, PUBLISHED_RATE, beyond_rounding, rate_of
+from .tables import tasks_of
+
+PUBLISHED_COLOUR = "#111827"
+
+
+def families(report: dict) -> dict[str, list[dict]]:
+    """The configurations by all but their threshold."""
+    found: dict[str, list[dict]] = {}
+    for entry in report["configurations"]:
+        found.setdefault(entry["family"], []).append(entry)
+    return found
+
+
+def style_of(entries: list[dict]) -> dict:
+    """How a family is drawn: colour by target, guard and direction; the last layer dashed."""
+    first = entries[0]
+    kinds = ["attention", "mlp", "block", "guarded", "inverted"]
+    kind = "guarded" if first["guarded"] else "inverted" if first["inverted"] else first["options"]["target"]
+    colour = CONTROL_HELD if kind == "inverted" else FAMILY_COLOURS[kinds.index(kind)]
+    dashed = {"linestyle": (0, (4, 2)), "marker": "s"} if first["pair"] == LAST else {"marker": "o"}
+    return {"color": colour, "linewidth": 1.5, "markersize": 4.5, **dashed}
+
+
+def plot_drift(report: dict) -> Figure:
+    """
+    Drift over the share of steps bypassed: a panel for each task, a line for each family of configurations, the
+    published points, and the noise floor.
+
+    Args:
+        report: of `evaluate_drift`.
+
+    Returns:
+        A figure of its own, outside pyplot, so that nothing has to be closed.
+    """
+    tasks = tasks_of(report)
+    figure = Figure(figsize=(4.2 * len(tasks) + 1, 5.4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    figure.suptitle("Token drift by share of steps bypassed", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    noise = {entry["kind"]: entry for entry in report["noise"]}
+    for place, (panel, task) in enumerate(zip(panels, tasks, strict=True)):
+        for name, entries in families(report).items():
+            points = sorted((rate_of(entry, task), entry["tasks"][task]["drift"]) for entry in entries)
+            label = name if place == 0 else None
+            panel.plot(*zip(*points, strict=True), label=label, clip_on=False, **style_of(entries))
+        for kind, line in (("batch", (0, (1, 2))), ("dtype", (0, (5, 1)))):
+            if kind in noise:
+                label = noise[kind]["name"] if place == 0 else None
+                panel.axhline(
+                    noise[kind]["tasks"][task]["drift"], color="#9ca3af", linewidth=1.2, linestyle=line, label=label
+                )
+        published = [drifts[task] for drifts in PUBLISHED_DRIFT.values() if task in drifts]
+        if published:
+            at = [PUBLISHED_RATE] * len(published)
+            label = "published (Phi-3-mini)" if place == 0 else None
+            panel.plot(at, published, "x", color=PUBLISHED_COLOUR, markersize=8, label=label, clip_on=False, zorder=4)
+        finish(panel, task)
+        panel.set_ylim(0, 1)
+        panel.set_xlim(0, 1)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(PercentFormatter(1))
+        panel.set_xlabel("steps bypassed")
+    panels[0].set_ylabel("drift (positions with another token)")
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def reachable(report: dict, task: str) -> dict[str, float]:
+    """
+    The highest share of a task's steps that each family bypasses without any prompt's text diverging beyond rounding;
+    0 where every threshold that was tried changes a text.
+    """
+    return {
+        name: max((rate_of(entry, task) for entry in entries if not beyond_rounding(report, entry, task)), default=0.0)
+        for name, entries in families(report).items()
+    }
+
+
+def plot_reachable(report: dict) -> Figure:
+    """
+    How many steps can be bypassed with no text changed, by task and family, with and without the guard: bars.
+
+    Args, Returns: as of `plot_drift`.
+    """
+    tasks, found = tasks_of(report), families(report)
+    figure = Figure(figsize=(9, 0.9 + (0.26 * len(found) + 0.5) * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), 1, sharex=True, squeeze=False)[:, 0]
+    figure.suptitle("Steps bypassed while no prompt's text changes", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    for panel, task in zip(panels, tasks, strict=True):
+        names = list(found)[::-1]
+        rates = reachable(report, task)
+        colours = [style_of(found[name])["color"] for name in names]
+        bars = panel.barh(names, [rates[name] for name in names], color=colours, height=0.7)
+        labels = [f"{rates[name]:.1%}" if rates[name] else "every threshold tried changes a text" for name in names]
+        panel.bar_label(bars, labels, padding=3, fontsize=8)
+        prompts = report["prompts"]["of_task"][task]
+        finish(panel, f"{task}: none of {prompts} prompts changes, so at most {min(1, 3 / prompts):.0%} of such do")
+        panel.grid(axis="x", color="#e5e7eb", linewidth=0.8)
+        panel.tick_params(axis="y", labelsize=8)
+        panel.margins(x=0.12)
+        panel.set_xlim(left=0)
+    panels[-1].xaxis.set_major_formatter(PercentFormatter(1))
+    panels[-1].set_xlabel("steps bypassed, the most of the thresholds tried")
+    return figure
+
+
+def finish(panel, title: str):
+    """Title, grid and spines."""
+    panel.set_title(title, loc="left", fontsize=11)
+    panel.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,325 @@
+"""
+A drift evaluation: prompts through a dense model and through bypasses, and one report of all of it.
+
+    model, tokenizer = load_language_model("path/to/phi3")
+    report = evaluate_drift(model, tokenizer, read_prompts("prompts.jsonl"), Path("drift.json"))
+    report["configurations"][0]["tasks"]["prose"]["drift"]
+
+The report is written after each configuration, whole or not at all, and continued where it was left. Started by
+`accelerate launch` or `torchrun`, the prompts are split over the processes, and the first one writes. Nothing is
+printed here.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..utils.processes import Processes
+from ..utils.provenance import checkout_commit, machine_and_versions, report_text, write_whole
+from ..video.run import fingerprint
+from .bench import DriftBench
+from .findings import PUBLISHED_RATE, drift_findings, published_configuration
+from .grid import RATES, Configuration, full_grid, gate_layers, own_configuration, threshold_for_rate
+from .intervals import quantile
+from .prompts import Prompt, order_tasks
+from .records import columns, summarise_tasks
+
+OnStep = Callable[[str, int, int], None]
+OTHER_DTYPE = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+@dataclass(frozen=True)
+class DriftSettings:
+    """
+    How a drift evaluation is done.
+
+    Args:
+        new_tokens (`int`, defaults to 64):
+            Generated after each prompt, at least 2. Drift grows with it: compare figures of one length only.
+        batch_size (`int`, defaults to 64):
+            Prompts at once. Less if memory runs out; results differ by rounding.
+        max_prompt_tokens (`int`, defaults to 192): of a longer prompt, the last so many tokens are fed.
+        samples (`int`, defaults to 2000): of the bootstrap behind the intervals.
+        seed (`int`, defaults to 0): of that bootstrap. Nothing else is random: generation is greedy.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    new_tokens: int = 64
+    batch_size: int = 64
+    max_prompt_tokens: int = 192
+    samples: int = 2000
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, least in (("new_tokens", 2), ("batch_size", 1), ("max_prompt_tokens", 1), ("samples", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a whole number of at least {least}.")
+
+
+def encode_prompts(tokenizer, prompts: Sequence[Prompt], limit: int) -> tuple[list[list[int]], int]:
+    """
+    Token ids of each prompt, of long ones the last `limit`; and how many were cut.
+
+    Raises:
+        ValueError: for a prompt of which no token is left.
+    """
+    rows = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise ValueError(f"The tokenizer makes no token of the prompt {prompt.text[:40]!r}; leave it out.")
+    return [row[-limit:] for row in rows], sum(len(row) > limit for row in rows)
+
+
+def prompt_limit(config, settings: DriftSettings) -> int:
+    """
+    The most tokens of a prompt that leave room for the new ones.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    room = config.max_position_embeddings
+    if config.rope_parameters["rope_type"] == "longrope":
+        room = min(room, config.original_max_position_embeddings)  # past it, all keys would have to be made anew
+    if settings.new_tokens >= room:
+        raise ValueError(f"`new_tokens` is {settings.new_tokens}; the model has room for {room}, the prompt included.")
+    return min(settings.max_prompt_tokens, room - settings.new_tokens)
+
+
+def end_tokens(model) -> frozenset[int]:
+    """The tokens that end a text, by the model's generation settings."""
+    ends = model.generation_config.eos_token_id
+    return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+
+
+class DriftJob:
+    """
+    One evaluation under way; arguments as those of `evaluate_drift`.
+
+    Attributes:
+        report: what there is so far; on all processes.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        prompts: Sequence[Prompt],
+        path: Path,
+        settings: DriftSettings,
+        own: dict | None,
+        quick: bool,
+        fresh: bool,
+        on_step: OnStep | None,
+        names: dict,
+    ):
+        self.model, self.path, self.settings, self.own, self.quick = model, path, settings, own, quick
+        self.processes, self.on_step = Processes(), on_step
+        limit = prompt_limit(model.config, settings)
+        rows, cut = encode_prompts(tokenizer, prompts, limit)
+        self.places = self.processes.share(len(rows))
+        if len(rows) < self.processes.count:
+            raise ValueError(f"There are {len(rows)} prompts for {self.processes.count} processes; start fewer.")
+        tasks = [prompt.task for prompt in prompts]
+        self.rows, self.tasks = ([part[place] for place in self.places] for part in (rows, tasks))
+        self.layers = model.config.num_hidden_layers
+        if own is not None:
+            own_configuration(self.layers, own)  # what is wrong is said before anything is run
+        else:
+            gate_layers(self.layers)
+        self._bench: DriftBench | None = None
+        same = {  # what must be equal for two runs to be one
+            "settings": asdict(settings),
+            "model": {
+                "name": names.get("model") or model.config.name_or_path,
+                "weights": fingerprint(model),
+                "layers": self.layers,
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "dtype": str(model.dtype).removeprefix("torch."),
+            },
+            "prompts": {
+                "name": names.get("prompts"),
+                "digest": hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest(),
+                "of_task": {task: tasks.count(task) for task in order_tasks(tasks)},
+                "tokens": sum(map(len, rows)),
+                "cut": cut,
+            },
+            "processes": self.processes.count,
+            **machine_and_versions(str(model.device)),
+        }
+        self.report = self.processes.broadcast(self.begin(same, fresh) if self.processes.is_main else None)
+        self.report["command"] = names.get("command")
+
+    def begin(self, same: dict, fresh: bool) -> dict:
+        """The report to continue: what is in the file, if that is of the same settings; else an empty one."""
+        if not fresh and self.path.exists():
+            try:
+                before = json.loads(self.path.read_text(encoding="utf-8"))
+            except ValueError:
+                before = {}
+            if isinstance(before, dict) and all(before.get(name) == value for name, value in same.items()):
+                return before
+        return {**same, "commits": [], "gates": {}, "noise": [], "configurations": [], "timing": None, "findings": []}
+
+    @property
+    def bench(self) -> DriftBench:
+        """The prompts of this process, answered by the dense model at the first use."""
+        if self._bench is None:
+            self.say("dense", 0, 1)
+            how = (self.settings.new_tokens, self.settings.batch_size, end_tokens(self.model))
+            self._bench = DriftBench(self.model, self.rows, self.tasks, *how)
+        return self._bench
+
+    def say(self, what: str, done: int, total: int):
+        """Tell the caller how far it is."""
+        if self.on_step is not None and self.processes.is_main:
+            self.on_step(what, done, total)
+
+    def save(self):
+        """Write the report, and under which commit it was."""
+        commit = checkout_commit()
+        if commit is not None and commit not in self.report["commits"]:
+            self.report["commits"].append(commit)
+        if self.processes.is_main:
+            write_whole(self.path, report_text(self.report))
+
+    def entry(self, bypass: dict | bool, **how) -> dict:
+        """The figures of one configuration, of all processes' prompts."""
+        records = self.bench.measure(bypass, **how)
+        gathered = self.processes.gather(list(zip(self.places, records, strict=True)))
+        records = [record for _, record in sorted(gathered, key=lambda pair: pair[0])]
+        bootstrap = {"samples": self.settings.samples, "seed": self.settings.seed}
+        return {"tasks": summarise_tasks(records, **bootstrap), "prompts": columns(records)}
+
+    def learn_gates(self):
+        """How similar the gates' outputs are on dense's texts, and the thresholds that follow."""
+        rates = sorted({rate for found in RATES.values() for rate in found})
+        for layer in gate_layers(self.layers):
+            known = self.report["gates"].get(str(layer), {}).get("thresholds", {})
+            if all(f"{rate:g}" in known for rate in rates):
+                continue
+            self.say(f"similarity at layer {layer}", 0, 1)
+            values = self.processes.gather(self.bench.similarity(layer))
+            self.report["gates"][str(layer)] = {
+                **{f"p{p}": quantile(values, p / 100) for p in (1, 10, 50, 90, 99)},
+                "steps": len(values),
+                # those known are kept, for configurations that were measured are named after them
+                "thresholds": {f"{rate:g}": threshold_for_rate(values, rate) for rate in rates} | known,
+            }
+            self.save()
+
+    def configurations(self) -> list[Configuration]:
+        """What is to be measured."""
+        if self.own is not None:
+            return [own_configuration(self.layers, self.own)]
+        self.learn_gates()
+        thresholds = {int(layer): found["thresholds"] for layer, found in self.report["gates"].items()}
+        return full_grid(self.layers, thresholds, self.quick)
+
+    def measure_noise(self):
+        """Dense against dense, in another batch shape and in another dtype."""
+        other = OTHER_DTYPE[self.model.dtype]
+        size = max(1, min(self.settings.batch_size, len(self.rows)) // 3)
+        names = {"batch": "dense, another batch shape", "dtype": f"dense, {str(other).removeprefix('torch.')}"}
+        done = {entry["kind"] for entry in self.report["noise"]}
+        for kind, name in names.items():
+            if kind in done:
+                continue
+            self.say(name, 0, 1)
+            how = {"batch_size": size, "padding": 3}
+            if kind == "dtype":
+                how = {"model": copy.deepcopy(self.model).to(other)}
+            self.report["noise"].append({"name": name, "kind": kind, **self.entry(False, **how)})
+            self.save()
+
+    def measure(self, configurations: Sequence[Configuration]):
+        """Whatever is missing of these."""
+        done = {entry["name"] for entry in self.report["configurations"]}
+        for place, configuration in enumerate(configurations):
+            if configuration.name in done:
+                continue
+            self.say(configuration.name, place, len(configurations))
+            entry = {
+                "name": configuration.name,
+                "family": configuration.family,
+                "pair": configuration.pair,
+                "guarded": configuration.is_guarded,
+                "inverted": configuration.is_inverted,
+                "asked_rate": configuration.asked_rate,
+                "options": configuration.options,
+                **self.entry(configuration.options),
+            }
+            self.report["configurations"].append(entry)
+            self.save()
+        order = {configuration.name: place for place, configuration in enumerate(configurations)}
+        self.report["configurations"].sort(key=lambda entry: order.get(entry["name"], len(order)))
+
+    def measure_time(self):
+        """What a step takes, dense and bypassed, at the configuration that stands for the published one."""
+        chosen = published_configuration(self.report)
+        if chosen is not None and self.report["timing"] is None:
+            self.say("time of a step", 0, 1)
+            pairs = self.bench.time_steps(chosen["options"])
+            self.report["timing"] = {"configuration": chosen["name"], "milliseconds": pairs}
+
+    def run(self) -> dict:
+        """All of it."""
+        self.measure_noise()
+        self.measure(self.configurations())
+        if self.own is None:
+            self.measure_time()
+        self.report["findings"] = drift_findings(self.report, self.settings.samples, self.settings.seed)
+        self.save()
+        self.say("done", 1, 1)
+        return self.report
+
+
+def evaluate_drift(
+    model,
+    tokenizer,
+    prompts: Sequence[Prompt],
+    path: Path,
+    settings: DriftSettings | None = None,
+    own: dict | None = None,
+    quick: bool = False,
+    fresh: bool = False,
+    on_step: OnStep | None = None,
+    names: dict | None = None,
+) -> dict:
+    """
+    Measure what bypasses do to the text that a model writes.
+
+    Args:
+        model: a [`NeuroFlowPhi3ForCausalLM`] in evaluation mode.
+        tokenizer: its tokenizer.
+        prompts: texts to continue; 50 or more of each task, for no divergence in n only bounds its share by 3/n.
+        path: the JSON file to write, and to continue where it holds the same model, prompts, settings and machine.
+        settings: [`DriftSettings`]; None for the defaults.
+        own: options of [`NeuroFlowBypassConfig`], to measure this one bypass; None for the grid of `full_grid`.
+        quick: the first of the published pairs only.
+        fresh: begin anew whatever is in the file.
+        on_step: called with what is being done, and the number of it among how many.
+        names: what the report calls the `model` and the `prompts`, and the `command`.
+
+    Returns:
+        The report, on all processes.
+
+    Raises:
+        ValueError: for settings and options out of range, layers that the model does not have, no room for the new
+            tokens, and prompts without tokens.
+        OSError: if the file cannot be written.
+    """
+    if not prompts:
+        raise ValueError("There are no prompts; expected at least one.")
+    return DriftJob(
+        model, tokenizer, prompts, Path(path), settings or DriftSettings(), own, quick, fresh, on_step, names or {}
+    ).run()
+
+
+__all__ = ["PUBLISHED_RATE", "DriftJob", "DriftSettings", "encode_prompts", "evaluate_drift"]

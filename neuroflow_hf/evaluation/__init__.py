@@ -1,0 +1,1 @@
+"""Streams and baselines behind one interface, compared at equal cost."""

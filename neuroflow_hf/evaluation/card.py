@@ -1,0 +1,204 @@
+"""
+Model cards with figures in their head (`model-index`), through huggingface_hub's card classes. What a card says
+already stays: its text as it is, its metadata and other figures by value.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..utils.provenance import fill_block
+
+CARD = "README.md"
+BLOCK = "neuroflow-eval"
+MARKS = (f"<!-- {BLOCK}:begin -->", f"<!-- {BLOCK}:end -->")
+NEW_CARD = """
+# {name}
+
+A SigLIP checkpoint, measured on video by `neuroflow eval`.
+
+## Video
+"""
+
+
+# --- any card ------------------------------------------------------------------------------------------------------
+
+
+def card_with_results(text: str, model_name: str, results: Sequence[EvalResult]) -> str:
+    """
+    A card's Markdown with these figures in its head. A figure that it has already, of the same task, data and metric,
+    takes the new value; others stay.
+
+    Args:
+        text: the card's Markdown, with or without a head.
+        model_name: for the head, if it names none.
+        results: the figures.
+
+    Raises:
+        ValueError: if the head is no YAML mapping, or holds a `model-index` that the Hub would not take.
+    """
+    card = read_card(text)
+    kept = [one for one in card.data.eval_results or [] if not any(same_question(one, new) for new in results)]
+    card.data.model_name = card.data.model_name or model_name
+    card.data.eval_results = [*kept, *(with_plain_value(one) for one in results)]
+    return str(card)
+
+
+def with_plain_value(result: EvalResult) -> EvalResult:
+    """The same figure as Python's own number: NumPy's would stand in the YAML as objects, which nobody reads."""
+    value = result.metric_value
+    return replace(result, metric_value=float(value) if isinstance(value, float) else value)
+
+
+def read_card(text: str) -> ModelCard:
+    """A card out of its Markdown; ValueError if its head cannot be kept."""
+    try:
+        with no_warnings():
+            return ModelCard(text)
+    except Exception as error:  # YAML's own errors are no ValueErrors
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"The head of the model card (the YAML between its first `---`) cannot be read: {reason} Mend it, or give "
+            "--no-card."
+        ) from error
+
+
+def same_question(one: EvalResult, other: EvalResult) -> bool:
+    """Whether two figures answer the same: equal but for the value, and for where and whether it was verified."""
+    names = ("task_type", "dataset_type", "dataset_name", "dataset_config", "dataset_split", "dataset_revision")
+    names += ("metric_type", "metric_name", "metric_config")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Without huggingface_hub's warning that a card has no head, which is no fault here."""
+    logger = logging.getLogger("huggingface_hub.repocard")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+# --- the card of an evaluation -------------------------------------------------------------------------------------
+
+
+def existing_card(source: str | Path) -> str | None:
+    """
+    The card of a checkpoint, folder or name on the Hub; None if there is none, or the Hub cannot be asked.
+
+    Raises:
+        ValueError: if it is no UTF-8 text, if its head cannot be read, or if one of the marks around an evaluation's
+            figures is missing or there twice.
+    """
+    file = Path(source) / CARD
+    if not Path(source).is_dir():
+        try:
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(str(source), CARD))
+        except Exception:  # no card, no network, no such repository: all the same here
+            return None
+    if not file.is_file():
+        return None
+    try:
+        # line ends as they are: a card is given back as it was
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 ({error.reason} at byte {error.start}); mend it, or give --no-card."
+        ) from error
+    read_card(text)
+    begin, end = MARKS
+    if (text.count(begin), text.count(end)) not in ((0, 0), (1, 1)) or text.find(begin) > text.find(end):
+        raise ValueError(
+            f"{file} does not have `{begin}` and `{end}` once each, in this order, between which the figures go; mend "
+            "it, take both out, or give --no-card."
+        )
+    return text
+
+
+def new_card(name: str, reads_text: bool) -> str:
+    """The Markdown of a card for a checkpoint that has none; it says nothing of licence, training or use."""
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification" if reads_text else "image-feature-extraction",
+        tags=["siglip", "video", "neuroflow"],
+    )
+    return f"---\n{data.to_yaml()}\n---\n{NEW_CARD.format(name=name)}"
+
+
+def evaluation_card(report: dict, tables: str, existing: str | None) -> str:
+    """
+    The checkpoint's card with an evaluation's figures: in the head, and as tables between two marks, which are put at
+    the end where they are not there yet.
+
+    Args:
+        report: of `evaluate_checkpoint`.
+        tables: Markdown.
+        existing: the card that there is; None for a new one.
+    """
+    name = report["model"]["name"]
+    text = new_card(name, report["model"]["reads_text"]) if existing is None else existing
+    text = card_with_results(text, name, evaluation_results(report))
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    begin, end = MARKS
+    if begin not in text and end not in text:
+        text = f"{text.rstrip()}{line_end}{line_end}{begin}{line_end}{end}{line_end}"
+    return fill_block(text, BLOCK, tables.replace("\n", line_end)) if line_end == "\n" else filled_crlf(text, tables)
+
+
+def filled_crlf(text: str, tables: str) -> str:
+    """`fill_block` in a text whose lines end as on Windows."""
+    return fill_block(text.replace("\r\n", "\n"), BLOCK, tables).replace("\n", "\r\n")
+
+
+def evaluation_results(report: dict) -> list[EvalResult]:
+    """An evaluation's figures as a model card's head holds them: of dense and of every method, no control."""
+    labelled, data = bool(report["labels"]["names"]), report["videos"]["name"]
+    task = "zero-shot-image-classification" if labelled else "image-feature-extraction"
+    results = []
+
+    def add(method: str, metric_type: str, metric_name: str, value: float | None):
+        if value is not None:
+            results.append(
+                EvalResult(
+                    task_type=task,
+                    task_name="zero-shot labels of videos" if labelled else "embeddings of videos",
+                    dataset_type=dataset_type(data),
+                    dataset_name=data,
+                    metric_type=metric_type,
+                    metric_name=f"{metric_name}, {method}",
+                    metric_value=round(value, 6),
+                    verified=False,
+                )
+            )
+
+    for entry in report["methods"]:
+        if entry["control"]:
+            continue
+        figures, name = entry["figures"], entry["name"]
+        accuracy = figures.get("accuracy", {})
+        for k in (1, 5):
+            add(name, "accuracy", f"top-{k} accuracy", accuracy.get(f"top{k}"))
+        if name == "dense":
+            continue
+        add(name, "cost", "multiply-adds, dense = 1", figures["cost"])
+        add(name, "cosine", "cosine to dense, mean", figures["cosine"]["mean"])
+        add(name, "cosine", "cosine to dense, 5th percentile", figures["cosine"]["p5"])
+        add(name, "agreement", "best label as dense's", figures.get("agreement"))
+    return results
+
+
+def dataset_type(name: str) -> str:
+    """A name as the Hub's identifiers are written: `"My clips"` to `"my-clips"`."""
+    return (
+        "-".join("".join(sign if sign.isalnum() or sign in "._-" else " " for sign in name.lower()).split())
+        or "videos"
+    )

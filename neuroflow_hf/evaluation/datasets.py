@@ -1,0 +1,171 @@
+"""
+The videos that a checkpoint is measured on: a file, or a folder of them, whose subfolders may name what they show.
+
+    videos = find_videos("UCF-101")
+    videos.name, videos.classes[:2], videos.videos[0].truth
+    # "UCF-101", ("apply eye makeup", "apply lipstick"), "apply eye makeup"
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..video.reader import bundled_clip, labelled_clip
+
+ENDINGS = frozenset(
+    f".{ending}"
+    for ending in (
+        *("3gp", "asf", "avi", "flv", "gif", "h264", "h265", "m2ts", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "mts"),
+        *("ogv", "ts", "vob", "webm", "wmv"),
+    )
+)
+SHIPPED = "shipped clips"
+SHIPPED_LABELS = ("a dog", "a bicycle", "a cat", "nothing")
+LETTER = r"[^\W\d_]"
+# between dog|House, TV|Show, show|2 and 2|nd
+WORD_ENDS = re.compile(rf"(?<=[^\W\d_A-Z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<={LETTER})(?=\d)|(?<=\d)(?={LETTER})")
+
+
+@dataclass(frozen=True)
+class EvalVideo:
+    """
+    One video to measure on.
+
+    Args:
+        path: the file.
+        name: its place in the folder that was named, with `/` in it.
+        truth: what it shows, by its subfolder's name; None where that is not known.
+        labelled: whether labels are asked about it.
+    """
+
+    path: Path
+    name: str
+    truth: str | None = None
+    labelled: bool = True
+
+
+@dataclass(frozen=True)
+class VideoSet:
+    """
+    Videos in the order of their names.
+
+    Args:
+        name: of the file or the folder.
+        videos: at least one.
+        classes: what the videos' subfolders say that they show, each once, in order; empty where they say nothing.
+    """
+
+    name: str
+    videos: tuple[EvalVideo, ...]
+    classes: tuple[str, ...] = ()
+
+
+def class_words(folder: str) -> str:
+    """A folder's name as a label: `"ApplyEyeMakeup"` and `"apply_eye_makeup"` to `"apply eye makeup"`."""
+    words = WORD_ENDS.sub(" ", re.sub(r"[\W_]+", " ", folder)).split()
+    return " ".join(words).lower() if words else folder
+
+
+def find_videos(path: str | Path | None, truth: bool = True) -> VideoSet:
+    """
+    The videos in a place.
+
+    Args:
+        path: a video file; a folder of them; a folder of subfolders, each with the videos of one class. None takes the
+            two clips that ship with the package.
+        truth: whether subfolders' names say what their videos show; else they are folders like any other, however
+            deep.
+
+    Raises:
+        FileNotFoundError: if there is nothing there.
+        ValueError: if there is no video in the folder, if some lie in subfolders and some beside or below these, and
+            if two subfolders' names are the same label.
+    """
+    if path is None:
+        clips = (
+            EvalVideo(labelled_clip(), labelled_clip().name),
+            EvalVideo(bundled_clip(), bundled_clip().name, labelled=False),
+        )
+        return VideoSet(SHIPPED, clips)
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}; expected a video file or a folder of videos.")
+    if not path.is_dir():
+        return VideoSet(path.name, (EvalVideo(path, path.name),))
+    name = path.resolve().name
+    files = [(file, file.relative_to(path)) for file in video_files(path)]
+    if not files:
+        kinds = ", ".join(sorted(ENDINGS))
+        raise ValueError(f"There is no video in {path}; expected files that end in {kinds}, or subfolders of them.")
+    depths = sorted({len(place.parts) for _, place in files})
+    if not truth or depths == [1]:
+        return VideoSet(name, tuple(EvalVideo(file, place.as_posix()) for file, place in files))
+    if depths != [2]:
+        raise ValueError(
+            f"The videos in {path} lie {' and '.join(str(depth - 1) for depth in depths)} folders deep; expected all "
+            "in the folder itself, or all in subfolders named after what they show. Name another folder, or give "
+            "--no-truth to take them all without such names."
+        )
+    folders = sorted({place.parts[0] for _, place in files})
+    words = {folder: class_words(folder) for folder in folders}
+    require_one_folder_each(words)
+    videos = tuple(EvalVideo(file, place.as_posix(), words[place.parts[0]]) for file, place in files)
+    return VideoSet(name, videos, tuple(words.values()))
+
+
+def video_files(folder: Path) -> list[Path]:
+    """The files in and below a folder that end as videos do, without hidden ones, in the order of their names."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in ENDINGS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def require_one_folder_each(words: dict[str, str]):
+    """Raise a ValueError if two folders, the keys, are the same label, the value."""
+    seen: dict[str, str] = {}
+    for folder, label in words.items():
+        other = seen.setdefault(label, folder)
+        if other != folder:
+            raise ValueError(f"The subfolders {other!r} and {folder!r} are both {label!r}; rename or join them.")
+
+
+def chosen_labels(videos: VideoSet, named: Sequence[str] | None) -> tuple[str, ...]:
+    """
+    The labels to choose among: those named, else the videos' classes, else those of the shipped clips; empty where
+    there are none.
+
+    Raises:
+        ValueError: if a class is not among those named, or if there is one label and no other to take it for.
+    """
+    labels = tuple(named) if named is not None else videos.classes
+    if named is None and videos.name == SHIPPED:
+        labels = SHIPPED_LABELS
+    missing = [name for name in videos.classes if name not in labels]
+    if missing:
+        raise ValueError(
+            f"--labels lacks {', '.join(map(repr, missing[:5]))}{' and others' * (len(missing) > 5)}, which "
+            f"subfolders of {videos.name} are named after. Add what is missing, leave --labels out, or give "
+            "--no-truth if the subfolders' names do not say what the videos show."
+        )
+    if videos.classes and len(labels) < 2:
+        raise ValueError(
+            f"All videos show {labels[0]!r}, and there is nothing else to take them for; add other --labels, or give "
+            "--no-truth."
+        )
+    if len(labels) == 1 and labels[0]:
+        raise ValueError(
+            f"There is one label, {labels[0]!r}, which is the best one on every frame; name what else there may be."
+        )
+    return labels
+
+
+def file_digest(path: Path) -> str:
+    """16 hex digits that change with a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()

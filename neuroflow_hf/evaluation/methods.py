@@ -1,0 +1,553 @@
+"""
+Ways to get an embedding for every frame of B videos, behind one interface: streams, and the controls beside them.
+
+    (method,) = make_methods(model, [MethodSpec("every 8", "every k", "every", {"k": 8}, control=True)])
+    method.start(2)
+    for pixel_values in frames:  # [2, 3, H, W] each
+        step = method.step(pixel_values)
+
+Cost is that of `neuroflow_cost`, of a dense frame at the resolution of the frames that are given.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from neuroflow_hf.evaluation import token_merging
+from neuroflow_hf.vision import cost as cost
+
+from ..vision.attention import can_fold_probe
+from ..vision.gate import savings_after
+from ..vision.gate_config import NeuroFlowGateConfig
+from ..vision.patches import project_patches
+from ..vision.selection import surprise
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """
+    What a method gave for one frame of B videos.
+
+    Attributes:
+        embeddings: float32 [B, D], the pooled output.
+        cost: float32 [B], multiply-adds spent on the frame over those of a dense one.
+        skip_rate: float32 [B], share of the patches that were not encoded; None where that means nothing.
+        active: bool [B, N], the patches that were encoded; None where that means nothing.
+    """
+
+    embeddings: Tensor
+    cost: Tensor
+    skip_rate: Tensor | None = None
+    active: Tensor | None = None
+
+
+class Method(Protocol):
+    """
+    A way to get an embedding for every frame.
+
+    Attributes:
+        name: what it is called.
+        follows: whether a frame's embedding depends on the frames before, so that it has to see them all.
+    """
+
+    name: str
+    follows: bool
+
+    def start(self, count: int) -> None:
+        """Begin anew with so many videos, B."""
+        ...
+
+    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
+        """
+        The next frame of each video.
+
+        Args:
+            pixel_values: [B, 3, H, W], as the checkpoint's preprocessing makes them, in the model's type.
+            wanted: bool [B], whose embedding is asked for. A method that does not follow may leave out the others,
+                whose rows are NaN then; those that follow ignore it. None for all.
+        """
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are remembered of the videos."""
+        ...
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """
+    A method by its description, which JSON can hold.
+
+    Attributes:
+        name: unique among the methods that are compared.
+        family: the curve over cost that it is a point of.
+        kind: `dense`, `stream`, `every`, `surprise`, `pixels`, `first`, `smaller` or `merged`.
+        options: of `stream`, the gate's; of `every`, `k`; of `surprise` and `pixels`, `level`, of `surprise` also
+            `budget`, None for none; of `smaller`, `resolution`; of `merged`, `r` and `schedule`, `constant` or
+            `decreasing`.
+        control: whether it is one of the trivial or earlier ways that a method has to beat.
+    """
+
+    name: str
+    family: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    control: bool = False
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return asdict(self)
+
+    @property
+    def shares_dense(self) -> bool:
+        """Whether it returns dense frames, which one pass over the videos need compute only once for all of these."""
+        return self.kind in ("dense", "every", "surprise", "pixels", "first")
+
+
+def tower_of(model: nn.Module) -> nn.Module:
+    """The vision tower of a model with or without a text tower; its pooled output is the embedding."""
+    return getattr(model, "vision_model", model)
+
+
+def grid_of(tower: nn.Module, pixel_values: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches of frames [B, 3, H, W]."""
+    height, width = pixel_values.shape[-2:]
+    return height // tower.config.patch_size, width // tower.config.patch_size
+
+
+def is_native(tower: nn.Module, pixel_values: Tensor) -> bool:
+    """Whether the checkpoint has positions for frames of this size, which need no interpolation then."""
+    native = tower.config.image_size // tower.config.patch_size
+    return grid_of(tower, pixel_values) == (native, native)
+
+
+def sizes_of(tower: nn.Module) -> dict[str, int]:
+    """The model's sizes, as the cost functions name them."""
+    config = tower.config
+    return {
+        "dim": config.hidden_size,
+        "inner": config.intermediate_size,
+        "patch_features": config.num_channels * config.patch_size**2,
+        "num_heads": config.num_attention_heads,
+    }
+
+
+def dense_cost(tower: nn.Module, num_patches: int) -> int:
+    """Multiply-adds of a dense frame of so many patches."""
+    return cost.dense_frame(num_patches, len(tower.encoder.layers), **sizes_of(tower), pooled=True)
+
+
+def looking_cost(tower: nn.Module, num_patches: int) -> int:
+    """Multiply-adds of projecting a frame's patches and comparing them with one reference."""
+    sizes = sizes_of(tower)
+    projection = cost.patch_projection(num_patches, sizes["dim"], sizes["patch_features"])
+    return projection + cost.gate(num_patches, sizes["dim"], 1)
+
+
+class DenseFrames:
+    """
+    Dense embeddings of frames, each computed when it is first asked for. Several methods that are given the same
+    `pixel_values` object share them.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.tower = tower_of(model)
+        self._frame: Tensor | None = None
+        self._rows: dict[int, Tensor] = {}
+
+    def of(self, pixel_values: Tensor, rows: Sequence[int]) -> Tensor:
+        """Embeddings float32 [len(rows), D] of some of the frames [B, 3, H, W]."""
+        if pixel_values is not self._frame:
+            self._frame, self._rows = pixel_values, {}
+        missing = [row for row in rows if row not in self._rows]
+        if missing:
+            part = pixel_values if len(missing) == len(pixel_values) else pixel_values[missing]
+            output = self.tower(part, interpolate_pos_encoding=not is_native(self.tower, part))
+            self._rows.update(zip(missing, output.pooler_output.float(), strict=True))
+        if not rows:
+            return torch.empty(0, self.tower.config.hidden_size, device=pixel_values.device)
+        return torch.stack([self._rows[row] for row in rows])
+
+
+def wanted_rows(wanted: Tensor | None, count: int) -> list[int]:
+    """The places that are true in bool [B]; all B of None."""
+    return list(range(count)) if wanted is None else wanted.nonzero()[:, 0].tolist()
+
+
+def placed(embeddings: Tensor, rows: Sequence[int], count: int) -> Tensor:
+    """Rows [len(rows), D] at their places in [count, D], NaN elsewhere."""
+    everything = embeddings.new_full((count, embeddings.shape[-1]), math.nan)
+    everything[list(rows)] = embeddings
+    return everything
+
+
+class Dense:
+    """Every frame in full: what all methods are compared with."""
+
+    follows = False
+    nbytes = 0
+
+    def __init__(self, model: nn.Module, name: str = "dense", frames: DenseFrames | None = None):
+        self.name, self.frames = name, frames or DenseFrames(model)
+
+    def start(self, count: int):
+        """Nothing is remembered."""
+
+    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
+        """As in [`Method`]."""
+        count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
+        patches = math.prod(grid_of(self.frames.tower, pixel_values))
+        return Step(
+            placed(self.frames.of(pixel_values, rows), rows, count),
+            torch.ones(count),
+            torch.zeros(count),
+            torch.ones(count, patches, dtype=torch.bool),
+        )
+
+
+class Streamed:
+    """A NeuroFlow stream; `options` are the gate's, laid over the defaults of the package, not of the checkpoint."""
+
+    follows = True
+
+    def __init__(self, model: nn.Module, options: dict, name: str = "stream"):
+        self.name, self.tower = name, tower_of(model)
+        self.gate = NeuroFlowGateConfig.from_options({}, **options)
+        self.stream = None
+
+    def start(self, count: int):
+        """As in [`Method`]."""
+        self.stream = self.tower.new_stream(batch_size=count, **self.gate.to_dict())
+
+    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
+        """As in [`Method`]."""
+        interpolate = not is_native(self.tower, pixel_values)
+        output = self.tower(pixel_values, stream=self.stream, interpolate_pos_encoding=interpolate)
+        return Step(
+            output.pooler_output.float(),
+            output.cost.float(),
+            output.skip_rate.float(),
+            output.active_mask.flatten(1),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """As in [`Method`]."""
+        return self.stream.nbytes if self.stream is not None else 0
+
+
+class Held:
+    """
+    Dense embeddings of some frames, the keyframes, held in between. The first frame of each video is one; which others
+    are is up to the trigger and, where there is one, to the gate's `cost_budget`.
+    """
+
+    follows = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trigger: "Trigger",
+        name: str = "held",
+        frames: DenseFrames | None = None,
+        budget: float | None = None,
+    ):
+        self.name, self.trigger, self.frames = name, trigger, frames or DenseFrames(model)
+        self.gate = NeuroFlowGateConfig(mode="hold", cost_budget=budget)
+        self.count, self.number = 0, 0
+        self.savings: list[float] = []
+        self.held: Tensor | None = None
+
+    def start(self, count: int):
+        """As in [`Method`]."""
+        self.count, self.number, self.held = count, 0, None
+        self.savings = [self.gate.cost_reserve] * count
+        self.trigger.start(count)
+
+    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
+        """As in [`Method`]."""
+        tower, count = self.frames.tower, self.count
+        patches = math.prod(grid_of(tower, pixel_values))
+        keyframes = self.trigger.fires(tower, pixel_values, self.number)
+        if self.gate.cost_budget is not None:
+            keyframes = keyframes & (torch.tensor(self.savings) > 0)
+        if self.number == 0:
+            keyframes = torch.ones_like(keyframes)
+        rows = wanted_rows(keyframes, count)
+        fresh = self.frames.of(pixel_values, rows)
+        if self.held is None:
+            self.held = fresh.clone()
+        else:
+            self.held[rows] = fresh
+        self.trigger.taken(rows)
+        whole = dense_cost(tower, patches)
+        spent = self.trigger.costs(tower, pixel_values, whole)
+        costs = torch.where(keyframes.cpu(), *(torch.tensor(part / whole) for part in spent))
+        self.savings = [
+            savings_after(self.gate, savings, self.number, cost)
+            for savings, cost in zip(self.savings, costs.tolist(), strict=True)
+        ]
+        self.number += 1
+        mask = keyframes[:, None].expand(-1, patches)
+        return Step(self.held.clone(), costs, 1 - keyframes.float(), mask)
+
+    @property
+    def nbytes(self) -> int:
+        """As in [`Method`]."""
+        return (self.held.nbytes if self.held is not None else 0) + self.trigger.nbytes
+
+
+class Trigger(Protocol):
+    """What decides which frames are keyframes."""
+
+    def start(self, count: int) -> None:
+        """Begin anew with so many videos."""
+        ...
+
+    def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
+        """Whether frames [B, 3, H, W], of this number from 0, are keyframes: bool [B]."""
+        ...
+
+    def taken(self, rows: Sequence[int]) -> None:
+        """These videos' frames became keyframes."""
+        ...
+
+    def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
+        """Multiply-adds of a keyframe and of another frame, where a dense one has so many."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are remembered."""
+        ...
+
+
+class EveryFrames:
+    """
+    A keyframe every k frames; None for never again after the first. Videos take turns: their keyframes do not all fall
+    on the same frames, so that no pattern of the frames that are looked at favours them.
+    """
+
+    nbytes = 0
+
+    def __init__(self, k: int | None):
+        if k is not None and k < 1:
+            raise ValueError(f"`k` is {k}; expected a number of frames of at least 1, or None for never.")
+        self.k, self.phases = k, torch.zeros(0)
+
+    def start(self, count: int):
+        """As in [`Trigger`]."""
+        self.phases = torch.tensor([int((video * GOLDEN % 1) * (self.k or 1)) for video in range(count)])
+
+    def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
+        """As in [`Trigger`]."""
+        if self.k is None:
+            return torch.zeros(len(self.phases), dtype=torch.bool)
+        return (self.phases + number) % self.k == 0
+
+    def taken(self, rows: Sequence[int]):
+        """Nothing is remembered."""
+
+    def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
+        """As in [`Trigger`]."""
+        return whole, 0.0
+
+
+class Difference(ABC):
+    """
+    A keyframe when the frame differs from the last one by more than `level`. What of it is compared, and how, is in
+    `PatchSurprise` and `PixelDifference`.
+    """
+
+    def __init__(self, level: float):
+        if not level >= 0:
+            raise ValueError(f"`level` is {level}; expected a number of at least 0.")
+        self.level = level
+        self.reference: Tensor | None = None
+        self.now: Tensor | None = None
+
+    def start(self, count: int):
+        """As in [`Trigger`]."""
+        self.reference = None
+
+    def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
+        """As in [`Trigger`]."""
+        self.now = self.seen(tower, pixel_values)
+        if self.reference is None:
+            self.reference = self.now.clone()
+            return torch.ones(len(pixel_values), dtype=torch.bool)
+        return (self.distance(self.now, self.reference) > self.level).cpu()
+
+    def taken(self, rows: Sequence[int]):
+        """As in [`Trigger`]."""
+        self.reference[rows] = self.now[rows]
+        self.now = None
+
+    @property
+    def nbytes(self) -> int:
+        """As in [`Trigger`]."""
+        return self.reference.nbytes if self.reference is not None else 0
+
+    @abstractmethod
+    def seen(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+        """What is compared of frames [B, 3, H, W]: [B, ...]."""
+
+    @abstractmethod
+    def distance(self, now: Tensor, reference: Tensor) -> Tensor:
+        """How much what is seen differs from the reference, [B, ...] both: [B]."""
+
+
+class PatchSurprise(Difference):
+    """By the mean surprise of the patches: mode `hold` with `keyframe_surprise`."""
+
+    def seen(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+        """Patch projections [B, N, D]."""
+        return project_patches(tower, pixel_values, as_product=True)
+
+    def distance(self, now: Tensor, reference: Tensor) -> Tensor:
+        """Mean surprise."""
+        return surprise(now, reference).mean(-1)
+
+    def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
+        """As in [`Trigger`]; the dense frame has its own projection, and a head that a stream folds."""
+        patches, sizes = math.prod(grid_of(tower, pixel_values)), sizes_of(tower)
+        looking = looking_cost(tower, patches)
+        projection = cost.patch_projection(patches, sizes["dim"], sizes["patch_features"])
+        of_head = {"tokens": patches, **{name: sizes[name] for name in ("dim", "inner", "num_heads")}}
+        saved = 0
+        if can_fold_probe(tower.head):
+            saved = cost.pooling_head(**of_head, folded=False) - cost.pooling_head(**of_head, folded=True)
+        return whole - projection + looking - saved, looking
+
+
+class PixelDifference(Difference):
+    """By the mean absolute difference of the pixel values, as the preprocessing makes them."""
+
+    def seen(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+        """The pixels themselves."""
+        return pixel_values
+
+    def distance(self, now: Tensor, reference: Tensor) -> Tensor:
+        """Mean absolute difference."""
+        return (now.float() - reference.float()).abs().flatten(1).mean(-1)
+
+    def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
+        """As in [`Trigger`]; a subtraction for each pixel and channel."""
+        looking = pixel_values[0].numel()
+        return whole + looking, looking
+
+
+class Smaller:
+    """
+    Every frame dense at fewer pixels, positions interpolated as in transformers. Resizing is not counted: whoever
+    wants fewer pixels asks the preprocessing for them.
+    """
+
+    follows = False
+    nbytes = 0
+
+    def __init__(self, model: nn.Module, resolution: int, name: str = "smaller"):
+        self.name, self.tower, self.resolution = name, tower_of(model), resolution
+        patch = self.tower.config.patch_size
+        if resolution < patch or resolution % patch:
+            raise ValueError(f"`resolution` is {resolution}; expected a multiple of the patch size, {patch}.")
+
+    def start(self, count: int):
+        """Nothing is remembered."""
+
+    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
+        """As in [`Method`]."""
+        count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
+        side = (self.resolution, self.resolution)
+        pixels = functional.interpolate(
+            pixel_values[rows].float(), size=side, mode="bilinear", antialias=True, align_corners=False
+        ).to(pixel_values.dtype)
+        embeddings = self.tower(pixels, interpolate_pos_encoding=True).pooler_output.float()
+        spent = dense_cost(self.tower, math.prod(grid_of(self.tower, pixels)))
+        share = spent / dense_cost(self.tower, math.prod(grid_of(self.tower, pixel_values)))
+        return Step(placed(embeddings, rows, count), torch.full((count,), share))
+
+
+class Merged:
+    """Every frame through [`token_merging`], with r pairs of tokens merged in a layer."""
+
+    follows = False
+    nbytes = 0
+
+    def __init__(self, model: nn.Module, r: int, schedule: str = "constant", name: str = "merged"):
+        self.name, self.tower = name, tower_of(model)
+        schedules = {
+            "constant": token_merging.constant_schedule,
+            "decreasing": token_merging.decreasing_schedule,
+        }
+        if schedule not in schedules:
+            raise ValueError(f"`schedule` is {schedule!r}; expected one of {', '.join(schedules)}.")
+        self.schedule = schedules[schedule](r, len(self.tower.encoder.layers))
+
+    def start(self, count: int):
+        """Nothing is remembered."""
+
+    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
+        """As in [`Method`]."""
+        count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
+        interpolate = not is_native(self.tower, pixel_values)
+        embeddings, _, _ = token_merging.encode(self.tower, pixel_values[rows], self.schedule, interpolate)
+        patches = math.prod(grid_of(self.tower, pixel_values))
+        spent = token_merging.frame_cost(self.schedule, patches, **sizes_of(self.tower))
+        share = spent / dense_cost(self.tower, patches)
+        return Step(placed(embeddings.float(), rows, count), torch.full((count,), share))
+
+
+class PixelGate(Held):
+    """Hold, and a dense frame when the pixels differ by more than `level` from those of the last one."""
+
+    def __init__(self, model: nn.Module, level: float, name: str = "pixels", frames: DenseFrames | None = None):
+        super().__init__(model, PixelDifference(level), name, frames)
+
+
+def make_methods(model: nn.Module, specs: Sequence[MethodSpec]) -> list[Method]:
+    """
+    The methods that are described; those that return dense frames share them.
+
+    Raises:
+        ValueError: for a kind that there is not, and options out of range.
+    """
+    frames = DenseFrames(model)
+    makers = {
+        "dense": lambda name, **options: Dense(model, name, frames, **options),
+        "stream": lambda name, **options: Streamed(model, options, name),
+        "first": lambda name: Held(model, EveryFrames(None), name, frames),
+        "every": lambda name, k: Held(model, EveryFrames(k), name, frames),
+        "surprise": lambda name, level, budget=None: Held(model, PatchSurprise(level), name, frames, budget),
+        "pixels": lambda name, level: PixelGate(model, level, name, frames),
+        "smaller": lambda name, resolution: Smaller(model, resolution, name),
+        "merged": lambda name, r, schedule="constant": Merged(model, r, schedule, name),
+    }
+    unknown = sorted({spec.kind for spec in specs} - set(makers))
+    if unknown:
+        raise ValueError(f"There is no kind of method {unknown[0]!r}; expected one of {', '.join(makers)}.")
+    return [makers[spec.kind](spec.name, **spec.options) for spec in specs]
+
+
+__all__ = [
+    "Dense",
+    "DenseFrames",
+    "Held",
+    "Merged",
+    "Method",
+    "MethodSpec",
+    "PixelGate",
+    "Smaller",
+    "Step",
+    "Streamed",
+    "make_methods",
+]

@@ -1,0 +1,175 @@
+"""
+Token merging for a SigLIP vision model, with its own weights and without training: a control.
+
+Source: D. Bolya, C.-Y. Fu, X. Dai, P. Zhang, C. Feichtenhofer, J. Hoffman, "Token Merging: Your ViT But Faster",
+ICLR 2023. In each layer, between attention and MLP, the r most similar pairs of tokens become one each: tokens are
+split alternately into two sets, each token of the first proposes its most similar one of the second (cosine of the
+keys, mean over heads), the r best proposals are merged, by averages weighted with how many patches a token stands for
+(section 3). Attention counts a token as often as it stands for patches (proportional attention: the logarithm of the
+size is added to its scores). The paper has a class token; SigLIP pools by a probe instead, and there too the
+logarithms of the sizes are added to the scores, for the same reason. Section 4 also merges most in the first layers:
+`decreasing_schedule`.
+
+B frames, n tokens, D features, N patches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from neuroflow_hf.vision import cost as cost
+
+from ..vision.patches import position_embeddings, project_patches
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """
+    Which tokens are merged. The first set is every other token from the first on, the second set the rest.
+
+    Attributes:
+        kept: int64 [B, n_first - r], places in the first set of the tokens that stay, the least similar last.
+        merged: int64 [B, r], places in the first set of those that go.
+        into: int64 [B, r], places in the second set of those that they go into.
+    """
+
+    kept: Tensor
+    merged: Tensor
+    into: Tensor
+
+
+def constant_schedule(r: int, num_layers: int) -> list[int]:
+    """r merges in every layer."""
+    return [r] * num_layers
+
+
+def decreasing_schedule(r: int, num_layers: int) -> list[int]:
+    """As many merges as r in every layer, from 2 r in the first layer linearly to none in the last one."""
+    if num_layers == 1:
+        return [r]
+    return [int(2 * r - layer * 2 * r / (num_layers - 1)) for layer in range(num_layers)]
+
+
+def merges(schedule: Sequence[int], num_tokens: int) -> list[tuple[int, int]]:
+    """For each layer, with how many tokens it begins, and how many it merges: half of them at most."""
+    found = []
+    for r in schedule:
+        done = min(r, num_tokens // 2)
+        found.append((num_tokens, done))
+        num_tokens -= done
+    return found
+
+
+def match(metric: Tensor, r: int) -> Matching:
+    """Bipartite soft matching by cosine: the metric [B, n, K] to the r best pairs, r at most n / 2."""
+    unit = functional.normalize(metric, dim=-1)
+    similarity = unit[:, ::2] @ unit[:, 1::2].mT
+    best, place = similarity.max(dim=-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    merged = order[:, :r]
+    return Matching(order[:, r:], merged, place.gather(1, merged))
+
+
+def merge(tokens: Tensor, sizes: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
+    """
+    Tokens [B, n, D] and sizes float32 [B, n], how many patches each stands for, to tokens [B, n - r, D] and sizes
+    [B, n - r]: first what stays of the first set, then the second set, with averages by size where tokens came in.
+    """
+    weighted = torch.cat([tokens.float() * sizes[..., None], sizes[..., None]], dim=-1)
+    first, second = weighted[:, ::2], weighted[:, 1::2]
+
+    def rows(places: Tensor) -> Tensor:
+        return places[..., None].expand(-1, -1, weighted.shape[-1])
+
+    second = second.scatter_add(1, rows(matching.into), first.gather(1, rows(matching.merged)))
+    joined = torch.cat([first.gather(1, rows(matching.kept)), second], dim=1)
+    sizes = joined[..., -1]
+    return (joined[..., :-1] / sizes[..., None]).to(tokens.dtype), sizes
+
+
+def attend(attention: nn.Module, hidden: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    A `SiglipAttention` over tokens [B, n, D] of sizes [B, n], in proportion to them: its output [B, n, D], and the
+    keys' mean over heads, float32 [B, n, D / H].
+    """
+
+    def by_head(rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+
+    query, key, value = (by_head(part(hidden)) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+    bias = sizes.log().to(hidden.dtype)[:, None, None]
+    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attention.scale)
+    return attention.out_proj(mixed.transpose(1, 2).flatten(2)), key.float().mean(dim=1)
+
+
+def encoder_layer(layer: nn.Module, hidden: Tensor, sizes: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A `SiglipEncoderLayer` that merges r pairs between attention and MLP; tokens and sizes as in `merge`."""
+    attended, metric = attend(layer.self_attn, layer.layer_norm1(hidden), sizes)
+    hidden = hidden + attended
+    if r:
+        hidden, sizes = merge(hidden, sizes, match(metric, r))
+    return hidden + layer.mlp(layer.layer_norm2(hidden)), sizes
+
+
+def pool(head: nn.Module, tokens: Tensor, sizes: Tensor) -> Tensor:
+    """SigLIP's pooling head over tokens [B, n, D] of sizes [B, n], in proportion to them: [B, D]."""
+    attention = head.attention
+    bias = sizes.log().to(tokens.dtype)[:, None].repeat_interleave(attention.num_heads, dim=0)
+    probe = head.probe.expand(len(tokens), -1, -1)
+    pooled = attention(probe, tokens, tokens, attn_mask=bias, need_weights=False)[0]
+    return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]
+
+
+def encode(
+    model: nn.Module, pixel_values: Tensor, schedule: Sequence[int], interpolate_pos_encoding: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Frames [B, C, H, W] through a SigLIP vision model that merges tokens.
+
+    Args:
+        model: with a pooling head.
+        schedule: how many pairs each layer merges; more than half of its tokens means half of them.
+
+    Returns:
+        The embeddings [B, D]; the tokens after the last layer norm [B, n, D]; their sizes [B, n].
+
+    Raises:
+        ValueError: if the schedule does not have a number, 0 or more, for every layer.
+    """
+    layers = model.encoder.layers
+    if len(schedule) != len(layers) or min(schedule, default=0) < 0:
+        raise ValueError(f"The schedule is {list(schedule)}; expected a number, 0 or more, for each of {len(layers)}.")
+    patches = project_patches(model, pixel_values, as_product=False)
+    hidden = patches + position_embeddings(model, patches, pixel_values, interpolate_pos_encoding)
+    sizes = torch.ones(hidden.shape[:2], device=hidden.device)
+    for layer, (_, r) in zip(layers, merges(schedule, hidden.shape[1]), strict=True):
+        hidden, sizes = encoder_layer(layer, hidden, sizes, r)
+    tokens = model.post_layernorm(hidden)
+    return pool(model.head, tokens, sizes), tokens, sizes
+
+
+def matching_cost(tokens: int, r: int, dim: int, num_heads: int) -> int:
+    """
+    Multiply-adds of merging r pairs: the mean over heads, norms and similarities of the keys; weighing with sizes, and
+    dividing by them. Finding the best ones and adding them up is no multiplication and is not counted.
+    """
+    if not r:
+        return 0
+    metric = dim // num_heads
+    similarities = ((tokens + 1) // 2) * (tokens // 2) * metric
+    return tokens * dim + 2 * tokens * metric + similarities + tokens * dim + (tokens - r) * dim
+
+
+def frame_cost(
+    schedule: Sequence[int], num_patches: int, dim: int, inner: int, patch_features: int, num_heads: int
+) -> int:
+    """Multiply-adds of a frame, as `neuroflow_cost` counts them, with what the merging itself costs."""
+    spent, tokens = cost.patch_projection(num_patches, dim, patch_features), num_patches
+    for tokens_before, r in merges(schedule, num_patches):
+        tokens = tokens_before - r
+        spent += cost.attention(tokens_before, tokens_before, tokens_before, dim)
+        spent += matching_cost(tokens_before, r, dim, num_heads) + cost.mlp(tokens, dim, inner)
+    return spent + cost.pooling_head(tokens, dim, inner, num_heads, folded=False)

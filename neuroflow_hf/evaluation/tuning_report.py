@@ -1,0 +1,98 @@
+"""What a tuning found, in words: the rows of its table, a few sentences, what to do next. Pure functions."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from .tuning import TuneResult
+from .tuning_points import Point, best_control, choose, leave_one_out
+
+
+def setting_words(options: dict) -> str:
+    """Gate options as one phrase: `extrapolate, threshold 0.01`."""
+    return ", ".join([options["mode"], *(f"{name} {value}" for name, value in options.items() if name != "mode")])
+
+
+def figure_words(point: Point, statistic: str) -> str:
+    """A point's figures and its settings as one phrase."""
+    return f"cost {point.cost():.3f}, {statistic} {point.fidelity(statistic):.4f}: {setting_words(point.options)}"
+
+
+def point_cells(point: Point, statistic: str) -> list[str]:
+    """A point's cost, mean, p5 and minimum, its statistic in the worst stretch, and its milliseconds."""
+    worst = min(point.fidelity(statistic, [place]) for place in point.stretches)
+    cosines = (*(point.fidelity(name) for name in ("mean", "p5", "min")), worst)
+    return [f"{point.cost():.3f}", *(f"{value:.4f}" for value in cosines), f"{point.milliseconds:.1f}"]
+
+
+def compared_points(result: TuneResult) -> list[tuple[str, Point]]:
+    """What was chosen (or came nearest) and what it has to beat, each with a label; no setting twice."""
+    requirement, points, found = result.requirement, result.points, result.nearest
+    candidates = [
+        ("nearest" if result.chosen is None else "chosen", found),
+        ("best control at no more cost", best_control(points, requirement, found.cost())),
+        ("best control that will do", choose([point for point in points if point.control], requirement)),
+        ("best of the others", choose([point for point in points if not point.control], requirement)),
+    ]
+    labels = {}
+    for label, point in candidates:
+        if point is not None:
+            labels.setdefault(point, label)
+    return [*((label, point) for point, label in labels.items()), ("first frame repeated", result.first_frame)]
+
+
+def tuning_rows(result: TuneResult) -> list[list[str]]:
+    """The table: the points compared, and dense."""
+    rows = [[label, *point_cells(point, result.requirement.statistic)] for label, point in compared_points(result)]
+    return [*rows, ["dense", "1", "1", "1", "1", "1", f"{result.dense_milliseconds:.1f}"]]
+
+
+def tuning_sentences(result: TuneResult) -> list[str]:
+    """What the table does not say: which settings, who won, how it does on other footage, what it all rests on."""
+    requirement, points, statistic = result.requirement, result.points, result.requirement.statistic
+    sentences = [f"{label}: {setting_words(point.options)}" for label, point in compared_points(result)[:-1]]
+    if result.chosen is None:
+        sentences.append(
+            f"Nothing that was measured will do ({requirement}). The nearest has "
+            f"{figure_words(result.nearest, statistic)}. No configuration was written."
+        )
+    elif result.chosen.control:
+        ours = choose([point for point in points if not point.control], requirement)
+        best = "none will do" if ours is None else f"the best has {figure_words(ours, statistic)}"
+        sentences.append(
+            "A control wins: for this checkpoint and footage, holding embeddings is as good as anything that was "
+            f"measured, and it is what was written. Of the other settings, {best}."
+        )
+    checks = leave_one_out(points, requirement)
+    if checks:
+        met = sum(check["met"] for check in checks)
+        values = ", ".join(f"{check['fidelity']:.4f} at cost {check['cost']:.3f}" for check in checks)
+        sentences.append(
+            "Check on frames that had no say: chosen without one of the stretches, settings will do on it in "
+            f"{met} of {len(checks)} cases ({statistic} {values})."
+        )
+    stretches = result.frames
+    sentences.append(
+        f"All this rests on {result.measured_frames} frames, {len(stretches)} x {len(stretches[0])} in a row, and on "
+        f"{len(points)} settings. None goes longer without a keyframe than a stretch, as no more was seen."
+    )
+    return sentences
+
+
+def next_steps(video: Path | None, given: dict[str, Any], config_class: str, source: str) -> list[str]:
+    """
+    The command and the line of Python that take the settings.
+
+    Args:
+        video: the file; None for the one that ships here.
+        given: options for `neuroflow run` by name, `config` among them; None is left out.
+        config_class: the name of the checkpoint's configuration class.
+        source: the checkpoint.
+    """
+    named = [] if video is None else [str(video)]
+    options = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
+    model_class = config_class.removesuffix("Config") + "Model"
+    return [
+        f"Next: {shlex.join(['neuroflow', 'run', *named, *options])}",
+        f"  or: {model_class}.from_pretrained({source!r}, config={str(given['config'])!r})",
+    ]

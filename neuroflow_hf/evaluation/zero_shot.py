@@ -1,0 +1,64 @@
+"""Zero-shot answers as figures: is the right label among the k best, how surely, and is that what dense says."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .statistics import PairedCounts, mcnemar, paired_difference, paired_ratio, wilson
+
+
+def checked_top_k(top_k: int | Sequence[int] | None, labels: int) -> list[int]:
+    """The k's asked for, rising; ValueError for one that is not from 1 to the number of labels."""
+    if top_k is None:
+        return [k for k in (1, 5) if k <= labels]
+    asked = sorted({top_k} if isinstance(top_k, int) else set(top_k))
+    for k in asked:
+        if not isinstance(k, int) or not 1 <= k <= labels:
+            raise ValueError(f"`top_k` holds {k!r}; expected numbers from 1 to {labels}, the number of labels.")
+    return asked
+
+
+def ranks(name: str, scores: Sequence[Sequence[float]], references: Sequence[int]) -> np.ndarray:
+    """
+    How many other labels score at least as much as the right one, int [M], of M rows of L scores.
+
+    Raises:
+        ValueError: for rows of different widths, scores that are NaN, and labels out of range; `name` says whose.
+    """
+    widths = sorted({len(row) for row in scores})
+    if len(widths) != 1:
+        raise ValueError(f"`{name}` have {widths} scores; expected as many in each of at least one row.")
+    scores, references = np.array(scores, dtype=np.float64), np.array(references)
+    for place in np.flatnonzero(np.isnan(scores).any(-1))[:1]:
+        raise ValueError(f"Row {place} of `{name}` holds NaN; expected scores.")
+    for place in np.flatnonzero((references < 0) | (references >= widths[0]))[:1]:
+        raise ValueError(f"Label {place} is {references[place]}; expected from 0 to {widths[0] - 1}.")
+    right = np.take_along_axis(scores, references[:, None], axis=1)
+    return (scores >= right).sum(-1) - 1
+
+
+def paired_counts(ours: np.ndarray, dense: np.ndarray) -> PairedCounts:
+    """On how many pictures which of both is right, from bool [M] each."""
+    return PairedCounts(*(int(both.sum()) for both in (ours & dense, ours & ~dense, ~ours & dense, ~ours & ~dense)))
+
+
+def share_figures(name: str, right: np.ndarray, confidence: float = 0.95) -> dict:
+    """A share of right answers, bool [M], and its interval."""
+    interval = wilson(int(right.sum()), len(right), confidence)
+    return {name: int(right.sum()) / len(right), f"{name}_interval": list(interval)}
+
+
+def paired_figures(name: str, counts: PairedCounts, confidence: float = 0.95) -> dict:
+    """What is retained of dense's accuracy: the ratio, the difference, and the test."""
+    ratio = paired_ratio(counts, confidence)
+    # no infinity: the figures go into JSON
+    ratio_interval = None if ratio is None else [bound if np.isfinite(bound) else None for bound in ratio]
+    return {
+        f"{name}_retention": counts.first / counts.second if counts.second else None,
+        f"{name}_retention_interval": ratio_interval,
+        f"{name}_difference": (counts.first - counts.second) / counts.total,
+        f"{name}_difference_interval": list(paired_difference(counts, confidence)),
+        f"{name}_only_ours": counts.only_first,
+        f"{name}_only_dense": counts.only_second,
+        f"{name}_mcnemar": mcnemar(counts.only_first, counts.only_second),
+    }

@@ -1,0 +1,1 @@
+"""Phi-3 with similarity-gated bypass. These files travel with saved models."""

@@ -1,0 +1,158 @@
+"""The options of the bypass: which layers of a language model reuse their last output, and when."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+
+from .options import make_options
+
+ALWAYS = -1  # a cosine is never below it
+NEVER = 2  # nor ever above 1
+
+
+@strict
+@dataclass(kw_only=True)
+class NeuroFlowBypassConfig:
+    """
+    Options of the similarity-gated bypass of a decoder's layers. They live under `bypass` in the model's configuration
+    and can be overridden, one by one, in a call: `model.generate(..., bypass={"threshold": 0.7})`.
+
+    Per sequence and decode step t, the gate compares the gate layer's attention output (after the output projection)
+    with that of the step before: r = cos(a(t), a(t-1)), after a prefill with that of the prompt's last token. If
+    r >= `threshold`, the cache layers return what they returned when they last computed it. Prefill, and every step of
+    more than one new token, is dense. Keys and values are written on every step, bypassed or not.
+
+    Source: Y. Schmitt, "EMA-Gated Temporal Sequence Compression in Vision Transformers" (2026), section on language.
+
+    Args:
+        gate_layer (`int`, defaults to 1):
+            The layer, counted from 0, whose attention output is compared. An early one, so that most layers can act
+            on what it says; layer 0 sees little but the token itself.
+        cache_layers (`int` or `list[int]`, *optional*):
+            The layers that reuse their outputs, all after the gate layer. By default the one at three quarters of the
+            depth, as layer 24 of Phi-3-mini's 32. Late layers change the text less than early ones, the last layer
+            excepted; each one more saves more and drifts more. If all lie at or before the gate layer, the gate is
+            inverted (a control: can a *later* layer say so?), and the similarity of the step before decides, since
+            that of this step is not known yet.
+        threshold (`float`, defaults to 0.65):
+            Bypass from this similarity on. 0.60 to 0.70 bypasses about a fifth of Phi-3-mini's steps; which values
+            mean anything depends on the checkpoint, so look at its similarities first (`model.bypass_statistics`).
+            Above 1: never. -1: on every step that has something to reuse, whatever the similarity.
+        target (`str`, defaults to `"attention"`):
+            What is skipped in a cache layer. `"attention"`: query, attention and output projection; keys and values
+            are projected all the same. `"mlp"`: the MLP, which holds about two thirds of a layer's weights and leaves
+            the cache alone. `"block"`: both.
+        max_consecutive (`int`, *optional*):
+            After this many bypassed steps in a row the next one computes everything. 1 or 2 bounds how old a reused
+            output gets.
+        guard_margin (`float`, *optional*):
+            Bypass only if the model was decided about the token that is now fed: the logit of its first choice was at
+            least this much above the second. Most of the drift comes from steps at which it was not. 2 is a good
+            start. Needs the language-model head.
+        guard_entropy (`float`, *optional*):
+            The same by the entropy of the distribution over the next token, in nats, which must be at most this. 1 is
+            a good start. Needs the language-model head.
+
+    Raises:
+        ValueError: for an unknown option (with the nearest known one), or a value outside its range.
+    """
+
+    gate_layer: int = 1
+    cache_layers: int | list[int] | None = None
+    threshold: float | int = 0.65
+    target: Literal["attention", "mlp", "block"] = "attention"
+    max_consecutive: int | None = None
+    guard_margin: float | int | None = None
+    guard_entropy: float | int | None = None
+
+    def __post_init__(self):
+        self.check()
+
+    def check(self):
+        """Raise a ValueError for a value outside its range; which layers there are, `resolve` knows."""
+
+        def require(name, holds, expected):
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"Bypass option `{name}` is {value!r}; expected {expected}.")
+
+        require(
+            "threshold",
+            lambda value: math.isfinite(value) and value >= ALWAYS,
+            "a finite cosine of at least -1 (above 1 for never)",
+        )
+        require("max_consecutive", lambda value: value >= 1, "a whole number of at least 1, or None for no cap")
+        for name in ("guard_margin", "guard_entropy"):
+            require(name, lambda value: math.isfinite(value) and value >= 0, "a finite number of at least 0, or None")
+
+    @classmethod
+    def from_options(cls, base: dict | None = None, **options) -> "NeuroFlowBypassConfig":
+        """
+        The options of `base` with `options` laid over them.
+
+        Raises:
+            ValueError: for an option that does not exist, a value of the wrong type or outside its range.
+        """
+        merged = {**(base or {}), **options}
+        if isinstance(merged.get("cache_layers"), (tuple, range)):
+            merged["cache_layers"] = list(merged["cache_layers"])
+        return make_options(cls, "bypass", merged)
+
+    def resolve(self, num_layers: int) -> "NeuroFlowBypassConfig":
+        """
+        The options for a model of `num_layers` layers: `cache_layers` a sorted list, without repetitions.
+
+        Raises:
+            ValueError: for a layer that the model does not have, for no cache layer, and for cache layers on both
+                sides of the gate layer.
+        """
+        layers = self.cache_layers
+        if layers is None:
+            layers = max(3 * num_layers // 4, min(self.gate_layer + 1, num_layers - 1))
+        layers = sorted({layers} if isinstance(layers, int) else set(layers))
+        if not layers:
+            raise ValueError("Bypass option `cache_layers` is empty; name at least one layer, or set `bypass=False`.")
+        for name, index in [("gate_layer", self.gate_layer), *(("cache_layers", index) for index in layers)]:
+            if not 0 <= index < num_layers:
+                raise ValueError(
+                    f"Bypass option `{name}` names layer {index}; the model has {num_layers} layers, 0 to "
+                    f"{num_layers - 1}."
+                )
+        if layers[0] <= self.gate_layer < layers[-1]:
+            raise ValueError(
+                f"Bypass option `cache_layers` {layers} has layers on both sides of `gate_layer` {self.gate_layer}: "
+                "expected all after it, or, for the inverted control, none."
+            )
+        return NeuroFlowBypassConfig(**(self.to_dict() | {"cache_layers": layers}))
+
+    def to_dict(self) -> dict:
+        """All options as plain values."""
+        return asdict(self)
+
+    @property
+    def skips_attention(self) -> bool:
+        """Whether a bypass skips the cache layers' attention."""
+        return self.target != "mlp"
+
+    @property
+    def skips_mlp(self) -> bool:
+        """Whether a bypass skips the cache layers' MLPs."""
+        return self.target != "attention"
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether the language-model head is asked too."""
+        return self.guard_margin is not None or self.guard_entropy is not None
+
+    @property
+    def passes_over_layers(self) -> bool:
+        """Whether every step of one token reuses the outputs of whole layers, asking nobody; once resolved."""
+        asks = self.is_guarded or self.is_inverted or self.max_consecutive is not None
+        return self.target == "block" and self.threshold == ALWAYS and not asks
+
+    @property
+    def is_inverted(self) -> bool:
+        """Whether the gate layer comes after the layers it decides about, or is one of them; once resolved."""
+        return self.cache_layers[-1] <= self.gate_layer

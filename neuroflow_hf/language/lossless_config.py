@@ -1,0 +1,101 @@
+"""The options of lossless generation: how the next tokens are guessed before the dense model checks them."""
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+
+from .bypass_config import ALWAYS, NeuroFlowBypassConfig
+from .options import make_options
+
+
+@strict
+@dataclass(kw_only=True)
+class NeuroFlowLosslessConfig:
+    """
+    Options of lossless generation, `model.generate(..., lossless={...})`. A drafter guesses the next tokens, one dense
+    forward over all of them says which are those that it would have chosen, the rest is taken back. The text is that
+    of greedy dense generation; only its speed depends on these options.
+
+    Args:
+        drafter (`str`, defaults to `"both"`):
+            Who guesses. `"lookup"`: what followed the last few tokens when they occurred before, in the prompt or in
+            the text so far. `"bypass"`: the model itself, with layers bypassed. `"both"`: whichever has paid better so
+            far. `"none"`: nobody, plain greedy decoding in the same loop, to compare with.
+        bypass (`dict`, *optional*):
+            What the bypassing drafter skips: options of [`NeuroFlowBypassConfig`], laid over
+            `{"target": "block", "threshold": -1}` and, for `cache_layers`, the second half of the layers but the last.
+            More layers make a draft cheaper and worse. Whole layers on every step, as by default, are passed over and
+            cost nothing; with other targets, thresholds or guards they still write keys and values, and on a small
+            model save next to nothing. The configuration's own `bypass` plays no part; its `lossless` may hold these
+            options, for a checkpoint that was trained to draft with few layers.
+        reuse (`bool`, defaults to `True`):
+            Whether a draft changes the hidden states by as much as the layers passed over last changed them. False
+            leaves those layers out, as a model expects that was trained with layer dropout: try it there, above all
+            with layers apart (`"cache_layers": [1, 3, 5, ...]`). Matters only where whole layers are passed over.
+        draft_length (`int`, *optional*):
+            Draft always this many tokens. By default the length follows from the share of guesses that came true and
+            from the time that drafting and checking take here, and is none where guessing does not pay.
+        max_draft (`int`, defaults to 8): the most tokens that the bypassing drafter guesses at once.
+        max_lookup (`int`, defaults to 16): the most tokens that are taken from the text at once.
+        max_ngram (`int`, defaults to 3): by how many last tokens, at most, an earlier occurrence is found.
+        min_confidence (`float`, defaults to 0.3):
+            A bypassed draft ends with the first token whose probability, by the drafter, is below this. 0: never.
+
+    Raises:
+        ValueError: for an unknown option (with the nearest known one), or a value outside its range.
+    """
+
+    drafter: Literal["both", "bypass", "lookup", "none"] = "both"
+    bypass: dict | None = None
+    reuse: bool = True
+    draft_length: int | None = None
+    max_draft: int = 8
+    max_lookup: int = 16
+    max_ngram: int = 3
+    min_confidence: float | int = 0.3
+
+    def __post_init__(self):
+        for name in ("draft_length", "max_draft", "max_lookup", "max_ngram"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Lossless option `{name}` is {value!r}; expected a whole number of at least 1.")
+        if not 0 <= self.min_confidence <= 1:
+            raise ValueError(
+                f"Lossless option `min_confidence` is {self.min_confidence!r}; expected a probability, 0 to 1."
+            )
+
+    @classmethod
+    def from_options(cls, options: dict | bool, own: dict | None = None) -> "NeuroFlowLosslessConfig":
+        """
+        The options of a call, laid over a checkpoint's `own`; True for these alone.
+
+        Raises:
+            ValueError: for an option that does not exist, a value of the wrong type or outside its range.
+            TypeError: for something but a dict or True.
+        """
+        if options is True:
+            options = {}
+        if not isinstance(options, dict):
+            raise TypeError(f"`lossless` is {options!r}; expected a dict of options, or True.")
+        return make_options(cls, "lossless", {**(own or {}), **options})
+
+    def to_dict(self) -> dict:
+        """All options as plain values."""
+        return asdict(self)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the text so far is asked."""
+        return self.drafter in ("both", "lookup")
+
+    @property
+    def bypasses(self) -> bool:
+        """Whether the bypassed model is asked."""
+        return self.drafter in ("both", "bypass")
+
+    def draft_bypass(self, num_layers: int) -> NeuroFlowBypassConfig:
+        """What the drafter skips, in a model of so many layers."""
+        defaults = {"target": "block", "threshold": ALWAYS, "gate_layer": 0}
+        defaults["cache_layers"] = list(range(num_layers // 2, max(num_layers - 1, num_layers // 2 + 1)))
+        return NeuroFlowBypassConfig.from_options(defaults, **(self.bypass or {})).resolve(num_layers)

@@ -1,0 +1,301 @@
+"""
+Phi-3 whose layers can reuse their last output where a gate says that little changed since the last token.
+
+What differs from transformers' Phi-3: forward and `generate` take `bypass`, options of [`NeuroFlowBypassConfig`], and
+the configuration may hold some. Without any, it is Phi-3, bit for bit.
+"""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+from transformers import DynamicCache, Phi3ForCausalLM, Phi3Model, StoppingCriteriaList, StopStringCriteria
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.phi3.modeling_phi3 import (
+    Phi3DecoderLayer,
+    Phi3PreTrainedModel,
+    Phi3RMSNorm,
+    Phi3RotaryEmbedding,
+)
+
+from .bypass import BypassStep, begin_step, record_confidence
+from .bypass_config import NeuroFlowBypassConfig
+from .bypass_state import BypassStatistics, find_state
+from .configuration_neuroflow_phi3 import NeuroFlowPhi3Config, adopt_phi3_config
+from .layer_skip import LayerChanges
+from .lossless_config import NeuroFlowLosslessConfig
+from .speculative_decoding import decode_losslessly
+
+
+class NeuroFlowPhi3DecoderLayer(Phi3DecoderLayer):
+    """Phi-3's decoder layer; with a `bypass_step`, that says what is done in the layers it concerns."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, bypass_step: BypassStep | LayerChanges | None = None, **kwargs
+    ) -> torch.Tensor:
+        """`hidden_states` [B, n, D] to [B, n, D]."""
+        if bypass_step is None or not bypass_step.concerns(self.self_attn.layer_idx):
+            return super().forward(hidden_states, **kwargs)
+        return bypass_step.run(self, super().forward, hidden_states, **kwargs)
+
+
+class NeuroFlowPhi3PreTrainedModel(Phi3PreTrainedModel):
+    """What the NeuroFlow Phi-3 models share: how they are initialised and saved, and their bypass options."""
+
+    config: NeuroFlowPhi3Config
+    config_class = NeuroFlowPhi3Config
+    _no_split_modules = [*Phi3PreTrainedModel._no_split_modules, "NeuroFlowPhi3DecoderLayer"]
+    _can_compile_fullgraph = False  # the host reads the gate's decision
+    _auto_classes = ("AutoModel",)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """
+        False: the models initialise as transformers' own do, since they use its `_init_weights`. For custom code
+        transformers leaves out modules without parameters of their own, here the rotary embedding's frequencies.
+        """
+        return False
+
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers' method; the configuration also names the classes for every auto class."""
+        self.config.auto_map = {name: AUTO_MAP[name] for name in ("AutoConfig", *self._auto_classes)}
+        super().save_pretrained(*args, **kwargs)
+
+    def bypass_options(
+        self, bypass: dict | bool | NeuroFlowBypassConfig | None = None
+    ) -> NeuroFlowBypassConfig | None:
+        """
+        The options in force: those of a call laid over the configuration's. None for no bypass.
+
+        Args:
+            bypass: the call's options; None for the configuration's alone, False for no bypass. What this method
+                returned, for the same again.
+
+        Raises:
+            ValueError: for options that do not exist or are out of range, and layers that the model does not have.
+            TypeError: for something else.
+        """
+        if bypass is False or (bypass is None and self.config.bypass is None):
+            return None
+        if hasattr(bypass, "resolve"):  # not by its class, of which remote code may bring a second copy
+            return bypass
+        if bypass is not None and not isinstance(bypass, dict):
+            raise TypeError(f"`bypass` is {bypass!r}; expected a dict of options, None or False.")
+        asked = (self.config.bypass, bypass, self.config.num_hidden_layers)
+        known = vars(self).get("_resolved_bypass")  # asked again on every step
+        if known is None or known[0] != asked:
+            options = NeuroFlowBypassConfig.from_options({**(asked[0] or {}), **(asked[1] or {})})
+            known = self._resolved_bypass = (copy.deepcopy(asked), options.resolve(asked[2]))
+        return known[1]
+
+    @staticmethod
+    def bypass_statistics(cache) -> BypassStatistics:
+        """
+        How often layers were bypassed, and how similar the gate's outputs were, in the generation that a cache holds:
+        `output.past_key_values` of `generate(..., return_dict_in_generate=True)`, or of a forward.
+
+        Raises:
+            ValueError: if there was no bypass.
+        """
+        state = None if cache is None else find_state(cache)
+        if state is None:
+            raise ValueError(
+                "The cache has seen no bypass: neither the configuration nor the call had options for one."
+            )
+        return state.statistics()
+
+
+class NeuroFlowPhi3Model(NeuroFlowPhi3PreTrainedModel, Phi3Model):
+    """Phi-3's decoder, without a head. A bypass cannot be guarded here: that takes the head's logits."""
+
+    def __init__(self, config: NeuroFlowPhi3Config):
+        config = adopt_phi3_config(config)
+        Phi3PreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [NeuroFlowPhi3DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Phi3RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        bypass: dict | bool | NeuroFlowBypassConfig | None = None,
+        has_head: bool = False,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        As transformers' method, and
+
+        Args:
+            bypass (`dict`, *optional*):
+                Options of [`NeuroFlowBypassConfig`], laid over those of the configuration; False for none. They act
+                on steps of one new token with a cache; everything else is dense, and training with gradient
+                checkpointing too, which does without a cache.
+            has_head (`bool`, defaults to `False`): whether a head will tell the guard how decided the model is.
+
+        Raises:
+            ValueError: for bad options, a guard, a cache of fixed size or of another number of sequences, and if
+                attentions are asked for (bypassed layers have none).
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        options = self.bypass_options(bypass)
+        if options is not None and options.is_guarded and not has_head:
+            raise ValueError(
+                "The bypass options `guard_margin` and `guard_entropy` judge the logits of the language-model head, "
+                "and this model has none. Use `NeuroFlowPhi3ForCausalLM`, or leave the guard out."
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache, options = False, None
+        if options is None or not (use_cache or past_key_values is not None):
+            return super().forward(past_key_values=past_key_values, use_cache=use_cache, **inputs, **kwargs)
+
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError(
+                "`output_attentions` is not supported with a bypass: a bypassed layer has none. Pass `bypass=False`."
+            )
+        if past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None:
+            raise ValueError("Neither `input_ids` nor `inputs_embeds` was given.")
+        step = begin_step(options, past_key_values, tuple(given.shape[:2]), given.device, attention_mask)
+        output = super().forward(
+            past_key_values=past_key_values, use_cache=use_cache, bypass_step=step, **inputs, **kwargs
+        )
+        step.finish(past_key_values)
+        return output
+
+
+class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
+    """
+    Phi-3 with its language-model head. Loads any Phi-3 checkpoint (`model_type` `phi3`), no training needed.
+
+    Example:
+
+    ```python
+    model = NeuroFlowPhi3ForCausalLM.from_pretrained("path/to/phi3")
+    output = model.generate(**inputs, bypass={"cache_layers": [24], "threshold": 0.65}, return_dict_in_generate=True)
+    model.bypass_statistics(output.past_key_values).rate
+    ```
+    """
+
+    _auto_classes = ("AutoModel", "AutoModelForCausalLM")
+
+    def __init__(self, config: NeuroFlowPhi3Config):
+        config = adopt_phi3_config(config)
+        Phi3PreTrainedModel.__init__(self, config)
+        self.model = NeuroFlowPhi3Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        bypass: dict | bool | NeuroFlowBypassConfig | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        As transformers' method; `bypass` as in [`NeuroFlowPhi3Model.forward`], with a guard if wanted. A guard knows
+        the logits that were asked for: after a prompt whose logits were not kept, cropping back into the prompt leaves
+        it without any, and one step is computed.
+        """
+        options = self.bypass_options(bypass)
+        return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            bypass=False if options is None else options,
+            has_head=True,
+            return_dict=True,
+            **kwargs,
+        )
+        if options is not None and options.is_guarded:
+            cache = past_key_values if output.past_key_values is None else output.past_key_values
+            state = None if cache is None else find_state(cache)
+            if state is not None and state.end == cache.get_seq_length():
+                record_confidence(state, output.logits, logits_to_keep)
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def generate(self, *args, lossless: dict | bool | None = None, **kwargs):
+        """
+        As transformers' method, with `bypass` among the keywords for the model, and
+
+        Args:
+            lossless (`dict` or `bool`, *optional*):
+                Options of [`NeuroFlowLosslessConfig`] that differ from the configuration's own, or True for these:
+                greedy generation whose next tokens are guessed and then checked by the dense model, all in one cache.
+                The text is that of dense greedy generation, but for steps at which the first two logits differ by no
+                more than rounding. With `return_dict_in_generate`, a [`NeuroFlowLosslessOutput`] with counts.
+
+        Raises:
+            ValueError: with `lossless`, for sampling, beams, several sequences, and caches that cannot be cropped;
+                for `stop_strings` without a tokenizer.
+        """
+        if lossless is None or lossless is False:
+            return super().generate(*args, **kwargs)
+        options = NeuroFlowLosslessConfig.from_options(lossless, self.config.lossless)
+        for name in ("custom_generate", "assistant_model"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` and `lossless` are two ways to decode; pass one of them.")
+        # to a decoding method from outside, transformers hands neither its streamer, which it gives the prompt, nor
+        # what `stop_strings` need of the tokenizer
+        decode = functools.partial(decode_losslessly, options=options, streamer=kwargs.get("streamer"))
+        strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+        if strings is not None:
+            if tokenizer is None:
+                raise ValueError("`stop_strings` need the tokenizer; pass `tokenizer=` too.")
+            criterion = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
+        return super().generate(*args, custom_generate=decode, **kwargs)
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        """As transformers' method; an `assistant_model` is not given this model's bypass options, it has its own."""
+        model_kwargs = {name: value for name, value in kwargs["model_kwargs"].items() if name != "bypass"}
+        return super()._get_candidate_generator(*args, **(kwargs | {"model_kwargs": model_kwargs}))
+
+
+CONFIGURATION, MODELING = "configuration_neuroflow_phi3", "modeling_neuroflow_phi3"
+AUTO_MAP = {
+    "AutoConfig": f"{CONFIGURATION}.NeuroFlowPhi3Config",
+    "AutoModel": f"{MODELING}.NeuroFlowPhi3Model",
+    "AutoModelForCausalLM": f"{MODELING}.NeuroFlowPhi3ForCausalLM",
+}
+
+NeuroFlowPhi3Model.register_for_auto_class("AutoModel")
+NeuroFlowPhi3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["NeuroFlowPhi3ForCausalLM", "NeuroFlowPhi3Model"]

@@ -1,0 +1,151 @@
+"""
+The bypass in plain loops: one sequence, one token and one attention head at a time. Slow, and what the fast path is
+tested against.
+
+Reading this file is the shortest way to learn what the bypass does.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .bypass_config import NeuroFlowBypassConfig
+
+
+def naive_similarity(now: torch.Tensor | None, before: torch.Tensor | None) -> float:
+    """Cosine of two gate outputs [D]; NaN if one is missing."""
+    if now is None or before is None:
+        return math.nan
+    dot = sum(a * b for a, b in zip(now.tolist(), before.tolist(), strict=True))
+    norms = math.sqrt(sum(a * a for a in now.tolist())) * math.sqrt(sum(b * b for b in before.tolist()))
+    return max(-1.0, min(1.0, dot / norms))
+
+
+def naive_turn(vector: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """A head's query or key [head_dim], turned by its position: its first entries, as many as there are angles."""
+    turned, half = vector.clone(), len(cosines) // 2
+    for i in range(half):
+        a, b = vector[i], vector[i + half]
+        turned[i] = a * cosines[i] - b * sines[i]
+        turned[i + half] = b * cosines[i + half] + a * sines[i + half]
+    return turned
+
+
+class NaiveBypass:
+    """
+    One sequence through a language model with a bypass.
+
+    Args:
+        model: a `NeuroFlowPhi3ForCausalLM`.
+        options: resolved.
+    """
+
+    def __init__(self, model: nn.Module, options: NeuroFlowBypassConfig):
+        self.model, self.options = model, options
+        num_layers = len(model.model.layers)
+        # all of these have one entry per position
+        self.keys: list[list[list[torch.Tensor]]] = [[] for _ in range(num_layers)]  # by layer, position, head
+        self.values: list[list[list[torch.Tensor]]] = [[] for _ in range(num_layers)]
+        self.gate: list[torch.Tensor | None] = []
+        self.similarity: list[float] = []
+        self.bypassed: list[bool] = []
+        self.confidence: list[tuple[float, float]] = []  # margin and entropy of what the head said there
+        self.stored: dict[str, list[torch.Tensor]] = {}
+
+    def feed(self, tokens: list[int]) -> torch.Tensor:
+        """Feed new tokens; the logits after each of them [n, V]."""
+        start, options = len(self.gate), self.options
+        may_bypass = len(tokens) == 1 and start > 0
+        similarity, bypasses = math.nan, False
+        if may_bypass and options.is_inverted:
+            similarity = naive_similarity(self.gate[-1], self.gate[-2] if start > 1 else None)
+            bypasses = self.decides(similarity)
+        hidden = [self.model.model.embed_tokens.weight[token] for token in tokens]
+        for index, layer in enumerate(self.model.model.layers):
+            is_cache_layer = index in options.cache_layers
+            after = []
+            for offset, vector in enumerate(hidden):
+                reuses = bypasses and is_cache_layer and options.skips_attention
+                attended = self.attend(index, layer, layer.input_layernorm(vector), start + offset, reuses)
+                if is_cache_layer and options.skips_attention:
+                    attended = self.keep(f"attention.{index}", attended)
+                if index == options.gate_layer:
+                    if may_bypass and not options.is_inverted:
+                        similarity = naive_similarity(attended, self.gate[-1])
+                        bypasses = self.decides(similarity)
+                    self.gate.append(None if reuses else attended)
+                vector = vector + attended
+                output = None
+                if not (bypasses and is_cache_layer and options.skips_mlp):
+                    output = layer.mlp(layer.post_attention_layernorm(vector))
+                if is_cache_layer and options.skips_mlp:
+                    output = self.keep(f"mlp.{index}", output)
+                after.append(vector + output)
+            hidden = after
+        logits = [self.model.lm_head(self.model.model.norm(vector)) for vector in hidden]
+        self.similarity += [similarity] * len(tokens)
+        self.bypassed += [bypasses] * len(tokens)
+        for scores in logits:
+            probabilities = scores.softmax(dim=0).tolist()
+            first, second = sorted(scores.tolist(), reverse=True)[:2]
+            self.confidence.append((first - second, -sum(p * math.log(p) for p in probabilities if p > 0)))
+        return torch.stack(logits)
+
+    def decides(self, similarity: float) -> bool:
+        """Whether the step that is being computed bypasses the cache layers."""
+        options, (margin, entropy) = self.options, self.confidence[-1]
+        fires = options.threshold == -1 or similarity >= options.threshold  # NaN is not
+        if options.max_consecutive is not None:
+            recent = self.bypassed[-options.max_consecutive :]
+            fires = fires and not (len(recent) == options.max_consecutive and all(recent))
+        if options.guard_margin is not None:
+            fires = fires and margin >= options.guard_margin
+        if options.guard_entropy is not None:
+            fires = fires and entropy <= options.guard_entropy
+        return fires
+
+    def keep(self, name: str, output: torch.Tensor | None) -> torch.Tensor:
+        """Store an output; if it was not computed, the one of the position before."""
+        positions = self.stored.setdefault(name, [])
+        positions.append(positions[-1] if output is None else output)
+        return positions[-1]
+
+    def attend(
+        self, index: int, layer: nn.Module, vector: torch.Tensor, position: int, reuses: bool
+    ) -> torch.Tensor | None:
+        """A position's attention output [D]; None if a stored one is reused. Its key and value are written anyhow."""
+        attention, config = layer.self_attn, self.model.config
+        size, num_heads, num_keys = attention.head_dim, config.num_attention_heads, config.num_key_value_heads
+        cosines, sines = self.model.model.rotary_emb(vector.view(1, 1, -1), torch.tensor([[position]]))
+        projected = attention.qkv_proj(vector).view(-1, size)
+        queries, keys, values = projected.split([num_heads, num_keys, num_keys])
+        self.keys[index].append([naive_turn(key, cosines[0, 0], sines[0, 0]) for key in keys])
+        self.values[index].append(list(values))
+        if reuses:
+            return None
+        window = config.sliding_window or position + 1
+        seen = range(max(0, position + 1 - window), position + 1)
+        heads = []
+        for head in range(num_heads):
+            query = naive_turn(queries[head], cosines[0, 0], sines[0, 0])
+            group = head // (num_heads // num_keys)
+            scores = torch.stack([query @ self.keys[index][other][group] * attention.scaling for other in seen])
+            weights = scores.softmax(dim=0)
+            heads.append(
+                sum(weight * self.values[index][other][group] for weight, other in zip(weights, seen, strict=True))
+            )
+        return attention.o_proj(torch.cat(heads))
+
+    def crop(self, length: int):
+        """Forget all positions from `length` on."""
+        for positions in (
+            *self.keys,
+            *self.values,
+            self.gate,
+            self.similarity,
+            self.bypassed,
+            self.confidence,
+            *self.stored.values(),
+        ):
+            del positions[length:]

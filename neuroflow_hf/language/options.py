@@ -1,0 +1,34 @@
+# Copied from neuroflow_hf.vision.options
+"""Options in dataclasses, made out of what a user wrote."""
+
+import difflib
+from dataclasses import fields
+
+
+def make_options(options_class: type, kind: str, options: dict, also_known: tuple[str, ...] = ()):
+    """
+    An `options_class(**options)`.
+
+    Args:
+        options_class: a strict dataclass.
+        kind: what its options are called in errors, such as "gate".
+        options: by name.
+        also_known: names that are taken elsewhere, for the hints.
+
+    Raises:
+        ValueError: for an option that does not exist (with the nearest known one), and for a value of the wrong type
+            or outside its range.
+    """
+    own = [field.name for field in fields(options_class)]
+    known = [*also_known, *own]
+    for name in options:
+        if name not in own:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean `{near[0]}`?" if near else f"Known options: {', '.join(known)}."
+            raise ValueError(f"Unknown {kind} option `{name}`. {hint}")
+    try:
+        return options_class(**options)
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:  # the strict dataclass has error types of its own that are not ValueErrors
+        raise ValueError(f"Bad {kind} option: {error.__cause__ or error}") from error

@@ -1,0 +1,183 @@
+"""
+Moving objects: connected regions of a motion mask, embedded by the pooling head, and what labels fit them.
+
+    (objects,) = connected_objects(motion_mask(output, stream.gate))
+    objects = with_embeddings(model, output.last_hidden_state[0], objects)
+    with_labels(objects, labels)  # of `embed_labels`
+
+The patches' features come out of the frame's forward; all that is added is the head, once for each object.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..vision.gate_config import NeuroFlowGateConfig
+from .labels import Labels
+from .motion import connected_regions, motion_mask
+
+
+@dataclass(frozen=True, eq=False)
+class MovingObject:
+    """
+    A connected region of a motion mask.
+
+    Args:
+        mask: bool [grid_h, grid_w], its patches.
+        box: first row, first column, last row + 1, last column + 1, in patches.
+        embedding: float32 [D], its patches pooled by the model's head; None before `with_embeddings`.
+        label, score: what fits best of the labels, and SigLIP's probability of it; None before `with_labels`.
+    """
+
+    mask: Tensor
+    box: tuple[int, int, int, int]
+    embedding: Tensor | None = None
+    label: str | None = None
+    score: float | None = None
+
+    @property
+    def patches(self) -> int:
+        """How many."""
+        return int(self.mask.sum())
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Mean row and column of its patches' middles, in patches."""
+        row, column = (self.mask.nonzero().float().mean(dim=0) + 0.5).tolist()
+        return row, column
+
+
+def connected_objects(mask: Tensor) -> list[list[MovingObject]]:
+    """
+    The connected regions of the masks of B streams.
+
+    Args:
+        mask: bool [B, grid_h, grid_w], from `motion_mask`.
+
+    Returns:
+        For each stream its objects, the largest first; of equal ones, the one that comes first in reading order.
+
+    Raises:
+        ValueError: if the mask is not 3-dimensional.
+    """
+    if mask.ndim != 3:
+        raise ValueError(f"The mask has shape {tuple(mask.shape)}; expected (streams, grid rows, grid columns).")
+    return [objects_of(regions) for regions in connected_regions(mask).cpu()]
+
+
+def objects_of(regions: Tensor) -> list[MovingObject]:
+    """The objects of one stream's numbered regions, int64 [grid_h, grid_w]."""
+    found = []
+    for number in range(1, int(regions.max()) + 1):
+        mask = regions == number
+        rows, columns = (mask.any(dim).nonzero() for dim in (1, 0))
+        box = (int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
+        found.append(MovingObject(mask, box))
+    return sorted(found, key=lambda item: -item.patches)
+
+
+@torch.no_grad()
+def with_embeddings(model: nn.Module, hidden_state: Tensor, objects: Sequence[MovingObject]) -> list[MovingObject]:
+    """
+    Objects with their embeddings: the patches of each one pooled by the head, as if they were the whole picture.
+
+    Patches have seen the whole frame, so an embedding tells of the surroundings too. The features are as they were
+    last encoded: on a frame that is held, or beyond a budget, they are of an earlier one.
+
+    Args:
+        model: a vision model, or one with a text tower; with a pooling head.
+        hidden_state: [N, D], one stream's `last_hidden_state`; N the patches of the objects' grid.
+        objects: of that stream.
+
+    Raises:
+        ValueError: if the model has no pooling head; if there are not as many features as patches in the grid, as in
+            mode `eliminate`.
+    """
+    vision = getattr(model, "vision_model", model)
+    if not getattr(vision, "use_head", False):
+        raise ValueError("The model has no pooling head, by which patches become embeddings; use one with a head.")
+    for item in objects[:1]:
+        if hidden_state.ndim != 2 or len(hidden_state) != item.mask.numel():
+            raise ValueError(
+                f"`hidden_state` has shape {tuple(hidden_state.shape)}, the grid {item.mask.numel()} patches; "
+                "expected (patches, features) of one stream. Mode `eliminate` gives features of active patches only."
+            )
+    embeddings = [
+        vision.head(hidden_state[item.mask.flatten().to(hidden_state.device)].unsqueeze(0))[0].float().cpu()
+        for item in objects
+    ]
+    return [replace(item, embedding=embedding) for item, embedding in zip(objects, embeddings, strict=True)]
+
+
+def with_labels(objects: Sequence[MovingObject], labels: Labels) -> list[MovingObject]:
+    """
+    Objects with embeddings, and the label that fits each best.
+
+    Raises:
+        ValueError: for an object without an embedding.
+    """
+    labelled = []
+    for item in objects:
+        if item.embedding is None:
+            raise ValueError("An object has no embedding; call `with_embeddings` first.")
+        label, score = labels.best(item.embedding)
+        labelled.append(replace(item, label=label, score=score))
+    return labelled
+
+
+def find_objects(
+    model: nn.Module, output: Any, gate: NeuroFlowGateConfig, labels: Labels | None = None
+) -> list[list[MovingObject]]:
+    """
+    All of the above for an output of B streams: each stream's objects; with `labels`, embedded and labelled.
+
+    Raises:
+        ValueError: as in `motion_mask` and `with_embeddings`.
+    """
+    found = connected_objects(motion_mask(output, gate))
+    if labels is None:
+        return found
+    streams = zip(output.last_hidden_state, found, strict=True)
+    return [with_labels(with_embeddings(model, hidden_state, objects), labels) for hidden_state, objects in streams]
+
+
+def require_objects_found(gate: NeuroFlowGateConfig, labelled: bool):
+    """Raise a ValueError if `find_objects` would refuse every output of a stream with this gate."""
+    if not gate.needs_surprise or gate.everything_active:
+        raise ValueError(
+            "Moving objects are what the gate sees change, and with these options it does not look: choose another "
+            "mode than `dense` and `hold`, and a threshold above -1."
+        )
+    if labelled and gate.mode == "eliminate":
+        raise ValueError("Mode `eliminate` keeps no features of all patches; objects have labels in other modes only.")
+
+
+def pixel_box(
+    item: MovingObject, height: int, width: int, covered: tuple[float, float] = (1.0, 1.0)
+) -> tuple[int, int, int, int]:
+    """
+    An object's box in a picture.
+
+    Args:
+        item: the object.
+        height, width: of the picture in pixels.
+        covered: shares of them that the patches cover, as in `patch_pixels`.
+
+    Returns:
+        left, top, right, bottom in pixels; right and bottom are the first ones outside.
+    """
+    rows, columns = item.mask.shape
+    down, across = covered[0] * height / rows, covered[1] * width / columns
+    top, left, bottom, right = item.box
+    return round(left * across), round(top * down), round(right * across), round(bottom * down)
+
+
+def object_line(item: MovingObject, height: int, width: int, covered: tuple[float, float] = (1.0, 1.0)) -> dict:
+    """An object in a frame's line of `frames.jsonl`: `box` as `pixel_box`, `patches`, and `label`, `confidence`."""
+    line = {"box": list(pixel_box(item, height, width, covered)), "patches": item.patches}
+    if item.label is not None:
+        line |= {"label": item.label, "confidence": float(f"{item.score:.6g}")}
+    return line

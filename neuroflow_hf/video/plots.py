@@ -1,0 +1,195 @@
+"""Pictures: a run over time, what each frame cost and kept; a tuning, what each setting costs and loses."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from ..evaluation.tuning_points import HOLD_BY_THE_CLOCK, Point, Requirement
+from .label_records import shortened
+
+OURS, CONTROL_FIRST, CONTROL_HELD, KEYFRAME = "#d97706", "#9ca3af", "#475569", "#b91c1c"
+FAMILY_COLOURS = (OURS, "#0f766e", "#7c3aed", "#be185d", "#65a30d", "#0369a1")
+LABEL_COLOURS = (*FAMILY_COLOURS, "#111827", "#22d3ee", "#78350f", "#f472b6")
+# Of a legend: characters of a label, characters that fit a row, inches that a row takes.
+LEGEND_LABEL, LEGEND_WIDTH, LEGEND_ROW = 50, 120, 0.22
+# What is lost is drawn on a logarithmic scale; less than this is no more than rounding.
+LEAST_LOSS = 1e-6
+ROUND_TICKS = [digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)]
+
+
+def plot_run(
+    times: Sequence[float],
+    costs: Sequence[float],
+    keyframes: Sequence[bool],
+    sampled_times: Sequence[float],
+    fidelity: dict[str, Sequence[float]],
+    title: str,
+    labels: dict[str, Sequence[float]] | None = None,
+) -> Figure:
+    """
+    Panels over time: cost of every frame; cosine to dense on the sampled frames beside the controls; and each label's
+    confidence on every frame, if there are labels.
+
+    Args:
+        times: seconds, one for each frame.
+        costs: share of a dense frame's multiply-adds, one for each frame.
+        keyframes: whether all patches were encoded, one for each frame.
+        sampled_times: seconds, one for each frame that was compared with dense; may be empty, and then there is no
+            second panel.
+        fidelity: cosines to dense, one for each sampled frame, under `"streamed"`, `"first_frame"` and `"held"`.
+        title: in one line.
+        labels: confidences, one for each frame, under each label's name.
+
+    Returns:
+        A figure of its own, outside pyplot, so that nothing has to be closed.
+    """
+    compared, labelled = len(sampled_times) > 0, bool(labels)
+    columns = legend_columns(labels or {})
+    legend_height = LEGEND_ROW * math.ceil(min(len(labels), len(LABEL_COLOURS) + 1) / columns) if labelled else 0
+    size = 10, 3.2 + 2.4 * compared + 2.4 * labelled + legend_height
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1 + compared + labelled, 1, sharex=True, squeeze=False)[:, 0]
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
+    draw_cost(panels[0], times, costs, keyframes)
+    if compared:
+        draw_fidelity(panels[1], sampled_times, fidelity)
+    if labelled:
+        draw_labels(panels[-1], times, labels)
+    for panel in panels:
+        panel.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(x=0.01)
+        beside = columns if labelled and panel is panels[-1] else 3
+        panel.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=beside, frameon=False, fontsize=10)
+    figure.align_ylabels()
+    panels[-1].set_xlabel("time in the video (s)")
+    return figure
+
+
+def draw_cost(panel, times: Sequence[float], costs: Sequence[float], keyframes: Sequence[bool]):
+    """Cost of every frame as a filled curve, keyframes as points."""
+    panel.fill_between(times, costs, color=OURS, alpha=0.25, linewidth=0)
+    panel.plot(times, costs, color=OURS, linewidth=1.6, label="cost of each frame")
+    at = [(time, cost) for time, cost, keyframe in zip(times, costs, keyframes, strict=True) if keyframe]
+    if at and len(at) < len(costs):
+        panel.plot(*zip(*at, strict=True), "o", color=KEYFRAME, markersize=5, label="keyframe", clip_on=False)
+    panel.axhline(1, color="#111827", linewidth=1, linestyle=(0, (4, 3)), label="dense")
+    panel.set_ylim(0, max(1.08, 1.05 * max(costs)))
+    panel.set_ylabel("cost (share of dense)")
+
+
+def draw_fidelity(panel, times: Sequence[float], fidelity: dict[str, Sequence[float]]):
+    """Cosine to dense on the sampled frames; the controls as thin lines."""
+    marks = {"marker": "o", "markersize": 3.5} if len(times) <= 120 else {}
+    panel.plot(times, fidelity["streamed"], color=OURS, linewidth=1.8, label="streamed", zorder=3, **marks)
+    panel.plot(
+        times, fidelity["first_frame"], color=CONTROL_FIRST, linewidth=1.1, label="control: first frame repeated"
+    )
+    panel.plot(
+        times,
+        fidelity["held"],
+        color=CONTROL_HELD,
+        linewidth=1.1,
+        linestyle=(0, (3, 2)),
+        label="control: last dense sample held",
+    )
+    panel.set_ylabel("cosine to dense")
+
+
+def draw_labels(panel, times: Sequence[float], labels: dict[str, Sequence[float]]):
+    """Each label's confidence over the frames, in a colour of its own; of many, those that are never high in grey."""
+    highest = sorted(labels, key=lambda name: -max(labels[name]))
+    coloured = set(highest[: len(LABEL_COLOURS)])
+    colours = iter(LABEL_COLOURS)
+    for name, confidences in labels.items():
+        if name in coloured:
+            panel.plot(times, confidences, color=next(colours), linewidth=1.4, label=legend_text(name), zorder=3)
+    others = [labels[name] for name in highest[len(LABEL_COLOURS) :]]
+    for place, confidences in enumerate(others):
+        label = f"{len(others)} others, never as high" if place == 0 else None
+        panel.plot(times, confidences, color=CONTROL_FIRST, linewidth=0.8, label=label)
+    # probabilities of labels that do not fit are far below 1, and still say which fits better
+    panel.set_ylim(0, max(1e-6, 1.05 * max(labels[highest[0]])))
+    panel.set_ylabel("label's confidence")
+
+
+def legend_text(name: str) -> str:
+    """A label as a legend shows it: shortened, and with nothing that matplotlib would set as a formula or hide."""
+    text = shortened(name, LEGEND_LABEL)
+    return " " * text.startswith("_") + text.replace("$", r"\$")
+
+
+def legend_columns(names: Iterable[str]) -> int:
+    """How many columns of the longest of `names`, 4 at most, fit a legend's row."""
+    longest = max((len(legend_text(name)) for name in names), default=0)
+    return min(4, LEGEND_WIDTH // (longest + 8))
+
+
+def plot_tuning(
+    points: Sequence[Point], requirement: Requirement, chosen: Point | None, first_frame: Point, title: str
+) -> Figure:
+    """
+    Cost against what is lost, `1 - cosine`, both on a logarithmic scale: the lower left is where one wants to be.
+
+    Args:
+        points: everything that was measured; controls are lines, the others points in a colour for each family.
+        requirement: drawn as a line; its statistic is what is drawn of each point.
+        chosen: is ringed; None if nothing meets the requirement.
+        first_frame: the control that costs nothing, drawn as a level.
+        title: in one line.
+
+    Returns:
+        A figure of its own, outside pyplot, so that nothing has to be closed.
+    """
+    statistic = requirement.statistic
+
+    def loss(point: Point) -> float:
+        return max(LEAST_LOSS, 1 - point.fidelity(statistic))
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    panel = figure.subplots()
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.axhline(loss(first_frame), color=CONTROL_FIRST, linewidth=1.1, label=f"control: {first_frame.family}")
+    colours = iter(FAMILY_COLOURS * len(points))
+    for family in dict.fromkeys(point.family for point in points):
+        of_family = sorted((point for point in points if point.family == family), key=Point.cost)
+        xy = [point.cost() for point in of_family], [loss(point) for point in of_family]
+        if family == HOLD_BY_THE_CLOCK:
+            panel.plot(*xy, color=CONTROL_HELD, linewidth=1.4, label=f"control: {family}")
+        elif of_family[0].control:
+            style = {"color": CONTROL_HELD, "linestyle": (0, (3, 2)), "marker": "s", "markersize": 4}
+            panel.plot(*xy, linewidth=1.1, label=f"control: {family}", **style)
+        else:
+            panel.plot(*xy, color=next(colours), linewidth=1, marker="o", markersize=6, label=family, zorder=3)
+    required = {"color": KEYFRAME, "linewidth": 1.2, "linestyle": (0, (6, 3)), "label": f"required: {requirement}"}
+    if requirement.min_cosine is None:
+        panel.axvline(requirement.max_cost, **required)
+    else:
+        panel.axhline(1 - requirement.min_cosine, **required)
+    if chosen is not None:
+        ring = {"markersize": 13, "markeredgewidth": 2, "markerfacecolor": "none", "markeredgecolor": "#111827"}
+        panel.plot([chosen.cost()], [loss(chosen)], "o", label="chosen", zorder=4, linestyle="none", **ring)
+    panel.set_xlabel("cost (share of dense)")
+    panel.set_ylabel(f"what is lost: 1 - cosine to dense, {statistic}")
+    panel.set_xlim(right=1.05)
+    for axis in (panel.xaxis, panel.yaxis):
+        low, high = axis.get_view_interval()
+        axis.set_ticks([tick for tick in ROUND_TICKS if low <= tick <= high])
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    panel.grid(color="#e5e7eb", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=10)
+    return figure
+
+
+def save_plot(figure: Figure, path: Path):
+    """Write `figure` as a PNG file at 160 dots per inch."""
+    figure.savefig(path, dpi=160, format="png")

@@ -1,0 +1,246 @@
+"""What each frame of a run gives, and how that is put into figures and words. Pure functions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from ..vision.gate_config import NeuroFlowGateConfig
+
+
+@dataclass(frozen=True, eq=False)
+class FrameRecord:
+    """
+    What one frame gave.
+
+    Args:
+        index: place in the file, from 0.
+        time: seconds since the file's first frame.
+        active, patches: how many patches were encoded, of how many.
+        cost: multiply-adds spent, over those of a dense frame.
+        milliseconds: of the streamed forward.
+        embedding: float32 [D], on the CPU.
+        dense_embedding: float32 [D] of the forward without a stream; None where the frame was not sampled.
+        dense_milliseconds: of that forward.
+        label_logits, dense_label_logits: float32 [L], how well each label fits the two embeddings; None where no
+            labels were asked for, and where there is no dense embedding.
+        objects: what moves, as in `object_line`; None where it was not asked for.
+    """
+
+    index: int
+    time: float
+    active: int
+    patches: int
+    cost: float
+    milliseconds: float
+    embedding: torch.Tensor
+    dense_embedding: torch.Tensor | None = None
+    dense_milliseconds: float | None = None
+    label_logits: torch.Tensor | None = None
+    dense_label_logits: torch.Tensor | None = None
+    objects: list[dict] | None = None
+
+    @property
+    def keyframe(self) -> bool:
+        """Whether every patch was encoded."""
+        return self.active == self.patches
+
+    @property
+    def skip_rate(self) -> float:
+        """Share of the patches that were not encoded."""
+        return 1 - self.active / self.patches
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def compare_with_dense(records: Sequence[FrameRecord]) -> dict[int, dict[str, float]]:
+    """
+    Cosine to the dense embedding on each sampled frame: by the record's place, that of the streamed embedding
+    (`"streamed"`), of the first sample's dense embedding (`"first_frame"`) and of the last sample's (`"held"`).
+    On the first sample itself, both controls are 1.
+    """
+    places = [place for place, record in enumerate(records) if record.dense_embedding is not None]
+    compared = {}
+    for before, place in zip([*places[:1], *places[:-1]], places, strict=True):
+        dense = records[place].dense_embedding
+        compared[place] = {
+            "streamed": cosine(records[place].embedding, dense),
+            "first_frame": cosine(records[places[0]].dense_embedding, dense),
+            "held": cosine(records[before].dense_embedding, dense),
+        }
+    return compared
+
+
+def held_at_cost(records: Sequence[FrameRecord], cost: float) -> dict | None:
+    """
+    The control that costs no more than the stream: dense on every `every`-th frame, so that its `cost` is at most
+    `cost`, and held between. `cosine` is the spread at the *oldest* frame of each hold, just before the next dense
+    one, so it understates the control. None if the video is too short for it.
+    """
+    held = held_pairs(records, cost)
+    if held is None:
+        return None
+    every, pairs = held
+    values = [cosine(old.dense_embedding, new.dense_embedding) for old, new in pairs]
+    return {"every": every, "cost": 1 / every, "cosine": spread(values)}
+
+
+def held_pairs(
+    records: Sequence[FrameRecord], cost: float
+) -> tuple[int, list[tuple[FrameRecord, FrameRecord]]] | None:
+    """
+    Of the control in [`held_at_cost`], every how many frames it is dense, and what is compared: pairs of a sampled
+    frame whose output is held and the one on which that is at its oldest. None if the video is too short for it.
+    """
+    places = [place for place, record in enumerate(records) if record.dense_embedding is not None]
+    if len(places) < 2 or cost <= 0:
+        return None
+    step = places[1] - places[0]
+    samples = math.ceil(1 / (cost * step))  # how many of them lie between two dense frames
+    pairs = [(records[old], records[new]) for old, new in zip(places[:-samples], places[samples:], strict=True)]
+    return (samples * step, pairs) if pairs else None
+
+
+def mean_cost(records: Sequence[FrameRecord]) -> float:
+    """Mean cost of a run's frames."""
+    return float(np.mean([record.cost for record in records]))
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Cosine of two vectors [D], computed in float64."""
+    return functional.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Mean, median, 5th and 95th percentile, minimum and maximum; None of nothing."""
+    if not len(values):
+        return None
+    p5, median, p95 = np.percentile(values, (5, 50, 95)).tolist()
+    return {
+        "mean": float(np.mean(values)),
+        "median": median,
+        "p5": p5,
+        "p95": p95,
+        "min": float(min(values)),
+        "max": float(max(values)),
+    }
+
+
+def figures(records: Sequence[FrameRecord]) -> dict:
+    """
+    The figures of a run. Keyframes, the first frame among them, count in all but the fidelity and the median
+    speed-up, which leave out the first sample: it is dense for the stream and for both controls.
+    """
+    sampled = [record for record in records if record.dense_embedding is not None]
+    compared = list(compare_with_dense(records).values())[1:]
+    ratios = [record.dense_milliseconds / record.milliseconds for record in sampled[1:]]
+    streamed = spread([record.milliseconds for record in records])
+    dense = spread([record.dense_milliseconds for record in sampled])
+    return {
+        "frames": len(records),
+        "keyframes": sum(record.keyframe for record in records),
+        "skip_rate": spread([record.skip_rate for record in records]),
+        "cost": spread([record.cost for record in records]),
+        "milliseconds_per_frame": {"streamed": streamed, "dense": dense},
+        # frame by frame, both forwards meet the same machine; the mean also holds the keyframes
+        "speed_up": {"median": float(np.median(ratios)), "mean": dense["mean"] / streamed["mean"]} if ratios else None,
+        "sampled_frames": len(sampled),
+        "compared_frames": len(compared),
+        "compared_keyframes": sum(record.keyframe for record in sampled[1:]),
+        "cosine_to_dense": {
+            name: spread([cosines[name] for cosines in compared]) for name in ("streamed", "first_frame", "held")
+        },
+        "held_at_cost": held_at_cost(records, mean_cost(records)),
+    }
+
+
+def object_figures(records: Sequence[FrameRecord]) -> dict:
+    """What `summary.json` says about moving objects: on how many frames there are some, and how many on each."""
+    counts = [len(record.objects) for record in records]
+    return {"frames": sum(count > 0 for count in counts), "per_frame": spread(counts)}
+
+
+# --- lines, tensors and words --------------------------------------------------------------------------------------
+
+
+def frame_line(record: FrameRecord, cosines: dict[str, float] | None) -> dict:
+    """A frame's line in `frames.jsonl`; what compares it with dense stands only on sampled frames."""
+    line = {
+        "index": record.index,
+        "time": round(record.time, 6),
+        "active": record.active,
+        "patches": record.patches,
+        "skip_rate": round(record.skip_rate, 6),
+        "cost": round(record.cost, 6),
+        "milliseconds": round(record.milliseconds, 3),
+        "keyframe": record.keyframe,
+    }
+    if record.objects is not None:
+        line["objects"] = record.objects
+    if cosines is not None:
+        line["cosine_to_dense"] = round(cosines["streamed"], 7)
+        line["cosine_first_frame"] = round(cosines["first_frame"], 7)
+        line["cosine_held"] = round(cosines["held"], 7)
+        line["dense_milliseconds"] = round(record.dense_milliseconds, 3)
+    return line
+
+
+def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, torch.Tensor]:
+    """
+    `embeddings` float32 [T, D], `frame_index` int64 [T] and `time` float64 [T] in seconds; with S sampled frames,
+    also `dense_embeddings` [S, D] and `dense_frame_index` [S]; with L labels, also `label_scores` float32 [T, L].
+    """
+    tensors = {
+        "embeddings": torch.stack([record.embedding for record in records]),
+        "frame_index": torch.tensor([record.index for record in records]),
+        "time": torch.tensor([record.time for record in records], dtype=torch.float64),
+    }
+    sampled = [record for record in records if record.dense_embedding is not None]
+    if sampled:
+        tensors["dense_embeddings"] = torch.stack([record.dense_embedding for record in sampled])
+        tensors["dense_frame_index"] = torch.tensor([record.index for record in sampled])
+    if records[0].label_logits is not None:
+        tensors["label_scores"] = torch.stack([record.label_logits for record in records]).sigmoid()
+    return tensors
+
+
+def caption(record: FrameRecord, sample: tuple[float, float] | None, short: bool = False) -> list[tuple[str, str]]:
+    """
+    What stands under a frame, as (label, value).
+
+    Args:
+        record: of the frame.
+        sample: time and cosine to dense of the last sampled frame; its time is shown if it is not this frame's.
+        short: the contact sheet's three columns instead of the video's five.
+    """
+    share = record.active / record.patches
+    value = "-"
+    if sample is not None:
+        time_, cosine_ = sample
+        value = f"{cosine_:.4f}" if time_ == record.time else f"{cosine_:.4f} at {time_:.1f} s"
+    if short:
+        encoded = "all" if record.keyframe else f"{share:.1%}"
+        return [("TIME", f"{record.time:.1f} s"), ("PATCHES ENCODED", encoded), ("COSINE TO DENSE", value)]
+    encoded = f"all {record.patches}" if record.keyframe else f"{record.active} of {record.patches}"
+    return [
+        ("FRAME", f"{record.index}  ({record.time:.1f} s)"),
+        ("PATCHES ENCODED", encoded),
+        ("SKIPPED", f"{1 - share:.1%}"),
+        ("COST, DENSE = 1", f"{record.cost:.3f}"),
+        ("COSINE TO DENSE", value),
+    ]
+
+
+def gate_rule(gate: NeuroFlowGateConfig) -> str:
+    """By what patches are chosen, in words, and what they may cost."""
+    rule = f"{gate.token_budget} patches" if gate.token_budget else f"threshold {gate.threshold:g}"
+    return rule if gate.cost_budget is None else f"{rule}, cost budget {gate.cost_budget:g}"
+
+
+def run_title(gate: NeuroFlowGateConfig, video: str, resolution: int) -> str:
+    """One line that says what was run."""
+    return f"{video} at {resolution} px, mode {gate.mode}, reference {gate.reference}, {gate_rule(gate)}"

@@ -1,0 +1,427 @@
+"""
+The main job: a video through a streamed model, compared with dense on sampled frames, written to a folder.
+
+    reader = VideoReader("street.mp4")
+    model, preprocess = load_model("path/to/siglip")
+    result = run_video(reader, model, preprocess, "out", {"threshold": 0.01})
+    result.summary["cost"]["mean"], result.summary["cosine_to_dense"]["streamed"]["p5"]
+
+Nothing is printed here; `on_frame` tells the caller how far it is.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
+from .label_records import label_caption, label_figures, label_line, object_caption
+from .labels import Labels
+from .objects import find_objects, object_line, require_objects_found
+from .overlay import LEGEND, OBJECTS_LEGEND, OverlayWriter, SheetCells, contact_sheet, marked_picture, overlay_frame
+from .plots import plot_run, save_plot
+from .prefetch import prefetch
+from .preprocess import Preprocessor
+from .reader import Frame, VideoError, VideoReader
+from .records import (
+    FrameRecord,
+    caption,
+    compare_with_dense,
+    cosine,
+    embedding_tensors,
+    figures,
+    frame_line,
+    object_figures,
+    run_title,
+)
+
+# The summary goes last: where it is, all the others are of the same run.
+RUN_FILES = ("frames.jsonl", "embeddings.safetensors", "overlay.mp4", "contact_sheet.png", "plot.png", "summary.json")
+DENSE_SAMPLES = 25
+STORED_SETTINGS = ("model", "weights", "gate", "resolution", "dtype", "versions")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """
+    How a run ended.
+
+    Args:
+        status: `"complete"`, `"interrupted"` (Ctrl-C) or `"damaged"` (the video broke off).
+        message: where and why it stopped; empty if complete.
+        summary: the contents of `summary.json`.
+        files: what was written.
+    """
+
+    status: str
+    message: str
+    summary: dict
+    files: list[Path]
+
+
+# --- encoding ------------------------------------------------------------------------------------------------------
+
+
+def encode_video(
+    reader: VideoReader,
+    model: NeuroFlowSiglipVisionModel,
+    preprocess: Preprocessor,
+    stream: Any,
+    dense_every: int,
+    labels: Labels | None = None,
+    objects: bool = False,
+) -> Iterator[tuple[Frame, np.ndarray, FrameRecord]]:
+    """
+    Run the stream over the video, and a forward without a stream on every `dense_every`-th frame (0: on none). With
+    `labels`, both embeddings are compared with them; with `objects`, what moves is found, and labelled if there are
+    labels. Neither counts in the time that is measured, nor in the cost.
+
+    A thread decodes and preprocesses ahead, but waits while a forward is timed: both forwards have the machine to
+    themselves, and get the same pixel values.
+
+    Yields:
+        The frame, its active mask bool [grid_h, grid_w], and its record.
+    """
+    # at the checkpoint's own resolution there is nothing to interpolate, and the plain path is the common one
+    interpolate = preprocess.resolution != model.config.image_size
+    turn = threading.Lock()
+
+    def forward(pixel_values, **kwargs):
+        return model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate, **kwargs)
+
+    def prepared():
+        frames = iter(reader)
+        while True:
+            with turn:
+                frame = next(frames, None)
+                if frame is None:
+                    return
+                item = frame, preprocess(frame.image, model.dtype, model.device)
+            yield item
+
+    with contextlib.closing(prefetch(prepared())) as items:
+        for place, (frame, pixel_values) in enumerate(items):
+            with turn, torch.inference_mode():
+                if place == 0:
+                    forward(pixel_values)  # kernels are chosen and memory is claimed before the clock runs
+                output, milliseconds = timed(lambda x=pixel_values: forward(x, stream=stream), model.device)
+                dense, dense_milliseconds = None, None
+                if dense_every and place % dense_every == 0:
+                    dense, dense_milliseconds = timed(lambda x=pixel_values: forward(x), model.device)
+            mask = output.active_mask[0].cpu().numpy()
+            embedding = output.pooler_output[0].float().cpu()
+            dense_embedding = None if dense is None else dense.pooler_output[0].float().cpu()
+            moving = None
+            if objects:
+                where = (*frame.image.shape[:2], covered_share(mask, model, preprocess))
+                moving = [object_line(item, *where) for item in find_objects(model, output, stream.gate, labels)[0]]
+            record = FrameRecord(
+                index=frame.index,
+                time=frame.time,
+                active=int(mask.sum()),
+                patches=mask.size,
+                cost=output.cost[0].item(),
+                milliseconds=milliseconds,
+                embedding=embedding,
+                dense_embedding=dense_embedding,
+                dense_milliseconds=dense_milliseconds,
+                label_logits=None if labels is None else labels.logits(embedding),
+                dense_label_logits=None if labels is None or dense is None else labels.logits(dense_embedding),
+                objects=moving,
+            )
+            yield frame, mask, record
+
+
+def covered_share(
+    mask: np.ndarray, model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor
+) -> tuple[float, float]:
+    """Which shares of the frame's height and width its patches cover, those of `mask` [grid_h, grid_w]."""
+    down, across = (count * model.config.patch_size / preprocess.resolution for count in mask.shape)
+    return down, across
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What `call` returns, and how many milliseconds it took, the device's work included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    result = call()
+    wait()
+    return result, 1000 * (time.perf_counter() - started)
+
+
+def sampling_step(expected_frames: int | None, keyframe_interval: int | None) -> int:
+    """
+    Every how many frames to compare with dense, for about 25 samples.
+
+    It shares no factor with the keyframe interval: in step with it, keyframes would be sampled more often than they
+    occur, and flatter the fidelity.
+    """
+    step = max(1, round(expected_frames / DENSE_SAMPLES)) if expected_frames else 10
+    while keyframe_interval and math.gcd(step, keyframe_interval) > 1:
+        step += 1
+    return step
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """
+    The first Ctrl-C inside the block sets the event and interrupts nothing; a second one does what it did before.
+    Only the main thread can do this; in others the event is never set.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+    def handle(_signal, _frame):
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor) -> dict:
+    """What was run and on what machine, for the summary."""
+    side = preprocess.resolution // model.config.patch_size
+    return {
+        "video": {
+            "name": reader.path.name,
+            "width": reader.width,
+            "height": reader.height,
+            "frames_per_second": reader.fps,
+            "stride": reader.stride,
+        },
+        "weights": fingerprint(model),
+        "resolution": preprocess.resolution,
+        "grid": [side, side],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("neuroflow-hf", "torch", "transformers")},
+    }
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits that differ between checkpoints: the figures of two runs compare only if these agree."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def require_one_patch(preprocess: Preprocessor, patch_size: int):
+    """Raise a ValueError for a resolution of less than one patch."""
+    if preprocess.resolution < patch_size:
+        raise ValueError(
+            f"The resolution is {preprocess.resolution}; expected at least one patch, {patch_size} pixels."
+        )
+
+
+def prepare_folder(out: str | Path) -> Path:
+    """Make the folder that a run is written to; NotADirectoryError if there is a file of that name."""
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; name a folder to write to.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OSError(f"Cannot make the folder {out} ({reason}); name one that you may write to.") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise PermissionError(f"The folder {out} may not be written to; name another one.")
+    return out
+
+
+def publish(folder: Path, out: Path, names: Sequence[str] = RUN_FILES) -> list[Path]:
+    """Move finished files from `folder` to `out`, each in one step; what an earlier run left of `names` goes."""
+    for name in names:
+        if (folder / name).exists():
+            os.replace(folder / name, out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    return [out / name for name in names if (out / name).exists()]
+
+
+def write_records(
+    folder: Path, records: Sequence[FrameRecord], title: str, cells: SheetCells, labels: Labels | None = None
+):
+    """Write `frames.jsonl`, `contact_sheet.png` and `plot.png` into `folder`."""
+    compared = compare_with_dense(records)
+    lines = [frame_line(record, compared.get(place)) for place, record in enumerate(records)]
+    confidences = None
+    if labels is not None:
+        lines = [line | label_line(record, labels.names) for line, record in zip(lines, records, strict=True)]
+        scores = torch.stack([record.label_logits for record in records]).sigmoid()
+        confidences = dict(zip(labels.names, scores.T.tolist(), strict=True))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "frames.jsonl").write_text(text, encoding="utf-8")
+    figure = plot_run(
+        times=[record.time for record in records],
+        costs=[record.cost for record in records],
+        keyframes=[record.keyframe for record in records],
+        sampled_times=[records[place].time for place in compared],
+        fidelity={
+            name: [cosines[name] for cosines in compared.values()] for name in ("streamed", "first_frame", "held")
+        },
+        title=title,
+        labels=confidences,
+    )
+    save_plot(figure, folder / "plot.png")
+    legend = LEGEND if records[0].objects is None else OBJECTS_LEGEND
+    Image.fromarray(contact_sheet(cells.evenly(), title, legend=legend)).save(
+        folder / "contact_sheet.png", optimize=True
+    )
+
+
+# --- the job -------------------------------------------------------------------------------------------------------
+
+
+def run_video(
+    reader: VideoReader,
+    model: NeuroFlowSiglipVisionModel,
+    preprocess: Preprocessor,
+    out: str | Path,
+    gate_options: dict | None = None,
+    *,
+    dense_every: int | None = None,
+    overlay: bool = True,
+    labels: Labels | None = None,
+    objects: bool = False,
+    model_name: str = "",
+    command: str = "",
+    on_frame: Callable[[FrameRecord], None] | None = None,
+) -> RunResult:
+    """
+    Stream a video through a model and write what came out to a folder.
+
+    Written are `frames.jsonl`, `embeddings.safetensors`, `contact_sheet.png`, `plot.png`, `summary.json` and, with
+    `overlay`, `overlay.mp4`; files of an earlier run are replaced. Each appears whole or not at all, all at the end.
+    Ctrl-C stops after the frame in work, and a damaged video at the damage; what was computed is written then too.
+
+    Args:
+        reader: the video.
+        model, preprocess: from `load_model`.
+        out: folder to write to; made if missing.
+        gate_options: options of [`NeuroFlowGateConfig`], laid over the model's own.
+        dense_every: compare with dense on every so many frames; 0 never; None for about 25 samples in all.
+        overlay: also write the video that shows what was encoded.
+        labels: from `load_model_with_labels`; what the frames are compared with.
+        objects: also find what moves, box by box, with `labels` labelled: in `frames.jsonl`, the overlay and the
+            contact sheet.
+        model_name, command: for the summary.
+        on_frame: called with each frame's record.
+
+    Raises:
+        ValueError: for a gate option, `dense_every` or resolution out of range, or pixels that the model refuses; for
+            `objects` with a gate that does not look at frames.
+        VideoError: if not even the first frame can be read.
+        NotADirectoryError, OSError: if `out` is a file or cannot be written to.
+    """
+    started = time.perf_counter()
+    if dense_every is not None and dense_every < 0:
+        raise ValueError(f"`dense_every` is {dense_every}; expected a number of frames, or 0 for no comparison.")
+    require_one_patch(preprocess, model.config.patch_size)
+    out = prepare_folder(out)
+    stream = model.new_stream(**(gate_options or {}))
+    if objects:
+        require_objects_found(stream.gate, labelled=labels is not None)
+    if dense_every is None:
+        dense_every = sampling_step(reader.expected_frames, stream.gate.keyframe_interval)
+
+    records: list[FrameRecord] = []
+    cells = SheetCells()
+    status, message = "complete", ""
+    with tempfile.TemporaryDirectory(prefix=".run-", dir=out) as folder:
+        folder = Path(folder)
+        fps = reader.fps / reader.stride if reader.fps else None
+        writer = OverlayWriter(folder / "overlay.mp4", fps) if overlay else None
+        try:
+            sample = None
+            with (
+                stop_on_interrupt() as stop,
+                contextlib.closing(
+                    encode_video(reader, model, preprocess, stream, dense_every, labels, objects)
+                ) as encoded,
+            ):
+                for frame, mask, record in encoded:
+                    records.append(record)
+                    if record.dense_embedding is not None:
+                        sample = record.time, cosine(record.embedding, record.dense_embedding)
+                    label_rows = [] if labels is None else [label_caption(record, labels.names)]
+                    covered = covered_share(mask, model, preprocess)
+                    boxes = [line["box"] for line in record.objects or ()]
+                    names = [object_caption(line) for line in record.objects or ()]
+                    if not dense_every or record.dense_embedding is not None:
+                        picture = marked_picture(frame.image, mask, covered, boxes, names)
+                        cells.offer(picture, [caption(record, sample, short=True), *label_rows])
+                    if writer is not None:
+                        rows = [caption(record, sample), *label_rows]
+                        writer.write(overlay_frame(frame.image, mask, rows, covered, boxes, names))
+                    if on_frame is not None:
+                        on_frame(record)
+                    if stop.is_set():
+                        status = "interrupted"
+                        message = f"stopped by Ctrl-C after frame {record.index} ({record.time:.2f} s)"
+                        break
+        except VideoError as error:
+            if not records:
+                raise
+            status, message = "damaged", str(error)
+        finally:
+            if writer is not None:
+                writer.close()
+
+        title = run_title(stream.gate, reader.path.name, preprocess.resolution)
+        write_records(folder, records, title, cells, labels)
+        summary = {
+            "status": status,
+            "message": message,
+            "command": command,
+            "model": model_name or model.config.name_or_path,
+            "dense_every": dense_every,
+            "gate": stream.gate.to_dict(),
+            **settings(reader, model, preprocess),
+            **figures(records),
+            "stream_bytes": stream.nbytes,
+        }
+        if labels is not None:
+            summary["labels"] = label_figures(records, labels)
+        if objects:
+            summary["objects"] = object_figures(records)
+        # bytes, for `save_file` makes files that only their owner can read
+        metadata = {name: json.dumps(summary[name]) for name in STORED_SETTINGS}
+        if labels is not None:
+            metadata |= {"labels": json.dumps(labels.names), "template": json.dumps(labels.template)}
+        (folder / "embeddings.safetensors").write_bytes(save(embedding_tensors(records), metadata))
+        summary["files"] = [name for name in RUN_FILES if (folder / name).exists() or name == "summary.json"]
+        # decoding, preprocessing, drawing and writing included; only the loading of the model is not
+        summary["wall_clock_seconds"] = round(time.perf_counter() - started, 3)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        files = publish(folder, out)
+    return RunResult(status, message, summary, files)

@@ -1,0 +1,1 @@
+"""SigLIP over video. These files travel with saved models."""

@@ -1,0 +1,152 @@
+"""Configurations of the NeuroFlow SigLIP models: SigLIP's own, and the options of the gate."""
+
+import copy
+from dataclasses import fields
+
+from huggingface_hub.dataclasses import strict
+from transformers import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+
+from .gate_config import NeuroFlowGateConfig
+
+SIGLIP_MODEL_TYPES = {"siglip": "neuroflow_siglip", "siglip_vision_model": "neuroflow_siglip_vision_model"}
+
+
+def adopt_model_type(model_type: str | None) -> str | None:
+    """
+    The NeuroFlow model type that takes checkpoints of `model_type`; other types are returned as they are.
+
+    Raises:
+        ValueError: for SigLIP 2 in its NaFlex variant, which packs patches of several images at native resolution.
+    """
+    if model_type is not None and model_type.startswith("siglip2"):
+        raise ValueError(
+            f"This checkpoint's model type is `{model_type}`, SigLIP 2 in its NaFlex variant (patches of varying "
+            "resolution, packed). NeuroFlow needs a fixed patch grid: use a fixed-resolution SigLIP or SigLIP 2 "
+            "checkpoint, whose model type is `siglip` (for example one named `siglip2-...-patch16-256`)."
+        )
+    return SIGLIP_MODEL_TYPES.get(model_type, model_type)
+
+
+class AdoptsSiglip:
+    """Configuration classes that read SigLIP's `config.json` as their own."""
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As transformers' method; SigLIP's model types come back as NeuroFlow's, NaFlex is refused."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        config_dict = dict(config_dict)
+        for part in (config_dict, config_dict.get("vision_config")):
+            if isinstance(part, dict) and "model_type" in part:
+                part["model_type"] = adopt_model_type(part["model_type"])
+        return config_dict, kwargs
+
+
+@strict
+class NeuroFlowSiglipVisionConfig(AdoptsSiglip, SiglipVisionConfig):
+    r"""
+    Configuration of [`NeuroFlowSiglipVisionModel`]: all fields of [`~transformers.SiglipVisionConfig`], and
+
+    Args:
+        gate (`dict`, *optional*):
+            Options of [`NeuroFlowGateConfig`] that differ from its defaults, such as `{"threshold": 0.02}`. They are
+            what `new_stream()` starts from. A stored model keeps them, so tune once and save.
+
+    Raises:
+        ValueError: for a gate option that does not exist or is out of range, and for NaFlex checkpoints.
+    """
+
+    model_type = "neuroflow_siglip_vision_model"
+    base_config_key = "vision_config"
+
+    gate: dict | None = None
+
+    def __setattr__(self, name, value):
+        if name == "gate":
+            value = checked_gate(value)
+        super().__setattr__(name, value)
+
+    def __post_init__(self, **kwargs):
+        adopt_model_type(kwargs.pop("model_type", None))
+        refuse_flat_gate_options(kwargs)
+        super().__post_init__(**kwargs)
+
+
+@strict
+class NeuroFlowSiglipConfig(AdoptsSiglip, SiglipConfig):
+    r"""
+    Configuration of [`NeuroFlowSiglipModel`] and [`NeuroFlowSiglipForImageClassification`]: all fields of
+    [`~transformers.SiglipConfig`]. The gate's options stand in `vision_config.gate`; `config.gate` reads and sets
+    them.
+
+    Raises:
+        ValueError: for a gate option that does not exist or is out of range, and for NaFlex checkpoints.
+    """
+
+    model_type = "neuroflow_siglip"
+    # transformers 5.17 reads `sub_configs`, 5.23 `sub_configs_defaults`
+    sub_configs_defaults = {"vision_config": NeuroFlowSiglipVisionConfig, "text_config": SiglipTextConfig}
+    sub_configs = {"vision_config": NeuroFlowSiglipVisionConfig, "text_config": SiglipTextConfig}
+
+    def __post_init__(self, **kwargs):
+        adopt_model_type(kwargs.pop("model_type", None))
+        gate = kwargs.pop("gate", None)
+        refuse_flat_gate_options(kwargs)
+        self.vision_config = as_config(NeuroFlowSiglipVisionConfig, self.vision_config)
+        self.text_config = as_config(SiglipTextConfig, self.text_config)
+        if gate is not None:
+            self.vision_config = copy.deepcopy(self.vision_config)  # it may be the caller's
+            self.gate = gate
+        super().__post_init__(**kwargs)
+
+    @property
+    def gate(self) -> dict:
+        """The gate's options, those of the vision configuration."""
+        return self.vision_config.gate
+
+    @gate.setter
+    def gate(self, options: dict | None):
+        self.vision_config.gate = options
+
+
+def checked_gate(options: dict | None) -> dict:
+    """A copy of the gate's options, all known and in range; what is no dict is left to the type check."""
+    if options is not None and not isinstance(options, dict):
+        return options
+    NeuroFlowGateConfig.from_options(options)
+    return dict(options or {})
+
+
+def refuse_flat_gate_options(kwargs: dict):
+    """Raise for a gate option that stands outside `gate`, where it would have no effect."""
+    for field in fields(NeuroFlowGateConfig):
+        if field.name in kwargs:
+            raise ValueError(
+                f"`{field.name}` is an option of the gate; pass `gate={{{field.name!r}: {kwargs[field.name]!r}}}`."
+            )
+
+
+def adopt_config(config_class, config):
+    """`config` if it is a `config_class` by its model type, else one made from a stock SigLIP configuration."""
+    if config.model_type == config_class.model_type:
+        return config
+    adopted = as_config(config_class, config)
+    adopted._attn_implementation = config._attn_implementation
+    return adopted
+
+
+def as_config(config_class, value):
+    """`value` as a configuration: made with defaults for `None`, from a dict's entries, or from a stock SigLIP one."""
+    if value is None:
+        return config_class()
+    if not isinstance(value, dict):
+        if value.model_type == config_class.model_type:
+            return value
+        adopt_model_type(value.model_type)
+        value = value.to_dict()
+    return config_class(**value)
+
+
+NeuroFlowSiglipConfig.register_for_auto_class()
+NeuroFlowSiglipVisionConfig.register_for_auto_class()
+
+__all__ = ["NeuroFlowSiglipConfig", "NeuroFlowSiglipVisionConfig"]

@@ -1,0 +1,125 @@
+"""
+Change carried over from the patches that were encoded to those that were not (mode `extrapolate`).
+
+When something moves, attention moves every other patch a little too, and patches that are alike by much the same
+amount. So a few patches that did *not* change, the sentinels, are encoded on every frame as well; how far they turn
+out from what was remembered of them, their innovation, is carried over to the patches like them. The estimate is that
+of a Gaussian process (simple kriging) whose covariance is the patches' likeness.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from .active_set import ActiveSet, add_to_memory
+
+# Found on recorded footage by eval/vision/vision_policies.py; the results are flat around them.
+LIKENESS_WIDTH = 0.05
+COMMON_SHARE = 0.1
+NOISE = 0.7
+
+
+def likeness(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """
+    Prior covariance of the changes of patches with the unit features [P, D] and [Q, D]: [P, Q], 1 for equal features.
+    A share of every change is common to all patches; the rest falls off with the cosine of their features.
+    """
+    return COMMON_SHARE + (1 - COMMON_SHARE) * ((a @ b.mT - 1) / LIKENESS_WIDTH).exp()
+
+
+def carrying_weights(
+    features: torch.Tensor, sources: torch.Tensor, changed: torch.Tensor, encoded: torch.Tensor
+) -> torch.Tensor:
+    """
+    How much of each source's innovation every patch takes over.
+
+    Patches that changed and patches that did not move for different reasons; nothing is carried between the two.
+
+    Args:
+        features: [N, D], what was remembered of the patches; only directions count.
+        sources: int64 [S], the encoded patches that others learn from.
+        changed: bool [N], patches that changed themselves.
+        encoded: bool [N], patches that were encoded; they learn nothing from others.
+
+    Returns:
+        float32 [N, S]; rows of encoded patches are 0.
+    """
+    unit = F.normalize(features.float(), dim=-1)
+    source_unit, source_changed = unit[sources], changed[sources]
+    to_all = likeness(unit, source_unit) * (changed.unsqueeze(1) == source_changed)
+    among = likeness(source_unit, source_unit) * (source_changed.unsqueeze(1) == source_changed)
+    among.diagonal().add_(NOISE)
+    # positive definite by the noise, so that nothing has to be checked, which a device would be waited for
+    weights = to_all @ torch.cholesky_inverse(torch.linalg.cholesky_ex(among).L)
+    return weights.masked_fill(encoded.unsqueeze(1), 0)
+
+
+@dataclass(frozen=True)
+class Carrying:
+    """
+    What one stream's patches learn from each other on one frame.
+
+    Args:
+        stream: its number.
+        weights: [N, S], as of `carrying_weights`, in the type of the memories.
+        sources: int64 [S], the sources' places among all encoded rows [M, D].
+        places: int64 [S], their places in the stream.
+    """
+
+    stream: int
+    weights: torch.Tensor
+    sources: torch.Tensor
+    places: torch.Tensor
+
+    def into(self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor):
+        """
+        Carry what fresh rows [M, D] show over to the patches of `memory[name]`, [B, N, D], that were not encoded.
+        The encoded ones are not written.
+        """
+        innovation = fresh[self.sources] - memory[name][self.stream, self.places]
+        add_to_memory(memory, name, self.stream, self.weights, innovation)
+
+    def multiply_adds(self, dim: int) -> int:
+        """Of `into`, once."""
+        return self.weights.numel() * dim
+
+
+def carryings_of(features: torch.Tensor, active: ActiveSet) -> list[Carrying]:
+    """
+    What is carried over on a frame, for each stream in which there is something to learn and somebody to learn it.
+
+    Args:
+        features: [B, N, D], the remembered outputs, before this frame's are written.
+    """
+    carryings, first_row = [], 0
+    for stream, count in enumerate(active.counts):
+        from_changed, from_still = groups_to_learn_from(active, stream)
+        if from_changed or from_still:
+            rows = active.rows[first_row : first_row + count] - stream * active.num_patches
+            row_changed = active.changed[stream, rows]
+            is_source = (row_changed & bool(from_changed)) | (~row_changed & bool(from_still))
+            sources = torch.nonzero_static(is_source, size=from_changed + from_still).squeeze(1)
+            places = rows[sources]
+            weights = carrying_weights(features[stream], places, active.changed[stream], active.mask[stream])
+            carryings.append(Carrying(stream, weights.to(features.dtype), first_row + sources, places))
+        first_row += count
+    return carryings
+
+
+def groups_to_learn_from(active: ActiveSet, stream: int) -> tuple[int, int]:
+    """How many encoded patches did change, and did not; 0 if none of that group was left out, who could learn."""
+    if active.keyframes[stream]:
+        return 0, 0
+    changed, changed_encoded = active.changed_counts[stream]
+    still, still_encoded = active.num_patches - changed, active.counts[stream] - changed_encoded
+    return (
+        changed_encoded if changed_encoded < changed else 0,
+        still_encoded if still_encoded < still else 0,
+    )
+
+
+def weighing_cost(carrying: Carrying, dim: int) -> int:
+    """Multiply-adds of `carrying_weights`: the likenesses, the inverse of those among the sources, and the product."""
+    patches, sources = carrying.weights.shape
+    return (patches + sources) * sources * dim + sources**3 // 2 + patches * sources**2

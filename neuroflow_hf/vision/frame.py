@@ -1,0 +1,267 @@
+"""One frame of B streams through the vision tower: gate, encoder, read-out, references."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .active_set import ActiveSet
+from .attention import can_fold_probe, pool_with_folded_probe
+from .cost import dense_frame as dense_frame_cost
+from .cost import gate as gate_cost
+from .cost import patch_projection as projection_cost
+from .cost import pooling_head as head_cost
+from .extrapolate import carryings_of, weighing_cost
+from .gate import choose_active, require_budget, savings_after, update_references
+from .layer_step import LayerOutput, LayerStep
+from .modes import MODES
+from .patches import active_position_embeddings, position_embeddings, project_patches
+from .stream import NeuroFlowStream, StreamGeometry
+
+
+@dataclass
+class FrameResult:
+    """What a frame gave: `active`, the set that entered the layers; `last_hidden_state` [B, N, D] (or [B, A, D] with
+    `token_mask` [B, A]), `pooled` [B, D], `surprise` [B, N], `skip_rate` and `cost` [B]."""
+
+    active: ActiveSet
+    grid: tuple[int, int]
+    last_hidden_state: torch.Tensor
+    pooled: torch.Tensor | None
+    surprise: torch.Tensor | None
+    skip_rate: torch.Tensor
+    cost: torch.Tensor
+    token_mask: torch.Tensor | None
+
+
+def encode_frame(
+    model: nn.Module, pixel_values: torch.Tensor, stream: NeuroFlowStream, interpolate_pos_encoding: bool
+) -> FrameResult:
+    """
+    Advance `stream` by one frame of each of its B cameras.
+
+    Everything that can refuse a frame comes before the first write to the stream.
+
+    Args:
+        model: the vision model, whose modules are called; their weights are read past them only if `are_plain`.
+        pixel_values: [B, C, H, W], normalised, floating point.
+    """
+    if not hasattr(stream, "begin_frame"):  # by class, a stream made by code loaded from the Hub would be another one
+        raise TypeError(f"`stream` is a {type(stream).__name__}; expected what `model.new_stream()` returns.")
+    geometry = geometry_of(model, pixel_values, interpolate_pos_encoding)
+    mode = MODES[stream.gate.mode]
+    with stream.unchanged_by_errors():
+        stream.begin_frame(geometry)
+        require_budget(stream.gate, frame_cost(model, stream, 0, 0, projected=True, folded=False))
+        projected = stream.gate.needs_surprise or any(stream.due_keyframes())
+        if projected:
+            # mode `dense` is SigLIP bit for bit
+            patches = project_patches(model, pixel_values, as_product=stream.gate.mode != "dense")
+            signal = patches.detach()
+            if stream.gate.signal == "token":
+                signal = signal + position_embeddings(model, patches, pixel_values, interpolate_pos_encoding).detach()
+            active, surprise = choose_active(stream, signal)
+        else:
+            mask = torch.zeros(geometry.batch_size, geometry.num_patches, dtype=torch.bool, device=geometry.device)
+            active, surprise = ActiveSet(mask, [0] * geometry.batch_size, [False] * geometry.batch_size), None
+
+    stream.frame_in_progress = True
+    encoded = LayerOutput(None, active, [0] * geometry.batch_size)
+    if active.live:
+        if mode.encodes_all_patches:
+            positions = position_embeddings(model, patches, pixel_values, interpolate_pos_encoding)
+            hidden = active.of_live(patches) + positions
+        else:
+            positions = active_position_embeddings(
+                model, patches, pixel_values, interpolate_pos_encoding, active, geometry.grid
+            )
+            hidden = active.gather(patches) + positions
+        encoded = encode(model, hidden, active, stream)
+    folded = model.use_head and stream.gate.mode != "dense" and can_fold_probe(model.head)
+    tokens, token_mask = read_out(stream, encoded)
+    pooled = pool(model, stream, tokens, token_mask, encoded.active, folded)
+    if projected:
+        update_references(stream, signal, active)
+    costs = [
+        frame_cost(model, stream, count, layers, projected, folded)
+        for count, layers in zip(active.counts, encoded.multiply_adds, strict=True)
+    ]
+    stream.savings = [
+        savings_after(stream.gate, *of_stream) for of_stream in zip(stream.savings, stream.frames, costs, strict=True)
+    ]
+    stream.frames = [frame + 1 for frame in stream.frames]
+    stream.frame_in_progress = False
+
+    counts = torch.tensor(active.counts, dtype=torch.float32)
+    return FrameResult(
+        active=active,
+        grid=geometry.grid,
+        # copies, for the memories behind them are written again on the next frame
+        last_hidden_state=tokens.clone() if token_mask is None else tokens,
+        pooled=None if pooled is None else pooled.clone(),
+        surprise=surprise,
+        skip_rate=(1 - counts / geometry.num_patches).to(geometry.device, non_blocking=True),
+        cost=torch.tensor(costs, dtype=torch.float32).to(geometry.device, non_blocking=True),
+        token_mask=token_mask,
+    )
+
+
+def geometry_of(model: nn.Module, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> StreamGeometry:
+    """
+    What kind of frame this is.
+
+    Raises:
+        ValueError: if the pixel values have a wrong number of dimensions or channels, are not floating point, or
+            their resolution needs `interpolate_pos_encoding=True`.
+    """
+    config, embeddings = model.config, model.embeddings
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
+        raise ValueError(
+            f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (streams, {config.num_channels}, height, "
+            "width). One frame of one stream is a batch of 1: `pixel_values.unsqueeze(0)`."
+        )
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"`pixel_values` is {pixel_values.dtype}; expected floating point, normalised by the image processor."
+        )
+    height, width = pixel_values.shape[2:]
+    grid = (height // embeddings.patch_size, width // embeddings.patch_size)
+    if 0 in grid:
+        raise ValueError(f"A frame of {height}x{width} pixels holds no {embeddings.patch_size}-pixel patch.")
+    native = config.image_size // embeddings.patch_size
+    if not interpolate_pos_encoding and grid != (native, native):
+        raise ValueError(
+            f"A frame of {height}x{width} pixels has {grid[0]}x{grid[1]} patches, the checkpoint has positions for "
+            f"{native}x{native} ({config.image_size} pixels). Pass `interpolate_pos_encoding=True` or resize."
+        )
+    device_type = pixel_values.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    return StreamGeometry(
+        batch_size=len(pixel_values),
+        grid=grid,
+        hidden_size=config.hidden_size,
+        num_layers=len(model.encoder.layers),
+        num_heads=config.num_attention_heads,
+        dtype=torch.get_autocast_dtype(device_type) if autocast else embeddings.patch_embedding.weight.dtype,
+        device=pixel_values.device,
+    )
+
+
+def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: NeuroFlowStream) -> LayerOutput:
+    """
+    All encoder layers and the final layer norm, for what the mode passes through them: the outputs, the active set
+    that the last layer left, and each stream's multiply-adds in all layers.
+    """
+    layers, spent = model.encoder.layers, [0] * len(active.counts)
+    dim = model.config.hidden_size
+    carryings = []
+    if MODES[stream.gate.mode].carries_changes and not all(active.keyframes):
+        carryings = carryings_of(stream.memory["output"], active)
+    for index, (layer, memory) in enumerate(zip(layers, stream.layer_memories, strict=True)):
+        # A checkpointed layer would run again in the backward pass, when its memory is that of a later frame. Outside
+        # of training no layer is checkpointed, and threads that share the model must not see its flags change.
+        checkpointed = layer.training and layer.gradient_checkpointing
+        try:
+            if checkpointed:
+                layer.gradient_checkpointing = False
+            step = LayerStep(stream.gate, active, memory, index, len(layers), carryings)
+            hidden = layer(hidden, None, step=step)
+        finally:
+            if checkpointed:
+                layer.gradient_checkpointing = True
+        active = step.output.active
+        spent = [before + added for before, added in zip(spent, step.output.multiply_adds, strict=True)]
+    fresh = model.post_layernorm(hidden)
+    for carrying in carryings:
+        carrying.into(stream.memory, "output", fresh)
+        spent[carrying.stream] += weighing_cost(carrying, dim) + carrying.multiply_adds(dim)
+    return LayerOutput(fresh, active, spent)
+
+
+def read_out(stream: NeuroFlowStream, encoded: LayerOutput) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    What the head sees of each stream, [B, N, D] and no mask, or [B, A, D] and its mask [B, A], from what the encoder
+    returned (no hidden states if nothing was active). Fresh outputs are remembered for the frames to come.
+    """
+    fresh, active = encoded.hidden, encoded.active
+    mode, memory = MODES[stream.gate.mode], stream.memory
+    if not mode.pools_all_patches:
+        return pad_streams(fresh, active, stream.geometry)
+    if fresh is None:
+        return memory["output"], None
+    if mode.encodes_all_patches:
+        return active.remember_streams(memory, "output", fresh), None
+    return active.remember(memory, "output", blend(stream, fresh, active)), None
+
+
+def blend(stream: NeuroFlowStream, fresh: torch.Tensor, active: ActiveSet) -> torch.Tensor:
+    """`(1 - b) C + b z` for rows [M, D], the paper's alpha blending; keyframes are written plainly."""
+    share = stream.gate.memory_blend
+    if share == 1 or all(active.keyframes):
+        return fresh
+    plain = torch.tensor(active.keyframes).repeat_interleave(torch.tensor(active.counts)).to(fresh.device)
+    blended = torch.lerp(active.gather(stream.memory["output"]), fresh, share)
+    return torch.where(plain.unsqueeze(1), fresh, blended)
+
+
+def pad_streams(
+    rows: torch.Tensor | None, active: ActiveSet, geometry: StreamGeometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [M, D] as [B, A, D], zeros after a stream's last active patch, and the mask of real tokens [B, A]."""
+    counts, most = active.counts, max(active.counts)
+    token_mask = torch.arange(most).unsqueeze(0) < torch.tensor(counts).unsqueeze(1)
+    token_mask = token_mask.to(geometry.device, non_blocking=True)
+    if rows is None:
+        return torch.zeros(
+            len(counts), 0, geometry.hidden_size, dtype=geometry.dtype, device=geometry.device
+        ), token_mask
+    if min(counts) == most:
+        return rows.view(len(counts), most, -1), token_mask
+    return nn.utils.rnn.pad_sequence(rows.split(counts), batch_first=True), token_mask
+
+
+def pool(
+    model: nn.Module,
+    stream: NeuroFlowStream,
+    tokens: torch.Tensor,
+    token_mask: torch.Tensor | None,
+    active: ActiveSet,
+    folded: bool,
+) -> torch.Tensor | None:
+    """The embeddings [B, D]: pooled anew for streams with an active patch, the stored ones for the rest."""
+    if not model.use_head:
+        return None
+
+    def head(batch):
+        return pool_with_folded_probe(model.head, batch) if folded else model.head(batch)
+
+    if not active.live:
+        return stream.memory["pooled"]
+    if token_mask is None or len(set(active.counts)) == 1:
+        fresh = head(active.of_live(tokens))
+    else:
+        fresh = torch.cat([head(tokens[index : index + 1, : active.counts[index]]) for index in active.live])
+    return active.remember_streams(stream.memory, "pooled", fresh)
+
+
+def frame_cost(
+    model: nn.Module, stream: NeuroFlowStream, active: int, layers: int, projected: bool, folded: bool
+) -> float:
+    """
+    Multiply-adds spent on one stream's frame with `active` patches active, `layers` of them in the encoder's layers,
+    over those of a dense frame.
+    """
+    config, geometry, gate = model.config, stream.geometry, stream.gate
+    patches, dim, inner = geometry.num_patches, config.hidden_size, config.intermediate_size
+    heads, patch_features = config.num_attention_heads, config.num_channels * model.embeddings.patch_size**2
+    dense = dense_frame_cost(patches, geometry.num_layers, dim, inner, patch_features, heads, model.use_head)
+
+    mode = MODES[gate.mode]
+    spent = projection_cost(patches, dim, patch_features) if projected else 0
+    if gate.needs_surprise:
+        spent += gate_cost(patches, dim, len(gate.references))
+    if active:
+        spent += layers
+        if model.use_head:
+            spent += head_cost(patches if mode.pools_all_patches else active, dim, inner, heads, folded)
+    return spent / dense

@@ -1,0 +1,226 @@
+"""The gate at work: from a frame's signal and a stream's references to the active set, and back to the references."""
+
+import torch
+
+from .active_set import ActiveSet
+from .gate_config import NeuroFlowGateConfig
+from .selection import (
+    has_only_finite,
+    highest,
+    oldest,
+    refreshed_per_frame,
+    running_mean,
+    spread_to_neighbours,
+    surprise,
+    without_global_motion,
+)
+from .stream import NeuroFlowStream
+
+# A frame may overdraw by one dense frame, and a keyframe by its number by another one; more, as of a stream whose
+# options were changed on the way, is forgiven.
+MOST_DEBT = 2.0
+
+
+def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[ActiveSet, torch.Tensor | None]:
+    """
+    The active set of a frame whose signal is [B, N, D], and the surprise float32 [B, N] that it was chosen by; `None`
+    where the options do not look at the frame (`dense`, `hold` by the clock). Patches of a stream's first frame have
+    no reference; their surprise is 1, the cosine to nothing being 0. Nothing is written.
+
+    The order of the policies: surprise, global motion, dilation, threshold or token budget (with patches whose turn it
+    is taken first), the minimum, keyframes by number, holding what the cost budget does not allow, the other keyframe
+    rules (by the mean surprise and by the share of patches above the threshold before dilation), holding (by the same
+    share), encoding in full what nearly is.
+
+    Raises:
+        ValueError: if a stream's pixels are not finite.
+    """
+    gate = stream.gate
+    batch_size, num_patches, _ = signal.shape
+    nothing = torch.zeros(batch_size, num_patches, dtype=torch.bool, device=signal.device)
+    if gate.needs_surprise:
+        scores = surprise_of(stream, signal)
+        # without references to compare with, the surprise would be finite for any signal
+        looked_at = scores if stream.memory else signal
+        mean_scores = scores.mean(-1)
+        changed, mask = apply_policies(stream, scores)
+    else:
+        scores, looked_at, mean_scores, changed, mask = None, signal, nothing.sum(-1), nothing, nothing.clone()
+    waited = stream.memory["age"].amin(-1) if "age" in stream.memory else nothing.sum(-1)
+
+    numbers = (
+        has_only_finite(looked_at),
+        mean_scores,
+        changed.sum(-1),
+        mask.sum(-1),
+        (changed & mask).sum(-1),
+        waited,
+    )
+    count = fixed_count(gate, num_patches)
+    if torch.compiler.is_compiling() and count is not None:
+        # a graph cannot wait for numbers; it can stop at one, if without a stream's name
+        torch._assert_async(numbers[0].all(), "The frame of a stream has NaN or infinite pixel values.")
+        per_stream = [(True, 0, 0, count, 0, 0)] * batch_size
+    else:  # the one time in a frame that the host waits for the device
+        per_stream = torch.stack([number.double() for number in numbers], dim=-1).tolist()
+        require_finite([finite for finite, *_ in per_stream])
+
+    keyframes, counts, changed_counts = stream.due_keyframes(), [], []
+    for index, (_, mean_score, num_changed, num_active, num_both, num_waited) in enumerate(per_stream):
+        changed_fraction = num_changed / num_patches
+        holds = gate.hold_fraction is not None and changed_fraction > gate.hold_fraction
+        overdrawn = gate.cost_budget is not None and stream.savings[index] <= 0
+        if not overdrawn:
+            keyframes[index] |= asks_for_keyframe(gate, mean_score, changed_fraction, holds, num_waited)
+        if keyframes[index]:
+            num_active = num_patches
+        elif holds or overdrawn:
+            num_active = num_both = 0
+        elif num_active > gate.full_above * num_patches:
+            keyframes[index], num_active = True, num_patches
+        counts.append(int(num_active))
+        changed_counts.append((int(num_changed), int(num_both)))
+    for value, count in ((True, num_patches), (False, 0)):
+        of_all = [index for index in range(batch_size) if counts[index] == count]
+        if of_all:
+            mask[of_all] = value
+    return ActiveSet(mask, counts, keyframes, changed, changed_counts), scores
+
+
+def fixed_count(gate: NeuroFlowGateConfig, num_patches: int) -> int | None:
+    """How many patches are active in a frame that is no keyframe by its number, if that is known whatever it shows."""
+    if gate.everything_active:
+        return num_patches
+    if not gate.needs_surprise:
+        return 0
+    looks = gate.has_keyframe_trigger or gate.hold_fraction is not None or gate.mode == "extrapolate"
+    if gate.token_budget is None or looks or gate.cost_budget is not None:
+        return None
+    return min(num_patches, max(gate.token_budget, gate.least_active))
+
+
+def require_finite(finite_streams: list[float]):
+    """Raise a ValueError that names the first stream whose frame is not finite."""
+    for index, finite in enumerate(finite_streams):
+        if not finite:
+            raise ValueError(
+                f"The frame of stream {index} (of {len(finite_streams)}) has NaN or infinite pixel values. Drop the "
+                "frame or repair it; the streams are as they were before."
+            )
+
+
+def asks_for_keyframe(
+    gate: NeuroFlowGateConfig, mean_surprise: float, changed_fraction: float, holds: bool, waited: float
+) -> bool:
+    """
+    Whether a stream's frame is a keyframe for what it shows. `holds`: whether it would be held else; `waited`: for how
+    many frames nothing was encoded.
+    """
+    if gate.keyframe_fraction is not None and changed_fraction > gate.keyframe_fraction:
+        return True
+    # where the changed patches are encoded anyway, their surprise is no reason to encode the others
+    may_be_stale = holds or gate.hold_fraction is None
+    if gate.keyframe_surprise is not None and may_be_stale and mean_surprise > gate.keyframe_surprise:
+        return True
+    return holds and gate.max_hold is not None and waited >= gate.max_hold
+
+
+def savings_after(gate: NeuroFlowGateConfig, savings: float, frame: int, cost: float) -> float:
+    """
+    What a stream may spend on the coming frames, in dense frames' worth, after one of this number and cost; positive
+    when the next one may be encoded. Any stretch of T frames after the first spends at most
+    `cost_budget * T + cost_reserve + 1`, for one frame may overdraw, and 1 more with a `keyframe_interval`, whose
+    keyframe may come on top.
+    """
+    if gate.cost_budget is None or frame == 0:
+        return float(gate.cost_reserve)
+    return max(min(savings - cost + gate.cost_budget, float(gate.cost_reserve)), -MOST_DEBT)
+
+
+def unavoidable_cost(keyframe_interval: int | None, looking: float) -> float:
+    """
+    What a stream spends per frame whatever it shows: looking at every frame, which costs a share `looking` of a dense
+    one, and keyframes by their number.
+    """
+    return looking + (0 if keyframe_interval is None else (1 - looking) / keyframe_interval)
+
+
+def require_budget(gate: NeuroFlowGateConfig, looking: float):
+    """Raise a ValueError if a `cost_budget` does not pay for the `unavoidable_cost`: debt would never end."""
+    if gate.cost_budget is None or gate.everything_active or not gate.needs_surprise:
+        return
+    least = unavoidable_cost(gate.keyframe_interval, looking)
+    if gate.cost_budget <= least:
+        keyframes = "" if gate.keyframe_interval is None else f" and a keyframe every {gate.keyframe_interval} frames"
+        raise ValueError(
+            f"Gate option `cost_budget` is {gate.cost_budget}, and looking at every frame{keyframes} costs "
+            f"{least:.3g} of dense; raise the budget, or lift it with None."
+        )
+
+
+def surprise_of(stream: NeuroFlowStream, signal: torch.Tensor) -> torch.Tensor:
+    """The largest surprise against the references that the stream keeps: [B, N, D] to float32 [B, N]."""
+    if not stream.memory:
+        return torch.ones(signal.shape[:2], device=signal.device)
+    references = [stream.memory[name] for name in stream.gate.references]
+    scores = torch.stack([surprise(signal, reference) for reference in references]).amax(dim=0)
+    first_frames = [index for index, frame in enumerate(stream.frames) if frame == 0]
+    if first_frames:  # what they hold is from before a reset
+        unknown = torch.where(scores[first_frames].isfinite(), 1.0, torch.nan)
+        scores[first_frames] = unknown
+    return scores
+
+
+def apply_policies(stream: NeuroFlowStream, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Surprise [B, N] to two masks [B, N]: the patches above the threshold, and those that the policies take."""
+    gate, grid = stream.gate, stream.geometry.grid
+    if gate.global_motion_norm:
+        scores = without_global_motion(scores)
+    changed = scores > gate.threshold
+    if gate.mode == "hold":
+        return changed, torch.zeros_like(changed)
+    scores = spread_to_neighbours(scores, grid, gate.dilate)
+    mask = scores > gate.threshold
+    if "age" in stream.memory:
+        refreshed = refreshed_in_turn(gate, grid, stream.memory["age"], mask)
+        scores = scores.masked_fill(refreshed, torch.inf)
+        mask = mask | refreshed
+    if gate.token_budget is not None:
+        mask = highest(scores, gate.token_budget)
+    if gate.least_active:
+        mask = mask | highest(scores, gate.least_active)
+    return changed, mask
+
+
+def refreshed_in_turn(
+    gate: NeuroFlowGateConfig, grid: tuple[int, int], age: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """The patches that are encoded because it is their turn: ages [B, N] and the mask of changed ones to a mask."""
+    refreshed, num_patches = torch.zeros_like(mask), age.shape[-1]
+    if gate.max_age is not None:
+        refreshed = oldest(age, grid, refreshed_per_frame(num_patches, gate.max_age))
+    if gate.sentinel_share:
+        sentinels = mask.sum(-1).clamp(max=gate.most_sentinels(num_patches))
+        refreshed = refreshed | oldest(age, grid, sentinels, among=~(mask | refreshed))
+    return refreshed
+
+
+def update_references(stream: NeuroFlowStream, signal: torch.Tensor, active: ActiveSet):
+    """Write a frame's signal [B, N, D] into the stream's references; a keyframe overwrites the running means."""
+    gate, memory = stream.gate, stream.memory
+    if not gate.needs_surprise:
+        return
+    if "last_update" in gate.references:
+        active.remember(memory, "last_update", active.gather(signal))
+    for name, rate in gate.mean_rates.items():
+        if all(active.keyframes):
+            memory[name] = signal.to(torch.float32, copy=True)
+            continue
+        mean = running_mean(memory[name], signal, rate)
+        for index, is_keyframe in enumerate(active.keyframes):
+            if is_keyframe:
+                mean[index] = signal[index]
+        memory[name] = mean
+    if gate.keeps_age:
+        age = memory.get("age", torch.zeros(active.mask.shape, dtype=torch.int64, device=signal.device))
+        memory["age"] = (age + 1).masked_fill(active.mask, 0)

@@ -1,0 +1,483 @@
+"""
+SigLIP whose vision tower can follow a video: patches that did not change since the last frame are not encoded again.
+
+What differs from transformers' SigLIP: every forward takes a `stream`. Without one, it is SigLIP, bit for bit.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import SiglipModel, SiglipVisionModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.models.siglip.modeling_siglip import (
+    SiglipEncoder,
+    SiglipEncoderLayer,
+    SiglipForImageClassification,
+    SiglipMultiheadAttentionPoolingHead,
+    SiglipPreTrainedModel,
+    SiglipTextModel,
+    SiglipVisionEmbeddings,
+)
+
+from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig, adopt_config
+from .frame import FrameResult, encode_frame
+from .gate_config import NeuroFlowGateConfig
+from .layer_step import LayerStep
+from .modes import MODES
+from .stream import NeuroFlowStream
+
+
+@dataclass
+class NeuroFlowSiglipVisionOutput(BaseModelOutputWithPooling):
+    """
+    Output of the vision tower for one frame of B streams.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, N, D)`):
+            All patches after the final layer norm, each as it was last encoded. In mode `eliminate` the active ones
+            only, `(B, A, D)`, padded with zeros to the largest count; `token_mask` says which are real.
+        pooler_output (`torch.FloatTensor` of shape `(B, D)`): the embedding. None if the model has no pooling head.
+        active_mask (`torch.BoolTensor` of shape `(B, grid_h, grid_w)`):
+            The patches that were encoded on this frame; in mode `propagate`, from the first layer on.
+        surprise (`torch.FloatTensor` of shape `(B, grid_h, grid_w)`, *optional*):
+            `1 - cos(signal, reference)`, float32; 1 on a stream's first frame. None if the frame was not looked at
+            (mode `dense`, and `hold` without `keyframe_fraction`).
+        skip_rate (`torch.FloatTensor` of shape `(B,)`): `1 - |active| / N`, at layer 0.
+        cost (`torch.FloatTensor` of shape `(B,)`):
+            Multiply-adds spent on this frame, gate and head included, over those of a dense frame.
+        token_mask (`torch.BoolTensor` of shape `(B, A)`, *optional*): in mode `eliminate`, see above.
+    """
+
+    active_mask: torch.Tensor | None = None
+    surprise: torch.Tensor | None = None
+    skip_rate: torch.Tensor | None = None
+    cost: torch.Tensor | None = None
+    token_mask: torch.Tensor | None = None
+
+
+@dataclass
+class NeuroFlowSiglipImageClassifierOutput(ImageClassifierOutput):
+    """Output of the classifier for one frame of B streams: logits, and the gate's fields as in the vision output."""
+
+    active_mask: torch.Tensor | None = None
+    surprise: torch.Tensor | None = None
+    skip_rate: torch.Tensor | None = None
+    cost: torch.Tensor | None = None
+
+
+GATE_FIELDS = ("active_mask", "surprise", "skip_rate", "cost")
+
+
+class NeuroFlowSiglipEncoderLayer(SiglipEncoderLayer):
+    """SigLIP's encoder layer; with a `step`, it does what the stream's mode does in this layer."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        step: LayerStep | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """`hidden_states` [B, N, D] without a step; with one, what the mode passes through its layers."""
+        if step is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        step.output = MODES[step.gate.mode].layer(self, hidden_states, step)
+        return step.output.hidden
+
+
+class NeuroFlowSiglipEncoder(SiglipEncoder):
+    """SigLIP's encoder, of layers that can take part in a stream."""
+
+    def __init__(self, config: NeuroFlowSiglipVisionConfig):
+        nn.Module.__init__(self)
+        self.config = config
+        self.layers = nn.ModuleList([NeuroFlowSiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+
+
+class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
+    """What the NeuroFlow SigLIP models share: how they are initialised and saved, and how streams are made."""
+
+    config: NeuroFlowSiglipConfig
+    _no_split_modules = [*SiglipPreTrainedModel._no_split_modules, "NeuroFlowSiglipEncoderLayer"]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """
+        False: the models initialise as transformers' own do, since they use its `_init_weights`. For custom code
+        transformers leaves out modules without parameters of their own, here every attention module.
+        """
+        return False
+
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers' method; the configuration also names the classes for every auto class."""
+        self.config.auto_map = dict(AUTO_MAPS[self.config.model_type])
+        super().save_pretrained(*args, **kwargs)
+
+    def set_attn_implementation(self, *args, **kwargs):
+        """As transformers' method; modules shared with a model that was wrapped keep its configuration, and follow."""
+        super().set_attn_implementation(*args, **kwargs)
+        for tower in self.modules():
+            if isinstance(tower, NeuroFlowSiglipVisionModel):
+                for layer in tower.encoder.layers:
+                    layer.self_attn.config._attn_implementation_internal = tower.config._attn_implementation
+
+    @property
+    def gate_options(self) -> dict:
+        """The options that a new stream starts from: `gate` in the vision configuration."""
+        return getattr(self.config, "vision_config", self.config).gate
+
+    def new_stream(self, batch_size: int = 1, **gate_options) -> NeuroFlowStream:
+        """
+        The memory of `batch_size` independent streams, to be passed as `stream=` with every frame.
+
+        Args:
+            batch_size (`int`, defaults to 1): B, the number of streams (cameras), one frame of each per call.
+            gate_options: options of [`NeuroFlowGateConfig`], such as `mode=` or `threshold=`, laid over the model's.
+
+        Raises:
+            ValueError: for an option that does not exist or is out of range.
+        """
+        return NeuroFlowStream(NeuroFlowGateConfig.from_options(self.gate_options, **gate_options), batch_size)
+
+    def _forward_frame(self, pixel_values: torch.Tensor, stream: NeuroFlowStream, **kwargs):
+        return self(pixel_values=pixel_values, stream=stream, **kwargs)
+
+    def stream_frames(
+        self,
+        frames: Iterable[torch.Tensor],
+        stream: NeuroFlowStream | None = None,
+        interpolate_pos_encoding: bool = False,
+        **gate_options,
+    ) -> Iterator:
+        """
+        The model's output for each frame of an iterable, one after the other, as they come.
+
+        Args:
+            frames: pixel values, `(B, C, H, W)` each, or `(C, H, W)` for one stream.
+            stream: the stream to continue; by default a new one of the first frame's batch size.
+            interpolate_pos_encoding (`bool`, defaults to `False`): for resolutions other than the checkpoint's.
+            gate_options: options of the gate for the new stream.
+
+        Yields:
+            The model's output with a stream, for every frame; never as a tuple.
+        """
+        if stream is not None and gate_options:
+            raise ValueError(
+                f"Gate options ({', '.join(gate_options)}) go with a new stream; the one passed has its own, "
+                "`stream.gate`."
+            )
+        for frame in frames:
+            pixel_values = frame.unsqueeze(0) if frame.ndim == 3 else frame
+            if stream is None:
+                stream = self.new_stream(batch_size=len(pixel_values), **gate_options)
+            yield self._forward_frame(
+                pixel_values, stream, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True
+            )
+
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        stream: NeuroFlowStream | None = None,
+        return_patches: bool = False,
+        **options,
+    ):
+        """
+        The output for B clips of T frames: the model's output class, each field with T as its second dimension.
+
+        Args:
+            pixel_values_videos (`torch.FloatTensor` of shape `(B, T, C, H, W)`): B clips, each its own stream.
+            stream: the streams to continue; by default new ones.
+            return_patches (`bool`, defaults to `False`):
+                Also return `last_hidden_state` `(B, T, N, D)`, which is large; not in mode `eliminate`, where the
+                number of patches differs from frame to frame.
+            options: `interpolate_pos_encoding` and options of the gate, as in `stream_frames`.
+
+        Raises:
+            ValueError: if the clips are not 5-dimensional or have no frame.
+        """
+        if pixel_values_videos.ndim != 5 or pixel_values_videos.shape[1] == 0:
+            raise ValueError(
+                f"`pixel_values_videos` has shape {tuple(pixel_values_videos.shape)}; expected (clips, frames, "
+                "channels, height, width) with at least one frame."
+            )
+        names = ("pooler_output", "logits", *GATE_FIELDS, *(("last_hidden_state",) if return_patches else ()))
+        collected: dict[str, list[torch.Tensor]] = {}
+        for output in self.stream_frames(pixel_values_videos.unbind(1), stream, **options):
+            if return_patches and output.get("token_mask") is not None:
+                raise ValueError("Mode `eliminate` has no fixed set of patches to stack; use `return_patches=False`.")
+            for name in names:
+                if output.get(name) is not None:
+                    collected.setdefault(name, []).append(output[name])
+        return type(output)(**{name: torch.stack(tensors, dim=1) for name, tensors in collected.items()})
+
+
+class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionModel):
+    """
+    SigLIP's vision tower over video. Loads any fixed-resolution SigLIP or SigLIP 2 checkpoint, no training needed.
+
+    Example:
+
+    ```python
+    model = NeuroFlowSiglipVisionModel.from_pretrained("path/to/siglip")
+    stream = model.new_stream(threshold=0.01)
+    for pixel_values in frames:  # (1, 3, H, W) each
+        output = model(pixel_values=pixel_values, stream=stream)
+        output.pooler_output, output.cost
+    ```
+    """
+
+    config: NeuroFlowSiglipVisionConfig
+    config_class = NeuroFlowSiglipVisionConfig
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_(scale|bias)$", r"^classifier\."]
+
+    def __init__(self, config: NeuroFlowSiglipVisionConfig):
+        config = adopt_config(NeuroFlowSiglipVisionConfig, config)
+        SiglipPreTrainedModel.__init__(self, config)
+        self.config = config
+        self.embeddings = SiglipVisionEmbeddings(config)
+        self.encoder = NeuroFlowSiglipEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.use_head = getattr(config, "vision_use_head", True)  # transformers 5.17 has no such field
+        if self.use_head:
+            self.head = SiglipMultiheadAttentionPoolingHead(config)
+        self.post_init()
+
+    @classmethod
+    def from_siglip(cls, model: SiglipVisionModel, **gate_options) -> "NeuroFlowSiglipVisionModel":
+        """
+        A loaded SigLIP vision model, wrapped: modules and parameters are shared, nothing is copied. Adapters and
+        quantised layers inside come along.
+
+        Args:
+            model: a `SiglipVisionModel`.
+            gate_options: options of [`NeuroFlowGateConfig`] for the streams of this model.
+
+        Raises:
+            TypeError: if `model` is something else.
+        """
+        require_model(model, SiglipVisionModel)
+        wrapper = empty_wrapper(cls, model, gate=gate_options)
+        for name in ("embeddings", "post_layernorm", *(("head",) if wrapper.use_head else ())):
+            setattr(wrapper, name, getattr(model, name))
+        for layer, shared in zip(wrapper.encoder.layers, model.encoder.layers, strict=True):
+            share_module(layer, shared)
+        return wrapper.train(model.training)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        stream: NeuroFlowStream | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling | NeuroFlowSiglipVisionOutput:
+        """
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, C, H, W)`): normalised images; with a stream, the next
+                frame of each of its B streams.
+            interpolate_pos_encoding (`bool`, defaults to `False`): for resolutions other than the checkpoint's.
+            stream ([`NeuroFlowStream`], *optional*): from `new_stream()`. Without one, this is SigLIP.
+
+        Raises:
+            ValueError: with a stream, if the frame does not fit it, has pixels that are not finite, or hidden states
+                or attentions are asked for (layers see only part of the patches, and not the same on every frame).
+        """
+        if stream is None:
+            return super().forward(pixel_values, interpolate_pos_encoding, **kwargs)
+        return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        refuse_recording(self.config, kwargs)
+        result = encode_frame(self, pixel_values, stream, interpolate_pos_encoding)
+        output = vision_output(result)
+        return output if return_dict else output.to_tuple()
+
+
+class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
+    """
+    SigLIP, text and vision, whose vision tower can follow a video; loads any fixed-resolution SigLIP checkpoint.
+
+    `get_image_features(pixel_values=..., stream=stream)` gives the frame's embedding in `pooler_output`; `forward`
+    takes a stream too and compares the frame with texts.
+    """
+
+    config: NeuroFlowSiglipConfig
+    config_class = NeuroFlowSiglipConfig
+
+    def __init__(self, config: NeuroFlowSiglipConfig):
+        config = adopt_config(NeuroFlowSiglipConfig, config)
+        SiglipPreTrainedModel.__init__(self, config)
+        self.text_model = SiglipTextModel._from_config(config.text_config)
+        self.vision_model = NeuroFlowSiglipVisionModel._from_config(config.vision_config)
+        self.logit_scale = nn.Parameter(torch.randn(1))
+        self.logit_bias = nn.Parameter(torch.randn(1))
+        self.post_init()
+
+    @classmethod
+    def from_siglip(cls, model: SiglipModel, **gate_options) -> "NeuroFlowSiglipModel":
+        """A loaded `SiglipModel`, wrapped, as in [`NeuroFlowSiglipVisionModel.from_siglip`]."""
+        require_model(model, SiglipModel)
+        wrapper = empty_wrapper(cls, model, gate=gate_options)
+        wrapper.vision_model = NeuroFlowSiglipVisionModel.from_siglip(model.vision_model, **gate_options)
+        for name in ("text_model", "logit_scale", "logit_bias"):
+            setattr(wrapper, name, getattr(model, name))
+        return wrapper.train(model.training)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        stream: NeuroFlowStream | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling | NeuroFlowSiglipVisionOutput:
+        """The vision tower's output, see [`NeuroFlowSiglipVisionModel.forward`]; the embedding is `pooler_output`."""
+        return self.vision_model(pixel_values, interpolate_pos_encoding, stream=stream, **kwargs)
+
+    def _forward_frame(self, pixel_values, stream, **kwargs):
+        return self.get_image_features(pixel_values, stream=stream, **kwargs)
+
+
+class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, SiglipForImageClassification):
+    """SigLIP's image classifier (mean of the patches, linear head), whose vision tower can follow a video."""
+
+    config: NeuroFlowSiglipConfig
+    config_class = NeuroFlowSiglipConfig
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_(scale|bias)$"]
+
+    def __init__(self, config: NeuroFlowSiglipConfig):
+        config = adopt_config(NeuroFlowSiglipConfig, config)
+        SiglipPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.vision_model = NeuroFlowSiglipVisionModel._from_config(config.vision_config)
+        hidden_size = config.vision_config.hidden_size
+        self.classifier = nn.Linear(hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        stream: NeuroFlowStream | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutput | NeuroFlowSiglipImageClassifierOutput:
+        """
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, C, H, W)`): images, or frames of the stream.
+            labels (`torch.LongTensor` of shape `(B,)`, *optional*): as in transformers' class.
+            interpolate_pos_encoding (`bool`, defaults to `False`): for resolutions other than the checkpoint's.
+            stream ([`NeuroFlowStream`], *optional*): from `new_stream()`. Without one, this is SigLIP's classifier.
+        """
+        if stream is None:
+            return super().forward(pixel_values, labels, interpolate_pos_encoding, **kwargs)
+        return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        refuse_recording(self.config, kwargs)
+        if stream.gate.mode == "eliminate" and stream.gate.least_active == 0:
+            raise ValueError(
+                "The classifier averages the active patches, and `min_active_tokens=0` allows for none. Make the "
+                "stream with `min_active_tokens` of at least 1."
+            )
+        vision = self.vision_model(pixel_values, interpolate_pos_encoding, stream=stream, return_dict=True)
+        logits = self.classifier(mean_of_tokens(vision.last_hidden_state, vision.token_mask))
+        loss = self.loss_function(labels, logits, self.config) if labels is not None else None
+        gate_fields = {name: vision[name] for name in GATE_FIELDS if name in vision}
+        output = NeuroFlowSiglipImageClassifierOutput(loss=loss, logits=logits, **gate_fields)
+        return output if return_dict else output.to_tuple()
+
+
+def vision_output(result: FrameResult) -> NeuroFlowSiglipVisionOutput:
+    """The output class from a frame's results: flat patch maps [B, N] become [B, grid_h, grid_w]."""
+
+    def on_grid(patch_map):
+        return None if patch_map is None else patch_map.unflatten(-1, result.grid)
+
+    return NeuroFlowSiglipVisionOutput(
+        last_hidden_state=result.last_hidden_state,
+        pooler_output=result.pooled,
+        active_mask=on_grid(result.active.mask),
+        surprise=on_grid(result.surprise),
+        skip_rate=result.skip_rate,
+        cost=result.cost,
+        token_mask=result.token_mask,
+    )
+
+
+def mean_of_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the tokens, [B, A, D] to [B, D]; with a mask [B, A], over those that are real."""
+    if token_mask is None:
+        return hidden_states.mean(dim=1)
+    return (hidden_states * token_mask.unsqueeze(-1)).sum(dim=1) / token_mask.sum(dim=1, keepdim=True)
+
+
+def refuse_recording(config, kwargs: dict):
+    """Raise if hidden states or attentions are asked for, by keyword or by the configuration."""
+    for name in ("output_hidden_states", "output_attentions"):
+        if kwargs.get(name, getattr(config, name, False)):
+            raise ValueError(
+                f"`{name}` is not supported with a stream: the layers see only the active patches, and other ones on "
+                "every frame. Leave the stream out to record a dense forward."
+            )
+
+
+def require_model(model, expected: type):
+    """Raise a TypeError unless `model` is an `expected`."""
+    if not isinstance(model, expected):
+        raise TypeError(f"Cannot wrap a {type(model).__name__}; expected a loaded transformers `{expected.__name__}`.")
+
+
+def share_module(module: nn.Module, shared: nn.Module):
+    """
+    Make `module` hold what `shared` holds: children, parameters, hooks and flags. Not `forward`, which accelerate
+    replaces where it dispatched a model over devices; its hook is attached anew.
+    """
+    forwards = {"forward", "_old_forward", "_hf_hook"}
+    vars(module).update({name: value for name, value in vars(shared).items() if name not in forwards})
+    if hasattr(shared, "_hf_hook"):
+        try:  # an import outside of `try` would make accelerate a requirement of saved models
+            from accelerate.hooks import add_hook_to_module
+        except ImportError as error:
+            raise ImportError("A model that carries accelerate's hooks cannot be wrapped without it.") from error
+        add_hook_to_module(module, shared._hf_hook)
+
+
+def empty_wrapper(model_class: type, model, gate: dict):
+    """A `model_class` of `model`'s configuration without any memory for parameters, to put `model`'s modules into."""
+    config = model_class.config_class.from_dict(model.config.to_dict())
+    config.gate = gate
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        return model_class(config)
+
+
+CONFIGURATION, MODELING = "configuration_neuroflow_siglip", "modeling_neuroflow_siglip"
+AUTO_MAPS = {
+    "neuroflow_siglip": {
+        "AutoConfig": f"{CONFIGURATION}.NeuroFlowSiglipConfig",
+        "AutoModel": f"{MODELING}.NeuroFlowSiglipModel",
+        "AutoModelForZeroShotImageClassification": f"{MODELING}.NeuroFlowSiglipModel",
+        "AutoModelForImageClassification": f"{MODELING}.NeuroFlowSiglipForImageClassification",
+    },
+    "neuroflow_siglip_vision_model": {
+        "AutoConfig": f"{CONFIGURATION}.NeuroFlowSiglipVisionConfig",
+        "AutoModel": f"{MODELING}.NeuroFlowSiglipVisionModel",
+    },
+}
+
+NeuroFlowSiglipModel.register_for_auto_class("AutoModel")
+NeuroFlowSiglipVisionModel.register_for_auto_class("AutoModel")
+NeuroFlowSiglipForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+# Files of a vision tower alone carry the prefix, as those that transformers' own class writes and reads.
+register_checkpoint_conversion_mapping(
+    "NeuroFlowSiglipVisionModel", [PrefixChange(prefix_to_remove="vision_model")], overwrite=True
+)
+
+__all__ = [
+    "NeuroFlowSiglipForImageClassification",
+    "NeuroFlowSiglipImageClassifierOutput",
+    "NeuroFlowSiglipModel",
+    "NeuroFlowSiglipVisionModel",
+    "NeuroFlowSiglipVisionOutput",
+]

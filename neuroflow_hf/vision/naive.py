@@ -1,0 +1,254 @@
+"""
+The method, patch by patch: one stream, no batching, no packing. Slow, and what the fast path is tested against.
+
+Reading this file is the shortest way to learn what each mode does.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .extrapolate import COMMON_SHARE, LIKENESS_WIDTH, NOISE
+from .gate_config import NeuroFlowGateConfig
+from .selection import turns
+
+
+def naive_surprise(signal: torch.Tensor, reference: torch.Tensor) -> float:
+    """`1 - cos` of two vectors [D]; 0 for equal ones, where the quotient would be rounded."""
+    if torch.equal(signal, reference):
+        return 0.0
+    dot = sum(a * b for a, b in zip(signal.tolist(), reference.tolist(), strict=True))
+    norms = math.sqrt(sum(a * a for a in signal.tolist())) * math.sqrt(sum(b * b for b in reference.tolist()))
+    return 1 - dot / norms
+
+
+def naive_neighbours(patch: int, grid: tuple[int, int], radius: int) -> list[int]:
+    """The patches within `radius` rows and columns of `patch`, itself among them."""
+    row, column = divmod(patch, grid[1])
+    return [
+        r * grid[1] + c
+        for r in range(max(0, row - radius), min(grid[0], row + radius + 1))
+        for c in range(max(0, column - radius), min(grid[1], column + radius + 1))
+    ]
+
+
+def naive_attention(attention: nn.Module, query: torch.Tensor, keys: list, values: list) -> torch.Tensor:
+    """One query [D] over lists of keys and values [D] each, head by head: [D], before the output projection."""
+    heads = []
+    for head in range(attention.num_heads):
+        part = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+        scores = torch.stack([query[part] @ key[part] * attention.scale for key in keys])
+        weights = scores.softmax(dim=0)
+        heads.append(sum(weight * value[part] for weight, value in zip(weights, values, strict=True)))
+    return torch.cat(heads)
+
+
+def naive_carrying(outputs: list[torch.Tensor], changed: set[int], encoded: list[int]) -> dict[int, dict[int, float]]:
+    """
+    For every patch that was not encoded, how much of each encoded patch's innovation it takes over: simple kriging
+    among the patches that changed, and among those that did not.
+    """
+
+    def likeness(a: int, b: int) -> float:
+        cosine = torch.nn.functional.cosine_similarity(outputs[a], outputs[b], dim=0).item()
+        return COMMON_SHARE + (1 - COMMON_SHARE) * math.exp((cosine - 1) / LIKENESS_WIDTH)
+
+    weights: dict[int, dict[int, float]] = {}
+    for group in (changed, set(range(len(outputs))) - changed):
+        sources = [patch for patch in encoded if patch in group]
+        learners = sorted(group - set(encoded))
+        if sources and learners:
+            among = torch.tensor([[likeness(a, b) + NOISE * (a == b) for b in sources] for a in sources])
+            for patch in learners:
+                solution = torch.linalg.solve(among, torch.tensor([likeness(patch, source) for source in sources]))
+                weights[patch] = dict(zip(sources, solution.tolist(), strict=True))
+    return weights
+
+
+def naive_carry(stored: dict | list, fresh: dict[int, torch.Tensor], weights: dict[int, dict[int, float]]):
+    """Move what is stored of patches that were not encoded by the innovations of those that were."""
+    innovations = {source: fresh[source] - stored[source] for source in fresh}
+    for patch, shares in weights.items():
+        stored[patch] = stored[patch] + sum(share * innovations[source] for source, share in shares.items())
+
+
+class NaiveStream:
+    """
+    One stream through a vision model, in plain loops.
+
+    Args:
+        model: a `NeuroFlowSiglipVisionModel` with a pooling head, at its own resolution.
+        gate: the options.
+    """
+
+    def __init__(self, model: nn.Module, gate: NeuroFlowGateConfig):
+        self.model, self.gate = model, gate
+        self.frame, self.savings = 0, float(gate.cost_reserve)
+        self.references: dict[str, list[torch.Tensor]] = {}
+        self.age: list[int] = []
+        self.outputs: list[torch.Tensor | None] = []
+        self.layers: list[dict[str, dict[int, torch.Tensor]]] = [
+            {name: {} for name in ("input", "query", "key", "value", "reference", "mlp")} for _ in model.encoder.layers
+        ]
+        self.pooled: torch.Tensor | None = None
+        self.changed: set[int] = set()
+
+    def step(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """One frame [1, C, H, W]: the embedding [D], the outputs the head saw [A or N, D], the active patches."""
+        embeddings = self.model.embeddings
+        features = embeddings.patch_embedding(pixel_values)
+        grid = tuple(features.shape[2:])
+        patches = list(features[0].flatten(1).T)
+        positions = list(embeddings.position_embedding(embeddings.position_ids)[0])
+        tokens = [patch + position for patch, position in zip(patches, positions, strict=True)]
+        signal = patches if self.gate.signal == "patch" else tokens
+
+        active, keyframe = self.choose(signal, grid)
+        weights = {}
+        if self.gate.mode == "extrapolate" and not keyframe:
+            weights = naive_carrying(self.outputs, self.changed, active)
+        fresh = self.encode(tokens, active, weights) if active else {}
+        if not self.outputs:
+            self.outputs = [None] * len(patches)
+        if weights:
+            naive_carry(self.outputs, fresh, weights)
+        share = 1 if keyframe or self.gate.mode == "mlp" else self.gate.memory_blend
+        for patch, output in fresh.items():
+            self.outputs[patch] = output if share == 1 else (1 - share) * self.outputs[patch] + share * output
+        seen = [fresh[patch] for patch in active] if self.gate.mode == "eliminate" else self.outputs
+        if active:
+            self.pooled = self.model.head(torch.stack(seen).unsqueeze(0))[0]
+        self.update(signal, active, keyframe)
+        self.frame += 1
+        return self.pooled, torch.stack(seen) if seen else torch.zeros(0, len(patches[0])), active
+
+    def pay(self, cost: float):
+        """What the frame cost, of a dense one; multiply-adds are not counted here. For a `cost_budget`."""
+        if self.gate.cost_budget is not None and self.frame > 1:
+            self.savings = max(min(self.savings - cost + self.gate.cost_budget, self.gate.cost_reserve), -2.0)
+
+    def choose(self, signal: list[torch.Tensor], grid: tuple[int, int]) -> tuple[list[int], bool]:
+        """The active patches of a frame, ascending, and whether it is a keyframe."""
+        gate, everything = self.gate, list(range(len(signal)))
+        interval = gate.keyframe_interval
+        if gate.mode == "dense" or gate.threshold <= -1 or self.frame == 0:
+            return everything, True
+        if interval is not None and self.frame % interval == 0:
+            return everything, True
+        if not gate.needs_surprise or (gate.cost_budget is not None and self.savings <= 0):
+            return [], False
+        scores = [
+            max(naive_surprise(signal[patch], reference[patch]) for reference in self.references.values())
+            for patch in everything
+        ]
+        mean_surprise = sum(scores) / len(scores)
+        if gate.global_motion_norm:
+            mean = sum(scores) / len(scores)
+            scores = [score - mean for score in scores]
+        self.changed = {patch for patch in everything if scores[patch] > gate.threshold}
+        if gate.keyframe_fraction is not None and len(self.changed) > gate.keyframe_fraction * len(signal):
+            return everything, True
+        holds = gate.hold_fraction is not None and len(self.changed) > gate.hold_fraction * len(signal)
+        stale = holds or gate.hold_fraction is None
+        if gate.keyframe_surprise is not None and stale and mean_surprise > gate.keyframe_surprise:
+            return everything, True
+        if holds:
+            waited = gate.max_hold is not None and min(self.age) >= gate.max_hold
+            return (everything, True) if waited else ([], False)
+        if gate.mode == "hold":
+            return [], False
+        scores = [max(scores[near] for near in naive_neighbours(patch, grid, gate.dilate)) for patch in everything]
+        changed = {patch for patch in everything if scores[patch] > gate.threshold}
+
+        refreshed: set[int] = set()
+        longest_ago = sorted(everything, key=lambda patch: -self.age[patch] - turns(grid)[patch])
+        if gate.max_age is not None:
+            refreshed = set(longest_ago[: math.ceil(len(signal) / gate.max_age)])
+        if gate.mode == "extrapolate":
+            still = [patch for patch in longest_ago if patch not in changed | refreshed]
+            refreshed |= set(still[: min(len(changed), gate.most_sentinels(len(signal)))])
+        by_surprise = sorted(everything, key=lambda patch: (0, 0) if patch in refreshed else (1, -scores[patch]))
+        active = changed | refreshed if gate.token_budget is None else set(by_surprise[: gate.token_budget])
+        active |= set(by_surprise[: gate.least_active])
+        if len(active) > gate.full_above * len(signal):
+            return everything, True
+        return sorted(active), False
+
+    def encode(self, tokens: list[torch.Tensor], active: list[int], weights: dict) -> dict[int, torch.Tensor]:
+        """
+        The last layer's outputs after the final layer norm, of the patches that the mode passes through; `weights`
+        as of `naive_carrying`.
+        """
+        mode = self.gate.mode
+        travelling = range(len(tokens)) if mode == "mlp" else active
+        hidden = {patch: tokens[patch] for patch in travelling}
+        for index, (layer, memory) in enumerate(zip(self.model.encoder.layers, self.layers, strict=True)):
+            attention = layer.self_attn
+            if self.gate.spreads_in(index, len(self.layers)):
+                hidden = self.spread(index, layer, memory, hidden, len(tokens))
+                continue
+            normed = {patch: layer.layer_norm1(vector) for patch, vector in hidden.items()}
+            keys = {patch: attention.k_proj(vector) for patch, vector in normed.items()}
+            values = {patch: attention.v_proj(vector) for patch, vector in normed.items()}
+            if weights:
+                naive_carry(memory["key"], keys, weights)
+                naive_carry(memory["value"], values, weights)
+            if mode in ("context", "extrapolate", "propagate"):
+                memory["key"].update(keys)
+                memory["value"].update(values)
+                keys, values = memory["key"], memory["value"]
+            order = sorted(keys)
+            after: dict[int, torch.Tensor] = {}
+            for patch, vector in hidden.items():
+                attended = naive_attention(
+                    attention, attention.q_proj(normed[patch]), [keys[p] for p in order], [values[p] for p in order]
+                )
+                vector = vector + attention.out_proj(attended)
+                if mode != "mlp" or patch in active:
+                    memory["mlp"][patch] = layer.mlp(layer.layer_norm2(vector))
+                after[patch] = vector + memory["mlp"][patch]
+            hidden = after
+        return {patch: self.model.post_layernorm(vector) for patch, vector in hidden.items()}
+
+    def spread(
+        self, index: int, layer: nn.Module, memory: dict, hidden: dict[int, torch.Tensor], num_patches: int
+    ) -> dict[int, torch.Tensor]:
+        """One layer of mode `propagate`: from the active patches' inputs to the outputs of those and all that join."""
+        attention = layer.self_attn
+        memory["input"].update(hidden)
+        active = set(range(num_patches)) if 3 * len(hidden) > num_patches else set(hidden)
+        for patch in active:
+            normed = layer.layer_norm1(memory["input"][patch])
+            memory["query"][patch] = attention.q_proj(normed)
+            memory["key"][patch] = attention.k_proj(normed)
+            memory["value"][patch] = attention.v_proj(normed)
+        keys, values = ([memory[name][patch] for patch in range(num_patches)] for name in ("key", "value"))
+        tolerance = self.gate.tolerance_in(index, len(self.layers))
+        after: dict[int, torch.Tensor] = {}
+        for patch in range(num_patches):
+            attended = naive_attention(attention, memory["query"][patch], keys, values)
+            if patch not in active:
+                reference = memory["reference"][patch]
+                if (attended - reference).norm() <= tolerance * reference.norm():
+                    continue
+            memory["reference"][patch] = attended
+            vector = memory["input"][patch] + attention.out_proj(attended)
+            after[patch] = vector + layer.mlp(layer.layer_norm2(vector))
+        return after
+
+    def update(self, signal: list[torch.Tensor], active: list[int], keyframe: bool):
+        """Bring references and ages up to date after a frame."""
+        gate = self.gate
+        if gate.reference in ("last_update", "both"):
+            stored = self.references.setdefault("last_update", list(signal))
+            for patch in active:
+                stored[patch] = signal[patch]
+        if gate.reference in ("ema", "both"):
+            for name, rate in (("ema", gate.ema_rate), ("slow_ema", gate.slow_ema_rate)):
+                if rate is not None:
+                    means = self.references.setdefault(name, list(signal))
+                    for patch, value in enumerate(signal):
+                        means[patch] = value if keyframe else torch.lerp(means[patch], value, rate)
+        self.age = self.age or [0] * len(signal)
+        self.age = [0 if patch in active else age + 1 for patch, age in enumerate(self.age)]

@@ -1,0 +1,371 @@
+"""The temporal state of B camera streams, in an object that the caller owns."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .gate_config import NeuroFlowGateConfig
+from .modes import MODES
+from .selection import refreshed_per_frame
+
+STATE_FORMAT = 3
+
+
+@dataclass(frozen=True)
+class StreamGeometry:
+    """What must not change while a stream runs, for its memory has this shape, type and place."""
+
+    batch_size: int
+    grid: tuple[int, int]
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    def differences(self, other: "StreamGeometry") -> str:
+        """The fields in which `other` differs, with both values."""
+        return "; ".join(
+            f"{name.replace('_', ' ')} was {old} and is now {getattr(other, name)}"
+            for name, old in vars(self).items()
+            if old != getattr(other, name)
+        )
+
+
+class NeuroFlowStream:
+    """
+    The memory of B independent streams (cameras), one frame of each per call. Made by `model.new_stream()`, passed to
+    the model with every frame, never kept by the model: two streams interleaved on one model do not touch each other.
+
+    Args:
+        gate ([`NeuroFlowGateConfig`]): the options of the gate. They may be changed between frames, but for `mode`,
+            `signal`, `reference`, in `propagate` `spread_layers`, and the presence of `slow_ema_rate`, `max_age`,
+            `max_hold` and, in `hold`, a keyframe trigger, which decide what is stored; a frame after such a change is
+            refused until the stream is reset.
+        batch_size (`int`, defaults to 1): B.
+
+    Attributes:
+        frames (`list[int]`): how many frames each stream has seen since it was made or last reset.
+        savings (`list[float]`):
+            What each stream may still spend under a `cost_budget`, in dense frames' worth; 0 or less: nothing is
+            encoded until it is even again.
+    """
+
+    def __init__(self, gate: NeuroFlowGateConfig, batch_size: int = 1):
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size!r}; expected the number of streams, at least 1.")
+        self.gate = gate
+        self.batch_size = batch_size
+        self.forget()
+
+    def __repr__(self):
+        return (
+            f"{type(self).__name__}(batch_size={self.batch_size}, mode={self.gate.mode!r}, frames={self.frames}, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
+    def forget(self):
+        """Drop all memory; the next frame may have another shape, and is a keyframe of every stream."""
+        self.frames = [0] * self.batch_size
+        self.savings = [float(self.gate.cost_reserve)] * self.batch_size
+        self.geometry: StreamGeometry | None = None
+        self.stores: dict | None = None
+        self.memory: dict[str, torch.Tensor] = {}
+        self.layer_memories: list[dict[str, torch.Tensor]] = []
+        self.frame_in_progress = False
+
+    def reset(self, streams: int | Iterable[int] | None = None):
+        """
+        Start streams anew: their next frame is a keyframe, and their savings are the reserve again.
+
+        Args:
+            streams: indices of the streams, one or several; by default all, and then all memory is freed.
+
+        Raises:
+            IndexError: for a stream that is not among the B; nothing is reset then.
+            TypeError: for what is no index, such as the entries of a mask; likewise.
+        """
+        if streams is None:
+            self.forget()
+            return
+        streams = streams.tolist() if hasattr(streams, "tolist") else streams  # of NumPy or torch
+        indices = [streams] if isinstance(streams, int) else list(streams)
+        for index in indices:
+            if not isinstance(index, int) or isinstance(index, bool):
+                raise TypeError(f"`streams` holds {index!r}; expected indices of streams, not a mask or other things.")
+            if not 0 <= index < self.batch_size:
+                raise IndexError(f"There is no stream {index}; this object holds streams 0 to {self.batch_size - 1}.")
+        for index in indices:
+            self.frames[index], self.savings[index] = 0, float(self.gate.cost_reserve)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all memories."""
+        return sum(tensor.nbytes for tensor in self.named_memory().values())
+
+    def named_memory(self) -> dict[str, torch.Tensor]:
+        """All memories by name; those of layer l as `layers.{l}.{name}`."""
+        layers = {
+            f"layers.{index}.{name}": tensor
+            for index, memory in enumerate(self.layer_memories)
+            for name, tensor in memory.items()
+        }
+        return {**self.memory, **layers}
+
+    def to(self, device: torch.device | str) -> "NeuroFlowStream":
+        """Move all memory to `device`, in place; returns itself."""
+        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors report it
+        for memory in (self.memory, *self.layer_memories):
+            for name, tensor in memory.items():
+                memory[name] = tensor.to(device)
+        if self.geometry is not None:
+            self.geometry = replace(self.geometry, device=device)
+        return self
+
+    @contextmanager
+    def unchanged_by_errors(self) -> Iterator[None]:
+        """Whatever is raised inside leaves the stream as it was; what replaces its attributes is undone."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
+
+    def begin_frame(self, geometry: StreamGeometry):
+        """
+        Get ready for a frame of this geometry. A frame that was interrupted (an error, Ctrl-C, out of memory) may
+        have written some memories and not others: every stream then starts again with a keyframe.
+
+        Raises:
+            ValueError: if the geometry differs from the stream's and `on_change` is `"error"`; if an option of the
+                gate is out of range, or was changed that decides what is stored; if `max_age` asks for more patches a
+                frame than `token_budget` allows.
+        """
+        self.gate.check()
+        if self.geometry is None and geometry.batch_size != self.batch_size:
+            before = replace(geometry, batch_size=self.batch_size)
+        else:
+            before = self.geometry or geometry
+        changes = before.differences(geometry)
+        if changes and self.gate.on_change == "error":
+            raise ValueError(
+                f"This frame does not match its stream: {changes}. Call `stream.reset()` to start anew, make another "
+                'stream for it with `model.new_stream()`, or make the stream with `on_change="keyframe"`.'
+            )
+        everything_or_nothing = self.gate.everything_active or self.gate.mode == "hold"
+        if self.gate.max_age is not None and self.gate.token_budget is not None and not everything_or_nothing:
+            needed = refreshed_per_frame(geometry.num_patches, self.gate.max_age)
+            if needed > self.gate.token_budget:
+                raise ValueError(
+                    f"`max_age={self.gate.max_age}` means encoding {needed} of {geometry.num_patches} patches anew on "
+                    f"every frame, and `token_budget={self.gate.token_budget}` allows fewer. Raise one of them."
+                )
+        if changes:
+            self.batch_size = geometry.batch_size
+            self.forget()
+        elif self.frame_in_progress:
+            self.reset()
+        if self.stores is not None and self.stores != stored_by(self.gate):
+            raise ValueError(
+                f"The gate was changed in what the stream stores: {changes_of(self.stores, stored_by(self.gate))}. "
+                "Call `stream.reset()` to start anew, or make another stream with `model.new_stream()`."
+            )
+        self.geometry, self.stores = geometry, stored_by(self.gate)
+        if not self.layer_memories:
+            self.layer_memories = [{} for _ in range(geometry.num_layers)]
+
+    def due_keyframes(self) -> list[bool]:
+        """Whether the coming frame is a keyframe of each stream by its number alone, whatever it shows."""
+        interval = self.gate.keyframe_interval
+        return [
+            self.gate.everything_active or frame == 0 or (interval is not None and frame % interval == 0)
+            for frame in self.frames
+        ]
+
+    def state_dict(self) -> dict:
+        """
+        A copy of everything needed to continue in another process: plain values, and tensors under `"memory"`.
+        Load it into a stream of a model with the same weights by `load_state_dict`.
+        """
+        whole = self._whole()
+        return {**whole._header(), "memory": {name: tensor.clone() for name, tensor in whole.named_memory().items()}}
+
+    def load_state_dict(self, state: dict):
+        """
+        Continue from `state_dict()`'s result; tensors keep the device they come with (see `to`).
+
+        Raises:
+            ValueError: if it is no such result, is incomplete, or was made with a gate whose memories differ; nothing
+                is changed.
+        """
+        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+            found = state.get("format") if isinstance(state, dict) else None
+            raise ValueError(
+                f"This is not the state of a stream in format {STATE_FORMAT} (found: {found}); expected what "
+                "`state_dict()` of this version returns. A stream saved by another version has to start anew."
+            )
+        missing = {"batch_size", "frames", "savings", "geometry", "gate", "memory"} - state.keys()
+        if missing:
+            raise ValueError(f"The state lacks {', '.join(sorted(missing))}; expected what `state_dict()` returned.")
+        theirs, ours = stored_by(NeuroFlowGateConfig.from_options(state["gate"])), stored_by(self.gate)
+        if theirs != ours:
+            raise ValueError(
+                f"The state comes from a stream that stores other things: {changes_of(theirs, ours)}. Make the stream "
+                "with the same options: `model.new_stream(**state['gate'])`."
+            )
+        memory: dict[str, torch.Tensor] = {}
+        layer_memories: list[dict[str, torch.Tensor]] = []
+        geometry = None
+        if state["geometry"] is not None:
+            device = next((tensor.device for tensor in state["memory"].values()), torch.device("cpu"))
+            stored = state["geometry"]
+            geometry = StreamGeometry(
+                **{**stored, "grid": tuple(stored["grid"]), "dtype": getattr(torch, stored["dtype"]), "device": device}
+            )
+            layer_memories = [{} for _ in range(geometry.num_layers)]
+        require_complete(state, memory_layout(self.gate, geometry))
+        for name, tensor in state["memory"].items():
+            if name.startswith("layers."):
+                _, index, field = name.split(".")
+                layer_memories[int(index)][field] = tensor.clone()
+            else:
+                memory[name] = tensor.clone()
+        self.batch_size = state["batch_size"]
+        self.frames, self.savings = list(state["frames"]), list(state["savings"])
+        self.geometry, self.memory, self.layer_memories = geometry, memory, layer_memories
+        self.stores = None if geometry is None else ours
+        self.frame_in_progress = False
+
+    def save(self, path: str | os.PathLike):
+        """Write the state to a safetensors file, whole or not at all."""
+        path, whole = Path(path), self._whole()
+        tensors = {name: tensor.contiguous() for name, tensor in whole.named_memory().items()}
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+            temporary = Path(file.name)
+        try:
+            save_file(tensors, temporary, metadata={"neuroflow_stream": json.dumps(whole._header())})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> "NeuroFlowStream":
+        """
+        A stream from a file that `save` wrote, with the gate that it had, on `device`.
+
+        Raises:
+            ValueError: if the file is safetensors but holds no stream.
+        """
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = (file.metadata() or {}).get("neuroflow_stream")
+            if header is None:
+                raise ValueError(f"{path} holds no stream; expected a file written by `stream.save()`.")
+            state = {**json.loads(header), "memory": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+        stream = cls(NeuroFlowGateConfig.from_options(state["gate"]), state["batch_size"])
+        stream.load_state_dict(state)
+        return stream
+
+    def _whole(self) -> "NeuroFlowStream":
+        """The stream, or a fresh one if a frame was interrupted: its memory must not be continued from."""
+        return NeuroFlowStream(self.gate, self.batch_size) if self.frame_in_progress else self
+
+    def _header(self) -> dict:
+        geometry = None
+        if self.geometry is not None:
+            geometry = {key: value for key, value in vars(self.geometry).items() if key != "device"}
+            geometry["dtype"] = str(self.geometry.dtype).removeprefix("torch.")
+            geometry["grid"] = list(self.geometry.grid)
+        return {
+            "format": STATE_FORMAT,
+            "batch_size": self.batch_size,
+            "frames": list(self.frames),
+            "savings": list(self.savings),
+            "geometry": geometry,
+            "gate": self.gate.to_dict(),
+        }
+
+
+def stored_by(gate: NeuroFlowGateConfig) -> dict:
+    """The options that decide which memories a stream holds."""
+    return {
+        "mode": gate.mode,
+        "signal": gate.signal,
+        "reference": gate.reference,
+        "slow_ema_rate set": gate.slow_ema_rate is not None,
+        "max_age or max_hold set": gate.keeps_age,
+        "keyframe_fraction or keyframe_surprise set": gate.mode == "hold" and gate.has_keyframe_trigger,
+        "spread_layers": gate.spread_layers if gate.mode == "propagate" else None,
+    }
+
+
+def changes_of(theirs: dict, ours: dict) -> str:
+    """Where two results of `stored_by` differ, with both values."""
+    differing = [name for name in ours if theirs[name] != ours[name]]
+    return "; ".join(f"`{name}` was {theirs[name]!r}, here {ours[name]!r}" for name in differing)
+
+
+class MemoryLayout(NamedTuple):
+    """A memory's shape; and its type, if that is not what the model's modules return."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
+def memory_layout(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) -> dict[str, MemoryLayout]:
+    """
+    What a stream holds after its first frame (before it, with no geometry yet, nothing), by name; but for `pooled`,
+    which a model without a pooling head does not make.
+    """
+    if geometry is None:
+        return {}
+    patches, mode = (geometry.batch_size, geometry.num_patches), MODES[gate.mode]
+    features = MemoryLayout((*patches, geometry.hidden_size))
+    layout = dict.fromkeys([*(("output",) if mode.pools_all_patches else ()), *gate.references], features)
+    for layer in range(geometry.num_layers):
+        spreading = gate.spreads_in(layer, geometry.num_layers)
+        for name, kept in {**mode.layer_memories, **(mode.spreading_memories if spreading else {})}.items():
+            heads, width = geometry.num_heads, geometry.hidden_size
+            shape = (*patches, heads if kept.per_head else width)
+            if kept.heads_first:
+                shape = (geometry.batch_size, heads, geometry.num_patches, width // heads)
+            layout[f"layers.{layer}.{name}"] = MemoryLayout(shape, kept.dtype)
+    if gate.keeps_age:
+        layout["age"] = MemoryLayout(patches)
+    return layout
+
+
+def require_complete(state: dict, layout: dict[str, MemoryLayout]):
+    """Raise a ValueError unless a state has frames for all streams and its memories are as `layout` says."""
+    batch_size, geometry, memory = (state[key] for key in ("batch_size", "geometry", "memory"))
+    counts = {len(state["frames"]), len(state["savings"]), batch_size if geometry is None else geometry["batch_size"]}
+    if not all(isinstance(value, float) and math.isfinite(value) for value in state["savings"]):
+        raise ValueError(f"The state's savings are {state['savings']!r}; expected a finite number for each stream.")
+    if counts != {batch_size}:
+        raise ValueError(
+            f"The state is of {batch_size} streams, and its frames, savings or memories are of another number."
+        )
+    if geometry is not None and "pooled" in memory:
+        layout = {**layout, "pooled": MemoryLayout((batch_size, geometry["hidden_size"]))}
+    for name in sorted(layout.keys() | memory.keys()):
+        found = tuple(memory[name].shape) if name in memory else None
+        expected, dtype = layout.get(name, (None, None))
+        if found != expected:
+            raise ValueError(f"The state's memory `{name}` has shape {found}; expected {expected}.")
+        if dtype is not None and memory[name].dtype != dtype:
+            raise ValueError(f"The state's memory `{name}` is {memory[name].dtype}; expected {dtype}.")

@@ -1,0 +1,290 @@
+"""Make complete Hub repositories out of the folders under `models/`: weights, configuration, code, card, licence.
+
+Command: `python -m recipes.hub [--models DIR] [--output DIR]`
+"""
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from safetensors import safe_open
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from neuroflow_hf.language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
+from neuroflow_hf.language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM
+from neuroflow_hf.vision.configuration_neuroflow_siglip import (
+    NeuroFlowSiglipConfig,
+    NeuroFlowSiglipVisionConfig,
+    adopt_model_type,
+)
+from neuroflow_hf.vision.modeling_neuroflow_siglip import (
+    NeuroFlowSiglipForImageClassification,
+    NeuroFlowSiglipModel,
+    NeuroFlowSiglipVisionModel,
+)
+from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
+
+CONFIG, CARD, LICENCE = "config.json", "README.md", "LICENSE"
+PROCESSOR, GENERATION = "processor_config.json", "generation_config.json"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+NEEDED = {"a configuration": (CONFIG,), "weights": WEIGHTS}  # by models of every family
+TOKENIZER = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    What the models of one family need in their repositories.
+
+    Args:
+        name: as people call it.
+        needed: by what it is, the names that the file may have, beside configuration and weights.
+        choose_class: from the stored configuration to the class that the model is saved as, or None for other models.
+        complete: adds to the repository's folder what only the family's models need.
+    """
+
+    name: str
+    needed: dict[str, tuple[str, ...]]
+    choose_class: Callable[[dict], type | None]
+    complete: Callable[[Path], None] = lambda repository: None
+
+
+def choose_siglip_class(stored: dict) -> type | None:
+    """SigLIP's class for a stored configuration. Raises a ValueError for SigLIP 2's NaFlex."""
+    model_type = adopt_model_type(stored.get("model_type"))
+    if model_type == NeuroFlowSiglipVisionConfig.model_type:
+        return NeuroFlowSiglipVisionModel
+    if model_type != NeuroFlowSiglipConfig.model_type:
+        return None
+    is_classifier = any(name.endswith("ForImageClassification") for name in stored.get("architectures") or [])
+    return NeuroFlowSiglipForImageClassification if is_classifier else NeuroFlowSiglipModel
+
+
+def choose_phi3_class(stored: dict) -> type | None:
+    """
+    Phi-3's class for a stored configuration.
+
+    Raises:
+        ValueError: for one with another head, which would be lost.
+    """
+    if stored.get("model_type") not in ("phi3", NeuroFlowPhi3Config.model_type):
+        return None
+    others = [name for name in stored.get("architectures") or [] if not name.endswith("ForCausalLM")]
+    if others:
+        raise ValueError(
+            f"The configuration's `architectures` are {others}; expected `Phi3ForCausalLM`: only language models are "
+            "made into repositories."
+        )
+    return NeuroFlowPhi3ForCausalLM
+
+
+def name_processor(repository: Path):
+    """
+    Where there is a tokenizer, write a `processor_config.json` that names SigLIP's processor, unless there is one. For
+    `AutoProcessor`: by the model type alone, transformers knows which it is for SigLIP, and for ours only where this
+    package is installed.
+    """
+    file = repository / PROCESSOR
+    if find(("tokenizer_config.json", *TOKENIZER), [repository]) and not file.exists():
+        file.write_text(json.dumps({"processor_class": "SiglipProcessor"}, indent=2) + "\n", encoding="utf-8")
+
+
+FAMILIES = (
+    Family(
+        name="SigLIP",
+        needed={"a preprocessor": ("preprocessor_config.json", PROCESSOR)},
+        choose_class=choose_siglip_class,
+        complete=name_processor,
+    ),
+    Family(
+        name="Phi-3",
+        # its configuration knows the special tokens
+        needed={"a tokenizer": TOKENIZER, "a tokenizer's configuration": ("tokenizer_config.json",)},
+        choose_class=choose_phi3_class,
+    ),
+)
+
+# Weights that are too large to keep under models/: by the folder's name, what makes (or finds) a folder with them.
+RECIPES: dict[str, Callable[[], Path]] = {
+    "neuroflow-siglip-dinov2-small": lambda: build_tower(default_tower_dir()),
+}
+
+
+def build_hub_repository(source: Path, output: Path) -> Path:
+    """
+    Write a complete Hub repository: one that `AutoModel.from_pretrained(output, trust_remote_code=True)` loads where
+    this package is not installed, and that can be uploaded as it is (`hf upload NAME FOLDER`).
+
+    Args:
+        source: Folder of the model, with its card `README.md`. Weights (safetensors), `config.json` and what else
+            `FAMILIES` says (SigLIP: preprocessor or processor; Phi-3: tokenizer), of the stock model or of NeuroFlow,
+            lie in it or, where its name is in `RECIPES`, come from there. A file in `source` goes before one of the
+            same name from the recipe: a `config.json` with other options under `gate` or `bypass`, for example. All
+            other files that lie directly in it are taken along; a `LICENSE` is taken from the checkout if it has none.
+            Weights keep their dtype.
+        output: Folder to write. A repository that is there already is replaced, once the new one is whole.
+
+    Returns:
+        `output`.
+
+    Raises:
+        FileNotFoundError: if something is missing; the message names all of it.
+        FileExistsError: if there is something at `output` that is not a repository of this kind.
+        ValueError: if the checkpoint is of no family in `FAMILIES`, or lacks weights that the model needs.
+    """
+    source, output = Path(source), Path(output)
+    if output.exists() and not may_be_replaced(output):
+        raise FileExistsError(
+            f"{output} exists, and is no Hub repository of a NeuroFlow model (no {CONFIG} with an `auto_map`). Delete "
+            "it, or name another folder."
+        )
+    checkout = Path(__file__).resolve().parent.parent
+    general = [checkout] if (checkout / "pyproject.toml").is_file() else []  # else this is where packages lie
+    require({"a card": (CARD,)}, [source])  # first of all: a recipe may take minutes
+    require({"a licence": (LICENCE,)}, [source, *general])
+    folders = [source]
+    if source.name in RECIPES and not find(WEIGHTS, folders):
+        folders.append(Path(RECIPES[source.name]()))
+    require(NEEDED, folders)
+    family, model_class = find_family(find((CONFIG,), folders))
+    require(family.needed, folders)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        repository = Path(temporary) / "repository"
+        model = load_model(model_class, find((CONFIG,), folders), find(WEIGHTS, folders))
+        generation = find((GENERATION,), folders)
+        if generation:  # which is not always the one beside the weights
+            model.generation_config = GenerationConfig.from_pretrained(generation.parent)
+        model.save_pretrained(repository)
+        others = [path for folder in folders for path in sorted(folder.iterdir()) if not left_out(path)]
+        others += [folder / name for folder in general for name in (LICENCE, "THIRD_PARTY_NOTICES.md")]
+        for path in others:
+            # what was saved goes first, and in particular this version's code before any that lies with the weights
+            if path.is_file() and not (repository / path.name).exists():
+                shutil.copyfile(path, repository / path.name)
+        family.complete(repository)
+        put_in_place(repository, output, aside=Path(temporary) / "previous")
+    return output
+
+
+def find(names: tuple[str, ...], folders: list[Path]) -> Path | None:
+    """The first file of one of these names, by folder and then by name."""
+    return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
+
+
+def require(needed: dict[str, tuple[str, ...]], folders: list[Path]):
+    """Raise a FileNotFoundError that names everything in `needed` that none of the folders has."""
+    missing = [f"{what} ({' or '.join(names)})" for what, names in needed.items() if not find(names, folders)]
+    if missing:
+        raise FileNotFoundError(
+            f"A Hub repository needs {', '.join(missing)}, and there is none in {' or '.join(map(str, folders))}. "
+            f"Weights and what goes with them are made by recipe only for: {', '.join(RECIPES)}."
+        )
+
+
+def find_family(config_file: Path) -> tuple[Family, type]:
+    """
+    The family of a checkpoint, and the class that it is saved as.
+
+    Raises:
+        ValueError: for other models than those of `FAMILIES`, and for heads that are not published.
+    """
+    stored = json.loads(config_file.read_text(encoding="utf-8"))
+    for family in FAMILIES:
+        model_class = family.choose_class(stored)
+        if model_class is not None:
+            return family, model_class
+    names = " or ".join(family.name for family in FAMILIES)
+    raise ValueError(f"{config_file} has `model_type` {stored.get('model_type')!r}; expected {names}, or NeuroFlow's.")
+
+
+def load_model(model_class: type, config_file: Path, weights_file: Path):
+    """
+    The NeuroFlow model of a checkpoint, in the dtype that its weights are stored in, whatever the configuration says.
+
+    Raises:
+        ValueError: for a checkpoint that would leave weights of the model at random.
+    """
+    config = model_class.config_class.from_pretrained(config_file.parent)
+    model, loading = model_class.from_pretrained(
+        weights_file.parent, config=config, dtype=stored_dtype(weights_file), output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise ValueError(
+            f"{weights_file} lacks {len(loading['missing_keys'])} weights of {model_class.__name__}, for example "
+            f"{missing}. They would be published as random numbers."
+        )
+    return model
+
+
+def stored_dtype(weights_file: Path) -> torch.dtype:
+    """The dtype of most floating-point tensors in a safetensors file, or in the first file of an index."""
+    if weights_file.suffix == ".json":
+        index = json.loads(weights_file.read_text(encoding="utf-8"))
+        weights_file = weights_file.parent / min(index["weight_map"].values())
+    with safe_open(weights_file, framework="pt") as file:
+        counts = Counter(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118, no mapping
+    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return next((known[name] for name, _ in counts.most_common() if name in known), torch.float32)
+
+
+def left_out(path: Path) -> bool:
+    """Whether a file stays behind: hidden ones, and weights, which were saved anew."""
+    return path.name.startswith((".", "model.safetensors")) or path.suffix in (".safetensors", ".bin")
+
+
+def may_be_replaced(folder: Path) -> bool:
+    """Whether this is an empty folder, or the repository of a model with code, made by an earlier run."""
+    if not folder.is_dir():
+        return False
+    try:
+        return "auto_map" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return not any(folder.iterdir())
+
+
+def put_in_place(repository: Path, output: Path, aside: Path):
+    """Give the finished repository its name. One that had it is moved aside, and back if that fails."""
+    replaces = output.exists()
+    if replaces:
+        output.rename(aside)
+    try:
+        repository.rename(output)
+    except OSError:
+        if replaces:
+            aside.rename(output)
+        raise
+
+
+def main(
+    models: Annotated[Path, typer.Option(help="Folder with one folder per model.")] = Path("models"),
+    output: Annotated[Path, typer.Option(help="Folder for the repositories, one per model.")] = Path("dist/hub"),
+) -> None:
+    """Write a complete Hub repository for every model, and print what is in it."""
+    logging.disable_progress_bar()
+    try:
+        sources = sorted(path for path in models.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if not sources:
+            raise FileNotFoundError(f"There is no model in {models}; expected a folder for each.")
+        for source in sources:
+            repository = build_hub_repository(source, output / source.name)
+            typer.echo(repository)
+            for path in sorted(repository.iterdir()):
+                typer.echo(f"  {path.stat().st_size / 2**10:10.1f} KiB  {path.name}")
+    except (OSError, RuntimeError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""DINOv2-small from a wheel, in SigLIP's architecture."""

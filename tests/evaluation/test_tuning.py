@@ -1,0 +1,487 @@
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import SiglipVisionModel
+
+import neuroflow_hf.evaluation.tuning
+from neuroflow_hf import NeuroFlowGateConfig, NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
+from neuroflow_hf.evaluation.tuning import (
+    FAMILIES,
+    TRIGGERED_HOLDS,
+    between,
+    checkpoint_config,
+    plan_stretches,
+    tune_video,
+)
+from neuroflow_hf.evaluation.tuning_points import (
+    Point,
+    Requirement,
+    best_control,
+    choose,
+    first_frame_repeated,
+    fitting_interval,
+    held_cosines,
+    hold_by_the_clock,
+    hold_lengths,
+    leave_one_out,
+    nearest,
+    similarities,
+    whole_periods,
+)
+from neuroflow_hf.evaluation.tuning_report import setting_words, tuning_rows, tuning_sentences
+from neuroflow_hf.loading import load_gate
+from neuroflow_hf.video.preprocess import Preprocessor
+from neuroflow_hf.video.reader import VideoReader
+from tests.cli.test_main import PROCESSOR, assert_clean_error, call, write_clip
+
+SMALL = {
+    "context": [
+        {"mode": "context", "threshold": 0.3},
+        {"mode": "context", "threshold": 0.01, "keyframe_interval": 6},
+        {"mode": "context", "threshold": 0.001, "keyframe_interval": 2},
+    ]
+}
+ALL_FILES = {"config.json", "tune.json", "curve.png"}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clip") / "square.mkv", frames=40)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(stock_folder, stock_vision, tmp_path_factory):
+    """Folders of the tiny model with its text tower and of its vision tower alone."""
+    dual, vision = tmp_path_factory.mktemp("dual"), tmp_path_factory.mktemp("vision")
+    shutil.copytree(stock_folder, dual, dirs_exist_ok=True)
+    stock_vision.save_pretrained(vision)
+    for folder in (dual, vision):
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return {"dual": dual, "vision": vision}
+
+
+@pytest.fixture
+def few_candidates(monkeypatch):
+    monkeypatch.setattr(neuroflow_hf.evaluation.tuning, "FAMILIES", SMALL)
+    monkeypatch.setattr(neuroflow_hf.evaluation.tuning, "TRIGGERED_HOLDS", TRIGGERED_HOLDS[1::2])
+
+
+def point(cost, *cosines, control=False, **options):
+    """A point whose stretches have these cosines, a list of frames for each."""
+    values = [np.array([frames], dtype=float) for frames in cosines]
+    return Point("any", {"mode": "context", **options}, [cost] * len(values), values, 1.0, control)
+
+
+# --- controls ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 11])
+def test_holding_equals_a_naive_computation(every):
+    dense = torch.randn(11, 8, generator=torch.Generator().manual_seed(0))
+    found = held_cosines(similarities(dense), every)
+    assert found.shape == (every, 10)
+    for phase in range(every):
+        held = dense[0]
+        for frame in range(1, 11):
+            if frame % every == phase % every:
+                held = dense[frame]
+            expected = torch.cosine_similarity(held, dense[frame], dim=0).item()
+            assert found[phase, frame - 1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_holding_is_what_mode_hold_does(vision):
+    images = torch.randn(9, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        dense = vision(pixel_values=images).pooler_output
+        stream = vision.new_stream(mode="hold", keyframe_interval=3)
+        held = torch.cat([vision(pixel_values=image[None], stream=stream).pooler_output for image in images])
+    expected = torch.cosine_similarity(held, dense)[1:].double().numpy()
+    np.testing.assert_allclose(held_cosines(similarities(dense), 3)[0], expected, atol=1e-5)
+
+
+def test_controls_by_the_clock_cost_one_frame_of_each_hold():
+    dense = [torch.randn(10, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    controls = hold_by_the_clock(dense, dense_milliseconds=10.0)
+    assert [control.options["keyframe_interval"] for control in controls] == list(range(2, 11))
+    assert [control.cost() for control in controls] == pytest.approx([1 / every for every in range(2, 11)])
+    assert all(control.control and len(control.cosines) == 2 for control in controls)
+    assert controls[0].milliseconds == 5
+    # a hold as long as the stretch, begun with it, is the first frame repeated
+    first = first_frame_repeated(dense)
+    np.testing.assert_allclose(controls[-1].cosines[1][0], first.cosines[1][0])
+    assert first.cost() == 0
+
+
+def test_long_holds_are_not_all_tried():
+    assert hold_lengths(1) == [] and hold_lengths(3) == [2, 3]
+    lengths = hold_lengths(1000)
+    assert lengths[:23] == list(range(2, 25)) and lengths[-1] == 1000 and len(lengths) < 70
+    assert lengths == sorted(set(lengths))
+
+
+def test_statistics_are_taken_in_each_phase_and_then_averaged():
+    cosines = np.array([[1.0, 0.8, 0.6], [0.9, 0.9, 0.3]])
+    two = Point("any", {}, [0.5], [cosines], 1.0)
+    assert two.fidelity("mean") == pytest.approx(0.75)
+    assert two.fidelity("min") == pytest.approx(0.45)
+    assert two.fidelity("p5") == pytest.approx(np.mean([np.percentile(row, 5) for row in cosines]))
+
+
+def test_intervals_are_made_to_fit_a_stretch():
+    assert [fitting_interval(every, 40) for every in (None, 100, 24, 12, 6, 3, 1)] == [40, 40, 20, 13, 5, 3, 1]
+    for length in (2, 12, 33, 40):
+        for wanted in range(1, 60):
+            interval = fitting_interval(wanted, length)
+            assert 1 <= interval <= length and length - whole_periods(length, interval) < interval
+
+
+# --- the choice ----------------------------------------------------------------------------------------------------
+
+
+def test_the_cheapest_that_is_faithful_enough():
+    points = [point(0.1, [0.98]), point(0.2, [0.991]), point(0.3, [0.995]), point(0.2, [0.992])]
+    assert choose(points, Requirement(min_cosine=0.99)) is points[3]  # as cheap as another, and closer
+    assert choose(points, Requirement(min_cosine=0.994)) is points[2]
+    assert choose(points, Requirement(min_cosine=0.999)) is None
+    assert nearest(points, Requirement(min_cosine=0.999)) is points[2]
+
+
+def test_the_most_faithful_that_is_cheap_enough():
+    points = [point(0.1, [0.98]), point(0.2, [0.991]), point(0.3, [0.995])]
+    assert choose(points, Requirement(max_cost=0.2)) is points[1]
+    assert choose(points, Requirement(max_cost=0.05)) is None
+    assert nearest(points, Requirement(max_cost=0.05)) is points[0]
+
+
+def test_controls_compete_and_dense_does_not_count_as_saving():
+    ours, control, dense = point(0.2, [0.991]), point(0.1, [0.992], control=True), point(1.0, [1.0])
+    assert choose([ours, control, dense], Requirement(min_cosine=0.99)) is control
+    assert choose([ours, dense], Requirement(min_cosine=0.99)) is ours
+    assert choose([ours, dense], Requirement(min_cosine=0.999)) is None
+    assert nearest([ours, dense], Requirement(min_cosine=0.999)) is ours
+    assert best_control([ours, control, dense], Requirement(min_cosine=0.99), cost=0.2) is control
+    assert best_control([ours, control, dense], Requirement(min_cosine=0.99), cost=0.05) is None
+
+
+def test_the_statistic_decides():
+    steady, lapse = point(0.2, [0.98] * 20), point(0.1, [0.999] * 19 + [0.5])
+    assert choose([steady, lapse], Requirement(min_cosine=0.97, statistic="min")) is steady
+    assert choose([steady, lapse], Requirement(min_cosine=0.97, statistic="mean")) is lapse
+
+
+def test_leaving_one_stretch_out_shows_a_choice_that_does_not_carry_over():
+    cheap, safe = point(0.1, [0.999], [0.999], [0.9]), point(0.2, [0.999], [0.999], [0.999])
+    requirement = Requirement(min_cosine=0.99)
+    assert choose([cheap, safe], requirement) is safe
+    checks = leave_one_out([cheap, safe], requirement)
+    assert [check["met"] for check in checks] == [True, True, False]
+    assert checks[2]["fidelity"] == pytest.approx(0.9)
+    assert leave_one_out([point(0.1, [0.999])], requirement) == []
+    assert leave_one_out([cheap], Requirement(min_cosine=0.9999)) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({}, "exactly one"),
+        ({"min_cosine": 0.9, "max_cost": 0.1}, "exactly one"),
+        ({"min_cosine": 1.0}, "above 0 and below 1"),
+        ({"max_cost": float("nan")}, "above 0 and below 1"),
+        ({"max_cost": 0.1, "statistic": "median"}, "p5"),
+    ],
+)
+def test_requirements_that_make_no_sense(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        Requirement(**arguments)
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+def test_stretches_are_spread_over_the_video():
+    assert plan_stretches(1000, 120, 3) == [range(0, 40), range(480, 520), range(960, 1000)]
+    assert plan_stretches(100, 120, 3) == [range(0, 33), range(34, 67), range(67, 100)]
+    assert plan_stretches(20, 120, 3) == [range(0, 20)]  # too short to be divided
+    assert plan_stretches(None, 120, 3) == [range(0, 120)]
+    assert plan_stretches(500, 60, 1) == [range(0, 60)]
+
+
+def test_settings_half_way():
+    a = {"mode": "context", "threshold": 0.04, "keyframe_interval": 20, "dilate": 1}
+    b = {"mode": "context", "threshold": 0.01, "keyframe_interval": 5, "dilate": 1, "sentinels": 0.1}
+    halfway = {"mode": "context", "threshold": 0.02, "keyframe_interval": 10, "dilate": 1, "sentinels": 0.1}
+    assert between(a, b) == halfway
+    assert between(b, b) == b
+
+
+def test_the_candidates_are_settings_and_go_from_frugal_to_faithful():
+    for rungs in [*FAMILIES.values(), TRIGGERED_HOLDS]:
+        for options in rungs:
+            NeuroFlowGateConfig.from_options(options)
+        # presets turn more dials than one
+        for name in ("threshold", "keyframe_surprise", "max_hold"):
+            values = [options[name] for options in rungs if name in options]
+            assert values == sorted(values, reverse=True)
+
+
+def test_a_budget_is_measured_as_in_the_long_run(clip, vision):
+    """Not as a stream that has its reserve to spend; and on stretches too short for a budget there is none."""
+    options = {"mode": "context", "keyframe_surprise": 0.0, "threshold": 0.0, "cost_budget": 0.3}
+    how = {"max_cost": 0.9, "candidates": {"one": [options], "presets": FAMILIES["presets"]}}
+    result = tune_video(VideoReader(clip), vision, Preprocessor(resolution=24), frames=24, stretches=1, **how)
+    found = next(one for one in result.points if one.family == "one")
+    assert 0.25 < found.cost() < 0.36
+    short = tune_video(VideoReader(clip), vision, Preprocessor(resolution=24), frames=8, stretches=1, **how)
+    found = next(one for one in short.points if one.family == "presets")
+    assert found.options["cost_budget"] is None and found.options["keyframe_interval"] == 8
+
+
+def test_a_point_is_what_a_stream_gives(clip, vision):
+    options = {"mode": "context", "threshold": 0.02, "keyframe_interval": 6}
+    steps = []
+    result = tune_video(
+        VideoReader(clip),
+        vision,
+        Preprocessor(resolution=24),
+        max_cost=0.9,
+        frames=24,
+        stretches=2,
+        candidates={"one": [options]},
+        on_step=lambda *step: steps.append(step),
+    )
+    (found,) = [point for point in result.points if point.family == "one"]
+    assert result.frames == [list(range(12)), list(range(28, 40))] and result.measured_frames == 24
+    images = [Preprocessor(resolution=24)(frame.image) for frame in VideoReader(clip)]
+    for place, indices in enumerate(result.frames):
+        stream = vision.new_stream(**options)
+        with torch.no_grad():
+            outputs = [vision(pixel_values=images[index], stream=stream) for index in indices]
+            dense = [vision(pixel_values=images[index]).pooler_output for index in indices]
+        pairs = zip(outputs, dense, strict=True)
+        cosines = [torch.cosine_similarity(output.pooler_output, other).item() for output, other in pairs]
+        np.testing.assert_allclose(found.cosines[place][0], cosines, atol=1e-5)
+        assert found.costs[place] == pytest.approx(np.mean([output.cost.item() for output in outputs]))
+    assert steps[0] == ("reading", 1, 40, None) and steps[-1] == ("one", 24, 24, found)
+    assert result.status == "complete" and result.chosen in result.points
+
+
+def test_the_climb_stops_where_it_can_no_longer_win(clip, vision):
+    def tuned(**bound):
+        preprocess = Preprocessor(resolution=24)
+        result = tune_video(VideoReader(clip), vision, preprocess, frames=24, candidates=SMALL, **bound)
+        return [point.options for point in result.points if not point.control]
+
+    thresholds = [options["threshold"] for options in tuned(min_cosine=0.01)]
+    assert thresholds == [0.3]
+    thresholds = [options["threshold"] for options in tuned(max_cost=0.01)]
+    assert thresholds == [0.3]
+    everything = tuned(min_cosine=1 - 1e-12)
+    assert [options["threshold"] for options in everything] == [0.3, 0.01, 0.001]
+
+
+def test_candidates_may_name_a_preset(clip, vision):
+    result = tune_video(
+        VideoReader(clip),
+        vision,
+        Preprocessor(resolution=24),
+        max_cost=0.9,
+        frames=12,
+        candidates={"one": [{"preset": "balanced", "dilate": 1}]},
+    )
+    found = result.points[-1].options
+    expected = NeuroFlowGateConfig.from_options(preset="balanced", dilate=1, keyframe_interval=12)
+    assert NeuroFlowGateConfig.from_options(found) == expected
+
+
+def test_the_model_s_own_gate_does_not_count(clip, stock_vision):
+    other = NeuroFlowSiglipVisionModel.from_siglip(stock_vision, mode="hold", token_budget=1)
+    plain = NeuroFlowSiglipVisionModel.from_siglip(stock_vision)
+    points = [
+        tune_video(
+            VideoReader(clip), model, Preprocessor(resolution=24), max_cost=0.5, frames=12, candidates=SMALL
+        ).points
+        for model in (other, plain)
+    ]
+    assert [point.cost() for point in points[0]] == [point.cost() for point in points[1]]
+
+
+def test_a_video_of_one_frame_is_refused(vision, tmp_path):
+    reader = VideoReader(write_clip(tmp_path / "one.mkv", frames=1))
+    with pytest.raises(ValueError, match="single frame"):
+        tune_video(reader, vision, Preprocessor(resolution=24), max_cost=0.5)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dual", "vision"])
+def test_the_written_configuration_is_taken_everywhere(kind, clip, checkpoints, few_candidates, tmp_path):
+    out, checkpoint = tmp_path / "tuned", checkpoints[kind]
+    result = call("tune", clip, "--model", checkpoint, "--out", out, "--max-cost", 0.6, "--frames", 24)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in out.iterdir()} == ALL_FILES
+    report = json.loads((out / "tune.json").read_text())
+    chosen = report["points"][report["chosen"]]
+    assert chosen["cost"] <= 0.6 and report["requirement"]["max_cost"] == 0.6
+    assert report["model"] == str(checkpoint) and report["versions"]["torch"] == torch.__version__
+    assert setting_words(chosen["options"]) in result.stdout
+    with Image.open(out / "curve.png") as picture:
+        picture.verify()
+
+    classes = [NeuroFlowSiglipVisionModel, *([NeuroFlowSiglipModel] if kind == "dual" else [])]
+    gate = NeuroFlowGateConfig.from_options(chosen["options"])
+    for model_class in classes:
+        model = model_class.from_pretrained(checkpoint, config=out)
+        assert model.new_stream().gate == gate
+        assert torch.equal(next(model.parameters()), next(model_class.from_pretrained(checkpoint).parameters()))
+    printed = next(line for line in result.stdout.splitlines() if "from_pretrained" in line)
+    assert classes[-1].__name__ + ".from_pretrained" in printed and str(out) in printed
+    assert type(checkpoint_config(checkpoint)) is classes[-1].config_class
+
+    command = next(line for line in result.stdout.splitlines() if line.startswith("Next: neuroflow run"))
+    again = call(*command.split()[2:], "--out", tmp_path / "run", "--no-overlay", "--dilate", 2)
+    assert again.exit_code == 0, again.output
+    ran = json.loads((tmp_path / "run" / "summary.json").read_text())["gate"]
+    assert ran == gate.to_dict() | {"dilate": 2}
+
+
+def test_what_cannot_be_reached_is_said_and_no_configuration_is_left(clip, checkpoints, few_candidates, tmp_path):
+    options = ("tune", clip, "--model", checkpoints["vision"], "--out", tmp_path, "--frames", 24)
+    assert call(*options, "--min-cosine", 0.01).exit_code == 0
+    assert (tmp_path / "config.json").exists()
+    result = call(*options, "--max-cost", 0.0001)
+    assert result.exit_code == 3
+    assert {path.name for path in tmp_path.iterdir()} == ALL_FILES - {"config.json"}
+    assert "Nothing that was measured will do" in result.stdout and "nearest" in result.stdout
+    assert "Next" not in result.stdout
+
+
+def test_the_words_say_who_won(clip, vision):
+    class Stub:
+        requirement = Requirement(min_cosine=0.99)
+        first_frame = point(0.0, [0.9], [0.9], control=True)
+        frames = [list(range(3)), list(range(5, 8))]
+        measured_frames, dense_milliseconds = 6, 9.0
+
+        def __init__(self, *points):
+            self.points = list(points)
+            self.chosen = choose(self.points, self.requirement)
+            self.nearest = self.chosen or nearest(self.points, self.requirement)
+
+    ours = point(0.2, [0.995], [0.992], threshold=0.5)
+    control = point(0.1, [0.995], [0.991], control=True, keyframe_interval=10)
+    dear = point(0.25, [0.999], [0.999], control=True, keyframe_interval=4)
+    won, lost, none = Stub(ours, dear), Stub(ours, control), Stub(point(0.2, [0.5], [0.5]))
+    assert not any("control wins" in sentence for sentence in tuning_sentences(won))
+    assert tuning_sentences(won)[0] == "chosen: context, threshold 0.5"
+    assert any("A control wins" in words and "threshold 0.5" in words for words in tuning_sentences(lost))
+    assert any("Nothing that was measured" in words for words in tuning_sentences(none))
+    assert any("2 of 2 cases" in sentence for sentence in tuning_sentences(won))
+    assert [row[0] for row in tuning_rows(won)] == [
+        "chosen",
+        "best control that will do",
+        "first frame repeated",
+        "dense",
+    ]
+    assert [row[0] for row in tuning_rows(lost)] == ["chosen", "best of the others", "first frame repeated", "dense"]
+    assert [row[0] for row in tuning_rows(none)] == ["nearest", "first frame repeated", "dense"]
+    assert tuning_rows(won)[0][1:] == ["0.200", "0.9935", "0.9921", "0.9920", "0.9920", "1.0"]
+
+
+def test_ctrl_c_names_the_best_so_far(clip, checkpoints, few_candidates, tmp_path, monkeypatch):
+    measure = neuroflow_hf.evaluation.tuning.Bench.measure
+
+    def interrupted(bench, family, options, control=False):
+        if not control:
+            signal.raise_signal(signal.SIGINT)
+        return measure(bench, family, options, control)
+
+    monkeypatch.setattr(neuroflow_hf.evaluation.tuning.Bench, "measure", interrupted)
+    options = ("--model", checkpoints["vision"], "--out", tmp_path, "--frames", 24, "--max-cost", 0.5)
+    result = call("tune", clip, *options)
+    assert result.exit_code == 130 and "Ctrl-C" in result.stderr
+    report = json.loads((tmp_path / "tune.json").read_text())
+    assert report["status"] == "interrupted" and all(point["control"] for point in report["points"])
+    assert load_gate(tmp_path)["mode"] == "hold"
+
+
+def test_ctrl_c_before_there_is_anything_writes_nothing(clip, checkpoints, tmp_path, monkeypatch):
+    def interrupted(bench):
+        raise neuroflow_hf.evaluation.tuning.Interrupted
+
+    monkeypatch.setattr(neuroflow_hf.evaluation.tuning.Bench, "measure_dense", interrupted)
+    result = call("tune", clip, "--model", checkpoints["vision"], "--out", tmp_path / "out", "--max-cost", 0.5)
+    assert result.exit_code == 130 and "nothing was written" in result.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], ["exactly one", "--min-cosine", "--max-cost"]),
+        (["--min-cosine", 0.9, "--max-cost", 0.1], ["exactly one"]),
+        (["--min-cosine", 1.5], ["min_cosine", "1.5"]),
+        (["--max-cost", 0.1, "--statistic", "p50"], ["statistic", "p50", "mean, p5, min"]),
+        (["--max-cost", 0.1, "--frames", 1], ["frames", "at least 2"]),
+        (["--max-cost", 0.1, "--stretches", 0], ["stretches", "at least 1"]),
+        (["--max-cost", 0.1, "--dtype", "float8"], ["float8"]),
+        (["--max-cost", 0.1, "--device", "abacus"], ["abacus"]),
+        (["--max-cost", 0.1, "--resolution", 3], ["one patch, 4 pixels"]),
+        (["--max-cost", 0.1, "--stride", 0], ["stride"]),
+        (["--max-cost", 0.1, "--model", "/no/such/folder"], ["/no/such/folder"]),
+    ],
+)
+def test_values_out_of_range(clip, checkpoints, tmp_path, options, words):
+    result = call("tune", clip, "--model", checkpoints["vision"], "--out", tmp_path / "out", *options)
+    assert_clean_error(result, *words)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_video_that_breaks_off_counts_up_to_there(checkpoints, few_candidates, tmp_path):
+    whole = write_clip(tmp_path / "whole.mp4", frames=60, codec="libx264", options={"movflags": "faststart"})
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole.read_bytes()[: int(0.8 * whole.stat().st_size)])
+    result = call("tune", cut, "--model", checkpoints["vision"], "--out", tmp_path / "out", "--max-cost", 0.5)
+    assert result.exit_code == 0, result.output
+    assert (
+        "broke off" in result.stderr and "cut.mp4" in json.loads((tmp_path / "out" / "tune.json").read_text())["note"]
+    )
+
+
+# --- the configuration for `run` -----------------------------------------------------------------------------------
+
+
+def test_configurations_that_hold_no_gate(clip, checkpoints, tmp_path):
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "unknown.json").write_text(json.dumps({"gate": {"treshold": 1}}))
+    stock = checkpoints["vision"]
+    for path, words in (
+        (tmp_path / "gone.json", ["gone.json"]),
+        (tmp_path, ["config.json"]),
+        (tmp_path / "broken.json", ["broken.json", "not JSON"]),
+        (tmp_path / "list.json", ["list.json", "no gate"]),
+        (tmp_path / "unknown.json", ["unknown.json", "Did you mean `threshold`"]),
+        (stock, ["no gate", "neuroflow tune"]),
+    ):
+        result = call("run", clip, "--model", stock, "--out", tmp_path / "out", "--config", path)
+        assert_clean_error(result, *words)
+    result = call("run", clip, "--model", stock, "--out", tmp_path / "out", "--config", stock, "--preset", "thrifty")
+    assert_clean_error(result, "--config or --preset")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_gate_of_a_configuration_replaces_the_model_s_own(stock_vision, tmp_path):
+    assert isinstance(stock_vision, SiglipVisionModel)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"vision_config": {"gate": {"mode": "context", "threshold": 0.5}}})
+    )
+    model = NeuroFlowSiglipVisionModel.from_siglip(stock_vision, mode="hold", keyframe_interval=3)
+    stream = model.new_stream(**load_gate(tmp_path))
+    assert stream.gate == NeuroFlowGateConfig.from_options(mode="context", threshold=0.5)
+    assert load_gate(tmp_path / "config.json") == load_gate(tmp_path)

@@ -1,0 +1,111 @@
+"""Saved and pushed language models generate alike where the package is not installed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.loopback_hub import LoopbackHub, call_elsewhere
+from tests.phi3_models import make_ours, random_ids
+from tests.vision.test_remote_code import copied_files
+
+BYPASS = {"gate_layer": 0, "cache_layers": [1, 3], "threshold": 0.3, "target": "block"}
+LOSSLESS = {"drafter": "both", "draft_length": 3}
+NEW = 12
+
+
+def push(folder):
+    """Runs elsewhere, with the package: push what the folder holds."""
+    from neuroflow_hf import NeuroFlowPhi3ForCausalLM
+
+    NeuroFlowPhi3ForCausalLM.from_pretrained(folder).push_to_hub("user/tiny-phi3")
+    return {}
+
+
+def use(name, bare, ids, output, lossless, new):
+    """Runs elsewhere, without the package: generate with the model of this name, save it, and load it once more."""
+    import os
+
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    ids = load_file(ids)["ids"]
+    config = AutoConfig.from_pretrained(name, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    report = {
+        "bypass": config.bypass,
+        "modules": [type(model).__module__, type(config).__module__],
+        "bare": type(AutoModel.from_pretrained(bare or name, trust_remote_code=True)).__name__,
+    }
+    tensors = {}
+    for trip in ("first", "second"):
+        generated = model.generate(ids, max_new_tokens=new, return_dict_in_generate=True)
+        tensors[f"{trip}.bypassed"] = generated.sequences
+        tensors[f"{trip}.mask"] = model.bypass_statistics(generated.past_key_values).bypassed_mask
+        tensors[f"{trip}.lossless"] = model.generate(ids, max_new_tokens=new, lossless=lossless)
+        with torch.no_grad():
+            tensors[f"{trip}.logits"] = model(ids, bypass=False).logits
+        again = os.path.join(output, "again")
+        model.save_pretrained(again)
+        model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, os.path.join(output, "out.safetensors"))
+    return report
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with the saved model, its bare decoder, the prompt, and what is expected of it."""
+    root = tmp_path_factory.mktemp("saved")
+    model, ids = make_ours("window", bypass=BYPASS), random_ids(1, 6)
+    model.save_pretrained(root / "model")
+    model.model.save_pretrained(root / "bare")
+    save_file({"ids": ids}, root / "ids.safetensors")
+    output = model.generate(ids, max_new_tokens=NEW, return_dict_in_generate=True)
+    with torch.no_grad():
+        expected = {
+            "bypassed": output.sequences,
+            "mask": model.bypass_statistics(output.past_key_values).bypassed_mask,
+            "lossless": model.generate(ids, max_new_tokens=NEW, bypass=False),
+            "logits": model(ids, bypass=False).logits,
+        }
+    assert 0 < expected["mask"].sum() < NEW - 1
+    return root, expected
+
+
+@pytest.fixture(scope="module", params=["folder", "hub"])
+def visit(request, saved, tmp_path_factory):
+    """The other process's report, its tensors, the files that it loaded, and the folder that it wrote."""
+    root, place = saved[0], tmp_path_factory.mktemp("elsewhere")
+    given = {"ids": root / "ids.safetensors", "output": place, "lossless": LOSSLESS, "new": NEW}
+    if request.param == "folder":
+        report = call_elsewhere(use, place, name=root / "model", bare=root / "bare", **given)
+        files = {path.name: path.read_bytes() for path in (root / "model").iterdir()}
+    else:
+        with LoopbackHub() as hub:
+            call_elsewhere(push, place / "push", package=True, hub=hub.url, folder=root / "model")
+            report = call_elsewhere(use, place, hub=hub.url, name="user/tiny-phi3", bare=None, **given)
+        files = hub.files("user/tiny-phi3")
+        assert [request for request in hub.unknown if "user/" in request] == []
+    return report, load_file(place / "out.safetensors"), files, place / "again"
+
+
+@pytest.mark.parametrize("trip", ["first", "second"])
+def test_generates_alike(visit, saved, trip):
+    _, tensors, _, _ = visit
+    for name, expected in saved[1].items():
+        torch.testing.assert_close(tensors[f"{trip}.{name}"], expected)
+
+
+def test_comes_from_the_code_that_was_saved(visit):
+    report, _, files, again = visit
+    assert all(module.startswith("transformers_modules.") for module in report["modules"])
+    assert report["bypass"] == BYPASS
+    assert report["bare"] == "NeuroFlowPhi3Model"
+    needed = copied_files("language/modeling_neuroflow_phi3.py")
+    for names in (set(files), {path.name for path in again.iterdir()}):
+        assert {name for name in names if name.endswith(".py")} == needed
+    auto_map = json.loads(files["config.json"])["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert json.loads((again / "config.json").read_text())["auto_map"] == auto_map

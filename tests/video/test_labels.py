@@ -1,0 +1,456 @@
+"""Labels: scores as SigLIP's own, a timeline that smooths nothing, and a run that says both beside dense."""
+
+import json
+import math
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import SiglipConfig, SiglipForImageClassification, SiglipModel, SiglipTextConfig, pipeline
+
+from neuroflow_hf import NeuroFlowSiglipModel
+from neuroflow_hf.cli.main import timeline_table
+from neuroflow_hf.loading import ModelLoadError, load_model, load_model_with_labels, load_text_model
+from neuroflow_hf.video.label_records import agreement, label_caption, label_line, percent, shortened, timeline
+from neuroflow_hf.video.labels import Labels, check_labels, embed_labels, parse_labels
+from neuroflow_hf.video.overlay import overlay_frame
+from neuroflow_hf.video.plots import LABEL_COLOURS, plot_run
+from neuroflow_hf.video.reader import VideoReader
+from neuroflow_hf.video.records import FrameRecord
+from neuroflow_hf.video.run import fingerprint, run_video
+from tests.cli.test_main import ALL_FILES, PROCESSOR, assert_clean_error, call, count_frames, read_run
+from tests.conftest import TINY_TEXT, TINY_VISION, lively
+from tests.vision.test_pipelines import LABELS, PIPELINE_TEXT, make_processor
+
+TEXT = ",".join(LABELS)
+
+
+@pytest.fixture(scope="module")
+def stock():
+    """A tiny `SiglipModel` that tells labels apart. Do not change it."""
+    torch.manual_seed(0)
+    text = SiglipTextConfig(**TINY_TEXT | PIPELINE_TEXT)
+    model = lively(SiglipModel(SiglipConfig(text_config=text, vision_config=TINY_VISION)))
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(20))
+        model.logit_bias.fill_(-2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(stock, tmp_path_factory):
+    """The model's checkpoint with its processor."""
+    folder = tmp_path_factory.mktemp("siglip")
+    stock.save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Two seconds: 7 frames in the dark, 6 bright ones, 7 in the dark. The tiny model tells the two apart."""
+    path = tmp_path_factory.mktemp("clip") / "lamp.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for i in range(20):
+            image = np.full((48, 64, 3), 255 if 7 <= i < 13 else 0, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.fixture
+def image():
+    """An image of the tiny model's size, so that nothing is resized; uint8 [24, 24, 3]."""
+    return np.random.default_rng(1).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+
+
+def copy_of(folder, to, without=()):
+    """The files of `folder` in a new folder, some left out."""
+    to.mkdir()
+    for path in folder.iterdir():
+        if path.name not in without:
+            (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+# --- scores --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["This is a photo of {}.", "{}"])
+def test_logits_are_siglip_s(stock, folder, image, template):
+    model, preprocess, tokenizer = load_text_model(folder, device="cpu")
+    labels = embed_labels(model, tokenizer, LABELS, template)
+    texts = tokenizer([template.format(name) for name in LABELS], padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        pixel_values = preprocess(image)
+        expected = stock(pixel_values=pixel_values, **texts).logits_per_image
+        embedding = model.get_image_features(pixel_values).pooler_output
+    torch.testing.assert_close(labels.logits(embedding), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(labels.scores(embedding), expected.sigmoid(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(labels.shares(embedding), expected.softmax(-1), rtol=0, atol=1e-5)
+    name, score = labels.best(embedding[0])
+    assert name == LABELS[expected[0].argmax()] and score == pytest.approx(expected.max().sigmoid().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("saved_by", [SiglipModel, NeuroFlowSiglipModel])
+def test_scores_are_the_pipeline_s(folder, saved_by, image, tmp_path):
+    saved_by.from_pretrained(folder).save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    found = pipeline("zero-shot-image-classification", model=str(tmp_path))(
+        Image.fromarray(image), candidate_labels=list(LABELS)
+    )
+    tower, preprocess, labels = load_model_with_labels(tmp_path, LABELS, device="cpu")
+    with torch.no_grad():
+        scores = labels.scores(tower(preprocess(image)).pooler_output[0])
+    expected = {entry["label"]: entry["score"] for entry in found}
+    assert dict(zip(LABELS, scores.tolist(), strict=True)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_tower_is_the_one_that_is_loaded_without_labels(folder):
+    alone, _ = load_model(folder, device="cpu", resolution=32)
+    tower, preprocess, labels = load_model_with_labels(folder, LABELS, device="cpu", resolution=32)
+    assert fingerprint(tower) == fingerprint(alone) and type(tower) is type(alone) and not tower.training
+    assert tower.config.name_or_path == alone.config.name_or_path == str(folder)
+    assert preprocess.resolution == 32 and not labels.text_embeddings.requires_grad
+
+
+def test_half_precision_gives_about_the_same(folder, image):
+    scores = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tower, preprocess, labels = load_model_with_labels(folder, LABELS, dtype=dtype, device="cpu")
+        assert labels.text_embeddings.dtype == torch.float32
+        with torch.no_grad():
+            scores.append(labels.scores(tower(preprocess(image, dtype)).pooler_output[0]))
+    torch.testing.assert_close(*scores, rtol=0, atol=0.05)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_labels_are_split_at_commas():
+    assert parse_labels(" a dog,a cat , a,b") == ["a dog", "a cat", "a", "b"]
+    check_labels(["a dog", "a cat"], "{}")
+
+
+@pytest.mark.parametrize(
+    ("names", "template", "words"),
+    [
+        ([], "{}", "no labels"),
+        (["a dog", " "], "{}", "Label 2 of 2 is empty"),
+        (["a dog", "a cat", "a dog"], "{}", "'a dog' is there twice"),
+        (["a dog"], "This is a photo.", "one {} for the label"),
+        (["a dog"], "{} and {}", "one {} for the label"),
+    ],
+)
+def test_labels_that_cannot_be_used(names, template, words):
+    with pytest.raises(ValueError, match=words):
+        check_labels(names, template)
+
+
+def test_labels_that_the_text_tower_cannot_tell_apart_or_read(folder):
+    model, _, tokenizer = load_text_model(folder, device="cpu")
+    with pytest.raises(ValueError, match="'cat' and 'cow' are the same to this model's tokenizer"):
+        embed_labels(model, tokenizer, ["dog", "cat", "cow"])  # words it does not know
+    with pytest.raises(ValueError, match="70 tokens, and the text tower reads 64"):
+        embed_labels(model, tokenizer, ["dog " * 70], "{}")
+    tokenizer.add_tokens([f"word{i}" for i in range(100)])
+    with pytest.raises(ValueError, match="the text tower knows 99"):
+        embed_labels(model, tokenizer, ["word90"])
+
+
+def test_checkpoints_that_read_no_text(stock, folder, stock_vision, tmp_path):
+    stock_vision.save_pretrained(tmp_path / "tower")
+    torch.manual_seed(0)
+    SiglipForImageClassification(stock.config).save_pretrained(tmp_path / "classifier")
+    for name, words in (("tower", "holds a vision tower alone"), ("classifier", "no complete text tower")):
+        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+        with pytest.raises(ModelLoadError, match=rf"{words}.* Labels need a model that reads text"):
+            load_text_model(tmp_path / name, device="cpu")
+        load_model(tmp_path / name, device="cpu")
+    bare = copy_of(folder, tmp_path / "bare", without=TOKENIZER_FILES)
+    with pytest.raises(ModelLoadError, match="Cannot load a tokenizer from"):
+        load_text_model(bare, device="cpu")
+
+
+def test_other_unusable_models_are_refused_as_without_labels(folder, tmp_path):
+    with pytest.raises(ModelLoadError, match="There is no model folder"):
+        load_text_model(tmp_path / "gone")
+    for name, content in (("model.safetensors", b"\0" * 40), ("config.json", b"{")):
+        broken = copy_of(folder, tmp_path / name)
+        (broken / name).write_bytes(content)
+        with pytest.raises(ModelLoadError, match="Cannot load a SigLIP model from"):
+            load_text_model(broken, device="cpu")
+    no_processor = copy_of(folder, tmp_path / "no", without=("processor_config.json", "preprocessor_config.json"))
+    with pytest.raises(ModelLoadError, match="image processor"):
+        load_text_model(no_processor, device="cpu")
+
+
+# --- over time -----------------------------------------------------------------------------------------------------
+
+NAMES = ("a", "b")
+
+
+def record(index, logits, dense=None, cost=0.25):
+    return FrameRecord(
+        index=index,
+        time=index / 10,
+        active=3,
+        patches=12,
+        cost=cost,
+        milliseconds=1.0,
+        embedding=torch.zeros(2),
+        dense_embedding=None if dense is None else torch.zeros(2),
+        dense_milliseconds=None if dense is None else 4.0,
+        label_logits=torch.tensor(logits),
+        dense_label_logits=None if dense is None else torch.tensor(dense),
+    )
+
+
+def test_the_timeline_puts_equal_labels_together_and_smooths_nothing():
+    a, b = (1.0, 0.0), (-1.0, 3.0)
+    stretches = timeline([record(i, logits) for i, logits in enumerate([a, (2.0, 0.0), b, a, a, a])], NAMES)
+    assert [(s["label"], s["start"], s["end"], s["frames"]) for s in stretches] == [
+        ("a", 0.0, 0.2, 2),
+        ("b", 0.2, 0.3, 1),
+        ("a", 0.3, 0.5, 3),
+    ]
+    sigmoid = [1 / (1 + math.exp(-x)) for x in (1, 2, 3)]
+    assert stretches[0]["confidence"] == pytest.approx((sigmoid[0] + sigmoid[1]) / 2, rel=1e-5)
+    assert stretches[1]["confidence"] == pytest.approx(sigmoid[2], rel=1e-5)
+    assert stretches[1]["share"] == pytest.approx(1 / (1 + math.exp(-4)), rel=1e-5)
+    (one,) = timeline([record(7, a)], NAMES)
+    assert one["start"] == one["end"] == 0.7 and one["frames"] == 1
+
+
+def test_labels_whose_probabilities_round_to_one_are_still_ordered():
+    (stretch,) = timeline([record(0, (60.0, 90.0))], NAMES)
+    assert stretch["label"] == "b" and stretch["confidence"] == 1
+
+
+def test_agreement_counts_the_stream_and_the_controls():
+    a, b = (1.0, 0.0), (0.0, 1.0)
+    # dense says a, b, b, a on frames 0, 2, 4, 6; the stream a, b, a, a
+    streamed, dense = [a, a, b, b, a, a, a, a], [a, None, b, None, b, None, a, None]
+    records = [record(i, ours, theirs) for i, (ours, theirs) in enumerate(zip(streamed, dense, strict=True))]
+    assert agreement(records, cost=0.25) == {
+        "compared_frames": 3,
+        "streamed": 2,
+        "first_frame": 1,
+        "held": 1,
+        "held_at_cost": {"every": 4, "cost": 0.25, "compared_frames": 2, "agreed": 0},
+    }
+    alone = agreement(records[:1], cost=0.25)
+    assert alone["compared_frames"] == alone["streamed"] == 0 and alone["held_at_cost"] is None
+    assert agreement(records[1:2], cost=0.25)["compared_frames"] == 0
+
+
+def test_a_frame_s_line_and_caption():
+    line = label_line(record(0, (0.0, 2.0), dense=(1.0, 0.0)), ("a dog", "a cat"))
+    assert (line["label"], line["dense_label"]) == ("a cat", "a dog")
+    assert line["label_scores"] == pytest.approx({"a dog": 0.5, "a cat": 0.880797}, abs=1e-6)
+    assert line["confidence"] == line["label_scores"]["a cat"] == line["share"]
+    assert "dense_label" not in label_line(record(0, (0.0, 2.0)), NAMES)
+    assert label_caption(record(0, (0.0, 2.0)), NAMES) == [("LABEL, CONFIDENCE", "b   88.1%")]
+
+
+def test_small_probabilities_keep_their_digits_and_long_labels_their_beginning():
+    assert [percent(value) for value in (1.0, 0.881, 0.01, 0.0042, 0.00003)] == [
+        "100.0%",
+        "88.1%",
+        "1.0%",
+        "0.42%",
+        "<0.01%",
+    ]
+    assert shortened("short", 8) == "short" and shortened("much too long", 8) == "much..."
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+
+def test_the_label_s_row_lies_under_the_caption_and_does_not_change_it():
+    image, mask = np.zeros((360, 480, 3), dtype=np.uint8), np.zeros((2, 2), dtype=bool)
+    fields = [("FRAME", "1")] * 5
+    plain = overlay_frame(image, mask, [fields])
+    sizes = set()
+    for name in ("a", "a label with a great many words " * 4):
+        drawn = overlay_frame(image, mask, [fields, label_caption(record(0, (2.0,)), [name])])
+        np.testing.assert_array_equal(drawn[: len(plain)], plain)
+        row = drawn[len(plain) :].astype(int)
+        ink = (row - row[0, 0]).any(-1)
+        assert ink.any() and not ink[:, -4:].any()
+        sizes.add(drawn.shape)
+    assert len(sizes) == 1 and all(side % 2 == 0 for side in sizes.pop()[:2])
+
+
+@pytest.mark.parametrize("compared", [True, False])
+def test_the_plot_has_a_panel_for_labels_only_if_there_are_some(compared):
+    times = [0.0, 0.1, 0.2]
+    fidelity = {name: times if compared else [] for name in ("streamed", "first_frame", "held")}
+    common = (times, [1, 0.2, 0.3], [True, False, False], times if compared else [], fidelity, "title")
+    assert len(plot_run(*common).axes) == 1 + compared
+    figure = plot_run(*common, labels={"costs $5": [0.1, 0.2, 0.3], "_": [0.01, 0.02, 0.0]})
+    assert len(figure.axes) == 2 + compared
+    figure.canvas.draw()
+    texts = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
+    assert texts == [r"costs \$5", " _"]
+    assert figure.axes[-1].get_ylim() == pytest.approx((0, 0.315))
+
+
+def test_of_many_labels_the_highest_are_coloured():
+    labels = {f"label {i}": [i / 100, 0.0] for i in range(30)}
+    figure = plot_run([0.0, 0.1], [1, 1], [True, False], [], {}, "title", labels)
+    figure.canvas.draw()
+    panel = figure.axes[-1]
+    texts = [text.get_text() for text in panel.get_legend().get_texts()]
+    count = len(LABEL_COLOURS)
+    assert texts == [*(f"label {i}" for i in range(30 - count, 30)), f"{30 - count} others, never as high"]
+    assert len(panel.lines) == 30 and len({line.get_color() for line in panel.lines}) == count + 1
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(clip, folder, tmp_path_factory):
+    """A run with labels: (what was printed, its folder)."""
+    out = tmp_path_factory.mktemp("runs") / "labelled"
+    options = ("--threshold", 0.02, "--dense-every", 4, "--device", "cpu")
+    result = call("run", clip, "--model", folder, "--out", out, "--labels", TEXT, *options)
+    assert result.exit_code == 0, result.output
+    return result.stdout, out
+
+
+def test_the_files_of_a_run_say_the_same(finished, clip, folder):
+    _, out = finished
+    assert {path.name for path in out.iterdir()} == ALL_FILES and count_frames(out / "overlay.mp4") == 20
+    summary, lines, tensors = read_run(out)
+    found = summary["labels"]
+    assert found["names"] == list(LABELS) and found["template"] == "This is a photo of {}."
+    tower, _, labels = load_model_with_labels(folder, LABELS, device="cpu")
+    assert summary["weights"] == fingerprint(tower)
+    scores = labels.scores(tensors["embeddings"])
+    torch.testing.assert_close(tensors["label_scores"], scores)
+    for line, row in zip(lines, scores, strict=True):
+        assert list(line["label_scores"]) == list(LABELS)
+        assert list(line["label_scores"].values()) == pytest.approx(row.tolist(), rel=1e-4)
+        assert line["label"] == LABELS[row.argmax()] and line["confidence"] == line["label_scores"][line["label"]]
+        assert ("dense_label" in line) == ("cosine_to_dense" in line)
+    assert [(s["label"], s["start"], s["end"], s["frames"]) for s in found["timeline"]] == [
+        ("dog", 0.0, 0.7, 7),
+        ("red circle", 0.7, 1.3, 6),
+        ("dog", 1.3, 1.9, 7),
+    ]
+    told = [stretch["label"] for stretch in found["timeline"] for _ in range(stretch["frames"])]
+    assert told == [line["label"] for line in lines]
+    dense = labels.logits(tensors["dense_embeddings"]).argmax(-1)
+    streamed = labels.logits(tensors["embeddings"])[::4].argmax(-1)
+    counted = found["agreement"]
+    assert counted["compared_frames"] == 4 and counted["streamed"] == int((dense == streamed)[1:].sum()) == 4
+    assert counted["held"] == int((dense[1:] == dense[:-1]).sum()) == 2
+    assert counted["first_frame"] == int((dense[1:] == dense[0]).sum()) == 2
+    with safe_open(out / "embeddings.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["labels"]) == list(LABELS)
+
+
+def test_what_is_printed_is_in_the_summary(finished):
+    printed, out = finished
+    found = read_run(out)[0]["labels"]
+    for stretch in found["timeline"][:20]:
+        expected = (
+            stretch["label"],
+            f"{stretch['start']:.1f} to {stretch['end']:.1f}",
+            percent(stretch["confidence"]),
+        )
+        assert any(all(word in line for word in expected) for line in printed.splitlines())
+    counted = found["agreement"]
+    assert f"{counted['streamed']} of {counted['compared_frames']}" in printed
+    for words in ("best label", "share among 3", "best label as in dense", "first frame's label repeated"):
+        assert words in printed
+
+
+def test_without_labels_nothing_is_different(finished, clip, folder, tmp_path):
+    with_labels = read_run(finished[1])
+    options = ("--threshold", 0.02, "--dense-every", 4, "--device", "cpu")
+    result = call("run", clip, "--model", folder, "--out", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    summary, lines, tensors = read_run(tmp_path)
+    assert "best label" not in result.stdout
+    assert set(with_labels[0]) - set(summary) == {"labels"} and set(summary) <= set(with_labels[0])
+    assert summary["weights"] == with_labels[0]["weights"] and summary["files"] == with_labels[0]["files"]
+    added = {"label", "confidence", "share", "label_scores", "dense_label"}
+    for line, other in zip(lines, with_labels[1], strict=True):
+        assert list(line) == [name for name in other if name not in added]
+        assert line["cost"] == other["cost"]
+    assert set(with_labels[2]) - set(tensors) == {"label_scores"}
+    torch.testing.assert_close(tensors["embeddings"], with_labels[2]["embeddings"])
+
+
+def test_a_template_of_one_s_own_and_no_comparison(clip, folder, tmp_path):
+    options = ("--labels", "dog", "--template", "a red {}", "--max-frames", 3, "--dense-every", 0, "--device", "cpu")
+    result = call("run", clip, "--model", folder, "--out", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    found = read_run(tmp_path)[0]["labels"]
+    assert found["template"] == "a red {}" and found["agreement"]["compared_frames"] == 0
+    (stretch,) = found["timeline"]
+    assert (stretch["label"], stretch["frames"], stretch["share"]) == ("dog", 3, 1)
+    assert "as in dense" not in result.stdout
+
+
+def test_a_long_timeline_says_where_the_rest_is(clip, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("neuroflow_hf.cli.main.MOST_STRETCHES", 1)
+    options = ("--labels", TEXT, "--no-overlay", "--device", "cpu")
+    result = call("run", clip, "--model", folder, "--out", tmp_path, *options)
+    assert len(read_run(tmp_path)[0]["labels"]["timeline"]) == 3
+    assert "and 2 more" in result.stdout and f"{tmp_path / 'summary.json'}" in result.stdout.replace("\n", "")
+    monkeypatch.undo()
+    stretch = {"start": 0.0, "end": 0.1, "frames": 1, "label": "[bold]", "confidence": 0.5, "share": 0.5}
+    assert timeline_table({"names": ["[bold]"], "timeline": [stretch] * 30}).row_count == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--labels", ""], ["Label 1 of 1 is empty"]),
+        (["--labels", "dog,,square"], ["Label 2 of 3 is empty"]),
+        (["--labels", "dog, dog"], ["'dog'", "twice"]),
+        (["--labels", "dog", "--template", "a photo"], ["a photo", "{}"]),
+        (["--labels", "dog", "--template", ""], ["template", "{}"]),
+        (["--template", "a photo of {}"], ["--labels"]),
+        (["--labels", "cat, cow"], ["'cat' and 'cow' are the same"]),
+    ],
+)
+def test_labels_out_of_order_are_one_line(clip, folder, tmp_path, options, words):
+    result = call("run", clip, "--model", folder, "--out", tmp_path / "out", *options)
+    assert_clean_error(result, *words)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_models_that_read_no_text_are_one_line(clip, stock_vision, folder, tmp_path, monkeypatch):
+    stock_vision.save_pretrained(tmp_path / "tower")
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    bare = copy_of(folder, tmp_path / "bare", without=TOKENIZER_FILES)
+    out = tmp_path / "out"
+    for model, word in ((tmp_path / "tower", "vision tower alone"), (bare, "tokenizer")):
+        assert_clean_error(call("run", clip, "--model", model, "--out", out, "--labels", TEXT), model, word)
+    monkeypatch.setattr("neuroflow_hf.loading.EMBEDDED_MODEL", tmp_path / "none")
+    assert_clean_error(call("run", clip, "--out", out, "--labels", TEXT), "checkout", "--model")
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_the_library_takes_labels_made_by_hand(clip, vision, tmp_path):
+    from neuroflow_hf.video.preprocess import Preprocessor
+
+    directions = torch.nn.functional.normalize(torch.randn(2, 32), dim=-1)
+    labels = Labels(("left", "right"), "{}", directions, logit_scale=10.0, logit_bias=0.0)
+    result = run_video(
+        VideoReader(clip, max_frames=3), vision, Preprocessor(resolution=24), tmp_path, overlay=False, labels=labels
+    )
+    assert result.summary["labels"]["names"] == ["left", "right"]

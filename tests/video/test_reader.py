@@ -1,0 +1,550 @@
+import contextlib
+import struct
+import threading
+import time
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from neuroflow_hf.video.prefetch import prefetch
+from neuroflow_hf.video.preprocess import Preprocessor
+from neuroflow_hf.video.reader import (
+    DamagedVideoError,
+    VideoError,
+    VideoReader,
+    bundled_clip,
+    read_frames,
+)
+
+FRAMES = 40
+HEIGHT, WIDTH = 48, 64
+
+
+def moving_picture(count=FRAMES, height=HEIGHT, width=WIDTH):
+    """Uint8 [count, height, width, 3]: fixed noise with a square that moves, so that no two frames are alike."""
+    frames = np.repeat(np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8), count, axis=0)
+    for i, frame in enumerate(frames):
+        frame[8:24, i : i + 16] = 255 - 5 * i
+    return frames
+
+
+def write_video(path, codec="libx264", pix_fmt="yuv420p", frames=None, times=None, muxer=None, rotation=None):
+    """Write a video at 10 frames a second, or at `times` in milliseconds."""
+    with av.open(str(path), "w", options=muxer or {}) as container:
+        stream = container.add_stream(codec, rate=10)
+        frames = moving_picture() if frames is None else frames
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        if times is not None:
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for i, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+FASTSTART = {"movflags": "faststart"}
+KINDS = {
+    "faststart.mp4": {"muxer": FASTSTART},
+    "plain.mp4": {},
+    "h264.mkv": {},
+    "ffv1.mkv": {"codec": "ffv1"},
+    "vp8.webm": {"codec": "libvpx"},
+    "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "h264.avi": {},
+    "anim.gif": {"codec": "gif", "pix_fmt": "rgb8"},
+    "fragmented.mp4": {"muxer": {"movflags": "frag_keyframe+empty_moov", "frag_duration": "1000000"}},
+}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """One small video of each kind: {name: path}."""
+    folder = tmp_path_factory.mktemp("videos")
+    return {name: write_video(folder / name, **settings) for name, settings in KINDS.items()}
+
+
+def read_until_error(path):
+    """(frames given out, the error or None)."""
+    frames = []
+    try:
+        for frame in read_frames(path):
+            frames.append(frame)
+    except VideoError as error:
+        return frames, error
+    return frames, None
+
+
+def assert_prefix(frames, whole):
+    for got, expected in zip(frames, whole, strict=False):
+        assert got.index == expected.index
+        assert got.time == pytest.approx(expected.time)
+        assert np.array_equal(got.image, expected.image)
+
+
+# --- the clip and whole files --------------------------------------------------------------------------------------
+
+
+def test_bundled_clip_is_what_the_readme_says():
+    reader = VideoReader(bundled_clip())
+    assert (reader.width, reader.height, reader.fps, reader.frame_count) == (768, 576, 10.0, 100)
+    frames = list(reader)
+    assert [frame.index for frame in frames] == list(range(100))
+    assert [frame.time for frame in frames] == pytest.approx([i / 10 for i in range(100)])
+    assert all(frame.image.shape == (576, 768, 3) and frame.image.dtype == np.uint8 for frame in frames)
+    assert bundled_clip().stat().st_size < 900_000
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_whole_files_of_all_kinds_are_read_to_the_end(videos, name):
+    reader = VideoReader(videos[name])
+    frames = list(reader)
+    assert [frame.index for frame in frames] == list(range(FRAMES))
+    assert [frame.time for frame in frames] == pytest.approx([i / 10 for i in range(FRAMES)], abs=0.011)
+    assert (reader.width, reader.height) == (WIDTH, HEIGHT)
+    assert reader.fps == pytest.approx(10)
+    assert reader.frame_count == FRAMES
+    assert frames[5].image.flags.c_contiguous
+    if name == "ffv1.mkv":  # lossless, up to the change to YUV and back: the frames are the ones written
+        inside = (slice(10, 22), slice(10, 18))
+        assert abs(frames[5].image[inside].astype(int) - moving_picture()[5][inside]).max() <= 4
+    assert_prefix(list(reader), frames)  # a reader can be used twice
+
+
+@pytest.mark.parametrize(
+    ("start", "stride", "max_frames"), [(0, 1, None), (3, 1, None), (0, 7, None), (5, 3, 4), (39, 9, 2)]
+)
+def test_selection_takes_the_frames_of_range(videos, start, stride, max_frames):
+    whole = list(read_frames(videos["faststart.mp4"]))
+    reader = VideoReader(videos["faststart.mp4"], start=start, stride=stride, max_frames=max_frames)
+    chosen = list(reader)
+    expected = list(range(start, FRAMES, stride))[:max_frames]
+    assert [frame.index for frame in chosen] == expected
+    assert reader.expected_frames == len(expected)
+    assert_prefix(chosen, [whole[i] for i in expected])
+
+
+@pytest.mark.parametrize("bad", [{"start": -1}, {"stride": 0}, {"max_frames": 0}])
+def test_selection_out_of_range_is_refused(videos, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        VideoReader(videos["plain.mp4"], **bad)
+
+
+def test_start_past_the_end_is_refused(videos):
+    with pytest.raises(VideoError, match="has 40 frames"):
+        list(read_frames(videos["plain.mp4"], start=FRAMES))
+
+
+def test_grey_video_has_three_equal_channels(tmp_path):
+    path = write_video(tmp_path / "grey.mkv", codec="ffv1", pix_fmt="gray")
+    for frame in read_frames(path, max_frames=3):
+        assert frame.image.shape == (HEIGHT, WIDTH, 3)
+        assert (frame.image == frame.image[..., :1]).all()
+        assert frame.image.std() > 10
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_rotation_is_applied(tmp_path, degrees):
+    frames = np.zeros((4, HEIGHT, WIDTH, 3), np.uint8)
+    frames[:, :16, :16] = 255  # the upper left corner, 90 degrees counterclockwise: the lower left
+    reader = VideoReader(write_video(tmp_path / "phone.mp4", frames=frames, rotation=degrees))
+    expected = np.rot90(frames[0], degrees // 90)
+    image = next(iter(reader)).image
+    assert (reader.height, reader.width) == image.shape[:2] == expected.shape[:2]
+    assert np.abs(image.astype(int) - expected).mean() < 8
+
+
+def test_odd_rotation_is_refused(tmp_path):
+    path = write_video(tmp_path / "tilted.mp4", rotation=45)
+    with pytest.raises(VideoError, match="45 degrees"):
+        VideoReader(path)
+
+
+# --- files that are no video ---------------------------------------------------------------------------------------
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.mp4"):
+        VideoReader(tmp_path / "nothing.mp4")
+
+
+def test_files_that_are_not_videos(tmp_path):
+    sound = tmp_path / "sound.wav"
+    with av.open(str(sound), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("not a picture\n" * 100)
+    (tmp_path / "notes.mp4").write_text("not a picture\n" * 100)
+    expected = {"sound.wav": "no video", "empty.mp4": "empty", "notes.txt": "no video", "notes.mp4": "not a video"}
+    for name, words in expected.items():
+        with pytest.raises(VideoError, match=words) as caught:
+            VideoReader(tmp_path / name)
+        assert name in str(caught.value)
+    with pytest.raises(VideoError, match="directory"):
+        VideoReader(tmp_path)
+
+
+def test_size_change_is_refused_after_the_good_frames(tmp_path):
+    first = write_video(tmp_path / "a.h264", frames=moving_picture(6))
+    second = write_video(tmp_path / "b.h264", frames=moving_picture(6, 32, 80))
+    both = tmp_path / "both.h264"
+    both.write_bytes(first.read_bytes() + second.read_bytes())
+    frames, error = read_until_error(both)
+    assert [frame.image.shape for frame in frames] == [(HEIGHT, WIDTH, 3)] * 6
+    assert "frame 6" in str(error) and "80x32" in str(error) and "64x48" in str(error)
+
+
+# --- damage --------------------------------------------------------------------------------------------------------
+
+
+CAN_BE_CUT = ["faststart.mp4", "h264.mkv", "ffv1.mkv", "vp8.webm", "mjpeg.avi", "h264.avi"]
+
+
+@pytest.mark.parametrize("name", CAN_BE_CUT)
+def test_a_cut_file_gives_its_good_frames_and_then_says_where_it_ends(videos, tmp_path, name):
+    whole = list(read_frames(videos[name]))
+    data = videos[name].read_bytes()
+    counts = []
+    for percent in (60, 75, 90):
+        cut = tmp_path / name
+        cut.write_bytes(data[: len(data) * percent // 100])
+        frames, error = read_until_error(cut)
+        assert isinstance(error, DamagedVideoError)
+        assert_prefix(frames, whole)
+        assert error.frames_read == error.frame_index == len(frames)
+        assert error.seconds == (pytest.approx(whole[len(frames) - 1].time) if frames else None)
+        counts.append(len(frames))
+    assert counts == sorted(counts)
+    assert counts[-1] > FRAMES // 2
+
+
+def test_damage_counts_respect_start_and_stride(videos, tmp_path):
+    data = videos["ffv1.mkv"].read_bytes()
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(data[: len(data) * 3 // 4])
+    frames = []
+    with pytest.raises(DamagedVideoError) as caught:
+        iter_into(frames, read_frames(cut, start=4, stride=5))
+    assert caught.value.frames_read == len(frames)
+    assert caught.value.frame_index > frames[-1].index
+    # a reader told to stop before the damage never meets it
+    assert len(list(read_frames(cut, start=4, stride=5, max_frames=len(frames)))) == len(frames)
+
+
+def iter_into(kept, iterator):
+    """Move the items of `iterator` into `kept` one by one, so that they are there when it raises."""
+    for item in iterator:
+        kept.append(item)
+
+
+def test_a_cut_mp4_whose_index_is_lost_fails_at_open(videos, tmp_path):
+    data = videos["plain.mp4"].read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    with pytest.raises(VideoError, match="index is missing"):
+        VideoReader(tmp_path / "cut.mp4")
+
+
+@pytest.mark.parametrize("name", ["faststart.mp4", "h264.mkv"])
+def test_broken_bytes_in_the_middle_stop_at_the_damage(videos, tmp_path, name):
+    whole = list(read_frames(videos[name]))
+    data = bytearray(videos[name].read_bytes())
+    middle = len(data) * 2 // 3
+    data[middle : middle + 2000] = bytes(byte ^ 0x5A for byte in data[middle : middle + 2000])
+    broken = tmp_path / name
+    broken.write_bytes(data)
+    frames, error = read_until_error(broken)
+    assert isinstance(error, DamagedVideoError)
+    assert 0 < len(frames) == error.frames_read < FRAMES
+    assert_prefix(frames, whole)
+
+
+def test_a_frame_that_the_decoder_patched_up_is_not_given_out(videos, tmp_path):
+    data = videos["h264.mkv"].read_bytes()
+    errors = []
+    for percent in range(50, 90, 4):
+        broken = bytearray(data)
+        broken[len(data) * percent // 100] ^= 0x5A
+        path = tmp_path / "broken.mkv"
+        path.write_bytes(broken)
+        frames, error = read_until_error(path)
+        if error is not None:  # some changed bytes still decode
+            assert isinstance(error, DamagedVideoError)
+            assert len(frames) == error.frames_read < FRAMES
+            errors.append(str(error))
+    assert any("broken inside" in message for message in errors)
+
+
+UNEVEN = [sum(50 + i % 7 * 40 for i in range(n)) for n in range(FRAMES)]
+LONG_END = [100 * i for i in range(FRAMES - 1)] + [15000]
+
+
+@pytest.mark.parametrize("times", [UNEVEN, LONG_END], ids=["uneven", "long end"])
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "v.avi"])
+def test_variable_rate_is_not_damage(tmp_path, name, times):
+    codec = {"codec": "mjpeg", "pix_fmt": "yuvj420p"} if name == "v.avi" else {}
+    frames = list(read_frames(write_video(tmp_path / name, times=times, **codec)))
+    assert [frame.time for frame in frames] == pytest.approx([t / 1000 for t in times], abs=0.02)
+
+
+@pytest.mark.parametrize(("stated", "damaged"), [(0, False), (38, False), (41, False), (42, False), (60, True)])
+def test_a_header_count_a_little_off_is_not_damage(videos, tmp_path, stated, damaged):
+    data = bytearray(videos["mjpeg.avi"].read_bytes())
+    length = data.index(b"strh") + 8 + 32  # the stream header's field with the number of frames
+    assert struct.unpack_from("<I", data, length) == (FRAMES,)
+    struct.pack_into("<I", data, length, stated)
+    path = tmp_path / "off.avi"
+    path.write_bytes(data)
+    frames, error = read_until_error(path)
+    assert len(frames) == FRAMES
+    assert isinstance(error, DamagedVideoError) if damaged else error is None
+
+
+def test_sound_longer_than_the_picture_is_not_damage(tmp_path):
+    path = tmp_path / "talk.mkv"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("ffv1", rate=10)
+        video.height, video.width, video.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        sound = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 80000), np.int16), format="s16", layout="mono")
+        frame.rate = 8000
+        container.mux(sound.encode(frame))
+        for image in moving_picture(5):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(video.encode(None))
+        container.mux(sound.encode(None))
+    assert len(list(read_frames(path))) == 5
+
+
+# --- pixel values --------------------------------------------------------------------------------------------------
+
+
+def clip_frame(height=576, width=768):
+    """A real frame, cropped."""
+    return np.ascontiguousarray(next(read_frames(bundled_clip())).image[:height, :width])
+
+
+def noise(height, width):
+    return np.random.default_rng(7).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+IMAGES = {
+    "clip": clip_frame,
+    "clip, square": lambda: clip_frame(500, 500),
+    "noise, wide": lambda: noise(90, 160),
+    "noise, square": lambda: noise(97, 97),
+}
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("resolution", [32, 97, 224, 448, 1024])
+def test_pixels_match_the_hugging_face_processor(image, resolution, resample):
+    image = IMAGES[image]()
+    reference = SiglipImageProcessorPil(
+        size={"height": resolution, "width": resolution},
+        resample=resample,
+        image_mean=[0.2, 0.5, 0.7],
+        image_std=[0.5, 0.25, 0.3],
+    )
+    expected = reference(image, return_tensors="pt")["pixel_values"]
+    pixels = Preprocessor.from_image_processor(reference)(image)
+    assert pixels.shape == expected.shape == (1, 3, resolution, resolution)
+    assert pixels.dtype == expected.dtype == torch.float32
+    assert pixels.is_contiguous()
+    levels = (pixels - expected).abs() * 255 * torch.tensor([0.5, 0.25, 0.3]).view(1, 3, 1, 1)
+    # One grey level off in a few values of a thousand (bilinear at ratios full of ties: of a hundred); overshoots of
+    # the bicubic filter carry that to two levels in a few values of a million.
+    assert levels.max() <= 2.01
+    assert (levels > 1.01).float().mean() <= 1e-5
+    assert (levels > 0.01).float().mean() <= (0.01 if resample == Image.Resampling.BICUBIC else 0.03)
+
+
+def test_tall_frames_are_resized_along_rows_first():
+    # Pillow 13 resizes columns first where the height shrinks more; older Pillow and torchvision never do.
+    image = clip_frame(576, 200)
+    rows = Image.fromarray(image).resize((96, 576), Image.Resampling.BICUBIC)
+    expected = np.asarray(rows.resize((96, 96), Image.Resampling.BICUBIC)).astype(int)
+    resized = Preprocessor(96).resize(image)[0].permute(1, 2, 0).numpy()
+    assert np.abs(resized - expected).max() <= 1
+    library = np.asarray(Image.fromarray(image).resize((96, 96), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(resized - library).mean() < 0.5
+
+
+def test_same_size_leaves_the_picture_alone():
+    image = noise(64, 64)
+    for resample in ("bicubic", "bilinear"):
+        assert np.array_equal(Preprocessor(64, resample).resize(image)[0].permute(1, 2, 0), image)
+
+
+def test_settings_that_switch_steps_off():
+    image = clip_frame(96, 96)
+    raw = SiglipImageProcessorPil(size={"height": 96, "width": 96}, do_rescale=False, do_normalize=False)
+    pixels = Preprocessor.from_image_processor(raw)(image)
+    assert torch.equal(pixels[0].permute(1, 2, 0), torch.from_numpy(image).float())
+    scaled = SiglipImageProcessorPil(size={"height": 96, "width": 96}, rescale_factor=1 / 100, do_normalize=False)
+    torch.testing.assert_close(Preprocessor.from_image_processor(scaled)(image), pixels / 100)
+
+
+def test_all_kinds_of_arrays_give_the_same_pixels():
+    image = clip_frame(120, 80)
+    preprocess = Preprocessor(32)
+    expected = preprocess(image)
+    read_only = image.copy()
+    read_only.flags.writeable = False
+    assert torch.equal(preprocess(read_only), expected)
+    assert torch.equal(preprocess(image[::-1].copy()[::-1]), expected)
+    assert torch.equal(preprocess(torch.from_numpy(image)), expected)
+    assert torch.equal(preprocess(image, dtype=torch.bfloat16), expected.bfloat16())
+    assert preprocess(image, device="meta").device.type == "meta"
+    for wrong in (image.astype(np.float32), image[..., :1], image[None], image[:0]):
+        with pytest.raises(ValueError, match="uint8 RGB frame"):
+            preprocess(wrong)
+
+
+def test_from_pretrained_reads_the_saved_settings(tmp_path):
+    saved = SiglipImageProcessorPil(
+        size={"height": 48, "width": 48}, resample=2, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]
+    )
+    saved.save_pretrained(tmp_path)
+    loaded = Preprocessor.from_pretrained(tmp_path)
+    assert loaded == Preprocessor(48, "bilinear", 1 / 255, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert Preprocessor.from_pretrained(tmp_path, resolution=96).resolution == 96
+    holder = SimpleNamespace(image_processor=saved)
+    assert Preprocessor.from_image_processor(holder) == loaded
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"resample": Image.Resampling.LANCZOS}, "bicubic"),
+        ({"size": {"shortest_edge": 224}}, "square"),
+        ({"size": {"height": 224, "width": 112}}, "square"),
+        ({"do_center_crop": True}, "do_center_crop"),
+        ({"do_pad": True}, "do_pad"),
+        ({"do_resize": False}, "do_resize"),
+    ],
+)
+def test_settings_outside_resize_rescale_normalise_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Preprocessor.from_image_processor(SiglipImageProcessorPil(**settings))
+
+
+@pytest.mark.parametrize("bad", [{"resolution": 0}, {"resolution": 2.5}, {"image_std": (1.0, 0.0, 1.0)}])
+def test_impossible_settings_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Preprocessor(**{"resolution": 32, **bad})
+
+
+# --- working ahead -------------------------------------------------------------------------------------------------
+
+
+def prefetch_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "neuroflow-prefetch"]
+
+
+@pytest.fixture
+def no_thread_left():
+    yield
+    assert prefetch_threads() == []
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize("depth", [1, 4, 100])
+def test_prefetch_gives_all_items_in_order(depth):
+    assert list(prefetch(range(50), depth)) == list(range(50))
+    assert list(prefetch([], depth)) == []
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_prefetch_runs_ahead_but_not_far():
+    made = []
+
+    def source():
+        for i in range(100):
+            made.append(i)
+            yield i
+
+    with contextlib.closing(prefetch(source(), depth=3)) as items:
+        assert next(items) == 0
+        deadline = time.monotonic() + 5
+        while len(made) < 5 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert len(made) == 5  # one taken, three waiting, one in hand
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize("error", [DamagedVideoError("cut", 3, 3, 0.2), KeyboardInterrupt()])
+def test_prefetch_raises_after_the_good_items(error):
+    def source():
+        yield from range(3)
+        raise error
+
+    got = []
+    with pytest.raises(type(error)) as caught:
+        iter_into(got, prefetch(source(), depth=1))
+    assert caught.value is error
+    assert got == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("error", [GeneratorExit, KeyboardInterrupt])
+def test_prefetch_stops_its_thread_when_the_consumer_leaves(depth, error):
+    closed_in = []
+
+    def endless():
+        try:
+            while True:
+                yield 0
+        finally:
+            closed_in.append(threading.current_thread().name)
+
+    for taken in (1, 5):
+        with pytest.raises(error), contextlib.closing(prefetch(endless(), depth)) as items:
+            for _ in range(taken):
+                next(items)
+            assert len(prefetch_threads()) == 1
+            raise error
+        assert prefetch_threads() == []
+    assert closed_in == ["neuroflow-prefetch"] * 2
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_prefetch_left_by_break_ends_its_thread():
+    for item in prefetch(iter(int, 1), depth=2):
+        assert item == 0
+        break
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_prefetch_never_started_has_no_thread():
+    prefetch(range(3)).close()
+    with pytest.raises(ValueError, match="depth"):
+        prefetch(range(3), depth=0)
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_reading_preprocessing_and_prefetching_together(videos):
+    preprocess = Preprocessor(32)
+    ahead = list(prefetch(preprocess(frame.image) for frame in read_frames(videos["h264.mkv"])))
+    direct = [preprocess(frame.image) for frame in read_frames(videos["h264.mkv"])]
+    assert torch.equal(torch.cat(ahead), torch.cat(direct))
+    assert ahead[0].shape == (1, 3, 32, 32)
+    assert isinstance(bundled_clip(), Path)

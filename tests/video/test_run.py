@@ -1,0 +1,363 @@
+import copy
+import json
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from neuroflow_hf.loading import ModelLoadError, load_model, usable_device
+from neuroflow_hf.video.overlay import (
+    ACCENT,
+    OverlayWriter,
+    SheetCells,
+    border,
+    caption_strip,
+    contact_sheet,
+    mark_encoded,
+    overlay_frame,
+    overlay_size,
+    patch_pixels,
+)
+from neuroflow_hf.video.preprocess import Preprocessor
+from neuroflow_hf.video.reader import VideoReader
+from neuroflow_hf.video.records import FrameRecord, compare_with_dense, figures, held_at_cost
+from neuroflow_hf.video.run import fingerprint, run_video, sampling_step, stop_on_interrupt
+from tests.cli.test_main import PROCESSOR, write_clip
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clip") / "square.mkv", frames=12)
+
+
+@pytest.fixture
+def preprocess():
+    return Preprocessor(resolution=24)
+
+
+def record(index, active=3, embedding=(1.0, 0.0), dense=None, milliseconds=1.0):
+    return FrameRecord(
+        index=index,
+        time=index / 10,
+        active=active,
+        patches=12,
+        cost=active / 12,
+        milliseconds=milliseconds,
+        embedding=torch.tensor(embedding),
+        dense_embedding=None if dense is None else torch.tensor(dense),
+        dense_milliseconds=None if dense is None else 4.0,
+    )
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def test_controls_are_the_first_and_the_last_dense_sample():
+    records = [
+        record(0, dense=(1.0, 0.0)),
+        record(1),
+        record(2, dense=(1.0, 1.0), embedding=(2.0, 2.0)),
+        record(3),
+        record(4, dense=(0.0, 1.0), embedding=(1.0, 1.0)),
+    ]
+    compared = compare_with_dense(records)
+    assert list(compared) == [0, 2, 4]
+    assert compared[0] == pytest.approx({"streamed": 1, "first_frame": 1, "held": 1})
+    half = 0.5**0.5
+    assert compared[2] == pytest.approx({"streamed": 1, "first_frame": half, "held": half})
+    assert compared[4] == pytest.approx({"streamed": half, "first_frame": 0, "held": half})
+
+
+def test_the_control_at_the_stream_s_cost_is_compared_at_its_oldest():
+    # sampled every second frame; the dense embedding turns by a right angle on the last sample
+    samples = [(1.0, 0.0), (1.0, 0.0), (1.0, 0.0), (0.0, 1.0)]
+    records = [record(index, dense=samples[index // 2] if index % 2 == 0 else None) for index in range(8)]
+    control = held_at_cost(records, cost=0.3)
+    assert (control["every"], control["cost"]) == (4, 0.25)
+    assert control["cosine"]["mean"] == pytest.approx(0.5)
+    assert control["cosine"]["min"] == pytest.approx(0)
+    assert held_at_cost(records, cost=0.01) is None  # the video is shorter than the hold
+    assert held_at_cost(records[:2], cost=0.3) is None
+
+
+def test_figures_count_keyframes_and_leave_the_first_sample_out_of_the_fidelity():
+    records = [
+        record(0, active=12, dense=(1.0, 0.0)),
+        record(1),
+        record(2, dense=(0.0, 1.0), milliseconds=2.0),
+        record(3, active=12),
+    ]
+    found = figures(records)
+    assert (found["frames"], found["keyframes"], found["sampled_frames"], found["compared_frames"]) == (4, 2, 2, 1)
+    assert found["compared_keyframes"] == 0
+    assert found["skip_rate"]["mean"] == pytest.approx(0.375)
+    assert found["cost"]["max"] == 1
+    assert found["speed_up"] == {"median": 2, "mean": 3.2}
+    assert found["cosine_to_dense"]["streamed"]["mean"] == pytest.approx(0)
+
+
+def test_figures_without_samples_have_no_fidelity():
+    found = figures([record(0, active=12), record(1)])
+    assert found["speed_up"] is None and found["milliseconds_per_frame"]["dense"] is None
+    assert found["cosine_to_dense"] == {"streamed": None, "first_frame": None, "held": None}
+
+
+@pytest.mark.parametrize(
+    ("frames", "interval", "step"),
+    [(100, None, 4), (3, None, 1), (None, None, 10), (100, 12, 5), (100, 1, 4), (2500, 50, 101)],
+)
+def test_samples_do_not_fall_into_step_with_keyframes(frames, interval, step):
+    assert sampling_step(frames, interval) == step
+
+
+def test_the_first_interrupt_only_sets_the_event_and_the_handler_comes_back():
+    before = signal.getsignal(signal.SIGINT)
+    with stop_on_interrupt() as stop:
+        assert not stop.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_threads_leave_the_handler_alone():
+    seen = []
+
+    def enter():
+        with stop_on_interrupt() as stop:
+            seen.append((stop.is_set(), signal.getsignal(signal.SIGINT)))
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]
+
+
+# --- the job -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_gives_what_the_model_gives(clip, vision, preprocess, tmp_path):
+    seen = []
+    result = run_video(
+        VideoReader(clip), vision, preprocess, tmp_path, {"threshold": 0.02}, dense_every=3, on_frame=seen.append
+    )
+    stream = vision.new_stream(threshold=0.02)
+    with torch.no_grad():
+        outputs = [vision(pixel_values=preprocess(frame.image), stream=stream) for frame in VideoReader(clip)]
+        dense = [vision(pixel_values=preprocess(frame.image)).pooler_output[0] for frame in VideoReader(clip)]
+    with safe_open(tmp_path / "embeddings.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    torch.testing.assert_close(stored["embeddings"], torch.cat([output.pooler_output for output in outputs]))
+    torch.testing.assert_close(stored["dense_embeddings"], torch.stack(dense[::3]))
+    assert stored["frame_index"].tolist() == list(range(12)) and stored["dense_frame_index"].tolist() == [0, 3, 6, 9]
+    assert json.loads(metadata["gate"])["threshold"] == 0.02
+    assert [record.active for record in seen] == [int(output.active_mask.sum()) for output in outputs]
+    # the clip's square moves and its ground does not
+    assert seen[0].keyframe and all(0 < record.active < 20 for record in seen[1:])
+    assert result.status == "complete" and result.summary["keyframes"] == 1
+    assert {path.name for path in result.files} == {path.name for path in tmp_path.iterdir()}
+
+
+def test_everything_active_equals_dense(clip, vision, preprocess, tmp_path):
+    result = run_video(VideoReader(clip), vision, preprocess, tmp_path, {"threshold": -1}, dense_every=1)
+    assert result.summary["cosine_to_dense"]["streamed"]["min"] == pytest.approx(1, abs=1e-5)
+    assert result.summary["keyframes"] == result.summary["frames"] == 12
+    assert result.summary["compared_keyframes"] == result.summary["compared_frames"] == 11
+
+
+@pytest.mark.parametrize("mode", ["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "propagate"])
+def test_every_mode_runs_at_another_resolution(clip, vision, tmp_path, mode):
+    reader = VideoReader(clip, max_frames=3)
+    # 30 is no multiple of the 4-pixel patches: two pixels on the right and below are not seen
+    result = run_video(reader, vision, Preprocessor(resolution=30), tmp_path, {"mode": mode}, overlay=False)
+    assert result.summary["grid"] == [7, 7] and result.summary["frames"] == 3
+
+
+def test_one_frame_and_no_comparison(clip, vision, preprocess, tmp_path):
+    one = run_video(VideoReader(clip, max_frames=1), vision, preprocess, tmp_path / "one", overlay=False)
+    assert one.summary["compared_frames"] == 0
+    none = run_video(VideoReader(clip), vision, preprocess, tmp_path / "none", dense_every=0, overlay=False)
+    assert none.summary["sampled_frames"] == 0
+    assert all("cosine_to_dense" not in line for line in (tmp_path / "none" / "frames.jsonl").read_text().splitlines())
+
+
+def test_files_of_an_earlier_run_are_replaced_and_others_kept(clip, vision, preprocess, tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    run_video(VideoReader(clip), vision, preprocess, tmp_path)
+    run_video(VideoReader(clip, max_frames=2), vision, preprocess, tmp_path, overlay=False)
+    assert not (tmp_path / "overlay.mp4").exists()
+    assert len((tmp_path / "frames.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "note.txt").read_text() == "mine"
+
+
+def test_a_failure_in_the_middle_leaves_the_earlier_run_untouched(clip, vision, preprocess, tmp_path):
+    run_video(VideoReader(clip), vision, preprocess, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(record):
+        if record.index == 3:
+            raise MemoryError("no memory left")
+
+    with pytest.raises(MemoryError):
+        run_video(VideoReader(clip), vision, preprocess, tmp_path, on_frame=fail)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_pixels_that_are_not_finite_are_refused(clip, vision, tmp_path):
+    def broken(image, dtype, device):
+        return torch.full((1, 3, 24, 24), torch.nan)
+
+    broken.resolution = 24
+    with pytest.raises(ValueError, match="NaN or infinite pixel values"):
+        run_video(VideoReader(clip), vision, broken, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_options_out_of_range_are_refused(clip, vision, preprocess, tmp_path):
+    with pytest.raises(ValueError, match="dense_every"):
+        run_video(VideoReader(clip), vision, preprocess, tmp_path, dense_every=-1)
+    with pytest.raises(ValueError, match="Did you mean `threshold`"):
+        run_video(VideoReader(clip), vision, preprocess, tmp_path, {"treshold": 0.1})
+    with pytest.raises(ValueError, match="at least one patch, 4 pixels"):
+        run_video(VideoReader(clip), vision, Preprocessor(resolution=3), tmp_path)
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def test_stock_checkpoints_load_with_their_text_tower(stock_folder, tmp_path):
+    for path in stock_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    model, preprocess = load_model(tmp_path, torch.bfloat16, "cpu", resolution=32)
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert preprocess.resolution == 32
+
+
+def test_a_model_without_image_processor_is_refused(stock_folder):
+    with pytest.raises(ModelLoadError, match="image processor"):
+        load_model(stock_folder)
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=9, **tiny)).save_pretrained(tmp_path)
+    with pytest.raises(ModelLoadError, match="weights are missing"):
+        load_model(tmp_path)
+
+
+def test_the_fingerprint_tells_checkpoints_apart(stock_vision, vision):
+    other = copy.deepcopy(stock_vision)
+    assert fingerprint(other) == fingerprint(stock_vision) == fingerprint(vision)
+    with torch.no_grad():
+        other.head.probe[0, 0, 0] += 1
+    assert fingerprint(other) != fingerprint(stock_vision)
+    assert len(fingerprint(other.bfloat16())) == 16
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert usable_device("cpu").type == "cpu"
+    for name in ("abacus", "cuda:77"):
+        with pytest.raises(ValueError, match=name):
+            usable_device(name)
+
+
+# --- drawing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 60), (61, 83), (480, 270)])
+def test_the_overlay_marks_exactly_the_encoded_patches(height, width):
+    generator = np.random.default_rng(0)
+    image = generator.integers(60, 256, (height, width, 3), dtype=np.uint8)
+    original = image.copy()
+    mask = generator.random((6, 5)) < 0.4
+    drawn = mark_encoded(image, mask)
+    rows = np.arange(height) * 6 // height
+    columns = np.arange(width) * 5 // width
+    # sides that are no multiple of the grid may round a boundary by one pixel
+    sure = ~np.isin(np.arange(height), np.round(np.arange(7) * height / 6).astype(int).repeat(3) + [-1, 0, 1] * 7)
+    sure_columns = ~np.isin(
+        np.arange(width), np.round(np.arange(6) * width / 5).astype(int).repeat(3) + [-1, 0, 1] * 6
+    )
+    expected = mask[rows][:, columns]
+    for value in (True, False):
+        inside = (expected == value) & sure[:, None] & sure_columns[None, :]
+        same = (drawn == image).all(-1) | (drawn == ACCENT).all(-1)
+        assert (same[inside] == value).all()
+    np.testing.assert_array_equal(image, original)
+
+
+def test_reused_patches_are_grey_and_darker():
+    image = np.full((40, 40, 3), (200, 100, 50), dtype=np.uint8)
+    drawn = mark_encoded(image, np.zeros((4, 4), dtype=bool))
+    assert (drawn == drawn[..., :1]).all() and drawn.max() < 70
+    mask = np.zeros((4, 4), dtype=bool)
+    mask[1, 2] = True
+    drawn = mark_encoded(image, mask)
+    np.testing.assert_array_equal(drawn[12:18, 22:28], image[12:18, 22:28])
+    assert (drawn[10, 20:30] == ACCENT).all() and (drawn[9, 20:30] != ACCENT).any()
+
+
+def test_what_the_patches_do_not_cover_is_never_marked():
+    pixels = patch_pixels(np.ones((2, 3), dtype=bool), 20, 30, covered=(0.8, 0.9))
+    assert pixels[:16, :27].all() and not pixels[16:].any() and not pixels[:, 27:].any()
+
+
+def test_the_border_lies_inside_and_closes_at_the_edge():
+    marked = np.zeros((6, 6), dtype=bool)
+    marked[0:4, 0:4] = True
+    found = border(marked, 1)
+    assert found.sum() == 12 and not found[1:3, 1:3].any() and not found[~marked].any()
+
+
+@pytest.mark.parametrize("size", [(576, 768), (32, 48), (2160, 3840), (999, 401), (48, 1000)])
+def test_overlay_frames_have_even_sides_and_one_size(size):
+    frames = [
+        overlay_frame(np.zeros((*size, 3), dtype=np.uint8), np.zeros((2, 2), dtype=bool), [[("LABEL", text)] * 5])
+        for text in ("1", "a value that is much too long for its column")
+    ]
+    assert frames[0].shape == frames[1].shape
+    assert frames[0].shape[0] % 2 == frames[0].shape[1] % 2 == 0
+    assert frames[0].shape[1] >= 480 and max(overlay_size(*size)) <= 960
+
+
+def test_captions_are_not_clipped():
+    strip = caption_strip(480, [("PATCHES ENCODED", "a value that is much too long")] * 3, size=24)
+    ink = (strip.astype(int) - strip[0, 0]).any(-1)
+    assert ink.any() and not ink[:, -6:].any() and not ink[:2].any() and not ink[-2:].any()
+    for left in (164, 316):  # where the second and the third column begin
+        assert not ink[:, left - 8 : left].any() and ink[:, left : left + 8].any()
+
+
+def test_the_contact_sheet_keeps_evenly_spaced_cells():
+    cells = SheetCells(wanted=4)
+    for value in range(200):
+        cells.offer(np.full((6, 8, 3), value, dtype=np.uint8), [[("AT", str(value))]])
+    kept = [int(picture[0, 0, 0]) for picture, _ in cells.evenly()]
+    gaps = np.diff(kept)
+    assert kept[0] == 0 and kept[-1] > 180 and gaps.max() <= 1.5 * gaps.min()
+    assert len(cells.cells) <= 17
+    for wanted in (1, 3, 4):
+        sheet = contact_sheet(cells.evenly()[:wanted], "title", cell_width=100)
+        assert sheet.dtype == np.uint8 and sheet.shape[1] == wanted * 112 + 12
+
+
+def test_an_overlay_without_frames_writes_nothing(tmp_path):
+    OverlayWriter(tmp_path / "overlay.mp4", None).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_written_pictures_are_pictures(clip, vision, preprocess, tmp_path):
+    run_video(VideoReader(clip), vision, preprocess, tmp_path, overlay=False)
+    for name in ("plot.png", "contact_sheet.png"):
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
+            assert picture.width > 800

@@ -1,0 +1,226 @@
+"""A stream's `cost_budget`: what it may spend, when it holds, and what is not its business."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neuroflow_hf import NeuroFlowGateConfig, NeuroFlowStream
+from neuroflow_hf.video.records import gate_rule
+from neuroflow_hf.vision.gate import savings_after
+from tests.conftest import GATED_MODES, NUM_PATCHES, play, random_video
+
+MOVING = {"keyframe_surprise": 0.0}  # whatever moves is a keyframe
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def costs_of(outputs):
+    return torch.cat([output.cost for output in outputs])
+
+
+def moving(num_frames, **options):
+    return random_video(num_frames, changed=0.9, **options)
+
+
+@given(
+    mode=st.sampled_from(GATED_MODES),
+    budget=st.sampled_from([0.15, 0.25, 0.6]),
+    reserve=st.sampled_from([1.0, 3.0]),
+    seed=st.integers(0, 1000),
+    changed=st.floats(0, 1),
+    interval=st.none() | st.integers(11, 15),
+)
+@settings(deadline=None, max_examples=25)
+def test_any_stretch_after_the_first_frame_keeps_to_the_budget(vision, mode, budget, reserve, seed, changed, interval):
+    stream = vision.new_stream(
+        mode=mode, cost_budget=budget, cost_reserve=reserve, keyframe_surprise=0.3, keyframe_interval=interval
+    )
+    costs = costs_of(play(vision, random_video(30, seed=seed, changed=changed), stream))[1:].double()
+    due = 1 if interval else 0  # a keyframe by its number may come on top of what one frame overdrew
+    spent = torch.cat([torch.zeros(1), costs.cumsum(0)])
+    for first in range(len(spent)):
+        for last in range(first + 1, len(spent)):
+            assert spent[last] - spent[first] <= budget * (last - first) + reserve + 1 + due
+
+
+def test_moving_all_the_time_it_spends_the_budget_and_no_less(vision):
+    """After the reserve is gone, one dense frame as soon as the last is paid for."""
+    stream = vision.new_stream(mode="context", cost_budget=0.25, cost_reserve=1, **MOVING)
+    costs = costs_of(play(vision, moving(205), stream))[5:]
+    assert costs.mean().item() == pytest.approx(0.25, abs=0.01)
+    assert (costs > 0.9).sum().item() == pytest.approx(200 * (0.25 - 0.03), rel=0.2)
+
+
+def dense_in_a_row(outputs):
+    """How many of the first frames are dense."""
+    dense = (costs_of(outputs) > 0.9).tolist()
+    return (*dense, False).index(False)
+
+
+def test_what_quiet_frames_leave_over_is_spent_when_something_happens(vision):
+    stream = vision.new_stream(mode="context", cost_budget=0.3, cost_reserve=3, **MOVING)
+    first, *burst = moving(11)
+    play(vision, [first], stream)
+    at_first = dense_in_a_row(play(vision, burst, stream))
+    assert at_first == 5  # 3 saved up, 0.3 more for each, and one that overdraws
+    assert dense_in_a_row(play(vision, moving(10, seed=1), stream)) <= 1
+    play(vision, moving(1, seed=2) * 40, stream)
+    assert stream.savings == [3.0]
+    assert dense_in_a_row(play(vision, moving(10, seed=3), stream)) == at_first
+
+
+@pytest.mark.parametrize("mode", GATED_MODES)
+def test_an_overdrawn_stream_returns_its_last_output(vision, mode):
+    stream = vision.new_stream(mode=mode, cost_budget=0.06, cost_reserve=1, **MOVING)
+    *_, last, held = play(vision, moving(4), stream)
+    assert last.active_mask.all()
+    assert held.skip_rate.item() == 1
+    assert torch.equal(held.pooler_output, last.pooler_output)
+    assert held.surprise.mean() > 0.3  # it was looked at
+
+
+@pytest.mark.parametrize("mode", ["context", "extrapolate", "propagate", "hold"])
+def test_all_of_dense_is_no_bound(vision, mode):
+    """A frame never costs more than dense and what the gate takes, so that with a reserve nothing is ever held."""
+    options = {"mode": mode, "keyframe_surprise": 0.3}
+    bound = {"cost_budget": 1, "cost_reserve": 10}
+    frames = [*random_video(8, seed=1), *moving(8, seed=2)]
+    pairs = zip(*(play(vision, frames, vision.new_stream(**options, **more)) for more in ({}, bound)), strict=True)
+    for free, bounded in pairs:
+        assert torch.equal(free.pooler_output, bounded.pooler_output)
+        assert torch.equal(free.active_mask, bounded.active_mask)
+
+
+def test_keyframes_by_their_number_happen_in_debt_and_count(vision):
+    stream = vision.new_stream(mode="context", cost_budget=0.25, cost_reserve=1, keyframe_interval=6, **MOVING)
+    outputs = play(vision, moving(121), stream)
+    assert all(output.active_mask.all() for output in outputs[::6])
+    assert costs_of(outputs)[6:].mean().item() == pytest.approx(0.25, abs=0.02)
+
+
+def test_everything_active_is_beyond_any_budget(vision):
+    stream = vision.new_stream(mode="context", threshold=-1, cost_budget=0.01, cost_reserve=1)
+    assert all(output.active_mask.all() for output in play(vision, moving(5), stream))
+
+
+def test_each_stream_of_a_batch_has_its_own_savings_and_reset_gives_new_ones(vision):
+    options = {"mode": "context", "cost_budget": 0.1, "cost_reserve": 2, **MOVING}
+    still, busy = random_video(1)[0], moving(8, seed=1)
+    batched, alone = vision.new_stream(batch_size=2, **options), vision.new_stream(**options)
+    for frame in busy:
+        output = vision(pixel_values=torch.cat([still, frame]), stream=batched)
+        single = vision(pixel_values=frame, stream=alone)
+        assert output.cost[1] == single.cost[0]
+    assert batched.savings == [2.0, alone.savings[0]]
+    assert batched.savings[1] < 0
+    batched.reset(1)
+    assert batched.savings == [2.0, 2.0]
+    vision(pixel_values=torch.cat([still, busy[0]]), stream=batched)
+    assert batched.savings == [2.0, 2.0]
+
+
+def test_savings_are_saved_and_untouched_by_a_refused_frame(vision, tmp_path):
+    stream = vision.new_stream(mode="context", cost_budget=0.1, cost_reserve=2, **MOVING)
+    frames = moving(8)
+    play(vision, frames[:4], stream)
+    before = list(stream.savings)
+    with pytest.raises(ValueError, match="NaN"):
+        vision(pixel_values=frames[4] * torch.nan, stream=stream)
+    assert stream.savings == before
+    stream.save(tmp_path / "stream.safetensors")
+    restored = NeuroFlowStream.load(tmp_path / "stream.safetensors")
+    assert restored.savings == before
+    for ours, theirs in zip(play(vision, frames[4:], stream), play(vision, frames[4:], restored), strict=True):
+        assert torch.equal(ours.active_mask, theirs.active_mask)
+
+
+@pytest.mark.parametrize("savings", [[None], ["x"], [float("nan")], [], "1"])
+def test_savings_that_are_no_numbers_are_refused(vision, savings):
+    stream = vision.new_stream(mode="context", cost_budget=0.1)
+    play(vision, moving(2), stream)
+    state, before = stream.state_dict(), list(stream.savings)
+    with pytest.raises(ValueError, match="savings"):
+        stream.load_state_dict({**state, "savings": savings})
+    assert stream.savings == before
+
+
+def test_without_a_budget_nothing_is_counted():
+    gate = NeuroFlowGateConfig()
+    assert savings_after(gate, gate.cost_reserve, 5, cost=1.0) == gate.cost_reserve
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"cost_budget": 0}, "`cost_budget` is 0; expected a share above 0"),
+        ({"cost_budget": 1.5}, "`cost_budget` is 1.5"),
+        ({"cost_reserve": 0.5}, "`cost_reserve` is 0.5; expected at least one dense frame"),
+        ({"cost_budget": 0.1, "keyframe_interval": 10}, "`keyframe_interval` 10 alone costs 0.1 of dense"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        NeuroFlowGateConfig(**options)
+
+
+def test_a_budget_does_not_change_what_is_stored(vision):
+    """So it may be set while a stream runs."""
+    stream = vision.new_stream(mode="context", **MOVING)
+    frames = moving(30)
+    play(vision, frames[:10], stream)
+    before = stream.nbytes
+    stream.gate.cost_budget = 0.2
+    outputs = play(vision, frames[10:], stream)
+    assert costs_of(outputs).sum().item() < 0.2 * 20 + stream.gate.cost_reserve + 1
+    assert stream.nbytes == before == NUM_PATCHES * 32 * 4 * (2 + 2 * 3) + 32 * 4
+
+
+def test_a_debt_of_options_that_were_changed_is_forgiven(vision):
+    stream = vision.new_stream(mode="context", cost_budget=0.25, cost_reserve=1, **MOVING)
+    stream.gate.threshold = -1
+    frames = moving(100)
+    play(vision, frames[:50], stream)
+    stream.gate.threshold = 0.01
+    assert stream.savings == [-2.0]
+    dense = costs_of(play(vision, frames[50:], stream)) > 0.9
+    assert 7 <= dense[10:].sum() <= 10
+
+
+def test_a_budget_that_does_not_pay_for_looking_is_refused_and_changes_nothing(vision):
+    frame, clock = random_video(1)[0], {"keyframe_interval": 30}
+    for options, words in (
+        ({"cost_budget": 0.02}, "looking at every frame costs 0.04"),
+        ({"cost_budget": 0.06, **clock}, "looking at every frame and a keyframe every 30 frames costs 0.07"),
+    ):
+        stream = vision.new_stream(mode="context", **options)
+        with pytest.raises(ValueError, match=words):
+            vision(pixel_values=frame, stream=stream)
+        assert stream.frames == [0] and not stream.memory
+    for options in (
+        {"mode": "hold", "keyframe_interval": 90},
+        {"mode": "context", "threshold": -1},
+        {"mode": "dense"},
+    ):
+        vision(pixel_values=frame, stream=vision.new_stream(**options, cost_budget=0.02))
+
+
+def test_what_is_named_overrides_a_presets_budget_or_interval():
+    def of(*layers, **options):
+        gate = NeuroFlowGateConfig.from_options(*layers, **options)
+        return gate.cost_budget, gate.keyframe_interval
+
+    assert of() == (0.25, 30)
+    assert of(keyframe_interval=4) == (None, 4) == of({"keyframe_interval": 4})
+    assert of(keyframe_interval=5) == (0.25, 5)
+    assert of(cost_budget=0.03) == (0.03, None)
+    assert of({"preset": "thrifty"}, keyframe_interval=10) == (None, 10)
+    assert of({"keyframe_interval": 4}, cost_budget=0.5) == (0.5, 4)
+    with pytest.raises(ValueError, match="alone costs"):
+        of(keyframe_interval=4, cost_budget=0.25)
+    assert of(mode="dense", keyframe_interval=4, cost_budget=0.25) == (0.25, 4)  # neither matters
+
+
+def test_a_run_says_what_it_may_cost():
+    assert gate_rule(NeuroFlowGateConfig()) == "threshold 0.01"
+    assert gate_rule(NeuroFlowGateConfig(token_budget=9, cost_budget=0.1)) == "9 patches, cost budget 0.1"
