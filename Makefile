@@ -7,7 +7,7 @@ PROCESSES ?= 2
 EVIDENCE := accuracy reaction fidelity published_laws motion_masks calibration
 QUICK := neuroflow-evidence
 
-.PHONY: demo test check format bench drift evidence evidence-quick hub siglip-small phi3-nano wheel clean help
+.PHONY: demo test check docs format bench drift evidence evidence-quick hub siglip-small phi3-nano wheel clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -24,11 +24,14 @@ demo: $(READY)  ## what is in the shipped clips, when it changed, and what it co
 	$(BIN)/neuroflow run --out neuroflow-run
 
 test: $(READY)  ## run the tests (no network but for the set-up, no model hub)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
-check: $(READY)  ## style checks
+check: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(READY)  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
 
 format: $(READY)  ## apply the style
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,108 @@
+"""Imports run one way, and saved models need five packages and nothing else."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# each may import itself and what stands below it
+LAYERS = [
+    ("eval",),
+    ("recipes",),
+    ("neuroflow_hf.cli",),
+    ("neuroflow_hf.evaluation", "neuroflow_hf.drift"),
+    ("neuroflow_hf.loading",),
+    ("neuroflow_hf.video",),
+    ("neuroflow_hf.vision", "neuroflow_hf.language"),
+    ("neuroflow_hf.utils",),
+]
+SIBLINGS = {("neuroflow_hf.drift", "neuroflow_hf.evaluation")}  # drift takes its intervals from evaluation
+MODEL_PACKAGES = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
+OPTIONAL = {"accelerate"}  # imported inside `try` where a model carries accelerate's hooks
+
+
+def imports_of(path: Path) -> set[str]:
+    """Absolute names of the modules that a file imports, anywhere in it."""
+    package, found = list(path.relative_to(ROOT).parts[:-1]), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer_of(module: str) -> tuple[int, str] | None:
+    """The layer's number, from the top, and the part of it that a module belongs to."""
+    for number, parts in enumerate(LAYERS):
+        for part in parts:
+            if module == part or module.startswith(part + "."):
+                return number, part
+    return None
+
+
+def wrong_imports(path: Path) -> list[str]:
+    """What a file imports from above its own layer, or from beside it."""
+    here = layer_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if here is None:
+        return []
+    wrong = []
+    for module in sorted(imports_of(path)):
+        there = layer_of(module)
+        if there is None or there[1] == here[1] or there[0] > here[0] or (here[1], there[1]) in SIBLINGS:
+            continue
+        wrong.append(module)
+    return wrong
+
+
+SOURCES = [path for part in ("neuroflow_hf", "recipes", "eval") for path in sorted((ROOT / part).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    assert wrong_imports(path) == []
+    assert "sys.path" not in path.read_text(encoding="utf-8")
+
+
+def test_a_wrong_import_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    wrong = {
+        "neuroflow_hf/vision/gate.py": "from ..video.reader import read_frames",
+        "neuroflow_hf/language/bypass.py": "from ..vision.options import make_options",
+        "neuroflow_hf/drift/run.py": "def f():\n    from ..cli import main",
+        "neuroflow_hf/evaluation/run.py": "import recipes.hub",
+        "recipes/hub.py": "from eval import report",
+    }
+    for name, source in wrong.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+        assert wrong_imports(path), name
+
+
+@pytest.mark.parametrize("family", ["vision", "language"])
+def test_models_need_five_packages(family):
+    roots = set()
+    for path in (ROOT / "neuroflow_hf" / family).glob("*.py"):
+        roots |= {module.split(".")[0] for module in imports_of(path)}
+    assert roots - set(sys.stdlib_module_names) - {"neuroflow_hf"} - OPTIONAL <= MODEL_PACKAGES
+
+
+def test_importing_the_package_imports_no_extra():
+    program = (
+        "import sys, neuroflow_hf; "
+        "print([name for name in ('av', 'matplotlib', 'typer', 'rich', 'onnx', 'evaluate') "
+        "if name in sys.modules and name not in before])"
+    )
+    program = "import sys, transformers; before = set(sys.modules); " + program  # transformers may bring some itself
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.decode().strip() == "[]"
