@@ -111,6 +111,20 @@ def no_grad():
         yield
 
 
+def assert_close_in_norm(actual, expected, rtol, atol=0.0):
+    """
+    The norm of the difference is at most `rtol` times that of `expected`, plus `atol`. A kernel rounds in the size of
+    the numbers that it adds up, so a small element may be far off in relation to itself, but not in relation to these.
+    """
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype, (actual, expected)
+    difference, size = (
+        tensor.detach().norm().item() for tensor in (actual.double() - expected.double(), expected.double())
+    )
+    assert difference <= rtol * size + atol, (
+        f"off by {difference:.3g}, {difference / max(size, 1e-300):.3g} of the norm"
+    )
+
+
 def play(model, frames, stream):
     """The outputs of frames, one after the other, in a stream."""
     return [model(pixel_values=frame, stream=stream) for frame in frames]
