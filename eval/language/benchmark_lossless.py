@@ -28,6 +28,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -36,6 +37,7 @@ from transformers import AutoTokenizer
 
 from eval.report import RESULTS, provenance, write_json
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
+from neuroflow_hf.evaluation.statistics import middle, resamples
 
 ROOT = Path(__file__).parents[2]
 DRAFTERS = {"dense": "none", "lookup": "lookup", "bypass": "bypass", "both": "both"}
@@ -111,11 +113,7 @@ def rate(case: dict, variant: str, clock: str) -> float:
 
 def interval(values: list[float], seed: int = 0) -> list[float]:
     """95 % interval of the median of `values`, by bootstrap."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.tensor(values, dtype=torch.float64)[
-        torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    ]
-    return drawn.quantile(0.5, dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return list(middle(np.median(np.array(values)[resamples(len(values), RESAMPLES, seed)], axis=1)))
 
 
 def summarise(cases: list[dict], clock: str) -> dict:

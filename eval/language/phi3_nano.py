@@ -36,8 +36,9 @@ from rich.progress import track
 from transformers import AutoTokenizer, Phi3ForCausalLM
 
 from eval.language.ngrams import NGrams
-from eval.report import RESULTS, percentile, provenance, write_json, write_whole
+from eval.report import RESULTS, provenance, write_json, write_whole
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
+from neuroflow_hf.evaluation.statistics import middle, resamples, wilson
 from recipes.phi3_nano.card import make_card
 from recipes.phi3_nano.corpus import load_corpus, read_texts
 from recipes.phi3_nano.judge import judge, share_of_words, words_of
@@ -80,12 +81,10 @@ def perplexity(
         counts.append(sum(len(part) for part in found))
         sizes.append(sum(int(byte_lengths[window[1:].numpy()].sum()) for window in windows[:limit]))
     total, count, size = np.array(totals), np.array(counts), np.array(sizes)
-    rng = np.random.default_rng(SEED)
-    draws = rng.integers(len(files), size=(2000, len(files)))
-    drawn = np.exp(total[draws].sum(1) / count[draws].sum(1)).tolist()
+    draws = resamples(len(files), seed=SEED)
     return {
         "perplexity": math.exp(total.sum() / count.sum()),
-        "interval": [percentile(drawn, 0.025), percentile(drawn, 0.975)],
+        "interval": list(middle(np.exp(total[draws].sum(1) / count[draws].sum(1)))),
         "bits_per_byte": total.sum() / math.log(2) / size.sum(),
         "files": len(files),
         "tokens": int(count.sum()),
@@ -131,14 +130,6 @@ def ngram_texts(ngrams: NGrams, tokenizer, prompts: list[str]) -> list[tuple[str
     return list(zip(map(tokenizer.decode, kept), ended, strict=True))
 
 
-def wilson(right: int, count: int) -> list[float]:
-    """Wilson's 95 % interval of a share."""
-    z, share = 1.959964, right / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return [middle - half, middle + half]
-
-
 def judge_functions(prompts: list[str], texts: list[tuple[str, bool]]) -> dict:
     """How many completions are Python, leniently and strictly; how much they add, and how much of it repeats."""
     judged = [judge(prompt, *text) for prompt, text in zip(prompts, texts, strict=True)]
@@ -147,9 +138,9 @@ def judge_functions(prompts: list[str], texts: list[tuple[str, bool]]) -> dict:
     return {
         "prefixes": len(judged),
         "parse_when_cut": good / len(judged),
-        "parse_when_cut_interval": wilson(good, len(judged)),
+        "parse_when_cut_interval": list(wilson(good, len(judged))),
         "valid_throughout": valid / len(judged),
-        "valid_throughout_interval": wilson(valid, len(judged)),
+        "valid_throughout_interval": list(wilson(valid, len(judged))),
         "statements_added_mean": sum(item.statements for item in judged) / len(judged),
         "distinct_lines": sum(len(set(kept)) for kept in lines) / max(1, sum(map(len, lines))),
     }

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from neuroflow_hf.drift.intervals import bootstrap_interval
+from neuroflow_hf.evaluation.statistics import bootstrap_interval
 
 
 class Estimate(NamedTuple):
@@ -36,7 +34,8 @@ def estimate(rows: Sequence[tuple[float, ...]], statistic) -> Estimate:
     """A statistic [S, K] to [S] of sums over clips, and its interval; no interval from fewer than three clips."""
     if not rows:
         return NOTHING
-    value = statistic(torch.tensor(rows, dtype=torch.float64).sum(0, keepdim=True)).item()
+    with np.errstate(all="ignore"):
+        value = statistic(np.sum(rows, axis=0, keepdims=True, dtype=np.float64)).item()
     if np.isnan(value):
         return NOTHING
     interval = bootstrap_interval(rows, statistic) if len(rows) > 2 else None
@@ -83,11 +82,11 @@ def correlation(xs: Sequence[np.ndarray], ys: Sequence[np.ndarray]) -> Estimate:
     return estimate(rows, pearson_of_sums)
 
 
-def pearson_of_sums(total: Tensor) -> Tensor:
+def pearson_of_sums(total: np.ndarray) -> np.ndarray:
     """Pearson's correlation from sums [S, 6] of x, y, x x, y y, x y and 1: [S]; NaN if either does not vary."""
-    x, y, xx, yy, xy, count = total.unbind(-1)
+    x, y, xx, yy, xy, count = total.T
     spread = (xx - x * x / count) * (yy - y * y / count)
-    return torch.where(spread > 1e-18, (xy - x * y / count) / spread.clamp(min=1e-30).sqrt(), torch.nan)
+    return np.where(spread > 1e-18, (xy - x * y / count) / np.sqrt(spread.clip(min=1e-30)), np.nan)
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

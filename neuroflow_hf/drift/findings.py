@@ -9,7 +9,7 @@ claims to be tried.
 import itertools
 from collections.abc import Sequence
 
-from .intervals import Interval, bootstrap_interval, difference_interval, mean, paired_interval, quantile
+from ..evaluation.statistics import bootstrap_interval, difference_interval, mean, paired_interval, quantile
 from .prompts import ALL
 from .records import column
 
@@ -270,7 +270,7 @@ def inverted_is_worse(report: dict, options: dict) -> dict | None:
 
 def compared(claim: str, what: str, differences: Sequence[float], options: dict, more: bool) -> dict:
     """A finding by the interval of differences of drift, one for each prompt, expected above 0 (`more`) or below."""
-    interval: Interval = paired_interval(differences, [0.0] * len(differences), **options)
+    interval = paired_interval(differences, [0.0] * len(differences), **options)
     low, high = interval
     expected, opposite = ("above", "below") if more else ("below", "above")
     return finding(

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .intervals import bootstrap_interval, mean, paired_interval, quantile, zero_failure_bound
+import numpy as np
+
+from ..evaluation.statistics import bootstrap_interval, mean, paired_interval, quantile, zero_failure_bound
 from .prompts import ALL, order_tasks
 
 # what a report keeps of each prompt, to compare configurations by
@@ -143,7 +145,7 @@ def perplexity(records: Sequence[PromptRecord], **bootstrap) -> dict:
         return {"tokens": 0, "dense": None, "bypass": None, "delta": None, "interval": None}
 
     def delta(sums):
-        return (sums[:, 1] / sums[:, 2]).exp() - (sums[:, 0] / sums[:, 2]).exp()
+        return np.exp(sums[:, 1] / sums[:, 2]) - np.exp(sums[:, 0] / sums[:, 2])
 
     rows = [(record.dense_nll, record.nll, float(record.scored_tokens)) for record in records]
     dense, other = (math.exp(min(700, math.fsum(row[column] for row in rows) / tokens)) for column in (0, 1))

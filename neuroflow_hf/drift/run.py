@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
+from ..evaluation.statistics import quantile
 from ..utils.processes import Processes
 from ..utils.provenance import checkout_commit, machine_and_versions, report_text, write_whole
 from ..video.run import fingerprint
 from .bench import DriftBench
 from .findings import PUBLISHED_RATE, drift_findings, published_configuration
 from .grid import RATES, Configuration, full_grid, gate_layers, own_configuration, threshold_for_rate
-from .intervals import quantile
 from .prompts import Prompt, order_tasks
 from .records import columns, summarise_tasks
 

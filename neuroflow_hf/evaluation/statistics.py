@@ -1,8 +1,11 @@
-"""Shares of right answers, and two models compared on the same questions: intervals and a test. Pure functions."""
+"""Intervals and tests: shares of right answers, two models on the same questions, the bootstrap. Pure functions."""
 
 import math
-from statistics import NormalDist
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import binomtest, norm
 
 
 class Interval(NamedTuple):
@@ -36,7 +39,7 @@ class PairedCounts(NamedTuple):
         return sum(self)
 
 
-def quantile(confidence: float) -> float:
+def normal_quantile(confidence: float) -> float:
     """
     How many standard deviations to either side hold a share `confidence` of a normal distribution: 1.96 for 0.95.
 
@@ -45,34 +48,25 @@ def quantile(confidence: float) -> float:
     """
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` is {confidence}; expected a share between 0 and 1, such as 0.95.")
-    return NormalDist().inv_cdf((1 + confidence) / 2)
+    return float(norm.ppf((1 + confidence) / 2))
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """
-    Wilson's score interval of a share. Without trials it is everything, 0 to 1.
+    Wilson's score interval of a share; 0 to 1 without trials.
 
     Raises:
-        ValueError: for a negative count, or more successes than trials.
+        ValueError: for a negative count, more successes than trials, or a `confidence` out of range.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"There are {successes} successes in {trials} trials; expected from 0 to all of them.")
-    return wilson_at(quantile(confidence), successes, trials)
-
-
-def wilson_at(z: float, successes: int, trials: int) -> Interval:
-    """`wilson` of `z` standard deviations to either side."""
+    normal_quantile(confidence)
     if not trials:
         return Interval(0.0, 1.0)
-    share = successes / trials
-    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    # at the ends, rounding would leave 1e-17 of what is exactly 0 or 1
-    return Interval(
-        0.0 if successes == 0 else max(0.0, middle - half), 1.0 if successes == trials else min(1.0, middle + half)
-    )
+    found = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return Interval(float(found.low), float(found.high))
 
 
 def paired_difference(counts: PairedCounts, confidence: float = 0.95) -> Interval:
@@ -124,8 +118,8 @@ def paired_ratio(counts: PairedCounts, confidence: float = 0.95) -> Interval | N
     of_ratio = math.sqrt((counts.only_first + counts.only_second + 2) / (first * second))
     of_first = math.sqrt((1 - first / (some + 2)) / first)
     of_second = math.sqrt((1 - second / (some + 2)) / second)
-    z = quantile(confidence) * of_ratio / (of_first + of_second)
-    ours, theirs = wilson_at(z, counts.first, some), wilson_at(z, counts.second, some)
+    each = 1 - 2 * norm.sf(normal_quantile(confidence) * of_ratio / (of_first + of_second))
+    ours, theirs = wilson(counts.first, some, each), wilson(counts.second, some, each)
     return Interval(ours.low / theirs.high, ours.high / theirs.low if theirs.low else math.inf)
 
 
@@ -142,11 +136,103 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """
     if min(only_first, only_second) < 0:
         raise ValueError(f"The counts are {only_first} and {only_second}; expected none below 0.")
-    total, fewer = only_first + only_second, min(only_first, only_second)
-    # the largest term by its logarithm, the smaller ones from it: the integers themselves have thousands of digits
-    largest = math.lgamma(total + 1) - math.lgamma(fewer + 1) - math.lgamma(total - fewer + 1) - total * math.log(2)
-    term = tail = 1.0
-    for place in range(fewer, 0, -1):
-        term *= place / (total - place + 1)
-        tail += term
-    return min(1.0, 2 * math.exp(largest) * tail)
+    total = only_first + only_second
+    return float(binomtest(only_first, total).pvalue) if total else 1.0
+
+
+def zero_failure_bound(trials: int) -> float:
+    """
+    Upper 95 % bound of a failure's probability after no failure in `trials` independent trials: 3/n, the rule of
+    three, and at most 1.
+
+    Raises:
+        ValueError: for a negative number of trials.
+    """
+    if trials < 0:
+        raise ValueError(f"The number of trials is {trials}; expected 0 or more.")
+    return min(1.0, 3 / trials) if trials else 1.0
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The mean, exact to rounding whatever the order of the values; None of none."""
+    return math.fsum(values) / len(values) if len(values) else None
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """The value below which a share of the values lies, interpolated; None of none."""
+    return float(np.quantile(values, share)) if len(values) else None
+
+
+# --- bootstrap -----------------------------------------------------------------------------------------------------
+# Whole groups (prompts, videos, scenes) are drawn, because the tokens or frames of one group depend on each other.
+# scipy.stats.bootstrap draws single values and returns NaN where one resample has no value, so it does not fit.
+
+
+def resamples(count: int, samples: int = 2000, seed: int | np.random.Generator = 0) -> np.ndarray:
+    """Which of `count` groups each bootstrap sample draws, with replacement: int [samples, count]."""
+    return np.random.default_rng(seed).integers(count, size=(samples, count))
+
+
+def middle(values: np.ndarray, level: float = 0.95) -> Interval | None:
+    """The percentile interval of resampled values [S], NaN left out; None if none is left."""
+    values = np.asarray(values)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return None
+    return Interval(*np.quantile(values, ((1 - level) / 2, (1 + level) / 2)).tolist())
+
+
+def bootstrap_interval(
+    rows: Sequence[Sequence[float]],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    level: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> Interval | None:
+    """
+    Percentile interval of a statistic of sums over groups.
+
+    Args:
+        rows: what a group adds to each of K sums, [N, K]. Their order plays no part.
+        statistic: from sums [S, K], float64, to the S values of the statistic; NaN where it has none.
+        level: share of the resampled values inside.
+        samples: how many bootstrap samples.
+        seed: of the drawing; use the same for figures that are compared.
+
+    Returns:
+        None if there are no rows, or no value.
+    """
+    if not len(rows):
+        return None
+    table = np.array(sorted(map(tuple, rows)), dtype=np.float64)
+    times = np.apply_along_axis(np.bincount, 1, resamples(len(table), samples, seed), minlength=len(table))
+    with np.errstate(all="ignore"):
+        return middle(statistic(times @ table), level)
+
+
+def paired_interval(values: Sequence[float], baseline: Sequence[float], **options) -> Interval | None:
+    """
+    Interval of the mean difference `values - baseline`, both [N], one for each group and in the same order; options
+    as of [`bootstrap_interval`].
+
+    Raises:
+        ValueError: if they are not equally many.
+    """
+    if len(values) != len(baseline):
+        raise ValueError(f"There are {len(values)} values and {len(baseline)} to pair them with; expected as many.")
+    rows = [(value - base, 1.0) for value, base in zip(values, baseline, strict=True)]
+    return bootstrap_interval(rows, lambda sums: sums[:, 0] / sums[:, 1], **options)
+
+
+def difference_interval(
+    values: Sequence[float], others: Sequence[float], level: float = 0.95, samples: int = 2000, seed: int = 0
+) -> Interval | None:
+    """Interval of the difference of the means of two sets of groups, drawn apart; None if one is empty."""
+    if not len(values) or not len(others):
+        return None
+    generator = np.random.default_rng(seed)
+    first, second = (
+        np.sort(np.asarray(group, dtype=np.float64))[resamples(len(group), samples, generator)].mean(axis=1)
+        for group in (values, others)
+    )
+    return middle(first - second, level)

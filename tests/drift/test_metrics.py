@@ -9,13 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuroflow_hf.drift.grid import full_grid, gate_layers, own_configuration, scaled_pairs, threshold_for_rate
-from neuroflow_hf.drift.intervals import (
-    bootstrap_interval,
-    difference_interval,
-    mean,
-    paired_interval,
-    zero_failure_bound,
-)
 from neuroflow_hf.drift.metrics import (
     compare_steps,
     cut_at_end,
@@ -26,6 +19,13 @@ from neuroflow_hf.drift.metrics import (
 )
 from neuroflow_hf.drift.prompts import Prompt, first_of_each, order_tasks, read_prompts
 from neuroflow_hf.drift.records import PromptRecord, summarise, summarise_tasks
+from neuroflow_hf.evaluation.statistics import (
+    bootstrap_interval,
+    difference_interval,
+    mean,
+    paired_interval,
+    zero_failure_bound,
+)
 
 tokens = st.lists(st.integers(0, 5), max_size=12)
 shares = st.lists(st.floats(0, 1), min_size=1, max_size=30)

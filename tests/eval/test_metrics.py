@@ -18,7 +18,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuroflow_hf.evaluation.statistics import PairedCounts, mcnemar, paired_difference, paired_ratio, quantile, wilson
+from neuroflow_hf.evaluation.statistics import (
+    PairedCounts,
+    mcnemar,
+    normal_quantile,
+    paired_difference,
+    paired_ratio,
+    wilson,
+)
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("embedding_fidelity", "zero_shot_accuracy", "skip_rate")
@@ -68,7 +75,7 @@ def test_wilson_of_known_counts():
 def test_wilson_inverts_the_score_test():
     low, high = wilson(13, 40)
     for bound in (low, high):
-        assert abs(13 / 40 - bound) / math.sqrt(bound * (1 - bound) / 40) == pytest.approx(quantile(0.95))
+        assert abs(13 / 40 - bound) / math.sqrt(bound * (1 - bound) / 40) == pytest.approx(normal_quantile(0.95))
 
 
 def test_paired_intervals_of_known_counts():
