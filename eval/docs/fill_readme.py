@@ -27,12 +27,12 @@ from eval.docs.readme_evidence import (
     motions_table,
     reaction_table,
 )
+from eval.language.findings import readme_table
 from eval.report import RESULTS, fill_block, write_json, write_whole
 from eval.vision.benchmark_streams import WAYS
 from eval.vision.benchmark_vision import ratios
 from eval.vision.motion_measure import LABEL_COLUMNS
 from neuroflow_hf import PRESETS
-from neuroflow_hf.drift.tables import readme_table
 
 ROOT = Path(__file__).parents[2]
 DIVERGENCES = ("within_rounding", "others")

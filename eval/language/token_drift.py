@@ -16,9 +16,12 @@ from typing import Annotated
 
 import typer
 
-from eval.report import RESULTS, provenance
+from eval.language.findings import PUBLISHED_DRIFT, drift_findings, findings_table
+from eval.report import RESULTS, provenance, write_whole
 from neuroflow_hf.cli.errors import one_line_errors
 from neuroflow_hf.cli.language import print_drift, run_drift, write_drift
+from neuroflow_hf.drift.tables import drift_markdown, markdown
+from neuroflow_hf.utils.provenance import report_text
 
 PICTURES = Path(__file__).parents[2] / "docs"
 
@@ -54,9 +57,16 @@ def main(
         )
         if report is None:
             return
+        report["findings"] = drift_findings(report, seed=seed)
+        write_whole(output, report_text(report))
+        table = output.with_suffix(".md")
         names = {"plot": pictures / "drift.png", "reachable": pictures / "drift_reachable.png"}
-        write_drift(report, {"table": output.with_suffix(".md"), **names})
+        write_drift(report, {"table": table, **names}, list(PUBLISHED_DRIFT.values()))
+        findings = markdown(*findings_table(report))
+        write_whole(table, f"{drift_markdown(report)}\n## Published findings\n\n{findings}\n")
     print_drift(report)
+    for found in report["findings"]:
+        print(f"{found['claim']}: {found['verdict']} ({found['measured']})")
 
 
 if __name__ == "__main__":

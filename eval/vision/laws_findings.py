@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from eval.language.findings import finding
 from eval.vision.clip_statistics import Estimate, correlation, difference, estimate, mean, rounded, share, shown
 from eval.vision.composed_bench import ClipName, Figures
 from eval.vision.laws_measure import DISTANCES, GROUPS, LAST_UPDATE_THRESHOLDS, MEMORY, SETTINGS, SWAPS, THRESHOLDS
-from neuroflow_hf.drift.findings import finding
 
 TRAVELLING = ("crossing", "arc", "oscillating")
 STAYING = ("still", "local")

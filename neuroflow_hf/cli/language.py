@@ -3,7 +3,7 @@
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -333,15 +333,18 @@ def drift_progress() -> Iterator[Any]:
             progress.stop()
 
 
-def write_drift(report: dict, paths: dict[str, Path]) -> list[Path]:
-    """Write a report's `table` (Markdown) and pictures (`plot`, `reachable`), each whole; the paths written."""
+def write_drift(report: dict, paths: dict[str, Path], published: Sequence[dict] = ()) -> list[Path]:
+    """
+    Write a report's `table` (Markdown) and pictures (`plot`, `reachable`), each whole; the paths written. `published`
+    is as for `plot_drift`.
+    """
     from ..drift.plots import plot_drift, plot_reachable
     from ..drift.tables import drift_markdown
     from ..utils.provenance import write_whole
     from ..video.plots import save_plot
 
     write_whole(paths["table"], drift_markdown(report))
-    for name, draw in (("plot", plot_drift), ("reachable", plot_reachable)):
+    for name, draw in (("plot", lambda report: plot_drift(report, published)), ("reachable", plot_reachable)):
         if name in paths:
             paths[name].parent.mkdir(parents=True, exist_ok=True)
             temporary = paths[name].with_name(paths[name].name + ".part")
@@ -352,7 +355,7 @@ def write_drift(report: dict, paths: dict[str, Path]) -> list[Path]:
 
 def print_drift(report: dict):
     """A report as tables on stdout."""
-    from ..drift.tables import description, findings_table, summary_table
+    from ..drift.tables import description, summary_table
 
     console = Console(highlight=False)
     console.print(escape(description(report)), soft_wrap=True)
@@ -364,9 +367,3 @@ def print_drift(report: dict):
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
-    if report["findings"]:
-        headers, rows = findings_table(report)
-        table = Table(*headers[:3], title="published findings, on this checkpoint", title_justify="left")
-        for row in rows:
-            table.add_row(*map(escape, row[:3]))
-        console.print(table)

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 import torch
 
 from ..language.bypass_config import ALWAYS, NeuroFlowBypassConfig
+from .metrics import rate_of
 
 PUBLISHED_LAYERS = 32  # of Phi-3-mini, whose layers the published pairs count
 PUBLISHED_PAIRS = ((1, 24), (1, 31))
+FIRST, LAST = (f"{gate}->{cache}" for gate, cache in PUBLISHED_PAIRS)
 PUBLISHED_THRESHOLDS = (0.6, 0.65, 0.7)
+PUBLISHED_RATE, PUBLISHED_THRESHOLD = 0.21, 0.65  # the share of steps bypassed at this threshold
 GUARD_ENTROPY = 1.0  # nats
 # the guard takes away most of what a threshold bypasses, so its rates reach further
 RATES = {
@@ -157,3 +160,30 @@ def own_configuration(num_layers: int, options: dict) -> Configuration:
     named = [name for name, pair in pairs.items() if layers in (pair, pair[::-1])]
     kept = {name: value for name, value in resolved.to_dict().items() if value is not None}
     return Configuration(named[0] if named else "own", kept)
+
+
+def entries_of_family(report: dict, pair: str, target="attention", guarded=False, inverted=False) -> list[dict]:
+    """A report's entries of one pair that differ in their threshold only."""
+    kind = (pair, target, guarded, inverted)
+    return [
+        entry
+        for entry in report["configurations"]
+        if (entry["pair"], entry["options"]["target"], entry["guarded"], entry["inverted"]) == kind
+    ]
+
+
+def is_near_published(rate: float) -> bool:
+    """Whether a rate is within half to twice the published one."""
+    return PUBLISHED_RATE / 2 <= rate <= 2 * PUBLISHED_RATE
+
+
+def published_configuration(report: dict, pair: str = FIRST) -> dict | None:
+    """
+    The entry that stands for the published setting of a pair: at threshold 0.65, if that bypasses half to twice the
+    published 21 % of the steps here; else the one whose rate is nearest to that. None if nothing bypasses anything.
+    """
+    entries = [entry for entry in entries_of_family(report, pair) if rate_of(entry) > 0]
+    for entry in entries:
+        if entry["options"]["threshold"] == PUBLISHED_THRESHOLD and is_near_published(rate_of(entry)):
+            return entry
+    return min(entries, key=lambda entry: abs(rate_of(entry) - PUBLISHED_RATE), default=None)

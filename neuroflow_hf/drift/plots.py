@@ -1,10 +1,13 @@
 """Pictures of a drift report: what a bypass changes over how much it saves, and how much is to be had for nothing."""
 
+from collections.abc import Sequence
+
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ..video.plots import CONTROL_HELD, FAMILY_COLOURS
-from .findings import LAST, PUBLISHED_DRIFT, PUBLISHED_RATE, beyond_rounding, rate_of
+from .grid import LAST, PUBLISHED_RATE
+from .metrics import beyond_rounding, rate_of
 from .tables import tasks_of
 
 PUBLISHED_COLOUR = "#111827"
@@ -28,13 +31,14 @@ def style_of(entries: list[dict]) -> dict:
     return {"color": colour, "linewidth": 1.5, "markersize": 4.5, **dashed}
 
 
-def plot_drift(report: dict) -> Figure:
+def plot_drift(report: dict, published: Sequence[dict[str, float]] = ()) -> Figure:
     """
-    Drift over the share of steps bypassed: a panel for each task, a line for each family of configurations, the
-    published points, and the noise floor.
+    Drift over the share of steps bypassed: a panel for each task, a line for each family of configurations, and the
+    noise floor.
 
     Args:
         report: of `evaluate_drift`.
+        published: published drifts to mark, by task.
 
     Returns:
         A figure of its own, outside pyplot, so that nothing has to be closed.
@@ -55,11 +59,11 @@ def plot_drift(report: dict) -> Figure:
                 panel.axhline(
                     noise[kind]["tasks"][task]["drift"], color="#9ca3af", linewidth=1.2, linestyle=line, label=label
                 )
-        published = [drifts[task] for drifts in PUBLISHED_DRIFT.values() if task in drifts]
-        if published:
-            at = [PUBLISHED_RATE] * len(published)
+        marked = [drifts[task] for drifts in published if task in drifts]
+        if marked:
+            at = [PUBLISHED_RATE] * len(marked)
             label = "published (Phi-3-mini)" if place == 0 else None
-            panel.plot(at, published, "x", color=PUBLISHED_COLOUR, markersize=8, label=label, clip_on=False, zorder=4)
+            panel.plot(at, marked, "x", color=PUBLISHED_COLOUR, markersize=8, label=label, clip_on=False, zorder=4)
         finish(panel, task)
         panel.set_ylim(0, 1)
         panel.set_xlim(0, 1)

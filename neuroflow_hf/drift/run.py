@@ -23,11 +23,18 @@ from ..evaluation.statistics import quantile
 from ..utils.processes import Processes
 from ..utils.provenance import checkout_commit, machine_and_versions, report_text, write_whole
 from ..video.run import fingerprint
-from .bench import DriftBench
-from .findings import PUBLISHED_RATE, drift_findings, published_configuration
-from .grid import RATES, Configuration, full_grid, gate_layers, own_configuration, threshold_for_rate
+from .decode import DriftBench
+from .grid import (
+    RATES,
+    Configuration,
+    full_grid,
+    gate_layers,
+    own_configuration,
+    published_configuration,
+    threshold_for_rate,
+)
+from .metrics import columns, summarise_tasks
 from .prompts import Prompt, order_tasks
-from .records import columns, summarise_tasks
 
 OnStep = Callable[[str, int, int], None]
 OTHER_DTYPE = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -165,7 +172,7 @@ class DriftJob:
                 before = {}
             if isinstance(before, dict) and all(before.get(name) == value for name, value in same.items()):
                 return before
-        return {**same, "commits": [], "gates": {}, "noise": [], "configurations": [], "timing": None, "findings": []}
+        return {**same, "commits": [], "gates": {}, "noise": [], "configurations": [], "timing": None}
 
     @property
     def bench(self) -> DriftBench:
@@ -274,7 +281,6 @@ class DriftJob:
         self.measure(self.configurations())
         if self.own is None:
             self.measure_time()
-        self.report["findings"] = drift_findings(self.report, self.settings.samples, self.settings.seed)
         self.save()
         self.say("done", 1, 1)
         return self.report
@@ -320,6 +326,3 @@ def evaluate_drift(
     return DriftJob(
         model, tokenizer, prompts, Path(path), settings or DriftSettings(), own, quick, fresh, on_step, names or {}
     ).run()
-
-
-__all__ = ["PUBLISHED_RATE", "DriftJob", "DriftSettings", "encode_prompts", "evaluate_drift"]

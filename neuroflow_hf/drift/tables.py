@@ -104,12 +104,6 @@ def details_table(report: dict) -> tuple[list[str], list[list[str]]]:
     return headers, rows
 
 
-def findings_table(report: dict) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows: a published finding in each row, with what was measured, and the verdict."""
-    rows = [[found["claim"], found["measured"], found["verdict"], found["rule"]] for found in report["findings"]]
-    return ["published", "measured here", "verdict", "rule"], rows
-
-
 def interval(ends: Sequence[float] | None, form: str) -> str:
     """An interval's ends in a format; a dash for none."""
     return "-" if ends is None else f"{ends[0]:{form}} to {ends[1]:{form}}"
@@ -145,29 +139,7 @@ def drift_markdown(report: dict) -> str:
         description(report),
         f"`{report['command']}`" if report["command"] else "",
         markdown(*summary_table(report)),
-        "## Published findings" if report["findings"] else "",
-        markdown(*findings_table(report)) if report["findings"] else "",
         "## By task",
         markdown(*details_table(report)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def readme_table(report: dict) -> str:
-    """What README shows: noise floor, the published thresholds and targets near a fifth, and the findings."""
-    wanted = [
-        entry
-        for entry in report["configurations"]
-        if entry["asked_rate"] in (None, 0.2) or (entry["guarded"] and entry["asked_rate"] == 1.0)
-    ]
-    headers, rows = summary_table(report, [*report["noise"], *wanted])
-    findings = [row[:3] for row in findings_table(report)[1]]
-    return "\n".join(
-        [
-            markdown(headers, rows),
-            "",
-            f"`{report['command']}`: {description(report)}",
-            "",
-            markdown(["published finding", "measured on this checkpoint", "verdict"], findings),
-        ]
-    )

@@ -176,7 +176,7 @@ def test_the_grid(folder, prompts, tmp_path):
     assert {path.name for path in out.iterdir()} == {"drift.json", "drift.md", "drift.png", "reachable.png"}
     report = json.loads((out / "drift.json").read_text())
     assert report["prompts"]["of_task"] == {"code": 2, "prose": 2} and report["settings"]["new_tokens"] == 32
-    assert "published findings" in result.stdout
+    assert "1->24, attention" in result.stdout
     again = call("drift", *options)
     assert again.exit_code == 0 and json.loads((out / "drift.json").read_text())["noise"] == report["noise"]
 

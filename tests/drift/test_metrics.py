@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 
 from neuroflow_hf.drift.grid import full_grid, gate_layers, own_configuration, scaled_pairs, threshold_for_rate
 from neuroflow_hf.drift.metrics import (
+    PromptRecord,
     compare_steps,
     cut_at_end,
     first_divergence,
     kl_divergence,
     negative_log_likelihood,
     position_drift,
+    summarise,
+    summarise_tasks,
 )
 from neuroflow_hf.drift.prompts import Prompt, first_of_each, order_tasks, read_prompts
-from neuroflow_hf.drift.records import PromptRecord, summarise, summarise_tasks
 from neuroflow_hf.evaluation.statistics import (
     bootstrap_interval,
     difference_interval,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval.language.findings import FAILS, HOLDS, UNKNOWN
 from eval.vision.clip_statistics import correlation, difference, estimate, mean, ranks, share, shown
 from eval.vision.composed_bench import ClipName, clip_names, measure_clips
 from eval.vision.composed_clips import specify
@@ -24,7 +25,6 @@ from eval.vision.laws_measure import (
     travelled,
 )
 from eval.vision.published_laws import plot_laws
-from neuroflow_hf.drift.findings import FAILS, HOLDS, UNKNOWN
 from neuroflow_hf.utils.processes import Processes
 from tests.clip_bench import TinyBench
 

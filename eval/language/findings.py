@@ -9,16 +9,27 @@ claims to be tried.
 import itertools
 from collections.abc import Sequence
 
-from ..evaluation.statistics import bootstrap_interval, difference_interval, mean, paired_interval, quantile
-from .prompts import ALL
-from .records import column
+from neuroflow_hf.drift.grid import (
+    FIRST,
+    LAST,
+    PUBLISHED_THRESHOLD,
+    entries_of_family,
+    is_near_published,
+    published_configuration,
+)
+from neuroflow_hf.drift.metrics import beyond_rounding, column, rate_of
+from neuroflow_hf.drift.tables import description, markdown, summary_table
+from neuroflow_hf.evaluation.statistics import (
+    bootstrap_interval,
+    difference_interval,
+    mean,
+    paired_interval,
+    quantile,
+)
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told here"
-FIRST, LAST = "1->24", "1->31"
-PUBLISHED_RATE, PUBLISHED_THRESHOLD = 0.21, 0.65
 PUBLISHED_DRIFT = {FIRST: {"code": 0.0, "structured": 0.12, "prose": 0.66}, LAST: {"code": 0.0, "prose": 0.83}}
 PUBLISHED_PERPLEXITY = 0.007 / 3.886  # relative
-ROUNDING = 1e-5  # logits closer than this may change places by rounding alone, in float32
 SAME_TIME = (0.95, 1.05)
 
 
@@ -48,60 +59,6 @@ def drift_findings(report: dict, samples: int = 2000, seed: int = 0) -> list[dic
     return [finding for finding in found if finding is not None]
 
 
-# --- which entries -------------------------------------------------------------------------------------------------
-
-
-def family(report: dict, pair: str | None, target="attention", guarded=False, inverted=False) -> list[dict]:
-    """Entries that differ in their threshold only (and in their layers, for no pair)."""
-    return [
-        entry
-        for entry in report["configurations"]
-        if (entry["options"]["target"], entry["guarded"], entry["inverted"]) == (target, guarded, inverted)
-        and (entry["pair"] == pair or (pair is None and entry["pair"] != "own"))
-    ]
-
-
-def rate_of(entry: dict, task: str = ALL) -> float:
-    """The share of steps bypassed, in one task or in all."""
-    steps = sum(column(entry, "steps", task))
-    return sum(column(entry, "bypassed", task)) / steps if steps else 0.0
-
-
-def published_configuration(report: dict, pair: str = FIRST) -> dict | None:
-    """
-    The entry that stands for the published setting of a pair: at threshold 0.65, if that bypasses half to twice the
-    published 21 % of the steps here; else the one whose rate is nearest to that. None if nothing bypasses anything.
-    """
-    entries = [entry for entry in family(report, pair) if rate_of(entry) > 0]
-    for entry in entries:
-        if entry["options"]["threshold"] == PUBLISHED_THRESHOLD and is_near_published(rate_of(entry)):
-            return entry
-    return min(entries, key=lambda entry: abs(rate_of(entry) - PUBLISHED_RATE), default=None)
-
-
-def is_near_published(rate: float) -> bool:
-    """Whether a rate is within half to twice the published one."""
-    return PUBLISHED_RATE / 2 <= rate <= 2 * PUBLISHED_RATE
-
-
-def rounding_margin(report: dict) -> float:
-    """By how much dense may prefer a token that another batch shape does not choose, in logits."""
-    margins = [
-        margin
-        for entry in report["noise"]
-        if entry["kind"] == "batch"
-        for margin in column(entry, "margin")
-        if margin is not None
-    ]
-    return max([ROUNDING, *margins])
-
-
-def beyond_rounding(report: dict, entry: dict, task: str = ALL) -> int:
-    """How many prompts diverge where dense's margin is above rounding's."""
-    limit = rounding_margin(report)
-    return sum(margin is not None and margin > limit for margin in column(entry, "margin", task))
-
-
 # --- claims --------------------------------------------------------------------------------------------------------
 
 
@@ -113,7 +70,7 @@ def finding(claim: str, rule: str, measured: str, holds: bool, fails: bool) -> d
 
 def rate_at_published_threshold(report: dict) -> dict | None:
     """Whether the published threshold bypasses about the published share."""
-    entries = {entry["options"]["threshold"]: rate_of(entry) for entry in family(report, FIRST)}
+    entries = {entry["options"]["threshold"]: rate_of(entry) for entry in entries_of_family(report, FIRST)}
     if PUBLISHED_THRESHOLD not in entries:
         return None
     rate = entries[PUBLISHED_THRESHOLD]
@@ -182,8 +139,8 @@ def prose_drifts(report: dict, pair: str) -> dict | None:
 
 def last_layer_drifts_more(report: dict, options: dict) -> dict | None:
     """Whether reusing the last layer's output drifts more than that at three quarters of the depth."""
-    lasts = {entry["options"]["threshold"]: entry for entry in family(report, LAST)}
-    pairs = [(entry, lasts.get(entry["options"]["threshold"])) for entry in family(report, FIRST)]
+    lasts = {entry["options"]["threshold"]: entry for entry in entries_of_family(report, LAST)}
+    pairs = [(entry, lasts.get(entry["options"]["threshold"])) for entry in entries_of_family(report, FIRST)]
     pairs = [(first, last) for first, last in pairs if last is not None and rate_of(first) and rate_of(last)]
     if not pairs:
         return None
@@ -294,8 +251,8 @@ def against_curve(report: dict, **kind) -> list[float] | None:
     """
     rows = []
     for pair in (FIRST, LAST):
-        curve = drift_curve(family(report, pair))
-        for entry in family(report, pair, **kind):
+        curve = drift_curve(entries_of_family(report, pair))
+        for entry in entries_of_family(report, pair, **kind):
             rate = rate_of(entry)
             if 0 < rate <= curve[-1][0]:
                 usual = interpolate(curve, rate)
@@ -318,3 +275,32 @@ def interpolate(curve: Sequence[tuple[float, list[float]]], rate: float) -> list
             weight = (rate - low) / (high - low)
             return [(1 - weight) * first + weight * second for first, second in zip(before, after, strict=True)]
     raise ValueError(f"The rate {rate} is not on the curve, which ends at {curve[-1][0]}.")
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def findings_table(report: dict) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows: a published finding in each row, with what was measured, and the verdict."""
+    rows = [[found[name] for name in ("claim", "measured", "verdict", "rule")] for found in report["findings"]]
+    return ["published", "measured here", "verdict", "rule"], rows
+
+
+def readme_table(report: dict) -> str:
+    """
+    The table of README: the noise floor, the published thresholds, the targets near a rate of a fifth, the findings.
+    """
+    wanted = [
+        entry
+        for entry in report["configurations"]
+        if entry["asked_rate"] in (None, 0.2) or (entry["guarded"] and entry["asked_rate"] == 1.0)
+    ]
+    parts = [
+        markdown(*summary_table(report, [*report["noise"], *wanted])),
+        f"`{report['command']}`: {description(report)}",
+        markdown(
+            ["published finding", "measured on this checkpoint", "verdict"],
+            [row[:3] for row in findings_table(report)[1]],
+        ),
+    ]
+    return "\n\n".join(parts)
