@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neuroflow_hf.evaluation.equal_cost import shares_at
+from neuroflow_hf.evaluation.equal_cost import ranked_at
 from neuroflow_hf.evaluation.methods import MethodSpec
+from neuroflow_hf.evaluation.statistics import middle, resamples
 
 RESAMPLES = 2000
 FEWEST_SCENES = 3  # of fewer, drawing says nothing
@@ -60,20 +61,6 @@ class Compared:
         }
 
 
-def drawn_scenes(count: int, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
-    """Which scenes each resample draws, int [R, S]."""
-    return np.random.default_rng(seed).integers(count, size=(resamples, count))
-
-
-def middle(draws: np.ndarray) -> tuple[float, float] | None:
-    """The middle 95 % of resampled values [R], those left out that are not a number; None if none is left."""
-    draws = draws[~np.isnan(draws)]
-    if not len(draws):
-        return None
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return float(low), float(high)
-
-
 def statistic_interval(
     values: np.ndarray, statistic: Statistic, baseline: np.ndarray | None = None
 ) -> tuple[float, float] | None:
@@ -83,7 +70,7 @@ def statistic_interval(
     """
     if len(values) < FEWEST_SCENES:
         return None
-    drawn = drawn_scenes(len(values))
+    drawn = resamples(len(values), RESAMPLES)
     draws = statistic(values[drawn])
     return middle(draws if baseline is None else draws - statistic(baseline[drawn]))
 
@@ -110,21 +97,16 @@ def best_control(
     Returns:
         None if there are no controls.
     """
-    own = statistic(values[name][None])[0]
-    found = []
-    for family, members in families.items():
-        mixture = [(share, members[at]) for share, at in shares_at([costs[one] for one in members], costs[name])]
-        cheaper = [[(1.0, one)] for one in members if costs[one] <= costs[name]]
-        for shares in (mixture, *cheaper):
-            value = sum(share * statistic(values[one][None])[0] for share, one in shares)
-            if not math.isnan(value):
-                found.append((value, family, shares))
-    if not found or math.isnan(own):
+
+    def value_of(one: str, drawn: np.ndarray | None = None):
+        return statistic(values[one][None])[0] if drawn is None else statistic(values[one][drawn])
+
+    own, ranked = value_of(name), ranked_at(families, costs[name], costs.__getitem__, value_of)
+    if not ranked or math.isnan(own):
         return None
-    control, family, shares = max(found, key=lambda one: one[0])
+    control, best = ranked[-1]
     interval = None
     if len(values[name]) >= FEWEST_SCENES:
-        drawn = drawn_scenes(len(values[name]))
-        draws = statistic(values[name][drawn]) - sum(share * statistic(values[one][drawn]) for share, one in shares)
-        interval = middle(draws)
-    return Compared(float(own), float(control), family, float(own - control), interval)
+        drawn = resamples(len(values[name]), RESAMPLES)
+        interval = middle(value_of(name, drawn) - best.mean(lambda one: value_of(one, drawn)))
+    return Compared(float(own), control, best.family, float(own - control), interval)

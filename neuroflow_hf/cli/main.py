@@ -514,8 +514,8 @@ def tune(
     with one_line_errors(debug, nothing_done="nothing was written."):
         require_dtype(dtype)
 
+        from ..evaluation.equal_cost import Requirement
         from ..evaluation.tuning import checkpoint_config, tune_video, write_tuning
-        from ..evaluation.tuning_points import Requirement
         from ..evaluation.tuning_report import next_steps
         from ..loading import DTYPES, default_model, load_model, usable_device
         from ..video.reader import VideoReader, bundled_clip

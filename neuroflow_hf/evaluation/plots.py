@@ -1,11 +1,14 @@
-"""An evaluation drawn: what methods and controls keep, over what they cost."""
+"""Plots of an evaluation and of a tuning: what methods and baselines keep, over what they cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ..video.plots import CONTROL_FIRST, CONTROL_HELD, FAMILY_COLOURS, LEAST_LOSS
+from ..video.plots import CONTROL_FIRST, CONTROL_HELD, FAMILY_COLOURS, KEYFRAME, LEAST_LOSS
+from .equal_cost import HOLD_BY_THE_CLOCK, Point, Requirement
 
+ROUND_TICKS = [digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)]
 CONTROL_STYLES = ((0, ()), (0, (3, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)), (0, (6, 3)), (0, (1, 3)), (0, (8, 1)))
 
 
@@ -44,7 +47,7 @@ def title_of(report: dict) -> str:
 
 
 def draw_over_cost(panel, report: dict, value: Callable[[dict], float]):
-    """Methods as points in colours of their families, controls as grey lines, dense as a level where it is on it."""
+    """Methods as points in colours of their families, baselines as grey lines, dense as a level where it is on it."""
     families: dict[str, list[dict]] = {}
     for entry in report["methods"]:
         families.setdefault(entry["family"], []).append(entry)
@@ -55,10 +58,10 @@ def draw_over_cost(panel, report: dict, value: Callable[[dict], float]):
         if entries[0]["kind"] == "dense":
             panel.axhline(points[0][1], color="#111827", linewidth=1, linestyle=(0, (4, 3)), label="dense")
         elif entries[0]["kind"] == "first":
-            panel.axhline(points[0][1], color=CONTROL_FIRST, linewidth=1.1, label="control: first frame repeated")
+            panel.axhline(points[0][1], color=CONTROL_FIRST, linewidth=1.1, label="baseline: first frame repeated")
         elif entries[0]["control"]:
             how = {"color": CONTROL_HELD, "linewidth": 1.2, "marker": ".", "markersize": 4, "linestyle": next(styles)}
-            panel.plot(*xy, label=f"control: {family}", **how)
+            panel.plot(*xy, label=f"baseline: {family}", **how)
         else:
             panel.plot(*xy, color=next(colours), linewidth=1.2, marker="o", markersize=6, label=family, zorder=3)
             ordered = sorted(entries, key=lambda one: one["figures"]["cost"])
@@ -85,3 +88,64 @@ def finish(figure: Figure, panel):
     """The legend below."""
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+
+
+def plot_tuning(
+    points: Sequence[Point], requirement: Requirement, chosen: Point | None, first_frame: Point, title: str
+) -> Figure:
+    """
+    Cost against what is lost, `1 - cosine`, both on a logarithmic scale: the lower left is where one wants to be.
+
+    Args:
+        points: everything that was measured; baselines are lines, the others points in a colour for each family.
+        requirement: drawn as a line; its statistic is what is drawn of each point.
+        chosen: is ringed; None if nothing meets the requirement.
+        first_frame: the baseline that costs nothing, drawn as a level.
+        title: in one line.
+
+    Returns:
+        A figure of its own, outside pyplot, so that nothing has to be closed.
+    """
+    statistic = requirement.statistic
+
+    def loss(point: Point) -> float:
+        return max(LEAST_LOSS, 1 - point.fidelity(statistic))
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    panel = figure.subplots()
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.axhline(loss(first_frame), color=CONTROL_FIRST, linewidth=1.1, label=f"baseline: {first_frame.family}")
+    colours = iter(FAMILY_COLOURS * len(points))
+    for family in dict.fromkeys(point.family for point in points):
+        of_family = sorted((point for point in points if point.family == family), key=Point.cost)
+        xy = [point.cost() for point in of_family], [loss(point) for point in of_family]
+        if family == HOLD_BY_THE_CLOCK:
+            panel.plot(*xy, color=CONTROL_HELD, linewidth=1.4, label=f"baseline: {family}")
+        elif of_family[0].control:
+            style = {"color": CONTROL_HELD, "linestyle": (0, (3, 2)), "marker": "s", "markersize": 4}
+            panel.plot(*xy, linewidth=1.1, label=f"baseline: {family}", **style)
+        else:
+            panel.plot(*xy, color=next(colours), linewidth=1, marker="o", markersize=6, label=family, zorder=3)
+    required = {"color": KEYFRAME, "linewidth": 1.2, "linestyle": (0, (6, 3)), "label": f"required: {requirement}"}
+    if requirement.min_cosine is None:
+        panel.axvline(requirement.max_cost, **required)
+    else:
+        panel.axhline(1 - requirement.min_cosine, **required)
+    if chosen is not None:
+        ring = {"markersize": 13, "markeredgewidth": 2, "markerfacecolor": "none", "markeredgecolor": "#111827"}
+        panel.plot([chosen.cost()], [loss(chosen)], "o", label="chosen", zorder=4, linestyle="none", **ring)
+    panel.set_xlabel("cost (share of dense)")
+    panel.set_ylabel(f"what is lost: 1 - cosine to dense, {statistic}")
+    panel.set_xlim(right=1.05)
+    for axis in (panel.xaxis, panel.yaxis):
+        low, high = axis.get_view_interval()
+        axis.set_ticks([tick for tick in ROUND_TICKS if low <= tick <= high])
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    panel.grid(color="#e5e7eb", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=10)
+    return figure

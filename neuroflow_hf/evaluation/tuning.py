@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..video.plots import plot_tuning, save_plot
+from ..video.plots import save_plot
 from ..video.preprocess import Preprocessor
 from ..video.reader import VideoError, VideoReader
 from ..video.run import prepare_folder, publish, require_one_patch, settings, stop_on_interrupt, timed
@@ -32,8 +32,7 @@ from ..vision.gate import unavoidable_cost
 from ..vision.gate_config import PRESETS, NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from ..vision.stream import NeuroFlowStream
-from .methods import dense_cost, looking_cost
-from .tuning_points import (
+from .equal_cost import (
     STATISTICS,
     Point,
     Requirement,
@@ -45,6 +44,8 @@ from .tuning_points import (
     nearest,
     whole_periods,
 )
+from .methods import dense_cost, looking_cost
+from .plots import plot_tuning
 
 # The configuration goes last: where it is, the others are of the same tuning.
 TUNE_FILES = ("curve.png", "tune.json", "config.json")

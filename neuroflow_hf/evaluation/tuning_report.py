@@ -4,8 +4,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from .equal_cost import Point, best_baseline, choose, leave_one_out
 from .tuning import TuneResult
-from .tuning_points import Point, best_control, choose, leave_one_out
 
 
 def setting_words(options: dict) -> str:
@@ -30,7 +30,7 @@ def compared_points(result: TuneResult) -> list[tuple[str, Point]]:
     requirement, points, found = result.requirement, result.points, result.nearest
     candidates = [
         ("nearest" if result.chosen is None else "chosen", found),
-        ("best control at no more cost", best_control(points, requirement, found.cost())),
+        ("best control at no more cost", best_baseline(points, requirement, found.cost())),
         ("best control that will do", choose([point for point in points if point.control], requirement)),
         ("best of the others", choose([point for point in points if not point.control], requirement)),
     ]

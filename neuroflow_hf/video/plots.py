@@ -1,13 +1,11 @@
-"""Pictures: a run over time, what each frame cost and kept; a tuning, what each setting costs and loses."""
+"""Pictures of a run over time: what each frame cost and kept."""
 
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ..evaluation.tuning_points import HOLD_BY_THE_CLOCK, Point, Requirement
 from .label_records import shortened
 
 OURS, CONTROL_FIRST, CONTROL_HELD, KEYFRAME = "#d97706", "#9ca3af", "#475569", "#b91c1c"
@@ -17,7 +15,6 @@ LABEL_COLOURS = (*FAMILY_COLOURS, "#111827", "#22d3ee", "#78350f", "#f472b6")
 LEGEND_LABEL, LEGEND_WIDTH, LEGEND_ROW = 50, 120, 0.22
 # What is lost is drawn on a logarithmic scale; less than this is no more than rounding.
 LEAST_LOSS = 1e-6
-ROUND_TICKS = [digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)]
 
 
 def plot_run(
@@ -127,67 +124,6 @@ def legend_columns(names: Iterable[str]) -> int:
     """How many columns of the longest of `names`, 4 at most, fit a legend's row."""
     longest = max((len(legend_text(name)) for name in names), default=0)
     return min(4, LEGEND_WIDTH // (longest + 8))
-
-
-def plot_tuning(
-    points: Sequence[Point], requirement: Requirement, chosen: Point | None, first_frame: Point, title: str
-) -> Figure:
-    """
-    Cost against what is lost, `1 - cosine`, both on a logarithmic scale: the lower left is where one wants to be.
-
-    Args:
-        points: everything that was measured; controls are lines, the others points in a colour for each family.
-        requirement: drawn as a line; its statistic is what is drawn of each point.
-        chosen: is ringed; None if nothing meets the requirement.
-        first_frame: the control that costs nothing, drawn as a level.
-        title: in one line.
-
-    Returns:
-        A figure of its own, outside pyplot, so that nothing has to be closed.
-    """
-    statistic = requirement.statistic
-
-    def loss(point: Point) -> float:
-        return max(LEAST_LOSS, 1 - point.fidelity(statistic))
-
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    panel = figure.subplots()
-    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.axhline(loss(first_frame), color=CONTROL_FIRST, linewidth=1.1, label=f"control: {first_frame.family}")
-    colours = iter(FAMILY_COLOURS * len(points))
-    for family in dict.fromkeys(point.family for point in points):
-        of_family = sorted((point for point in points if point.family == family), key=Point.cost)
-        xy = [point.cost() for point in of_family], [loss(point) for point in of_family]
-        if family == HOLD_BY_THE_CLOCK:
-            panel.plot(*xy, color=CONTROL_HELD, linewidth=1.4, label=f"control: {family}")
-        elif of_family[0].control:
-            style = {"color": CONTROL_HELD, "linestyle": (0, (3, 2)), "marker": "s", "markersize": 4}
-            panel.plot(*xy, linewidth=1.1, label=f"control: {family}", **style)
-        else:
-            panel.plot(*xy, color=next(colours), linewidth=1, marker="o", markersize=6, label=family, zorder=3)
-    required = {"color": KEYFRAME, "linewidth": 1.2, "linestyle": (0, (6, 3)), "label": f"required: {requirement}"}
-    if requirement.min_cosine is None:
-        panel.axvline(requirement.max_cost, **required)
-    else:
-        panel.axhline(1 - requirement.min_cosine, **required)
-    if chosen is not None:
-        ring = {"markersize": 13, "markeredgewidth": 2, "markerfacecolor": "none", "markeredgecolor": "#111827"}
-        panel.plot([chosen.cost()], [loss(chosen)], "o", label="chosen", zorder=4, linestyle="none", **ring)
-    panel.set_xlabel("cost (share of dense)")
-    panel.set_ylabel(f"what is lost: 1 - cosine to dense, {statistic}")
-    panel.set_xlim(right=1.05)
-    for axis in (panel.xaxis, panel.yaxis):
-        low, high = axis.get_view_interval()
-        axis.set_ticks([tick for tick in ROUND_TICKS if low <= tick <= high])
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
-    panel.grid(color="#e5e7eb", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=10)
-    return figure
 
 
 def save_plot(figure: Figure, path: Path):

@@ -6,8 +6,8 @@ import pytest
 from neuroflow_hf.evaluation.datasets import chosen_labels, class_words, find_videos
 from neuroflow_hf.evaluation.equal_cost import (
     Outcome,
+    affordable,
     compare,
-    control_at,
     enough_to_draw,
     frame_draws,
     outcome_figures,
@@ -44,14 +44,19 @@ def test_figures_of_a_method():
     assert "top5" not in outcome_figures(ours, dense, labels=5)["accuracy"]
 
 
+def cost_of(one):
+    return one.mean_cost
+
+
 def test_between_two_settings_is_their_mixture():
     assert shares_at([0.4, 0.0, 0.2], 0.1) == [(0.5, 1), (0.5, 2)]
     settings = [outcome(cost=cost, cosine=cosine, name=f"{cost}") for cost, cosine in ((0.1, 0.8), (0.3, 0.9))]
-    mixture = control_at("every k", settings, 0.15)
-    assert mixture.cost == pytest.approx(0.15) and mixture.family == "every k"
-    assert mixture.words == "75% 0.1, 25% 0.3"
-    assert control_at("every k", settings, 0.05) is None  # nothing so cheap
-    assert control_at("every k", settings, 0.5).words == "0.3"  # a control that costs less
+    ours, families = outcome(cost=0.15), {"every k": settings}
+    mixture = affordable(families, 0.15, cost_of)[0]
+    assert mixture.mean(cost_of) == pytest.approx(0.15) and mixture.family == "every k"
+    assert compare(ours, families, questions([20, 20], None, None)[0], samples=10)["best"] == "75% 0.1, 25% 0.3"
+    assert affordable(families, 0.05, cost_of) == []  # nothing so cheap
+    assert affordable(families, 0.5, cost_of)[0].parts == [(1.0, settings[1])]  # a baseline that costs less
 
 
 def test_the_best_control_is_named_for_each_figure():

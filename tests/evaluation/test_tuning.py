@@ -10,18 +10,10 @@ from transformers import SiglipVisionModel
 
 import neuroflow_hf.evaluation.tuning
 from neuroflow_hf import NeuroFlowGateConfig, NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
-from neuroflow_hf.evaluation.tuning import (
-    FAMILIES,
-    TRIGGERED_HOLDS,
-    between,
-    checkpoint_config,
-    plan_stretches,
-    tune_video,
-)
-from neuroflow_hf.evaluation.tuning_points import (
+from neuroflow_hf.evaluation.equal_cost import (
     Point,
     Requirement,
-    best_control,
+    best_baseline,
     choose,
     first_frame_repeated,
     fitting_interval,
@@ -32,6 +24,14 @@ from neuroflow_hf.evaluation.tuning_points import (
     nearest,
     similarities,
     whole_periods,
+)
+from neuroflow_hf.evaluation.tuning import (
+    FAMILIES,
+    TRIGGERED_HOLDS,
+    between,
+    checkpoint_config,
+    plan_stretches,
+    tune_video,
 )
 from neuroflow_hf.evaluation.tuning_report import setting_words, tuning_rows, tuning_sentences
 from neuroflow_hf.loading import load_gate
@@ -164,8 +164,8 @@ def test_controls_compete_and_dense_does_not_count_as_saving():
     assert choose([ours, dense], Requirement(min_cosine=0.99)) is ours
     assert choose([ours, dense], Requirement(min_cosine=0.999)) is None
     assert nearest([ours, dense], Requirement(min_cosine=0.999)) is ours
-    assert best_control([ours, control, dense], Requirement(min_cosine=0.99), cost=0.2) is control
-    assert best_control([ours, control, dense], Requirement(min_cosine=0.99), cost=0.05) is None
+    assert best_baseline([ours, control, dense], Requirement(min_cosine=0.99), cost=0.2) is control
+    assert best_baseline([ours, control, dense], Requirement(min_cosine=0.99), cost=0.05) is None
 
 
 def test_the_statistic_decides():
