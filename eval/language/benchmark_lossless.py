@@ -4,7 +4,7 @@ How many tokens per second lossless generation gives, by drafter, against the sa
     python -m eval.language.benchmark_lossless --model models/neuroflow-phi3-nano           # some minutes on two cores
     python -m eval.language.benchmark_lossless --model CHECKPOINT --output other.json
 
-Prompts: `eval/prompts/phi3_nano.jsonl`, held out, a line each: `{"task": ..., "prompt": ..., "source": ...}`. Greedy
+Prompts: `eval/prompts/phi3_nano.jsonl`, held out, a line each: `{"task": ..., "prompt": ...}`. Greedy
 text until the end token or `--new-tokens`, prompt included in the time. All variants take turns on every prompt, in
 another order each time, so that a machine that slows down meets all alike; a prompt's time is the median of its turns.
 What is compared is paired: the variants' speeds on the same prompt, over those of the loop without drafts. The
@@ -22,7 +22,6 @@ import json
 import math
 import random
 import statistics
-import subprocess
 import time
 from itertools import zip_longest
 from pathlib import Path
@@ -37,7 +36,10 @@ from transformers import AutoTokenizer
 
 from eval.report import RESULTS, provenance, write_json
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
+from neuroflow_hf.drift.prompts import Prompt, read_prompts
 from neuroflow_hf.evaluation.statistics import middle, resamples
+from neuroflow_hf.utils.code_keys import model_version
+from neuroflow_hf.utils.provenance import checkout_commit
 
 ROOT = Path(__file__).parents[2]
 DRAFTERS = {"dense": "none", "lookup": "lookup", "bypass": "bypass", "both": "both"}
@@ -48,23 +50,14 @@ RESAMPLES = 2000
 WHOLE = "all"  # tasks
 
 
-def read_prompts(path: Path, limit: int | None) -> list[dict]:
-    """
-    Prompts by task in turn, `limit` of each at most, each with a number.
-
-    Raises:
-        ValueError: for a line without task or prompt; the message names it.
-    """
-    by_task: dict[str, list[dict]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
-        if not {"task", "prompt"} <= row.keys():
-            raise ValueError(f'{path}, line {number}: expected {{"task": ..., "prompt": ...}}, has {sorted(row)}.')
-        rows = by_task.setdefault(row["task"], [])
+def prompts_in_turn(path: Path, limit: int | None) -> list[tuple[int, Prompt]]:
+    """Prompts with their numbers in the file, from 1, by task in turn: `limit` of each task at most."""
+    by_task: dict[str, list[tuple[int, Prompt]]] = {}
+    for number, prompt in enumerate(read_prompts(path), start=1):
+        rows = by_task.setdefault(prompt.task, [])
         if limit is None or len(rows) < limit:
-            rows.append({"number": number, **row})
-    turns = zip_longest(*by_task.values())
-    return [row for turn in turns for row in turn if row is not None]
+            rows.append((number, prompt))
+    return [row for turn in zip_longest(*by_task.values()) for row in turn if row]
 
 
 def generate(model, ids: torch.Tensor, variant: str, options: dict, new_tokens: int) -> dict:
@@ -158,18 +151,8 @@ def summaries(report: dict, clock: str = "seconds") -> dict:
     return {task: summarise(chosen, clock) for task, chosen in {**tasks, WHOLE: cases}.items() if chosen}
 
 
-def commit() -> str | None:
-    """The commit of this checkout, with a + where files differ from it; None outside of one."""
-    try:
-        name = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
-        changed = subprocess.check_output(["git", "status", "--porcelain", "-uno"], cwd=ROOT, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return name.strip() + ("+" if changed else "")
-
-
-def fingerprint(*files: Path) -> str:
-    """What tells the contents of these files from others."""
+def digest_of(*files: Path) -> str:
+    """16 hex digits that change with the contents of these files."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -216,12 +199,12 @@ def main(
     lossless = json.loads(options or "{}") | ({"bypass": json.loads(bypass)} if bypass else {})
     settings = {
         "model": model.name,
-        "weights": fingerprint(*sorted(model.glob("*.safetensors"))),
-        "prompts": fingerprint(prompts),
+        "weights": digest_of(*sorted(model.glob("*.safetensors"))),
+        "prompts": digest_of(prompts),
         **{"new_tokens": new_tokens, "least_tokens": least_tokens, "turns": turns, "seed": seed, "dtype": "float32"},
         "options": lossless,
         **{name: provenance()[name] for name in ("machine", "versions")},
-        "code": fingerprint(*sorted((ROOT / "neuroflow_hf").glob("*.py"))),
+        "code": model_version(),
     }
     report = {"settings": settings, "cases": []}
     before = json.loads(output.read_text(encoding="utf-8")) if output.exists() and not fresh else {}
@@ -231,24 +214,23 @@ def main(
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     language_model = NeuroFlowPhi3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    rows = read_prompts(prompts, limit)
-    encoded = {row["number"]: tokenizer(row["prompt"], return_tensors="pt").input_ids for row in rows}
+    rows = prompts_in_turn(prompts, limit)
+    encoded = {number: tokenizer(prompt.text, return_tensors="pt").input_ids for number, prompt in rows}
     for variant in VARIANTS:  # what is slow only the first time
-        generate(language_model, encoded[rows[0]["number"]], variant, lossless, 8)
-    for row in rows:
-        if row["number"] in done:
+        generate(language_model, encoded[rows[0][0]], variant, lossless, 8)
+    for number, prompt in rows:
+        if number in done:
             continue
         if time.monotonic() > until:
             console.print("The time is up. Run the same command again to continue.")
             break
-        order = random.Random(f"{seed} {row['number']}")
-        case = measure(language_model, encoded[row["number"]], order, settings)
-        report["cases"].append({"number": row["number"], "task": row["task"], "source": row.get("source"), **case})
-        write_json(output, {**provenance(), "commit": commit(), **report, "summary": summaries(report)})
+        case = measure(language_model, encoded[number], random.Random(f"{seed} {number}"), settings)
+        report["cases"].append({"number": number, "task": prompt.task, **case})
+        write_json(output, {**provenance(), "commit": checkout_commit(), **report, "summary": summaries(report)})
     if not summaries(report):
         console.print("Nothing was measured.")
         raise typer.Exit(1)
-    write_json(output, {**provenance(), "commit": commit(), **report, "summary": summaries(report)})
+    write_json(output, {**provenance(), "commit": checkout_commit(), **report, "summary": summaries(report)})
     found = summaries(report, "processor_seconds" if processor else "seconds")
     Console(width=max(console.width, 120)).print(table(found))
     if any(row["divergences"]["others"] for row in found[WHOLE].values()):

@@ -22,7 +22,6 @@ Runs in float32. Writes `eval/results/phi3_nano.json` and, out of it and `recipe
 
 import json
 import math
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +38,7 @@ from eval.language.ngrams import NGrams
 from eval.report import RESULTS, provenance, write_json, write_whole
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
 from neuroflow_hf.evaluation.statistics import middle, resamples, wilson
+from neuroflow_hf.utils.provenance import checkout_commit
 from recipes.phi3_nano.card import make_card
 from recipes.phi3_nano.corpus import load_corpus, read_texts
 from recipes.phi3_nano.judge import judge, share_of_words, words_of
@@ -215,17 +215,6 @@ def drafts(checkpoint: Path, tokenizer, prompts: dict[str, list[str]], count: in
     return found
 
 
-def commit() -> str:
-    """The checkout's commit, with a word if something in it was changed."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
-
-
 def write_card(checkpoint: Path, report: dict):
     """Write the model card."""
     recipe = json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
@@ -260,7 +249,7 @@ def main(
     models = {"model": losses_of(model), **{name: ngram_losses(found) for name, found in ngrams.items()}}
     report = {
         **provenance(),
-        "commit": commit(),
+        "commit": checkout_commit(),
         "seed": SEED,
         "dtype": "float32",
         "perplexity": {

@@ -4,8 +4,8 @@ from itertools import groupby
 
 from huggingface_hub import EvalResult
 
-from eval.report import fill_block
 from neuroflow_hf.evaluation.card import card_with_results
+from neuroflow_hf.utils.provenance import fill_block
 from recipes.phi3_nano.sources import DOMAINS, HERE, packages
 
 TRAINED_FROM = {

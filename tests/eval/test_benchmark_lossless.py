@@ -7,7 +7,7 @@ import typer
 
 from eval.docs.fill_readme import lossless_table
 from eval.language import benchmark_lossless
-from eval.language.benchmark_lossless import VARIANTS, divergence, interval, main, read_prompts
+from eval.language.benchmark_lossless import VARIANTS, divergence, interval, main, prompts_in_turn
 from tests.phi3_models import adopt, make_stock, make_tokenizer, random_ids
 
 TASKS = ("code", "structured", "prose")
@@ -110,4 +110,4 @@ def test_bad_prompts_are_named(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"task": "code", "prompt": "x"}) + "\n" + json.dumps({"text": "y"}) + "\n")
     with pytest.raises(ValueError, match="line 2"):
-        read_prompts(file, None)
+        prompts_in_turn(file, None)
