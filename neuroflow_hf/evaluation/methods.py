@@ -1,34 +1,33 @@
 """
-Ways to get an embedding for every frame of B videos, behind one interface: streams, and the controls beside them.
+Ways to get an embedding for every frame of B videos, behind one interface: streams and baselines.
 
     (method,) = make_methods(model, [MethodSpec("every 8", "every k", "every", {"k": 8}, control=True)])
     method.start(2)
     for pixel_values in frames:  # [2, 3, H, W] each
         step = method.step(pixel_values)
 
-Cost is that of `neuroflow_cost`, of a dense frame at the resolution of the frames that are given.
+A cost is a share of a dense frame's multiply-adds at the resolution of the frames that are given.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from neuroflow_hf.evaluation import token_merging
-from neuroflow_hf.vision import cost as cost
-
+from ..vision import cost
 from ..vision.attention import can_fold_probe
 from ..vision.gate import savings_after
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.patches import project_patches
 from ..vision.selection import surprise
+from . import token_merging
 
 GOLDEN = (math.sqrt(5) - 1) / 2
+HELD = ("every", "surprise", "pixels", "first")  # kinds that hold dense embeddings
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,21 +48,22 @@ class Step:
     active: Tensor | None = None
 
 
-class Method(Protocol):
+class Method:
     """
     A way to get an embedding for every frame.
 
     Attributes:
-        name: what it is called.
+        name: of the method and its setting.
         follows: whether a frame's embedding depends on the frames before, so that it has to see them all.
+        nbytes: bytes that it remembers of the videos.
     """
 
     name: str
-    follows: bool
+    follows = False
+    nbytes = 0
 
-    def start(self, count: int) -> None:
-        """Begin anew with so many videos, B."""
-        ...
+    def start(self, count: int):
+        """Begin anew with `count` videos, B."""
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
         """
@@ -71,15 +71,10 @@ class Method(Protocol):
 
         Args:
             pixel_values: [B, 3, H, W], as the checkpoint's preprocessing makes them, in the model's type.
-            wanted: bool [B], whose embedding is asked for. A method that does not follow may leave out the others,
-                whose rows are NaN then; those that follow ignore it. None for all.
+            wanted: bool [B], whose embeddings are needed; None for all. A method that does not follow may leave out
+                the others, whose rows are NaN then.
         """
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are remembered of the videos."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class MethodSpec:
         options: of `stream`, the gate's; of `every`, `k`; of `surprise` and `pixels`, `level`, of `surprise` also
             `budget`, None for none; of `smaller`, `resolution`; of `merged`, `r` and `schedule`, `constant` or
             `decreasing`.
-        control: whether it is one of the trivial or earlier ways that a method has to beat.
+        control: whether it is a baseline.
     """
 
     name: str
@@ -104,13 +99,13 @@ class MethodSpec:
     control: bool = False
 
     def to_dict(self) -> dict:
-        """For JSON."""
+        """The fields as plain values."""
         return asdict(self)
 
     @property
     def shares_dense(self) -> bool:
-        """Whether it returns dense frames, which one pass over the videos need compute only once for all of these."""
-        return self.kind in ("dense", "every", "surprise", "pixels", "first")
+        """Whether it returns dense frames, which one pass over the videos computes once for all such methods."""
+        return self.kind == "dense" or self.kind in HELD
 
 
 def tower_of(model: nn.Module) -> nn.Module:
@@ -179,7 +174,7 @@ class DenseFrames:
 
 
 def wanted_rows(wanted: Tensor | None, count: int) -> list[int]:
-    """The places that are true in bool [B]; all B of None."""
+    """The places that are true in bool [B]; all of them for None."""
     return list(range(count)) if wanted is None else wanted.nonzero()[:, 0].tolist()
 
 
@@ -190,20 +185,14 @@ def placed(embeddings: Tensor, rows: Sequence[int], count: int) -> Tensor:
     return everything
 
 
-class Dense:
+class Dense(Method):
     """Every frame in full: what all methods are compared with."""
-
-    follows = False
-    nbytes = 0
 
     def __init__(self, model: nn.Module, name: str = "dense", frames: DenseFrames | None = None):
         self.name, self.frames = name, frames or DenseFrames(model)
 
-    def start(self, count: int):
-        """Nothing is remembered."""
-
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        """As in [`Method`]."""
+        """Encode the wanted frames."""
         count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
         patches = math.prod(grid_of(self.frames.tower, pixel_values))
         return Step(
@@ -214,7 +203,7 @@ class Dense:
         )
 
 
-class Streamed:
+class Streamed(Method):
     """A NeuroFlow stream; `options` are the gate's, laid over the defaults of the package, not of the checkpoint."""
 
     follows = True
@@ -225,11 +214,11 @@ class Streamed:
         self.stream = None
 
     def start(self, count: int):
-        """As in [`Method`]."""
+        """Open a stream."""
         self.stream = self.tower.new_stream(batch_size=count, **self.gate.to_dict())
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        """As in [`Method`]."""
+        """Encode the next frame of the stream."""
         interpolate = not is_native(self.tower, pixel_values)
         output = self.tower(pixel_values, stream=self.stream, interpolate_pos_encoding=interpolate)
         return Step(
@@ -241,11 +230,11 @@ class Streamed:
 
     @property
     def nbytes(self) -> int:
-        """As in [`Method`]."""
+        """Bytes of the stream."""
         return self.stream.nbytes if self.stream is not None else 0
 
 
-class Held:
+class Held(Method):
     """
     Dense embeddings of some frames, the keyframes, held in between. The first frame of each video is one; which others
     are is up to the trigger and, where there is one, to the gate's `cost_budget`.
@@ -268,13 +257,13 @@ class Held:
         self.held: Tensor | None = None
 
     def start(self, count: int):
-        """As in [`Method`]."""
+        """Forget all embeddings, and save up the initial credit."""
         self.count, self.number, self.held = count, 0, None
         self.savings = [self.gate.cost_reserve] * count
         self.trigger.start(count)
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        """As in [`Method`]."""
+        """Encode keyframes, and repeat the last embeddings of the others."""
         tower, count = self.frames.tower, self.count
         patches = math.prod(grid_of(tower, pixel_values))
         keyframes = self.trigger.fires(tower, pixel_values, self.number)
@@ -302,42 +291,40 @@ class Held:
 
     @property
     def nbytes(self) -> int:
-        """As in [`Method`]."""
+        """Bytes of the held embeddings and of the trigger."""
         return (self.held.nbytes if self.held is not None else 0) + self.trigger.nbytes
 
 
-class Trigger(Protocol):
-    """What decides which frames are keyframes."""
-
-    def start(self, count: int) -> None:
-        """Begin anew with so many videos."""
-        ...
-
-    def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
-        """Whether frames [B, 3, H, W], of this number from 0, are keyframes: bool [B]."""
-        ...
-
-    def taken(self, rows: Sequence[int]) -> None:
-        """These videos' frames became keyframes."""
-        ...
-
-    def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
-        """Multiply-adds of a keyframe and of another frame, where a dense one has so many."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are remembered."""
-        ...
-
-
-class EveryFrames:
+class Trigger:
     """
-    A keyframe every k frames; None for never again after the first. Videos take turns: their keyframes do not all fall
-    on the same frames, so that no pattern of the frames that are looked at favours them.
+    Decides which frames are keyframes.
+
+    Attributes:
+        nbytes: bytes that it remembers.
     """
 
     nbytes = 0
+
+    def start(self, count: int):
+        """Begin anew with `count` videos."""
+
+    def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
+        """Whether frames [B, 3, H, W], the `number`-th from 0, are keyframes: bool [B]."""
+        raise NotImplementedError
+
+    def taken(self, rows: Sequence[int]):
+        """Note that the frames of these videos became keyframes."""
+
+    def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
+        """Multiply-adds of a keyframe and of any other frame, where a dense frame has `whole`."""
+        raise NotImplementedError
+
+
+class EveryFrames(Trigger):
+    """
+    A keyframe every k frames; None for only the first. The keyframes of several videos fall on different frames, so
+    that sampling frames at regular intervals favours none.
+    """
 
     def __init__(self, k: int | None):
         if k is not None and k < 1:
@@ -345,28 +332,22 @@ class EveryFrames:
         self.k, self.phases = k, torch.zeros(0)
 
     def start(self, count: int):
-        """As in [`Trigger`]."""
+        """Choose each video's phase."""
         self.phases = torch.tensor([int((video * GOLDEN % 1) * (self.k or 1)) for video in range(count)])
 
     def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
-        """As in [`Trigger`]."""
+        """By the frame's number alone."""
         if self.k is None:
             return torch.zeros(len(self.phases), dtype=torch.bool)
         return (self.phases + number) % self.k == 0
 
-    def taken(self, rows: Sequence[int]):
-        """Nothing is remembered."""
-
     def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
-        """As in [`Trigger`]."""
+        """Deciding costs nothing."""
         return whole, 0.0
 
 
-class Difference(ABC):
-    """
-    A keyframe when the frame differs from the last one by more than `level`. What of it is compared, and how, is in
-    `PatchSurprise` and `PixelDifference`.
-    """
+class Difference(Trigger):
+    """A keyframe when the frame differs from the last keyframe by more than `level`."""
 
     def __init__(self, level: float):
         if not level >= 0:
@@ -376,11 +357,11 @@ class Difference(ABC):
         self.now: Tensor | None = None
 
     def start(self, count: int):
-        """As in [`Trigger`]."""
+        """Forget the last keyframes."""
         self.reference = None
 
     def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
-        """As in [`Trigger`]."""
+        """Compare what is seen of the frames with the last keyframes."""
         self.now = self.seen(tower, pixel_values)
         if self.reference is None:
             self.reference = self.now.clone()
@@ -388,26 +369,26 @@ class Difference(ABC):
         return (self.distance(self.now, self.reference) > self.level).cpu()
 
     def taken(self, rows: Sequence[int]):
-        """As in [`Trigger`]."""
+        """Compare with these frames from now on."""
         self.reference[rows] = self.now[rows]
         self.now = None
 
     @property
     def nbytes(self) -> int:
-        """As in [`Trigger`]."""
+        """Bytes of the last keyframes."""
         return self.reference.nbytes if self.reference is not None else 0
 
-    @abstractmethod
     def seen(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
         """What is compared of frames [B, 3, H, W]: [B, ...]."""
+        raise NotImplementedError
 
-    @abstractmethod
     def distance(self, now: Tensor, reference: Tensor) -> Tensor:
-        """How much what is seen differs from the reference, [B, ...] both: [B]."""
+        """The difference between what is seen and the reference, both [B, ...]: [B]."""
+        raise NotImplementedError
 
 
 class PatchSurprise(Difference):
-    """By the mean surprise of the patches: mode `hold` with `keyframe_surprise`."""
+    """By the mean surprise of the patches, as mode `hold` with `keyframe_surprise`."""
 
     def seen(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
         """Patch projections [B, N, D]."""
@@ -418,7 +399,7 @@ class PatchSurprise(Difference):
         return surprise(now, reference).mean(-1)
 
     def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
-        """As in [`Trigger`]; the dense frame has its own projection, and a head that a stream folds."""
+        """Looking projects the patches; a keyframe reuses that projection, and folds the head's probe."""
         patches, sizes = math.prod(grid_of(tower, pixel_values)), sizes_of(tower)
         looking = looking_cost(tower, patches)
         projection = cost.patch_projection(patches, sizes["dim"], sizes["patch_features"])
@@ -441,19 +422,16 @@ class PixelDifference(Difference):
         return (now.float() - reference.float()).abs().flatten(1).mean(-1)
 
     def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
-        """As in [`Trigger`]; a subtraction for each pixel and channel."""
+        """Looking is a subtraction for each pixel and channel."""
         looking = pixel_values[0].numel()
         return whole + looking, looking
 
 
-class Smaller:
+class Smaller(Method):
     """
-    Every frame dense at fewer pixels, positions interpolated as in transformers. Resizing is not counted: whoever
-    wants fewer pixels asks the preprocessing for them.
+    Every frame dense at fewer pixels, with interpolated positions. Resizing is not counted, because preprocessing can
+    resize to fewer pixels at no more cost.
     """
-
-    follows = False
-    nbytes = 0
 
     def __init__(self, model: nn.Module, resolution: int, name: str = "smaller"):
         self.name, self.tower, self.resolution = name, tower_of(model), resolution
@@ -461,11 +439,8 @@ class Smaller:
         if resolution < patch or resolution % patch:
             raise ValueError(f"`resolution` is {resolution}; expected a multiple of the patch size, {patch}.")
 
-    def start(self, count: int):
-        """Nothing is remembered."""
-
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        """As in [`Method`]."""
+        """Resize and encode the wanted frames."""
         count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
         side = (self.resolution, self.resolution)
         pixels = functional.interpolate(
@@ -477,11 +452,8 @@ class Smaller:
         return Step(placed(embeddings, rows, count), torch.full((count,), share))
 
 
-class Merged:
+class Merged(Method):
     """Every frame through [`token_merging`], with r pairs of tokens merged in a layer."""
-
-    follows = False
-    nbytes = 0
 
     def __init__(self, model: nn.Module, r: int, schedule: str = "constant", name: str = "merged"):
         self.name, self.tower = name, tower_of(model)
@@ -493,11 +465,8 @@ class Merged:
             raise ValueError(f"`schedule` is {schedule!r}; expected one of {', '.join(schedules)}.")
         self.schedule = schedules[schedule](r, len(self.tower.encoder.layers))
 
-    def start(self, count: int):
-        """Nothing is remembered."""
-
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        """As in [`Method`]."""
+        """Encode the wanted frames with merged tokens."""
         count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
         interpolate = not is_native(self.tower, pixel_values)
         embeddings, _, _ = token_merging.encode(self.tower, pixel_values[rows], self.schedule, interpolate)
@@ -507,16 +476,9 @@ class Merged:
         return Step(placed(embeddings.float(), rows, count), torch.full((count,), share))
 
 
-class PixelGate(Held):
-    """Hold, and a dense frame when the pixels differ by more than `level` from those of the last one."""
-
-    def __init__(self, model: nn.Module, level: float, name: str = "pixels", frames: DenseFrames | None = None):
-        super().__init__(model, PixelDifference(level), name, frames)
-
-
 def make_methods(model: nn.Module, specs: Sequence[MethodSpec]) -> list[Method]:
     """
-    The methods that are described; those that return dense frames share them.
+    The methods of these descriptions; those that return dense frames share them.
 
     Raises:
         ValueError: for a kind that there is not, and options out of range.
@@ -528,7 +490,7 @@ def make_methods(model: nn.Module, specs: Sequence[MethodSpec]) -> list[Method]:
         "first": lambda name: Held(model, EveryFrames(None), name, frames),
         "every": lambda name, k: Held(model, EveryFrames(k), name, frames),
         "surprise": lambda name, level, budget=None: Held(model, PatchSurprise(level), name, frames, budget),
-        "pixels": lambda name, level: PixelGate(model, level, name, frames),
+        "pixels": lambda name, level: Held(model, PixelDifference(level), name, frames),
         "smaller": lambda name, resolution: Smaller(model, resolution, name),
         "merged": lambda name, r, schedule="constant": Merged(model, r, schedule, name),
     }
@@ -536,18 +498,3 @@ def make_methods(model: nn.Module, specs: Sequence[MethodSpec]) -> list[Method]:
     if unknown:
         raise ValueError(f"There is no kind of method {unknown[0]!r}; expected one of {', '.join(makers)}.")
     return [makers[spec.kind](spec.name, **spec.options) for spec in specs]
-
-
-__all__ = [
-    "Dense",
-    "DenseFrames",
-    "Held",
-    "Merged",
-    "Method",
-    "MethodSpec",
-    "PixelGate",
-    "Smaller",
-    "Step",
-    "Streamed",
-    "make_methods",
-]

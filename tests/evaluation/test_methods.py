@@ -11,7 +11,7 @@ from neuroflow_hf.evaluation.methods import (
     Merged,
     MethodSpec,
     PatchSurprise,
-    PixelGate,
+    PixelDifference,
     Smaller,
     Streamed,
     dense_cost,
@@ -111,7 +111,7 @@ def test_never_repeats_the_first_frame_at_no_cost(vision):
 def test_the_pixel_gate_compares_with_the_last_frame_that_was_computed(vision):
     first = random_video(1)[0]
     frames = [first + 0.04 * number for number in range(8)]
-    embeddings, costs = run(PixelGate(vision, 0.1), frames)
+    embeddings, costs = run(Held(vision, PixelDifference(0.1)), frames)
     assert (costs[:, 0] > 0.9).tolist() == [number in (0, 3, 6) for number in range(8)]
     dense, _ = run(Dense(vision), frames)
     torch.testing.assert_close(embeddings, dense[[0, 0, 0, 3, 3, 3, 6, 6]])
@@ -196,6 +196,6 @@ def test_a_kind_that_there_is_not_is_refused(vision):
         make_methods(vision, [MethodSpec("a", "a", "sometimes")])
     for level in (-0.1, float("nan")):
         with pytest.raises(ValueError, match="at least 0"):
-            PixelGate(vision, level)
+            Held(vision, PixelDifference(level))
     with pytest.raises(ValueError, match="`schedule` is 'rising'"):
         Merged(vision, 2, "rising")
