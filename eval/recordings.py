@@ -32,9 +32,8 @@ from torch import Tensor, nn
 from neuroflow_hf.evaluation.methods import MethodSpec, make_methods, tower_of
 from neuroflow_hf.utils.code_keys import key_of, model_version
 from neuroflow_hf.utils.processes import Processes
-from neuroflow_hf.utils.provenance import checkout_commit, machine_and_versions, write_whole_bytes
+from neuroflow_hf.utils.provenance import checkout_commit, fingerprint, machine_and_versions, write_whole_bytes
 from neuroflow_hf.video.preprocess import Preprocessor
-from neuroflow_hf.video.run import fingerprint
 from neuroflow_hf.vision.gate_config import NeuroFlowGateConfig
 
 CODE = ("evaluation/methods.py", "evaluation/token_merging.py", "video/preprocess.py", "../eval/recordings.py")

@@ -21,9 +21,8 @@ from eval.vision.composed_clips import MOTIONS, SIDE, ClipSpec, Truth, frame, sp
 from neuroflow_hf.loading import load_text_model
 from neuroflow_hf.utils.code_keys import code_version, key_of, model_version
 from neuroflow_hf.utils.processes import Processes
-from neuroflow_hf.utils.provenance import write_whole_bytes
+from neuroflow_hf.utils.provenance import fingerprint, write_whole_bytes
 from neuroflow_hf.video.labels import Labels, embed_labels
-from neuroflow_hf.video.run import fingerprint
 from recipes.siglip_dinov2_small.build import default_tower_dir
 from recipes.siglip_small.captions import prompts
 from recipes.siglip_small.compose import load_material

@@ -49,9 +49,8 @@ from eval.vision.clips import NAMES, load_clips
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.evaluation.equal_cost import shares_at
 from neuroflow_hf.utils.code_keys import code_version, key_of, model_version
-from neuroflow_hf.utils.provenance import write_whole_bytes
+from neuroflow_hf.utils.provenance import fingerprint, write_whole_bytes
 from neuroflow_hf.video.preprocess import Preprocessor
-from neuroflow_hf.video.run import fingerprint
 from neuroflow_hf.vision.gate_config import DEFAULT_PRESET, PRESETS
 from neuroflow_hf.vision.patches import project_patches
 from recipes.recordings import TABLE, Clip

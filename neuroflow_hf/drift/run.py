@@ -21,8 +21,7 @@ import torch
 
 from ..evaluation.statistics import quantile
 from ..utils.processes import Processes
-from ..utils.provenance import checkout_commit, machine_and_versions, report_text, write_whole
-from ..video.run import fingerprint
+from ..utils.provenance import checkout_commit, fingerprint, machine_and_versions, report_text, write_whole
 from .decode import DriftBench
 from .grid import (
     RATES,

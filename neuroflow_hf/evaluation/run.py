@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save
 from ..loading import NoTextTowerError, load_model, load_model_with_labels
 from ..utils.code_keys import key_of, model_version
 from ..utils.processes import Processes
-from ..utils.provenance import checkout_commit, finite, machine_and_versions, write_whole_bytes
+from ..utils.provenance import checkout_commit, fingerprint, finite, machine_and_versions, write_whole_bytes
 from ..video.labels import TEMPLATE, Labels
 from ..video.prefetch import prefetch
 from ..video.preprocess import Preprocessor
 from ..video.reader import VideoError, VideoReader
-from ..video.run import fingerprint, require_one_patch, timed
+from ..video.run import require_one_patch, timed
 from ..vision.gate_config import PRESETS, NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .datasets import EvalVideo, VideoSet, file_digest

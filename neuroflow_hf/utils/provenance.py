@@ -1,5 +1,6 @@
 """Where a figure comes from: machine, versions, commit; reports written whole or not at all, and filled into texts."""
 
+import hashlib
 import json
 import math
 import os
@@ -26,6 +27,15 @@ def machine_and_versions(device: str = "cpu") -> dict:
     }
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     return {"machine": machine, "versions": versions}
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits that differ between checkpoints: the figures of two runs compare only if these agree."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def checkout_commit() -> str | None:

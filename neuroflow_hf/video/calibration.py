@@ -61,7 +61,7 @@ class LogitBias:
         template: the text around them.
         values: float32 [C].
         gate: all gate options, `stream.gate.to_dict()`.
-        fingerprint: of the checkpoint, `neuroflow_hf.video.run.fingerprint(model)`.
+        fingerprint: of the checkpoint, `neuroflow_hf.utils.provenance.fingerprint(model)`.
         frames: how many it was fitted on.
     """
 

@@ -10,7 +10,6 @@ Nothing is printed here; `on_frame` tells the caller how far it is.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -29,6 +28,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+from ..utils.provenance import fingerprint
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .label_records import label_caption, label_figures, label_line, object_caption
 from .labels import Labels
@@ -224,15 +224,6 @@ def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess:
         "torch_threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("neuroflow-hf", "torch", "transformers")},
     }
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits that differ between checkpoints: the figures of two runs compare only if these agree."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def require_one_patch(preprocess: Preprocessor, patch_size: int):

@@ -35,7 +35,7 @@ from transformers import SiglipModel, SiglipProcessor, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from neuroflow_hf.loading import quiet_transformers
-from neuroflow_hf.video.run import fingerprint
+from neuroflow_hf.utils.provenance import fingerprint
 from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
 from recipes.siglip_dinov2_small.head import pool, probe_weights
 from recipes.siglip_small.captions import Caption, caption, name_caption, prompts

@@ -14,13 +14,14 @@ from transformers import SiglipConfig, SiglipForImageClassification, SiglipModel
 from neuroflow_hf import NeuroFlowSiglipModel
 from neuroflow_hf.cli.main import timeline_table
 from neuroflow_hf.loading import ModelLoadError, load_model, load_model_with_labels, load_text_model
+from neuroflow_hf.utils.provenance import fingerprint
 from neuroflow_hf.video.label_records import agreement, label_caption, label_line, percent, shortened, timeline
 from neuroflow_hf.video.labels import Labels, check_labels, embed_labels, parse_labels
 from neuroflow_hf.video.overlay import overlay_frame
 from neuroflow_hf.video.plots import LABEL_COLOURS, plot_run
 from neuroflow_hf.video.reader import VideoReader
 from neuroflow_hf.video.records import FrameRecord
-from neuroflow_hf.video.run import fingerprint, run_video
+from neuroflow_hf.video.run import run_video
 from tests.cli.test_main import ALL_FILES, PROCESSOR, assert_clean_error, call, count_frames, read_run
 from tests.conftest import TINY_TEXT, TINY_VISION, lively
 from tests.vision.test_pipelines import LABELS, PIPELINE_TEXT, make_processor

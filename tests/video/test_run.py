@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from neuroflow_hf.loading import ModelLoadError, load_model, usable_device
+from neuroflow_hf.utils.provenance import fingerprint
 from neuroflow_hf.video.overlay import (
     ACCENT,
     OverlayWriter,
@@ -25,7 +26,7 @@ from neuroflow_hf.video.overlay import (
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader
 from neuroflow_hf.video.records import FrameRecord, compare_with_dense, figures, held_at_cost
-from neuroflow_hf.video.run import fingerprint, run_video, sampling_step, stop_on_interrupt
+from neuroflow_hf.video.run import run_video, sampling_step, stop_on_interrupt
 from tests.cli.test_main import PROCESSOR, write_clip
 
 
