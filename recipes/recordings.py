@@ -1,4 +1,4 @@
-"""Recorded footage: stretches of videos that lie in pinned wheels, listed in `recordings.csv`. Nothing is committed."""
+"""Recorded footage: stretches of videos that lie in pinned wheels, as `recordings.csv` lists them."""
 
 import csv
 import zipfile

@@ -10,21 +10,29 @@ from eval.language.findings import FAILS, HOLDS, UNKNOWN
 from eval.vision.clip_statistics import correlation, difference, estimate, mean, ranks, share, shown
 from eval.vision.composed_bench import ClipName, clip_names, measure_clips
 from eval.vision.composed_clips import specify
-from eval.vision.laws_findings import displacement, equal_cost, findings, loss_held, saturation
-from eval.vision.laws_measure import (
+from eval.vision.published_laws import (
     DISTANCES,
     LAST_UPDATE_THRESHOLDS,
     MEMORY,
     SETTINGS,
     SWAPS,
+    displacement,
+    equal_cost,
+    findings,
     gone,
     head_entropy,
+    loss_held,
     measure_laws,
+    motions_table,
+    plot_laws,
+    saturation,
+    settings_table,
     stability,
+    stability_table,
     swapped,
+    swaps_table,
     travelled,
 )
-from eval.vision.published_laws import plot_laws
 from neuroflow_hf.utils.processes import Processes
 from tests.clip_bench import TinyBench
 
@@ -235,8 +243,6 @@ def test_clips_are_measured_once_and_every_law_is_decided(model, tmp_path):
 
 
 def test_the_report_can_be_drawn(model, tmp_path):
-    from eval.vision.laws_findings import motions_table, settings_table, stability_table, swaps_table
-
     bench, names = TinyBench(model), clip_names(1, 16, 0, ("still", "crossing"))
     found = measure_clips(bench, names, measure_laws, {}, Processes(), cache=tmp_path)
     measured = list(zip(names, found, strict=True))
