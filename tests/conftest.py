@@ -1,5 +1,6 @@
 """Tiny random models and random videos. Everything here runs in milliseconds."""
 
+import copy
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -90,6 +91,18 @@ def vision(stock_vision):
     return NeuroFlowSiglipVisionModel.from_siglip(stock_vision, mode="context")
 
 
+@pytest.fixture(scope="session")
+def stock_vision64(stock_vision):
+    """`stock_vision` in float64. Do not change it."""
+    return copy.deepcopy(stock_vision).double()
+
+
+@pytest.fixture(scope="session")
+def vision64(stock_vision64):
+    """`vision` in float64. Do not change it."""
+    return NeuroFlowSiglipVisionModel.from_siglip(stock_vision64, mode="context")
+
+
 def random_video(num_frames, batch_size=1, seed=0, size=IMAGE_SIZE, changed=0.2):
     """Frames [B, 3, size, size] in a list; from one to the next, about a share `changed` of the patches changes."""
     generator = torch.Generator().manual_seed(seed)
@@ -111,18 +124,29 @@ def no_grad():
         yield
 
 
-def assert_close_in_norm(actual, expected, rtol, atol=0.0):
+# Equalities are tested in float64, where what kernels add up in another order differs by 1e-15 or so, and a mistake
+# by far more. Three things are float32 in a float64 model, too: the softmax of a stream's pooling head, the weights of
+# mode `extrapolate`, and the state of mode `propagate`.
+FLOAT64 = 1e-11
+FLOAT32_SOFTMAX = 5e-7
+FLOAT32_IN_MODE = {"extrapolate": 2e-6, "propagate": 1e-5}
+
+
+def assert_close_in_norm(actual, expected, rtol=FLOAT64, atol=0.0):
     """
     The norm of the difference is at most `rtol` times that of `expected`, plus `atol`. A kernel rounds in the size of
     the numbers that it adds up, so a small element may be far off in relation to itself, but not in relation to these.
     """
     assert actual.shape == expected.shape and actual.dtype == expected.dtype, (actual, expected)
-    difference, size = (
-        tensor.detach().norm().item() for tensor in (actual.double() - expected.double(), expected.double())
-    )
-    assert difference <= rtol * size + atol, (
-        f"off by {difference:.3g}, {difference / max(size, 1e-300):.3g} of the norm"
-    )
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference, size = (actual - expected).norm().item(), expected.norm().item()
+    assert difference <= rtol * size + atol, f"off by {difference:.3g}, {difference / max(size, 1e-300):.3g} of the norm"
+
+
+def assert_outputs_close(output, expected, rtol=FLOAT64):
+    """Hidden state and pooled output of two float64 models, one of which is in a stream."""
+    assert_close_in_norm(output.last_hidden_state, expected.last_hidden_state, rtol)
+    assert_close_in_norm(output.pooler_output, expected.pooler_output, max(rtol, FLOAT32_SOFTMAX))
 
 
 def play(model, frames, stream):
