@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.vision.active_set import ActiveSet
 from neuroflow_hf.vision.extrapolate import COMMON_SHARE, NOISE, carrying_weights, carryings_of, likeness
-from tests.conftest import NUM_PATCHES, random_video
+from tests.conftest import FLOAT32_IN_MODE, NUM_PATCHES, assert_close_in_norm, random_video
 
 
 def picture(seed, changed, encoded, num_patches=12, dim=8):
@@ -41,7 +41,7 @@ def test_weights_are_those_of_a_gaussian_process(seed, encoded):
             continue
         among = covariance[sources][:, sources] + NOISE * torch.eye(len(sources), dtype=torch.float64)
         expected = torch.linalg.solve(among, covariance[sources, patch])
-        torch.testing.assert_close(weights[patch].double(), expected, rtol=1e-4, atol=1e-5)
+        assert_close_in_norm(weights[patch].double(), expected, FLOAT32_IN_MODE["extrapolate"])
 
 
 def test_patches_learn_more_from_those_like_them():

@@ -22,6 +22,7 @@ from tests.conftest import (
     assert_outputs_close,
     lively,
     random_video,
+    rounding_of_dense,
 )
 
 maybe = st.none()
@@ -129,7 +130,7 @@ def test_everything_active_equals_dense_whatever_the_other_options_say(
     with torch.no_grad():
         for frame in random_video(3, batch_size, seed):
             output, dense = vision64(pixel_values=frame, stream=stream), stock_vision64(pixel_values=frame)
-            assert_outputs_close(output, dense, FLOAT32_IN_MODE["propagate"] if mode == "propagate" else FLOAT64)
+            assert_outputs_close(output, dense, rounding_of_dense(mode))
             assert output.active_mask.all()
             assert output.skip_rate.eq(0).all()
 
@@ -212,7 +213,7 @@ def test_nearly_everything_active_is_a_keyframe_where_that_takes_no_longer(visio
         output, dense = vision64(pixel_values=second, stream=stream), stock_vision64(pixel_values=second)
     if mode in ("context", "extrapolate", "propagate") and budget > 0.95 * NUM_PATCHES:
         assert output.active_mask.all()
-        assert_outputs_close(output, dense, FLOAT32_IN_MODE["propagate"] if mode == "propagate" else FLOAT64)
+        assert_outputs_close(output, dense, rounding_of_dense(mode))
     else:
         assert output.active_mask.sum() == budget
 

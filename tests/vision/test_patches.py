@@ -12,19 +12,25 @@ from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.vision import patches as neuroflow_patches
 from neuroflow_hf.vision.patches import can_project_as_product, interpolate_at, project_as_product, project_patches
-from tests.conftest import TINY_VISION, lively, random_video
+from tests.conftest import FLOAT64, TINY_VISION, assert_close_in_norm, assert_outputs_close, lively, random_video
+
+FLOAT32_POSITIONS = 2e-6
 
 
 def new_vision(**options):
+    """In float64."""
     torch.manual_seed(0)
-    return NeuroFlowSiglipVisionModel.from_siglip(
-        lively(SiglipVisionModel(SiglipVisionConfig(**TINY_VISION | options)))
-    )
+    stock = lively(SiglipVisionModel(SiglipVisionConfig(**TINY_VISION | options))).double()
+    return NeuroFlowSiglipVisionModel.from_siglip(stock)
 
 
 @pytest.mark.parametrize("size", [(24, 24), (16, 32), (27, 30), (4, 7)])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
-def test_projection_as_a_product_is_the_convolution(size, dtype, tolerance):
+@pytest.mark.parametrize(
+    "dtype, rtol",
+    [(torch.float64, FLOAT64), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)],
+    ids=["fp64", "fp32", "bf16"],
+)
+def test_projection_as_a_product_is_the_convolution(size, dtype, rtol):
     model = new_vision().to(dtype)
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     projection = model.embeddings.patch_embedding
@@ -34,7 +40,7 @@ def test_projection_as_a_product_is_the_convolution(size, dtype, tolerance):
         for image in (pixels, pixels.contiguous(memory_format=torch.channels_last)):
             product = project_patches(model, image, as_product=True)
             assert product.is_contiguous()
-            torch.testing.assert_close(product, expected, rtol=tolerance, atol=tolerance)
+            assert_close_in_norm(product, expected, rtol)
         assert torch.equal(project_patches(model, pixels, as_product=False), expected)
 
 
@@ -42,12 +48,12 @@ def test_gradients_of_the_product_are_those_of_the_convolution():
     projection = new_vision().embeddings.patch_embedding
     gradients = []
     for project in (project_as_product, lambda module, x: module(x).flatten(2).transpose(1, 2)):
-        pixels = random_video(1, batch_size=2)[0].requires_grad_()
+        pixels = random_video(1, batch_size=2)[0].double().requires_grad_()
         project(projection, pixels).square().sum().backward()
         gradients.append((pixels.grad, projection.weight.grad, projection.bias.grad))
         projection.zero_grad()
     for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+        assert_close_in_norm(ours, theirs)
 
 
 class Wrapped(nn.Module):
@@ -122,12 +128,10 @@ def test_weights_of_another_class_are_not_read():
 
 def check_with_everything_active(model):
     """What a stream with everything active gives is what the model gives without one."""
-    frame = random_video(1)[0]
+    model, frame = model.double(), random_video(1)[0]
     with torch.no_grad():
         streamed = model(pixel_values=frame, stream=model.new_stream(threshold=-1))
-        torch.testing.assert_close(
-            streamed.last_hidden_state, model(pixel_values=frame).last_hidden_state, rtol=1e-4, atol=1e-4
-        )
+        assert_outputs_close(streamed, model(pixel_values=frame))
 
 
 def test_training_the_projection_shows_on_the_next_frame():
@@ -139,13 +143,13 @@ def test_training_the_projection_shows_on_the_next_frame():
     optimizer.step()
     with torch.no_grad():
         output, dense = model(pixel_values=frames[1], stream=stream), model(pixel_values=frames[1])
-    torch.testing.assert_close(output.pooler_output, dense.pooler_output, rtol=1e-4, atol=1e-5)
+    assert_outputs_close(output, dense)
 
 
 @given(
     side=st.integers(1, 9),
     grid=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=40)
@@ -157,13 +161,10 @@ def test_positions_interpolated_one_by_one_are_those_of_the_whole_grid(side, gri
         weight = embeddings.position_embedding.weight.copy_(torch.randn(side**2, 8, generator=generator))
         places = torch.randperm(grid[0] * grid[1], generator=generator)[:5]
         whole = embeddings.interpolate_pos_encoding(torch.zeros(1, grid[0] * grid[1], 8), 4 * grid[0], 4 * grid[1])
-        # in half precision, torch rounds on the way as well
-        tolerance = 1e-5 if dtype is torch.float32 else 4e-2
         found = interpolate_at(weight, places, grid)
     assert found.dtype == dtype
-    if grid == (side, side):
-        tolerance = 1e-5 if dtype is torch.float32 else 1e-2
-    torch.testing.assert_close(found, whole[0, places], rtol=tolerance, atol=tolerance)
+    # one by one they are interpolated in float32, whatever their dtype; in bfloat16, torch rounds on the way, too
+    assert_close_in_norm(found, whole[0, places], 2e-2 if dtype is torch.bfloat16 else FLOAT32_POSITIONS)
 
 
 def positions_taken(monkeypatch):
@@ -205,7 +206,7 @@ def test_both_ways_to_the_positions_give_the_same_frames_and_gradients(monkeypat
         taken.clear()
         outputs[-1][-1].pooler_output.square().sum().backward()
     for ours, theirs in zip(*outputs, strict=True):
-        torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, rtol=1e-4, atol=1e-4)
+        assert_close_in_norm(ours.last_hidden_state, theirs.last_hidden_state, FLOAT32_POSITIONS)
     ours, theirs = (vision.embeddings.position_embedding.weight.grad for vision in (model, other))
     assert theirs.any()
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert_close_in_norm(ours, theirs, FLOAT32_POSITIONS)

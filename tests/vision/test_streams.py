@@ -1,5 +1,6 @@
 """The contracts of a stream: what it holds, what it must not touch, and what it refuses."""
 
+import copy
 import math
 import threading
 
@@ -16,7 +17,20 @@ from neuroflow_hf import (
     NeuroFlowSiglipVisionModel,
     NeuroFlowStream,
 )
-from tests.conftest import GATED_MODES, MODES, NUM_PATCHES, TINY_VISION, play, random_video
+from tests.conftest import (
+    FLOAT32_IN_MODE,
+    FLOAT32_SOFTMAX,
+    FLOAT64,
+    GATED_MODES,
+    MODES,
+    NUM_PATCHES,
+    TINY_VISION,
+    assert_close_in_norm,
+    assert_outputs_close,
+    play,
+    random_video,
+    rounding_of_dense,
+)
 
 OPTIONS = {"threshold": 0.3, "reference": "both", "ema_rate": 0.1, "max_age": 12}
 FIELDS = ("pooler_output", "last_hidden_state", "active_mask", "surprise", "skip_rate", "cost", "token_mask")
@@ -24,15 +38,14 @@ FIELDS = ("pooler_output", "last_hidden_state", "active_mask", "surprise", "skip
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-def assert_same(outputs, expected, exact=True):
-    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-5}
+def assert_same(outputs, expected):
     for output, other in zip(outputs, expected, strict=True):
         for name in FIELDS:
             if other.get(name) is None:
                 assert output.get(name) is None
             else:
                 torch.testing.assert_close(
-                    output[name], other[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}"
+                    output[name], other[name], rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}"
                 )
 
 
@@ -72,20 +85,21 @@ def test_two_interleaved_streams_do_not_touch_each_other(vision, mode):
     reset=st.none() | st.integers(0, 1),
 )
 @settings(deadline=None, max_examples=25)
-def test_a_ragged_batch_is_as_many_single_streams(vision, mode, batch_size, seed, changes, reset):
+def test_a_ragged_batch_is_as_many_single_streams(vision64, mode, batch_size, seed, changes, reset):
     videos = [random_video(5, seed=seed + index, changed=changes[index]) for index in range(batch_size)]
-    singles = [vision.new_stream(mode=mode, **OPTIONS) for _ in videos]
-    batched = vision.new_stream(batch_size, mode=mode, **OPTIONS)
-    # `propagate` keeps attention outputs over many frames, and their rounding with them
-    close = {"rtol": 1e-4, "atol": 1e-4} if mode == "propagate" else {}
+    singles = [vision64.new_stream(mode=mode, **OPTIONS) for _ in videos]
+    batched = vision64.new_stream(batch_size, mode=mode, **OPTIONS)
+    rtol = FLOAT32_IN_MODE.get(mode, FLOAT64)
     for step, frames in enumerate(zip(*videos, strict=True)):
         if step == 3 and reset is not None:
             batched.reset(reset)
             singles[reset].reset()
-        output = vision(pixel_values=torch.cat(frames), stream=batched)
+        output = vision64(pixel_values=torch.cat(frames), stream=batched)
         for index, frame in enumerate(frames):
-            expected = vision(pixel_values=frame, stream=singles[index])
-            torch.testing.assert_close(output.pooler_output[index : index + 1], expected.pooler_output, **close)
+            expected = vision64(pixel_values=frame, stream=singles[index])
+            assert_close_in_norm(
+                output.pooler_output[index : index + 1], expected.pooler_output, max(rtol, FLOAT32_SOFTMAX)
+            )
             assert torch.equal(output.active_mask[index], expected.active_mask[0])
             if mode != "hold":  # by the clock, a frame is projected for all streams or none
                 torch.testing.assert_close(output.cost[index], expected.cost[0])
@@ -93,7 +107,7 @@ def test_a_ragged_batch_is_as_many_single_streams(vision, mode, batch_size, seed
             if mode == "eliminate":
                 assert output.token_mask[index].sum() == expected.active_mask.sum()
                 seen = seen[output.token_mask[index]]
-            torch.testing.assert_close(seen, expected.last_hidden_state[0], **close)
+            assert_close_in_norm(seen, expected.last_hidden_state[0], rtol)
 
 
 def with_thing(background, column):
@@ -104,17 +118,16 @@ def with_thing(background, column):
 
 
 @pytest.mark.parametrize("reference", ["last_update", "both"])
-def test_no_ghost_after_a_visit(vision, stock_vision, reference):
+def test_no_ghost_after_a_visit(vision64, stock_vision64, reference):
     background = random_video(1, seed=5)[0]
-    stream, never_visited = vision.new_stream(reference=reference), vision.new_stream(reference=reference)
-    *_, output = play(vision, [background, with_thing(background, 8), background], stream)
-    play(vision, [background], never_visited)
-    dense = stock_vision(pixel_values=background)
-    torch.testing.assert_close(output.last_hidden_state, dense.last_hidden_state, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(output.pooler_output, dense.pooler_output, rtol=1e-4, atol=1e-5)
+    stream, never_visited = vision64.new_stream(reference=reference), vision64.new_stream(reference=reference)
+    *_, output = play(vision64, [background, with_thing(background, 8), background], stream)
+    play(vision64, [background], never_visited)
+    dense = stock_vision64(pixel_values=background)
+    assert_outputs_close(output, dense)
     for name, tensor in never_visited.named_memory().items():
         if name != "ema":
-            torch.testing.assert_close(stream.named_memory()[name], tensor, rtol=1e-4, atol=1e-5)
+            assert_close_in_norm(stream.named_memory()[name], tensor)
 
 
 def test_the_running_mean_alone_leaves_a_ghost(vision, stock_vision):
@@ -276,27 +289,27 @@ def test_max_age_bounds_what_is_stored(vision, mode):
     assert masks[6:].any(0).all()
 
 
-def test_controls_are_ordinary_options(vision, stock_vision):
+def test_controls_are_ordinary_options(vision64, stock_vision64):
     frames = random_video(9, changed=0.1, seed=11)
-    dense = [stock_vision(pixel_values=frame).pooler_output for frame in frames]
+    dense = [stock_vision64(pixel_values=frame).pooler_output for frame in frames]
 
-    repeated = play(vision, frames, vision.new_stream(mode="hold"))
-    every_third = play(vision, frames, vision.new_stream(mode="hold", keyframe_interval=3))
+    repeated = play(vision64, frames, vision64.new_stream(mode="hold"))
+    every_third = play(vision64, frames, vision64.new_stream(mode="hold", keyframe_interval=3))
     for index, (first, held) in enumerate(zip(repeated, every_third, strict=True)):
-        torch.testing.assert_close(first.pooler_output, dense[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(held.pooler_output, dense[index - index % 3], rtol=1e-4, atol=1e-5)
+        assert_close_in_norm(first.pooler_output, dense[0], FLOAT32_SOFTMAX)
+        assert_close_in_norm(held.pooler_output, dense[index - index % 3], FLOAT32_SOFTMAX)
         assert (held.cost.item() == 0) == (index % 3 != 0)
         assert held.surprise is None
 
-    triggered = play(vision, frames, vision.new_stream(mode="hold", keyframe_fraction=0.3, threshold=0.01))
+    triggered = play(vision64, frames, vision64.new_stream(mode="hold", keyframe_fraction=0.3, threshold=0.01))
     last = 0
     for index, output in enumerate(triggered):
-        projections = [vision.embeddings.patch_embedding(frames[i]) for i in (last, index)]
+        projections = [vision64.embeddings.patch_embedding(frames[i].double()) for i in (last, index)]
         share = (projections[0] - projections[1]).abs().amax(1).gt(1e-5).float().mean()
         if index and share > 0.3:
             last = index
         assert bool(output.active_mask.all()) == (last == index)
-        torch.testing.assert_close(output.pooler_output, dense[last], rtol=1e-4, atol=1e-5)
+        assert_close_in_norm(output.pooler_output, dense[last], FLOAT32_SOFTMAX)
     assert 0 < last < 8
 
 
@@ -652,9 +665,9 @@ def test_clips_of_a_model_that_returns_tuples(stock_vision):
     assert model.get_video_features(torch.stack(random_video(3), dim=1)).pooler_output.shape == (1, 3, 32)
 
 
-def test_an_interrupted_frame_is_followed_by_a_keyframe(vision, stock_vision):
+def test_an_interrupted_frame_is_followed_by_a_keyframe(vision64, stock_vision64):
     frames = random_video(3)
-    model = NeuroFlowSiglipVisionModel.from_siglip(stock_vision)
+    model = NeuroFlowSiglipVisionModel.from_siglip(stock_vision64)
     stream = model.new_stream()
     play(model, frames[:1], stream)
 
@@ -668,19 +681,18 @@ def test_an_interrupted_frame_is_followed_by_a_keyframe(vision, stock_vision):
     assert stream.state_dict()["frames"] == [0]
     output = model(pixel_values=frames[2], stream=stream)
     assert output.active_mask.all()
-    torch.testing.assert_close(output.pooler_output, stock_vision(pixel_values=frames[2]).pooler_output)
+    assert_outputs_close(output, stock_vision64(pixel_values=frames[2]))
 
 
 @pytest.mark.parametrize("batch_size, size", [(1, 24), (3, 24), (2, 32)])
-def test_a_change_is_a_keyframe_if_the_gate_says_so(vision, stock_vision, batch_size, size):
-    stream = vision.new_stream(2, on_change="keyframe")
-    play(vision, random_video(2, batch_size=2), stream)
+def test_a_change_is_a_keyframe_if_the_gate_says_so(vision64, stock_vision64, batch_size, size):
+    stream = vision64.new_stream(2, on_change="keyframe")
+    play(vision64, random_video(2, batch_size=2), stream)
     frame = random_video(1, batch_size=batch_size, size=size)[0]
-    output = vision(pixel_values=frame, stream=stream, interpolate_pos_encoding=True)
+    output = vision64(pixel_values=frame, stream=stream, interpolate_pos_encoding=True)
     assert output.active_mask.all()
     assert len(output.pooler_output) == batch_size == stream.batch_size
-    expected = stock_vision(pixel_values=frame, interpolate_pos_encoding=True).pooler_output
-    torch.testing.assert_close(output.pooler_output, expected, rtol=1e-4, atol=1e-5)
+    assert_outputs_close(output, stock_vision64(pixel_values=frame, interpolate_pos_encoding=True))
 
 
 class TestOverFrames:
@@ -726,10 +738,14 @@ class TestOverFrames:
     def test_classifier(self, mode):
         torch.manual_seed(0)
         config = NeuroFlowSiglipConfig(vision_config=dict(TINY_VISION), num_labels=5)
-        classifier = NeuroFlowSiglipForImageClassification(config).eval()
+        classifier = NeuroFlowSiglipForImageClassification(config).eval().double()
         frames = random_video(3, batch_size=2)
         for output, frame in zip(classifier.stream_frames(frames, mode=mode, threshold=-1), frames, strict=True):
-            torch.testing.assert_close(output.logits, classifier(pixel_values=frame).logits, rtol=1e-4, atol=1e-5)
+            assert_close_in_norm(
+                output.logits,
+                classifier(pixel_values=frame).logits,
+                rounding_of_dense(mode),
+            )
         ragged = torch.cat([frames[2][:1], torch.where(torch.arange(24) < 12, frames[2], frames[0])[1:]])
         stream = classifier.new_stream(2, mode=mode, threshold=0.3)
         classifier(pixel_values=frames[2], stream=stream)
@@ -739,11 +755,11 @@ class TestOverFrames:
         assert output.cost.shape == (2,)
 
     def test_dual_model_compares_a_streamed_frame_with_texts(self, model):
-        frame = random_video(1)[0]
+        model, frame = copy.deepcopy(model).double(), random_video(1)[0]
         ids = torch.tensor([[5, 6, 7, 0], [8, 9, 1, 0]])
         plain = model(input_ids=ids, pixel_values=frame)
         streamed = model(input_ids=ids, pixel_values=frame, stream=model.new_stream())
-        torch.testing.assert_close(streamed.logits_per_image, plain.logits_per_image, rtol=1e-4, atol=1e-4)
+        assert_close_in_norm(streamed.logits_per_image, plain.logits_per_image, FLOAT32_SOFTMAX)
         assert streamed.vision_model_output.active_mask.all()
 
 
