@@ -5,7 +5,7 @@ import json
 import pytest
 import typer
 
-from eval.docs.fill_readme import lossless_table
+from eval.docs.tables import lossless_table
 from eval.language import benchmark_lossless
 from eval.language.benchmark_lossless import VARIANTS, divergence, interval, main, prompts_in_turn
 from tests.phi3_models import adopt, make_stock, make_tokenizer, random_ids

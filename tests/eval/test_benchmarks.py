@@ -7,7 +7,7 @@ import pytest
 import typer
 from PIL import Image
 
-from eval.docs.fill_readme import speed_table, streams_table
+from eval.docs.tables import speed_table, streams_table
 from eval.vision import benchmark_streams, benchmark_vision
 from eval.vision.benchmark_vision import MODES
 

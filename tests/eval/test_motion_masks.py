@@ -113,7 +113,7 @@ def test_clips_are_measured_and_controls_do_what_they_must(model, tmp_path):
 
 
 def test_readmes_table_is_made_of_the_report(model, tmp_path):
-    from eval.docs.fill_readme import motion_table
+    from eval.docs.tables import motion_table
 
     names = clip_names(1, 16, 0, ("crossing", "still"))
     measured = list(
@@ -132,4 +132,4 @@ def test_readmes_table_is_made_of_the_report(model, tmp_path):
     }
     lines = motion_table(report).splitlines()
     assert {line.count("|") for line in lines[:9]} == {10} and not lines[9]
-    assert "control: everything | " in lines[7] and " | 100% | " in lines[7]
+    assert "baseline: everything | " in lines[7] and " | 100% | " in lines[7]

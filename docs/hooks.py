@@ -1,0 +1,32 @@
+"""Fills the command line's page from the commands themselves when the site is built."""
+
+import typer
+
+from neuroflow_hf.cli.main import app
+
+
+def options_of(command) -> str:
+    """A command's arguments and options as a table in Markdown."""
+    rows = ["| option | meaning | default |", "|---|---|---|"]
+    for parameter in command.params:
+        if parameter.name == "help" or getattr(parameter, "hidden", False):
+            continue
+        option = parameter.param_type_name == "option"
+        names = " ".join(f"`{name}`" for name in (parameter.opts if option else [parameter.name]))
+        default = getattr(parameter, "show_default", "")
+        default = default if isinstance(default, str) else parameter.default
+        default = "" if default is None or callable(default) else default
+        cells = [names, getattr(parameter, "help", None) or "", f"{default}"]
+        rows.append(f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(rows)
+
+
+def on_page_markdown(markdown: str, page, **kwargs) -> str:
+    """Replace the marker on the command line's page."""
+    if page.file.src_uri != "reference/cli.md":
+        return markdown
+    parts = [
+        f"## neuroflow {name}\n\n{command.help}\n\n{options_of(command)}"
+        for name, command in typer.main.get_command(app).commands.items()
+    ]
+    return markdown.replace("<!-- commands -->", "\n\n".join(parts))
