@@ -2,7 +2,6 @@
 Write the tables of README.md and docs/results/*.md from the JSON files in eval/results/.
 
     python -m eval.docs.tables
-    python -m eval.docs.tables --run neuroflow-run --labelled neuroflow-run-things  # keep the runs of `make demo`
 
 Each table stands between two comments, `<!-- figures:NAME:begin -->` and `<!-- figures:NAME:end -->`.
 """
@@ -10,20 +9,15 @@ Each table stands between two comments, `<!-- figures:NAME:begin -->` and `<!-- 
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
 
-import typer
-from PIL import Image
-
-from eval.report import RESULTS, fill_block, write_json, write_whole
+from eval.language.findings import readme_table
+from eval.report import RESULTS, fill_block, write_whole
 from eval.vision.benchmark_vision import ratios
 from neuroflow_hf import PRESETS
-from neuroflow_hf.drift.tables import readme_table
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 REMOVED = "propagate"  # measurement removed this mode (docs/results/dropped.md); its rows stay in the JSON files
-
 MASKS = {
     "balanced, last_update, 0.01": "`balanced` (default)",
     "balanced, last_update, 0.03": "`balanced`, threshold 0.03",
@@ -32,20 +26,13 @@ MASKS = {
     "context, ema, 0.01": "`context`, reference `ema`",
     "everything": "baseline: everything",
 }
-MOTION_COLUMNS = (
-    (1, "thing", "IoU with the thing", ".2f"),
-    (1, "change", "IoU with the change", ".2f"),
-    (1, "false share", "marked where nothing moved", ".0%"),
-    (2, "recall", "boxes: recall", ".0%"),
-    (2, "precision", "precision", ".0%"),
-    (3, "object", "named right: object", ".0%"),
-    (3, "whole frame", "whole frame", ".0%"),
-    (3, "truth's mask", "true patches", ".0%"),
-)
-DRAFTS = {
-    "acceptance": ("acceptance rate", ".0%"),
-    "draft_length": ("tokens drafted at once", ".1f"),
-    "tokens_per_check": ("tokens per check", ".1f"),
+MASK_COLUMNS = "thing: IoU with the thing|change: IoU with the change|false share: marked where nothing moved"
+BOX_COLUMNS = "recall: boxes: recall|precision: precision"
+NAME_COLUMNS = "object: named right: object|whole frame: whole frame|truth's mask: true patches"
+DRAFT_COLUMNS = {
+    "acceptance rate": ("acceptance", ".0%"),
+    "tokens drafted at once": ("draft_length", ".1f"),
+    "tokens per check": ("tokens_per_check", ".1f"),
 }
 
 
@@ -57,24 +44,29 @@ def load(result: str) -> dict:
             return {name: keep(part) for name, part in value.items() if not name.startswith(f"`{REMOVED}")}
         if not isinstance(value, list):
             return value
-        rows = [row for row in value if isinstance(row, dict)]
-        removed = [row for row in rows if any(REMOVED in str(row.get(key)) for key in ("mode", "name", "method"))]
-        return [keep(part) for part in value if part not in removed]
+        names = [
+            [row.get(key) for key in ("mode", "name", "method")] if isinstance(row, dict) else [] for row in value
+        ]
+        return [
+            keep(row) for row, of in zip(value, names, strict=True) if not any(REMOVED in str(name) for name in of)
+        ]
 
     return keep(json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8")))
 
 
 def table(rows: Iterable[dict | tuple], columns: dict[str, str | Callable], *notes: str) -> str:
     """A table in Markdown: each column's cells are a format string filled from the row, or a function of the row."""
-    lines = [columns, ["---"] * len(columns)]
-    for row in rows:
-        keys = row if isinstance(row, dict) else {}
-        fields = () if keys else row
-        lines.append([c.format(*fields, **keys) if isinstance(c, str) else str(c(row)) for c in columns.values()])
+
+    def cell(row, column):
+        if callable(column):
+            return str(column(row))
+        return column.format(**row) if isinstance(row, dict) else column.format(*row)
+
+    lines = [list(columns), ["---"] * len(columns), *([cell(row, c) for c in columns.values()] for row in rows)]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *(["", *notes] if notes else [])])
 
 
-def spread(value: float | None, interval: tuple | None, scale: float = 1, form: str = "+.1f") -> str:
+def spread(value: float | None, interval: list[float] | None = None, scale: float = 1, form: str = "+.1f") -> str:
     """A value and its interval, multiplied by `scale`."""
     if value is None:
         return ""
@@ -82,14 +74,39 @@ def spread(value: float | None, interval: tuple | None, scale: float = 1, form: 
     return f"{scale * value:{form}}{between}"
 
 
-def named(name: str, control: bool = False) -> str:
-    """A method's name: baselines are marked, presets are code."""
-    return f"*baseline:* {name}" if control else f"`{name}`" if name in PRESETS else name
+def method_and_cost(head: str = "method") -> dict:
+    """The columns that most tables begin with: presets are code, baselines are marked."""
+
+    def name_of(row):
+        name = row.get("name", row.get("method"))
+        return f"*baseline:* {name}" if row.get("control") else f"`{name}`" if name in PRESETS else name
+
+    return {head: name_of, "cost": "{cost:.3f}"}
 
 
-def with_method(head: str = "method") -> dict:
-    """The columns that most tables begin with."""
-    return {head: lambda row: named(row.get("name", row.get("method")), row.get("control")), "cost": "{cost:.3f}"}
+def beside(
+    form: str, scale: float = 1, signed: str = "+.1f", part: str | None = None, head: str = "", unit: str = ""
+) -> dict:
+    """Columns: the best baseline at a method's cost, and the difference to it."""
+
+    def best(cell):
+        def of(row):
+            found = (row[part] if part else row).get("best control")
+            return cell(found) if found else ""
+
+        return of
+
+    return {
+        f"{head}best baseline at its cost": best(lambda found: f"{found['control']:{form}} ({found['family']})"),
+        f"{head}difference to it{unit}": best(
+            lambda found: spread(found["difference"], found["interval"], scale, signed)
+        ),
+    }
+
+
+def unless_dense(cell: Callable) -> Callable:
+    """An empty cell for dense, which the others are compared with."""
+    return lambda row: "" if row["name"] == "dense" else cell(row)
 
 
 def rows_shown(rows: list[dict], default: str = "balanced") -> list[dict]:
@@ -124,37 +141,34 @@ def presets_table(report: dict) -> str:
 
 
 def glance_table(accuracy: dict, reaction: dict, fidelity: dict, vision: dict, lossless: dict) -> str:
-    """README's results at a glance: one row a question."""
-    top1, delay, cosine = (
-        next(row for row in rows if row["name"] == "balanced")
-        for rows in (accuracy["results"], reaction["own"]["results"], fidelity["results"])
-    )
-    best, sooner, closer = top1["top1"]["best control"], delay["best control"], cosine["best control"]
-    fast = next(
-        ratio
-        for case, _, ratio in ratios(vision)
-        if (case["mode"], case["resolution"], case["dtype"]) == ("extrapolate", 448, "float32")
-        and case["active"] < 0.1
-    )
-    lookup = [lossless["summary"]["all"]["lookup"]["times_dense"][key] for key in ("median", "interval")]
+    """README's results at a glance: one row a question, for the default preset."""
+    results = (accuracy["results"], reaction["own"]["results"], fidelity["results"])
+    labels, delay, cosine = (next(row for row in rows if row["name"] == "balanced") for rows in results)
+    top1, lookup = labels["top1"], lossless["summary"]["all"]["lookup"]["times_dense"]
+    case, wanted = ("mode", "resolution", "dtype", "active"), ("extrapolate", 448, "float32", 0.03)
+    faster = next(ratio for found, _, ratio in ratios(vision) if tuple(found[key] for key in case) == wanted)
     rows = [
         (
-            f"Zero-shot top-1, {len(accuracy['scenes'])} composed clips (dense: {top1['top1']['dense']:.1%})",
-            f"{top1['top1']['accuracy']:.1%}",
-            f"{best['control']:.1%}",
+            f"Zero-shot top-1, {len(accuracy['scenes'])} composed clips (dense: {top1['dense']:.1%})",
+            f"{top1['accuracy']:.1%}",
+            f"{top1['best control']['control']:.1%}",
         ),
         (
             f"Frames until the label changes, beyond dense's, {reaction['own']['events']} events",
             spread(delay["delay"], delay["interval"], form=".1f"),
-            f"{sooner['control']:.1f}",
+            f"{delay['best control']['control']:.1f}",
         ),
         (
             f"5th percentile of the cosine to dense over {fidelity['frames'][0]:,} frames",
             f"{cosine['p5']:.3f}",
-            f"{closer['control']:.3f}",
+            f"{cosine['best control']['control']:.3f}",
         ),
-        ("Times faster than dense, 448 px, 3% of the patches active, CPU, float32", f"{fast:.1f}", ""),
-        ("Times faster than dense, lossless text, drafts by lookup", spread(*lookup, form=".2f"), ""),
+        ("Times faster than dense, 448 px, 3% of the patches active, CPU, float32", f"{faster:.1f}", ""),
+        (
+            "Times faster than dense, lossless text, drafts by lookup",
+            spread(lookup["median"], lookup["interval"], form=".2f"),
+            "",
+        ),
     ]
     return table(rows, {"question": "{0}", "measured": "{1}", "best baseline at equal cost": "{2}"})
 
@@ -166,26 +180,24 @@ def policies_table(report: dict) -> str:
         found = dict(zip(report["clip_columns"], row["equal_cost"]["pooled_mean"], strict=True))
         if row["method"] in PRESETS and found["verdict"] == "below":
             losses[row["method"]][row["clip"]] = 1e3 * (found["control"] - found["value"])
-    columns = with_method()
+    columns = method_and_cost()
     for name, key in {"mean cosine": "pooled_mean", "p5": "pooled_p5"}.items():
-        columns[name] = f"{{{key}[value]:.4f}}"
-        columns[f"best baseline's {name}"] = f"{{{key}[control]:.4f}}"
+        columns[name], columns[f"best baseline's {name}"] = f"{{{key}[value]:.4f}}", f"{{{key}[control]:.4f}}"
         columns[f"difference in {name}, thousandths"] = lambda row, key=key: " to ".join(
             f"{1e3 * end:+.2f}" for end in row[key]["interval"]
         )
-    columns["clips above, level, below"] = lambda row: ", ".join(
-        str(row["pooled_mean"]["clips"][verdict]) for verdict in ("above", "level", "below")
-    )
+    counts = "{pooled_mean[clips][above]}, {pooled_mean[clips][level]}, {pooled_mean[clips][below]}"
     below = (f"`{name}` on {', '.join(of)} (by at most {max(of.values()):.2f})" for name, of in losses.items() if of)
     clips, command = report["clips_measured"], report["command"].replace(f"{REMOVED} 0.3,", "")
     note = f"`{command}`: {len(clips)} clips, {sum(clips.values())} frames in all, {report['tower']}."
-    return table(pooled(report), columns, f"{note} Below the best baseline, in thousandths: {'; '.join(below)}.")
+    note += f" Below the best baseline, in thousandths: {'; '.join(below)}."
+    return table(pooled(report), columns | {"clips above, level, below": counts}, note)
 
 
 def delays_table(report: dict) -> str:
     """By how many frames outputs lag behind events."""
     rows = pooled(report)
-    columns = with_method() | {"its delay": "{delay[method]:.1f}"}
+    columns = method_and_cost() | {"its delay": "{delay[method]:.1f}"}
     columns |= {name: f"{{delay[{name}]:.1f}}" for name in rows[0]["delay"] if name not in ("events", "method")}
     return table(rows, columns, f"Mean of {rows[0]['delay']['events']} events, baselines at equal cost.")
 
@@ -197,110 +209,78 @@ def controls_table(report: dict) -> str:
         "cost": "{cost_after_first_frame:.3f}",
         "cosine to dense: mean": "{cosine_mean:.4f}",
         "5th percentile": "{cosine_p5:.4f}",
-        "patches' cosine": lambda row: spread(row["patch_cosine_mean"], None, form=".3f"),
+        "patches' cosine": lambda row: spread(row["patch_cosine_mean"], form=".3f"),
     }
-    rows = [{"name": name, **row} for name, row in report["methods"].items()]
-    note = f"`{report['command']}`: {report['frames']} frames of {report['clip']}, {report['tower']}."
-    return table(rows, columns, note)
+    rows = ({"name": name, **row} for name, row in report["methods"].items())
+    return table(rows, columns, "`{command}`: {frames} frames of {clip}, {tower}.".format(**report))
 
 
 def run_table(summary: dict) -> str:
     """Speed and fidelity of a run."""
-    times, cosines, every, held = (
-        summary[key] for key in ("milliseconds_per_frame", "cosine_to_dense", "dense_every", "held_at_cost")
-    )
-    baselines = {every: (1 / every, cosines["held"]), held["every"]: (held["cost"], held["cosine"])}
-    parts = [("skip rate", summary["skip_rate"], ".1%"), ("cost (dense = 1)", summary["cost"], ".3f")]
-    parts += [(f"milliseconds, {way}", times[way], ".1f") for way in ("streamed", "dense")]
-    found = {f"streamed (cost {summary['cost']['mean']:.2f})": cosines["streamed"]}
-    found["baseline: first frame repeated"] = cosines["first_frame"]
-    found |= {f"baseline: dense every {k} frames (cost {c:.2f})": cosine for k, (c, cosine) in baselines.items()}
-    per_frame = [(name, *(format(part[key], form) for key in ("median", "p5", "p95"))) for name, part, form in parts]
-    note = (
-        f"{summary['frames']} frames, {summary['resolution']} px, {summary['dtype']}, "
-        f"{summary['torch_threads']} threads, torch {summary['versions']['torch']}; fidelity on {summary['compared_frames']} sampled frames."
-    )
-    return "\n\n".join(
-        [
-            table(per_frame, {"per frame": "{0}", "median": "{1}", "p5": "{2}", "p95": "{3}"}),
-            table(
-                ({"name": name, **cosine} for name, cosine in found.items()),
-                {"cosine to dense": "{name}", "mean": "{mean:.4f}", "p5": "{p5:.4f}", "min": "{min:.4f}"},
-                note,
-            ),
-        ]
-    )
+    times, cosines, held = (summary[key] for key in ("milliseconds_per_frame", "cosine_to_dense", "held_at_cost"))
+    every = summary["dense_every"]
+    frames = [("skip rate", summary["skip_rate"], ".1%"), ("cost (dense = 1)", summary["cost"], ".3f")]
+    frames += [(f"milliseconds, {way}", times[way], ".1f") for way in ("streamed", "dense")]
+    columns = {key: lambda row, key=key: format(row[1][key], row[2]) for key in ("median", "p5", "p95")}
+    found = {
+        "streamed (cost {cost[mean]:.2f})": cosines["streamed"],
+        "baseline: first frame repeated": cosines["first_frame"],
+    }
+    found |= {f"baseline: dense every {every} frames (cost {1 / every:.2f})": cosines["held"]}
+    found |= {f"baseline: dense every {held['every']} frames (cost {held['cost']:.2f})": held["cosine"]}
+    rows = ({"name": name.format(**summary), **cosine} for name, cosine in found.items())
+    fidelity = {"cosine to dense": "{name}", **{key: f"{{{key}:.4f}}" for key in ("mean", "p5", "min")}}
+    note = "{frames} frames, {resolution} px, {dtype}, {torch_threads} threads, torch {versions[torch]}; fidelity on "
+    note += "{compared_frames} sampled frames."
+    return f"{table(frames, {'per frame': '{0}', **columns})}\n\n{table(rows, fidelity, note.format(**summary))}"
 
 
 def labels_table(summary: dict) -> str:
     """A run's labels over time, and how often dense and the baselines say the same."""
-    labels, found = summary["labels"], summary["labels"]["agreement"]
     columns = {"seconds": "{start:.1f} to {end:.1f}", "best label": "{label}", "confidence": "{confidence:.0%}"}
-    note = (
-        f"{summary['frames']} frames, mean cost {summary['cost']['mean']:.2f} of dense. The best label is dense's on "
-    )
+    note = "{frames} frames, mean cost {cost[mean]:.2f} of dense. The best label is dense's on {0[streamed]} of "
+    note += "{0[compared_frames]} sampled frames; with the first frame's label repeated on {0[first_frame]}, with one "
     note += (
-        f"{found['streamed']} of {found['compared_frames']} sampled frames; with the first frame's label repeated on "
+        "held for {0[held_at_cost][every]} frames on {0[held_at_cost][agreed]} of {0[held_at_cost][compared_frames]}."
     )
-    note += f"{found['first_frame']}"
-    if held := found["held_at_cost"]:
-        note += f", with one held for {held['every']} frames on {held['agreed']} of {held['compared_frames']}"
-    return table(labels["timeline"], columns, f"{note}.")
+    labels = summary["labels"]
+    return table(labels["timeline"], columns, note.format(labels["agreement"], **summary))
 
 
 def speed_table(report: dict) -> str:
     """The sparsest cases, and the span of the full ones."""
     found, least = ratios(report), min(case["active"] for case in report["cases"])
-    dtypes = list(dict.fromkeys(entry["dtype"] for entry in report["dense"]))
     rows: dict[tuple, dict] = {}
     for entry in sorted(report["dense"], key=lambda entry: entry["resolution"]):
-        cases = [(case["streamed"], case, ratio) for case, dense, ratio in found if dense is entry]
-        for times, case, ratio in [
-            (entry["milliseconds"], entry | {"mode": "dense", "cost": 1, "active": least}, 0),
-            *cases,
-        ]:
+        dense = {**entry, "mode": "dense", "cost": 1, "active": least, "streamed": entry["milliseconds"]}
+        for case, ratio in [(dense, ""), *((case, f"{ratio:.1f}") for case, of, ratio in found if of is entry)]:
             if case["active"] == least:
                 row = rows.setdefault((case["resolution"], case["mode"]), dict(case))
-                row[case["dtype"]] = f"{times['median']:.0f}", f"{ratio:.1f}" if ratio else ""
+                row[case["dtype"]] = f"{case['streamed']['median']:.0f}", ratio
     columns = {"pixels": "{resolution}", "mode": "`{mode}`", "cost": "{cost:.3f}", "GMAC": "{gigamacs:.1f}"}
-    for dtype in dtypes:
+    for dtype in dict.fromkeys(entry["dtype"] for entry in report["dense"]):
         columns |= {f"{dtype}: ms": f"{{{dtype}[0]}}", f"{dtype}: times faster": f"{{{dtype}[1]}}"}
     note = (
         f"`{report['command']}`: {least:.0%} of the patches active, {report['machine']['threads']} threads on the CPU."
     )
     if full := sorted((ratio, case["mode"]) for case, _, ratio in found if case["active"] == 1):
         note += (
-            f" With everything active, all modes lie between {full[0][0]:.2f} (`{full[0][1]}`) and {full[-1][0]:.2f} "
+            " With everything active, all modes lie between {0[0]:.2f} (`{0[1]}`) and {1[0]:.2f} times dense's speed."
         )
-        note += "times dense's speed."
+        note = note.format(full[0], full[-1])
     return table(rows.values(), columns, note)
 
 
 def streams_table(report: dict) -> str:
     """Several cameras in one call."""
-    rate = "frames_per_second[{}][median]"
     ways = {"one call": "one_call", "a call each": "separate_calls", "dense, batched": "dense"}
     columns = {"mode": "`{mode}`", "cameras": "{cameras}"}
-    columns |= {f"frames/s: {name}": f"{{{rate.format(way)}:.1f}}" for name, way in ways.items()}
-    for way in ("separate_calls", "dense"):
-        columns[f"times {'a call each' if way != 'dense' else 'dense'}"] = lambda row, way=way: "{:.1f}".format(
-            row["frames_per_second"]["one_call"]["median"] / row["frames_per_second"][way]["median"]
+    columns |= {f"frames/s: {name}": f"{{frames_per_second[{way}][median]:.1f}}" for name, way in ways.items()}
+    for name, way in (("a call each", "separate_calls"), ("dense", "dense")):
+        columns[f"times {name}"] = lambda row, way=way: (
+            f"{row['frames_per_second']['one_call']['median'] / row['frames_per_second'][way]['median']:.1f}"
         )
-    note = f"`{report['command']}`: {report['dtype']}, {report['machine']['threads']} threads on the CPU."
-    return table(report["cases"], columns, note)
-
-
-def beside(form: str, scale: float = 1, signed: str = "+.1f", key: Callable = lambda row: row) -> dict:
-    """Columns: the best baseline at a method's cost, and the difference to it."""
-
-    def of(row, cell):
-        found = key(row).get("best control")
-        return cell(found) if found else ""
-
-    return {
-        "best baseline at its cost": lambda row: of(row, lambda f: f"{f['control']:{form}} ({f['family']})"),
-        "difference to it": lambda row: of(row, lambda f: spread(f["difference"], f["interval"], scale, signed)),
-    }
+    return table(report["cases"], columns, "`{command}`: {dtype}, {machine[threads]} threads.".format(**report))
 
 
 def accuracy_table(report: dict) -> str:
@@ -309,26 +289,26 @@ def accuracy_table(report: dict) -> str:
     def worst(row):
         found = {name: of["top1"]["difference"] for name, of in row["motions"].items()}
         name = min((name for name in found if found[name] is not None), key=found.get)
-        return f"{spread(found[name], None, 100)} ({name})" if row["name"] != "dense" else ""
+        return f"{spread(found[name], scale=100)} ({name})"
 
     columns = {
         "top-1": "{top1[accuracy]:.1%}",
-        "less dense's, points": lambda row: (
-            spread(row["top1"]["difference"], row["top1"]["interval"], 100) if row["name"] != "dense" else ""
+        "less dense's, points": unless_dense(
+            lambda row: spread(row["top1"]["difference"], row["top1"]["interval"], 100)
         ),
-        "largest loss in a motion": worst,
-        **beside(".1%", 100, key=lambda row: row["top1"]),
+        "largest loss in a motion": unless_dense(worst),
+        **beside(".1%", 100, part="top1", unit=", points"),
         "top-5": "{top5[accuracy]:.1%}",
     }
-    note = f"`{report['command']}`: {len(report['scenes'])} clips, {report['frames_counted']} frames counted, "
-    note += f"{report['texts']} labels."
-    return table(rows_shown(report["results"]), with_method() | columns, note)
+    note = "`{command}`: {0} clips, {frames_counted} frames counted, {texts} labels."
+    note = note.format(len(report["scenes"]), **report)
+    return table(rows_shown(report["results"]), method_and_cost() | columns, note)
 
 
 def motions_table(report: dict, default: str = "balanced") -> str:
     """The default preset by kind of motion, beside dense every k frames at about the same cost."""
     ours = next(row for row in report["results"] if row["name"] == default)
-    holds = [row for row in report["results"] if row["family"] == "every k"]
+    holds = (row for row in report["results"] if row["family"] == "every k")
     held = min(holds, key=lambda row: abs(row["cost"] - ours["cost"]))
     columns = {"motion": "{motion}", "top-1 of dense": "{ours[top1][dense]:.1%}"}
     for name, key in {f"`{default}`": "ours", f"*baseline:* {held['name']}": "held"}.items():
@@ -336,27 +316,26 @@ def motions_table(report: dict, default: str = "balanced") -> str:
         columns[f"{name}: top-1 less dense's, points"] = lambda row, key=key: spread(
             row[key]["top1"]["difference"], row[key]["top1"]["interval"], 100
         )
-    rows = [{"motion": name, "ours": of, "held": held["motions"][name]} for name, of in ours["motions"].items()]
+    rows = ({"motion": name, "ours": of, "held": held["motions"][name]} for name, of in ours["motions"].items())
     return table(rows, columns, f"{len(report['frames'])} clips of each kind of motion.")
 
 
 def reaction_table(report: dict) -> str:
     """Frames between an event and the label's change."""
-    own = report["own"]
     columns = {
-        "delay beyond dense's, frames": lambda row: (
-            spread(row["delay"], row["interval"], form=".1f") if row["name"] != "dense" else ""
-        ),
+        "delay beyond dense's, frames": unless_dense(lambda row: spread(row["delay"], row["interval"], form=".1f")),
         "not within the frames looked at": "{censored}",
-        **beside(".1f", signed=".1f"),
+        **beside(".1f", signed=".1f", unit=", frames"),
     }
-    note = f"`{report['command']}`: {own['events']} events in {own['scenes']} clips; dense itself takes "
-    note += (
-        f"{own['dense_delay']:.1f} frames; {own['left_out']} events that dense does not follow, or says before, are "
+    note = (
+        "`{command}`: {own[events]} events in {own[scenes]} clips; dense itself takes {own[dense_delay]:.1f} frames; "
     )
-    note += f"left out. Looked at are {report['recorded']['settings']['after'] + 1} frames from an event on, or those "
-    note += "until the next one: delays are lower bounds where some are longer."
-    return table(rows_shown(own["results"]), with_method() | columns, note)
+    note += (
+        "{own[left_out]} events that dense does not follow, or says before, are left out. Looked at are {0} frames "
+    )
+    note += "from an event on, or those until the next one: delays are lower bounds where some are longer."
+    note = note.format(report["recorded"]["settings"]["after"] + 1, **report)
+    return table(rows_shown(report["own"]["results"]), method_and_cost() | columns, note)
 
 
 def fidelity_table(report: dict) -> str:
@@ -367,19 +346,16 @@ def fidelity_table(report: dict) -> str:
         "p1": "{p1:.4f}",
         "trend per 1,000 frames, thousandths": lambda row: spread(row["trend"], row["trend_interval"], 1e3),
         "MB a stream": lambda row: f"{row['bytes'] / 1e6:.1f}{'' if row['bytes_constant'] else ', not constant'}",
-        **{f"p5, thousandths: {name}": cell for name, cell in beside(".4f", 1e3).items()},
-        **{f"clips whose label changes: {n}": c for n, c in beside(".3f", 1e3, key=lambda r: r["changing"]).items()},
+        **beside(".3f", 1e3, head="p5: ", unit=", thousandths"),
+        **beside(".3f", 1e3, part="changing", head="p5 where labels change: ", unit=", thousandths"),
     }
-    columns = {name.replace("p5, thousandths: best", "p5: best"): cell for name, cell in columns.items()}
-    return table(rows_shown(report["results"]), with_method() | columns, f"`{report['command']}`")
+    return table(rows_shown(report["results"]), method_and_cost() | columns, f"`{report['command']}`")
 
 
 def laws_table(report: dict) -> str:
     """What of the published observations holds."""
     columns = {"published observation": "{claim}", "measured": "{measured}", "baseline": "{control}"}
-    clips = report["clips"]
-    note = f"`{report['command']}`: {clips['in_all']} composed clips of {clips['frames']} frames, "
-    note += f"{report['labels']} labels."
+    note = "`{command}`: {clips[in_all]} composed clips of {clips[frames]} frames, {labels} labels.".format(**report)
     return table(report["findings"], columns | {"verdict": "{verdict}"}, note)
 
 
@@ -388,40 +364,40 @@ def motion_table(report: dict) -> str:
     masks, objects, labels = (report[part]["all motions"] for part in ("masks", "objects", "labels"))
     pixels = max((way for way in masks if way.startswith("pixels")), key=lambda way: masks[way]["change"]["value"])
     ways = MASKS | {pixels: "baseline: difference of pixels, best level"}
-    rows = [(name, masks[way], objects[way], labels.get(way.rpartition(", ")[0], {})) for way, name in ways.items()]
-    columns = {"mask": "{0}"}
-    for part, key, head, form in MOTION_COLUMNS:
-        columns[head] = lambda row, part=part, key=key, form=form: spread(
-            row[part].get(key, {}).get("value"), None, form=form
-        )
-    clips = report["clips"]
-    note = f"`{report['command']}`: {clips['in_all']} composed clips of {clips['frames']} frames. A box is found "
-    note += f"if its IoU with a moving thing's is at least {report['least_iou']}; "
-    note += f"{labels['balanced, last_update']['objects']} found in the first row, named among {report['labels_known']} labels."
-    return table(rows, columns, note)
+    rows = [
+        {"name": ways[way], **masks[way], **objects[way], **labels.get(way.rpartition(", ")[0], {})} for way in ways
+    ]
+    columns = {"mask": "{name}"}
+    for column in "|".join((MASK_COLUMNS, BOX_COLUMNS, NAME_COLUMNS)).split("|"):
+        key, head = column.split(": ", 1)
+        form = ".2f" if "IoU" in head else ".0%"
+        columns[head] = lambda row, key=key, form=form: spread(row.get(key, {}).get("value"), form=form)
+    note = "`{command}`: {clips[in_all]} composed clips of {clips[frames]} frames. A box is found if its IoU with a "
+    note += "moving thing's is at least {least_iou}; {0[objects]} found in the first row, {labels_known} labels."
+    return table(rows, columns, note.format(labels["balanced, last_update"], **report))
 
 
 def lossless_table(report: dict) -> str:
     """Tokens per second with each drafter and with none."""
-
-    def ratio(key):
-        return lambda row: spread(row[key]["median"], row[key]["interval"], form=".2f") if key in row else ""
-
     settings, last = report["settings"], list(report["summary"].values())[-1]
-    rows = [{"task": task, "drafts": name} | row for task, of in report["summary"].items() for name, row in of.items()]
     columns = {"task": "{task}", "drafts": "{drafts}", "tokens/s": "{tokens_per_second:.0f}"}
-    columns |= {"times dense": ratio("times_dense"), "times lookup": ratio("times_lookup")}
-    for key, (head, form) in DRAFTS.items():
-        columns[head] = lambda row, key=key, form=form: spread(row.get(key), None, form=form)
+    for key in ("times_dense", "times_lookup"):
+        columns[key.replace("_", " ")] = lambda row, key=key: (
+            spread(row[key]["median"], row[key]["interval"], form=".2f") if key in row else ""
+        )
+    for head, (key, form) in DRAFT_COLUMNS.items():
+        columns[head] = lambda row, key=key, form=form: spread(row.get(key), form=form)
+    rows = (
+        {"task": task, "drafts": name, **row} for task, of in report["summary"].items() for name, row in of.items()
+    )
     differ = [sum(row["divergences"][key] for row in last.values()) for key in ("within_rounding", "others")]
     measured = sum(case["tokens"] >= settings["least_tokens"] for case in report["cases"])
-    note = f"`{report['command']}`: {settings['model']}, {measured} held-out prompts with texts of "
-    note += f"{settings['least_tokens']} to {settings['new_tokens']} tokens, {settings['dtype']}, {settings['turns']} turns, "
-    note += (
-        f"{settings['machine']['threads']} thread(s). Texts unlike the stock model's: {differ[0]} where its first two "
+    note = (
+        "`{0}`: {model}, {1} held-out prompts with texts of {least_tokens} to {new_tokens} tokens, {dtype}, {turns} "
     )
-    note += f"logits are level, {differ[1]} elsewhere."
-    return table(rows, columns, note)
+    note += "turns, {machine[threads]} thread(s). Texts unlike the stock model's: {2} where its first two logits are "
+    note += "level, {3} elsewhere."
+    return table(rows, columns, note.format(report["command"], measured, *differ, **settings))
 
 
 BLOCKS = {
@@ -453,21 +429,6 @@ def filled(page: str) -> str:
     return page
 
 
-def main(
-    run: Annotated[
-        Path | None, typer.Option(help="Folder of a `neuroflow run` to keep as the shipped clip's.")
-    ] = None,
-    labelled: Annotated[Path | None, typer.Option(help="Folder of a run with labels to keep.")] = None,
-):
-    """Write every table of README.md and docs/ from eval/results/."""
-    for folder, result, sheet in ((run, "run", "contact_sheet"), (labelled, "run_labels", "labels")):
-        if folder is not None:
-            write_json(RESULTS / f"{result}.json", json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-            picture = Image.open(folder / "contact_sheet.png").convert("RGB")
-            picture.save(ROOT / "docs" / f"{sheet}.jpg", quality=85, optimize=True)
-    for page in PAGES:
-        write_whole(page, filled(page.read_text(encoding="utf-8")))
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    for path in PAGES:
+        write_whole(path, filled(path.read_text(encoding="utf-8")))
