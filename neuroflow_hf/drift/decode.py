@@ -1,11 +1,11 @@
 """
-Many prompts continued at once, greedily or along given tokens, one token at a time through a cache of their own.
+Decode batches of prompts token by token, and compare a bypass with the dense model on them.
 
-Rows are padded on the left. Dense and bypassed runs never share a cache: every call makes its own, and drops it.
+Rows are padded on the left. Dense and bypassed runs never share a cache: every call of `decode` makes its own.
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from .metrics import (
     position_drift,
 )
 
-FILLER = 0  # a token where there is none; masked, or never looked at
+PADDING = 0  # the token at padded positions; masked, or never read
 
 
 @dataclass
@@ -30,12 +30,12 @@ class Batch:
     Prompts for one run.
 
     Args:
-        places: which prompts these are, [B].
+        indices: which of the prompts these are, [B].
         ids: int64 [B, T], padded on the left.
         mask: int64 [B, T], 0 for padding.
     """
 
-    places: list[int]
+    indices: list[int]
     ids: torch.Tensor
     mask: torch.Tensor
 
@@ -43,12 +43,12 @@ class Batch:
 @dataclass
 class Decoded:
     """
-    What a run gave, of B rows and n new tokens.
+    The output of a run: B rows of n new tokens.
 
     Args:
-        tokens: int64 [B, n], on the CPU; rows go on after their end.
-        similarity: float32 [B, n - 1] of the gate at the steps that fed tokens 0 to n - 2; None without a bypass.
-        bypassed: bool [B, n - 1], whether layers were bypassed then; None without a bypass.
+        tokens: int64 [B, n], on the CPU; rows continue past their end token.
+        similarity: float32 [B, n - 1], the gate's similarity at the steps that fed tokens 0 to n - 2; None if dense.
+        bypassed: bool [B, n - 1], whether layers were bypassed at these steps; None if dense.
     """
 
     tokens: torch.Tensor
@@ -57,30 +57,27 @@ class Decoded:
 
 
 def make_batches(rows: Sequence[Sequence[int]], batch_size: int, padding: int = 0) -> list[Batch]:
-    """
-    Rows of tokens in batches of at most `batch_size`, of like length together, each with at least `padding` positions
-    of padding.
-    """
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+    """Batches of at most `batch_size` rows of similar length, each row with at least `padding` padded positions."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     batches = []
     for begin in range(0, len(order), batch_size):
-        places = order[begin : begin + batch_size]
-        width = max(len(rows[place]) for place in places) + padding
-        ids = torch.full((len(places), width), FILLER)
+        indices = order[begin : begin + batch_size]
+        width = len(rows[indices[-1]]) + padding
+        ids = torch.full((len(indices), width), PADDING)
         mask = torch.zeros_like(ids)
-        for row, place in enumerate(places):
-            count = len(rows[place])
-            ids[row, width - count :] = torch.tensor(rows[place])
+        for row, index in enumerate(indices):
+            count = len(rows[index])
+            ids[row, width - count :] = torch.tensor(rows[index])
             mask[row, width - count :] = 1
-        batches.append(Batch(places, ids, mask))
+        batches.append(Batch(indices, ids, mask))
     return batches
 
 
 def pad_right(rows: Sequence[Sequence[int]], width: int) -> torch.Tensor:
-    """Rows of tokens as int64 [B, width], filled up on the right."""
-    padded = torch.full((len(rows), width), FILLER)
-    for place, row in enumerate(rows):
-        padded[place, : len(row)] = torch.tensor(row[:width], dtype=torch.int64)
+    """Rows of tokens as int64 [B, width], padded on the right."""
+    padded = torch.full((len(rows), width), PADDING)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = torch.tensor(row[:width], dtype=torch.int64)
     return padded
 
 
@@ -95,16 +92,16 @@ def decode(
     on_logits: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Decoded:
     """
-    Feed the prompts, then up to `steps` new tokens one by one; the last of them is not fed.
+    Feed the prompts, then up to `steps` new tokens one by one. The last token is not fed.
 
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`].
         batch: the prompts.
-        steps: how many new tokens, at least 1.
-        bypass: options of [`NeuroFlowBypassConfig`]; False for dense, whatever the configuration says.
-        forced: int64 [B, steps], the tokens to feed (teacher forcing); None for the model's first choices.
-        ends: tokens that end a text; once all rows have one, no more is fed. Not with `forced`.
-        on_logits: called with 0, 1, ... and the logits [B, V] for the new token of that number.
+        steps: number of new tokens, at least 1.
+        bypass: options of [`NeuroFlowBypassConfig`]; False for dense, whatever the model's configuration says.
+        forced: int64 [B, steps], the tokens to feed (teacher forcing); None for greedy decoding.
+        ends: end tokens; decoding stops once every row has one. Ignored with `forced`.
+        on_logits: called with each new token's number, from 0, and its logits [B, V].
     """
     device = model.device
     mask = batch.mask.to(device)
@@ -146,35 +143,36 @@ def decode(
 @dataclass
 class DenseAnswer:
     """
-    What the dense model made of a prompt.
+    The dense model's answer to a prompt.
 
     Args:
-        tokens: its greedy text, the end token included.
-        logits: [n, V], float32 on the CPU, for each of them.
-        nll: minus the log-probability, in nats, of the tokens of the prompt's second half, together.
+        tokens: its greedy text, including the end token.
+        logits: [n, V], float32 on the CPU, for each of these tokens.
+        nll: total negative log-likelihood, in nats, of the prompt's second half.
     """
 
     tokens: list[int]
     logits: torch.Tensor
-    nll: float = 0.0
+    nll: float
 
 
 class DriftBench:
     """
-    Prompts, the dense model's answers to them, and measurements against those.
+    Prompts, the dense model's answers to them, and measurements against these answers.
 
-    Three runs for each measurement, each with caches of its own: free greedy generation; dense's text fed token by
-    token (teacher forcing); and the second half of each prompt fed token by token, for perplexity on a text that no
-    model wrote. Prompts are fed in one piece and so are dense; what counts is what follows.
+    A measurement decodes three times: greedily; along the dense text (teacher forcing); and along the second half of
+    each prompt, for the perplexity of a text that no model wrote. Prompts are always fed in one piece, and so densely:
+    a bypass acts on the steps after them.
 
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`].
         rows: token ids of each prompt, at least one.
-        tasks: what each prompt is counted under.
-        new_tokens: generated after each prompt.
-        batch_size: prompts at once. More is faster; the logits of a batch, `batch_size * new_tokens * V` floats, and
-            those of dense for all prompts, have to fit into memory.
-        ends: tokens that end a text.
+        tasks: the task of each prompt.
+        new_tokens: number of tokens to generate after each prompt.
+        batch_size: prompts at once. Memory has to hold the logits of a batch, `batch_size * new_tokens * V` floats,
+            and the dense logits of all prompts.
+        ends: end tokens.
+        on_prompts: called after each batch with the number of prompts finished.
     """
 
     def __init__(
@@ -185,67 +183,68 @@ class DriftBench:
         new_tokens: int = 64,
         batch_size: int = 64,
         ends: Collection[int] = (),
+        on_prompts: Callable[[int], None] = lambda done: None,
     ):
         self.model, self.rows, self.tasks = model, rows, tasks
-        self.new_tokens, self.batch_size, self.ends = new_tokens, batch_size, ends
+        self.new_tokens, self.batch_size, self.ends, self.on_prompts = new_tokens, batch_size, ends, on_prompts
+        # a bypass acts on the second half's steps; its first token follows from the first half, which is fed densely
+        middles = [max(1, len(row) // 2) for row in rows]
+        self.halves = [(list(row[:at]), list(row[at:])) for row, at in zip(rows, middles, strict=True)]
         self.dense: list[DenseAnswer] = [None] * len(rows)
-        for batch in make_batches(rows, batch_size):
+        for batch in self.batches():
             kept: list[torch.Tensor] = []
             free = decode(model, batch, new_tokens, ends=ends, on_logits=lambda _, x, kept=kept: kept.append(x.cpu()))
             logits = torch.stack(kept, dim=1).float()
-            scores = self.score(model, batch.places, False)
-            for row, place in enumerate(batch.places):
+            scores = self.score(model, batch.indices, False)
+            for row, index in enumerate(batch.indices):
                 tokens = cut_at_end(free.tokens[row].tolist(), ends)
-                self.dense[place] = DenseAnswer(tokens, logits[row, : len(tokens)].clone(), scores[row])
+                self.dense[index] = DenseAnswer(tokens, logits[row, : len(tokens)].clone(), scores[row])
+
+    def batches(self, batch_size: int | None = None, padding: int = 0) -> Iterator[Batch]:
+        """The prompts in batches; reports each batch as finished when the next one is asked for."""
+        done = 0
+        for batch in make_batches(self.rows, batch_size or self.batch_size, padding):
+            yield batch
+            done += len(batch.indices)
+            self.on_prompts(done)
 
     def complete(self, options: dict | bool) -> NeuroFlowBypassConfig | bool:
-        """Options that are all of it, so that none of the model's configuration's own come in; False for dense."""
+        """All options, so that the model's own configuration plays no part; False for dense."""
         if options is False:
             return False
         return NeuroFlowBypassConfig.from_options(options).resolve(self.model.config.num_hidden_layers)
 
-    def halves(self, place: int) -> tuple[list[int], list[int]]:
-        """A prompt's first half, at least a token, and the rest."""
-        row = list(self.rows[place])
-        middle = max(1, len(row) // 2)
-        return row[:middle], row[middle:]
-
-    def scored_tokens(self, place: int) -> int:
-        """How many of a prompt's tokens are predicted by a step that a bypass acts on."""
-        return max(0, len(self.halves(place)[1]) - 1)
-
-    def score(self, model, places: Sequence[int], bypass: dict | bool) -> list[float]:
+    def score(self, model, indices: Sequence[int], bypass: dict | bool) -> list[float]:
         """
-        What the second half of these prompts costs, in nats, fed token by token: its first token excepted, which a
-        dense forward of the first half predicts in any case.
+        Negative log-likelihood, in nats, of these prompts' second halves, fed token by token. The first token is left
+        out: the dense forward of the first half predicts it.
         """
-        halves = [self.halves(place) for place in places]
+        halves = [self.halves[index] for index in indices]
         steps = max(len(rest) for _, rest in halves)
         if steps < 2:
             return [0.0] * len(halves)
         (batch,) = make_batches([first for first, _ in halves], len(halves))
-        forced = pad_right([halves[place][1] for place in batch.places], steps)
-        valid = torch.tensor([len(halves[place][1]) for place in batch.places])
+        texts = [halves[index][1] for index in batch.indices]
+        forced, lengths = pad_right(texts, steps), torch.tensor([len(text) for text in texts])
         sums = torch.zeros(len(halves), dtype=torch.float64)
 
         def add(step: int, logits: torch.Tensor):
             if step:
                 costs = negative_log_likelihood(logits, forced[:, step].to(logits.device)).cpu()
-                sums.add_(torch.where(step < valid, costs, 0.0))
+                sums.add_(torch.where(step < lengths, costs, 0.0))
 
         decode(model, batch, steps, bypass, forced, on_logits=add)
-        found = [0.0] * len(halves)
-        for row, place in enumerate(batch.places):
-            found[place] = sums[row].item()
-        return found
+        found = torch.zeros_like(sums)
+        found[batch.indices] = sums
+        return found.tolist()
 
     def force(self, model, batch: Batch, bypass: dict | bool) -> tuple[torch.Tensor, Decoded]:
-        """Feed dense's texts: the logits for each token, [B, n, V], float32 on the CPU, and the run."""
-        texts = [self.dense[place].tokens for place in batch.places]
-        steps = max(map(len, texts))
+        """Feed the dense texts: the logits for each token, [B, n, V], float32 on the CPU, and the run."""
+        texts = [self.dense[index].tokens for index in batch.indices]
+        forced = pad_right(texts, max(map(len, texts)))
         kept: list[torch.Tensor] = []
         run = decode(
-            model, batch, steps, bypass, pad_right(texts, steps), on_logits=lambda _, x: kept.append(x.float().cpu())
+            model, batch, forced.shape[1], bypass, forced, on_logits=lambda _, x: kept.append(x.float().cpu())
         )
         return torch.stack(kept, dim=1), run
 
@@ -253,41 +252,40 @@ class DriftBench:
         self, bypass: dict | bool, model=None, batch_size: int | None = None, padding: int = 0
     ) -> list[PromptRecord]:
         """
-        One configuration against dense, prompt by prompt.
+        Compare one configuration with dense on each prompt.
 
         Args:
-            bypass: options of [`NeuroFlowBypassConfig`]; False for dense, as for the noise floor.
-            model: another model than dense's, such as a copy of another dtype.
-            batch_size, padding: another shape than dense's: prompts at once, and positions of padding before each.
+            bypass: options of [`NeuroFlowBypassConfig`]; False for dense, to measure the noise floor.
+            model: another model than the dense one, such as a copy in another dtype.
+            batch_size, padding: another batch shape: prompts at once, and padded positions before each prompt.
         """
         model = self.model if model is None else model
         bypass = self.complete(bypass)
         records: list[PromptRecord] = [None] * len(self.rows)
-        for batch in make_batches(self.rows, batch_size or self.batch_size, padding):
+        for batch in self.batches(batch_size, padding):
             free = decode(model, batch, self.new_tokens, bypass, ends=self.ends)
             logits, forced = self.force(model, batch, bypass)
-            scores = self.score(model, batch.places, bypass)
-            for row, place in enumerate(batch.places):
-                record = self.compare_texts(place, row, free)
-                self.compare_logits(record, place, row, logits[row], forced)
+            scores = self.score(model, batch.indices, bypass)
+            for row, index in enumerate(batch.indices):
+                record = records[index] = self.compare_texts(index, row, free)
+                self.compare_logits(record, index, row, logits[row], forced)
                 record.nll = scores[row]
-                records[place] = record
         return records
 
-    def compare_texts(self, place: int, row: int, free: Decoded) -> PromptRecord:
-        """The record of a prompt, with what its freely generated text says."""
-        dense = self.dense[place]
+    def compare_texts(self, index: int, row: int, free: Decoded) -> PromptRecord:
+        """The record of a prompt, with the figures of its greedy text."""
+        dense = self.dense[index]
         tokens = cut_at_end(free.tokens[row].tolist(), self.ends)
         first = first_divergence(dense.tokens, tokens)
         record = PromptRecord(
-            self.tasks[place],
+            self.tasks[index],
             drift=position_drift(dense.tokens, tokens),
             first_divergence=first,
-            scored_tokens=self.scored_tokens(place),
+            scored_tokens=max(0, len(self.halves[index][1]) - 1),
             dense_nll=dense.nll,
             steps=len(tokens) - 1,  # the last token is not fed
         )
-        if first is not None:  # not past dense's text: texts of one length limit differ inside, or one ended earlier
+        if first is not None:  # always inside the dense text: either a token differs there, or one text ended earlier
             leading = dense.logits[first].topk(2).values
             record.margin = (leading[0] - leading[1]).item()
         if free.bypassed is not None:
@@ -296,11 +294,10 @@ class DriftBench:
             record.similarity = similarity[~similarity.isnan()].tolist()
         return record
 
-    def compare_logits(self, record: PromptRecord, place: int, row: int, logits: torch.Tensor, forced: Decoded):
-        """Add to a record what teacher forcing says, from logits [n, V]."""
-        dense = self.dense[place].logits
-        # the first follows from the prompt, which is fed densely in any case
-        found = compare_steps(dense[1:], logits[1 : len(dense)])
+    def compare_logits(self, record: PromptRecord, index: int, row: int, logits: torch.Tensor, forced: Decoded):
+        """Add the figures of teacher forcing to a record, from logits [n, V]."""
+        dense = self.dense[index].logits
+        found = compare_steps(dense[1:], logits[1 : len(dense)])  # the prompt, fed densely, predicts the first token
         record.forced_steps = len(dense) - 1
         record.forced_divergent = int((~found.same_top1).sum())
         record.kl = found.kl.tolist()
@@ -311,26 +308,23 @@ class DriftBench:
         record.entropy_computed = found.entropy[~bypassed].tolist()
 
     def similarity(self, gate_layer: int) -> list[float]:
-        """Similarities of a gate layer along dense's texts, with nothing bypassed."""
+        """The similarities at a gate layer along the dense texts, with nothing bypassed."""
         layers = self.model.config.num_hidden_layers
         cache_layer = gate_layer + 1 if gate_layer + 1 < layers else 0
         options = self.complete({"gate_layer": gate_layer, "cache_layers": [cache_layer], "threshold": NEVER})
         values: list[float] = []
-        for batch in make_batches(self.rows, self.batch_size):
+        for batch in self.batches():
             _, run = self.force(self.model, batch, options)
-            for row, place in enumerate(batch.places):
-                found = run.similarity[row, : len(self.dense[place].tokens) - 1]
+            for row, index in enumerate(batch.indices):
+                found = run.similarity[row, : len(self.dense[index].tokens) - 1]
                 values += found[~found.isnan()].tolist()
         return values
 
     def time_steps(self, bypass: dict, prompts: int = 9) -> list[tuple[float, float]]:
-        """
-        Milliseconds of a token, dense and bypassed in turn, one prompt at a time: a pair for each of the first
-        `prompts`, and one before them that is not kept, for warming up.
-        """
+        """Milliseconds per token, dense and bypassed, one prompt at a time after a warm-up: a pair for each prompt."""
         pairs, bypass = [], self.complete(bypass)
-        for place in [0, *range(min(prompts, len(self.rows)))]:
-            (batch,) = make_batches([self.rows[place]], 1)
+        for index in [0, *range(min(prompts, len(self.rows)))]:
+            (batch,) = make_batches([self.rows[index]], 1)
             times = []
             for options in (False, bypass):
                 started = time.perf_counter()

@@ -1,13 +1,12 @@
 """
-A drift evaluation: prompts through a dense model and through bypasses, and one report of all of it.
+Evaluate the token drift of bypasses: run prompts through a dense model and through bypasses, and write one report.
 
     model, tokenizer = load_language_model("path/to/phi3")
     report = evaluate_drift(model, tokenizer, read_prompts("prompts.jsonl"), Path("drift.json"))
     report["configurations"][0]["tasks"]["prose"]["drift"]
 
-The report is written after each configuration, whole or not at all, and continued where it was left. Started by
-`accelerate launch` or `torchrun`, the prompts are split over the processes, and the first one writes. Nothing is
-printed here.
+The report is written atomically after each configuration, and an interrupted run is continued. Under `accelerate
+launch` or `torchrun` the prompts are split over the processes, and the first process writes.
 """
 
 import copy
@@ -42,16 +41,16 @@ OTHER_DTYPE = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, tor
 @dataclass(frozen=True)
 class DriftSettings:
     """
-    How a drift evaluation is done.
+    Settings of a drift evaluation.
 
     Args:
         new_tokens (`int`, defaults to 64):
-            Generated after each prompt, at least 2. Drift grows with it: compare figures of one length only.
-        batch_size (`int`, defaults to 64):
-            Prompts at once. Less if memory runs out; results differ by rounding.
-        max_prompt_tokens (`int`, defaults to 192): of a longer prompt, the last so many tokens are fed.
-        samples (`int`, defaults to 2000): of the bootstrap behind the intervals.
-        seed (`int`, defaults to 0): of that bootstrap. Nothing else is random: generation is greedy.
+            Number of tokens to generate after each prompt, at least 2. Drift grows with it: compare figures of equal
+            length only.
+        batch_size (`int`, defaults to 64): Prompts at once. Use fewer if memory runs out; results differ by rounding.
+        max_prompt_tokens (`int`, defaults to 192): Longer prompts are cut to their last tokens.
+        samples (`int`, defaults to 2000): Number of bootstrap samples behind the intervals.
+        seed (`int`, defaults to 0): Random seed of the bootstrap. Nothing else is random: generation is greedy.
 
     Raises:
         ValueError: for a value out of range.
@@ -70,12 +69,7 @@ class DriftSettings:
 
 
 def encode_prompts(tokenizer, prompts: Sequence[Prompt], limit: int) -> tuple[list[list[int]], int]:
-    """
-    Token ids of each prompt, of long ones the last `limit`; and how many were cut.
-
-    Raises:
-        ValueError: for a prompt of which no token is left.
-    """
+    """The last `limit` token ids of each prompt, and how many prompts were cut; a ValueError for an empty one."""
     rows = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
@@ -84,32 +78,27 @@ def encode_prompts(tokenizer, prompts: Sequence[Prompt], limit: int) -> tuple[li
 
 
 def prompt_limit(config, settings: DriftSettings) -> int:
-    """
-    The most tokens of a prompt that leave room for the new ones.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The most tokens of a prompt that leave room for the new ones; a ValueError if there is no room."""
     room = config.max_position_embeddings
     if config.rope_parameters["rope_type"] == "longrope":
-        room = min(room, config.original_max_position_embeddings)  # past it, all keys would have to be made anew
+        room = min(room, config.original_max_position_embeddings)  # past it, all keys would have to be recomputed
     if settings.new_tokens >= room:
         raise ValueError(f"`new_tokens` is {settings.new_tokens}; the model has room for {room}, the prompt included.")
     return min(settings.max_prompt_tokens, room - settings.new_tokens)
 
 
 def end_tokens(model) -> frozenset[int]:
-    """The tokens that end a text, by the model's generation settings."""
+    """The end tokens of the model's generation configuration."""
     ends = model.generation_config.eos_token_id
     return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
 
 
 class DriftJob:
     """
-    One evaluation under way; arguments as those of `evaluate_drift`.
+    A running evaluation. Arguments are those of `evaluate_drift`.
 
     Attributes:
-        report: what there is so far; on all processes.
+        report: the results so far, on all processes.
     """
 
     def __init__(
@@ -127,20 +116,19 @@ class DriftJob:
     ):
         self.model, self.path, self.settings, self.own, self.quick = model, path, settings, own, quick
         self.processes, self.on_step = Processes(), on_step
-        limit = prompt_limit(model.config, settings)
-        rows, cut = encode_prompts(tokenizer, prompts, limit)
-        self.places = self.processes.share(len(rows))
+        rows, cut = encode_prompts(tokenizer, prompts, prompt_limit(model.config, settings))
         if len(rows) < self.processes.count:
             raise ValueError(f"There are {len(rows)} prompts for {self.processes.count} processes; start fewer.")
+        self.indices = self.processes.share(len(rows))  # of this process's prompts
         tasks = [prompt.task for prompt in prompts]
-        self.rows, self.tasks = ([part[place] for place in self.places] for part in (rows, tasks))
+        self.rows, self.tasks = ([part[index] for index in self.indices] for part in (rows, tasks))
         self.layers = model.config.num_hidden_layers
         if own is not None:
-            own_configuration(self.layers, own)  # what is wrong is said before anything is run
+            own_configuration(self.layers, own)  # raises for bad options before anything runs
         else:
             gate_layers(self.layers)
         self._bench: DriftBench | None = None
-        same = {  # what must be equal for two runs to be one
+        same = {  # a run is continued only if all of this is equal
             "settings": asdict(settings),
             "model": {
                 "name": names.get("model") or model.config.name_or_path,
@@ -163,7 +151,7 @@ class DriftJob:
         self.report["command"] = names.get("command")
 
     def begin(self, same: dict, fresh: bool) -> dict:
-        """The report to continue: what is in the file, if that is of the same settings; else an empty one."""
+        """The report in the file if it was made under the same conditions; else an empty one."""
         if not fresh and self.path.exists():
             try:
                 before = json.loads(self.path.read_text(encoding="utf-8"))
@@ -175,61 +163,70 @@ class DriftJob:
 
     @property
     def bench(self) -> DriftBench:
-        """The prompts of this process, answered by the dense model at the first use."""
+        """This process's prompts with the dense model's answers, generated at the first use."""
         if self._bench is None:
-            self.say("dense", 0, 1)
+            self.start_step("dense")
             how = (self.settings.new_tokens, self.settings.batch_size, end_tokens(self.model))
-            self._bench = DriftBench(self.model, self.rows, self.tasks, *how)
+            self._bench = DriftBench(self.model, self.rows, self.tasks, *how, on_prompts=self.on_prompts)
         return self._bench
 
-    def say(self, what: str, done: int, total: int):
-        """Tell the caller how far it is."""
+    def start_step(self, what: str, done: int = 0, total: int | None = None):
+        """Report a step's start: `done` of `total` prompts are finished, by default 0 of this process's prompts."""
+        self.step = what, done, len(self.rows) if total is None else total
+        self.on_prompts(0)
+
+    def on_prompts(self, count: int):
+        """Report that `count` prompts of the current step are finished."""
+        what, done, total = self.step
         if self.on_step is not None and self.processes.is_main:
-            self.on_step(what, done, total)
+            self.on_step(what, done + count, total)
 
     def save(self):
-        """Write the report, and under which commit it was."""
+        """Write the report, and add the current commit to it."""
         commit = checkout_commit()
         if commit is not None and commit not in self.report["commits"]:
             self.report["commits"].append(commit)
         if self.processes.is_main:
             write_whole(self.path, report_text(self.report))
 
-    def entry(self, bypass: dict | bool, **how) -> dict:
-        """The figures of one configuration, of all processes' prompts."""
-        records = self.bench.measure(bypass, **how)
-        gathered = self.processes.gather(list(zip(self.places, records, strict=True)))
+    def entry(self, name: str, bypass: dict | bool, done: int = 0, total: int | None = None, **how) -> dict:
+        """The figures of one configuration, over the prompts of all processes."""
+        bench = self.bench
+        self.start_step(name, done, total)
+        records = bench.measure(bypass, **how)
+        gathered = self.processes.gather(list(zip(self.indices, records, strict=True)))
         records = [record for _, record in sorted(gathered, key=lambda pair: pair[0])]
         bootstrap = {"samples": self.settings.samples, "seed": self.settings.seed}
         return {"tasks": summarise_tasks(records, **bootstrap), "prompts": columns(records)}
 
-    def learn_gates(self):
-        """How similar the gates' outputs are on dense's texts, and the thresholds that follow."""
+    def find_thresholds(self):
+        """Measure the similarities at the grid's gate layers, and derive a threshold for each rate."""
         rates = sorted({rate for found in RATES.values() for rate in found})
         for layer in gate_layers(self.layers):
             known = self.report["gates"].get(str(layer), {}).get("thresholds", {})
             if all(f"{rate:g}" in known for rate in rates):
                 continue
-            self.say(f"similarity at layer {layer}", 0, 1)
-            values = self.processes.gather(self.bench.similarity(layer))
+            bench = self.bench
+            self.start_step(f"similarity at layer {layer}")
+            values = self.processes.gather(bench.similarity(layer))
             self.report["gates"][str(layer)] = {
                 **{f"p{p}": quantile(values, p / 100) for p in (1, 10, 50, 90, 99)},
                 "steps": len(values),
-                # those known are kept, for configurations that were measured are named after them
+                # keep known thresholds: measured configurations are named after them
                 "thresholds": {f"{rate:g}": threshold_for_rate(values, rate) for rate in rates} | known,
             }
             self.save()
 
     def configurations(self) -> list[Configuration]:
-        """What is to be measured."""
+        """The configurations to measure."""
         if self.own is not None:
             return [own_configuration(self.layers, self.own)]
-        self.learn_gates()
+        self.find_thresholds()
         thresholds = {int(layer): found["thresholds"] for layer, found in self.report["gates"].items()}
         return full_grid(self.layers, thresholds, self.quick)
 
     def measure_noise(self):
-        """Dense against dense, in another batch shape and in another dtype."""
+        """Measure the noise floor: dense against dense, in another batch shape and in another dtype."""
         other = OTHER_DTYPE[self.model.dtype]
         size = max(1, min(self.settings.batch_size, len(self.rows)) // 3)
         names = {"batch": "dense, another batch shape", "dtype": f"dense, {str(other).removeprefix('torch.')}"}
@@ -237,51 +234,54 @@ class DriftJob:
         for kind, name in names.items():
             if kind in done:
                 continue
-            self.say(name, 0, 1)
             how = {"batch_size": size, "padding": 3}
             if kind == "dtype":
                 how = {"model": copy.deepcopy(self.model).to(other)}
-            self.report["noise"].append({"name": name, "kind": kind, **self.entry(False, **how)})
+            self.report["noise"].append({"name": name, "kind": kind, **self.entry(name, False, **how)})
             self.save()
 
     def measure(self, configurations: Sequence[Configuration]):
-        """Whatever is missing of these."""
+        """Measure the configurations that the report lacks."""
         done = {entry["name"] for entry in self.report["configurations"]}
-        for place, configuration in enumerate(configurations):
-            if configuration.name in done:
+        prompts = len(self.rows)
+        for number, configuration in enumerate(configurations):
+            name = configuration.name
+            if name in done:
                 continue
-            self.say(configuration.name, place, len(configurations))
             entry = {
-                "name": configuration.name,
+                "name": name,
                 "family": configuration.family,
                 "pair": configuration.pair,
                 "guarded": configuration.is_guarded,
                 "inverted": configuration.is_inverted,
                 "asked_rate": configuration.asked_rate,
                 "options": configuration.options,
-                **self.entry(configuration.options),
+                **self.entry(name, configuration.options, number * prompts, len(configurations) * prompts),
             }
             self.report["configurations"].append(entry)
             self.save()
-        order = {configuration.name: place for place, configuration in enumerate(configurations)}
+        order = {configuration.name: number for number, configuration in enumerate(configurations)}
         self.report["configurations"].sort(key=lambda entry: order.get(entry["name"], len(order)))
 
     def measure_time(self):
-        """What a step takes, dense and bypassed, at the configuration that stands for the published one."""
+        """Time a step, dense and bypassed, at the configuration that stands for the published one."""
         chosen = published_configuration(self.report)
         if chosen is not None and self.report["timing"] is None:
-            self.say("time of a step", 0, 1)
-            pairs = self.bench.time_steps(chosen["options"])
-            self.report["timing"] = {"configuration": chosen["name"], "milliseconds": pairs}
+            bench = self.bench
+            self.start_step("time of a step", 0, 1)
+            self.report["timing"] = {
+                "configuration": chosen["name"],
+                "milliseconds": bench.time_steps(chosen["options"]),
+            }
 
     def run(self) -> dict:
-        """All of it."""
+        """Measure all that is missing."""
         self.measure_noise()
         self.measure(self.configurations())
         if self.own is None:
             self.measure_time()
         self.save()
-        self.say("done", 1, 1)
+        self.start_step("done", 1, 1)
         return self.report
 
 
@@ -298,25 +298,26 @@ def evaluate_drift(
     names: dict | None = None,
 ) -> dict:
     """
-    Measure what bypasses do to the text that a model writes.
+    Measure how bypasses change the text that a model generates.
 
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`] in evaluation mode.
         tokenizer: its tokenizer.
-        prompts: texts to continue; 50 or more of each task, for no divergence in n only bounds its share by 3/n.
-        path: the JSON file to write, and to continue where it holds the same model, prompts, settings and machine.
+        prompts: texts to continue. Use 50 or more of each task: no divergence in n prompts only bounds the rate of
+            divergence by 3/n.
+        path: the JSON file to write. It is continued if it holds the same model, prompts, settings and machine.
         settings: [`DriftSettings`]; None for the defaults.
         own: options of [`NeuroFlowBypassConfig`], to measure this one bypass; None for the grid of `full_grid`.
-        quick: the first of the published pairs only.
-        fresh: begin anew whatever is in the file.
-        on_step: called with what is being done, and the number of it among how many.
-        names: what the report calls the `model` and the `prompts`, and the `command`.
+        quick: measure the first published pair of layers only.
+        fresh: ignore what is in the file.
+        on_step: called after each batch with the name of the step, and how many of how many prompts are finished.
+        names: names for the report: `model`, `prompts` and `command`.
 
     Returns:
         The report, on all processes.
 
     Raises:
-        ValueError: for settings and options out of range, layers that the model does not have, no room for the new
+        ValueError: for settings or options out of range, layers that the model does not have, no room for the new
             tokens, and prompts without tokens.
         OSError: if the file cannot be written.
     """
