@@ -340,7 +340,7 @@ def passes_of(specs: Sequence[MethodSpec]) -> list[list[MethodSpec]]:
     return [*([together] if together else []), *([spec] for spec in specs if not spec.shares_dense)]
 
 
-WORK = {"mlp": 0.35, "propagate": 0.35, "dense": 0.5}  # of the streams' modes; guesses, to share by
+WORK = {"mlp": 0.35, "dense": 0.5}  # of the streams' modes; guesses, to share by
 
 
 def expected_work(specs: Sequence[MethodSpec]) -> float:

@@ -1,19 +1,26 @@
-"""What the scripts of this folder share: percentiles, where a figure comes from."""
+"""What the scripts of this folder share: percentiles, where a figure comes from, pictures and consoles."""
 
+import io
 import json
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
+from matplotlib.figure import Figure
+from rich.console import Console
 
 import neuroflow_hf
-from neuroflow_hf.utils.provenance import fill_block, write_whole
+from neuroflow_hf.utils.provenance import fill_block, write_whole, write_whole_bytes
 
-__all__ = ["RESULTS", "fill_block", "percentile", "provenance", "write_json", "write_whole"]
+__all__ = [
+    "RESULTS", "fill_block", "percentile", "provenance", "tidy", "wide_console", "with_interval", "write_figure",
+    "write_json", "write_whole",
+]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,3 +47,32 @@ def provenance() -> dict:
 def write_json(path: Path, report: dict):
     """Write a report, whole or not at all."""
     write_whole(path, json.dumps(report, indent=2) + "\n")
+
+
+def write_figure(path: Path, figure: Figure, dpi: int = 130):
+    """Write a picture as PNG, whole or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=dpi, format="png")
+    write_whole_bytes(path, picture.getvalue())
+
+
+def tidy(panel):
+    """Draw a light grid and no frame."""
+    panel.grid(color="#e5e7eb", linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def wide_console(width: int = 140) -> Console:
+    """A console with at least so many columns: a pipe has 80, and these tables need more."""
+    return Console(width=max(Console().width, width))
+
+
+def with_interval(
+    value: float | None, interval: Sequence[float] | None, form: str = "{:.2f}", scale: float = 1
+) -> str:
+    """A scaled value with its interval in brackets; `-` for None."""
+    if value is None:
+        return "-"
+    ends = "" if interval is None else f" [{', '.join(form.format(scale * end) for end in interval)}]"
+    return form.format(scale * value) + ends

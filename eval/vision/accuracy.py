@@ -10,12 +10,12 @@ checkpoint was trained on or `nothing`. Counted are frames on which a thing is s
 of each clip; every method, dense too, is asked about the same frames. Each clip counts as much as any other. Intervals
 are 95 %, from drawing clips with all their frames, paired: frames of one clip are no independent answers, and the
 number of clips, not of frames, is what an interval's width goes by. Of fewer than three clips none is given.
-Controls: the first frame repeated, dense every k frames, dense when the mean surprise or the pixels' difference since
+Baselines: the first frame repeated, dense every k frames, dense when the mean surprise or the pixels' difference since
 the last dense frame exceeds a level, fewer pixels, token merging (ToMe); between two settings of a family anybody can
 mix, so each has a value at a method's own cost. Writes `eval/results/accuracy.json` and `docs/accuracy.png`.
 """
 
-import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,15 +23,13 @@ import numpy as np
 import torch
 import typer
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
 from eval.recordings import Scene
-from eval.report import RESULTS, write_json
-from eval.vision.cost_curves import draw_over_cost
-from eval.vision.equal_cost import best_control, families_of, statistic_interval
+from eval.report import RESULTS, tidy, wide_console, with_interval, write_figure, write_json
+from eval.vision.equal_cost import best_baseline, families_of, statistic_interval
 from eval.vision.evidence import (
     CHECKPOINT,
     Checkpoint,
@@ -48,11 +46,15 @@ from eval.vision.evidence import (
     gather_evidence,
     rounded,
 )
-from neuroflow_hf.utils.provenance import write_whole_bytes
+from neuroflow_hf.evaluation.methods import MethodSpec
 
 TOP = (1, 5)
 CLOSE, CLOSE_COST = (0.9, 1.05), 0.03  # of the close-up's axes
 PLOT = RESULTS.parents[1] / "docs" / "accuracy.png"
+COLOURS = ("#d97706", "#2563eb", "#7c3aed", "#0d9488", "#be185d", "#65a30d", "#854d0e")
+BASELINE_COLOURS = ("#111827", "#6b7280", "#9ca3af", "#374151", "#4b5563", "#a8a29e", "#78716c", "#1f2937", "#94a3b8")
+BASELINE_MARKERS = ("s", "^", "v", "D", "x", "+", "P", "1", "p")
+LEAST_COST = 0.01  # of the axis; what costs nothing is drawn here
 
 
 def is_right(embeddings: Tensor, texts: Tensor, places: Tensor, k: int) -> Tensor:
@@ -90,14 +92,16 @@ def figures(values: dict[str, np.ndarray], dense: str, name: str) -> dict:
         "accuracy": float(own),
         "dense": float(theirs),
         "difference": float(own - theirs),
-        "interval": statistic_interval(values[name], mean_of_scenes, values[dense]),
+        "interval": statistic_interval(
+            values[name], mean_of_scenes, lambda drawn: mean_of_scenes(values[dense][drawn])
+        ),
         "retained": float(own / theirs) if theirs else None,
         "scenes": int((~np.isnan(values[name])).sum()),
     }
 
 
 def accuracy_report(evidence: Evidence) -> dict:
-    """All figures: of every method, pooled, by motion, and beside the best controls at its cost."""
+    """All figures: of every method, pooled, by motion, and beside the best baselines at its cost."""
     scenes, names = evidence.scenes, [spec.name for spec in evidence.specs]
     dense = next(spec.name for spec in evidence.specs if spec.kind == "dense")
     motions = list(dict.fromkeys(scene.group for _, scene in scenes))
@@ -116,8 +120,8 @@ def accuracy_report(evidence: Evidence) -> dict:
         for k in TOP:
             row[f"top{k}"] = figures(values[k], dense, spec.name)
         if not spec.control and spec.name != dense:
-            compared = best_control(spec.name, values[1], costs, families, mean_of_scenes)
-            row["top1"]["best control"] = None if compared is None else compared.to_dict()
+            compared = best_baseline(spec.name, values[1], costs, families, mean_of_scenes)
+            row["top1"]["best control"] = compared
         row["motions"] = {}
         for motion in motions:
             rows = [place for place, (_, scene) in enumerate(scenes) if scene.group == motion]
@@ -134,6 +138,50 @@ def accuracy_report(evidence: Evidence) -> dict:
         for column in range(len(some))
     )
     return rounded({**evidence.about, "texts": len(evidence.names), "frames_counted": counted, "results": methods})
+
+
+def draw_over_cost(
+    panel, specs: Sequence[MethodSpec], costs: dict[str, float], values: dict[str, float], dense: float
+):
+    """
+    A panel of values over cost.
+
+    Args:
+        panel: of matplotlib.
+        specs: the methods; those of one family are joined.
+        costs, values: of each by name; without a value it is left out.
+        dense: what dense reaches, a line across.
+    """
+    families: dict[str, list[MethodSpec]] = {}
+    for spec in specs:
+        if spec.kind != "dense":
+            families.setdefault(spec.family, []).append(spec)
+    colours = itertools.cycle(COLOURS)
+    baseline_looks = itertools.cycle(zip(BASELINE_COLOURS, BASELINE_MARKERS, strict=True))
+    panel.axhline(dense, color="#b91c1c", linewidth=1, linestyle=(0, (4, 3)), label="dense")
+    for family, members in families.items():
+        is_baseline = members[0].control
+        colour, marker = next(baseline_looks) if is_baseline else (next(colours), "o")
+        if family == "presets":
+            marker = "*"
+        points = sorted(
+            (max(costs[spec.name], LEAST_COST), values[spec.name]) for spec in members if spec.name in values
+        )
+        if points:
+            panel.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                marker=marker,
+                markersize=9 if marker == "*" else 4,
+                linewidth=1.0 if is_baseline else 1.6,
+                linestyle="--" if is_baseline else "-",
+                label=f"baseline: {family}" if is_baseline else family,
+                zorder=2 if is_baseline else 3,
+            )
+    panel.set_xscale("log")
+    drawn = [costs[spec.name] for spec in specs if spec.name in values]
+    panel.set_xlim(LEAST_COST * 0.9, 1.1 * max([1.0, *drawn]))
+    tidy(panel)
 
 
 def plot_accuracy(evidence: Evidence, report: dict) -> Figure:
@@ -183,12 +231,12 @@ def relative(found: dict[str, dict]) -> dict[str, float]:
 def tables(report: dict) -> list[Table]:
     """The figures of all clips, and the presets' by motion."""
     overall = Table(title="zero-shot accuracy, all motions", title_justify="left")
-    for heading in ("method", "cost", "top-1", "less dense", "best control", "difference", "top-5"):
-        overall.add_column(heading, justify="left" if heading in ("method", "best control") else "right")
+    for heading in ("method", "cost", "top-1", "less dense", "best baseline", "difference", "top-5"):
+        overall.add_column(heading, justify="left" if heading in ("method", "best baseline") else "right")
     for row in report["results"]:
         compared = row["top1"].get("best control")
         overall.add_row(
-            ("control: " if row["control"] else "") + row["name"],
+            ("baseline: " if row["control"] else "") + row["name"],
             f"{row['cost']:.3f}",
             percent(row["top1"]["accuracy"]),
             points(row["top1"]["difference"], row["top1"]["interval"]),
@@ -216,10 +264,7 @@ def percent(share: float | None) -> str:
 
 def points(difference: float | None, interval: Sequence[float] | None) -> str:
     """A difference of shares in points, with its interval."""
-    if difference is None:
-        return "-"
-    between = "" if interval is None else f" [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
-    return f"{100 * difference:+.2f}{between}"
+    return with_interval(difference, interval, "{:+.2f}", 100)
 
 
 def main(
@@ -242,12 +287,8 @@ def main(
         return
     report = accuracy_report(evidence)
     write_json(output, report)
-    picture = io.BytesIO()
-    plot_accuracy(evidence, report).savefig(picture, dpi=130, format="png")
-    write_whole_bytes(plot, picture.getvalue())
-    console = Console()
-    console.width = max(console.width, 140)
-    console.print(*tables(report))
+    write_figure(plot, plot_accuracy(evidence, report))
+    wide_console().print(*tables(report))
 
 
 if __name__ == "__main__":

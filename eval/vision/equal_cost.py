@@ -1,28 +1,26 @@
 """
-Controls at a method's own cost: between two settings anybody can mix, so a family of controls has a value at any cost.
+Baselines at a method's own cost: two settings can be mixed, so a family of baselines has a value at any cost.
 
-Everything is taken scene by scene, the same for the method and for the controls: differences are paired, and intervals
-come from drawing scenes, for the frames of one scene are no independent answers.
+Values are scene by scene, the same scenes for the method and for the baselines: differences are paired, and intervals
+come from drawing scenes, because the frames of one scene are no independent answers.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from neuroflow_hf.evaluation.equal_cost import ranked_at
+from neuroflow_hf.evaluation.equal_cost import shares_at
 from neuroflow_hf.evaluation.methods import MethodSpec
-from neuroflow_hf.evaluation.statistics import middle, resamples
+from neuroflow_hf.evaluation.statistics import Interval, middle, resamples
 
-RESAMPLES = 2000
-FEWEST_SCENES = 3  # of fewer, drawing says nothing
+FEWEST_SCENES = 3  # with fewer, an interval says nothing
 Statistic = Callable[[np.ndarray], np.ndarray]  # values of drawn scenes [R, S, m] to [R]
 
 
 def families_of(specs: Sequence[MethodSpec]) -> dict[str, list[str]]:
     """
-    The controls' names by family. Each family goes from the first frame repeated, which costs nothing, to dense.
+    The baselines' names by family. Each family goes from the first frame repeated, which costs nothing, to dense.
     """
     ends = {spec.kind: spec.name for spec in specs if spec.kind in ("first", "dense")}
     families: dict[str, list[str]] = {}
@@ -32,81 +30,61 @@ def families_of(specs: Sequence[MethodSpec]) -> dict[str, list[str]]:
     return {name: [*found, *([ends["dense"]] if "dense" in ends else [])] for name, found in families.items()}
 
 
-@dataclass(frozen=True)
-class Compared:
-    """
-    A method against the best control at its cost; better is larger.
-
-    Attributes:
-        value, control: the statistic of both.
-        family: of that control: the best one, chosen after the fact, which favours the controls.
-        difference: of both.
-        interval: 95 %, of the difference, from drawing scenes; None of fewer than FEWEST_SCENES.
-    """
-
-    value: float
-    control: float
-    family: str
-    difference: float
-    interval: tuple[float, float] | None
-
-    def to_dict(self) -> dict:
-        """For JSON."""
-        return {
-            "value": self.value,
-            "control": self.control,
-            "family": self.family,
-            "difference": self.difference,
-            "interval": None if self.interval is None else list(self.interval),
-        }
-
-
 def statistic_interval(
-    values: np.ndarray, statistic: Statistic, baseline: np.ndarray | None = None
-) -> tuple[float, float] | None:
+    values: np.ndarray, statistic: Statistic, baseline: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Interval | None:
     """
-    An interval of a statistic of S scenes' values [S, m], or of its difference to that of a baseline [S, m] of the
-    same scenes; None of fewer than FEWEST_SCENES.
+    A 95 % interval of a statistic of S scenes' values [S, m], or of its difference to a baseline's; None of fewer than
+    FEWEST_SCENES. `baseline` takes the drawn scenes' places [R, S] to the baseline's statistic [R].
     """
     if len(values) < FEWEST_SCENES:
         return None
-    drawn = resamples(len(values), RESAMPLES)
+    drawn = resamples(len(values))
     draws = statistic(values[drawn])
-    return middle(draws if baseline is None else draws - statistic(baseline[drawn]))
+    return middle(draws if baseline is None else draws - baseline(drawn))
 
 
-def best_control(
+def best_baseline(
     name: str,
     values: dict[str, np.ndarray],
     costs: dict[str, float],
     families: dict[str, list[str]],
     statistic: Statistic,
-) -> Compared | None:
+) -> dict | None:
     """
-    A method against the best family of controls at no more than its own cost, pooled over S scenes: a mixture of the
-    two settings whose costs are nearest, or any cheaper setting, for more expense need not help.
+    A method against the best family of baselines at no more than its own cost, pooled over S scenes: a mixture of the
+    two settings whose costs are nearest, or any cheaper setting, for more expense need not help. The best is chosen
+    after the fact, which favours the baselines.
 
     Args:
         name: of the method.
-        values: of each method and control, [S, m].
+        values: of each method and baseline, [S, m].
         costs: of each, mean over all.
         families: as of `families_of`.
-        statistic: of drawn scenes, larger is better. Of a mixture of two controls it is the mean of theirs, by their
+        statistic: of drawn scenes, larger is better. Of a mixture of two baselines it is the mean of theirs, by their
             shares: a user has one of them.
 
     Returns:
-        None if there are no controls.
+        `value` and `control`, the statistic of the method and of the best baseline; `family` of that baseline;
+        `difference` of both; and its `interval`, as of `statistic_interval`. None if there are no baselines.
     """
 
-    def value_of(one: str, drawn: np.ndarray | None = None):
-        return statistic(values[one][None])[0] if drawn is None else statistic(values[one][drawn])
+    def mixed(shares: list[tuple[float, str]], places) -> np.ndarray:
+        return sum(share * statistic(values[one][places]) for share, one in shares)
 
-    own, ranked = value_of(name), ranked_at(families, costs[name], costs.__getitem__, value_of)
-    if not ranked or math.isnan(own):
+    own, everything, found = statistic(values[name][None])[0], np.arange(len(values[name]))[None], []
+    for family, members in families.items():
+        mixture = [(share, members[at]) for share, at in shares_at([costs[one] for one in members], costs[name])]
+        cheaper = [[(1.0, one)] for one in members if costs[one] <= costs[name]]
+        found += [(mixed(shares, everything)[0], family, shares) for shares in (mixture, *cheaper)]
+    found = [one for one in found if not math.isnan(one[0])]
+    if not found or math.isnan(own):
         return None
-    control, best = ranked[-1]
-    interval = None
-    if len(values[name]) >= FEWEST_SCENES:
-        drawn = resamples(len(values[name]), RESAMPLES)
-        interval = middle(value_of(name, drawn) - best.mean(lambda one: value_of(one, drawn)))
-    return Compared(float(own), control, best.family, float(own - control), interval)
+    best, family, shares = max(found, key=lambda one: one[0])
+    return {
+        "value": float(own),
+        "control": float(best),
+        "family": family,
+        "difference": float(own - best),
+        "interval": statistic_interval(values[name], statistic, lambda drawn: mixed(shares, drawn)),
+    }

@@ -45,24 +45,26 @@ CHECKPOINT = ROOT / "models" / "neuroflow-siglip-small"
 SEED = 3
 NOTHING = "nothing"
 
-Quick = Annotated[bool, typer.Option("--quick", help="One clip of 1,000 frames of each motion, fewer settings.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Use one clip of 1,000 frames of each motion and fewer settings.")
+]
 FewSettings = Annotated[
-    bool, typer.Option("--few-settings", help="Of each mode and smaller input one setting or two.")
+    bool, typer.Option("--few-settings", help="Use one or two settings of each mode and smaller input.")
 ]
 Clips = Annotated[int, typer.Option(help="Clips of each motion.", min=1)]
 Frames = Annotated[
     int | None,
     typer.Option(help="Frames of each clip.", min=composed_clips.FEWEST, show_default="125; with --quick 1000"),
 ]
-DenseEvery = Annotated[int, typer.Option(help="One frame of so many is compared with dense.", min=1)]
-Methods = Annotated[str | None, typer.Option(help="Only methods whose name or family begins so; with | between.")]
+DenseEvery = Annotated[int, typer.Option(help="Compare one of every N frames with dense.", min=1)]
+Methods = Annotated[str | None, typer.Option(help="Use only methods whose name or family begins so; separate with |.")]
 Checkpoint = Annotated[Path, typer.Option(help="Checkpoint with a text tower.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Folder = Annotated[Path | None, typer.Option(help="Where recordings lie.", show_default="in the cache folder")]
+Folder = Annotated[Path | None, typer.Option(help="Folder of the recordings.", show_default="in the cache folder")]
 
 FRAMES = 125
 QUICK_FRAMES = 1000
-SLOW_MODES = ("propagate", "mlp")
+SLOW_MODES = ("mlp",)
 MOST_CHANGES = 8  # of a clip; of those whose label changes all the time, some will do
 
 
@@ -91,7 +93,7 @@ class Plan:
 
     def specs(self, model: torch.nn.Module) -> list[MethodSpec]:
         """
-        What to record. A quick run leaves out the two modes that take longest on a processor, and takes two
+        What to record. A quick run leaves out the mode that takes longest on a processor, and takes two
         settings of each hold: with many, most frames would be dense ones of some.
         """
         few = self.quick or self.few_settings

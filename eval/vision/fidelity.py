@@ -2,7 +2,7 @@
 Does a stream stay close to dense over thousands of frames? Cosine over time, its trend, and what is remembered.
 
     torchrun --nproc_per_node 2 -m eval.vision.fidelity         # run again to continue
-    python -m eval.vision.fidelity --quick                      # fewer controls, as in the other quick runs
+    python -m eval.vision.fidelity --quick                      # fewer baselines, as in the other quick runs
     python -m eval.vision.fidelity --frames 10000 --methods balanced
 
 One composed clip of 1,000 frames of each motion; compared are frames drawn by chance, one of every `--dense-every`,
@@ -10,7 +10,7 @@ without the first. Mean, 5th and 1st percentile of the cosine to dense by `eval/
 clips and by motion. Trend: the cosine's slope over time, per 1,000 frames, each clip around its own mean, with a 95 %
 interval by a moving-block bootstrap over the frames of each clip (neighbours are alike): a stream that drifts away has
 one below zero. Memory: the stream's bytes on every frame after the first, which must be one number. Beside each
-method, the best control at its own cost as in `accuracy.py`, by the 5th percentile, with intervals from drawing
+method, the best baseline at its own cost as in `accuracy.py`, by the 5th percentile, with intervals from drawing
 clips; of all clips, and of those whose label changes alone, at the cost on those. Dense itself is recorded in the same
 arithmetic; embeddings are kept in float16, which hides differences below about 1e-6.
 Writes `eval/results/fidelity.json`.
@@ -23,12 +23,11 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 
-from eval.report import RESULTS, write_json
-from eval.vision.equal_cost import RESAMPLES, best_control, families_of, middle
+from eval.report import RESULTS, wide_console, with_interval, write_json
+from eval.vision.equal_cost import best_baseline, families_of
 from eval.vision.evidence import (
     CHECKPOINT,
     QUICK_FRAMES,
@@ -46,9 +45,11 @@ from eval.vision.evidence import (
     rounded,
 )
 from neuroflow_hf import PRESETS
+from neuroflow_hf.evaluation.statistics import Interval, middle
 
 METRIC = Path(__file__).parents[1] / "metrics" / "embedding_fidelity"
-METHODS = "|".join([*PRESETS, "every", "surprise", "pixels", "smaller", "ToMe"])  # the presets, and all controls
+METHODS = "|".join([*PRESETS, "every", "surprise", "pixels", "smaller", "ToMe"])  # the presets, and all baselines
+RESAMPLES = 2000
 BLOCK = 20  # of compared frames
 FEWEST_BLOCKS = 5
 LONG = 0  # the batch of the long clips
@@ -88,7 +89,7 @@ def slope(frames: np.ndarray, cosines: np.ndarray) -> np.ndarray:
 
 def slope_interval(
     frames: np.ndarray, cosines: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, float] | None:
+) -> Interval | None:
     """A 95 % interval of the slope, from drawing blocks of BLOCK compared frames within each scene; [S, m] each.
 
     None of fewer than FEWEST_BLOCKS: drawing them says nothing.
@@ -115,9 +116,9 @@ def metric_figures(metric, evidence: Evidence, name: str, dense: str, scenes: Se
     return {short: found[f"cosine_{short}"] for short in ("mean", "p5", "p1")} | {"frames": found["count"]}
 
 
-def beside_controls(evidence: Evidence, cosines: dict[str, np.ndarray], scenes: Sequence[int]) -> dict[str, dict]:
+def beside_baselines(evidence: Evidence, cosines: dict[str, np.ndarray], scenes: Sequence[int]) -> dict[str, dict]:
     """
-    By method, on some of the long clips: cost, 5th percentile, and the best control's at that cost.
+    By method, on some of the long clips: cost, 5th percentile, and the best baseline's at that cost.
 
     Args:
         cosines: by method [S, m].
@@ -130,8 +131,8 @@ def beside_controls(evidence: Evidence, cosines: dict[str, np.ndarray], scenes: 
     for spec in evidence.specs:
         row: dict = {"cost": costs[spec.name], "p5": float(fifth_percentile(chosen[spec.name][None])[0])}
         if not spec.control:
-            compared = best_control(spec.name, chosen, costs, families, fifth_percentile)
-            row["best control"] = None if compared is None else compared.to_dict()
+            compared = best_baseline(spec.name, chosen, costs, families, fifth_percentile)
+            row["best control"] = compared
         found[spec.name] = row
     return found
 
@@ -143,9 +144,9 @@ def fidelity_report(evidence: Evidence) -> dict:
     scenes = [(LONG, scene) for scene in evidence.batches[LONG]]
     frames = frames_of(evidence, dense)
     cosines = {spec.name: cosines_of(evidence, spec.name, dense) for spec in evidence.specs}
-    of_all = beside_controls(evidence, cosines, range(len(scenes)))
+    of_all = beside_baselines(evidence, cosines, range(len(scenes)))
     changing = [place for place, (_, scene) in enumerate(scenes) if scene.changes]
-    of_changing = beside_controls(evidence, cosines, changing) if changing else {}
+    of_changing = beside_baselines(evidence, cosines, changing) if changing else {}
     motions = list(dict.fromkeys(scene.group for _, scene in scenes))
     results = []
     for spec in evidence.specs:
@@ -187,18 +188,18 @@ def table_of(report: dict) -> Table:
         "p1",
         "trend, thousandths per 1,000 frames",
         "MB a stream",
-        "best control's p5",
+        "best baseline's p5",
         "difference, thousandths",
         "where labels change: cost",
         "p5",
-        "best control's p5 there",
+        "best baseline's p5 there",
         "difference there",
     ):
-        table.add_column(heading, justify="left" if heading.startswith(("method", "best control's p5")) else "right")
+        table.add_column(heading, justify="left" if heading.startswith(("method", "best baseline's p5")) else "right")
     for row in report["results"]:
         changing = row.get("changing")
         table.add_row(
-            ("control: " if row["control"] else "") + row["name"],
+            ("baseline: " if row["control"] else "") + row["name"],
             f"{row['cost']:.3f}",
             *(f"{row[name]:.4f}" for name in ("mean", "p5", "p1")),
             thousandths(row["trend"], row["trend_interval"]),
@@ -211,18 +212,17 @@ def table_of(report: dict) -> Table:
 
 
 def beside(row: dict) -> tuple[str, str]:
-    """The best control beside a row, and the difference; empty if there is none."""
+    """The best baseline beside a row, and the difference; empty if there is none."""
     compared = row.get("best control")
     if compared is None:
         return "", ""
-    control = f"{compared['control']:.4f} {compared['family']}"
-    return control, thousandths(compared["difference"], compared["interval"])
+    best = f"{compared['control']:.4f} {compared['family']}"
+    return best, thousandths(compared["difference"], compared["interval"])
 
 
 def thousandths(value: float, interval: Sequence[float] | None) -> str:
     """In thousandths, with its interval."""
-    between = "" if interval is None else f" [{1e3 * interval[0]:+.2f}, {1e3 * interval[1]:+.2f}]"
-    return f"{1e3 * value:+.2f}{between}"
+    return with_interval(value, interval, "{:+.2f}", 1e3)
 
 
 def main(
@@ -243,9 +243,7 @@ def main(
         return
     report = fidelity_report(evidence)
     write_json(output, report)
-    console = Console()
-    console.width = max(console.width, 160)
-    console.print(table_of(report))
+    wide_console(160).print(table_of(report))
 
 
 if __name__ == "__main__":

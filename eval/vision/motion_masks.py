@@ -25,7 +25,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from eval.report import RESULTS, provenance
+from eval.report import RESULTS, provenance, wide_console
 from eval.vision.clip_statistics import Estimate, estimate, mean, rounded
 from eval.vision.composed_bench import CHECKPOINT, SPLIT, Bench, ClipName, Figures, clip_names, measure_clips
 from eval.vision.motion_measure import (
@@ -193,9 +193,7 @@ def main(
         "labels": labels_table(measured),
     }
     write_whole(output, report_text(report))
-    console = Console()
-    console.width = max(console.width, 110)
-    console.print(shown_table(report))
+    wide_console(110).print(shown_table(report))
 
 
 if __name__ == "__main__":

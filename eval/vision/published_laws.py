@@ -13,7 +13,6 @@ baseline. It holds or does not hold only if an interval says so. Results that we
 `eval/results/published_laws.json` and `docs/laws.png`. T frames, N patches.
 """
 
-import io
 import os
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from eval.language.findings import finding
-from eval.report import RESULTS, provenance
+from eval.report import RESULTS, provenance, tidy, wide_console, write_figure, write_whole
 from eval.vision.clip_statistics import Estimate, correlation, difference, estimate, mean, rounded, share, shown
 from eval.vision.composed_bench import (
     CHECKPOINT,
@@ -44,10 +43,9 @@ from eval.vision.composed_bench import (
     measure_clips,
 )
 from eval.vision.composed_clips import LEAST_VISIBLE, Actor, ClipSpec, Truth, path_offset, view
-from eval.vision.vision_policies import tidy
 from neuroflow_hf.evaluation.equal_cost import shares_at
 from neuroflow_hf.utils.processes import Processes
-from neuroflow_hf.utils.provenance import checkout_commit, report_text, write_whole, write_whole_bytes
+from neuroflow_hf.utils.provenance import checkout_commit, report_text
 from neuroflow_hf.vision.patches import project_patches
 from neuroflow_hf.vision.selection import surprise
 
@@ -752,11 +750,8 @@ def main(
         "findings": findings(measured),
     }
     write_whole(output, report_text(report))
-    picture = io.BytesIO()
-    plot_laws(report, measured).savefig(picture, dpi=110, format="png")
-    write_whole_bytes(plot, picture.getvalue())
-    console = Console()
-    console.width = max(console.width, 140)
+    write_figure(plot, plot_laws(report, measured), dpi=110)
+    console = wide_console()
     console.print(findings_table(report["findings"]))
     console.print(f"{np.sum([len(one['label']) for one in found])} frames, {report['seconds']} s, {os.fspath(output)}")
 

@@ -12,8 +12,8 @@ within LEAST_FRAMES are not. A delay ends with the frames that are looked at, 40
 before the event, wrongly, counts as without delay, which favours what is held. Labels compete twice: the clip's own
 things and `nothing`, as who watches for something would name them, and all that the checkpoint knows.
 
-Means are over events; intervals are 95 %, from drawing clips with all their events. Controls at a method's own cost as
-in `accuracy.py`. Writes `eval/results/reaction.json`.
+Means are over events; intervals are 95 %, from drawing clips with all their events. Baselines at a method's own cost
+as in `accuracy.py`. Writes `eval/results/reaction.json`.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 
 from eval.recordings import RecordSettings, Scene, chosen_changes
-from eval.report import RESULTS, write_json
-from eval.vision.equal_cost import best_control, families_of, statistic_interval
+from eval.report import RESULTS, wide_console, with_interval, write_json
+from eval.vision.equal_cost import best_baseline, families_of, statistic_interval
 from eval.vision.evidence import (
     CHECKPOINT,
     NOTHING,
@@ -217,8 +216,8 @@ def choice_report(evidence: Evidence, settings: RecordSettings, choice: str) -> 
             },
         }
         if not spec.control and spec.name != dense:
-            compared = best_control(spec.name, delays.excess, costs, families, sooner)
-            row["best control"] = None if compared is None else in_frames(compared.to_dict())
+            compared = best_baseline(spec.name, delays.excess, costs, families, sooner)
+            row["best control"] = None if compared is None else in_frames(compared)
         report["results"].append(row)
     return report
 
@@ -242,26 +241,21 @@ def table_of(report: dict) -> Table:
         f"{report['scenes']} clips; {report['left_out']} that dense does not follow left out"
     )
     table = Table(title=title, title_justify="left")
-    for heading in ("method", "cost", "delay", "p90", "never", "already", "best control", "difference"):
-        table.add_column(heading, justify="left" if heading in ("method", "best control") else "right")
+    for heading in ("method", "cost", "delay", "p90", "never", "already", "best baseline", "difference"):
+        table.add_column(heading, justify="left" if heading in ("method", "best baseline") else "right")
     for row in report["results"]:
         compared = row.get("best control")
         table.add_row(
-            ("control: " if row["control"] else "") + row["name"],
+            ("baseline: " if row["control"] else "") + row["name"],
             f"{row['cost']:.3f}",
-            frames_text(row["delay"], row["interval"]),
+            with_interval(row["delay"], row["interval"]),
             f"{row['p90']:.1f}",
             str(row["censored"]),
             str(row["already"]),
             "" if compared is None else f"{compared['control']:.2f} {compared['family']}",
-            "" if compared is None else frames_text(compared["difference"], compared["interval"]),
+            "" if compared is None else with_interval(compared["difference"], compared["interval"]),
         )
     return table
-
-
-def frames_text(frames: float, interval: Sequence[float] | None) -> str:
-    """A number of frames with its interval."""
-    return f"{frames:.2f}" + ("" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]")
 
 
 def main(
@@ -283,10 +277,7 @@ def main(
         return
     reports = {choice: choice_report(evidence, plan.settings, choice) for choice in CHOICES}
     write_json(output, rounded({**evidence.about, "least_frames": LEAST_FRAMES, **reports}))
-    console = Console()
-    console.width = max(console.width, 140)
-    for report in reports.values():
-        console.print(table_of(report))
+    wide_console().print(*map(table_of, reports.values()))
 
 
 if __name__ == "__main__":
