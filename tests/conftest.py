@@ -16,7 +16,9 @@ from neuroflow_hf import NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
 settings.register_profile("ci", derandomize=True)  # the same examples on every run
 if os.environ.get("CI"):
     settings.load_profile("ci")
-torch.set_num_threads(1)  # the products are too small to share
+if "PYTEST_XDIST_WORKER" in os.environ or "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)  # the products are too small to share
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 

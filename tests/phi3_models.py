@@ -47,6 +47,11 @@ KINDS = {
 }
 
 
+# How near two ways to the same numbers are, in relation to their norm. Phi-3's norms and rotations are
+# float32 whatever the model's dtype, so float64 would not bring them nearer.
+FLOAT32 = 1e-5
+
+
 def make_stock(kind="plain", seed=0, **options):
     """A `Phi3ForCausalLM`, lively: attention is far from uniform, layers matter, and logits are far apart."""
     torch.manual_seed(seed)

@@ -14,7 +14,18 @@ from neuroflow_hf.language.bypass_state import find_state
 from neuroflow_hf.language.draft_policy import Draft, Drafts, Lookup, Record
 from neuroflow_hf.language.layer_skip import LayerChanges
 from neuroflow_hf.language.speculative_decoding import decode_losslessly
-from tests.phi3_models import KINDS, VOCABULARY, adopt, make_ours, make_stock, make_tokenizer, random_ids, run_steps
+from tests.conftest import assert_close_in_norm
+from tests.phi3_models import (
+    FLOAT32,
+    KINDS,
+    VOCABULARY,
+    adopt,
+    make_ours,
+    make_stock,
+    make_tokenizer,
+    random_ids,
+    run_steps,
+)
 
 DRAFTERS = ("none", "lookup", "bypass", "both")
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -239,8 +250,8 @@ def test_the_cache_is_that_of_dense_generation(kind, drafter, target):
     output = ours.generate(ids, max_new_tokens=NEW, lossless=lossless, return_dict_in_generate=True)
     _, dense = run_steps(stock, output.sequences[:, :-1], 6)
     for layer, expected in zip(output.past_key_values.layers, dense.layers, strict=False):
-        torch.testing.assert_close(layer.keys, expected.keys, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(layer.values, expected.values, rtol=1e-4, atol=1e-4)
+        assert_close_in_norm(layer.keys, expected.keys, FLOAT32)
+        assert_close_in_norm(layer.values, expected.values, FLOAT32)
     assert not any(getattr(layer, "record_past", False) for layer in output.past_key_values.layers)
     state = find_state(output.past_key_values)
     # layers that are passed over as a whole leave nothing in the cache
@@ -373,7 +384,7 @@ def test_scores_and_logits(drafter):
     expected = stock.generate(ids, max_new_tokens=NEW, repetition_penalty=1.5, **wanted)
     output = ours.generate(ids, max_new_tokens=NEW, repetition_penalty=1.5, lossless=options_of(drafter), **wanted)
     for name in ("scores", "logits"):
-        torch.testing.assert_close(torch.cat(output[name]), torch.cat(expected[name]), rtol=1e-4, atol=1e-4)
+        assert_close_in_norm(torch.cat(output[name]), torch.cat(expected[name]), FLOAT32)
 
 
 class Collector:
