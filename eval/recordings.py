@@ -20,7 +20,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +29,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from neuroflow_hf.evaluation.methods import MethodSpec, make_methods, tower_of
-from neuroflow_hf.utils.code_keys import key_of, model_version
+from neuroflow_hf.evaluation.recordings import RecordingStore, passes_of
 from neuroflow_hf.utils.processes import Processes
-from neuroflow_hf.utils.provenance import checkout_commit, fingerprint, machine_and_versions, write_whole_bytes
+from neuroflow_hf.utils.provenance import checkout_commit, machine_and_versions, write_whole_bytes
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.vision.gate_config import NeuroFlowGateConfig
 
-CODE = ("evaluation/methods.py", "evaluation/token_merging.py", "video/preprocess.py", "../eval/recordings.py")
-LIBRARIES = ("torch", "transformers", "pillow")  # and what computes and draws
 OnFrame = Callable[[int], None]
 OnPass = Callable[[str, int, int], None]
 
@@ -334,12 +331,6 @@ def require_finite(embeddings: Tensor, spec: MethodSpec, number: int):
         raise ValueError(f"{spec.name} gave an embedding at frame {number} that is not finite, or beyond float16.")
 
 
-def passes_of(specs: Sequence[MethodSpec]) -> list[list[MethodSpec]]:
-    """What is recorded together: all that return dense frames; the others alone, to be shared and continued."""
-    together = [spec for spec in specs if spec.shares_dense]
-    return [*([together] if together else []), *([spec] for spec in specs if not spec.shares_dense)]
-
-
 WORK = {"mlp": 0.35, "dense": 0.5}  # of the streams' modes; guesses, to share by
 
 
@@ -383,30 +374,19 @@ class Recorder:
         settings: RecordSettings | None = None,
         processes: Processes | None = None,
     ):
-        self.model, self.preprocess, self.folder = model, preprocess, Path(folder)
+        self.model, self.preprocess = model, preprocess
+        self.store = RecordingStore(folder, model, preprocess, code=["../eval/recordings.py"])
         self.settings = settings or RecordSettings()
         self.processes = processes or Processes()
-        self.weights = fingerprint(tower_of(model))
 
     def path(self, scenes: Sequence[Scene], spec: MethodSpec) -> Path:
         """Where a recording lies, or will."""
-        options = spec.options
-        if spec.kind == "stream":
-            options = NeuroFlowGateConfig.from_options({}, **options).to_dict()
-        tower = tower_of(self.model)
-        key = key_of(
-            weights=self.weights,
-            dtype=str(tower.dtype),
-            device=tower.device.type,
-            code=model_version(*CODE),
-            preprocess=asdict(self.preprocess),
+        return self.store.path(
+            slug(spec.name),
+            spec,
             settings=asdict(self.settings),
             scenes=[(scene.name, scene.count, scene.changes, scene.identity) for scene in scenes],
-            kind=spec.kind,
-            options=options,
-            libraries={name: version(name) for name in LIBRARIES},
         )
-        return self.folder / f"{slug(spec.name)}-{key}.safetensors"
 
     def missing(self, scenes: Sequence[Scene], specs: Iterable[MethodSpec]) -> list[MethodSpec]:
         """Which methods are not recorded yet."""

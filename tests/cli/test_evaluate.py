@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 
+from neuroflow_hf.evaluation import recordings
 from neuroflow_hf.evaluation import run as eval_run
 from neuroflow_hf.evaluation.datasets import VideoSet, find_videos
 from neuroflow_hf.evaluation.methods import Dense, MethodSpec, Step
@@ -301,10 +302,10 @@ def test_what_is_held_is_stored_without_embeddings_and_is_denses_of_its_last_fra
 def test_a_recording_is_of_the_libraries_that_the_report_names(videos, folder, tmp_path, monkeypatch):
     clip = find_videos(videos / "Dog" / "a.mkv")
     job = EvalJob(load_checkpoint(folder, device="cpu"), clip, tmp_path, [DENSE], EvalSettings(), False, None)
-    before = job.path_of(clip.videos[0], "abc", DENSE)
-    assert job.path_of(clip.videos[0], "abc", DENSE) == before
-    monkeypatch.setattr(eval_run, "version", lambda name: "0.0")
-    assert job.path_of(clip.videos[0], "abc", DENSE) != before
+    before = job.store.path("a", DENSE, video="abc")
+    assert job.store.path("a", DENSE, video="abc") == before
+    monkeypatch.setattr(recordings, "version", lambda name: "0.0")
+    assert job.store.path("a", DENSE, video="abc") != before
 
 
 def test_embeddings_that_are_not_finite_are_refused(videos, folder, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from eval.recordings import (
     record,
     shares_by_work,
 )
+from neuroflow_hf.evaluation import recordings as stored
 from neuroflow_hf.evaluation.methods import MethodSpec
 from neuroflow_hf.evaluation.settings import DENSE, FIRST
 from neuroflow_hf.video.preprocess import Preprocessor
@@ -154,9 +155,9 @@ def test_what_was_recorded_with_something_else_is_not_used(vision, tmp_path, mon
         make_recorder(vision, tmp_path, settings=RecordSettings(dense_every=5)).path(SCENES, CONTEXT),
         Recorder(vision, Preprocessor(IMAGE_SIZE, "bilinear"), tmp_path, SETTINGS).path(SCENES, CONTEXT),
     ]
-    monkeypatch.setattr(eval_record, "model_version", lambda *names: "edited")
+    monkeypatch.setattr(stored, "model_version", lambda *names: "edited")
     others.append(recorder.path(SCENES, CONTEXT))
-    monkeypatch.setattr(eval_record, "fingerprint", lambda tower: "trained on")
+    monkeypatch.setattr(stored, "fingerprint", lambda tower: "trained on")
     others.append(make_recorder(vision, tmp_path).path(SCENES, CONTEXT))
     assert len({path, *others}) == 8
     with pytest.raises(FileNotFoundError, match="context is not recorded"):

@@ -1,0 +1,65 @@
+"""A folder of recordings: what methods gave for videos, stored once under keys of all that it depends on."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import nn
+
+from ..utils.code_keys import key_of, model_version
+from ..utils.provenance import fingerprint
+from ..video.preprocess import Preprocessor
+from ..vision.gate_config import NeuroFlowGateConfig
+from .methods import MethodSpec, tower_of
+
+# beside the model's, the code and the libraries that every recording depends on
+CODE = ("evaluation/methods.py", "evaluation/token_merging.py", "video/preprocess.py")
+LIBRARIES = ("torch", "transformers", "pillow")
+
+
+class RecordingStore:
+    """
+    Where the recordings of one model lie, a file for each method and video or batch of videos.
+
+    Args:
+        folder: of the files; made when the first one is written.
+        model: in evaluation mode, with or without a text tower; recordings depend on its weights, dtype and device.
+        preprocess: the checkpoint's.
+        code, libraries: further files of the package, and further libraries, that recordings depend on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        preprocess: Preprocessor,
+        code: Sequence[str] = (),
+        libraries: Sequence[str] = (),
+    ):
+        self.folder, self.tower, self.preprocess = Path(folder), tower_of(model), preprocess
+        self.code, self.libraries = (*CODE, *code), (*LIBRARIES, *libraries)
+        self.weights = fingerprint(self.tower)
+
+    def path(self, name: str, spec: MethodSpec, **depends) -> Path:
+        """Where the recording of a method lies or will lie; `depends` is what else it depends on, such as frames."""
+        options = spec.options
+        if spec.kind == "stream":
+            options = NeuroFlowGateConfig.from_options({}, **options).to_dict()
+        key = key_of(
+            weights=self.weights,
+            dtype=str(self.tower.dtype),
+            device=self.tower.device.type,
+            code=model_version(*self.code),
+            libraries={library: version(library) for library in self.libraries},
+            preprocess=asdict(self.preprocess),
+            method=[spec.kind, options],
+            **depends,
+        )
+        return self.folder / f"{name}-{key}.safetensors"
+
+
+def passes_of(specs: Sequence[MethodSpec]) -> list[list[MethodSpec]]:
+    """Which methods to record together: all that share dense frames; each other one alone, so that each is saved."""
+    together = [spec for spec in specs if spec.shares_dense]
+    return [*([together] if together else []), *([spec] for spec in specs if not spec.shares_dense)]
