@@ -1,14 +1,14 @@
 """
-Presets and modes against the best trivial control, on every clip of the suite, at equal cost and at equal wall clock.
+Presets and modes against the best trivial baseline, on every clip of the suite, at equal cost.
 
     python -m eval.vision.vision_policies    # everything; what was measured before is reused
     python -m eval.vision.vision_policies --clips pan,webcam --methods balanced --frames 30
 
 Question: is what a method returns closer to the dense outputs than what holding dense outputs gives for the same
-expense? Controls, which all return an earlier frame's dense output: a dense frame every k frames (all k, all phases),
+expense? Baselines, which all return an earlier frame's dense output: a dense frame every k frames (all k, all phases),
 a dense frame when the mean surprise or the share of changed patches since the last one exceeds a level, and the first
-frame for ever. Between two levels anybody can mix, so a control at any cost is the mixture of its two neighbours in
-cost. The best control is chosen for each clip and each statistic after the fact, which favours the controls.
+frame for ever. Between two levels anybody can mix, so a baseline at any cost is the mixture of its two neighbours in
+cost. The best baseline is chosen for each clip and each statistic after the fact, which favours the baselines.
 
 Measured frame by frame, against a dense forward of the same frame, without the first frame, which is dense in every
 method: cosine of the pooled output (mean, and 5th percentile over frames), and cosine of each patch (mean over all
@@ -26,7 +26,7 @@ import math
 import multiprocessing
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import neuroflow_hf
-from eval.report import RESULTS, provenance, write_whole
+from eval.report import RESULTS, provenance, tidy, wide_console, with_interval, write_figure, write_whole
 from eval.vision.clips import NAMES, load_clips
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.evaluation.equal_cost import shares_at
@@ -61,8 +61,6 @@ METHODS = {
     "extrapolate": {"mode": "extrapolate"},
     "context": {"mode": "context"},
     "context + keyframes": {"mode": "context", "keyframe_interval": 12},
-    "propagate 0.3": {"mode": "propagate", "tolerance": 0.3},
-    "propagate 0.2": {"mode": "propagate", "tolerance": 0.2},
     "reconstruct (the paper's C)": {"mode": "reconstruct", "reference": "ema", "ema_rate": 0.05},
 }
 
@@ -116,7 +114,9 @@ def measure_clip(name: str, frames: int, methods: dict[str, dict], cache: Path) 
     """Measure what is not in the cache yet, each result written as soon as it is there."""
     torch.set_num_threads(1)
     model, preprocess, weights = load_tower()
-    pixels = functools.cache(lambda: [preprocess(image) for image in first_frames(load_clip(name), frames)])
+    pixels = functools.cache(
+        lambda: [preprocess(image) for image in itertools.islice(load_clip(name).frames(), frames)]
+    )
     shown = key_of(clip=name, digest=pixels_digest(name, frames, pixels, preprocess, cache), weights=weights)
     dense_path = cache / "dense" / f"{name}-{shown}.safetensors"
     if not dense_path.is_file():
@@ -143,12 +143,6 @@ def load_clip(name: str) -> Clip:
     return clip
 
 
-def first_frames(clip: Clip, frames: int) -> Iterator[np.ndarray]:
-    """A clip's first frames."""
-    for _, image in zip(range(frames), clip.frames(), strict=False):
-        yield image
-
-
 def pixels_digest(name: str, frames: int, pixels, preprocess: Preprocessor, cache: Path) -> str:
     """What identifies a clip's pixel values; they are made anew for it only where the code that makes them changed."""
     made = key_of(clip=name, frames=frames, resolution=preprocess.resolution, code=footage_version())
@@ -169,7 +163,7 @@ def timed(call) -> tuple:
 
 def measure_dense(model: NeuroFlowSiglipVisionModel, pixels: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    A clip's dense outputs, and every pair of its frames compared: what all controls are made of.
+    A clip's dense outputs, and every pair of its frames compared: what all baselines are made of.
 
     Returns:
         `pooled` [T, D] and `patches` float16 [T, N, D], the outputs; `milliseconds` [T]; `pair_pooled`,
@@ -242,11 +236,11 @@ def measure_method(
     return {name: np.asarray(values) for name, values in rows.items()}
 
 
-# --- controls --------------------------------------------------------------------------------------------------------
+# --- baselines -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Control:
+class Baseline:
     """
     A policy that returns dense outputs of earlier frames: the expectation over V runs.
 
@@ -267,14 +261,14 @@ def last_keyframes(keyframes: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(keyframes, index, 0), axis=-1)
 
 
-def hold_every(interval: int, frames: int) -> Control:
+def hold_every(interval: int, frames: int) -> Baseline:
     """Dense every `interval` frames, whichever the phase: a run for each, all equally likely."""
     phases = np.arange(interval)
     keyframes = np.arange(frames) % interval == phases[:, None]
-    return Control(1 / interval, last_keyframes(keyframes), np.full(interval, 1 / interval))
+    return Baseline(1 / interval, last_keyframes(keyframes), np.full(interval, 1 / interval))
 
 
-def hold_triggered(pairs: np.ndarray, level: float, costs: Sequence[float]) -> Control:
+def hold_triggered(pairs: np.ndarray, level: float, costs: Sequence[float]) -> Baseline:
     """
     Dense whenever a frame differs from the last dense one by more than `level`: mode `hold` with a keyframe trigger.
 
@@ -289,24 +283,24 @@ def hold_triggered(pairs: np.ndarray, level: float, costs: Sequence[float]) -> C
         if pairs[frame, last] > level:
             keyframes[frame], last = True, frame
     share = keyframes[1:].mean()
-    return Control(share * costs[0] + (1 - share) * costs[1], last_keyframes(keyframes)[None], np.ones(1))
+    return Baseline(share * costs[0] + (1 - share) * costs[1], last_keyframes(keyframes)[None], np.ones(1))
 
 
-def first_repeated(frames: int) -> Control:
+def first_repeated(frames: int) -> Baseline:
     """The first frame's output for ever, at no cost."""
-    return Control(0.0, np.zeros((1, frames), dtype=int), np.ones(1))
+    return Baseline(0.0, np.zeros((1, frames), dtype=int), np.ones(1))
 
 
-def always_dense(frames: int) -> Control:
+def always_dense(frames: int) -> Baseline:
     """Every frame dense."""
-    return Control(1.0, np.arange(frames)[None], np.ones(1))
+    return Baseline(1.0, np.arange(frames)[None], np.ones(1))
 
 
-def control_families(
+def baseline_families(
     surprise: np.ndarray, changed: np.ndarray, trigger_costs: Sequence[float]
-) -> dict[str, list[Control]]:
+) -> dict[str, list[Baseline]]:
     """
-    All controls of a clip, by family; member i of a family has the same settings on every clip.
+    All baselines of a clip, by family; member i of a family has the same settings on every clip.
 
     Args:
         surprise, changed: [T, T], between two frames: mean surprise, share of patches changed.
@@ -325,10 +319,10 @@ def control_families(
     return {"every k": [first, *every], **triggers, "first frame": [first]}
 
 
-def mixed(controls: Sequence[Control], shares: Iterable[tuple[float, int]]) -> Control:
-    """The mixture of some of the controls: one of them is drawn for the clip."""
-    parts = [(share, controls[index]) for share, index in shares if share > 0]
-    return Control(
+def mixed(baselines: Sequence[Baseline], shares: Iterable[tuple[float, int]]) -> Baseline:
+    """The mixture of some of the baselines: one of them is drawn for the clip."""
+    parts = [(share, baselines[index]) for share, index in shares if share > 0]
+    return Baseline(
         sum(share * part.cost for share, part in parts),
         np.concatenate([part.references for _, part in parts]),
         np.concatenate([share * part.weights for share, part in parts]),
@@ -396,17 +390,17 @@ def block_resamples(frames: int, seed: int, block: int = BLOCK, resamples: int =
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method against a control on one clip, in one statistic; `draws` [R] are resampled differences."""
+    """A method against a baseline on one clip, in one statistic; `draws` [R] are resampled differences."""
 
     value: float
-    control: float
+    baseline: float
     family: str
     draws: np.ndarray
 
     @property
     def difference(self) -> float:
         """Above zero where the method is closer to dense."""
-        return self.value - self.control
+        return self.value - self.baseline
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -419,10 +413,10 @@ class Comparison:
         return verdict_of(self.difference, self.interval)
 
 
-def compare(name: str, family: str, method: Runs, control: Runs, drawn: np.ndarray) -> Comparison:
+def compare(name: str, family: str, method: Runs, baseline: Runs, drawn: np.ndarray) -> Comparison:
     """One statistic of both over the same resamples of the same frames."""
-    draws = statistic(name, method, drawn) - statistic(name, control, drawn)
-    return Comparison(statistic(name, method).item(), statistic(name, control).item(), family, draws)
+    draws = statistic(name, method, drawn) - statistic(name, baseline, drawn)
+    return Comparison(statistic(name, method).item(), statistic(name, baseline).item(), family, draws)
 
 
 def interval_of(draws: np.ndarray) -> tuple[float, float]:
@@ -478,11 +472,11 @@ def method_delay(pooled: np.ndarray, dense: np.ndarray, event: int) -> int:
     return delay((ours * theirs).sum(-1), ours @ theirs[event - 1], event)
 
 
-def control_delay(control: Control, pairs: np.ndarray, event: int) -> float:
-    """Expected `delay` of a control, from the cosines [T, T] of dense outputs."""
+def baseline_delay(baseline: Baseline, pairs: np.ndarray, event: int) -> float:
+    """Expected `delay` of a baseline, from the cosines [T, T] of dense outputs."""
     index = np.arange(len(pairs))
-    delays = [delay(pairs[index, run], pairs[event - 1, run], event) for run in control.references]
-    return float(control.weights @ delays)
+    delays = [delay(pairs[index, run], pairs[event - 1, run], event) for run in baseline.references]
+    return float(baseline.weights @ delays)
 
 
 # --- one clip --------------------------------------------------------------------------------------------------------
@@ -492,36 +486,36 @@ PAIRS = ("pooled", "patch_mean", "patch_p5", "surprise", "changed")
 
 
 @dataclass(frozen=True)
-class ClipControls:
-    """A clip's dense outputs and controls, and the resamples of its frames that all comparisons share."""
+class ClipBaselines:
+    """A clip's dense outputs and baselines, and the resamples of its frames that all comparisons share."""
 
     clip: Clip
     pooled: np.ndarray
     pairs: dict[str, np.ndarray]
-    families: dict[str, list[Control]]
+    families: dict[str, list[Baseline]]
     drawn: np.ndarray
 
     @classmethod
-    def load(cls, clip: Clip, path: Path) -> "ClipControls":
+    def load(cls, clip: Clip, path: Path) -> "ClipBaselines":
         """From what `measure_dense` gave."""
         with safe_open(path, "np") as dense:
             pairs = {name: dense.get_tensor(f"pair_{name}") for name in PAIRS}
             costs = dense.get_tensor("trigger_costs").tolist()
             pooled = dense.get_tensor("pooled")
-        families = control_families(pairs["surprise"], pairs["changed"], costs)
+        families = baseline_families(pairs["surprise"], pairs["changed"], costs)
         drawn = block_resamples(len(pooled) - 1, seed=zlib.crc32(clip.name.encode()))
         return cls(clip, pooled, pairs, families, drawn)
 
-    def runs(self, control: Control) -> Runs:
-        """A control's cosines to dense."""
+    def runs(self, baseline: Baseline) -> Runs:
+        """A baseline's cosines to dense."""
         index = np.arange(len(self.pooled))
-        looked_up = [self.pairs[name][index, control.references] for name in ("pooled", "patch_mean", "patch_p5")]
-        return Runs.of(*looked_up, control.weights)
+        looked_up = [self.pairs[name][index, baseline.references] for name in ("pooled", "patch_mean", "patch_p5")]
+        return Runs.of(*looked_up, baseline.weights)
 
-    def at_cost(self, cost: float) -> dict[str, Control]:
-        """Each family's control at a cost."""
+    def at_cost(self, cost: float) -> dict[str, Baseline]:
+        """Each family's baseline at a cost."""
         return {
-            name: mixed(family, shares_at([control.cost for control in family], cost))
+            name: mixed(family, shares_at([baseline.cost for baseline in family], cost))
             for name, family in self.families.items()
         }
 
@@ -535,68 +529,43 @@ class ClipResult:
         cost: mean, without the first frame.
         wall: milliseconds over dense's, measured in turns.
         runs: cosines to dense.
-        comparisons: by basis ("cost", "wall") and statistic, with the best control.
-        delays: for each event, by `method` and by family of controls at equal cost, in excess of dense's.
+        comparisons: by statistic, with the best baseline at equal cost.
+        delays: for each event, by `method` and by family of baselines at equal cost, in excess of dense's.
     """
 
     clip: Clip
     cost: float
     wall: float
     runs: Runs
-    comparisons: dict[str, dict[str, Comparison]]
+    comparisons: dict[str, Comparison]
     delays: list[dict[str, float]]
 
 
-def judge(controls: ClipControls, path: Path) -> ClipResult:
-    """A method's figures on a clip, from what `measure_method` gave, beside the best controls."""
+def judge(baselines: ClipBaselines, path: Path) -> ClipResult:
+    """A method's figures on a clip, from what `measure_method` gave, beside the best baselines."""
     with np.load(path) as stored:
         measured = dict(stored)
     runs = Runs.of(*(measured[name][None] for name in ("pooled_cosine", "patch_mean", "patch_p5")), np.ones(1))
     cost = float(measured["cost"][1:].mean())
     wall = float(measured["milliseconds"][1:].mean() / measured["dense_milliseconds"].mean())
+    candidates = {family: baselines.runs(baseline) for family, baseline in baselines.at_cost(cost).items()}
     comparisons = {}
-    for basis, share in (("cost", cost), ("wall", wall)):
-        candidates = {family: controls.runs(control) for family, control in controls.at_cost(share).items()}
-        comparisons[basis] = {
-            name: compare(name, best, runs, candidates[best], controls.drawn)
-            for name in STATISTICS
-            for best in [max(candidates, key=lambda family, name=name: statistic(name, candidates[family]).item())]
-        }
+    for name in STATISTICS:
+        best = max(candidates, key=lambda family, name=name: statistic(name, candidates[family]).item())
+        comparisons[name] = compare(name, best, runs, candidates[best], baselines.drawn)
     delays = []
-    for event in controls.clip.events:
-        if event >= len(controls.pooled):
+    for event in baselines.clip.events:
+        if event >= len(baselines.pooled):
             continue
-        pairs = controls.pairs["pooled"]
-        own = control_delay(always_dense(len(pairs)), pairs, event)
-        held = {family: control_delay(control, pairs, event) for family, control in controls.at_cost(cost).items()}
-        found = {"method": method_delay(measured["pooled"], controls.pooled, event), **held}
+        pairs = baselines.pairs["pooled"]
+        own = baseline_delay(always_dense(len(pairs)), pairs, event)
+        held = {family: baseline_delay(baseline, pairs, event) for family, baseline in baselines.at_cost(cost).items()}
+        found = {"method": method_delay(measured["pooled"], baselines.pooled, event), **held}
         delays.append({name: frames - own for name, frames in found.items()})
-    return ClipResult(controls.clip, cost, wall, runs, comparisons, delays)
+    return ClipResult(baselines.clip, cost, wall, runs, comparisons, delays)
 
 
 # --- all clips -------------------------------------------------------------------------------------------------------
-
-
-def one_setting(controls: Sequence[ClipControls], results: Sequence[ClipResult]) -> dict[str, list[Comparison]]:
-    """
-    A method against controls with one setting for all clips, at equal cost over all of them: a trigger then spends
-    most where most happens, as a method does. By statistic, the comparisons with the family that is best in it.
-    """
-    cost = np.mean([result.cost for result in results])
-    candidates = {}
-    for family in controls[0].families:
-        costs = np.mean([[control.cost for control in one.families[family]] for one in controls], axis=0)
-        shares = shares_at(costs, cost)
-        candidates[family] = [one.runs(mixed(one.families[family], shares)) for one in controls]
-    compared = {}
-    for name in STATISTICS:
-        level = {family: np.mean([statistic(name, one) for one in runs]) for family, runs in candidates.items()}
-        best = max(level, key=level.get)
-        compared[name] = [
-            compare(name, best, result.runs, runs, one.drawn)
-            for one, result, runs in zip(controls, results, candidates[best], strict=True)
-        ]
-    return compared
 
 
 def pool(comparisons: Sequence[Comparison], names: Sequence[str]) -> dict:
@@ -608,7 +577,7 @@ def pool(comparisons: Sequence[Comparison], names: Sequence[str]) -> dict:
         by_verdict[one.verdict].append(name)
     return {
         "value": rounded(np.mean([one.value for one in comparisons])),
-        "control": rounded(np.mean([one.control for one in comparisons])),
+        "control": rounded(np.mean([one.baseline for one in comparisons])),
         "difference": rounded(difference),
         "interval": [rounded(end) for end in interval],
         "verdict": verdict_of(difference, interval),
@@ -622,39 +591,30 @@ def rounded(value: float) -> float:
     return round(float(value), 6)
 
 
-def pooled_rows(method: str, controls: Sequence[ClipControls], results: Sequence[ClipResult]) -> list[dict]:
-    """A method's rows over all clips, over the recorded and over the composed ones, on each basis."""
+def pooled_rows(method: str, results: Sequence[ClipResult]) -> list[dict]:
+    """A method's rows over all clips, over the recorded and over the composed ones."""
     rows = []
     for which, real in (("all", (True, False)), ("real", (True,)), ("composed", (False,))):
-        taken = [(one, result) for one, result in zip(controls, results, strict=True) if one.clip.real in real]
-        if not taken:
+        some = [result for result in results if result.clip.real in real]
+        if not some:
             continue
-        some_controls, some = [list(part) for part in zip(*taken, strict=True)]
-        bases = {basis: [result.comparisons[basis] for result in some] for basis in ("cost", "wall")}
-        by_setting = one_setting(some_controls, some)
-        bases["cost, one setting for all clips"] = [
-            {name: by_setting[name][index] for name in STATISTICS} for index in range(len(some))
-        ]
-        for basis, compared in bases.items():
-            rows.append(
-                {
-                    "method": method,
-                    "clips": which,
-                    "equal": basis,
-                    "cost": rounded(np.mean([result.cost for result in some])),
-                    "wall": rounded(np.mean([result.wall for result in some])),
-                    **{
-                        name: pool([of_clip[name] for of_clip in compared], [result.clip.name for result in some])
-                        for name in STATISTICS
-                    },
-                    "delay": mean_delays(some),
-                }
-            )
+        names = [result.clip.name for result in some]
+        rows.append(
+            {
+                "method": method,
+                "clips": which,
+                "equal": "cost",
+                "cost": rounded(np.mean([result.cost for result in some])),
+                "wall": rounded(np.mean([result.wall for result in some])),
+                **{name: pool([result.comparisons[name] for result in some], names) for name in STATISTICS},
+                "delay": mean_delays(some),
+            }
+        )
     return rows
 
 
 def mean_delays(results: Sequence[ClipResult]) -> dict:
-    """Over all events of these clips: how many, and the mean delay of the method and of each family of controls."""
+    """Over all events of these clips: how many, and the mean delay of the method and of each family of baselines."""
     events = [event for result in results for event in result.delays]
     names = events[0] if events else ()
     return {"events": len(events), **{name: rounded(np.mean([event[name] for event in events])) for name in names}}
@@ -666,11 +626,10 @@ CLIP_COLUMNS = ("value", "control", "family", "low", "high", "verdict")
 def clip_row(method: str, result: ClipResult) -> dict:
     """A method's row on one clip; each comparison is a list, as CLIP_COLUMNS."""
     row = {"method": method, "clip": result.clip.name, "cost": rounded(result.cost), "wall": rounded(result.wall)}
-    for basis, comparisons in result.comparisons.items():
-        row[f"equal_{basis}"] = {
-            name: [rounded(one.value), rounded(one.control), one.family, *map(rounded, one.interval), one.verdict]
-            for name, one in comparisons.items()
-        }
+    row["equal_cost"] = {
+        name: [rounded(one.value), rounded(one.baseline), one.family, *map(rounded, one.interval), one.verdict]
+        for name, one in result.comparisons.items()
+    }
     row["delays"] = [{name: rounded(frames) for name, frames in event.items()} for event in result.delays]
     return row
 
@@ -687,65 +646,23 @@ def report_text(report: dict, tables: dict[str, list[dict]]) -> str:
 # --- showing ---------------------------------------------------------------------------------------------------------
 
 
-def difference_text(difference: float, interval: Sequence[float]) -> str:
-    """Difference and interval, in thousandths."""
-    low, high = interval
-    return f"{1e3 * difference:+.2f} [{1e3 * low:+.2f}, {1e3 * high:+.2f}]"
-
-
 def pooled_table(rows: Sequence[dict], title: str) -> Table:
-    """One basis, all clips: four lines for each method."""
-    table = Table(title=title, title_justify="left")
-    for heading, justify in (
-        ("method", "left"),
-        ("cost", "right"),
-        ("wall", "right"),
-        ("cosine of", "left"),
-        ("method", "right"),
-        ("control", "right"),
-        ("difference, thousandths", "right"),
-        ("above/level/below", "right"),
-    ):
-        table.add_column(heading, justify=justify)
+    """All clips: a line for each method and statistic."""
+    columns = ("method", "cost", "wall", "cosine of", "method's", "baseline's", "difference, thousandths")
+    table = Table(*columns, "clips above, level, below", title=title, title_justify="left")
     for row in rows:
-        for index, (name, shown) in enumerate(STATISTICS.items()):
+        for name, heading in STATISTICS.items():
             one = row[name]
-            first = (row["method"], f"{row['cost']:.3f}", f"{row['wall']:.3f}") if index == 0 else ("", "", "")
             table.add_row(
-                *first,
-                shown,
+                row["method"],
+                f"{row['cost']:.3f}",
+                f"{row['wall']:.3f}",
+                heading,
                 f"{one['value']:.4f}",
                 f"{one['control']:.4f}",
-                difference_text(one["difference"], one["interval"]),
-                "/".join(str(count) for count in one["clips"].values()),
-                end_section=index == len(STATISTICS) - 1,
-                style={"above": "green", "below": "red"}.get(one["verdict"]),
+                with_interval(one["difference"], one["interval"], "{:+.2f}", 1e3),
+                ", ".join(map(str, one["clips"].values())),
             )
-    return table
-
-
-def delay_table(rows: Sequence[dict]) -> Table:
-    """Mean delay at equal cost, all clips."""
-    names = [name for name in rows[0]["delay"] if name not in ("events", "method")]
-    title = f"delay in frames more than dense, mean of {rows[0]['delay']['events']} events, at equal cost"
-    table = Table("method", "its own", *names, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(row["method"], *(f"{row['delay'][name]:.1f}" for name in ("method", *names)))
-    return table
-
-
-def detail_table(method: str, results: Sequence[ClipResult]) -> Table:
-    """Every clip, at equal cost."""
-    table = Table(title=f"{method}, clip by clip, at equal cost; differences in thousandths", title_justify="left")
-    for heading in ("clip", "cost", "wall", *STATISTICS.values()):
-        table.add_column(heading)
-    colours = {"above": "green", "below": "red", "level": "white"}
-    for result in results:
-        cells = [
-            f"[{colours[one.verdict]}]{difference_text(one.difference, one.interval)}[/]"
-            for one in result.comparisons["cost"].values()
-        ]
-        table.add_row(result.clip.name, f"{result.cost:.3f}", f"{result.wall:.3f}", *cells)
     return table
 
 
@@ -758,14 +675,14 @@ LEAST_ERROR = 1e-5
 
 
 def plot_policies(
-    controls: Sequence[ClipControls],
+    baselines: Sequence[ClipBaselines],
     results: dict[str, list[ClipResult]],
     rows: Sequence[dict],
     detailed: str,
 ) -> Figure:
     """
-    Above, error of the pooled output over cost, mean over clips: controls with one setting for all clips as lines,
-    methods as points, each with its best controls at its own cost on each clip. Below, one method clip by clip.
+    Above, error of the pooled output over cost, mean over clips: baselines with one setting for all clips as lines,
+    methods as points, each with its best baselines at its own cost on each clip. Below, one method clip by clip.
     """
     figure = Figure(figsize=(13, 14), layout="constrained")
     (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2, height_ratios=(1, 1.35))
@@ -773,17 +690,17 @@ def plot_policies(
         (top_left, "pooled_mean", "mean error"),
         (top_right, "pooled_p5", "error at the 5th percentile of frames"),
     ):
-        draw_error_over_cost(panel, controls, rows, name)
-        panel.set_title(f"Pooled output, {title}, {len(controls)} clips", loc="left", fontsize=11)
+        draw_error_over_cost(panel, baselines, rows, name)
+        panel.set_title(f"Pooled output, {title}, {len(baselines)} clips", loc="left", fontsize=11)
     top_left.legend(loc="lower left", frameon=False, fontsize=9)
     top_right.legend(handles=method_handles(rows), loc="lower left", frameon=False, fontsize=9)
-    ordered = sorted(results[detailed], key=lambda result: result.comparisons["cost"]["pooled_mean"].difference)
+    ordered = sorted(results[detailed], key=lambda result: result.comparisons["pooled_mean"].difference)
     for panel, name, title in (
         (bottom_left, "pooled_mean", "mean"),
         (bottom_right, "pooled_p5", "5th percentile"),
     ):
         draw_differences(panel, ordered, name)
-        panel.set_title(f"`{detailed}` less the best control at equal cost: {title}", loc="left", fontsize=11)
+        panel.set_title(f"`{detailed}` less the best baseline at equal cost: {title}", loc="left", fontsize=11)
     bottom_right.tick_params(labelleft=False)
     bottom_left.legend(
         handles=[Line2D([], [], color=colour, marker="o", label=name) for name, colour in VERDICT_COLOURS.items()],
@@ -793,22 +710,22 @@ def plot_policies(
     return figure
 
 
-def draw_error_over_cost(panel, controls: Sequence[ClipControls], rows: Sequence[dict], name: str):
-    """Control families as lines, methods as points."""
+def draw_error_over_cost(panel, baselines: Sequence[ClipBaselines], rows: Sequence[dict], name: str):
+    """Baseline families as lines, methods as points."""
     for family, colour in FAMILY_LINES.items():
-        costs = np.mean([[control.cost for control in one.families[family]] for one in controls], axis=0)
+        costs = np.mean([[baseline.cost for baseline in one.families[family]] for one in baselines], axis=0)
         fidelity = np.mean(
-            [[statistic(name, one.runs(control)).item() for control in one.families[family]] for one in controls],
+            [[statistic(name, one.runs(baseline)).item() for baseline in one.families[family]] for one in baselines],
             axis=0,
         )
         order = [index for index in np.argsort(costs) if costs[index] > 0 and fidelity[index] < 1 - LEAST_ERROR]
-        label = "control: dense every k frames" if family == "every k" else f"control: dense on {family}"
+        label = "baseline: dense every k frames" if family == "every k" else f"baseline: dense on {family}"
         panel.plot(costs[order], 1 - fidelity[order], color=colour, linewidth=1.6, label=label)
     for row, colour in zip(rows, itertools.cycle(METHOD_COLOURS), strict=False):
-        cost, value, control = row["cost"], 1 - row[name]["value"], 1 - row[name]["control"]
-        value, control = max(value, LEAST_ERROR), max(control, LEAST_ERROR)
-        panel.plot([cost, cost], [value, control], color=colour, linewidth=0.8)
-        panel.plot(cost, control, "o", color="white", markeredgecolor=colour, markersize=6)
+        cost, value, baseline = row["cost"], 1 - row[name]["value"], 1 - row[name]["control"]
+        value, baseline = max(value, LEAST_ERROR), max(baseline, LEAST_ERROR)
+        panel.plot([cost, cost], [value, baseline], color=colour, linewidth=0.8)
+        panel.plot(cost, baseline, "o", color="white", markeredgecolor=colour, markersize=6)
         panel.plot(cost, value, color=colour, zorder=4, **marker_of(row["method"]))
     panel.set_xscale("log")
     panel.set_yscale("log")
@@ -824,19 +741,19 @@ def marker_of(method: str) -> dict:
 
 
 def method_handles(rows: Sequence[dict]) -> list[Line2D]:
-    """A legend's entries for the methods' points and their controls."""
+    """A legend's entries for the methods' points and their baselines."""
     handles = [
         Line2D([], [], linestyle="", color=colour, label=row["method"], **marker_of(row["method"]))
         for row, colour in zip(rows, itertools.cycle(METHOD_COLOURS), strict=False)
     ]
     hollow = {"marker": "o", "markerfacecolor": "white", "color": "#475569"}
-    return [*handles, Line2D([], [], linestyle="", label="best control on each clip at that cost", **hollow)]
+    return [*handles, Line2D([], [], linestyle="", label="best baseline on each clip at that cost", **hollow)]
 
 
 def draw_differences(panel, results: Sequence[ClipResult], name: str):
     """Each clip's difference and interval."""
     for place, result in enumerate(results):
-        one = result.comparisons["cost"][name]
+        one = result.comparisons[name]
         colour = VERDICT_COLOURS[one.verdict]
         panel.plot(one.interval, (place, place), color=colour, linewidth=2)
         panel.plot(one.difference, place, "o", color=colour, markersize=5)
@@ -846,13 +763,6 @@ def draw_differences(panel, results: Sequence[ClipResult], name: str):
     panel.set_xscale("symlog", linthresh=1e-3, linscale=1)
     panel.set_xlabel("difference (right: the method is closer to dense)")
     tidy(panel)
-
-
-def tidy(panel):
-    """Light grid, no frame."""
-    panel.grid(color="#e5e7eb", linewidth=0.7)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
 
 
 # --- main ------------------------------------------------------------------------------------------------------------
@@ -884,13 +794,13 @@ def measure_all(
 
 
 def main(
-    methods: Annotated[str | None, typer.Option(help="Only these of METHODS, with commas.")] = None,
-    clips: Annotated[str | None, typer.Option(help="Only these clips, with commas.")] = None,
-    frames: Annotated[int, typer.Option(help="How many frames of each clip.", min=2)] = 100,
-    workers: Annotated[int, typer.Option(help="Processes, each with one thread.", min=1)] = 1,
-    detail: Annotated[str, typer.Option(help="The method that is shown clip by clip.")] = DEFAULT_PRESET,
-    output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "vision_policies.json",
-    plot: Annotated[Path, typer.Option(help="The picture to write.")] = RESULTS.parents[1] / "docs" / "policies.png",
+    methods: Annotated[str | None, typer.Option(help="Measure only these methods, separated by commas.")] = None,
+    clips: Annotated[str | None, typer.Option(help="Measure only these clips, separated by commas.")] = None,
+    frames: Annotated[int, typer.Option(help="Use the first N frames of each clip.", min=2)] = 100,
+    workers: Annotated[int, typer.Option(help="Number of processes, each with one thread.", min=1)] = 1,
+    detail: Annotated[str, typer.Option(help="Show this method clip by clip.")] = DEFAULT_PRESET,
+    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "vision_policies.json",
+    plot: Annotated[Path, typer.Option(help="Write this picture.")] = RESULTS.parents[1] / "docs" / "policies.png",
 ):
     """Measure what is missing, compare, and write the tables and the picture."""
     torch.set_num_threads(1)
@@ -899,22 +809,21 @@ def main(
         raise typer.BadParameter(f"--detail {detail!r} is not among the methods: {', '.join(chosen)}.")
     names = list(NAMES) if clips is None else clips.split(",")
     cache = default_tower_dir().parent / "eval"
-    console = Console()
-    console.width = max(console.width, 130)  # a pipe has 80 columns; these tables have more
-
     measured = measure_all(names, frames, chosen, workers, cache)
-    controls = [ClipControls.load(clip, one.dense) for clip, one in zip(map(load_clip, names), measured, strict=True)]
+    baselines = [
+        ClipBaselines.load(clip, one.dense) for clip, one in zip(map(load_clip, names), measured, strict=True)
+    ]
     results = {
-        method: [judge(one, found.methods[method]) for one, found in zip(controls, measured, strict=True)]
+        method: [judge(one, found.methods[method]) for one, found in zip(baselines, measured, strict=True)]
         for method in chosen
     }
-    rows = [row for method, found in results.items() for row in pooled_rows(method, controls, found)]
+    rows = [row for method, found in results.items() for row in pooled_rows(method, found)]
 
     report = {
         **provenance(),
         "tower": "DINOv2-small in SigLIP's architecture, 224 px, float32",
         "code": model_version(),
-        "clips_measured": {one.clip.name: len(one.pooled) for one in controls},
+        "clips_measured": {one.clip.name: len(one.pooled) for one in baselines},
         "block": BLOCK,
         "resamples": RESAMPLES,
         "level_below": LEVEL,
@@ -930,17 +839,8 @@ def main(
     write_whole(output, report_text(report, {"pooled": rows, "clips": clip_rows}))
 
     over_all = [row for row in rows if row["clips"] == "all"]
-    equal_cost = [row for row in over_all if row["equal"] == "cost"]
-    picture = io.BytesIO()
-    plot_policies(controls, results, equal_cost, detail).savefig(picture, dpi=130, format="png")
-    write_whole_bytes(plot, picture.getvalue())
-
-    for basis in dict.fromkeys(row["equal"] for row in over_all):
-        title = f"best control at equal {basis}; {len(names)} clips"
-        console.print(pooled_table([row for row in over_all if row["equal"] == basis], title))
-    if equal_cost[0]["delay"]["events"]:
-        console.print(delay_table(equal_cost))
-    console.print(detail_table(detail, results[detail]))
+    write_figure(plot, plot_policies(baselines, results, over_all, detail))
+    wide_console(130).print(pooled_table(over_all, f"best baseline at equal cost; {len(names)} clips"))
 
 
 if __name__ == "__main__":

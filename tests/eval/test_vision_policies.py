@@ -33,7 +33,7 @@ def dense(vision, footage):
         return policies.measure_dense(vision, footage)
 
 
-# --- controls ---
+# --- baselines ---
 
 
 @pytest.mark.parametrize("interval", [1, 3, 5, 12, 40])
@@ -47,11 +47,11 @@ def test_hold_every_is_the_mean_over_phases_of_a_naive_loop(interval):
                 held, dense_frames = frame, dense_frames + 1
             cosines.append(pairs[frame, held])
         expected.append(cosines)
-    control = policies.hold_every(interval, 20)
-    found = pairs[np.arange(20), control.references][:, 1:]
+    baseline = policies.hold_every(interval, 20)
+    found = pairs[np.arange(20), baseline.references][:, 1:]
     np.testing.assert_allclose(found, expected)
-    np.testing.assert_allclose(control.weights, 1 / interval)
-    assert control.cost == pytest.approx(dense_frames / interval / 19)
+    np.testing.assert_allclose(baseline.weights, 1 / interval)
+    assert baseline.cost == pytest.approx(dense_frames / interval / 19)
 
 
 @pytest.mark.parametrize(
@@ -60,35 +60,35 @@ def test_hold_every_is_the_mean_over_phases_of_a_naive_loop(interval):
 def test_a_triggered_hold_from_pairs_is_mode_hold(vision, footage, dense, options):
     ((name, level),) = options.items()
     pairs = dense["pair_surprise" if name == "keyframe_surprise" else "pair_changed"].numpy()
-    control = policies.hold_triggered(pairs, level, dense["trigger_costs"].tolist())
+    baseline = policies.hold_triggered(pairs, level, dense["trigger_costs"].tolist())
     stream = vision.new_stream(mode="hold", **options)
     with torch.inference_mode():
         outputs = [vision(pixel_values=frame, stream=stream) for frame in footage]
-    held = dense["pooled"][torch.from_numpy(control.references[0])]
+    held = dense["pooled"][torch.from_numpy(baseline.references[0])]
     torch.testing.assert_close(torch.cat([output.pooler_output for output in outputs]), held)
-    assert 1 < len(set(control.references[0])) < FRAMES
-    assert control.cost == pytest.approx(np.mean([output.cost.item() for output in outputs[1:]]))
+    assert 1 < len(set(baseline.references[0])) < FRAMES
+    assert baseline.cost == pytest.approx(np.mean([output.cost.item() for output in outputs[1:]]))
 
 
 def test_a_mixture_at_a_cost_lies_between_its_two_neighbours():
     pairs = 1 - random_pairs(20) / 20
     index = np.arange(20)
     family = [policies.first_repeated(20), *(policies.hold_every(interval, 20) for interval in (2, 4, 8))]
-    control = policies.mixed(family, policies.shares_at([one.cost for one in family], 0.2))
-    assert control.cost == pytest.approx(0.2)
-    assert control.weights.sum() == pytest.approx(1)
+    baseline = policies.mixed(family, policies.shares_at([one.cost for one in family], 0.2))
+    assert baseline.cost == pytest.approx(0.2)
+    assert baseline.weights.sum() == pytest.approx(1)
 
     def p5(one):
         looked_up = pairs[index, one.references]
         runs = policies.Runs.of(looked_up, looked_up, looked_up, one.weights)
         return {name: policies.statistic(name, runs).item() for name in policies.STATISTICS}
 
-    found, above, below = p5(control), p5(family[2]), p5(family[3])
+    found, above, below = p5(baseline), p5(family[2]), p5(family[3])
     for name in policies.STATISTICS:
         assert found[name] == pytest.approx(0.6 * above[name] + 0.4 * below[name])
 
 
-def test_beyond_the_ends_the_last_control_is_taken():
+def test_beyond_the_ends_the_last_baseline_is_taken():
     costs = [0.5, 0.1, 0.1, 1.0]
     assert policies.shares_at(costs, 0.0) == [(1.0, 1)]
     assert policies.shares_at(costs, 1.3) == [(1.0, 3)]
@@ -122,10 +122,10 @@ def test_blocks_are_of_neighbouring_frames_and_the_same_for_the_same_seed():
 
 
 def test_both_sides_are_resampled_alike():
-    control = np.random.default_rng(0).uniform(0.2, 0.6, 50)
+    baseline = np.random.default_rng(0).uniform(0.2, 0.6, 50)
     for name in policies.STATISTICS:
         one = policies.compare(
-            name, "", one_run(control + 0.1), one_run(control), policies.block_resamples(49, seed=0)
+            name, "", one_run(baseline + 0.1), one_run(baseline), policies.block_resamples(49, seed=0)
         )
         np.testing.assert_allclose(one.draws, 0.1)
         assert one.verdict == "above"
@@ -135,10 +135,10 @@ def test_the_interval_covers_a_known_difference_about_as_often_as_it_says():
     covered = 0
     for seed in range(100):
         rng = np.random.default_rng(seed)
-        control = rng.normal(0.9, 0.01, 100)
-        method = control + rng.normal(0.003, 0.01, 100)
+        baseline = rng.normal(0.9, 0.01, 100)
+        method = baseline + rng.normal(0.003, 0.01, 100)
         one = policies.compare(
-            "pooled_mean", "", one_run(method), one_run(control), policies.block_resamples(99, seed, resamples=300)
+            "pooled_mean", "", one_run(method), one_run(baseline), policies.block_resamples(99, seed, resamples=300)
         )
         low, high = one.interval
         covered += low <= 0.003 <= high
@@ -186,8 +186,8 @@ def test_delay_counts_until_the_output_is_nearer_to_now_than_to_before():
     assert policies.method_delay(np.stack([before] * 50), dense, 10) == policies.DELAY_CAP
     assert policies.method_delay(np.stack([before] * 50)[:15], dense[:15], 10) == 5
     pairs = dense @ dense.T
-    assert policies.control_delay(policies.hold_every(4, 50), pairs, 10) == np.mean([0, 1, 2, 3])
-    assert policies.control_delay(policies.always_dense(50), pairs, 10) == 0
+    assert policies.baseline_delay(policies.hold_every(4, 50), pairs, 10) == np.mean([0, 1, 2, 3])
+    assert policies.baseline_delay(policies.always_dense(50), pairs, 10) == 0
 
 
 # --- the cache ---
@@ -243,13 +243,13 @@ def test_what_was_measured_is_reused_unless_options_change(suite, tmp_path):
 def test_from_clips_to_the_report_and_the_picture(suite, tmp_path):
     methods = {"exact": {"mode": "dense"}, "context": CONTEXT, "first": {"mode": "hold"}}
     measured = [policies.measure_clip(name, 16, methods, tmp_path) for name in ("one", "three")]
-    controls = [policies.ClipControls.load(policies.load_clip(one.clip), one.dense) for one in measured]
+    baselines = [policies.ClipBaselines.load(policies.load_clip(one.clip), one.dense) for one in measured]
     results = {
-        method: [policies.judge(one, found.methods[method]) for one, found in zip(controls, measured, strict=True)]
+        method: [policies.judge(one, found.methods[method]) for one, found in zip(baselines, measured, strict=True)]
         for method in methods
     }
-    rows = [row for method, found in results.items() for row in policies.pooled_rows(method, controls, found)]
-    assert len(rows) == len(methods) * 9
+    rows = [row for method, found in results.items() for row in policies.pooled_rows(method, found)]
+    assert len(rows) == len(methods) * 3
     by_method = {row["method"]: row for row in rows if row["clips"] == "all" and row["equal"] == "cost"}
     for name in policies.STATISTICS:
         assert by_method["exact"][name]["value"] == pytest.approx(1, abs=1e-5)
@@ -264,8 +264,8 @@ def test_from_clips_to_the_report_and_the_picture(suite, tmp_path):
     clip_rows = [policies.clip_row(method, one) for method, found in results.items() for one in found]
     text = policies.report_text({"command": "x"}, {"pooled": rows, "clips": clip_rows})
     assert json.loads(text) == {"command": "x", "pooled": rows, "clips": clip_rows}
-    policies.plot_policies(controls, results, list(by_method.values()), "context").savefig(tmp_path / "plot.png")
-    assert policies.detail_table("context", results["context"]).row_count == 2
+    policies.plot_policies(baselines, results, list(by_method.values()), "context").savefig(tmp_path / "plot.png")
+    assert policies.pooled_table(rows[:2], "two").row_count == 2 * len(policies.STATISTICS)
 
 
 def test_a_mode_that_returns_some_patches_only_is_refused(vision, footage, dense):
