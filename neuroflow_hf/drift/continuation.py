@@ -1,4 +1,4 @@
-"""A text continued by a language model, and what its bypass did meanwhile."""
+"""Continue a text with a language model, and describe what its bypass did."""
 
 import time
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from .metrics import first_divergence, position_drift
 @dataclass
 class Continuation:
     """
-    What was generated.
+    A generated text.
 
     Args:
-        tokens: the new ones.
-        seconds: it took, the prompt included.
-        statistics: of the bypass; None without one.
-        lossless: what was guessed, and came true; None in plain generation.
+        tokens: the new tokens.
+        seconds: generation time, including the prompt.
+        statistics: the bypass's statistics; None without a bypass.
+        lossless: counts of drafted and accepted tokens; None without lossless generation.
     """
 
     tokens: list[int]
@@ -48,20 +48,20 @@ def continue_text(
         model: a [`NeuroFlowPhi3ForCausalLM`].
         tokenizer: its tokenizer.
         text: the prompt.
-        max_new_tokens: the most tokens to generate.
-        bypass: options of [`NeuroFlowBypassConfig`]; False for none, None for the configuration's.
+        max_new_tokens: maximum number of tokens to generate.
+        bypass: options of [`NeuroFlowBypassConfig`]; False for none, None for the model configuration's.
         lossless: options of [`NeuroFlowLosslessConfig`], True for the defaults; None for plain generation.
-        temperature: 0 for the most probable token each time; above, tokens are drawn.
-        seed: of the drawing.
-        streamer: is given the tokens as they come.
+        temperature: 0 for greedy decoding; above 0 for sampling.
+        seed: random seed for sampling.
+        streamer: receives the tokens as they are generated.
 
     Raises:
-        ValueError: for options out of range, a prompt without tokens, and one that leaves no room.
+        ValueError: for options out of range, a prompt without tokens, and a prompt that is too long.
     """
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` is {max_new_tokens}; expected a whole number of at least 1.")
     if temperature < 0:
-        raise ValueError(f"`temperature` is {temperature:g}; expected 0 (no drawing) or more.")
+        raise ValueError(f"`temperature` is {temperature:g}; expected 0 (no sampling) or more.")
     inputs = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
     count, room = inputs.shape[1], model.config.max_position_embeddings
     if not count:
@@ -75,6 +75,7 @@ def continue_text(
     if temperature > 0:
         how["temperature"] = float(temperature)
         torch.manual_seed(seed)
+    is_dense = bool(lossless) or model.bypass_options(bypass) is None
     started = time.perf_counter()
     with quiet_loading():
         output = model.generate(
@@ -90,23 +91,13 @@ def continue_text(
     return Continuation(
         tokens=output.sequences[0, count:].tolist(),
         seconds=time.perf_counter() - started,
-        statistics=None if lossless or bypass_is_off(model, bypass) else statistics_of(model, output),
+        statistics=None if is_dense else model.bypass_statistics(output.past_key_values),
         lossless=getattr(output, "lossless", None),
     )
 
 
-def bypass_is_off(model, bypass: dict | bool | None) -> bool:
-    """Whether neither the call nor the configuration asks for a bypass."""
-    return model.bypass_options(bypass) is None
-
-
-def statistics_of(model, output) -> BypassStatistics:
-    """What the gate did in a generation."""
-    return model.bypass_statistics(output.past_key_values)
-
-
 def figures_in_words(model, found: Continuation, bypass: dict | bool | None) -> list[str]:
-    """What a generation did, in sentences."""
+    """Describe a generation in sentences."""
     count = len(found.tokens)
     lines = [f"{count} tokens in {found.seconds:.2f} s ({count / found.seconds:.1f} a second)."]
     if found.statistics is not None:
@@ -122,14 +113,14 @@ def figures_in_words(model, found: Continuation, bypass: dict | bool | None) -> 
         counts = found.lossless
         drafted, accepted = sum(counts.drafted.values()), sum(counts.accepted.values())
         lines.append(
-            f"Lossless: {accepted} of {drafted} guessed tokens came true; {counts.checks} dense forwards and "
-            f"{counts.draft_steps} bypassed ones after the prompt's."
+            f"Lossless: {accepted} of {drafted} draft tokens accepted; after the prompt, {counts.checks} dense "
+            f"forwards and {counts.draft_steps} bypassed ones."
         )
     return lines
 
 
 def comparison_in_words(dense: Continuation, found: Continuation) -> str:
-    """How far a text is from dense's, in a sentence."""
+    """Describe in a sentence how far a text is from the dense one."""
     first = first_divergence(dense.tokens, found.tokens)
     if first is None:
         return f"Against dense: the same {len(dense.tokens)} tokens."

@@ -1,4 +1,4 @@
-"""Which bypasses a drift evaluation tries: the published ones, in the model's proportions, and what surrounds them."""
+"""The grid of bypasses of a drift evaluation: the published ones, scaled to the model's depth, and variants."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ import torch
 from ..language.bypass_config import ALWAYS, NeuroFlowBypassConfig
 from .metrics import rate_of
 
-PUBLISHED_LAYERS = 32  # of Phi-3-mini, whose layers the published pairs count
+PUBLISHED_LAYERS = 32  # the depth of Phi-3-mini, to which the published pairs refer
 PUBLISHED_PAIRS = ((1, 24), (1, 31))
 FIRST, LAST = (f"{gate}->{cache}" for gate, cache in PUBLISHED_PAIRS)
 PUBLISHED_THRESHOLDS = (0.6, 0.65, 0.7)
 PUBLISHED_RATE, PUBLISHED_THRESHOLD = 0.21, 0.65  # the share of steps bypassed at this threshold
 GUARD_ENTROPY = 1.0  # nats
-# the guard takes away most of what a threshold bypasses, so its rates reach further
+# the guard stops most of what a threshold would bypass, so its rates go higher
 RATES = {
     "unguarded": (0.01, 0.05, 0.1, 0.2, 0.4, 0.8),
     "guarded": (0.05, 0.1, 0.2, 0.4, 0.8, 1.0),
@@ -25,12 +25,12 @@ RATES = {
 @dataclass(frozen=True)
 class Configuration:
     """
-    A bypass to be measured.
+    A bypass to measure.
 
     Args:
-        pair: the published layers that it stands for, as `"1->24"`; `"own"` for layers that a user named.
+        pair: the published layers that it stands for, such as `"1->24"`; `"own"` for other layers.
         options: of [`NeuroFlowBypassConfig`].
-        asked_rate: the share of steps for which the threshold was chosen; None for a threshold that was given.
+        asked_rate: the bypass rate for which the threshold was chosen; None for a given threshold.
     """
 
     pair: str
@@ -39,17 +39,17 @@ class Configuration:
 
     @property
     def is_guarded(self) -> bool:
-        """Whether the language-model head is asked too."""
+        """Whether a guard reads the language-model head."""
         return any(self.options.get(name) is not None for name in ("guard_entropy", "guard_margin"))
 
     @property
     def is_inverted(self) -> bool:
-        """Whether a later layer decides about an earlier one."""
+        """Whether the gate is a later layer than those that it bypasses."""
         return max(self.options["cache_layers"]) <= self.options["gate_layer"]
 
     @property
     def family(self) -> str:
-        """All that is not the threshold, in words."""
+        """All options but the threshold, in words."""
         words = [f"{self.pair} inverted" if self.is_inverted else self.pair, self.options["target"]]
         for name, unit in (("guard_entropy", "entropy"), ("guard_margin", "margin"), ("max_consecutive", "at most")):
             if self.options.get(name) is not None:
@@ -58,19 +58,19 @@ class Configuration:
 
     @property
     def name(self) -> str:
-        """All of it, in words."""
+        """All options, in words."""
         return f"{self.family}, threshold {self.options['threshold']:g}"
 
 
 def scale_layer(layer: int, num_layers: int) -> int:
-    """The layer that a published one corresponds to: at the same share of the depth, never the first."""
+    """The layer at the same relative depth as a published one, never the first."""
     return max(1, min(num_layers - 1, round(layer * num_layers / PUBLISHED_LAYERS)))
 
 
 def scaled_pairs(num_layers: int) -> dict[str, tuple[int, int]]:
     """
-    Gate layer and cache layer for each published pair, by its name `"1->24"`; a pair that falls together with one
-    before it is left out.
+    Gate layer and cache layer for each published pair, by its name, such as `"1->24"`. A pair that coincides with an
+    earlier one is left out.
 
     Raises:
         ValueError: for a model of fewer than 3 layers.
@@ -90,11 +90,8 @@ def scaled_pairs(num_layers: int) -> dict[str, tuple[int, int]]:
 
 def threshold_for_rate(similarity: Sequence[float], rate: float) -> float:
     """
-    The threshold that a share `rate` of the similarities reaches, to 6 places; -1 (always) for a rate of 1.
-
-    Args:
-        similarity: of dense steps.
-        rate: above 0, at most 1.
+    The threshold that a share `rate` (above 0, at most 1) of the similarities reaches, rounded to 6 digits; -1
+    (always) for a rate of 1.
 
     Raises:
         ValueError: if there are no similarities.
@@ -107,21 +104,21 @@ def threshold_for_rate(similarity: Sequence[float], rate: float) -> float:
 
 
 def gate_layers(num_layers: int) -> list[int]:
-    """The layers whose similarities `full_grid` has to know."""
+    """The layers whose similarities `full_grid` needs."""
     pairs = scaled_pairs(num_layers).values()
     return sorted({layer for gate, cache in pairs for layer in (gate, cache)})
 
 
 def full_grid(num_layers: int, thresholds: dict[int, dict[str, float]], quick: bool = False) -> list[Configuration]:
     """
-    The published pairs at the published thresholds, and at thresholds that bypass given shares of the steps, for a
-    published threshold may bypass all of one checkpoint's steps and none of another's. For all three targets, with and
-    without a guard by entropy, and inverted, with the two layers' parts exchanged.
+    The published pairs at the published thresholds and at thresholds for given bypass rates, because a published
+    threshold may bypass all steps of one checkpoint and none of another. With all three targets, with and without an
+    entropy guard, and inverted, with gate and cache layer exchanged.
 
     Args:
-        num_layers: of the model.
-        thresholds: by gate layer, for all of `gate_layers`, and by rate, as `"0.2"`, for all of `RATES`.
-        quick: the first pair only.
+        num_layers: the model's depth.
+        thresholds: by gate layer, for all of `gate_layers`, and by rate, such as `"0.2"`, for all of `RATES`.
+        quick: use the first pair only.
     """
     found: dict[str, Configuration] = {}
 
@@ -149,7 +146,7 @@ def full_grid(num_layers: int, thresholds: dict[int, dict[str, float]], quick: b
 
 def own_configuration(num_layers: int, options: dict) -> Configuration:
     """
-    A user's own options, completed; named after the published pair where the layers are its.
+    A user's own options, completed, and named after the published pair if the layers are the same.
 
     Raises:
         ValueError: for options that do not exist or are out of range, and layers that the model does not have.

@@ -15,46 +15,36 @@ from ..evaluation.statistics import bootstrap_interval, mean, paired_interval, q
 from .prompts import ALL, order_tasks
 
 ROUNDING = 1e-5  # logits closer than this may change places by rounding alone, in float32
-# what a report keeps of each prompt, to compare configurations by
+# the figures of each prompt that a report keeps
 COLUMNS = (
-    "drift",
-    "first_divergence",
-    "margin",
-    "forced_steps",
-    "forced_divergent",
-    "scored_tokens",
-    "dense_nll",
-    "nll",
-    "steps",
-    "bypassed",
+    *("drift", "first_divergence", "margin", "forced_steps", "forced_divergent"),
+    *("scored_tokens", "dense_nll", "nll", "steps", "bypassed"),
 )
 
 
 def cut_at_end(tokens: Sequence[int], ends: Collection[int]) -> list[int]:
-    """The tokens up to the first that is one of `ends`, itself included; all of them if there is none."""
-    for place, token in enumerate(tokens):
-        if token in ends:
-            return list(tokens[: place + 1])
-    return list(tokens)
+    """The tokens up to and including the first end token; all of them if there is none."""
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return list(tokens[: end + 1])
 
 
 def first_divergence(dense: Sequence[int], other: Sequence[int]) -> int | None:
     """
-    The first position, counted from 0, at which two sequences of tokens differ; None if they are the same. Where one
-    has ended and the other goes on, they differ.
+    The first position, from 0, at which two sequences of tokens differ; None if they are equal. A sequence that ends
+    earlier differs at its end.
     """
-    for place, (expected, found) in enumerate(zip(dense, other, strict=False)):
-        if expected != found:
-            return place
-    return None if len(dense) == len(other) else min(len(dense), len(other))
+    pairs = zip(dense, other, strict=False)
+    shorter = min(len(dense), len(other))
+    first = next((place for place, (expected, found) in enumerate(pairs) if expected != found), shorter)
+    return None if first == len(dense) == len(other) else first
 
 
 def position_drift(dense: Sequence[int], other: Sequence[int]) -> float:
     """
     The share of positions at which two sequences of tokens differ, 0 to 1; the published "token drift". Positions are
-    those of the longer one; at those that the shorter one lacks, they differ. Two empty sequences have drift 0.
+    those of the longer sequence, and differ where the shorter one has ended. Two empty sequences have drift 0.
 
-    A word more or less moves all that follows, so this says little about how much of the text is other: see
+    One inserted token moves all that follow, so a high drift need not mean that much of the text changed. See
     `first_divergence`, and compare under teacher forcing.
     """
     positions = max(len(dense), len(other))
@@ -67,10 +57,10 @@ def kl_divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     KL divergence of the distributions behind two sets of logits, KL(dense || other) in nats.
 
     Args:
-        dense, other: logits of any floating type [..., V]; minus infinity for what cannot come.
+        dense, other: logits of any floating type [..., V]; minus infinity for impossible tokens.
 
     Returns:
-        float64 [...], at least 0; infinite where `other` excludes what `dense` does not.
+        float64 [...], at least 0; infinite where a token is impossible only for `other`.
     """
     expected, found = (logits.double().log_softmax(dim=-1) for logits in (dense, other))
     probabilities = expected.exp()
@@ -81,13 +71,13 @@ def kl_divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 @dataclass
 class StepComparison:
     """
-    n steps at which dense and another model had read the same tokens (teacher forcing).
+    Dense and another model at n steps, after the same tokens (teacher forcing).
 
     Args:
         same_top1 (`torch.BoolTensor` of shape `(n,)`): whether both have the same most probable next token.
         kl (`torch.DoubleTensor` of shape `(n,)`): KL(dense || other) in nats.
-        entropy (`torch.DoubleTensor` of shape `(n,)`): of dense's distribution, in nats.
-        margin (`torch.DoubleTensor` of shape `(n,)`): by how much dense's highest logit is above its second.
+        entropy (`torch.DoubleTensor` of shape `(n,)`): the entropy of the dense distribution, in nats.
+        margin (`torch.DoubleTensor` of shape `(n,)`): the dense model's highest logit minus its second highest.
     """
 
     same_top1: torch.Tensor
@@ -105,8 +95,8 @@ def compare_steps(dense: torch.Tensor, other: torch.Tensor) -> StepComparison:
     """
     if dense.shape != other.shape or dense.ndim != 2:
         raise ValueError(
-            f"The logits have shapes {list(dense.shape)} and {list(other.shape)}; expected [steps, vocabulary] twice "
-            "the same. Compare both models after the same tokens."
+            f"The logits have shapes {list(dense.shape)} and {list(other.shape)}; expected [steps, vocabulary] "
+            "twice. Compare both models after the same tokens."
         )
     log_probabilities = dense.double().log_softmax(dim=-1)
     probabilities = log_probabilities.exp()
@@ -120,7 +110,7 @@ def compare_steps(dense: torch.Tensor, other: torch.Tensor) -> StepComparison:
 
 
 def negative_log_likelihood(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Minus the log-probability, in nats, of `tokens` int64 [...] by `logits` [..., V]: float64 [...]."""
+    """Negative log-likelihood, in nats, of `tokens` int64 [...] under `logits` [..., V]: float64 [...]."""
     return -logits.double().log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
@@ -130,21 +120,21 @@ def negative_log_likelihood(logits: torch.Tensor, tokens: torch.Tensor) -> torch
 @dataclass
 class PromptRecord:
     """
-    A prompt under one configuration, against dense.
+    One prompt under one configuration, compared with dense.
 
     Args:
-        task: what it is counted under.
-        drift: share of positions with another token, in free generation.
+        task: the prompt's task.
+        drift: share of positions with another token, in greedy generation.
         first_divergence: the first such position; None if there is none.
-        margin: dense's lead, in logits, of its first choice over its second at that position; None if there is none.
-        forced_steps: steps after the prompt at which both had read dense's text.
-        forced_divergent: those at which the first choices differ.
-        kl: KL(dense || other) at each of them, in nats.
-        scored_tokens: tokens of the prompt's second half, fed one by one, that were predicted.
-        dense_nll, nll: minus the log-probability of all these together, in nats.
-        steps, bypassed: steps of free generation, and those that were bypassed.
-        similarity: the gate's at those that had one.
-        entropy_bypassed, entropy_computed: dense's entropy, in nats, at forced steps that were bypassed, and others.
+        margin: the lead, in logits, of the dense model's first choice over its second at that position.
+        forced_steps: steps after the prompt under teacher forcing.
+        forced_divergent: those with another first choice than dense.
+        kl: KL(dense || other) at each forced step, in nats.
+        scored_tokens: tokens of the prompt's second half that were scored.
+        dense_nll, nll: their total negative log-likelihood, in nats.
+        steps, bypassed: steps of greedy generation, and those that were bypassed.
+        similarity: the gate's similarity at each step that has one.
+        entropy_bypassed, entropy_computed: dense entropy, in nats, at forced steps that were bypassed, and at others.
     """
 
     task: str
@@ -165,7 +155,7 @@ class PromptRecord:
 
 
 def columns(records: Sequence[PromptRecord]) -> dict[str, dict[str, list]]:
-    """What is kept of each prompt: by task, a list for each of `COLUMNS`, rounded to 6 significant digits."""
+    """The kept figures by task: a list over prompts for each of `COLUMNS`, rounded to 6 significant digits."""
     tasks = order_tasks(record.task for record in records)
     return {
         task: {name: [significant(getattr(r, name)) for r in records if r.task == task] for name in COLUMNS}
@@ -174,18 +164,18 @@ def columns(records: Sequence[PromptRecord]) -> dict[str, dict[str, list]]:
 
 
 def column(entry: dict, name: str, task: str = ALL) -> list:
-    """One of `COLUMNS` of a report's entry: of a task, or of all prompts, task after task."""
+    """One of `COLUMNS` of a report's entry, for the prompts of one task or of all, task after task."""
     found = entry["prompts"]
     return [value for part in (found if task == ALL else [task]) for value in found[part][name]]
 
 
 def significant(value, digits: int = 6):
-    """A float rounded to so many significant digits; anything else as it is."""
+    """A float rounded to significant digits; anything else unchanged."""
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def summarise_tasks(records: Sequence[PromptRecord], **bootstrap) -> dict[str, dict]:
-    """The figures of each task, and of all prompts where there are several; arguments of `bootstrap_interval`."""
+    """The figures of each task, and of all tasks together if there are several. Options are `bootstrap_interval`'s."""
     tasks = order_tasks(record.task for record in records)
     found = {task: summarise([record for record in records if record.task == task], **bootstrap) for task in tasks}
     if len(tasks) > 1:
@@ -195,8 +185,8 @@ def summarise_tasks(records: Sequence[PromptRecord], **bootstrap) -> dict[str, d
 
 def summarise(records: Sequence[PromptRecord], **bootstrap) -> dict:
     """
-    The figures of some prompts, with 95 % intervals of a bootstrap over prompts. Shares are 0 to 1, KL divergence and
-    entropy in nats; None where there is nothing to tell by.
+    The figures of some prompts, with 95 % intervals from a bootstrap over prompts. Shares are 0 to 1, KL divergence
+    and entropy in nats; None where there is no data.
     """
     drifts = [record.drift for record in records]
     diverged = [record for record in records if record.first_divergence is not None]
@@ -209,7 +199,7 @@ def summarise(records: Sequence[PromptRecord], **bootstrap) -> dict:
         "drift": mean(drifts),
         "drift_interval": paired_interval(drifts, [0.0] * len(drifts), **bootstrap),
         "diverged_prompts": len(diverged),
-        # without a failure, an interval by drawing would be (0, 0)
+        # without a divergence, a bootstrap would give (0, 0)
         "diverged_bound": None if diverged else zero_failure_bound(len(records)),
         "first_divergence": {"min": min(firsts, default=None), "median": quantile(firsts, 0.5)},
         "margin": {"median": quantile(margins, 0.5), "max": max(margins, default=None)},
@@ -225,7 +215,7 @@ def summarise(records: Sequence[PromptRecord], **bootstrap) -> dict:
 
 
 def forced_figures(records: Sequence[PromptRecord], kl: Sequence[float], **bootstrap) -> dict:
-    """Teacher forcing: the share of tokens with another first choice, and the KL divergence."""
+    """Figures of teacher forcing: the share of steps with another first choice, and the KL divergence."""
     steps = sum(record.forced_steps for record in records)
     divergent = sum(record.forced_divergent for record in records)
     ratio = {"statistic": lambda sums: sums[:, 0] / sums[:, 1], **bootstrap}
@@ -242,7 +232,7 @@ def forced_figures(records: Sequence[PromptRecord], kl: Sequence[float], **boots
 
 
 def perplexity(records: Sequence[PromptRecord], **bootstrap) -> dict:
-    """Dense's perplexity, the other's, and the difference with its paired interval; None where nothing was scored."""
+    """Both perplexities, and their difference with a paired interval; None where nothing was scored."""
     tokens = sum(record.scored_tokens for record in records)
     if not tokens:
         return {"tokens": 0, "dense": None, "bypass": None, "delta": None, "interval": None}
@@ -262,7 +252,7 @@ def perplexity(records: Sequence[PromptRecord], **bootstrap) -> dict:
 
 
 def share(part: float, whole: float) -> float | None:
-    """`part / whole`; None of nothing."""
+    """`part / whole`; None if `whole` is 0."""
     return part / whole if whole else None
 
 

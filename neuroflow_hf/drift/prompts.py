@@ -1,12 +1,13 @@
-"""Prompts out of a file, or an error that names the line."""
+"""Read prompts from a file."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-TASKS = ("code", "structured", "prose")  # in this order where there are such
-OWN = "own"  # of prompts without a task
-ALL = "all"  # tasks together
+TASKS = ("code", "structured", "prose")  # shown in this order, before other tasks
+OWN = "own"  # the task of prompts without one
+ALL = "all"  # all tasks together
 LINE = '{"prompt": "text", "task": "code"}'
 
 
@@ -17,7 +18,7 @@ class Prompt:
 
     Args:
         text: the prompt.
-        task: what it is counted under.
+        task: the group whose figures it counts towards.
     """
 
     text: str
@@ -26,16 +27,15 @@ class Prompt:
 
 def read_prompts(path: str | Path) -> list[Prompt]:
     """
-    The prompts of a file.
+    Read the prompts of a file.
 
     Args:
-        path: a `.jsonl` file with an object in each line, with `prompt`, and `task` if there are several (other names
-            are left alone); or a `.txt` file with a prompt in each line. Empty lines are skipped.
+        path: a `.jsonl` file whose lines are objects with `prompt` and, optionally, `task` (other keys are ignored);
+            or a `.txt` file with a prompt in each line. Empty lines are skipped.
 
     Raises:
         FileNotFoundError, IsADirectoryError: if there is no such file.
-        ValueError: for another kind of file, one without prompts, and a line that is none; the message names file,
-            line and what was expected.
+        ValueError: for another file type, a file without prompts, or a bad line; the message names the line.
     """
     path = Path(path)
     if path.is_dir():
@@ -61,7 +61,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def parse_line(text: str, where: str) -> Prompt:
-    """The prompt in a line of JSON; a ValueError that begins with `where` if there is none."""
+    """The prompt in a line of JSON; a ValueError that begins with `where` if the line is bad."""
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -79,19 +79,18 @@ def parse_line(text: str, where: str) -> Prompt:
 
 
 def order_tasks(tasks) -> list[str]:
-    """The tasks that there are, each once: the usual ones first, then the others as they come."""
+    """Each task once: those of `TASKS` first, then the others in order of appearance."""
     found = list(dict.fromkeys(tasks))
     return [task for task in TASKS if task in found] + [task for task in found if task not in TASKS]
 
 
 def first_of_each(prompts: list[Prompt], count: int | None) -> list[Prompt]:
-    """The first so many prompts of each task, in their order; all for None."""
+    """The first `count` prompts of each task, in order; all for None."""
     if count is None:
         return prompts
-    seen: dict[str, int] = {}
-    kept = []
+    seen, kept = Counter(), []
     for prompt in prompts:
-        seen[prompt.task] = seen.get(prompt.task, 0) + 1
+        seen[prompt.task] += 1
         if seen[prompt.task] <= count:
             kept.append(prompt)
     return kept

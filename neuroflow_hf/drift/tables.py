@@ -1,4 +1,4 @@
-"""A drift report in tables: rows of texts, for the terminal and for Markdown alike."""
+"""Tables of a drift report: headers and rows of strings, for the terminal and for Markdown."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ from .prompts import ALL, order_tasks
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share as a percentage; a dash for none."""
+    """A share as a percentage; a dash for None."""
     return "-" if value is None else f"{value:.{digits}%}"
 
 
 def plain(value: float | None, form: str) -> str:
-    """A number in a format; a dash for none."""
+    """A number in a format; a dash for None."""
     return "-" if value is None else format(value, form)
 
 
@@ -27,27 +27,22 @@ def overall(entry: dict) -> dict:
 
 
 def drift_cell(figures: dict) -> str:
-    """Drift, and how many prompts' texts diverge: `12.3%, 9/50`."""
+    """Drift, and how many prompts diverge: `12.3%, 9/50`."""
     return f"{percent(figures['drift'])}, {figures['diverged_prompts']}/{figures['prompts']}"
 
 
 def entries_of(report: dict) -> list[dict]:
-    """The noise floor and the configurations, in the order in which they are shown."""
+    """The noise floor and the configurations, in the order shown."""
     return [*report["noise"], *report["configurations"]]
 
 
 def summary_table(report: dict, entries: Sequence[dict] | None = None) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows: an entry in each row, with drift by task and the rest over all prompts."""
+    """A row for each entry: drift by task, the other figures over all prompts."""
     tasks = tasks_of(report)
     headers = [
-        "configuration",
-        "bypassed",
+        *("configuration", "bypassed"),
         *(f"drift: {task}" for task in tasks),
-        "first at",
-        "other top-1",
-        "KL mean",
-        "KL p99",
-        "perplexity",
+        *("first at", "other top-1", "KL mean", "KL p99", "perplexity"),
     ]
     rows = []
     for entry in entries_of(report) if entries is None else entries:
@@ -68,7 +63,7 @@ def summary_table(report: dict, entries: Sequence[dict] | None = None) -> tuple[
 
 
 def details_table(report: dict) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows: a row for each entry and task, with intervals, margins, similarities and entropies."""
+    """A row for each entry and task: intervals, margins, similarities and entropies."""
     headers = [
         "configuration",
         "task",
@@ -105,7 +100,7 @@ def details_table(report: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def interval(ends: Sequence[float] | None, form: str) -> str:
-    """An interval's ends in a format; a dash for none."""
+    """An interval in a format; a dash for None."""
     return "-" if ends is None else f"{ends[0]:{form}} to {ends[1]:{form}}"
 
 
@@ -116,19 +111,19 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def description(report: dict) -> str:
-    """What was measured, in a paragraph."""
+    """Describe the measurement in a paragraph."""
     model, settings, prompts = report["model"], report["settings"], report["prompts"]
     counts = ", ".join(f"{count} {task}" for task, count in prompts["of_task"].items())
     cut = f", {prompts['cut']} cut to {settings['max_prompt_tokens']} tokens" if prompts["cut"] else ""
     return (
         f"{model['name']}: {model['layers']} layers, {model['parameters'] / 1e6:.1f} million parameters, "
         f"{model['dtype']}. Prompts: {counts}{cut}; {settings['new_tokens']} new tokens each, greedy. Drift: share of "
-        "positions with another token than dense, then how many prompts' texts diverge at all; first at: median "
-        "position of the first other token, of those. Under teacher forcing: the share of tokens with another first "
-        "choice than dense, and KL divergence in nats. Perplexity: its difference to dense on the second half of the "
-        "prompts, fed token by token. Dense and bypass have caches of their own; the rows without a bypass rate are "
-        "dense against dense, the noise floor. "
-        "Intervals: 95 % of a paired bootstrap over prompts; no divergence in n prompts bounds their share by 3/n."
+        "positions with another token than dense, and how many prompts diverge; first at: the median position of the "
+        "first other token. Under teacher forcing: the share of steps with another first choice than dense, and KL "
+        "divergence in nats. Perplexity: the difference to dense on the second half of the prompts, fed token by "
+        "token. Dense and bypass have caches of their own; rows without a bypass rate compare dense with dense, the "
+        "noise floor. Intervals: 95 % of a paired bootstrap over prompts; no divergence in n prompts bounds its rate "
+        "by 3/n."
     )
 
 
