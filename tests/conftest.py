@@ -44,8 +44,8 @@ GRID = (6, 6)
 NUM_PATCHES = 36
 IMAGE_SIZE = 24
 PATCH_SIZE = 4
-MODES = ("dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate", "propagate")
-GATED_MODES = ("mlp", "eliminate", "reconstruct", "context", "extrapolate", "propagate")
+MODES = ("dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate")
+GATED_MODES = ("mlp", "eliminate", "reconstruct", "context", "extrapolate")
 
 
 def lively(model):
@@ -127,16 +127,11 @@ def no_grad():
 
 
 # Equalities are tested in float64, where what kernels add up in another order differs by 1e-15 or so, and a mistake
-# by far more. Three things are float32 in a float64 model, too: the softmax of a stream's pooling head, the weights of
-# mode `extrapolate`, and the state of mode `propagate`.
+# by far more. Two things are float32 in a float64 model, too: the softmax of a stream's pooling head, and the weights
+# of mode `extrapolate`.
 FLOAT64 = 1e-11
 FLOAT32_SOFTMAX = 5e-7
-FLOAT32_IN_MODE = {"extrapolate": 5e-6, "propagate": 1e-5}
-
-
-def rounding_of_dense(mode):
-    """How far a stream in a mode is from dense, in relation to it, with everything active in a float64 model."""
-    return FLOAT32_IN_MODE[mode] if mode == "propagate" else FLOAT64
+FLOAT32_IN_MODE = {"extrapolate": 5e-6}
 
 
 def assert_close_in_norm(actual, expected, rtol=FLOAT64, atol=0.0):

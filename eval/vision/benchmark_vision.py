@@ -6,7 +6,7 @@ How long a frame takes in every mode, against dense in the same run.
 
 SigLIP-base's geometry (patch 16) and random weights: time does not depend on them. The whole forward is timed, from
 pixel values to the embedding. A token budget fixes how many patches are active, and half as many change from frame to
-frame. In `propagate` no patch joins; how many would is a matter of the picture. Dense frames are timed in between, so
+frame. Dense frames are timed in between, so
 that both meet the same machine. Where dense takes long, what everything active takes is read off a first frame.
 
 Every finished mode is in `eval/results/benchmark_vision.json` at once, and skipped when the command is run again on
@@ -34,7 +34,6 @@ from neuroflow_hf.vision.cost import dense_frame
 from neuroflow_hf.vision.gate_config import MODES as ALL_MODES
 
 MODES = tuple(mode for mode in ALL_MODES if mode not in ("dense", "hold"))  # those that encode some patches
-NEVER_JOIN = {"propagate": {"tolerance": 1e6}}
 PICTURE = Path(__file__).parents[2] / "docs" / "speed.png"
 COLOURS = ("#6b7280", "#0e7490", "#15803d", "#d97706", "#b91c1c", "#7c3aed", "#db2777", "#111827")
 
@@ -76,7 +75,7 @@ def time_mode(
         pixels = frame.to(model.device, model.dtype)
         return timed(lambda: model(pixel_values=pixels, stream=stream, **kwargs), model.device)
 
-    stream = model.new_stream(mode=mode, token_budget=num_patches, min_active_tokens=0, **NEVER_JOIN.get(mode, {}))
+    stream = model.new_stream(mode=mode, token_budget=num_patches, min_active_tokens=0)
     frame = torch.randn(1, 3, resolution, resolution)
     first, first_time = step(frame)
     rows = []

@@ -48,8 +48,6 @@ METHODS = {
     "`context`, threshold 0.001": {"mode": "context", "threshold": 0.001},
     "`context`, every patch within 10 frames": {"mode": "context", "max_age": 10},
     "`context`, keyframe every 12th frame": {"mode": "context", "keyframe_interval": 12},
-    "`propagate`, tolerance 0.3": {"mode": "propagate", "tolerance": 0.3},
-    "`propagate`, tolerance 0.2": {"mode": "propagate", "tolerance": 0.2},
     "`extrapolate`": {"mode": "extrapolate"},
     "`extrapolate`, 3% sentinels, keyframe every 25th frame": {
         "mode": "extrapolate",

@@ -122,7 +122,7 @@ def run(
     mode: Annotated[
         str | None,
         typer.Option(
-            help="extrapolate, context, propagate, reconstruct, eliminate, mlp, hold or dense; without --preset, with "
+            help="extrapolate, context, reconstruct, eliminate, mlp, hold or dense; without --preset, with "
             "plain defaults.",
             show_default="extrapolate",
             rich_help_panel=GATE,

@@ -21,7 +21,6 @@ EMA = {"reference": "ema", "ema_rate": 0.05}  # as the paper gates
 MODES: tuple[tuple[str, str, tuple[dict, ...]], ...] = (
     ("extrapolate", "sentinels", tuple({"mode": "extrapolate", "sentinels": share} for share in (0.05, 0.02, 0.2))),
     ("context", "threshold", tuple({"mode": "context", "threshold": level} for level in (0.01, 0.001, 0.05))),
-    ("propagate", "tolerance", tuple({"mode": "propagate", "tolerance": share} for share in (0.3, 0.1))),
     (
         "reconstruct (the paper's C)",
         "threshold",

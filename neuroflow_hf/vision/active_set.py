@@ -75,12 +75,6 @@ class ActiveSet:
             [self.keyframes[stream] for stream in self.live],
         )
 
-    def joined_by(self, streams: list[int], patches: torch.Tensor | bool, counts: list[int]) -> "ActiveSet":
-        """The active set with more patches of some streams, bool [S, N] (or `True`: all); all `counts` are given."""
-        mask = self.mask.clone()
-        mask[streams] |= patches if isinstance(patches, bool) else patches.to(mask.device)
-        return ActiveSet(mask, counts, self.keyframes)
-
     def of_live(self, features: torch.Tensor) -> torch.Tensor:
         """[B, ...] to [B', ...]: the entries of streams with an active patch; a view if that is all."""
         return features if len(self.live) == len(self.counts) else features[self.live]
@@ -164,9 +158,3 @@ def may_write_in_place(stored: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():  # inference mode cannot be asked for in a graph
         return not torch.is_grad_enabled()
     return not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not stored.is_inference())
-
-
-def recall(memory: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """What `memory[name]` holds, to be computed with; a graph does not take what was made in inference mode."""
-    stored = memory[name]
-    return stored.clone() if torch.is_grad_enabled() and stored.is_inference() else stored

@@ -66,7 +66,7 @@ def encode_frame(
             active, surprise = ActiveSet(mask, [0] * geometry.batch_size, [False] * geometry.batch_size), None
 
     stream.frame_in_progress = True
-    encoded = LayerOutput(None, active, [0] * geometry.batch_size)
+    encoded = LayerOutput(None, [0] * geometry.batch_size)
     if active.live:
         if mode.encodes_all_patches:
             positions = position_embeddings(model, patches, pixel_values, interpolate_pos_encoding)
@@ -78,8 +78,8 @@ def encode_frame(
             hidden = active.gather(patches) + positions
         encoded = encode(model, hidden, active, stream)
     folded = model.use_head and stream.gate.mode != "dense" and can_fold_probe(model.head)
-    tokens, token_mask = read_out(stream, encoded)
-    pooled = pool(model, stream, tokens, token_mask, encoded.active, folded)
+    tokens, token_mask = read_out(stream, encoded.hidden, active)
+    pooled = pool(model, stream, tokens, token_mask, active, folded)
     if projected:
         update_references(stream, signal, active)
     costs = [
@@ -149,41 +149,41 @@ def geometry_of(model: nn.Module, pixel_values: torch.Tensor, interpolate_pos_en
 
 def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: NeuroFlowStream) -> LayerOutput:
     """
-    All encoder layers and the final layer norm, for what the mode passes through them: the outputs, the active set
-    that the last layer left, and each stream's multiply-adds in all layers.
+    All encoder layers and the final layer norm, for what the mode passes through them: the outputs, and each stream's
+    multiply-adds in all layers.
     """
     layers, spent = model.encoder.layers, [0] * len(active.counts)
     dim = model.config.hidden_size
     carryings = []
     if MODES[stream.gate.mode].carries_changes and not all(active.keyframes):
         carryings = carryings_of(stream.memory["output"], active)
-    for index, (layer, memory) in enumerate(zip(layers, stream.layer_memories, strict=True)):
+    for layer, memory in zip(layers, stream.layer_memories, strict=True):
         # A checkpointed layer would run again in the backward pass, when its memory is that of a later frame. Outside
         # of training no layer is checkpointed, and threads that share the model must not see its flags change.
         checkpointed = layer.training and layer.gradient_checkpointing
         try:
             if checkpointed:
                 layer.gradient_checkpointing = False
-            step = LayerStep(stream.gate, active, memory, index, len(layers), carryings)
+            step = LayerStep(stream.gate, active, memory, carryings)
             hidden = layer(hidden, None, step=step)
         finally:
             if checkpointed:
                 layer.gradient_checkpointing = True
-        active = step.output.active
         spent = [before + added for before, added in zip(spent, step.output.multiply_adds, strict=True)]
     fresh = model.post_layernorm(hidden)
     for carrying in carryings:
         carrying.into(stream.memory, "output", fresh)
         spent[carrying.stream] += weighing_cost(carrying, dim) + carrying.multiply_adds(dim)
-    return LayerOutput(fresh, active, spent)
+    return LayerOutput(fresh, spent)
 
 
-def read_out(stream: NeuroFlowStream, encoded: LayerOutput) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_out(
+    stream: NeuroFlowStream, fresh: torch.Tensor | None, active: ActiveSet
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     What the head sees of each stream, [B, N, D] and no mask, or [B, A, D] and its mask [B, A], from what the encoder
-    returned (no hidden states if nothing was active). Fresh outputs are remembered for the frames to come.
+    returned (None if nothing was active). Fresh outputs are remembered for the frames to come.
     """
-    fresh, active = encoded.hidden, encoded.active
     mode, memory = MODES[stream.gate.mode], stream.memory
     if not mode.pools_all_patches:
         return pad_streams(fresh, active, stream.geometry)

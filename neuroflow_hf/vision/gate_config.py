@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 
 from .options import make_options
 
-Mode = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate", "propagate"]
+Mode = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate"]
 MODES: tuple[str, ...] = get_args(Mode)
 
 DEFAULT_PRESET = "balanced"
@@ -76,8 +76,7 @@ class NeuroFlowGateConfig:
     [0, 2]. The active set is the patches that the policies below choose from the surprise; only they are encoded.
     Source: Y. Schmitt, "EMA-Gated Temporal Sequence Compression in Vision Transformers" (2026), sections on the gate
     and on Architectures A (`mlp`), B (`eliminate`) and C (`reconstruct`); `context` follows prior work that gives
-    active tokens the stored keys and values of the others (STC-Cacher, WAM-Cache, Eventful Transformers); `propagate`
-    is our own.
+    active tokens the stored keys and values of the others (STC-Cacher, WAM-Cache, Eventful Transformers).
 
     Args:
         mode (`str`, defaults to `"extrapolate"`):
@@ -90,10 +89,6 @@ class NeuroFlowGateConfig:
               and what they show (attention moves every patch a little when something moves, and like patches alike)
               is carried over to the stored keys, values and outputs of the patches like them. The one to choose
               without training.
-            - `"propagate"`: as `context`, and changes spread: a patch whose attention output moved by more than
-              `tolerance` since it was last computed is active from that layer on. Closer to dense than `context`,
-              above all on the frames where `context` is worst, for more multiply-adds and three to four times its
-              memory.
             - `"reconstruct"`: active patches attend only to each other; the head pools fresh and stored outputs (the
               paper's dual memory). Cheaper than `context` at very many patches, much less faithful.
             - `"eliminate"`: active patches attend only to each other and only they are pooled. Cheapest; the output
@@ -116,7 +111,7 @@ class NeuroFlowGateConfig:
         token_budget (`int`, *optional*):
             Exactly this many patches are active on every frame that is no keyframe: the most surprising ones, and
             the threshold does not count. For a fixed latency. At most the number of patches is used, and at least
-            `min_active_tokens`; in `context`, `extrapolate` and `propagate`, more than 95% means all.
+            `min_active_tokens`; in `context` and `extrapolate`, more than 95% means all.
         min_active_tokens (`int`, *optional*):
             At least this many are active. Defaults to 4 in `eliminate`, whose head needs something to pool, and to
             0 elsewhere (a frame with nothing active returns the stored output).
@@ -174,23 +169,9 @@ class NeuroFlowGateConfig:
             `"ema"` or `"both"`.
         memory_blend (`float`, defaults to 1.0):
             Share b of the fresh output in the stored one, `C <- (1 - b) C + b z`, in (0, 1]; 1 is plain writing.
-            Lower values smooth the output over time and lag behind events. For `context`, `extrapolate`, `propagate`
-            and `reconstruct`; the other modes have no stored patches that the head sees beside fresh ones, and write
+            Lower values smooth the output over time and lag behind events. For `context`, `extrapolate` and
+            `reconstruct`; the other modes have no stored patches that the head sees beside fresh ones, and write
             plainly.
-        tolerance (`float`, defaults to 0.2):
-            In `propagate`, an inactive patch joins the active set in a layer if its attention output differs from
-            the one that the patch was last computed with by more than this share of its norm. In a street scene 0.3
-            costs twice as much as `context`, 0.2 three times, 0.1 six times. 0: whatever moved by more than rounding
-            joins, and with `threshold=0` and `reference="last_update"` the output is the dense one. For no spreading
-            at all, choose `context`.
-        tolerance_tilt (`float`, defaults to 0.5):
-            How much larger the tolerance is in the first layer and smaller in the last, linearly between them, as a
-            share of `tolerance`, in [-1, 1]: with 0.5, from 1.5 times to 0.5 times. A patch that joins late costs
-            few layers, and what is wrong in the last layer is seen by the head. 0: the same in every layer.
-        spread_layers (`int`, *optional*):
-            In `propagate`, changes spread in this many layers only, the last ones; by default in all. The layers
-            before them work, cost and store as in `context`. A third of the layers keeps most of the gain, at 0.3 for
-            two thirds of the cost; one or two are too few.
         on_change (`str`, defaults to `"error"`):
             What a change of resolution, dtype, device or batch size in the middle of a stream does: `"error"`, or
             `"keyframe"` to forget the stream's memory and start again with a keyframe.
@@ -219,9 +200,6 @@ class NeuroFlowGateConfig:
     ema_rate: float | int = 0.01
     slow_ema_rate: float | int | None = None
     memory_blend: float | int = 1.0
-    tolerance: float | int = 0.2
-    tolerance_tilt: float | int = 0.5
-    spread_layers: int | None = None
     on_change: Literal["error", "keyframe"] = "error"
 
     def __post_init__(self):
@@ -251,13 +229,6 @@ class NeuroFlowGateConfig:
             require(name, lambda value: 0 <= value <= 1, "a fraction from 0 to 1, or None for never")
         require("keyframe_surprise", lambda value: 0 <= value <= 2, "a mean surprise from 0 to 2, or None for never")
         require("sentinels", lambda value: 0 <= value <= 1, "a fraction of the patches from 0 to 1")
-        require(
-            "tolerance",
-            lambda value: math.isfinite(value) and value >= 0,
-            'a finite number of at least 0 (changes that never spread are mode "context")',
-        )
-        require("tolerance_tilt", lambda value: -1 <= value <= 1, "a share from -1 to 1")
-        require("spread_layers", lambda value: value >= 1, "a whole number of at least 1, or None for all layers")
         for name in ("ema_rate", "slow_ema_rate", "memory_blend", "cost_budget"):
             require(name, is_rate, "a share above 0 and at most 1")
         require("cost_reserve", lambda value: math.isfinite(value) and value >= 1, "at least one dense frame's worth")
@@ -350,7 +321,7 @@ class NeuroFlowGateConfig:
         The share of active patches above which a frame is encoded in full, as a keyframe. By multiply-adds fewer
         patches are always cheaper; measured, `context` with 95% of 196 patches active takes as long as dense.
         """
-        return 0.95 if self.mode in ("context", "extrapolate", "propagate") else 1
+        return 0.95 if self.mode in ("context", "extrapolate") else 1
 
     @property
     def mean_rates(self) -> dict[str, float]:
@@ -364,15 +335,6 @@ class NeuroFlowGateConfig:
         if not self.needs_surprise:
             return []
         return [*(["last_update"] if self.reference in ("last_update", "both") else []), *self.mean_rates]
-
-    def spreads_in(self, layer: int, num_layers: int) -> bool:
-        """Whether changes spread to inactive patches in this layer, of `num_layers`, counted from 0."""
-        return self.mode == "propagate" and (self.spread_layers is None or layer >= num_layers - self.spread_layers)
-
-    def tolerance_in(self, layer: int, num_layers: int) -> float:
-        """The tolerance in this layer, of `num_layers`, counted from 0; at least what rounding may move a patch by."""
-        position = layer / (num_layers - 1) if num_layers > 1 else 0.5  # 0 is the first layer, 1 the last
-        return max(self.tolerance * (1 + self.tolerance_tilt * (1 - 2 * position)), 1e-5)
 
     @property
     def least_active(self) -> int:

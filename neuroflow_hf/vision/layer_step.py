@@ -15,18 +15,15 @@ LayerMemory = dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class PatchMemory:
     """
-    What a mode keeps of every patch in a layer, under one name.
+    Features that a mode keeps of every patch in a layer, under one name, in the type that the model's modules return.
 
     Args:
-        per_head (`bool`, defaults to `False`): whether it is one number a head, [B, N, H], or features, [B, N, D].
         heads_first (`bool`, defaults to `False`):
-            Whether features are laid out head by head, [B, H, N, D / H]: attention reads one head at a time.
-        dtype (`torch.dtype`, *optional*): its type, where that is not the one that the model's modules return.
+            Whether they are laid out head by head, [B, H, N, D / H], rather than [B, N, D]: attention reads one head
+            at a time.
     """
 
-    per_head: bool = False
     heads_first: bool = False
-    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -35,15 +32,12 @@ class LayerOutput:
     What a layer function returns.
 
     Args:
-        hidden: what the mode passes on to the next layer, rows [M, D] of `active` or [B', N, D]; `None` of a frame
-            with nothing active, which is not encoded.
-        active: the active set that the next layer starts from. It holds all patches of the layer's own, and may hold
-            more, of streams that had any.
+        hidden: what the mode passes on to the next layer, rows [M, D] of the active patches or [B', N, D]; `None` of a
+            frame with nothing active, which is not encoded.
         multiply_adds: what this layer cost each of the B streams; counted from numbers that the host knows.
     """
 
     hidden: torch.Tensor | None
-    active: ActiveSet
     multiply_adds: list[int]
 
 
@@ -54,10 +48,8 @@ class LayerStep:
 
     Args:
         gate: the options.
-        active: the active set that the layer starts from.
+        active: the active set.
         memory: what is kept for this layer.
-        index: the layer's number, from 0.
-        num_layers: how many layers there are.
         carryings: what patches that were not encoded learn from those that were (mode `extrapolate`).
 
     Attributes:
@@ -68,8 +60,6 @@ class LayerStep:
     gate: NeuroFlowGateConfig
     active: ActiveSet
     memory: LayerMemory
-    index: int
-    num_layers: int
     carryings: list[Carrying] = field(default_factory=list)
     output: LayerOutput | None = None
 

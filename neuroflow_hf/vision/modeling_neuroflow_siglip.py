@@ -42,7 +42,7 @@ class NeuroFlowSiglipVisionOutput(BaseModelOutputWithPooling):
             only, `(B, A, D)`, padded with zeros to the largest count; `token_mask` says which are real.
         pooler_output (`torch.FloatTensor` of shape `(B, D)`): the embedding. None if the model has no pooling head.
         active_mask (`torch.BoolTensor` of shape `(B, grid_h, grid_w)`):
-            The patches that were encoded on this frame; in mode `propagate`, from the first layer on.
+            The patches that were encoded on this frame.
         surprise (`torch.FloatTensor` of shape `(B, grid_h, grid_w)`, *optional*):
             `1 - cos(signal, reference)`, float32; 1 on a stream's first frame. None if the frame was not looked at
             (mode `dense`, and `hold` without `keyframe_fraction`).

@@ -11,7 +11,6 @@ from .attention import attend
 from .cost import attention as attention_cost
 from .cost import mlp as mlp_cost
 from .layer_step import LayerOutput, LayerStep, PatchMemory, widths
-from .propagate import SPREADING_MEMORIES, layer_that_spreads
 
 
 def layer_among_active(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
@@ -22,7 +21,7 @@ def layer_among_active(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) 
     active, (dim, inner) = step.active, widths(layer)
     hidden = layer_on_rows(layer, hidden, active, lambda key, value: (key, value))
     costs = [attention_cost(count, count, count, dim) + mlp_cost(count, dim, inner) for count in active.counts]
-    return LayerOutput(hidden, active, costs)
+    return LayerOutput(hidden, costs)
 
 
 def layer_in_context(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
@@ -50,13 +49,7 @@ def layer_in_context(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) ->
     costs = [attention_cost(count, patches, count, dim) + mlp_cost(count, dim, inner) for count in active.counts]
     for carrying in step.carryings:
         costs[carrying.stream] += 2 * carrying.multiply_adds(dim)
-    return LayerOutput(hidden, active, costs)
-
-
-def layer_that_may_spread(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
-    """`layer_that_spreads`; where `spread_layers` says that changes do not spread, `layer_in_context`."""
-    spreads = step.gate.spreads_in(step.index, step.num_layers)
-    return (layer_that_spreads if spreads else layer_in_context)(layer, hidden, step)
+    return LayerOutput(hidden, costs)
 
 
 def layer_on_rows(
@@ -87,7 +80,7 @@ def layer_with_stored_mlp(layer: nn.Module, hidden: torch.Tensor, step: LayerSte
     outputs = active.remember(step.memory, "mlp", layer.mlp(layer.layer_norm2(rows)))
     attention = attention_cost(patches, patches, patches, dim)
     costs = [(attention if count else 0) + mlp_cost(count, dim, inner) for count in active.counts]
-    return LayerOutput(hidden + active.of_live(outputs), active, costs)
+    return LayerOutput(hidden + active.of_live(outputs), costs)
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,6 @@ class Mode:
         pools_all_patches: whether the head sees all N patches, or the active ones.
         layer_memories: what is kept for every layer, by name.
         carries_changes: whether patches that were not encoded learn from those that were.
-        spreading_memories: what is kept besides for layers in which changes spread to inactive patches.
     """
 
     layer: Callable[[nn.Module, torch.Tensor, LayerStep], LayerOutput]
@@ -110,7 +102,6 @@ class Mode:
     pools_all_patches: bool = True
     layer_memories: dict[str, PatchMemory] = field(default_factory=dict)
     carries_changes: bool = False
-    spreading_memories: dict[str, PatchMemory] = field(default_factory=dict)
 
 
 MODES = {
@@ -122,10 +113,5 @@ MODES = {
     "context": Mode(layer_in_context, layer_memories=dict.fromkeys(("key", "value"), PatchMemory(heads_first=True))),
     "extrapolate": Mode(
         layer_in_context, layer_memories=dict.fromkeys(("key", "value"), PatchMemory()), carries_changes=True
-    ),
-    "propagate": Mode(
-        layer_that_may_spread,
-        layer_memories={"key": PatchMemory(), "value": PatchMemory()},
-        spreading_memories=SPREADING_MEMORIES,
     ),
 }

@@ -89,7 +89,7 @@ class NaiveStream:
         self.age: list[int] = []
         self.outputs: list[torch.Tensor | None] = []
         self.layers: list[dict[str, dict[int, torch.Tensor]]] = [
-            {name: {} for name in ("input", "query", "key", "value", "reference", "mlp")} for _ in model.encoder.layers
+            {name: {} for name in ("key", "value", "mlp")} for _ in model.encoder.layers
         ]
         self.pooled: torch.Tensor | None = None
         self.changed: set[int] = set()
@@ -183,18 +183,15 @@ class NaiveStream:
         mode = self.gate.mode
         travelling = range(len(tokens)) if mode == "mlp" else active
         hidden = {patch: tokens[patch] for patch in travelling}
-        for index, (layer, memory) in enumerate(zip(self.model.encoder.layers, self.layers, strict=True)):
+        for layer, memory in zip(self.model.encoder.layers, self.layers, strict=True):
             attention = layer.self_attn
-            if self.gate.spreads_in(index, len(self.layers)):
-                hidden = self.spread(index, layer, memory, hidden, len(tokens))
-                continue
             normed = {patch: layer.layer_norm1(vector) for patch, vector in hidden.items()}
             keys = {patch: attention.k_proj(vector) for patch, vector in normed.items()}
             values = {patch: attention.v_proj(vector) for patch, vector in normed.items()}
             if weights:
                 naive_carry(memory["key"], keys, weights)
                 naive_carry(memory["value"], values, weights)
-            if mode in ("context", "extrapolate", "propagate"):
+            if mode in ("context", "extrapolate"):
                 memory["key"].update(keys)
                 memory["value"].update(values)
                 keys, values = memory["key"], memory["value"]
@@ -210,32 +207,6 @@ class NaiveStream:
                 after[patch] = vector + memory["mlp"][patch]
             hidden = after
         return {patch: self.model.post_layernorm(vector) for patch, vector in hidden.items()}
-
-    def spread(
-        self, index: int, layer: nn.Module, memory: dict, hidden: dict[int, torch.Tensor], num_patches: int
-    ) -> dict[int, torch.Tensor]:
-        """One layer of mode `propagate`: from the active patches' inputs to the outputs of those and all that join."""
-        attention = layer.self_attn
-        memory["input"].update(hidden)
-        active = set(range(num_patches)) if 3 * len(hidden) > num_patches else set(hidden)
-        for patch in active:
-            normed = layer.layer_norm1(memory["input"][patch])
-            memory["query"][patch] = attention.q_proj(normed)
-            memory["key"][patch] = attention.k_proj(normed)
-            memory["value"][patch] = attention.v_proj(normed)
-        keys, values = ([memory[name][patch] for patch in range(num_patches)] for name in ("key", "value"))
-        tolerance = self.gate.tolerance_in(index, len(self.layers))
-        after: dict[int, torch.Tensor] = {}
-        for patch in range(num_patches):
-            attended = naive_attention(attention, memory["query"][patch], keys, values)
-            if patch not in active:
-                reference = memory["reference"][patch]
-                if (attended - reference).norm() <= tolerance * reference.norm():
-                    continue
-            memory["reference"][patch] = attended
-            vector = memory["input"][patch] + attention.out_proj(attended)
-            after[patch] = vector + layer.mlp(layer.layer_norm2(vector))
-        return after
 
     def update(self, signal: list[torch.Tensor], active: list[int], keyframe: bool):
         """Bring references and ages up to date after a frame."""

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -54,7 +53,7 @@ class NeuroFlowStream:
 
     Args:
         gate ([`NeuroFlowGateConfig`]): the options of the gate. They may be changed between frames, but for `mode`,
-            `signal`, `reference`, in `propagate` `spread_layers`, and the presence of `slow_ema_rate`, `max_age`,
+            `signal`, `reference`, and the presence of `slow_ema_rate`, `max_age`,
             `max_hold` and, in `hold`, a keyframe trigger, which decide what is stored; a frame after such a change is
             refused until the stream is reset.
         batch_size (`int`, defaults to 1): B.
@@ -310,7 +309,6 @@ def stored_by(gate: NeuroFlowGateConfig) -> dict:
         "slow_ema_rate set": gate.slow_ema_rate is not None,
         "max_age or max_hold set": gate.keeps_age,
         "keyframe_fraction or keyframe_surprise set": gate.mode == "hold" and gate.has_keyframe_trigger,
-        "spread_layers": gate.spread_layers if gate.mode == "propagate" else None,
     }
 
 
@@ -320,37 +318,29 @@ def changes_of(theirs: dict, ours: dict) -> str:
     return "; ".join(f"`{name}` was {theirs[name]!r}, here {ours[name]!r}" for name in differing)
 
 
-class MemoryLayout(NamedTuple):
-    """A memory's shape; and its type, if that is not what the model's modules return."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None = None
-
-
-def memory_layout(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) -> dict[str, MemoryLayout]:
+def memory_layout(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) -> dict[str, tuple[int, ...]]:
     """
-    What a stream holds after its first frame (before it, with no geometry yet, nothing), by name; but for `pooled`,
+    The shape of every memory after the first frame (before it, with no geometry yet, none), by name; but for `pooled`,
     which a model without a pooling head does not make.
     """
     if geometry is None:
         return {}
     patches, mode = (geometry.batch_size, geometry.num_patches), MODES[gate.mode]
-    features = MemoryLayout((*patches, geometry.hidden_size))
+    features = (*patches, geometry.hidden_size)
     layout = dict.fromkeys([*(("output",) if mode.pools_all_patches else ()), *gate.references], features)
     for layer in range(geometry.num_layers):
-        spreading = gate.spreads_in(layer, geometry.num_layers)
-        for name, kept in {**mode.layer_memories, **(mode.spreading_memories if spreading else {})}.items():
+        for name, kept in mode.layer_memories.items():
             heads, width = geometry.num_heads, geometry.hidden_size
-            shape = (*patches, heads if kept.per_head else width)
+            shape = (*patches, width)
             if kept.heads_first:
                 shape = (geometry.batch_size, heads, geometry.num_patches, width // heads)
-            layout[f"layers.{layer}.{name}"] = MemoryLayout(shape, kept.dtype)
+            layout[f"layers.{layer}.{name}"] = shape
     if gate.keeps_age:
-        layout["age"] = MemoryLayout(patches)
+        layout["age"] = patches
     return layout
 
 
-def require_complete(state: dict, layout: dict[str, MemoryLayout]):
+def require_complete(state: dict, layout: dict[str, tuple[int, ...]]):
     """Raise a ValueError unless a state has frames for all streams and its memories are as `layout` says."""
     batch_size, geometry, memory = (state[key] for key in ("batch_size", "geometry", "memory"))
     counts = {len(state["frames"]), len(state["savings"]), batch_size if geometry is None else geometry["batch_size"]}
@@ -361,11 +351,9 @@ def require_complete(state: dict, layout: dict[str, MemoryLayout]):
             f"The state is of {batch_size} streams, and its frames, savings or memories are of another number."
         )
     if geometry is not None and "pooled" in memory:
-        layout = {**layout, "pooled": MemoryLayout((batch_size, geometry["hidden_size"]))}
+        layout = {**layout, "pooled": (batch_size, geometry["hidden_size"])}
     for name in sorted(layout.keys() | memory.keys()):
         found = tuple(memory[name].shape) if name in memory else None
-        expected, dtype = layout.get(name, (None, None))
+        expected = layout.get(name)
         if found != expected:
             raise ValueError(f"The state's memory `{name}` has shape {found}; expected {expected}.")
-        if dtype is not None and memory[name].dtype != dtype:
-            raise ValueError(f"The state's memory `{name}` is {memory[name].dtype}; expected {dtype}.")

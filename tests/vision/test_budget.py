@@ -80,7 +80,7 @@ def test_an_overdrawn_stream_returns_its_last_output(vision, mode):
     assert held.surprise.mean() > 0.3  # it was looked at
 
 
-@pytest.mark.parametrize("mode", ["context", "extrapolate", "propagate", "hold"])
+@pytest.mark.parametrize("mode", ["context", "extrapolate", "hold"])
 def test_all_of_dense_is_no_bound(vision, mode):
     """A frame never costs more than dense and what the gate takes, so that with a reserve nothing is ever held."""
     options = {"mode": mode, "keyframe_surprise": 0.3}

@@ -93,10 +93,7 @@ BAD_VALUES = [
         for name in ("ema_rate", "slow_ema_rate", "memory_blend")
         for value in (0, 0.0, -0.1, 1.01, math.nan, math.inf)
     ],
-    *[("tolerance", value) for value in (-0.1, math.nan, math.inf)],
-    *[("tolerance_tilt", value) for value in (-1.1, 1.1, math.nan)],
-    *[("spread_layers", value) for value in (0, -1)],
-    ("mode", "propagation"),
+    ("mode", "extrapolation"),
     ("mode", "Context"),
     ("signal", "pixel"),
     ("reference", "last"),
@@ -120,9 +117,6 @@ WRONG_TYPES = [
     ("keyframe_fraction", [0.5]),
     ("ema_rate", None),
     ("memory_blend", "1"),
-    ("tolerance", None),
-    ("tolerance_tilt", "0.5"),
-    ("spread_layers", 3.0),
 ]
 
 
@@ -309,9 +303,7 @@ def test_the_vision_part_of_a_dual_configuration_keeps_the_gate(tmp_path):
 
 
 OPTIONS = {
-    "mode": st.sampled_from(
-        ["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate", "propagate"]
-    ),
+    "mode": st.sampled_from(["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate"]),
     "signal": st.sampled_from(["patch", "token"]),
     "threshold": st.one_of(st.integers(-2, 2), st.floats(-2, 2)),
     "token_budget": st.one_of(st.none(), st.integers(1, 1000)),
@@ -327,9 +319,6 @@ OPTIONS = {
     "sentinels": st.one_of(st.integers(0, 1), st.floats(0, 1)),
     "ema_rate": st.floats(1e-6, 1),
     "memory_blend": st.floats(1e-6, 1),
-    "tolerance": st.floats(0, 10),
-    "tolerance_tilt": st.floats(-1, 1),
-    "spread_layers": st.one_of(st.none(), st.integers(1, 1000)),
     "on_change": st.sampled_from(["error", "keyframe"]),
 }
 MEANS = st.one_of(
