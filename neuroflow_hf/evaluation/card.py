@@ -1,6 +1,6 @@
 """
-Model cards with figures in their head (`model-index`), through huggingface_hub's card classes. What a card says
-already stays: its text as it is, its metadata and other figures by value.
+Model cards with figures in their metadata (`model-index`), through huggingface_hub's card classes. A card keeps its
+text, its other metadata and its other figures.
 """
 
 import logging
@@ -30,16 +30,15 @@ A SigLIP checkpoint, measured on video by `neuroflow eval`.
 
 def card_with_results(text: str, model_name: str, results: Sequence[EvalResult]) -> str:
     """
-    A card's Markdown with these figures in its head. A figure that it has already, of the same task, data and metric,
-    takes the new value; others stay.
+    Add figures to a card's metadata, or replace those of the same task, data and metric.
 
     Args:
-        text: the card's Markdown, with or without a head.
-        model_name: for the head, if it names none.
+        text: the card's Markdown, with or without metadata.
+        model_name: for the metadata, if they name none.
         results: the figures.
 
     Raises:
-        ValueError: if the head is no YAML mapping, or holds a `model-index` that the Hub would not take.
+        ValueError: if the metadata are no YAML mapping, or the Hub would not accept their `model-index`.
     """
     card = read_card(text)
     kept = [one for one in card.data.eval_results or [] if not any(same_question(one, new) for new in results)]
@@ -49,26 +48,26 @@ def card_with_results(text: str, model_name: str, results: Sequence[EvalResult])
 
 
 def with_plain_value(result: EvalResult) -> EvalResult:
-    """The same figure as Python's own number: NumPy's would stand in the YAML as objects, which nobody reads."""
+    """The same figure as a plain number; a NumPy number would be written as a YAML object."""
     value = result.metric_value
     return replace(result, metric_value=float(value) if isinstance(value, float) else value)
 
 
 def read_card(text: str) -> ModelCard:
-    """A card out of its Markdown; ValueError if its head cannot be kept."""
+    """Parse a card; raise a ValueError if its metadata cannot be kept."""
     try:
         with no_warnings():
             return ModelCard(text)
-    except Exception as error:  # YAML's own errors are no ValueErrors
+    except Exception as error:  # errors of YAML are no ValueErrors
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"The head of the model card (the YAML between its first `---`) cannot be read: {reason} Mend it, or give "
+            f"The head of the model card (the YAML between its first `---`) cannot be read: {reason} Fix it, or give "
             "--no-card."
         ) from error
 
 
 def same_question(one: EvalResult, other: EvalResult) -> bool:
-    """Whether two figures answer the same: equal but for the value, and for where and whether it was verified."""
+    """Whether two figures are of the same task, data and metric."""
     names = ("task_type", "dataset_type", "dataset_name", "dataset_config", "dataset_split", "dataset_revision")
     names += ("metric_type", "metric_name", "metric_config")
     return all(getattr(one, name) == getattr(other, name) for name in names)
@@ -76,7 +75,7 @@ def same_question(one: EvalResult, other: EvalResult) -> bool:
 
 @contextmanager
 def no_warnings() -> Iterator[None]:
-    """Without huggingface_hub's warning that a card has no head, which is no fault here."""
+    """Silence huggingface_hub's warning that a card has no metadata."""
     logger = logging.getLogger("huggingface_hub.repocard")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -91,11 +90,11 @@ def no_warnings() -> Iterator[None]:
 
 def existing_card(source: str | Path) -> str | None:
     """
-    The card of a checkpoint, folder or name on the Hub; None if there is none, or the Hub cannot be asked.
+    The card of a checkpoint, a folder or a name on the Hub; None if there is none, or the Hub cannot be reached.
 
     Raises:
-        ValueError: if it is no UTF-8 text, if its head cannot be read, or if one of the marks around an evaluation's
-            figures is missing or there twice.
+        ValueError: if it is not UTF-8, if its metadata cannot be read, or if a mark around an evaluation's figures is
+            missing or stands twice.
     """
     file = Path(source) / CARD
     if not Path(source).is_dir():
@@ -103,12 +102,12 @@ def existing_card(source: str | Path) -> str | None:
             from huggingface_hub import hf_hub_download
 
             file = Path(hf_hub_download(str(source), CARD))
-        except Exception:  # no card, no network, no such repository: all the same here
+        except Exception:  # no card, no network, no such repository
             return None
     if not file.is_file():
         return None
     try:
-        # line ends as they are: a card is given back as it was
+        # bytes, to keep the line ends
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -125,7 +124,7 @@ def existing_card(source: str | Path) -> str | None:
 
 
 def new_card(name: str, reads_text: bool) -> str:
-    """The Markdown of a card for a checkpoint that has none; it says nothing of licence, training or use."""
+    """The Markdown of a card for a checkpoint that has none, without licence, training or use."""
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification" if reads_text else "image-feature-extraction",
@@ -136,31 +135,27 @@ def new_card(name: str, reads_text: bool) -> str:
 
 def evaluation_card(report: dict, tables: str, existing: str | None) -> str:
     """
-    The checkpoint's card with an evaluation's figures: in the head, and as tables between two marks, which are put at
-    the end where they are not there yet.
+    The checkpoint's card with an evaluation's figures in its metadata, and as tables between two marks, added at the
+    end if they are missing.
 
     Args:
         report: of `evaluate_checkpoint`.
         tables: Markdown.
-        existing: the card that there is; None for a new one.
+        existing: the card; None for a new one.
     """
     name = report["model"]["name"]
     text = new_card(name, report["model"]["reads_text"]) if existing is None else existing
     text = card_with_results(text, name, evaluation_results(report))
     line_end = "\r\n" if "\r\n" in text else "\n"
+    text = text.replace("\r\n", "\n")
     begin, end = MARKS
     if begin not in text and end not in text:
-        text = f"{text.rstrip()}{line_end}{line_end}{begin}{line_end}{end}{line_end}"
-    return fill_block(text, BLOCK, tables.replace("\n", line_end)) if line_end == "\n" else filled_crlf(text, tables)
-
-
-def filled_crlf(text: str, tables: str) -> str:
-    """`fill_block` in a text whose lines end as on Windows."""
-    return fill_block(text.replace("\r\n", "\n"), BLOCK, tables).replace("\n", "\r\n")
+        text = f"{text.rstrip()}\n\n{begin}\n{end}\n"
+    return fill_block(text, BLOCK, tables).replace("\n", line_end)
 
 
 def evaluation_results(report: dict) -> list[EvalResult]:
-    """An evaluation's figures as a model card's head holds them: of dense and of every method, no control."""
+    """The figures of dense and of every method, without baselines, for a card's metadata."""
     labelled, data = bool(report["labels"]["names"]), report["videos"]["name"]
     task = "zero-shot-image-classification" if labelled else "image-feature-extraction"
     results = []
@@ -197,7 +192,7 @@ def evaluation_results(report: dict) -> list[EvalResult]:
 
 
 def dataset_type(name: str) -> str:
-    """A name as the Hub's identifiers are written: `"My clips"` to `"my-clips"`."""
+    """A name as an identifier of the Hub: `"My clips"` to `"my-clips"`."""
     return (
         "-".join("".join(sign if sign.isalnum() or sign in "._-" else " " for sign in name.lower()).split())
         or "videos"

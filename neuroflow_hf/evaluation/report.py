@@ -1,6 +1,8 @@
-"""An evaluation's report in Markdown and as rows of tables; every figure comes out of the report."""
+"""An evaluation's report as rows of tables and in Markdown."""
 
 from collections.abc import Sequence
+
+from ..vision.gate_config import DEFAULT_PRESET
 
 MOST_VIDEOS = 60  # rows of the table of videos; all are in the JSON file
 MOST_SKIPPED = 20
@@ -8,12 +10,12 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def number(value: float | None, form: str = ".4f") -> str:
-    """A figure, or nothing where there is none."""
+    """A figure as text; empty for None."""
     return "" if value is None else format(value, form)
 
 
 def interval(low_high: Sequence[float | None] | None, form: str) -> str:
-    """An interval in words; an end that has no bound is left open."""
+    """An interval as text; an end without a bound is `...`."""
     if low_high is None:
         return ""
     low, high = ("..." if end is None else format(end, form) for end in low_high)
@@ -28,7 +30,7 @@ def with_interval(value: float | None, low_high: Sequence[float | None] | None, 
 
 
 def compared(entry: dict, question: str, form: str, scale: float = 1.0) -> list[str]:
-    """A method's figure, the best control's at its cost, and the difference with its interval and a word on it."""
+    """A method's figure, the best baseline's at its cost, and the difference with its interval and verdict."""
     found = entry.get("beside", {}).get(question)
     if found is None:
         return [number(entry["figures"]["cosine"].get(question), form), "", ""]
@@ -38,12 +40,12 @@ def compared(entry: dict, question: str, form: str, scale: float = 1.0) -> list[
 
 
 def streams(report: dict) -> list[dict]:
-    """The methods that are no controls, dense left out."""
+    """The methods without dense and the baselines."""
     return [entry for entry in report["methods"] if not entry["control"] and entry["kind"] != "dense"]
 
 
 def dense_entry(report: dict) -> dict:
-    """Dense."""
+    """The entry of dense."""
     return next(entry for entry in report["methods"] if entry["kind"] == "dense")
 
 
@@ -51,9 +53,9 @@ def dense_entry(report: dict) -> dict:
 
 
 def fidelity_table(report: dict) -> Table:
-    """Cost and fidelity of each method, beside the best control at its cost."""
-    headers = ["method", "cost", "skip", "mean", "best control", "difference, thousandths"]
-    headers += ["p5", "best control", "difference, thousandths", "p1", "ms"]
+    """Cost and fidelity of each method, beside the best baseline at its cost."""
+    headers = ["method", "cost", "skip", "mean", "best baseline", "difference, thousandths"]
+    headers += ["p5", "best baseline", "difference, thousandths", "p1", "ms"]
     rows = []
     for entry in streams(report):
         figures = entry["figures"]
@@ -76,30 +78,23 @@ def fidelity_table(report: dict) -> Table:
 
 
 def best_table(report: dict) -> Table:
-    """Which control was the best one, for each method and figure."""
+    """The best baseline for each method and figure."""
     rows = [
         [entry["name"], question, number(found["control"]), found["family"], found["best"]]
         for entry in streams(report)
         for question, found in entry["beside"].items()
         if found is not None
     ]
-    return ["method", "figure", "best control's", "family", "settings"], rows
+    return ["method", "figure", "best baseline's", "family", "settings"], rows
 
 
 def accuracy_table(report: dict) -> Table:
-    """Right labels of whole videos, against dense, and beside the best control at the method's cost."""
-    has_top5 = "top5" in dense_entry(report)["figures"]["accuracy"]
-    ks = (1, 5) if has_top5 else (1,)
+    """Right labels of whole videos, beside dense and the best baseline at the method's cost."""
+    ks = [k for k in (1, 5) if f"top{k}" in dense_entry(report)["figures"]["accuracy"]]
     headers = ["method", "cost"]
     for k in ks:
-        headers += [
-            f"top-{k} (95 %)",
-            "of dense's retained",
-            "difference, points",
-            "only it, only dense",
-            "McNemar's p",
-        ]
-        headers += ["best control", "difference to it, points"]
+        headers += [f"top-{k} (95 %)", "of dense's retained", "difference, points", "only it, only dense"]
+        headers += ["McNemar's p", "best baseline", "difference to it, points"]
     rows = []
     for entry in [dense_entry(report), *streams(report)]:
         accuracy, row = entry["figures"]["accuracy"], [entry["name"], number(entry["figures"]["cost"], ".3f")]
@@ -122,17 +117,17 @@ def accuracy_table(report: dict) -> Table:
 
 
 def agreement_table(report: dict) -> Table:
-    """On how many frames the best label is dense's."""
+    """The share of frames whose best label is dense's."""
     rows = [
         [entry["name"], number(entry["figures"]["cost"], ".3f"), *compared(entry, "agreement", ".1%", 100)]
         for entry in streams(report)
     ]
-    return ["method", "cost", "best label as dense's", "best control", "difference, points"], rows
+    return ["method", "cost", "best label as dense's", "best baseline", "difference, points"], rows
 
 
 def controls_table(report: dict) -> Table:
-    """Every control at every setting."""
-    headers = ["control", "family", "cost", "mean", "p5", "p1"]
+    """Every baseline at every setting."""
+    headers = ["baseline", "family", "cost", "mean", "p5", "p1"]
     controls = sorted((one for one in report["methods"] if one["control"]), key=lambda one: one["figures"]["cost"])
     labelled, true = "agreement" in controls[0]["figures"], report["labels"]["true"]
     headers += ["best label as dense's"] * labelled + ["top-1"] * true
@@ -149,8 +144,6 @@ def controls_table(report: dict) -> Table:
 
 def shown_method(report: dict) -> dict:
     """The method that is shown video by video: the default preset, else the first one."""
-    from ..vision.gate_config import DEFAULT_PRESET
-
     found = streams(report)
     return next((entry for entry in found if entry["name"] == DEFAULT_PRESET), found[0])
 
@@ -193,36 +186,40 @@ def label_words(report: dict) -> str:
     """What was asked about labels."""
     labels = report["labels"]
     if not labels["names"]:
-        return labels["note"] or "No labels were named, and no subfolders name any: nothing is said about labels."
+        return labels["note"] or "There are no labels: none were named, by --labels or by subfolders."
     names = ", ".join(labels["names"][:12]) + (", ..." if len(labels["names"]) > 12 else "")
     where = f"asked about {labels['videos_asked']} of the {report['videos']['measured']} videos"
     truth = (
-        "; subfolders' names are the truth"
+        "; subfolders' names are the right labels"
         if labels["true"]
-        else "; what is right is not known, dense's label is the measure"
+        else "; the right labels are not known, so methods are compared with dense's label"
     )
     return f"{len(labels['names'])} labels ({names}), read as {labels['template']!r}, {where}{truth}."
 
 
 READING = """\
-- *Cost*: multiply-adds spent, the gate's own included, over those of dense; the first frame of every video, which
-  every method encodes in full, is left out of all figures. *ms*: median per frame when it was recorded, in this run
-  or an earlier one that it continues; cost is not time, least of all on small models.
-- *Mean, p5, p1*: of the cosine of a frame's embedding to dense's; p5 is what 19 of 20 frames are above.
-- *Best control*: the best of the trivial and earlier ways, at the method's own cost: the first frame repeated, dense
-  every k frames, dense when the patches or the pixels differ enough from the last dense frame, a smaller input, Token
-  Merging. Between two settings a control is the mixture of both (of the two's p5 and p1, too). The best is chosen for
-  each figure after the fact, and at one setting for all videos.
-- *Differences*: to that control, with 95 % intervals of a paired bootstrap (over whole videos; of fewer than five,
-  over blocks of ten frames of each, which says nothing on other videos), the control's settings held fixed. *Above*
-  and *below*: the interval is clear of zero; *unknown*: too little to draw from.
-- What lies above the controls was worth computing; a high cosine alone may only say that the videos hardly change."""
+- *Cost*: multiply-adds, the gate's included, relative to dense. All figures leave out the first frame of every video,
+  which every method encodes in full. *ms*: median per frame when the method was recorded, in this run or an earlier
+  one. Cost is not time, least of all on small models.
+- *Mean, p5, p1*: of the cosine of a frame's embedding to dense's; 19 of 20 frames are above p5.
+- *Best baseline*: the best at the method's own cost of: the first frame repeated; dense every k frames; dense when the
+  patches or the pixels differ enough from the last dense frame; a smaller input; Token Merging. Between two settings,
+  a baseline's figure (p5 and p1, too) is that of their mixture. The best is chosen for each figure after the fact,
+  with one setting for all videos.
+- *Differences*: to that baseline, with 95 % intervals of a paired bootstrap, the baseline's settings held fixed. It
+  draws whole videos; with fewer than five, blocks of ten frames, which says nothing about other videos. *Above* and
+  *below*: the interval is clear of zero. *Unknown*: too little to draw from.
+- A high cosine alone may only mean that the videos hardly change; compare it with the baselines."""
 
 READING_TRUE = """\
-- *Top-1, top-5*: a video's label is that of the mean of its frames' embeddings; intervals of shares are Wilson's,
-  those of what is retained and of differences to dense are for pairs (Bonett and Price; Newcombe), and McNemar's test
-  is exact. Videos are taken to be independent: clips cut from one recording are not, and intervals are too narrow
-  then."""
+- *Top-1, top-5*: a video's label is that of the mean of its frames' embeddings. Intervals of shares are Wilson's;
+  those of what is retained and of differences to dense are for pairs (Bonett and Price; Newcombe); McNemar's test is
+  exact. They take videos to be independent; for clips cut from one recording they are too narrow."""
+
+
+def reading(report: dict) -> str:
+    """How to read the tables."""
+    return READING + ("\n" + READING_TRUE if report["labels"]["true"] else "")
 
 
 def markdown_table(table: Table) -> str:
@@ -233,7 +230,7 @@ def markdown_table(table: Table) -> str:
 
 
 def escaped(cell: str) -> str:
-    """A cell's text, with what would end it or the line made harmless."""
+    """A cell's text with its `|` and line breaks escaped."""
     return cell.replace("|", "\\|").replace("\n", " ")
 
 
@@ -257,7 +254,7 @@ def provenance_words(report: dict, command: str) -> str:
 
 
 def main_tables(report: dict) -> list[tuple[str, Table]]:
-    """The tables that say most, with their titles; those that the terminal shows."""
+    """The tables that the terminal shows, with their titles."""
     tables = [("Cost and cosine to dense", fidelity_table(report))]
     if report["labels"]["true"]:
         tables.append(("Right labels, of videos", accuracy_table(report)))
@@ -272,9 +269,9 @@ def report_markdown(report: dict, plots: Sequence[str] = ()) -> str:
     parts += [f"![{name}]({name})" for name in plots]
     for title, table in main_tables(report):
         parts += [f"## {title}", markdown_table(table)]
-    parts += ["## How to read this", READING + ("\n" + READING_TRUE if report["labels"]["true"] else "")]
-    parts += ["## Which controls were the best", markdown_table(best_table(report))]
-    parts += ["## All controls", markdown_table(controls_table(report))]
+    parts += ["## How to read this", reading(report)]
+    parts += ["## Best baselines", markdown_table(best_table(report))]
+    parts += ["## All baselines", markdown_table(controls_table(report))]
     name, measured = shown_method(report)["name"], report["videos"]["measured"]
     parts += [f"## `{name}` by video", markdown_table(videos_table(report))]
     if measured > MOST_VIDEOS:
@@ -290,14 +287,12 @@ def report_markdown(report: dict, plots: Sequence[str] = ()) -> str:
 
 
 def card_markdown(report: dict) -> str:
-    """What goes into a model card: what was measured, the tables that say most, how to read them."""
+    """The part for a model card: what was measured, the main tables, how to read them."""
     parts = [f"### On video: {report['videos']['name']}", description(report), label_words(report)]
     for title, table in main_tables(report):
         parts += [f"**{title}**", markdown_table(table)]
     skipped = report["videos"]["skipped"]
     if skipped:
         parts.append(f"{len(skipped)} of {report['videos']['count']} videos could not be read and are left out.")
-    # a card is published: it names no folder of the machine, as the command does
-    parts += [READING + ("\n" + READING_TRUE if report["labels"]["true"] else "")]
-    parts.append(provenance_words(report, "neuroflow eval"))
-    return "\n\n".join(parts)
+    # the full command would publish folders of this machine
+    return "\n\n".join([*parts, reading(report), provenance_words(report, "neuroflow eval")])

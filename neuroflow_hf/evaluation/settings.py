@@ -1,5 +1,5 @@
 """
-Which methods are compared, at which settings: presets, modes, and the controls that each has to beat.
+Which methods are compared, at which settings: presets, modes, and the baselines that each has to beat.
 
     specs = [DENSE, *preset_methods(), *mode_methods(few=True), FIRST, *hold_controls(), *smaller_controls(model)]
 """
@@ -17,7 +17,7 @@ DENSE = MethodSpec("dense", "dense", "dense")
 FIRST = MethodSpec("first frame repeated", "first frame", "first", control=True)
 
 EMA = {"reference": "ema", "ema_rate": 0.05}  # as the paper gates
-# family, what a setting is called, the options of each setting, the one to take if it is to be one first
+# family, the option that names a setting, and the options of each setting; the first is used alone with `few`
 MODES: tuple[tuple[str, str, tuple[dict, ...]], ...] = (
     ("extrapolate", "sentinels", tuple({"mode": "extrapolate", "sentinels": share} for share in (0.05, 0.02, 0.2))),
     ("context", "threshold", tuple({"mode": "context", "threshold": level} for level in (0.01, 0.001, 0.05))),
@@ -40,12 +40,12 @@ MODES: tuple[tuple[str, str, tuple[dict, ...]], ...] = (
 
 EVERY = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 48)
 FEW_EVERY = (4, 8)
-# as many as cost a share of dense from near 0 to near 1, whatever the footage
+# from near 0 to near 1 of dense's cost on any footage
 SURPRISE_LEVELS = tuple(float(f"{level:.3g}") for level in np.geomspace(0.002, 0.4, 14))
 FEW_SURPRISE_LEVELS = (0.05, 0.1)
 PIXEL_LEVELS = tuple(float(f"{level:.3g}") for level in np.geomspace(0.005, 0.7, 14))
 FEW_PIXEL_LEVELS = (0.1, 0.2)
-# One level at which every motion is a keyframe, as far as the budget goes, and one that leaves small changes out.
+# one level at which any motion asks for a keyframe, and one that ignores small changes
 BUDGET_LEVELS = (0.02, 0.1)
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5)
 FEW_BUDGETS = (0.15, 0.25)
@@ -72,10 +72,9 @@ def mode_methods(few: bool = False) -> list[MethodSpec]:
 
 def hold_controls(few: bool = False) -> list[MethodSpec]:
     """
-    Dense frames held in between: every k frames, by surprise, by surprise within a budget, by the pixels' difference.
-    At many settings, for they cost next to nothing to measure: between settings far apart, a mixture of both would be
-    worse than a setting in between, and the control too weak. With `few`, two each, so that many frames are
-    dense in none of them.
+    Baselines that hold dense embeddings: every k frames, by surprise, by surprise within a budget, by the
+    difference of pixels. They have many settings, which cost little to measure, because a mixture of two distant ones
+    is worse than a setting between them. With `few`, two each, so that many frames are dense in none of them.
     """
 
     def over(kind: str, family: str, levels: Sequence[float]) -> list[MethodSpec]:
@@ -101,10 +100,11 @@ def hold_controls(few: bool = False) -> list[MethodSpec]:
 
 def smaller_controls(model: nn.Module, few: bool = False) -> list[MethodSpec]:
     """
-    Every frame dense, with fewer tokens: fewer pixels, and Token Merging; with `few` at one or two settings each.
+    Baselines that encode every frame with fewer tokens: fewer pixels, and Token Merging.
 
     Args:
-        model: whose own resolution they are in proportion to.
+        model: its resolution sets the numbers of tokens.
+        few: one or two settings each.
     """
     tower = tower_of(model)
     side, patch = tower.config.image_size // tower.config.patch_size, tower.config.patch_size

@@ -1,13 +1,11 @@
 """
-Settings of the gate for a checkpoint and a camera: candidates are run over stretches of a video beside the controls,
-and the cheapest that stays close enough to dense is chosen, or the closest that is cheap enough.
+Find settings of the gate for a checkpoint and a camera: run candidates and baselines over stretches of a video, and
+choose the cheapest that stays close enough to dense, or the closest that is cheap enough.
 
     model, preprocess = load_model("path/to/siglip")
     result = tune_video(VideoReader("street.mp4"), model, preprocess, min_cosine=0.99)
     result.chosen.options, result.chosen.cost(), result.chosen.fidelity("p5")
     write_tuning(result, "neuroflow-tuned", checkpoint_config("path/to/siglip"))
-
-Nothing is printed here; `on_step` tells the caller how far it is.
 """
 
 import copy
@@ -47,20 +45,20 @@ from .equal_cost import (
 from .methods import dense_cost, looking_cost
 from .plots import plot_tuning
 
-# The configuration goes last: where it is, the others are of the same tuning.
+# config.json last: where it exists, the others are of the same tuning
 TUNE_FILES = ("curve.png", "tune.json", "config.json")
 SHORTEST_STRETCH = 12
 REFINEMENTS = 3
 
 
 def ladder(mode: str, **options: Sequence) -> list[dict]:
-    """Rungs of gate options of one mode: the first of each option's values, the second of each, and so on."""
+    """Settings of one mode: the first value of each option, the second of each, and so on."""
     columns = zip(*options.values(), strict=True)
     return [{"mode": mode, **dict(zip(options, values, strict=True))} for values in columns]
 
 
-# What is tried: of each family a ladder from frugal to faithful. Between two rungs, settings are interpolated.
-# A `keyframe_interval` is made to fit the stretches; where a rung names none, it is their length.
+# Candidates of each family, from cheap to faithful. `Bench.climb` interpolates between two of them.
+# A `keyframe_interval` is made to fit the stretches, and defaults to their length.
 FAMILIES: dict[str, list[dict]] = {
     "extrapolate": ladder(
         "extrapolate",
@@ -73,7 +71,7 @@ FAMILIES: dict[str, list[dict]] = {
         sentinels=(0.02, 0.02, 0.03, 0.05, 0.1),
         keyframe_interval=(20, 14, 10, 6, 4),
     ),
-    # for cameras that move: nothing is encoded while much changes, until it has changed enough, or for long enough
+    # for moving cameras: while much changes, hold the embedding until enough or enough time has passed
     "extrapolate, held while much changes": ladder(
         "extrapolate",
         threshold=(0.05, 0.03, 0.02, 0.01, 0.006),
@@ -102,15 +100,15 @@ class TuneResult:
 
     Args:
         status: `"complete"`, or `"interrupted"` (Ctrl-C); then `points` holds what was measured before.
-        requirement: what was asked for.
-        points: everything that was measured, controls included.
+        requirement: of the settings.
+        points: all measured settings, baselines included.
         chosen: the point that meets the requirement best; None if none does.
-        nearest: `chosen`, or the point that comes nearest to the requirement.
-        first_frame: the control of each stretch's first frame repeated.
+        nearest: `chosen`, or the point nearest to the requirement.
+        first_frame: the baseline that repeats each stretch's first frame.
         frames: for each stretch, the indices in the file of its frames.
         dense_milliseconds: of a dense forward, mean.
         provenance: what was run and on what machine.
-        note: what is wrong with the video, if it broke off; else empty.
+        note: why the video broke off; else empty.
     """
 
     status: str
@@ -126,11 +124,11 @@ class TuneResult:
 
     @property
     def measured_frames(self) -> int:
-        """How many frames every statement rests on."""
+        """Number of frames in all stretches."""
         return sum(len(indices) for indices in self.frames)
 
     def summary(self) -> dict:
-        """The contents of `tune.json`: plain values, all that was measured."""
+        """The contents of `tune.json`."""
         return {
             "status": self.status,
             "note": self.note,
@@ -170,8 +168,8 @@ def point_figures(point: Point) -> dict:
 
 def plan_stretches(expected_frames: int | None, frames: int, stretches: int) -> list[range]:
     """
-    Which frames to measure on: `stretches` stretches of equal length, `frames` frames in all, spread from the video's
-    first frame to its last; fewer if they would be shorter than 12 frames, and one if the video's length is unknown.
+    Plan `stretches` stretches of equal length, `frames` frames in all, from the video's first frame to its last. Plan
+    fewer if they would be shorter than 12 frames, and one if the video's length is unknown.
     """
     total = frames if expected_frames is None else expected_frames
     frames = min(frames, total)
@@ -191,7 +189,7 @@ class Stretch:
 
     Args:
         indices: in the file, from 0.
-        images: uint8 [1, 3, R, R] each, resized for the model and not yet normalised: a quarter of the memory.
+        images: uint8 [1, 3, R, R] each, resized and not yet normalised, which takes a quarter of the memory.
     """
 
     indices: list[int]
@@ -202,7 +200,7 @@ def read_stretches(
     reader: VideoReader, preprocess: Preprocessor, plan: Sequence[range], on_frame: Callable[[int, int], None]
 ) -> tuple[list[Stretch], str]:
     """
-    The planned stretches, those that the video has, and a note on damage that ended the reading (else empty).
+    Read the planned stretches that the video has; the note says why reading ended early (else empty).
 
     Raises:
         VideoError: if the video breaks off before the second frame.
@@ -226,7 +224,7 @@ def read_stretches(
     complete = [
         stretch for planned, stretch in zip(plan, stretches, strict=True) if len(stretch.images) == len(planned)
     ]
-    # what a header promised and the file does not hold; a lone short stretch is better than none
+    # the file may hold less than its header says; one short stretch is better than none
     kept = [stretch for stretch in complete or stretches[:1] if len(stretch.images) > 1]
     if not kept:
         raise ValueError(f"{reader.path} gives a single frame; tuning compares neighbouring frames and needs more.")
@@ -237,7 +235,7 @@ def read_stretches(
 
 
 class Interrupted(Exception):
-    """Ctrl-C was pressed; the candidate in work is given up."""
+    """Ctrl-C was pressed, and the current candidate is dropped."""
 
 
 @dataclass(eq=False)
@@ -247,10 +245,10 @@ class Bench:
 
     Args:
         model, preprocess: from `load_model`.
-        stretches: the frames, of each as many.
-        stop: set once nothing more should be measured.
+        stretches: of equal length.
+        stop: set to end measuring.
         on_step: see `tune_video`.
-        points: what was measured so far.
+        points: measured so far.
     """
 
     model: NeuroFlowSiglipVisionModel
@@ -261,7 +259,7 @@ class Bench:
     points: list[Point]
 
     def forward(self, image: torch.Tensor, stream: NeuroFlowStream | None = None) -> tuple[Any, float]:
-        """The model's output for one frame, uint8 [1, 3, R, R], and the milliseconds that it took."""
+        """The model's output for one frame, uint8 [1, 3, R, R], and its milliseconds."""
         if self.stop.is_set():
             raise Interrupted
         model, kwargs = self.model, {} if stream is None else {"stream": stream}
@@ -274,13 +272,13 @@ class Bench:
 
     @property
     def looking(self) -> float:
-        """What looking at a frame costs, as a share of a dense one."""
+        """Cost of comparing a frame with the reference, relative to dense."""
         patches = (self.preprocess.resolution // self.model.config.patch_size) ** 2
         return looking_cost(self.model, patches) / dense_cost(self.model, patches)
 
     def measure_dense(self):
         """Run dense over all stretches; sets `dense`, float32 [T, D] on the CPU for each, and `dense_milliseconds`."""
-        self.forward(self.stretches[0].images[0])  # kernels are chosen and memory is claimed before the clock runs
+        self.forward(self.stretches[0].images[0])  # warm up
         total, dense, milliseconds = sum(len(stretch.images) for stretch in self.stretches), [], []
         for stretch in self.stretches:
             embeddings = []
@@ -292,15 +290,10 @@ class Bench:
             dense.append(torch.stack(embeddings))
         self.dense, self.dense_milliseconds = dense, float(np.mean(milliseconds))
 
-    def streamed(self, image: torch.Tensor, stream: NeuroFlowStream) -> tuple[torch.Tensor, float, float]:
-        """A stream's next frame: embedding float32 [D] on the CPU, cost, milliseconds."""
-        output, milliseconds = self.forward(image, stream)
-        return output.pooler_output[0].float().cpu(), output.cost[0].item(), milliseconds
-
     def measure(self, family: str, options: dict, control: bool = False) -> Point:
         """
-        Run one setting over all stretches, a new stream for each, and add its point. A stretch stands for a video
-        that goes on: under a `cost_budget` it begins with nothing saved up and its keyframe charged.
+        Run one setting over all stretches, a new stream for each, and add its point. A stretch stands for the middle
+        of a longer video, so under a `cost_budget` it starts without credit and is charged for its keyframe.
         """
         length = len(self.stretches[0].images)
         if "mode" not in options or "preset" in options:
@@ -315,7 +308,8 @@ class Bench:
         for place, stretch in enumerate(self.stretches):
             stream, outputs = NeuroFlowStream(gate), []
             for image in stretch.images[:counted]:
-                outputs.append(self.streamed(image, stream))
+                output, elapsed = self.forward(image, stream)
+                outputs.append((output.pooler_output[0].float().cpu(), output.cost[0].item(), elapsed))
                 if len(outputs) == 1 and gate.cost_budget is not None:
                     stream.savings = [gate.cost_budget - 1]
                 self.on_step(family, place * counted + len(outputs), len(self.stretches) * counted, None)
@@ -332,8 +326,8 @@ class Bench:
 
     def climb(self, family: str, ladder: Sequence[dict], requirement: Requirement, control: bool = False):
         """
-        Measure a ladder's rungs from frugal to faithful as long as there is use in it, then halve the gap around the
-        requirement a few times.
+        Measure settings from cheap to faithful until one passes the requirement or can no longer win, then halve the
+        gap around the requirement a few times.
         """
         below = above = None
         for options in ladder:
@@ -344,7 +338,7 @@ class Bench:
                 break
             below = point
             if requirement.max_cost is None and best is not None and point.cost() >= best.cost():
-                return  # dearer than another that is good enough, and rungs above are dearer still
+                return  # another setting is good enough and cheaper, and the rest cost more
         for _ in range(REFINEMENTS):
             if below is None or above is None:
                 return
@@ -356,14 +350,14 @@ class Bench:
 
 
 def spelt_out(options: dict) -> dict:
-    """Options that start from a preset, as options of a mode: all that differ from the plain defaults."""
+    """Options of a preset as options of its mode: all that differ from the mode's defaults."""
     gate = NeuroFlowGateConfig.from_options(options)
     plain = NeuroFlowGateConfig(mode=gate.mode).to_dict()
     return {"mode": gate.mode} | {name: value for name, value in gate.to_dict().items() if value != plain[name]}
 
 
 def between(frugal: dict, faithful: dict) -> dict:
-    """Options half-way between two settings, by the geometric mean; what is no number is as in `faithful`."""
+    """Options half-way between two settings, by the geometric mean; others as in `faithful`."""
     halfway = dict(faithful)
     for name, value in faithful.items():
         other = frugal.get(name)
@@ -392,30 +386,28 @@ def tune_video(
     on_step: OnStep | None = None,
 ) -> TuneResult:
     """
-    Find settings of the gate for a model and a video. The gate options that the model has of its own do not count.
+    Find settings of the gate for a model and a video. The model's own gate options play no part.
 
-    Dense runs once over a few stretches of consecutive frames; the controls follow from that (`hold` by the clock) or
-    cost almost nothing (`hold` until the picture changed). Then every family of candidates is climbed from frugal to
-    faithful, only as far as it can still win. Controls can be chosen like all others. Every setting has a
-    `keyframe_interval` of at most a stretch's length, as nothing is known of what it does for longer. Ctrl-C gives up
-    the candidate in work, and the choice is among those before.
+    Dense and the baselines (`hold`) run over a few stretches of consecutive frames, then each family of candidates,
+    from cheap to faithful, as long as it can still win. Baselines can be chosen, too. The `keyframe_interval` is at
+    most a stretch's length, because longer intervals were not measured. Ctrl-C drops the current candidate and chooses
+    among those before it.
 
     Args:
         reader: the video, with the stride that the settings are for.
         model, preprocess: from `load_model`.
         min_cosine, max_cost, statistic: exactly one of the bounds, see [`Requirement`]. A `min_cosine` of 0.99 suits
             search and labels, 0.999 a classifier trained on dense embeddings.
-        frames: how many frames to measure on, in all stretches together; 120 take about a minute or two on a CPU with
-            a small tower. More make the choice safer.
-        stretches: how many stretches they are in. More see more of the video, fewer see longer without a keyframe.
-        candidates: ladders of gate options from frugal to faithful, by the family's name; default `FAMILIES`.
-        on_step: called after each frame with what is being done, the number of frames done and of all in this step,
-            and the [`Point`] if this was its last frame, else None.
+        frames: number of frames in all stretches. 120 take a minute or two on a CPU with a small tower.
+        stretches: number of stretches. More cover more of the video; fewer allow longer keyframe intervals.
+        candidates: gate options from cheap to faithful, by the family's name; default `FAMILIES`.
+        on_step: called after each frame with the step, the number of frames done and of all in this step, and the
+            [`Point`] after its last frame, else None.
 
     Raises:
         ValueError: for bounds, numbers, gate options or a resolution out of range, and videos of a single frame.
         VideoError: if the video cannot be read.
-        KeyboardInterrupt: for Ctrl-C before dense was measured: there is nothing to choose from.
+        KeyboardInterrupt: for Ctrl-C before dense was measured.
     """
     requirement = Requirement(min_cosine, max_cost, statistic)
     for name, value, least in (("frames", frames, 2), ("stretches", stretches, 1)):
@@ -464,14 +456,14 @@ def tune_video(
 
 
 def checkpoint_config(source: str | Path) -> NeuroFlowSiglipConfig | NeuroFlowSiglipVisionConfig:
-    """The NeuroFlow configuration of a checkpoint, of the kind that it is: with its text tower or without."""
+    """The NeuroFlow configuration of a checkpoint, with its text tower or without."""
     config_dict, _ = NeuroFlowSiglipConfig.get_config_dict(source)
     vision_only = config_dict.get("model_type") == NeuroFlowSiglipVisionConfig.model_type
     return (NeuroFlowSiglipVisionConfig if vision_only else NeuroFlowSiglipConfig).from_pretrained(source)
 
 
 def tuned_config(config: Any, options: dict) -> Any:
-    """A copy of a NeuroFlow configuration whose gate has these options, in place of those that it had."""
+    """A copy of a NeuroFlow configuration with these gate options instead of its own."""
     config = copy.deepcopy(config)
     config.gate = options
     return config
@@ -481,8 +473,7 @@ def write_tuning(
     result: TuneResult, out: str | Path, config: Any, *, model_name: str = "", command: str = ""
 ) -> list[Path]:
     """
-    Write `curve.png`, `tune.json` and, if a setting was chosen, `config.json`; each whole or not at all, all at the
-    end, and those of an earlier tuning are replaced.
+    Write `curve.png`, `tune.json` and, if a setting was chosen, `config.json`, replacing those of an earlier tuning.
 
     Args:
         result: from `tune_video`.
@@ -507,6 +498,6 @@ def write_tuning(
         )
         (folder / "tune.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         if result.chosen is not None:
-            # not `save_pretrained`, which would copy code beside it
+            # `save_pretrained` would copy code beside it
             tuned_config(config, result.chosen.options).to_json_file(folder / "config.json")
         return publish(folder, out, TUNE_FILES)

@@ -1,4 +1,4 @@
-"""What a tuning found, in words: the rows of its table, a few sentences, what to do next. Pure functions."""
+"""A tuning's result as the rows of a table, sentences and next steps. Pure functions."""
 
 import shlex
 from pathlib import Path
@@ -26,12 +26,12 @@ def point_cells(point: Point, statistic: str) -> list[str]:
 
 
 def compared_points(result: TuneResult) -> list[tuple[str, Point]]:
-    """What was chosen (or came nearest) and what it has to beat, each with a label; no setting twice."""
+    """The chosen (or nearest) point and the baselines beside it, each once, with a label."""
     requirement, points, found = result.requirement, result.points, result.nearest
     candidates = [
         ("nearest" if result.chosen is None else "chosen", found),
-        ("best control at no more cost", best_baseline(points, requirement, found.cost())),
-        ("best control that will do", choose([point for point in points if point.control], requirement)),
+        ("best baseline at no more cost", best_baseline(points, requirement, found.cost())),
+        ("best baseline that meets it", choose([point for point in points if point.control], requirement)),
         ("best of the others", choose([point for point in points if not point.control], requirement)),
     ]
     labels = {}
@@ -48,43 +48,42 @@ def tuning_rows(result: TuneResult) -> list[list[str]]:
 
 
 def tuning_sentences(result: TuneResult) -> list[str]:
-    """What the table does not say: which settings, who won, how it does on other footage, what it all rests on."""
+    """The settings, whether a baseline won, the check on frames left out, and how many frames were measured."""
     requirement, points, statistic = result.requirement, result.points, result.requirement.statistic
     sentences = [f"{label}: {setting_words(point.options)}" for label, point in compared_points(result)[:-1]]
     if result.chosen is None:
         sentences.append(
-            f"Nothing that was measured will do ({requirement}). The nearest has "
+            f"No setting meets the requirement ({requirement}). The nearest has "
             f"{figure_words(result.nearest, statistic)}. No configuration was written."
         )
     elif result.chosen.control:
         ours = choose([point for point in points if not point.control], requirement)
-        best = "none will do" if ours is None else f"the best has {figure_words(ours, statistic)}"
+        best = "none meets it" if ours is None else f"the best has {figure_words(ours, statistic)}"
         sentences.append(
-            "A control wins: for this checkpoint and footage, holding embeddings is as good as anything that was "
-            f"measured, and it is what was written. Of the other settings, {best}."
+            "A baseline wins: on this footage, no measured setting does better than holding embeddings, so that is "
+            f"what was written. Of the other settings, {best}."
         )
     checks = leave_one_out(points, requirement)
     if checks:
         met = sum(check["met"] for check in checks)
         values = ", ".join(f"{check['fidelity']:.4f} at cost {check['cost']:.3f}" for check in checks)
         sentences.append(
-            "Check on frames that had no say: chosen without one of the stretches, settings will do on it in "
+            "Check on frames left out: settings chosen without one of the stretches meet the requirement on it in "
             f"{met} of {len(checks)} cases ({statistic} {values})."
         )
-    stretches = result.frames
     sentences.append(
-        f"All this rests on {result.measured_frames} frames, {len(stretches)} x {len(stretches[0])} in a row, and on "
-        f"{len(points)} settings. None goes longer without a keyframe than a stretch, as no more was seen."
+        f"Measured: {len(points)} settings on {result.measured_frames} frames, {len(result.frames)} stretches of "
+        f"{len(result.frames[0])}. No setting goes longer than a stretch without a keyframe."
     )
     return sentences
 
 
 def next_steps(video: Path | None, given: dict[str, Any], config_class: str, source: str) -> list[str]:
     """
-    The command and the line of Python that take the settings.
+    The command and the line of Python that use the settings.
 
     Args:
-        video: the file; None for the one that ships here.
+        video: the file; None for the bundled clip.
         given: options for `neuroflow run` by name, `config` among them; None is left out.
         config_class: the name of the checkpoint's configuration class.
         source: the checkpoint.

@@ -357,7 +357,7 @@ def test_what_cannot_be_reached_is_said_and_no_configuration_is_left(clip, check
     result = call(*options, "--max-cost", 0.0001)
     assert result.exit_code == 3
     assert {path.name for path in tmp_path.iterdir()} == ALL_FILES - {"config.json"}
-    assert "Nothing that was measured will do" in result.stdout and "nearest" in result.stdout
+    assert "No setting meets the requirement" in result.stdout and "nearest" in result.stdout
     assert "Next" not in result.stdout
 
 
@@ -377,14 +377,14 @@ def test_the_words_say_who_won(clip, vision):
     control = point(0.1, [0.995], [0.991], control=True, keyframe_interval=10)
     dear = point(0.25, [0.999], [0.999], control=True, keyframe_interval=4)
     won, lost, none = Stub(ours, dear), Stub(ours, control), Stub(point(0.2, [0.5], [0.5]))
-    assert not any("control wins" in sentence for sentence in tuning_sentences(won))
+    assert not any("baseline wins" in sentence for sentence in tuning_sentences(won))
     assert tuning_sentences(won)[0] == "chosen: context, threshold 0.5"
-    assert any("A control wins" in words and "threshold 0.5" in words for words in tuning_sentences(lost))
-    assert any("Nothing that was measured" in words for words in tuning_sentences(none))
+    assert any("A baseline wins" in words and "threshold 0.5" in words for words in tuning_sentences(lost))
+    assert any("No setting meets" in words for words in tuning_sentences(none))
     assert any("2 of 2 cases" in sentence for sentence in tuning_sentences(won))
     assert [row[0] for row in tuning_rows(won)] == [
         "chosen",
-        "best control that will do",
+        "best baseline that meets it",
         "first frame repeated",
         "dense",
     ]
