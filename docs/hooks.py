@@ -1,5 +1,7 @@
 """Fills the command line's page from the commands themselves when the site is built."""
 
+import re
+
 import typer
 
 from neuroflow_hf.cli.main import app
@@ -30,3 +32,13 @@ def on_page_markdown(markdown: str, page, **kwargs) -> str:
         for name, command in typer.main.get_command(app).commands.items()
     ]
     return markdown.replace("<!-- commands -->", "\n\n".join(parts))
+
+
+def on_page_content(html: str, page, **kwargs) -> str:
+    """Render the marks of transformers' docstrings: [`Name`] and (`type`, *optional*)."""
+
+    def types(match: re.Match) -> str:
+        return re.sub(r"`([^`]*)`", r"<code>\1</code>", match[1]).replace("*optional*", "optional")
+
+    html = re.sub(r"\[(<code>[^<]*</code>)\]", r"\1", html)
+    return re.sub(r"<code>(`[^<]*)</code>", types, html)
