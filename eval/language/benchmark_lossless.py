@@ -1,20 +1,20 @@
 """
-How many tokens per second lossless generation gives, by drafter, against the same loop without drafts.
+Tokens per second of lossless generation, by drafter, compared with the same loop without drafts.
 
     python -m eval.language.benchmark_lossless --model models/neuroflow-phi3-nano           # some minutes on two cores
     python -m eval.language.benchmark_lossless --model CHECKPOINT --output other.json
 
 Prompts: `eval/prompts/phi3_nano.jsonl`, held out, a line each: `{"task": ..., "prompt": ...}`. Greedy
 text until the end token or `--new-tokens`, prompt included in the time. All variants take turns on every prompt, in
-another order each time, so that a machine that slows down meets all alike; a prompt's time is the median of its turns.
-What is compared is paired: the variants' speeds on the same prompt, over those of the loop without drafts. The
-stock model's own `generate` stands beside them, so that what a lean loop brings is not taken for what drafts bring.
+a new random order each time, so that a slow phase of the machine affects all alike. A prompt's time is the median of
+its turns. Comparisons are paired: a variant's speed on a prompt over that of the loop without drafts. The stock
+model's own `generate` is timed too, to tell the gain of a lean loop from the gain of drafts.
 
-Every text is compared with the stock model's. One may differ from a token on at which the stock model's first two
-logits are closer than rounding (1e-5 in float32); such places are counted, and others end the program with 1.
+Every text is compared with the stock model's. A text may differ from a token at which the stock model's two highest
+logits are closer than rounding (1e-5 in float32). Such differences are counted; others end the program with 1.
 
-Every finished prompt is in `eval/results/benchmark_lossless.json` at once, and skipped when the command is run again
-with the same settings, unless with `--fresh`.
+Every finished prompt is written to `eval/results/benchmark_lossless.json` at once. The same command continues an
+interrupted run, unless `--fresh` is given.
 """
 
 import hashlib
@@ -36,6 +36,7 @@ from transformers import AutoTokenizer
 
 from eval.report import RESULTS, provenance, write_json
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
+from neuroflow_hf.drift.metrics import first_divergence
 from neuroflow_hf.drift.prompts import Prompt, read_prompts
 from neuroflow_hf.evaluation.statistics import middle, resamples
 from neuroflow_hf.utils.code_keys import model_version
@@ -44,7 +45,7 @@ from neuroflow_hf.utils.provenance import checkout_commit
 ROOT = Path(__file__).parents[2]
 DRAFTERS = {"dense": "none", "lookup": "lookup", "bypass": "bypass", "both": "both"}
 VARIANTS = ("stock", *DRAFTERS)
-COMPARED = {"dense": VARIANTS, "lookup": ("both",)}  # over what, by which variants
+COMPARED = {"dense": VARIANTS, "lookup": ("both",)}  # baseline: the variants compared with it
 ROUNDING = 1e-5
 RESAMPLES = 2000
 WHOLE = "all"  # tasks
@@ -73,11 +74,10 @@ def generate(model, ids: torch.Tensor, variant: str, options: dict, new_tokens: 
 
 
 def divergence(model, ids: torch.Tensor, expected: list[int], tokens: list[int]) -> dict | None:
-    """Where `tokens` leave `expected`, after the prompt `ids` [1, T], and by how much the first logit leads there."""
-    if tokens == expected:
+    """Where `tokens` first differ from `expected`, after the prompt `ids` [1, T], and the margin there."""
+    at = first_divergence(expected, tokens)
+    if at is None:
         return None
-    pairs = zip(tokens, expected, strict=False)
-    at = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(tokens), len(expected)))
     before = torch.cat([ids, torch.tensor([expected[:at]], dtype=ids.dtype)], dim=1)
     top = model(before, logits_to_keep=1, bypass=False).logits[0, -1].float().topk(2).values
     margin = (top[0] - top[1]).item()
@@ -110,7 +110,7 @@ def interval(values: list[float], seed: int = 0) -> list[float]:
 
 
 def summarise(cases: list[dict], clock: str) -> dict:
-    """Of some prompts, by variant: speed, ratios to the loop without drafts and to lookup alone, and counts."""
+    """By variant, over some prompts: speed, ratios to the loop without drafts and to lookup alone, and counts."""
     summary = {}
     for variant in VARIANTS:
         entries = [case["variants"][variant] for case in cases]
@@ -157,7 +157,7 @@ def digest_of(*files: Path) -> str:
 
 
 def table(found: dict) -> Table:
-    """All summaries, as they are printed at the end."""
+    """The table of all summaries."""
     shown = Table("task", "variant", "tokens/s", "to dense", "95 %", "acceptance", "draft", "tokens/check", "differ")
     for task, rows in found.items():
         for variant, row in rows.items():
@@ -180,17 +180,19 @@ def main(
     / "models/neuroflow-phi3-nano",
     prompts: Annotated[Path, typer.Option(help="JSON lines with `task` and `prompt`.")] = ROOT
     / "eval/prompts/phi3_nano.jsonl",
-    limit: Annotated[int | None, typer.Option(help="Prompts of each task, at most.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated, at most.")] = 128,
-    least_tokens: Annotated[int, typer.Option(help="Leave texts out that end before.")] = 16,
-    turns: Annotated[int, typer.Option(help="How often every variant runs on a prompt.")] = 3,
-    bypass: Annotated[str | None, typer.Option(help="JSON: what the bypassing drafter skips.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of prompts of each task.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 128,
+    least_tokens: Annotated[int, typer.Option(help="Ignore texts with fewer tokens.")] = 16,
+    turns: Annotated[int, typer.Option(help="Runs of every variant on each prompt.")] = 3,
+    bypass: Annotated[str | None, typer.Option(help="JSON: options of the bypass that drafts.")] = None,
     options: Annotated[str | None, typer.Option(help="JSON: other options of lossless generation.")] = None,
-    threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the order in which variants run.")] = 0,
-    processor: Annotated[bool, typer.Option("--processor", help="Print by processor time; shared machines.")] = False,
-    budget_minutes: Annotated[float, typer.Option(help="Begin no further prompt after so many minutes.")] = math.inf,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do not continue what is in the file.")] = False,
+    threads: Annotated[int, typer.Option(help="Number of torch threads.")] = 1,
+    seed: Annotated[int, typer.Option(help="Random seed for the order of variants.")] = 0,
+    processor: Annotated[
+        bool, typer.Option("--processor", help="Print processor times, for shared machines.")
+    ] = False,
+    budget_minutes: Annotated[float, typer.Option(help="Start no prompt after N minutes.")] = math.inf,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore what is in the file.")] = False,
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "benchmark_lossless.json",
 ):
     """Time all variants on all prompts, compare their texts, and print the table."""
@@ -216,7 +218,7 @@ def main(
     language_model = NeuroFlowPhi3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     rows = prompts_in_turn(prompts, limit)
     encoded = {number: tokenizer(prompt.text, return_tensors="pt").input_ids for number, prompt in rows}
-    for variant in VARIANTS:  # what is slow only the first time
+    for variant in VARIANTS:  # warm-up
         generate(language_model, encoded[rows[0][0]], variant, lossless, 8)
     for number, prompt in rows:
         if number in done:

@@ -1,9 +1,9 @@
 """
-Which published findings about the bypass a report supports. Each by a rule that is computed from its figures.
+Verdicts on the published findings about the bypass, each by a rule computed from a drift report.
 
 Published: Y. Schmitt, "EMA-Gated Temporal Sequence Compression in Vision Transformers" (2026), section on language,
-with Phi-3-mini-4k-instruct. The published script hands one mutable cache to both runs, so its figures are no more than
-claims to be tried.
+with Phi-3-mini-4k-instruct. The published script hands one mutable cache to both runs, so its figures are
+claims to test.
 """
 
 import itertools
@@ -63,7 +63,7 @@ def drift_findings(report: dict, samples: int = 2000, seed: int = 0) -> list[dic
 
 
 def finding(claim: str, rule: str, measured: str, holds: bool, fails: bool) -> dict:
-    """A finding; neither holding nor failing is not being able to tell."""
+    """A finding. If it neither holds nor fails, the verdict is `UNKNOWN`."""
     verdict = HOLDS if holds else FAILS if fails else UNKNOWN
     return {"claim": claim, "measured": measured, "rule": rule, "verdict": verdict}
 

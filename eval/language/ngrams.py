@@ -1,16 +1,16 @@
-"""A trigram model over tokens, the trivial control of a language model: counts with Witten-Bell smoothing."""
+"""An n-gram model over tokens with Witten-Bell smoothing: the trivial baseline of a language model."""
 
 import numpy as np
 
 
 class NGrams:
     """
-    Counts of one to three tokens in a row.
+    Counts of n-grams of tokens.
 
     Args:
         stream: tokens, integers [n] below 2**15.
-        vocabulary: how many tokens there are.
-        order: the most tokens in a row; 1 for unigrams.
+        vocabulary: the size of the vocabulary.
+        order: the longest n-grams; 1 for unigrams.
     """
 
     def __init__(self, stream: np.ndarray, vocabulary: int, order: int = 3):
@@ -28,7 +28,7 @@ class NGrams:
 
     @staticmethod
     def keys(stream: np.ndarray, size: int) -> np.ndarray:
-        """One number for every `size` tokens in a row, int64 [n - size + 1]."""
+        """One integer for each n-gram of `size` tokens, int64 [n - size + 1]."""
         key = np.zeros(len(stream) - size + 1, dtype=np.int64)
         for place in range(size):
             key = (key << 15) | stream[place : len(stream) - size + 1 + place]
@@ -36,7 +36,7 @@ class NGrams:
 
     @staticmethod
     def look_up(sorted_keys: np.ndarray, wanted: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
-        """Each of `values` at the keys wanted, 0 where there is no such key."""
+        """Each of `values` at the wanted keys, 0 for keys that are missing."""
         place = np.searchsorted(sorted_keys, wanted).clip(max=len(sorted_keys) - 1)
         found = sorted_keys[place] == wanted
         return [np.where(found, value[place], 0) for value in values]
@@ -57,14 +57,14 @@ class NGrams:
         return result
 
     def continue_text(self, tokens: list[int], length: int, rng: np.random.Generator) -> list[int]:
-        """So many tokens drawn, each after the longest history that is known."""
+        """Sample `length` tokens, each after the longest known history."""
         text = list(tokens)
         for _ in range(length):
             text.append(self.draw(text, rng))
         return text[len(tokens) :]
 
     def draw(self, text: list[int], rng: np.random.Generator) -> int:
-        """One token after a text."""
+        """Sample one token after a text."""
         for size in range(self.order, 1, -1):
             if len(text) < size - 1:
                 continue

@@ -1,9 +1,9 @@
 """
-What the embedded Phi-3 can do: perplexity on held-out files, completions of functions, words in its prose.
+Evaluate the embedded Phi-3: perplexity on held-out files, completions of functions, words in its prose.
 
     python -m eval.language.phi3_nano      # some minutes on two cores; the first time, packages are read for the texts
 
-Questions, each beside its trivial controls, and all on files that are in no training text:
+Each question has trivial baselines, and all files are held out from training:
 
 - Perplexity per token and bits per byte of each domain, against a unigram and a trigram model of the same tokens,
   counted on the same training texts. Windows of 512 tokens, each predicted from its own beginning; intervals are 95 %,
@@ -13,9 +13,9 @@ Questions, each beside its trivial controls, and all on files that are in no tra
   completion itself began? Decoding is greedy; greedy, but with no NO_REPEAT tokens in a row twice; or drawn at a low
   temperature. That is kind: one good statement suffices, whatever follows. So also: of how many is all that was
   generated the valid beginning of a Python file? The control draws completions from the trigram model.
-- Which share of the words in its prose, drawn at a low temperature, is in a word list? The controls are the held-out
-  texts themselves and the trigram model.
-- What is left with layers skipped, and how many bypassed drafts come true in lossless generation?
+- Which share of the words in its prose, sampled at a low temperature, is in a word list? The baselines are the
+  held-out texts themselves and the trigram model.
+- What is the perplexity with layers skipped, and the acceptance rate of drafts in lossless generation?
 
 Runs in float32. Writes `eval/results/phi3_nano.json` and, out of it and `recipes/phi3_nano/card.md`, the model card.
 """
@@ -52,7 +52,7 @@ CHECKPOINT = ROOT / "models" / "neuroflow-phi3-nano"
 WINDOW, WINDOWS = 512, 4  # tokens; of a file, from its beginning, at most
 SEED = 1
 FUNCTIONS, NEW_TOKENS = 100, 160
-NO_REPEAT = 12  # tokens in a row that may not come twice: so small a model repeats itself for ever
+NO_REPEAT = 12  # no n-gram of this length may repeat: so small a model loops
 TEMPERATURE, COOL = 0.7, 0.4  # of prose, of code
 BATCH = 20
 
@@ -103,13 +103,13 @@ def losses_of(model: Phi3ForCausalLM) -> Losses:
 
 
 def ngram_losses(ngrams: NGrams) -> Losses:
-    """The same by counts."""
+    """The same by an n-gram model."""
     return lambda window: -np.log(ngrams.probabilities(window.numpy())[1:])
 
 
 @torch.inference_mode()
 def generate(model: Phi3ForCausalLM, tokenizer, prompts: list[str], **options) -> list[tuple[str, bool]]:
-    """For every prompt, the text that follows, and whether the model ended it."""
+    """For every prompt, the generated text, and whether the model ended it."""
     found = []
     for first in track(range(0, len(prompts), BATCH), "generating", console=Console(stderr=True)):
         inputs = tokenizer(prompts[first : first + BATCH], return_tensors="pt", padding=True)
@@ -122,7 +122,7 @@ def generate(model: Phi3ForCausalLM, tokenizer, prompts: list[str], **options) -
 
 
 def ngram_texts(ngrams: NGrams, tokenizer, prompts: list[str]) -> list[tuple[str, bool]]:
-    """The same, drawn from counts."""
+    """The same, sampled from an n-gram model."""
     rng = np.random.default_rng(SEED)
     rows = [ngrams.continue_text(tokenizer(prompt).input_ids, NEW_TOKENS, rng) for prompt in prompts]
     ended = [tokenizer.eos_token_id in row for row in rows]
@@ -190,7 +190,7 @@ def layers_skipped(checkpoint: Path, files: dict, byte_lengths: np.ndarray) -> d
 
 
 def drafts(checkpoint: Path, tokenizer, prompts: dict[str, list[str]], count: int = 8) -> dict:
-    """By domain and drafter, guesses per check and the share that came true, over some prompts with 64 new tokens."""
+    """By domain and drafter, the acceptance rate of drafts over some prompts with 64 new tokens."""
     model = NeuroFlowPhi3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     found: dict[str, dict] = {}
     for domain, texts in prompts.items():
@@ -225,7 +225,9 @@ def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "phi3_nano.json",
     card: Annotated[bool, typer.Option(help="Write the model card.")] = True,
-    card_only: Annotated[bool, typer.Option("--card-only", help="Write the card from the JSON file alone.")] = False,
+    card_only: Annotated[
+        bool, typer.Option("--card-only", help="Write the card from the JSON file, without measuring.")
+    ] = False,
 ):
     """Measure, print and write."""
     if card_only:
@@ -239,7 +241,7 @@ def main(
     held_out = list(read_texts("held_out"))
     byte_lengths = np.array(
         [len(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
-    )  # a sign is a byte
+    )  # a character of a token is a byte
     byte_lengths[tokenizer.eos_token_id] = 0
     files = windows_of(held_out, tokenizer)
     ngrams = {

@@ -1,14 +1,13 @@
 """
-What a bypass changes in the text of the small Phi-3, and which published findings hold on it.
+Measure the token drift of the small Phi-3, and which published findings hold on it.
 
     python -m eval.language.token_drift    # some 15 minutes on two cores
     torchrun --nproc_per_node 2 -m eval.language.token_drift
 
 Prompts are texts that the model was not trained on, from `eval/prompts/phi3_nano.jsonl`. Dense and bypass have caches
-of their own. Every finished configuration is in `eval/results/token_drift.json` at once, and skipped when the command
-is run again with the same model, prompts, settings and machine, unless with `--fresh`. Also writes `token_drift.md`
-beside it, and draws `docs/drift.png` and `docs/drift_reachable.png`. `neuroflow drift` does the same for your own
-checkpoint and prompts, and less with `--quick`.
+of their own. Every finished configuration is written to `eval/results/token_drift.json` at once. The same command
+continues an interrupted run, unless `--fresh` is given. Also writes `token_drift.md` beside it, and draws
+`docs/drift.png` and `docs/drift_reachable.png`. `neuroflow drift` measures your own checkpoint and prompts.
 """
 
 from pathlib import Path
@@ -31,11 +30,13 @@ def main(
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts.", show_default="those in the checkout")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Generated after each prompt.")] = 64,
-    max_prompts: Annotated[int | None, typer.Option(help="Of each task.", show_default="all")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Number of tokens to generate after each prompt.")] = 64,
+    max_prompts: Annotated[
+        int | None, typer.Option(help="Maximum number of prompts of each task.", show_default="all")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 64,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do not continue what is in the file.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the intervals' bootstrap.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore what is in the file.")] = False,
+    seed: Annotated[int, typer.Option(help="Random seed of the intervals' bootstrap.")] = 0,
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "token_drift.json",
     pictures: Annotated[Path, typer.Option(help="Folder to draw to.")] = PICTURES,
     debug: Annotated[bool, typer.Option("--debug", help="Show errors with their traceback.")] = False,

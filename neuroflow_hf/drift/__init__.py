@@ -1,1 +1,1 @@
-"""What a bypass changes in a text: metrics, decoding, a run over many prompts, tables."""
+"""Token drift: how a bypass changes the generated text. Metrics, decoding, runs over many prompts, tables."""

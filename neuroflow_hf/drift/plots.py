@@ -1,4 +1,4 @@
-"""Pictures of a drift report: what a bypass changes over how much it saves, and how much is to be had for nothing."""
+"""Plots of a drift report: drift by bypass rate, and the highest bypass rate without drift."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ PUBLISHED_COLOUR = "#111827"
 
 
 def families(report: dict) -> dict[str, list[dict]]:
-    """The configurations by all but their threshold."""
+    """The configurations, grouped by all options but the threshold."""
     found: dict[str, list[dict]] = {}
     for entry in report["configurations"]:
         found.setdefault(entry["family"], []).append(entry)
@@ -22,7 +22,7 @@ def families(report: dict) -> dict[str, list[dict]]:
 
 
 def style_of(entries: list[dict]) -> dict:
-    """How a family is drawn: colour by target, guard and direction; the last layer dashed."""
+    """The line style of a family: colour by target, guard and direction; dashed for the last layer."""
     first = entries[0]
     kinds = ["attention", "mlp", "block", "guarded", "inverted"]
     kind = "guarded" if first["guarded"] else "inverted" if first["inverted"] else first["options"]["target"]
@@ -41,7 +41,7 @@ def plot_drift(report: dict, published: Sequence[dict[str, float]] = ()) -> Figu
         published: published drifts to mark, by task.
 
     Returns:
-        A figure of its own, outside pyplot, so that nothing has to be closed.
+        A figure outside pyplot, which need not be closed.
     """
     tasks = tasks_of(report)
     figure = Figure(figsize=(4.2 * len(tasks) + 1, 5.4), layout="constrained")
@@ -77,8 +77,8 @@ def plot_drift(report: dict, published: Sequence[dict[str, float]] = ()) -> Figu
 
 def reachable(report: dict, task: str) -> dict[str, float]:
     """
-    The highest share of a task's steps that each family bypasses without any prompt's text diverging beyond rounding;
-    0 where every threshold that was tried changes a text.
+    The highest bypass rate of each family at which no prompt of a task diverges beyond rounding; 0 if every threshold
+    changes a text.
     """
     return {
         name: max((rate_of(entry, task) for entry in entries if not beyond_rounding(report, entry, task)), default=0.0)
@@ -88,7 +88,7 @@ def reachable(report: dict, task: str) -> dict[str, float]:
 
 def plot_reachable(report: dict) -> Figure:
     """
-    How many steps can be bypassed with no text changed, by task and family, with and without the guard: bars.
+    A bar chart of `reachable` by task and family.
 
     Args, Returns: as of `plot_drift`.
     """
