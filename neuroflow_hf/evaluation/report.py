@@ -125,14 +125,14 @@ def agreement_table(report: dict) -> Table:
     return ["method", "cost", "best label as dense's", "best baseline", "difference, points"], rows
 
 
-def controls_table(report: dict) -> Table:
+def baselines_table(report: dict) -> Table:
     """Every baseline at every setting."""
     headers = ["baseline", "family", "cost", "mean", "p5", "p1"]
-    controls = sorted((one for one in report["methods"] if one["control"]), key=lambda one: one["figures"]["cost"])
-    labelled, true = "agreement" in controls[0]["figures"], report["labels"]["true"]
+    baselines = sorted((one for one in report["methods"] if one["control"]), key=lambda one: one["figures"]["cost"])
+    labelled, true = "agreement" in baselines[0]["figures"], report["labels"]["true"]
     headers += ["best label as dense's"] * labelled + ["top-1"] * true
     rows = []
-    for entry in controls:
+    for entry in baselines:
         figures = entry["figures"]
         row = [entry["name"], entry["family"], number(figures["cost"], ".3f")]
         row += [number(figures["cosine"][name]) for name in ("mean", "p5", "p1")]
@@ -271,7 +271,7 @@ def report_markdown(report: dict, plots: Sequence[str] = ()) -> str:
         parts += [f"## {title}", markdown_table(table)]
     parts += ["## How to read this", reading(report)]
     parts += ["## Best baselines", markdown_table(best_table(report))]
-    parts += ["## All baselines", markdown_table(controls_table(report))]
+    parts += ["## All baselines", markdown_table(baselines_table(report))]
     name, measured = shown_method(report)["name"], report["videos"]["measured"]
     parts += [f"## `{name}` by video", markdown_table(videos_table(report))]
     if measured > MOST_VIDEOS:

@@ -195,7 +195,7 @@ def for_resolution(spec: MethodSpec, resolution: int, native: int, patch: int) -
     return spec
 
 
-def control_families(outcomes: Sequence[Outcome], kinds: dict[str, str]) -> dict[str, list[Outcome]]:
+def baseline_families(outcomes: Sequence[Outcome], kinds: dict[str, str]) -> dict[str, list[Outcome]]:
     """
     The baselines by family. Dense ends every family, and the first frame repeated begins those that hold.
 
@@ -370,7 +370,7 @@ class EvalJob:
             **machine_and_versions(str(model.device)),
         }
         outcomes = [joined(spec, lines, bool(asked), true) for spec in self.specs]
-        families = control_families(outcomes, {spec.name: spec.kind for spec in self.specs})
+        families = baseline_families(outcomes, {spec.name: spec.kind for spec in self.specs})
         asking = questions(
             [line["frames"] for line in lines],
             [line["frames"] for line in asked] if asked else None,

@@ -1,5 +1,5 @@
 """
-Token merging for a SigLIP vision model, with its own weights and without training: a control.
+Token merging for a SigLIP vision model, with its own weights and without training: a baseline.
 
 Source: D. Bolya, C.-Y. Fu, X. Dai, P. Zhang, C. Feichtenhofer, J. Hoffman, "Token Merging: Your ViT But Faster",
 ICLR 2023. In each layer, between attention and MLP, the r most similar pairs of tokens become one each: tokens are

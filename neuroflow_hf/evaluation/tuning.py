@@ -456,17 +456,10 @@ def tune_video(
 
 
 def checkpoint_config(source: str | Path) -> NeuroFlowSiglipConfig | NeuroFlowSiglipVisionConfig:
-    """The NeuroFlow configuration of a checkpoint, with its text tower or without."""
+    """The NeuroFlow configuration of a checkpoint, with or without its text tower."""
     config_dict, _ = NeuroFlowSiglipConfig.get_config_dict(source)
     vision_only = config_dict.get("model_type") == NeuroFlowSiglipVisionConfig.model_type
     return (NeuroFlowSiglipVisionConfig if vision_only else NeuroFlowSiglipConfig).from_pretrained(source)
-
-
-def tuned_config(config: Any, options: dict) -> Any:
-    """A copy of a NeuroFlow configuration with these gate options instead of its own."""
-    config = copy.deepcopy(config)
-    config.gate = options
-    return config
 
 
 def write_tuning(
@@ -499,5 +492,7 @@ def write_tuning(
         (folder / "tune.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         if result.chosen is not None:
             # `save_pretrained` would copy code beside it
-            tuned_config(config, result.chosen.options).to_json_file(folder / "config.json")
+            tuned = copy.deepcopy(config)
+            tuned.gate = result.chosen.options
+            tuned.to_json_file(folder / "config.json")
         return publish(folder, out, TUNE_FILES)
