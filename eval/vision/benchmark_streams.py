@@ -69,12 +69,12 @@ def time_cameras(model, mode: str, cameras: int, repeats: int) -> dict:
 
 @torch.inference_mode()
 def main(
-    cameras: Annotated[str, typer.Option(help="Numbers of cameras, with commas.")] = "1,4,16",
-    modes: Annotated[str, typer.Option(help="Modes, with commas.")] = "reconstruct,context,extrapolate",
+    cameras: Annotated[str, typer.Option(help="Numbers of cameras, separated by commas.")] = "1,4,16",
+    modes: Annotated[str, typer.Option(help="Modes, separated by commas.")] = "reconstruct,context,extrapolate",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    repeats: Annotated[int, typer.Option(help="Frames timed of each camera.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Time N frames of each camera.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "benchmark_streams.json",
+    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "benchmark_streams.json",
 ):
     """Time all modes with all numbers of cameras, and print the table."""
     torch.manual_seed(0)

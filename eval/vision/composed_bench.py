@@ -7,21 +7,24 @@ import functools
 import inspect
 import io
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import neuroflow_hf
+from eval.report import provenance
 from eval.vision import composed_clips
 from eval.vision.composed_clips import MOTIONS, SIDE, ClipSpec, Truth, frame, specify
 from neuroflow_hf.loading import load_text_model
 from neuroflow_hf.utils.code_keys import code_version, key_of, model_version
 from neuroflow_hf.utils.processes import Processes
-from neuroflow_hf.utils.provenance import fingerprint, write_whole_bytes
+from neuroflow_hf.utils.provenance import checkout_commit, fingerprint, write_whole_bytes
 from neuroflow_hf.video.labels import Labels, embed_labels
 from recipes.siglip_dinov2_small.build import default_tower_dir
 from recipes.siglip_small.captions import prompts
@@ -48,6 +51,9 @@ class ClipName:
 
     def __str__(self) -> str:
         return f"{self.motion.replace(' ', '-')}-{self.number}-seed{self.seed}-{self.frames}"
+
+
+Measured = Sequence[tuple[ClipName, Figures]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +172,44 @@ def measure_clips(
         on_clip(len(places), len(places))
     by_place = dict(processes.gather(found))
     return [by_place[place] for place in range(len(names))]
+
+
+def measure_suite(
+    checkpoint: Path,
+    clips: int,
+    frames: int,
+    seed: int,
+    measure: Callable[[Bench, Clip], Figures],
+    options: dict,
+    fresh: bool,
+) -> tuple[Bench, Measured, dict] | None:
+    """
+    `measure_clips` of so many clips of each motion, with progress on stderr.
+
+    Returns:
+        The bench, each clip's name and figures, and what was measured with what, for JSON; None on all processes but
+        the main one.
+    """
+    processes, console, start = Processes(), Console(stderr=True), time.perf_counter()
+    bench = Bench(checkpoint, str(processes.device or "cpu"))
+    names = clip_names(clips, frames, seed)
+
+    def say(done, total):
+        if processes.is_main:
+            console.print(f"clips: {done} of {total} of this process")
+
+    found = measure_clips(bench, names, measure, options, processes, fresh=fresh, on_clip=say)
+    if not processes.is_main:
+        return None
+    about = {
+        **provenance(),
+        "commit": checkout_commit(),
+        "checkpoint": {"name": checkpoint.name, "weights": bench.weights},
+        "clips": {"of_each_motion": clips, "frames": frames, "seed": seed, "drawings": SPLIT, "in_all": len(names)},
+        "processes": processes.count,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    return bench, list(zip(names, found, strict=True)), about
 
 
 def measuring_version(measure: Callable) -> str:

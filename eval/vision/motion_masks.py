@@ -6,44 +6,56 @@ How well does what the gate sees change fit what moves: masks, boxes, and names 
     python -m eval.vision.motion_masks --pictures boxes      # also pictures of frames with boxes
     torchrun --nproc_per_node 2 -m eval.vision.motion_masks
 
-Composed clips, of which every frame's things are known to the pixel. Masks are compared with the thing and with the
-change (what it covers now or covered on the frame before). Controls: the difference of pixels to the frame before, by
-patch, at several levels; everything; nothing. Objects: connected regions whose box has an IoU of at least 0.3 with
-that of a thing that moved; their labels among 165, beside the whole frame's label and that of the thing's true
-patches, through the same head. Intervals: 95 % of a bootstrap over clips. What was measured before is reused. Writes
-`eval/results/motion_masks.json`.
+Composed clips, of which every frame's things are known to the pixel. Masks are compared with *the thing*, the patches
+that a thing covers now, and with *the change*, those that it covers now or covered on the frame before. Only things
+that moved since the frame before count; where the camera moves, everything has changed and things are what is in the
+picture. Frames of which nothing changed tell of false alarms only. Baselines: the difference of pixels to the frame
+before, by patch, at several levels; everything; nothing. Objects: connected regions whose box has an IoU of at least
+0.3 with that of a thing that moved; their labels among 165, beside the whole frame's label and that of the thing's
+true patches, through the same head. Intervals: 95 % of a bootstrap over clips. What was measured before is reused.
+Writes `eval/results/motion_masks.json`.
 """
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import typer
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from eval.report import RESULTS, provenance, wide_console
+from eval.report import RESULTS, wide_console
 from eval.vision.clip_statistics import Estimate, estimate, mean, rounded
-from eval.vision.composed_bench import CHECKPOINT, SPLIT, Bench, ClipName, Figures, clip_names, measure_clips
-from eval.vision.motion_measure import (
-    LABEL_COLUMNS,
-    LEAST_IOU,
-    MASK_COLUMNS,
-    OBJECT_COLUMNS,
-    PIXEL_LEVELS,
-    STREAMS,
-    THRESHOLDS,
-    measure_motion,
-    way_name,
-)
-from neuroflow_hf.utils.processes import Processes
-from neuroflow_hf.utils.provenance import checkout_commit, report_text, write_whole
-from neuroflow_hf.video.motion import motion_mask
-from neuroflow_hf.video.objects import connected_objects, pixel_box
+from eval.vision.composed_bench import CHECKPOINT, Bench, Clip, ClipName, Figures, Measured, measure_suite
+from eval.vision.composed_clips import LEAST_VISIBLE, Truth
+from neuroflow_hf.utils.provenance import report_text, write_whole
+from neuroflow_hf.video.motion import mask_iou, motion_mask, patch_mask, without_small_regions
+from neuroflow_hf.video.objects import MovingObject, connected_objects, pixel_box
 from neuroflow_hf.video.overlay import outline_objects
+
+REFERENCES = ("last_update", "ema", "both")
+STREAMS = {
+    **{f"balanced, {reference}": {"preset": "balanced", "reference": reference} for reference in REFERENCES},
+    **{f"context, {reference}": {"mode": "context", "reference": reference} for reference in REFERENCES},
+}
+THRESHOLDS = (0.003, 0.01, 0.03, 0.1)
+PIXEL_LEVELS = (1.0, 2.0, 4.0, 8.0)
+LEAST_IOU = 0.3
+MASK_COLUMNS = ("thing", "change", "false share")
+OBJECT_COLUMNS = ("found", "things", "matched")
+LABEL_COLUMNS = ("object", "whole frame", "truth's mask")
+ALL = "all motions"
+
+Box = tuple[int, int, int, int]
+
+
+def way_name(stream: str, threshold: float) -> str:
+    """What a mask of a stream at a threshold is called."""
+    return f"{stream}, {threshold:g}"
+
 
 PIXEL_WAYS = tuple(f"pixels, {level:g}" for level in PIXEL_LEVELS)
 WAYS = (
@@ -52,9 +64,163 @@ WAYS = (
     "everything",
     "nothing",
 )
-ALL = "all motions"
 
-Measured = Sequence[tuple[ClipName, Figures]]
+
+def measure_motion(bench: Bench, clip: Clip) -> Figures:
+    """
+    For each way W to make a mask (a stream and a threshold, or a baseline) `mask: W` [T - 1, 3], MASK_COLUMNS: IoU
+    with the thing, IoU with the change, and where nothing changed, the share of patches in the mask; NaN where it does
+    not apply. `objects: W` int [T - 1, 3], OBJECT_COLUMNS. For streams at their own threshold `labels: W` [matched
+    objects, 3], LABEL_COLUMNS: whether each names the matched thing right. The first frame is left out.
+    """
+    vision = bench.model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    grid = (side, side)
+    things, changes = zip(*(expected(clip, number, grid) for number in range(1, len(clip.truths))), strict=True)
+    boxes = [moving_boxes(clip, number, grid) for number in range(1, len(clip.truths))]
+    figures: Figures = {}
+
+    def judge(way: str, masks: Sequence[Tensor]) -> list[list[tuple[MovingObject, int]]]:
+        figures[f"mask: {way}"] = np.array(
+            [mask_row(mask, thing, change) for mask, thing, change in zip(masks, things, changes, strict=True)]
+        )
+        found = [connected_objects(mask.unsqueeze(0))[0] for mask in masks]
+        matched = [
+            matches([item.box for item in items], [box for _, box in frame_boxes])
+            for items, frame_boxes in zip(found, boxes, strict=True)
+        ]
+        figures[f"objects: {way}"] = np.array(
+            [
+                (len(items), len(frame_boxes), len(pairs))
+                for items, frame_boxes, pairs in zip(found, boxes, matched, strict=True)
+            ]
+        )
+        return [
+            [(items[ours], frame_boxes[theirs][0]) for ours, theirs in pairs]
+            for items, frame_boxes, pairs in zip(found, boxes, matched, strict=True)
+        ]
+
+    for name, options in STREAMS.items():
+        stream = bench.model.new_stream(**options)
+        outputs = list(bench.model.stream_frames(clip.pixels.split(1), stream))[1:]
+        for threshold in THRESHOLDS:
+            masks = [motion_mask(output, stream.gate, threshold=threshold)[0].cpu() for output in outputs]
+            matched = judge(way_name(name, threshold), masks)
+            if threshold == stream.gate.threshold:
+                rows = [
+                    label_row(bench, output, item, actor, clip.truths[number], grid)
+                    for number, (output, pairs) in enumerate(zip(outputs, matched, strict=True), start=1)
+                    for item, actor in pairs
+                ]
+                figures[f"labels: {name}"] = np.array(rows, dtype=np.float64).reshape(-1, len(LABEL_COLUMNS))
+    difference = pixel_differences(clip.images, grid)
+    for level in PIXEL_LEVELS:
+        judge(f"pixels, {level:g}", [without_small_regions(frame > level, 2) for frame in difference])
+    judge("everything", [torch.ones(grid, dtype=torch.bool) for _ in things])
+    judge("nothing", [torch.zeros(grid, dtype=torch.bool) for _ in things])
+    return figures
+
+
+# --- what is right: pure functions -----------------------------------------------------------------------------------
+
+
+def moved(now: np.ndarray, before: np.ndarray) -> bool:
+    """Whether a thing's mask [H, W] is another one than before."""
+    return not np.array_equal(now, before)
+
+
+def expected(clip: Clip, number: int, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+    """The patches of the things that moved, and of what changed with them, bool [*grid]; None where nothing did."""
+    now, before = clip.truths[number].masks, clip.truths[number - 1].masks
+    if clip.name.motion == "moving camera":
+        return patches_or_none(now.any(0), grid), torch.ones(grid, dtype=torch.bool)
+    moving = [place for place in range(len(now)) if moved(now[place], before[place])]
+    thing = np.logical_or.reduce([now[place] for place in moving], initial=False, axis=0) if moving else None
+    left = np.logical_or.reduce([before[place] for place in moving], initial=False, axis=0) if moving else None
+    if thing is None:
+        return None, None
+    return patches_or_none(thing, grid), patches_or_none(thing | left, grid)
+
+
+def patches_or_none(pixels: np.ndarray, grid: tuple[int, int]) -> Tensor | None:
+    """A mask of pixels on a grid of patches; None if it is empty."""
+    mask = patch_mask(torch.from_numpy(np.asarray(pixels)), grid)
+    return mask if mask.any() else None
+
+
+def moving_boxes(clip: Clip, number: int, grid: tuple[int, int]) -> list[tuple[int, Box]]:
+    """Which actors of a frame moved and are seen, each with its box in patches."""
+    now, before = clip.truths[number], clip.truths[number - 1]
+    found = []
+    for place, mask in enumerate(now.masks):
+        camera = clip.name.motion == "moving camera"
+        if now.visible[place] >= LEAST_VISIBLE and (camera or moved(mask, before.masks[place])):
+            found.append((place, box_of(patch_mask(torch.from_numpy(mask), grid))))
+    return found
+
+
+def box_of(mask: Tensor) -> Box:
+    """First row, first column, last row + 1, last column + 1 of a mask that is not empty."""
+    rows, columns = (mask.any(dim).nonzero() for dim in (1, 0))
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+
+
+def box_iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes."""
+    height = min(a[2], b[2]) - max(a[0], b[0])
+    width = min(a[3], b[3]) - max(a[1], b[1])
+    both = max(0, height) * max(0, width)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return both / (sum(areas) - both)
+
+
+def matches(found: Sequence[Box], boxes: Sequence[Box]) -> list[tuple[int, int]]:
+    """Pairs of found and right boxes with an IoU of at least LEAST_IOU, each in one pair, the best ones first."""
+    pairs = sorted(
+        ((-box_iou(ours, theirs), i, j) for i, ours in enumerate(found) for j, theirs in enumerate(boxes)),
+    )
+    taken: list[tuple[int, int]] = []
+    for negative, ours, theirs in pairs:
+        if -negative >= LEAST_IOU and all(ours != i and theirs != j for i, j in taken):
+            taken.append((ours, theirs))
+    return taken
+
+
+def mask_row(mask: Tensor, thing: Tensor | None, change: Tensor | None) -> tuple[float, float, float]:
+    """A frame's MASK_COLUMNS."""
+    return (
+        np.nan if thing is None else mask_iou(mask, thing).item(),
+        np.nan if change is None else mask_iou(mask, change).item(),
+        mask.float().mean().item() if change is None else np.nan,
+    )
+
+
+def pixel_differences(images: np.ndarray, grid: tuple[int, int]) -> Tensor:
+    """Mean absolute difference to the frame before, in grey levels: uint8 [T, H, W, 3] to float32 [T - 1, *grid]."""
+    levels = torch.from_numpy(images).float().mean(-1)
+    changed = (levels[1:] - levels[:-1]).abs()
+    return changed.unflatten(-1, (grid[1], -1)).unflatten(-3, (grid[0], -1)).mean(dim=(-3, -1))
+
+
+def label_row(
+    bench: Bench, output, item: MovingObject, actor: int, truth: Truth, grid: tuple[int, int]
+) -> tuple[float, float, float]:
+    """Whether the label of an object, of the whole frame, and of the thing's true patches is the thing's."""
+    head, hidden = bench.model.vision_model.head, output.last_hidden_state[0]
+    true_patches = patch_mask(torch.from_numpy(truth.masks[actor]), grid, 0.5)
+    if not true_patches.any():
+        true_patches = patch_mask(torch.from_numpy(truth.masks[actor]), grid)
+    embeddings = [
+        head(hidden[item.mask.flatten().to(hidden.device)].unsqueeze(0))[0],
+        output.pooler_output[0],
+        head(hidden[true_patches.flatten().to(hidden.device)].unsqueeze(0))[0],
+    ]
+    name = truth.things[actor]
+    best = bench.labels.logits(torch.stack(embeddings)).argmax(-1).tolist()
+    return tuple(float(bench.things[place] == name) for place in best)
+
+
+# --- all clips -------------------------------------------------------------------------------------------------------
 
 
 def masks_table(measured: Measured) -> dict[str, dict]:
@@ -93,7 +259,7 @@ def ratio(rows: list[tuple[float, ...]], of: str) -> Estimate:
 
 
 def labels_table(measured: Measured) -> dict[str, dict]:
-    """By motion and stream: how often the matched objects are named right, beside the controls, and differences."""
+    """By motion and stream: how often the matched objects are named right, beside the baselines, and differences."""
     table: dict[str, dict] = {}
     for motion, clips in by_motion(measured).items():
         table[motion] = {}
@@ -152,41 +318,28 @@ def save_pictures(bench: Bench, names: Sequence[ClipName], folder: Path):
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
-    quick: Annotated[bool, typer.Option(help="A clip of each motion, 20 frames: minutes.")] = False,
+    quick: Annotated[bool, typer.Option(help="Use one clip of 20 frames of each motion.")] = False,
     clips: Annotated[int, typer.Option(help="Clips of each motion.", min=1)] = 3,
     frames: Annotated[int, typer.Option(help="Frames of each clip.", min=16)] = 48,
-    seed: Annotated[int, typer.Option(help="Of the clips.")] = 0,
-    fresh: Annotated[bool, typer.Option(help="Measure again what was measured before.")] = False,
-    pictures: Annotated[Path | None, typer.Option(help="Folder for pictures of the first clips with boxes.")] = None,
-    output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "motion_masks.json",
+    seed: Annotated[int, typer.Option(help="Random seed of the clips.")] = 0,
+    fresh: Annotated[bool, typer.Option(help="Ignore stored measurements.")] = False,
+    pictures: Annotated[Path | None, typer.Option(help="Write pictures of the first clips into this folder.")] = None,
+    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "motion_masks.json",
 ):
     """Measure what is missing, and write the report."""
-    processes, console, start = Processes(), Console(stderr=True), time.perf_counter()
     if quick:
         clips, frames = 1, 20
-    bench = Bench(checkpoint, str(processes.device or "cpu"))
-    names = clip_names(clips, frames, seed)
-
-    def say(done, total):
-        if processes.is_main:
-            console.print(f"clips: {done} of {total} of this process")
-
     options = {"streams": STREAMS, "thresholds": THRESHOLDS, "levels": PIXEL_LEVELS}
-    found = measure_clips(bench, names, measure_motion, options, processes, fresh=fresh, on_clip=say)
-    if not processes.is_main:
+    found = measure_suite(checkpoint, clips, frames, seed, measure_motion, options, fresh)
+    if found is None:
         return
+    bench, measured, about = found
     if pictures is not None:
-        save_pictures(bench, [name for name in names if name.number == 0], pictures)
-    measured = list(zip(names, found, strict=True))
+        save_pictures(bench, [name for name, _ in measured if name.number == 0], pictures)
     report = {
-        **provenance(),
-        "commit": checkout_commit(),
-        "checkpoint": {"name": checkpoint.name, "weights": bench.weights},
-        "clips": {"of_each_motion": clips, "frames": frames, "seed": seed, "drawings": SPLIT, "in_all": len(names)},
+        **about,
         "labels_known": len(bench.things),
         "least_iou": LEAST_IOU,
-        "processes": processes.count,
-        "seconds": round(time.perf_counter() - start, 1),
         "options": STREAMS,
         "masks": masks_table(measured),
         "objects": objects_table(measured),

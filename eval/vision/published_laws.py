@@ -13,9 +13,6 @@ baseline. It holds or does not hold only if an interval says so. Results that we
 `eval/results/published_laws.json` and `docs/laws.png`. T frames, N patches.
 """
 
-import os
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,29 +20,25 @@ import numpy as np
 import torch
 import typer
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from eval.language.findings import finding
-from eval.report import RESULTS, provenance, tidy, wide_console, write_figure, write_whole
+from eval.report import RESULTS, tidy, wide_console, write_figure, write_whole
 from eval.vision.clip_statistics import Estimate, correlation, difference, estimate, mean, rounded, share, shown
 from eval.vision.composed_bench import (
     CHECKPOINT,
-    SPLIT,
     Bench,
     Clip,
-    ClipName,
     Figures,
-    clip_names,
+    Measured,
     dense_outputs,
     label_places,
-    measure_clips,
+    measure_suite,
 )
 from eval.vision.composed_clips import LEAST_VISIBLE, Actor, ClipSpec, Truth, path_offset, view
 from neuroflow_hf.evaluation.equal_cost import shares_at
-from neuroflow_hf.utils.processes import Processes
-from neuroflow_hf.utils.provenance import checkout_commit, report_text
+from neuroflow_hf.utils.provenance import report_text
 from neuroflow_hf.vision.patches import project_patches
 from neuroflow_hf.vision.selection import surprise
 
@@ -75,8 +68,6 @@ PUBLISHED_STABILITY = {"inactive": 0.83, "active": 0.41}
 PUBLISHED_SHIFT = 0.73
 FIRST_REPEATED = "control: first frame repeated"  # a key of the stored report
 COLOURS = {"holds": "green", "does not hold": "red"}
-
-Measured = Sequence[tuple[ClipName, Figures]]
 
 # --- measuring a clip ------------------------------------------------------------------------------------------------
 
@@ -714,46 +705,31 @@ def main(
     frames: Annotated[int, typer.Option(help="Frames of each clip.", min=16)] = 48,
     seed: Annotated[int, typer.Option(help="Random seed of the clips.")] = 0,
     fresh: Annotated[bool, typer.Option(help="Ignore stored measurements.")] = False,
-    output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "published_laws.json",
-    plot: Annotated[Path, typer.Option(help="The picture to write.")] = RESULTS.parents[1] / "docs" / "laws.png",
+    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "published_laws.json",
+    plot: Annotated[Path, typer.Option(help="Write this picture.")] = RESULTS.parents[1] / "docs" / "laws.png",
 ):
     """Measure what is missing, decide, and write the report and the picture."""
-    processes, console, start = Processes(), Console(stderr=True), time.perf_counter()
     if quick:
         clips, frames = 1, 24
-    bench = Bench(checkpoint, str(processes.device or "cpu"))
-    names = clip_names(clips, frames, seed)
-
-    def say(done, total):
-        if processes.is_main:
-            console.print(f"clips: {done} of {total} of this process")
-
-    found = measure_clips(bench, names, measure_laws, {"settings": SETTINGS}, processes, fresh=fresh, on_clip=say)
-    if not processes.is_main:
+    found = measure_suite(checkpoint, clips, frames, seed, measure_laws, {"settings": SETTINGS}, fresh)
+    if found is None:
         return
-    measured = list(zip(names, found, strict=True))
+    bench, measured, about = found
     report = {
-        **provenance(),
-        "commit": checkout_commit(),
-        "checkpoint": {"name": checkpoint.name, "weights": bench.weights},
-        "clips": {"of_each_motion": clips, "frames": frames, "seed": seed, "drawings": SPLIT, "in_all": len(names)},
+        **about,
         "labels": len(bench.things),
-        "processes": processes.count,
-        "seconds": round(time.perf_counter() - start, 1),
         "options": SETTINGS,
         "published_method": MEMORY,
         "settings": settings_table(measured),
         "motions": motions_table(measured),
         "stability": stability_table(measured),
         "swaps": swaps_table(measured),
-        "frames_after_something_left": int(sum(one["gone"][1:].sum() for one in found)),
+        "frames_after_something_left": int(sum(one["gone"][1:].sum() for _, one in measured)),
         "findings": findings(measured),
     }
     write_whole(output, report_text(report))
     write_figure(plot, plot_laws(report, measured), dpi=110)
-    console = wide_console()
-    console.print(findings_table(report["findings"]))
-    console.print(f"{np.sum([len(one['label']) for one in found])} frames, {report['seconds']} s, {os.fspath(output)}")
+    wide_console().print(findings_table(report["findings"]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Every mode on the shipped clip against the controls that it has to beat.
+Every mode on the shipped clip against the baselines that it has to beat.
 
     python -m eval.vision.vision_controls
 
@@ -92,8 +92,8 @@ def measure(model, frames, dense, options) -> dict:
 
 @torch.inference_mode()
 def main(
-    max_frames: Annotated[int, typer.Option(help="How many frames of the clip.")] = 100,
-    output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "vision_controls.json",
+    max_frames: Annotated[int, typer.Option(help="Stop after N frames.")] = 100,
+    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "vision_controls.json",
 ):
     """Run all methods and write the table as JSON."""
     folder = build_tower(default_tower_dir())

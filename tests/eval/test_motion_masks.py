@@ -6,17 +6,20 @@ import torch
 
 from eval.vision.composed_bench import Clip, ClipName, clip_names, measure_clips
 from eval.vision.composed_clips import Truth
-from eval.vision.motion_masks import ALL, labels_table, masks_table, objects_table
-from eval.vision.motion_measure import (
+from eval.vision.motion_masks import (
+    ALL,
     MASK_COLUMNS,
     OBJECT_COLUMNS,
     box_iou,
     box_of,
     expected,
+    labels_table,
     mask_row,
+    masks_table,
     matches,
     measure_motion,
     moving_boxes,
+    objects_table,
     pixel_differences,
 )
 from neuroflow_hf.utils.processes import Processes
