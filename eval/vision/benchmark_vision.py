@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from eval.report import RESULTS, provenance, write_json
+from eval.report import RESULTS, provenance, wide_console, write_json
 from neuroflow_hf import NeuroFlowSiglipVisionConfig, NeuroFlowSiglipVisionModel
 from neuroflow_hf.video.run import timed
 from neuroflow_hf.vision.cost import dense_frame
@@ -295,7 +295,7 @@ def main(
         console.print("Nothing was measured.")
         raise typer.Exit(1)
     plot(results.report, picture)
-    Console(width=max(console.width, 120)).print(table(results.report))
+    wide_console(120).print(table(results.report))
     if time.monotonic() > until:
         console.print("The time is up. Run the same command again to continue.")
 

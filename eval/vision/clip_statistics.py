@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import rankdata
 
 from neuroflow_hf.evaluation.statistics import bootstrap_interval
 
@@ -91,10 +92,7 @@ def pearson_of_sums(total: np.ndarray) -> np.ndarray:
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks scaled to 0 to 1; equal values share the mean of theirs."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    middles = ends - (counts + 1) / 2
-    return middles[places] / max(1, len(values) - 1)
+    return (rankdata(values) - 1) / max(1, len(values) - 1)
 
 
 def shown(found: Estimate, form: str = "{:.4f}", scale: float = 1.0) -> str:

@@ -4,8 +4,8 @@ Short clips of many kinds, on which methods are compared with their trivial base
     python -m eval.vision.clips --out sheets
 
 Recorded clips come out of pinned wheels, composed ones are rendered over the photographs of the tower's wheels, frame
-by frame and the same at every call. Nothing is committed. Prints how much moves in each clip; with `--out` writes a
-contact sheet of each: six frames, and under them how they differ from the frame before, times eight.
+by frame and the same at every call. Nothing is committed. Writes a contact sheet of each clip: six frames, and under
+them how they differ from the frame before, times eight.
 """
 
 import itertools
@@ -22,7 +22,6 @@ import typer
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from recipes.recordings import FRAMES, RECORDINGS, SIZE, Clip
 from recipes.siglip_dinov2_small.build import default_tower_dir
@@ -484,18 +483,6 @@ NAMES = tuple(source.name for source in SOURCES)
 # --- looking -------------------------------------------------------------------------------------------------------
 
 
-def grey_input(frame: np.ndarray) -> np.ndarray:
-    """A uint8 frame [H, W, 3] in grey at the tower's input size: float32 [224, 224]."""
-    resized = Image.fromarray(frame).resize((224, 224), Image.Resampling.BICUBIC)
-    return np.asarray(resized.convert("L"), dtype=np.float32)
-
-
-def moving_share(grey: np.ndarray, before: np.ndarray) -> float:
-    """Share of 14 pixel patches whose mean absolute difference is over 2 grey levels; both pictures [224, 224]."""
-    patches = np.abs(grey - before).reshape(16, 14, 16, 14).mean(axis=(1, 3))
-    return float((patches > 2).mean())
-
-
 def contact_sheet(frames: Sequence[np.ndarray], height: int = 180) -> Image.Image:
     """Six frames in a row, and under each how it differs from the frame before, times eight."""
     shown = np.linspace(1, len(frames) - 1, 6).round().astype(int)
@@ -511,32 +498,14 @@ def contact_sheet(frames: Sequence[np.ndarray], height: int = 180) -> Image.Imag
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="Folder for a contact sheet per clip.")] = None,
-    name: Annotated[list[str] | None, typer.Option(help="Only this clip; may be given again.")] = None,
+    out: Annotated[Path, typer.Option(help="Write the contact sheets into this folder.")] = Path("sheets"),
+    name: Annotated[list[str] | None, typer.Option(help="Use only this clip; may be given again.")] = None,
 ):
-    """List the clips, with how much moves in each."""
+    """Write a contact sheet of each clip."""
     torch.set_num_threads(1)
-    table = Table("clip", "kind", "real", "frames", "size", "moving", "median", "events", "note")
+    out.mkdir(parents=True, exist_ok=True)
     for clip in track(load_clips(name), "clips", console=Console(stderr=True)):
-        frames = list(clip.frames())
-        grey = [grey_input(frame) for frame in frames]
-        shares = [moving_share(after, before) for before, after in itertools.pairwise(grey)]
-        height, width = frames[0].shape[:2]
-        table.add_row(
-            clip.name,
-            clip.kind,
-            "yes" if clip.real else "no",
-            str(len(frames)),
-            f"{width}x{height}",
-            f"{np.mean(shares):.0%}",
-            f"{np.median(shares):.0%}",
-            " ".join(map(str, clip.events)),
-            clip.note,
-        )
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            contact_sheet(frames).save(out / f"{clip.name}.png")
-    Console().print(table)
+        contact_sheet(list(clip.frames())).save(out / f"{clip.name}.png")
 
 
 if __name__ == "__main__":

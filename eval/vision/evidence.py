@@ -39,9 +39,6 @@ from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.vision.modeling_neuroflow_siglip import NeuroFlowSiglipModel
 from recipes.siglip_dinov2_small.build import default_tower_dir
 
-ROOT = Path(__file__).parents[2]
-
-CHECKPOINT = ROOT / "models" / "neuroflow-siglip-small"
 SEED = 3
 NOTHING = "nothing"
 

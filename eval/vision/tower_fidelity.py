@@ -69,7 +69,7 @@ def compare(found: dict[str, Tensor], mean_training_cls: Tensor, *, one_scene: b
         one_scene: True when all images show one scene, so that no pairs of different scenes exist.
 
     Returns:
-        Summaries by name; controls under "controls".
+        Summaries by name; baselines under "controls".
     """
     cosine = functional.cosine_similarity
     cls, pooled = found["cls"], found["pooled"]
@@ -163,7 +163,7 @@ def main(
     clip: Annotated[Path, typer.Option(help="Video clip of one scene.")] = CLIP,
     views: Annotated[int, typer.Option(help="Images per held-out photograph.")] = 32,
     frames: Annotated[int, typer.Option(help="Frames of the clip.")] = 40,
-    seed: Annotated[int, typer.Option(help="Seed of the views.")] = 1,
+    seed: Annotated[int, typer.Option(help="Random seed of the views.")] = 1,
 ) -> None:
     folder = build_tower(tower_dir or default_tower_dir())
     built = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))

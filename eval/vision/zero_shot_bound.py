@@ -27,7 +27,8 @@ from torch.nn import functional
 from transformers import AutoProcessor, SiglipModel, SiglipVisionModel
 
 from eval.report import RESULTS, fill_block, provenance, write_json, write_whole
-from eval.vision.zero_shot_small import CHECKPOINT, LEAST_SHARE, SEED, accuracy, text_embeddings, with_drawings
+from eval.vision.composed_bench import CHECKPOINT
+from eval.vision.zero_shot_small import LEAST_SHARE, SEED, accuracy, text_embeddings, with_drawings
 from neuroflow_hf.evaluation.statistics import PairedCounts, paired_difference
 from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
 from recipes.siglip_dinov2_small.head import to_pixels
@@ -36,8 +37,6 @@ from recipes.siglip_small.compose import Picture, load_material
 from recipes.siglip_small.features import FeatureStore, cached_features, patch_shares
 from recipes.siglip_small.sources import things
 from recipes.siglip_small.train import Recipe, material_key
-
-ROOT = Path(__file__).parents[2]
 
 COVERED = 0.3  # the share of a patch from which on it counts as the drawing's
 BATCH = 32
@@ -163,8 +162,8 @@ def part_of_styles(styles: list[str], named: Tensor, share: float) -> Tensor:
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
-    pictures: Annotated[int, typer.Option(help="Composed pictures asked for, of each kind.")] = 1600,
-    output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "zero_shot_bound.json",
+    pictures: Annotated[int, typer.Option(help="Number of composed pictures of each kind.")] = 1600,
+    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "zero_shot_bound.json",
     card: Annotated[bool, typer.Option(help="Fill the card's block.")] = True,
 ):
     """Measure, print and write."""

@@ -35,6 +35,7 @@ from rich.progress import track
 from transformers import AutoProcessor, SiglipModel
 
 from eval.report import RESULTS, fill_block, provenance, write_json, write_whole
+from eval.vision.composed_bench import CHECKPOINT
 from neuroflow_hf.evaluation.card import card_with_results, dataset_type
 from neuroflow_hf.evaluation.statistics import wilson
 from recipes.siglip_dinov2_small.head import to_pixels
@@ -50,9 +51,6 @@ from recipes.siglip_small.compose import Material, Picture, compose, load_materi
 from recipes.siglip_small.facts import place_of
 from recipes.siglip_small.sources import things
 
-ROOT = Path(__file__).parents[2]
-
-CHECKPOINT = ROOT / "models" / "neuroflow-siglip-small"
 AGAIN = RESULTS / "zero_shot_small_again.json"
 SEED = 1_000_000  # far from the training's numbers
 LEAST_SHARE = 0.15
@@ -160,7 +158,7 @@ def number_texts(thing) -> dict[str, str]:
 def details(pictures: Sequence[Picture], images: torch.Tensor, texts_of: Callable, truth_of: Callable, embed_texts):
     """
     Of the pictures of one thing, of how many the detail is told right that `truth_of(picture)` says (None: not asked),
-    out of `texts_of(thing)`; and the control, the most frequent one always.
+    out of `texts_of(thing)`; and the baseline, the most frequent one always.
 
     Args:
         images: unit embeddings [P, D].
@@ -187,8 +185,8 @@ def place_in(picture: Picture) -> str | None:
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
-    pictures: Annotated[int, typer.Option(help="Held-out pictures; half as many of the others.")] = 1600,
-    output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "zero_shot_small.json",
+    pictures: Annotated[int, typer.Option(help="Number of held-out pictures; half as many of the others.")] = 1600,
+    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "zero_shot_small.json",
     card: Annotated[bool, typer.Option(help="Fill the card's figures.")] = True,
     card_only: Annotated[bool, typer.Option("--card-only", help="Fill the card from the JSON file alone.")] = False,
 ):

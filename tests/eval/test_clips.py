@@ -167,14 +167,6 @@ def test_what_is_pasted_off_the_picture_or_hidden_leaves_it_alone():
     assert np.array_equal(inside[:19], scene[:19])
 
 
-def test_moving_share_counts_patches():
-    before = np.zeros((224, 224), np.float32)
-    grey = before.copy()
-    grey[:14, :28] = 3
-    assert clips.moving_share(grey, before) == 2 / 256
-    assert clips.grey_input(photo()).shape == (224, 224)
-
-
 def test_a_contact_sheet_has_six_frames_and_their_changes():
     sheet = clips.contact_sheet([photo(seed, 60, 80) for seed in range(7)], height=30)
     assert sheet.size == (6 * 40, 2 * 30)
