@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from ..vision import cost
 from ..vision.attention import can_fold_probe
-from ..vision.gate import savings_after
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.patches import project_patches
 from ..vision.selection import surprise
@@ -253,13 +252,13 @@ class Held(Method):
         self.name, self.trigger, self.frames = name, trigger, frames or DenseFrames(model)
         self.gate = NeuroFlowGateConfig(mode="hold", cost_budget=budget)
         self.count, self.number = 0, 0
-        self.savings: list[float] = []
+        self.credit: list[float] = []
         self.held: Tensor | None = None
 
     def start(self, count: int):
         """Forget all embeddings, and save up the initial credit."""
         self.count, self.number, self.held = count, 0, None
-        self.savings = [self.gate.cost_reserve] * count
+        self.credit = [self.gate.cost_reserve] * count
         self.trigger.start(count)
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
@@ -268,7 +267,7 @@ class Held(Method):
         patches = math.prod(grid_of(tower, pixel_values))
         keyframes = self.trigger.fires(tower, pixel_values, self.number)
         if self.gate.cost_budget is not None:
-            keyframes = keyframes & (torch.tensor(self.savings) > 0)
+            keyframes = keyframes & (torch.tensor(self.credit) > 0)
         if self.number == 0:
             keyframes = torch.ones_like(keyframes)
         rows = wanted_rows(keyframes, count)
@@ -281,9 +280,9 @@ class Held(Method):
         whole = dense_cost(tower, patches)
         spent = self.trigger.costs(tower, pixel_values, whole)
         costs = torch.where(keyframes.cpu(), *(torch.tensor(part / whole) for part in spent))
-        self.savings = [
-            savings_after(self.gate, savings, self.number, cost)
-            for savings, cost in zip(self.savings, costs.tolist(), strict=True)
+        self.credit = [
+            self.gate.budget.credit_after(credit, self.number, cost)
+            for credit, cost in zip(self.credit, costs.tolist(), strict=True)
         ]
         self.number += 1
         mask = keyframes[:, None].expand(-1, patches)

@@ -25,8 +25,8 @@ from ..video.plots import save_plot
 from ..video.preprocess import Preprocessor
 from ..video.reader import VideoError, VideoReader
 from ..video.run import prepare_folder, publish, require_one_patch, settings, stop_on_interrupt, timed
+from ..vision.budget import least_cost
 from ..vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
-from ..vision.gate import unavoidable_cost
 from ..vision.gate_config import PRESETS, NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from ..vision.stream import NeuroFlowStream
@@ -301,7 +301,7 @@ class Bench:
         interval = fitting_interval(options.get("keyframe_interval"), length)
         options = {**options, "keyframe_interval": interval}
         budget = options.get("cost_budget")
-        if budget is not None and budget <= unavoidable_cost(interval, self.looking):  # of a very short stretch
+        if budget is not None and budget <= least_cost(interval, self.looking):  # of a very short stretch
             options["cost_budget"] = None
         gate, counted = NeuroFlowGateConfig.from_options(options), whole_periods(length, interval)
         costs, cosines, milliseconds = [], [], []
@@ -311,7 +311,7 @@ class Bench:
                 output, elapsed = self.forward(image, stream)
                 outputs.append((output.pooler_output[0].float().cpu(), output.cost[0].item(), elapsed))
                 if len(outputs) == 1 and gate.cost_budget is not None:
-                    stream.savings = [gate.cost_budget - 1]
+                    stream.credit = [gate.cost_budget - 1]
                 self.on_step(family, place * counted + len(outputs), len(self.stretches) * counted, None)
             embeddings, stretch_costs, stretch_milliseconds = zip(*outputs, strict=True)
             dense = self.dense[place][:counted].double()

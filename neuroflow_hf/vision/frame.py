@@ -7,12 +7,13 @@ from torch import nn
 
 from .active_set import ActiveSet
 from .attention import can_fold_probe, pool_with_folded_probe
+from .budget import with_affordable_budget
 from .cost import dense_frame as dense_frame_cost
 from .cost import gate as gate_cost
 from .cost import patch_projection as projection_cost
 from .cost import pooling_head as head_cost
 from .extrapolate import carryings_of, weighing_cost
-from .gate import choose_active, require_budget, savings_after, update_references
+from .gate import choose_active, update_references
 from .layer_step import LayerOutput, LayerStep
 from .modes import MODES
 from .patches import active_position_embeddings, position_embeddings, project_patches
@@ -52,7 +53,8 @@ def encode_frame(
     mode = MODES[stream.gate.mode]
     with stream.unchanged_by_errors():
         stream.begin_frame(geometry)
-        require_budget(stream.gate, frame_cost(model, stream, 0, 0, projected=True, folded=False))
+        looking = frame_cost(model, stream, 0, 0, projected=True, folded=False)
+        stream.gate = with_affordable_budget(stream.gate, looking)
         projected = stream.gate.needs_surprise or any(stream.due_keyframes())
         if projected:
             # mode `dense` is SigLIP bit for bit
@@ -86,8 +88,9 @@ def encode_frame(
         frame_cost(model, stream, count, layers, projected, folded)
         for count, layers in zip(active.counts, encoded.multiply_adds, strict=True)
     ]
-    stream.savings = [
-        savings_after(stream.gate, *of_stream) for of_stream in zip(stream.savings, stream.frames, costs, strict=True)
+    stream.credit = [
+        stream.gate.budget.credit_after(*of_stream)
+        for of_stream in zip(stream.credit, stream.frames, costs, strict=True)
     ]
     stream.frames = [frame + 1 for frame in stream.frames]
     stream.frame_in_progress = False

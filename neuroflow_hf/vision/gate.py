@@ -16,10 +16,6 @@ from .selection import (
 )
 from .stream import NeuroFlowStream
 
-# A frame may overdraw by one dense frame, and a keyframe by its number by another one; more, as of a stream whose
-# options were changed on the way, is forgiven.
-MOST_DEBT = 2.0
-
 
 def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[ActiveSet, torch.Tensor | None]:
     """
@@ -69,7 +65,7 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
     for index, (_, mean_score, num_changed, num_active, num_both, num_waited) in enumerate(per_stream):
         changed_fraction = num_changed / num_patches
         holds = gate.hold_fraction is not None and changed_fraction > gate.hold_fraction
-        overdrawn = gate.cost_budget is not None and stream.savings[index] <= 0
+        overdrawn = not gate.budget.allows_encoding(stream.credit[index])
         if not overdrawn:
             keyframes[index] |= asks_for_keyframe(gate, mean_score, changed_fraction, holds, num_waited)
         if keyframes[index]:
@@ -123,39 +119,6 @@ def asks_for_keyframe(
     if gate.keyframe_surprise is not None and may_be_stale and mean_surprise > gate.keyframe_surprise:
         return True
     return holds and gate.max_hold is not None and waited >= gate.max_hold
-
-
-def savings_after(gate: NeuroFlowGateConfig, savings: float, frame: int, cost: float) -> float:
-    """
-    What a stream may spend on the coming frames, in dense frames' worth, after one of this number and cost; positive
-    when the next one may be encoded. Any stretch of T frames after the first spends at most
-    `cost_budget * T + cost_reserve + 1`, for one frame may overdraw, and 1 more with a `keyframe_interval`, whose
-    keyframe may come on top.
-    """
-    if gate.cost_budget is None or frame == 0:
-        return float(gate.cost_reserve)
-    return max(min(savings - cost + gate.cost_budget, float(gate.cost_reserve)), -MOST_DEBT)
-
-
-def unavoidable_cost(keyframe_interval: int | None, looking: float) -> float:
-    """
-    What a stream spends per frame whatever it shows: looking at every frame, which costs a share `looking` of a dense
-    one, and keyframes by their number.
-    """
-    return looking + (0 if keyframe_interval is None else (1 - looking) / keyframe_interval)
-
-
-def require_budget(gate: NeuroFlowGateConfig, looking: float):
-    """Raise a ValueError if a `cost_budget` does not pay for the `unavoidable_cost`: debt would never end."""
-    if gate.cost_budget is None or gate.everything_active or not gate.needs_surprise:
-        return
-    least = unavoidable_cost(gate.keyframe_interval, looking)
-    if gate.cost_budget <= least:
-        keyframes = "" if gate.keyframe_interval is None else f" and a keyframe every {gate.keyframe_interval} frames"
-        raise ValueError(
-            f"Gate option `cost_budget` is {gate.cost_budget}, and looking at every frame{keyframes} costs "
-            f"{least:.3g} of dense; raise the budget, or lift it with None."
-        )
 
 
 def surprise_of(stream: NeuroFlowStream, signal: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 
+from .budget import CostBudget, is_affordable, without_conflict
 from .options import make_options
 
 Mode = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate"]
@@ -49,20 +50,6 @@ PRESETS: dict[str, dict] = {
         "cost_reserve": 4.0,
     },
 }
-
-
-def is_affordable(cost_budget: float | None, keyframe_interval: int | None) -> bool:
-    """Whether a budget pays for the keyframes by their number, if there are both."""
-    return cost_budget is None or keyframe_interval is None or cost_budget * keyframe_interval > 1
-
-
-def without_conflict(preset: dict, named: dict) -> dict:
-    """A preset's options without a budget or interval that does not go with the interval or budget that is named."""
-    budget, interval = ({**preset, **named}.get(name) for name in ("cost_budget", "keyframe_interval"))
-    if is_affordable(budget, interval):
-        return preset
-    dropped = {"cost_budget", "keyframe_interval"} - named.keys()
-    return {name: value for name, value in preset.items() if name not in dropped}
 
 
 @strict
@@ -202,6 +189,9 @@ class NeuroFlowGateConfig:
     memory_blend: float | int = 1.0
     on_change: Literal["error", "keyframe"] = "error"
 
+    # not an option: the budget that came from a preset, and may be lifted for a model that cannot keep it
+    preset_budget = None
+
     def __post_init__(self):
         self.check()
 
@@ -272,12 +262,21 @@ class NeuroFlowGateConfig:
         if preset is not None:
             if preset not in PRESETS:
                 raise ValueError(f"Unknown preset {preset!r}; expected one of {', '.join(PRESETS)}.")
+            own_budget = "cost_budget" in merged
             merged = without_conflict(PRESETS[preset], merged) | merged
-        return make_options(cls, "gate", merged, also_known=("preset",))
+        gate = make_options(cls, "gate", merged, also_known=("preset",))
+        if preset is not None and not own_budget:
+            gate.preset_budget = gate.cost_budget
+        return gate
 
     def to_dict(self) -> dict:
         """All options as plain values."""
         return asdict(self)
+
+    @property
+    def budget(self) -> CostBudget:
+        """`cost_budget` and `cost_reserve` as a token bucket."""
+        return CostBudget(self.cost_budget, self.cost_reserve)
 
     @property
     def everything_active(self) -> bool:

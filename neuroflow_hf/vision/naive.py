@@ -84,7 +84,7 @@ class NaiveStream:
 
     def __init__(self, model: nn.Module, gate: NeuroFlowGateConfig):
         self.model, self.gate = model, gate
-        self.frame, self.savings = 0, float(gate.cost_reserve)
+        self.frame, self.credit = 0, float(gate.cost_reserve)
         self.references: dict[str, list[torch.Tensor]] = {}
         self.age: list[int] = []
         self.outputs: list[torch.Tensor | None] = []
@@ -126,7 +126,7 @@ class NaiveStream:
     def pay(self, cost: float):
         """What the frame cost, of a dense one; multiply-adds are not counted here. For a `cost_budget`."""
         if self.gate.cost_budget is not None and self.frame > 1:
-            self.savings = max(min(self.savings - cost + self.gate.cost_budget, self.gate.cost_reserve), -2.0)
+            self.credit = max(min(self.credit - cost + self.gate.cost_budget, self.gate.cost_reserve), -2.0)
 
     def choose(self, signal: list[torch.Tensor], grid: tuple[int, int]) -> tuple[list[int], bool]:
         """The active patches of a frame, ascending, and whether it is a keyframe."""
@@ -136,7 +136,7 @@ class NaiveStream:
             return everything, True
         if interval is not None and self.frame % interval == 0:
             return everything, True
-        if not gate.needs_surprise or (gate.cost_budget is not None and self.savings <= 0):
+        if not gate.needs_surprise or (gate.cost_budget is not None and self.credit <= 0):
             return [], False
         scores = [
             max(naive_surprise(signal[patch], reference[patch]) for reference in self.references.values())

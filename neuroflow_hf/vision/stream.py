@@ -17,7 +17,7 @@ from .gate_config import NeuroFlowGateConfig
 from .modes import MODES
 from .selection import refreshed_per_frame
 
-STATE_FORMAT = 3
+STATE_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class NeuroFlowStream:
 
     Attributes:
         frames (`list[int]`): how many frames each stream has seen since it was made or last reset.
-        savings (`list[float]`):
-            What each stream may still spend under a `cost_budget`, in dense frames' worth; 0 or less: nothing is
-            encoded until it is even again.
+        credit (`list[float]`):
+            What each stream may still spend under a `cost_budget`, in dense frames' worth. With 0 or less, nothing is
+            encoded until it is above 0 again.
     """
 
     def __init__(self, gate: NeuroFlowGateConfig, batch_size: int = 1):
@@ -81,7 +81,7 @@ class NeuroFlowStream:
     def forget(self):
         """Drop all memory; the next frame may have another shape, and is a keyframe of every stream."""
         self.frames = [0] * self.batch_size
-        self.savings = [float(self.gate.cost_reserve)] * self.batch_size
+        self.credit = [float(self.gate.cost_reserve)] * self.batch_size
         self.geometry: StreamGeometry | None = None
         self.stores: dict | None = None
         self.memory: dict[str, torch.Tensor] = {}
@@ -90,7 +90,7 @@ class NeuroFlowStream:
 
     def reset(self, streams: int | Iterable[int] | None = None):
         """
-        Start streams anew: their next frame is a keyframe, and their savings are the reserve again.
+        Start streams anew: their next frame is a keyframe, and their credit is the reserve again.
 
         Args:
             streams: indices of the streams, one or several; by default all, and then all memory is freed.
@@ -110,7 +110,7 @@ class NeuroFlowStream:
             if not 0 <= index < self.batch_size:
                 raise IndexError(f"There is no stream {index}; this object holds streams 0 to {self.batch_size - 1}.")
         for index in indices:
-            self.frames[index], self.savings[index] = 0, float(self.gate.cost_reserve)
+            self.frames[index], self.credit[index] = 0, float(self.gate.cost_reserve)
 
     @property
     def nbytes(self) -> int:
@@ -219,7 +219,7 @@ class NeuroFlowStream:
                 f"This is not the state of a stream in format {STATE_FORMAT} (found: {found}); expected what "
                 "`state_dict()` of this version returns. A stream saved by another version has to start anew."
             )
-        missing = {"batch_size", "frames", "savings", "geometry", "gate", "memory"} - state.keys()
+        missing = {"batch_size", "frames", "credit", "geometry", "gate", "memory"} - state.keys()
         if missing:
             raise ValueError(f"The state lacks {', '.join(sorted(missing))}; expected what `state_dict()` returned.")
         theirs, ours = stored_by(NeuroFlowGateConfig.from_options(state["gate"])), stored_by(self.gate)
@@ -246,7 +246,7 @@ class NeuroFlowStream:
             else:
                 memory[name] = tensor.clone()
         self.batch_size = state["batch_size"]
-        self.frames, self.savings = list(state["frames"]), list(state["savings"])
+        self.frames, self.credit = list(state["frames"]), list(state["credit"])
         self.geometry, self.memory, self.layer_memories = geometry, memory, layer_memories
         self.stores = None if geometry is None else ours
         self.frame_in_progress = False
@@ -294,7 +294,7 @@ class NeuroFlowStream:
             "format": STATE_FORMAT,
             "batch_size": self.batch_size,
             "frames": list(self.frames),
-            "savings": list(self.savings),
+            "credit": list(self.credit),
             "geometry": geometry,
             "gate": self.gate.to_dict(),
         }
@@ -343,12 +343,12 @@ def memory_layout(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) ->
 def require_complete(state: dict, layout: dict[str, tuple[int, ...]]):
     """Raise a ValueError unless a state has frames for all streams and its memories are as `layout` says."""
     batch_size, geometry, memory = (state[key] for key in ("batch_size", "geometry", "memory"))
-    counts = {len(state["frames"]), len(state["savings"]), batch_size if geometry is None else geometry["batch_size"]}
-    if not all(isinstance(value, float) and math.isfinite(value) for value in state["savings"]):
-        raise ValueError(f"The state's savings are {state['savings']!r}; expected a finite number for each stream.")
+    counts = {len(state["frames"]), len(state["credit"]), batch_size if geometry is None else geometry["batch_size"]}
+    if not all(isinstance(value, float) and math.isfinite(value) for value in state["credit"]):
+        raise ValueError(f"The state's credits are {state['credit']!r}; expected a finite number for each stream.")
     if counts != {batch_size}:
         raise ValueError(
-            f"The state is of {batch_size} streams, and its frames, savings or memories are of another number."
+            f"The state is of {batch_size} streams, and its frames, credits or memories are of another number."
         )
     if geometry is not None and "pooled" in memory:
         layout = {**layout, "pooled": (batch_size, geometry["hidden_size"])}

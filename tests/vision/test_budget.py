@@ -1,14 +1,20 @@
 """A stream's `cost_budget`: what it may spend, when it holds, and what is not its business."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neuroflow_hf import NeuroFlowGateConfig, NeuroFlowStream
+from neuroflow_hf import (
+    NeuroFlowGateConfig,
+    NeuroFlowSiglipVisionConfig,
+    NeuroFlowSiglipVisionModel,
+    NeuroFlowStream,
+)
 from neuroflow_hf.video.records import gate_rule
-from neuroflow_hf.vision.gate import savings_after
-from tests.conftest import GATED_MODES, NUM_PATCHES, play, random_video
+from tests.conftest import GATED_MODES, NUM_PATCHES, TINY_VISION, play, random_video
 
 MOVING = {"keyframe_surprise": 0.0}  # whatever moves is a keyframe
 
@@ -66,7 +72,7 @@ def test_what_quiet_frames_leave_over_is_spent_when_something_happens(vision):
     assert at_first == 5  # 3 saved up, 0.3 more for each, and one that overdraws
     assert dense_in_a_row(play(vision, moving(10, seed=1), stream)) <= 1
     play(vision, moving(1, seed=2) * 40, stream)
-    assert stream.savings == [3.0]
+    assert stream.credit == [3.0]
     assert dense_in_a_row(play(vision, moving(10, seed=3), stream)) == at_first
 
 
@@ -104,7 +110,7 @@ def test_everything_active_is_beyond_any_budget(vision):
     assert all(output.active_mask.all() for output in play(vision, moving(5), stream))
 
 
-def test_each_stream_of_a_batch_has_its_own_savings_and_reset_gives_new_ones(vision):
+def test_each_stream_of_a_batch_has_its_own_credit_and_reset_gives_new_ones(vision):
     options = {"mode": "context", "cost_budget": 0.1, "cost_reserve": 2, **MOVING}
     still, busy = random_video(1)[0], moving(8, seed=1)
     batched, alone = vision.new_stream(batch_size=2, **options), vision.new_stream(**options)
@@ -112,42 +118,42 @@ def test_each_stream_of_a_batch_has_its_own_savings_and_reset_gives_new_ones(vis
         output = vision(pixel_values=torch.cat([still, frame]), stream=batched)
         single = vision(pixel_values=frame, stream=alone)
         assert output.cost[1] == single.cost[0]
-    assert batched.savings == [2.0, alone.savings[0]]
-    assert batched.savings[1] < 0
+    assert batched.credit == [2.0, alone.credit[0]]
+    assert batched.credit[1] < 0
     batched.reset(1)
-    assert batched.savings == [2.0, 2.0]
+    assert batched.credit == [2.0, 2.0]
     vision(pixel_values=torch.cat([still, busy[0]]), stream=batched)
-    assert batched.savings == [2.0, 2.0]
+    assert batched.credit == [2.0, 2.0]
 
 
-def test_savings_are_saved_and_untouched_by_a_refused_frame(vision, tmp_path):
+def test_credit_are_saved_and_untouched_by_a_refused_frame(vision, tmp_path):
     stream = vision.new_stream(mode="context", cost_budget=0.1, cost_reserve=2, **MOVING)
     frames = moving(8)
     play(vision, frames[:4], stream)
-    before = list(stream.savings)
+    before = list(stream.credit)
     with pytest.raises(ValueError, match="NaN"):
         vision(pixel_values=frames[4] * torch.nan, stream=stream)
-    assert stream.savings == before
+    assert stream.credit == before
     stream.save(tmp_path / "stream.safetensors")
     restored = NeuroFlowStream.load(tmp_path / "stream.safetensors")
-    assert restored.savings == before
+    assert restored.credit == before
     for ours, theirs in zip(play(vision, frames[4:], stream), play(vision, frames[4:], restored), strict=True):
         assert torch.equal(ours.active_mask, theirs.active_mask)
 
 
-@pytest.mark.parametrize("savings", [[None], ["x"], [float("nan")], [], "1"])
-def test_savings_that_are_no_numbers_are_refused(vision, savings):
+@pytest.mark.parametrize("credit", [[None], ["x"], [float("nan")], [], "1"])
+def test_credit_that_are_no_numbers_are_refused(vision, credit):
     stream = vision.new_stream(mode="context", cost_budget=0.1)
     play(vision, moving(2), stream)
-    state, before = stream.state_dict(), list(stream.savings)
-    with pytest.raises(ValueError, match="savings"):
-        stream.load_state_dict({**state, "savings": savings})
-    assert stream.savings == before
+    state, before = stream.state_dict(), list(stream.credit)
+    with pytest.raises(ValueError, match="credit"):
+        stream.load_state_dict({**state, "credit": credit})
+    assert stream.credit == before
 
 
 def test_without_a_budget_nothing_is_counted():
     gate = NeuroFlowGateConfig()
-    assert savings_after(gate, gate.cost_reserve, 5, cost=1.0) == gate.cost_reserve
+    assert gate.budget.credit_after(gate.cost_reserve, 5, cost=1.0) == gate.cost_reserve
 
 
 @pytest.mark.parametrize(
@@ -182,7 +188,7 @@ def test_a_debt_of_options_that_were_changed_is_forgiven(vision):
     frames = moving(100)
     play(vision, frames[:50], stream)
     stream.gate.threshold = 0.01
-    assert stream.savings == [-2.0]
+    assert stream.credit == [-2.0]
     dense = costs_of(play(vision, frames[50:], stream)) > 0.9
     assert 7 <= dense[10:].sum() <= 10
 
@@ -224,3 +230,34 @@ def test_what_is_named_overrides_a_presets_budget_or_interval():
 def test_a_run_says_what_it_may_cost():
     assert gate_rule(NeuroFlowGateConfig()) == "threshold 0.01"
     assert gate_rule(NeuroFlowGateConfig(token_budget=9, cost_budget=0.1)) == "9 patches, cost budget 0.1"
+
+
+@pytest.fixture
+def small_vision():
+    """A model on which looking at a frame, and a keyframe every 30, costs more than the default's budget."""
+    sizes = {"image_size": 32, "patch_size": 16, "num_hidden_layers": 2}
+    return NeuroFlowSiglipVisionModel(NeuroFlowSiglipVisionConfig(**TINY_VISION | sizes)).eval()
+
+
+def test_the_default_s_budget_is_lifted_for_a_model_that_cannot_keep_it(small_vision, tmp_path):
+    frames = random_video(6, changed=0.5, size=32)
+    stream = small_vision.new_stream()
+    with pytest.warns(UserWarning, match="`cost_budget` of 0.25 is lifted") as warned:
+        play(small_vision, frames, stream)
+    assert len(warned) == 1
+    assert 0.25 < stream.gate.cost_budget <= 1
+    stream.save(tmp_path / "stream.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        play(small_vision, frames, NeuroFlowStream.load(tmp_path / "stream.safetensors"))
+
+
+@pytest.mark.parametrize("options", [{"cost_budget": 0.25}, {"cost_budget": 0.2}])
+def test_a_budget_that_the_user_set_is_not_lifted(small_vision, options):
+    frame = random_video(1, size=32)[0]
+    with pytest.raises(ValueError, match=f"`cost_budget` is {options['cost_budget']}, and looking"):
+        small_vision(pixel_values=frame, stream=small_vision.new_stream(**options))
+    stream = small_vision.new_stream(preset="thrifty")
+    stream.gate.cost_budget = options["cost_budget"]
+    with pytest.raises(ValueError, match="`cost_budget`"):
+        small_vision(pixel_values=frame, stream=stream)
