@@ -29,9 +29,9 @@ from torch.nn import functional
 
 from eval.recordings import Scene
 from eval.report import RESULTS, tidy, wide_console, with_interval, write_figure, write_json
+from eval.vision.composed_bench import CHECKPOINT
 from eval.vision.equal_cost import best_baseline, families_of, statistic_interval
 from eval.vision.evidence import (
-    CHECKPOINT,
     Checkpoint,
     Clips,
     DenseEvery,

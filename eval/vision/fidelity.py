@@ -27,9 +27,9 @@ from rich.table import Table
 from torch.nn import functional
 
 from eval.report import RESULTS, wide_console, with_interval, write_json
+from eval.vision.composed_bench import CHECKPOINT
 from eval.vision.equal_cost import best_baseline, families_of
 from eval.vision.evidence import (
-    CHECKPOINT,
     QUICK_FRAMES,
     Checkpoint,
     DenseEvery,

@@ -27,9 +27,9 @@ from torch.nn import functional
 
 from eval.recordings import RecordSettings, Scene, chosen_changes
 from eval.report import RESULTS, wide_console, with_interval, write_json
+from eval.vision.composed_bench import CHECKPOINT
 from eval.vision.equal_cost import best_baseline, families_of, statistic_interval
 from eval.vision.evidence import (
-    CHECKPOINT,
     NOTHING,
     Checkpoint,
     Clips,
