@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROCESSES ?= 2
-EVIDENCE := accuracy reaction fidelity published_laws motion_masks calibration
+EVIDENCE := accuracy reaction fidelity published_laws motion_masks
 QUICK := neuroflow-evidence
 
 .PHONY: demo test check docs format bench drift evidence evidence-quick hub siglip-small phi3-nano wheel clean help

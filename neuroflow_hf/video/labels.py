@@ -35,7 +35,6 @@ class Labels:
         template: what the text tower read, with `{}` where the label stands.
         text_embeddings: float32 [L, D], of length 1.
         logit_scale, logit_bias: `logit = logit_scale * cos + logit_bias`; the scale is the factor, not its logarithm.
-        label_bias: float32 [L], added to the labels' logits for streamed frames, from `calibration.py`; None for none.
     """
 
     names: tuple[str, ...]
@@ -43,13 +42,11 @@ class Labels:
     text_embeddings: Tensor
     logit_scale: float
     logit_bias: float
-    label_bias: Tensor | None = None
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Embeddings of frames [..., D] to float32 [..., L]: `SiglipModel`'s `logits_per_image`, calibrated or not."""
+        """Embeddings of frames [..., D] to float32 [..., L]: `SiglipModel`'s `logits_per_image`."""
         texts = self.text_embeddings.to(embeddings.device)
-        logits = functional.normalize(embeddings.float(), dim=-1) @ texts.T * self.logit_scale + self.logit_bias
-        return logits if self.label_bias is None else logits + self.label_bias.to(logits.device)
+        return functional.normalize(embeddings.float(), dim=-1) @ texts.T * self.logit_scale + self.logit_bias
 
     def scores(self, embeddings: Tensor) -> Tensor:
         """Embeddings of frames [..., D] to the probability of each label by itself, float32 [..., L]."""
