@@ -393,7 +393,7 @@ def fidelity_table(summary: dict) -> Table:
         (f"control: dense every {every}, held {every} frames", f"{1 / every:.3f}", cosines["held"], "dim"),
     ]
     control = summary["held_at_cost"]
-    if control:
+    if control and control["every"] != every:
         label = f"control: dense every {control['every']}, held {control['every']} frames"
         rows.append((label, f"{control['cost']:.3f}", control["cosine"], "dim"))
     for label, cost, values, style in rows:

@@ -111,6 +111,16 @@ def embed_labels(
     )
 
 
+def needs_lower_case(tokenizer: Any) -> bool:
+    """
+    Whether texts have to be lower-cased for this tokenizer. SigLIP 2 was trained on lower-case text, and the Gemma
+    tokenizer that its checkpoints come with keeps capitals; SigLIP 1's tokenizer lower-cases by itself.
+    """
+    return any(
+        "gemma" in kind.__name__.lower() or "siglip2" in kind.__name__.lower() for kind in type(tokenizer).mro()
+    )
+
+
 def tokenize(tokenizer: Any, texts: Sequence[str], text_config: Any) -> dict[str, Tensor]:
     """
     `input_ids` int64 [L, P] of the texts, all padded to the P positions of the text tower, as SigLIP was trained. Its
@@ -121,6 +131,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str], text_config: Any) -> dict[str
             pad, or has tokens that the text tower does not know.
     """
     length = text_config.max_position_embeddings
+    if needs_lower_case(tokenizer):
+        texts = [text.lower() for text in texts]
     encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=False)
     for text, ids in zip(texts, encoded["input_ids"], strict=True):
         if len(ids) > length:

@@ -22,6 +22,7 @@ from transformers.models.siglip.modeling_siglip import (
     SiglipTextModel,
     SiglipVisionEmbeddings,
 )
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig, adopt_config
 from .frame import FrameResult, encode_frame
@@ -288,7 +289,7 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
         """
         if stream is None:
             return super().forward(pixel_values, interpolate_pos_encoding, **kwargs)
-        return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        return_dict = pop_return_dict(kwargs, self.config)
         refuse_recording(self.config, kwargs)
         result = encode_frame(self, pixel_values, stream, interpolate_pos_encoding)
         output = vision_output(result)
@@ -325,6 +326,7 @@ class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
             setattr(wrapper, name, getattr(model, name))
         return wrapper.train(model.training)
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
@@ -333,7 +335,7 @@ class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
         **kwargs,
     ) -> BaseModelOutputWithPooling | NeuroFlowSiglipVisionOutput:
         """The vision tower's output, see [`NeuroFlowSiglipVisionModel.forward`]; the embedding is `pooler_output`."""
-        return self.vision_model(pixel_values, interpolate_pos_encoding, stream=stream, **kwargs)
+        return self.vision_model(pixel_values, interpolate_pos_encoding, stream=stream, return_dict=True, **kwargs)
 
     def _forward_frame(self, pixel_values, stream, **kwargs):
         return self.get_image_features(pixel_values, stream=stream, **kwargs)
@@ -372,7 +374,7 @@ class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, Sigl
         """
         if stream is None:
             return super().forward(pixel_values, labels, interpolate_pos_encoding, **kwargs)
-        return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        return_dict = pop_return_dict(kwargs, self.config)
         refuse_recording(self.config, kwargs)
         if stream.gate.mode == "eliminate" and stream.gate.least_active == 0:
             raise ValueError(
@@ -409,6 +411,12 @@ def mean_of_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | None)
     if token_mask is None:
         return hidden_states.mean(dim=1)
     return (hidden_states * token_mask.unsqueeze(-1)).sum(dim=1) / token_mask.sum(dim=1, keepdim=True)
+
+
+def pop_return_dict(kwargs: dict, config) -> bool:
+    """Take `return_dict` out of the keywords; None, as for transformers' own forwards, is what the config says."""
+    return_dict = kwargs.pop("return_dict", None)
+    return config.return_dict if return_dict is None else return_dict
 
 
 def refuse_recording(config, kwargs: dict):

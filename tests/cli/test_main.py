@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import neuroflow_hf.loading
 import neuroflow_hf.video.reader
-from neuroflow_hf.cli.main import app, control_note, parse_gate
+from neuroflow_hf.cli.main import app, control_note, fidelity_table, parse_gate
 from neuroflow_hf.vision.modes import MODES
 
 PROCESSOR = {
@@ -325,3 +325,16 @@ def test_version_and_help():
     printed = call("run", "--help").stdout
     for mode in MODES:
         assert mode in printed
+
+
+@pytest.mark.parametrize("every, rows", [(12, 3), (6, 4)])
+def test_a_baseline_is_printed_once(every, rows):
+    figures = {"mean": 0.98, "p5": 0.97, "min": 0.96}
+    summary = {
+        "compared_frames": 10,
+        "cosine_to_dense": dict.fromkeys(("streamed", "first_frame", "held"), figures),
+        "dense_every": 12,
+        "cost": {"mean": 0.1},
+        "held_at_cost": {"every": every, "cost": 1 / every, "cosine": figures},
+    }
+    assert fidelity_table(summary).row_count == rows

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -16,7 +17,7 @@ from neuroflow_hf.cli.main import timeline_table
 from neuroflow_hf.loading import ModelLoadError, load_model, load_model_with_labels, load_text_model
 from neuroflow_hf.utils.provenance import fingerprint
 from neuroflow_hf.video.label_records import agreement, label_caption, label_line, percent, shortened, timeline
-from neuroflow_hf.video.labels import Labels, check_labels, embed_labels, parse_labels
+from neuroflow_hf.video.labels import Labels, check_labels, embed_labels, parse_labels, tokenize
 from neuroflow_hf.video.overlay import overlay_frame
 from neuroflow_hf.video.plots import LABEL_COLOURS, plot_run
 from neuroflow_hf.video.reader import VideoReader
@@ -455,3 +456,24 @@ def test_the_library_takes_labels_made_by_hand(clip, vision, tmp_path):
         VideoReader(clip, max_frames=3), vision, Preprocessor(resolution=24), tmp_path, overlay=False, labels=labels
     )
     assert result.summary["labels"]["names"] == ["left", "right"]
+
+
+class GemmaTokenizerOfATest:
+    """Keeps capitals, as Gemma's tokenizer does, which SigLIP 2 checkpoints come with."""
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[1 + ord(letter) % 50 for letter in text.ljust(4)[:4]] for text in texts]}
+
+
+class TokenizerOfATest:
+    """Another one that keeps capitals."""
+
+    __call__ = GemmaTokenizerOfATest.__call__
+
+
+def test_texts_for_siglip_2_are_lower_cased_and_others_are_not():
+    config = SimpleNamespace(max_position_embeddings=4, vocab_size=60)
+    capitals, lower = (tokenize(GemmaTokenizerOfATest(), [text], config)["input_ids"] for text in ("A Dog", "a dog"))
+    assert torch.equal(capitals, lower)
+    capitals, lower = (tokenize(TokenizerOfATest(), [text], config)["input_ids"] for text in ("A Dog", "a dog"))
+    assert not torch.equal(capitals, lower)

@@ -29,7 +29,7 @@ from neuroflow_hf import (
     NeuroFlowSiglipVisionConfig,
     NeuroFlowSiglipVisionModel,
 )
-from tests.conftest import IMAGE_SIZE, TINY_TEXT, TINY_VISION, lively
+from tests.conftest import IMAGE_SIZE, TINY_TEXT, TINY_VISION, lively, random_video
 
 PARTS = {"text_config": TINY_TEXT, "vision_config": TINY_VISION}
 # kind: stock class and its configuration, our class and its configuration, the options of both configurations
@@ -582,3 +582,16 @@ def test_files_saved_after_loading_name_weights_as_stock_files_do(classes, stock
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             names.append(set(file.keys()))
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("of_call", [None, False, True])
+@pytest.mark.parametrize("of_config", [False, True])
+def test_image_features_obey_return_dict(stock_model, streams, of_call, of_config):
+    stock, ours = copy.deepcopy(stock_model), NeuroFlowSiglipModel.from_siglip(copy.deepcopy(stock_model))
+    stock.config.return_dict = ours.config.return_dict = of_config
+    options = {"pixel_values": random_video(1)[0], "return_dict": of_call}
+    more = {"stream": ours.new_stream(mode="context")} if streams else {}
+    with torch.no_grad():
+        expected, found = stock.get_image_features(**options), ours.get_image_features(**options, **more)
+    assert isinstance(found, tuple) == isinstance(expected, tuple)
