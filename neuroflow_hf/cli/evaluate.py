@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .errors import one_line_errors, require_dtype
+from .progress import CommandProgress
 
 LABELS = "Labels"
 OUTPUT = "Output"
@@ -171,29 +172,20 @@ def wanted_frames(frames: int | None, quick: bool) -> int | None:
 @contextlib.contextmanager
 def eval_progress() -> Iterator[Any]:
     """A progress bar on stderr; yields what `evaluate_checkpoint` calls."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("videos"))
     console = Console(stderr=True, highlight=False)
-    progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+    progress = CommandProgress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
     task = progress.add_task("reading", total=None)
 
     def on_step(video, what, done, total):
-        progress.start()  # not before there is something to show: an error should stand alone
         progress.update(task, description=escape(f"{video[-40:]}: {what}"), completed=done, total=total)
 
     try:
         yield on_step
     finally:
-        if progress.live.is_started:
-            progress.stop()
+        progress.close()
 
 
 def write_evaluation(report: dict, out: Path, existing_card: str | None, card: bool) -> list[str]:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .errors import one_line_errors, require_dtype
+from .progress import CommandProgress
 
 BYPASS = "Bypass (defaults: the model's own, else those named here)"
 OUTPUT = "Comparison and output"
@@ -316,21 +317,19 @@ def run_drift(
 @contextlib.contextmanager
 def drift_progress() -> Iterator[Any]:
     """A progress bar on stderr; yields what `evaluate_drift` calls."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
+    progress = CommandProgress(*columns, console=Console(stderr=True, highlight=False), transient=True)
     task = progress.add_task("dense", total=None)
 
     def on_step(what, done, total):
-        progress.start()  # not before there is something to show: an error should stand alone
         progress.update(task, description=what, completed=done, total=total)
 
     try:
         yield on_step
     finally:
-        if progress.live.is_started:
-            progress.stop()
+        progress.close()
 
 
 def write_drift(report: dict, paths: dict[str, Path], published: Sequence[dict] = ()) -> list[Path]:

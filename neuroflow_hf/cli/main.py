@@ -16,6 +16,7 @@ from rich.table import Table
 from .errors import EXIT_DAMAGED, EXIT_INTERRUPTED, EXIT_UNREACHED, one_line_errors, require_dtype
 from .evaluate import evaluate
 from .language import drift, generate
+from .progress import CommandProgress
 
 app = typer.Typer(
     help="SigLIP over video without computing again what did not change.",
@@ -290,7 +291,7 @@ def run(
 @contextlib.contextmanager
 def frame_progress(expected_frames: int | None) -> Iterator[Any]:
     """A progress bar on stderr; yields what to call with each frame's record."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("frames"),
@@ -299,18 +300,16 @@ def frame_progress(expected_frames: int | None) -> Iterator[Any]:
         TextColumn("skip {task.fields[skip]}  cost {task.fields[cost]}"),
         TimeRemainingColumn(),
     )
-    progress = Progress(*columns, console=Console(stderr=True))
+    progress = CommandProgress(*columns, console=Console(stderr=True))
     task = progress.add_task("frames", total=expected_frames, skip="-", cost="-")
 
     def on_frame(record):
-        progress.start()  # not before there is something to show: an error should stand alone
         progress.update(task, advance=1, skip=f"{record.skip_rate:.1%}", cost=f"{record.cost:.3f}")
 
     try:
         yield on_frame
     finally:
-        if progress.live.is_started:  # else it would print an empty line where stderr is no terminal
-            progress.stop()
+        progress.close()
 
 
 def print_run(result: Any, out: Path):
@@ -561,16 +560,15 @@ def tune(
 @contextlib.contextmanager
 def tune_progress(statistic: str) -> Iterator[Any]:
     """A progress bar on stderr, with a line above it for each setting measured; yields what `tune_video` calls."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
     from ..evaluation.tuning_report import figure_words
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"))
-    progress = Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
+    progress = CommandProgress(*columns, console=Console(stderr=True, highlight=False), transient=True)
     task = progress.add_task("reading", total=None)
 
     def on_step(what, done, total, point):
-        progress.start()  # not before there is something to show: an error should stand alone
         progress.update(task, description=what, completed=done, total=total)
         if point is not None:
             progress.console.print(figure_words(point, statistic), soft_wrap=True)
@@ -578,8 +576,7 @@ def tune_progress(statistic: str) -> Iterator[Any]:
     try:
         yield on_step
     finally:
-        if progress.live.is_started:
-            progress.stop()
+        progress.close()
 
 
 def print_tuning(result: Any):
