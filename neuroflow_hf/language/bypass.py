@@ -75,7 +75,7 @@ class BypassStep:
             last_two = state.last(self.gate_name, 2)
             self.decide(None if last_two is None else similarity_of(last_two[:, 1], last_two[:, 0]))
 
-    def concerns(self, layer: int) -> bool:
+    def applies_to(self, layer: int) -> bool:
         """Whether this layer does anything but be computed."""
         return layer == self.options.gate_layer or layer in self.cache_layers
 
@@ -122,14 +122,14 @@ class BypassStep:
         """Whether no row bypasses the cache layers."""
         return len(self.rows) == self.shape[0]
 
-    def see_gate(self, output: torch.Tensor):
+    def observe_gate(self, output: torch.Tensor):
         """Take the gate layer's attention output [B, n, D]; decide, if that is what decides."""
         if self.rows is None:
             self.decide(similarity_of(output[:, 0], self.state.last(self.gate_name)[:, 0]))
         if self.token_mask is not None:
             output = output.masked_fill(~self.token_mask.unsqueeze(-1), torch.nan)  # padding is like nothing
         if self.options.gate_layer in self.cache_layers and self.options.skips_attention and not self.computes_all:
-            # a gate that was bypassed itself has nothing to say: its reused output would be like itself for ever
+            # a bypassed gate layer repeats its own output; store NaN: its reused output would be like itself for ever
             computed = torch.zeros(self.shape[0], 1, 1, dtype=torch.bool, device=output.device)
             computed[self.rows] = True
             output = output.masked_fill(~computed, torch.nan)
@@ -151,7 +151,7 @@ class BypassStep:
         return output
 
     def run(self, layer: nn.Module, compute, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
-        """The output [B, n, D] of a decoder layer that this concerns, for `hidden` [B, n, D]."""
+        """The output [B, n, D] of a decoder layer that this applies to, for `hidden` [B, n, D]."""
         return bypassing_layer(layer, hidden, self, **kwargs)
 
     def finish(self, cache):
@@ -256,7 +256,7 @@ def bypassing_layer(
     else:
         attended = attend(normed)
     if index == step.options.gate_layer:
-        step.see_gate(attended)
+        step.observe_gate(attended)
     hidden = hidden + layer.resid_attn_dropout(attended)
 
     normed = layer.post_attention_layernorm(hidden)

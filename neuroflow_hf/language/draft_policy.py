@@ -11,8 +11,8 @@ PRIOR_SHARE, PRIOR_WEIGHT = 0.7, 2.0  # of guesses that come true, until some we
 LOOKUP_PRIORS = {1: 0.4, 2: 0.6}  # the same for lookups, by how many tokens were found; of more, as above
 PRIOR_DRAFTING = 0.6  # seconds that a step of drafting takes, over a dense one's, until one was observed
 PRIOR_CHECKING = {2: 1.1, 10: 1.5}  # the same of dense forwards over so many tokens, until some were observed
-HICCUP = 3.0  # what takes longer than this many times the mean was interrupted by something else
-WORTH = 1.1  # times the speed of the choice before must be expected of one: less is within what clocks can tell
+OUTLIER_FACTOR = 3.0  # what takes longer than this many times the mean was interrupted by something else
+MIN_SPEEDUP = 1.1  # times the speed of the choice before must be expected of one: less is within what clocks can tell
 FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # tokens without a guess, where guessing does not pay
 
 
@@ -43,7 +43,7 @@ class Lookup:
         return 0, []
 
 
-class Record:
+class AcceptanceRate:
     """How a drafter has done: the share of its guesses that came true, with older ones fading."""
 
     def __init__(self, prior: float = PRIOR_SHARE):
@@ -66,7 +66,7 @@ class Record:
         return (1 - share ** (length + 1)) / (1 - share)
 
 
-class Line:
+class RunningLinearFit:
     """Running least squares of y over x: where a line through what was seen lies, which never falls."""
 
     def __init__(self):
@@ -85,7 +85,7 @@ class Line:
         return mean_y + max(0.0, slope) * (x - mean_x)
 
 
-class Pace:
+class LatencyModel:
     """
     Seconds that a dense forward over n tokens takes, and one step of drafting. The step from one token to two is one
     of its own (masks, other kernels), and each further token adds little, so those over several lie on a line.
@@ -98,7 +98,7 @@ class Pace:
         self.prior_drafting = prior_drafting
         self.plain_steps = 0
         self.single: float | None = None
-        self.several = Line()
+        self.several = RunningLinearFit()
         self.drafting: float | None = None
 
     def checked(self, tokens: int, seconds: float):
@@ -108,7 +108,7 @@ class Pace:
             first = self.plain_steps <= 2
             self.single = min(seconds, self.single or seconds) if first else blend(self.single, seconds)
         elif self.single is not None:
-            self.several.learn(tokens, min(seconds, HICCUP * self.checking(tokens - 1)))
+            self.several.learn(tokens, min(seconds, OUTLIER_FACTOR * self.checking(tokens - 1)))
 
     def drafted(self, steps: int, seconds: float):
         """Take in some steps of drafting."""
@@ -130,7 +130,7 @@ class Pace:
 
 def blend(before: float | None, now: float) -> float:
     """A running mean, which one interruption does not move far."""
-    return now if before is None else MEMORY * before + (1 - MEMORY) * min(now, HICCUP * before)
+    return now if before is None else MEMORY * before + (1 - MEMORY) * min(now, OUTLIER_FACTOR * before)
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Draft:
 
     tokens: list[int] = field(default_factory=list)
     source: str = "none"
-    record: Record | None = None
+    record: AcceptanceRate | None = None
 
 
 class Drafts:
@@ -149,14 +149,14 @@ class Drafts:
     Args:
         options: of the lossless generation.
         draft_with_bypass: `(token, length) -> tokens`, the bypassed model's continuation.
-        prior_drafting: as in `Pace`.
+        prior_drafting: as in `LatencyModel`.
     """
 
     def __init__(self, options: NeuroFlowLosslessConfig, draft_with_bypass, prior_drafting: float = PRIOR_DRAFTING):
         self.options, self.draft_with_bypass = options, draft_with_bypass
         self.lookup = Lookup(options.max_ngram)
-        self.records: dict[str, Record] = {}
-        self.pace = Pace(prior_drafting)
+        self.records: dict[str, AcceptanceRate] = {}
+        self.pace = LatencyModel(prior_drafting)
 
     def next(self, tokens: list[int], limit: int) -> Draft:
         """A draft of at most `limit` tokens to follow `tokens`; often an empty one."""
@@ -186,13 +186,13 @@ class Drafts:
         self.pace.drafted(len(drafted), time.perf_counter() - start)
         return Draft(drafted, source, record)
 
-    def best(self, candidates: list, position: int) -> tuple[str, Record, int] | None:
+    def best(self, candidates: list, position: int) -> tuple[str, AcceptanceRate, int] | None:
         """
         Of candidates `(source, record, most tokens)`, the one and the length with the most expected tokens per
-        second; None if that is not to draft. A later one must be WORTH more than an earlier one.
+        second; None if that is not to draft. A later one must be MIN_SPEEDUP more than an earlier one.
         """
         chosen, trial = None, None
-        plain = fastest = WORTH / self.pace.single
+        plain = fastest = MIN_SPEEDUP / self.pace.single
         for source, record, most in candidates:
             rates = {
                 length: record.expected(length) / self.pace.seconds(length, source == "bypass")
@@ -207,12 +207,12 @@ class Drafts:
                 record.waits_until = position + record.pause
                 record.pause = min(2 * record.pause, LONGEST_PAUSE)
             if rates[length] > fastest:
-                chosen, fastest = (source, record, length), WORTH * rates[length]
+                chosen, fastest = (source, record, length), MIN_SPEEDUP * rates[length]
         return chosen or trial  # trials are for where nothing is known to pay
 
-    def record(self, name: str, prior: float = PRIOR_SHARE) -> Record:
+    def record(self, name: str, prior: float = PRIOR_SHARE) -> AcceptanceRate:
         """A drafter's record, by its name and, for lookups, by how much was found."""
-        return self.records.setdefault(name, Record(prior))
+        return self.records.setdefault(name, AcceptanceRate(prior))
 
     def learn(self, draft: Draft, accepted: int, seconds: float):
         """Take in that so many of a draft's tokens came true, and that checking them took so long."""

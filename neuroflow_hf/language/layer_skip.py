@@ -29,7 +29,7 @@ class LayerChanges:
         self.after: list[torch.Tensor] = []  # the last dense forward, [1, n, D]
         self.passed = 0  # such runs, in this forward
 
-    def concerns(self, layer: int) -> bool:
+    def applies_to(self, layer: int) -> bool:
         """Whether this layer is passed over, or its hidden states are to be remembered."""
         if self.is_drafting:
             return layer in self.layers

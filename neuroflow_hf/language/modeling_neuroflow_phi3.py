@@ -29,13 +29,13 @@ from .speculative_decoding import decode_losslessly
 
 
 class NeuroFlowPhi3DecoderLayer(Phi3DecoderLayer):
-    """Phi-3's decoder layer; with a `bypass_step`, that says what is done in the layers it concerns."""
+    """Phi-3's decoder layer; with a `bypass_step`, that says what is done in the layers it applies to."""
 
     def forward(
         self, hidden_states: torch.Tensor, bypass_step: BypassStep | LayerChanges | None = None, **kwargs
     ) -> torch.Tensor:
         """`hidden_states` [B, n, D] to [B, n, D]."""
-        if bypass_step is None or not bypass_step.concerns(self.self_attn.layer_idx):
+        if bypass_step is None or not bypass_step.applies_to(self.self_attn.layer_idx):
             return super().forward(hidden_states, **kwargs)
         return bypass_step.run(self, super().forward, hidden_states, **kwargs)
 

@@ -32,7 +32,7 @@ class LosslessCounts:
         drafts: checks with a draft.
         draft_steps: bypassed forwards.
         drafted: tokens guessed, by drafter (`"lookup"`, `"bypass"`).
-        accepted: those of them that came true, by drafter.
+        accepted: draft tokens that verification kept, by drafter.
     """
 
     tokens: int = 0
@@ -63,7 +63,7 @@ class NeuroFlowLosslessOutput(GenerateDecoderOnlyOutput):
     lossless: LosslessCounts | None = None
 
 
-class Sequence:
+class DecodingState:
     """
     One sequence: its tokens, the model's cache of all but the last, and what a forward over more needs.
 
@@ -95,7 +95,7 @@ class Sequence:
                 self.check_bypass = replace(bypass, threshold=NEVER)  # remembers what drafts will reuse
         # Phi-3 with long RoPE turns all keys anew once a text gets longer than this
         turns = model.config.rope_parameters["rope_type"] == "longrope" and self.embeds is None
-        self.turns_after = model.config.original_max_position_embeddings if turns else None
+        self.reprefill_after = model.config.original_max_position_embeddings if turns else None
 
     def forward(self, inputs: dict, keep: int, bypass) -> torch.Tensor:
         """The logits of the last `keep` tokens fed, [keep, V]."""
@@ -117,7 +117,7 @@ class Sequence:
         held = self.cache.get_seq_length()
         start = held if is_whole else 0
         if held > start:
-            self.turns_after = None  # what the cache holds cannot be fed anew
+            self.reprefill_after = None  # what the cache holds cannot be fed anew
         if self.embeds is None:
             inputs = {"input_ids": torch.tensor([self.tokens[start:]], device=self.device)}
             count = len(self.tokens) - start
@@ -144,19 +144,19 @@ class Sequence:
         return self.forward(inputs, keep, bypass)
 
     @property
-    def must_turn(self) -> bool:
+    def needs_reprefill(self) -> bool:
         """Whether the next forward has to begin anew, with all tokens."""
-        if self.turns_after is None:
+        if self.reprefill_after is None:
             return False
-        return self.cache.get_seq_length() <= self.turns_after < len(self.tokens)
+        return self.cache.get_seq_length() <= self.reprefill_after < len(self.tokens)
 
     def most_drafted(self, max_length: int) -> int:
         """How many tokens may be drafted: one more comes by itself, and all are turned alike."""
         limit = max_length - len(self.tokens) - 1
-        if self.must_turn:
+        if self.needs_reprefill:
             return 0
-        if self.turns_after is not None and len(self.tokens) <= self.turns_after:
-            limit = min(limit, self.turns_after - len(self.tokens))
+        if self.reprefill_after is not None and len(self.tokens) <= self.reprefill_after:
+            limit = min(limit, self.reprefill_after - len(self.tokens))
         return limit
 
     def draft(self, token: int, length: int, choose, ends: set[int]) -> list[int]:
@@ -191,7 +191,7 @@ class Sequence:
 
     def check(self, drafted: list[int]) -> torch.Tensor:
         """Feed the last token and a draft densely; the logits after each of them, [1 + drafted, V]."""
-        if self.must_turn:
+        if self.needs_reprefill:
             self.cache = DynamicCache(config=self.model.config)
             return self.feed(self.tokens, 1, self.check_bypass)
         record_past(self.cache, bool(drafted))
@@ -275,7 +275,7 @@ def decode_losslessly(
         ValueError: for what it cannot do, with what to do instead.
     """
     refuse_unsupported(input_ids, generation_config, model_kwargs)
-    sequence = Sequence(model, options, input_ids, model_kwargs)
+    sequence = DecodingState(model, options, input_ids, model_kwargs)
     stop, counts = Stop(stopping_criteria, input_ids.device), LosslessCounts()
     tokens, processors = sequence.tokens, logits_processor
 

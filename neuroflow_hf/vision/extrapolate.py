@@ -28,7 +28,7 @@ def likeness(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return COMMON_SHARE + (1 - COMMON_SHARE) * ((a @ b.mT - 1) / LIKENESS_WIDTH).exp()
 
 
-def carrying_weights(
+def correction_weights(
     features: torch.Tensor, sources: torch.Tensor, changed: torch.Tensor, encoded: torch.Tensor
 ) -> torch.Tensor:
     """
@@ -50,19 +50,19 @@ def carrying_weights(
     to_all = likeness(unit, source_unit) * (changed.unsqueeze(1) == source_changed)
     among = likeness(source_unit, source_unit) * (source_changed.unsqueeze(1) == source_changed)
     among.diagonal().add_(NOISE)
-    # positive definite by the noise, so that nothing has to be checked, which a device would be waited for
+    # positive definite by the noise: `cholesky_ex` skips the check, which would synchronise with the device
     weights = to_all @ torch.cholesky_inverse(torch.linalg.cholesky_ex(among).L)
     return weights.masked_fill(encoded.unsqueeze(1), 0)
 
 
 @dataclass(frozen=True)
-class Carrying:
+class Correction:
     """
-    What one stream's patches learn from each other on one frame.
+    How one stream's stale patches are corrected on one frame, from those that were encoded.
 
     Args:
         stream: its number.
-        weights: [N, S], as of `carrying_weights`, in the type of the memories.
+        weights: [N, S], as of `correction_weights`, in the type of the memories.
         sources: int64 [S], the sources' places among all encoded rows [M, D].
         places: int64 [S], their places in the stream.
     """
@@ -72,27 +72,27 @@ class Carrying:
     sources: torch.Tensor
     places: torch.Tensor
 
-    def into(self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor):
+    def apply(self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor):
         """
-        Carry what fresh rows [M, D] show over to the patches of `memory[name]`, [B, N, D], that were not encoded.
-        The encoded ones are not written.
+        Move the stale patches of `memory[name]`, [B, N, D], by the innovations of fresh rows [M, D]. Encoded patches
+        are not written.
         """
         innovation = fresh[self.sources] - memory[name][self.stream, self.places]
         add_to_memory(memory, name, self.stream, self.weights, innovation)
 
     def multiply_adds(self, dim: int) -> int:
-        """Of `into`, once."""
+        """Multiply-adds of applying it to one memory."""
         return self.weights.numel() * dim
 
 
-def carryings_of(features: torch.Tensor, active: ActiveSet) -> list[Carrying]:
+def build_corrections(features: torch.Tensor, active: ActiveSet) -> list[Correction]:
     """
-    What is carried over on a frame, for each stream in which there is something to learn and somebody to learn it.
+    One correction for each stream that has both freshly encoded and stale patches of a group.
 
     Args:
         features: [B, N, D], the remembered outputs, before this frame's are written.
     """
-    carryings, first_row = [], 0
+    corrections, first_row = [], 0
     for stream, count in enumerate(active.counts):
         from_changed, from_still = groups_to_learn_from(active, stream)
         if from_changed or from_still:
@@ -101,14 +101,14 @@ def carryings_of(features: torch.Tensor, active: ActiveSet) -> list[Carrying]:
             is_source = (row_changed & bool(from_changed)) | (~row_changed & bool(from_still))
             sources = torch.nonzero_static(is_source, size=from_changed + from_still).squeeze(1)
             places = rows[sources]
-            weights = carrying_weights(features[stream], places, active.changed[stream], active.mask[stream])
-            carryings.append(Carrying(stream, weights.to(features.dtype), first_row + sources, places))
+            weights = correction_weights(features[stream], places, active.changed[stream], active.mask[stream])
+            corrections.append(Correction(stream, weights.to(features.dtype), first_row + sources, places))
         first_row += count
-    return carryings
+    return corrections
 
 
 def groups_to_learn_from(active: ActiveSet, stream: int) -> tuple[int, int]:
-    """How many encoded patches did change, and did not; 0 if none of that group was left out, who could learn."""
+    """How many encoded patches changed, and how many did not; 0 for a group of which no patch is stale."""
     if active.keyframes[stream]:
         return 0, 0
     changed, changed_encoded = active.changed_counts[stream]
@@ -119,7 +119,7 @@ def groups_to_learn_from(active: ActiveSet, stream: int) -> tuple[int, int]:
     )
 
 
-def weighing_cost(carrying: Carrying, dim: int) -> int:
-    """Multiply-adds of `carrying_weights`: the likenesses, the inverse of those among the sources, and the product."""
-    patches, sources = carrying.weights.shape
+def weights_cost(correction: Correction, dim: int) -> int:
+    """Multiply-adds of `correction_weights`: the likenesses, the inverse among the sources, and the product."""
+    patches, sources = correction.weights.shape
     return (patches + sources) * sources * dim + sources**3 // 2 + patches * sources**2

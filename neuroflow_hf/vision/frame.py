@@ -12,7 +12,7 @@ from .cost import dense_frame as dense_frame_cost
 from .cost import gate as gate_cost
 from .cost import patch_projection as projection_cost
 from .cost import pooling_head as head_cost
-from .extrapolate import carryings_of, weighing_cost
+from .extrapolate import build_corrections, weights_cost
 from .gate import choose_active, update_references
 from .layer_step import LayerOutput, LayerStep
 from .modes import MODES
@@ -157,9 +157,9 @@ def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: Ne
     """
     layers, spent = model.encoder.layers, [0] * len(active.counts)
     dim = model.config.hidden_size
-    carryings = []
-    if MODES[stream.gate.mode].carries_changes and not all(active.keyframes):
-        carryings = carryings_of(stream.memory["output"], active)
+    corrections = []
+    if MODES[stream.gate.mode].corrects_stale and not all(active.keyframes):
+        corrections = build_corrections(stream.memory["output"], active)
     for layer, memory in zip(layers, stream.layer_memories, strict=True):
         # A checkpointed layer would run again in the backward pass, when its memory is that of a later frame. Outside
         # of training no layer is checkpointed, and threads that share the model must not see its flags change.
@@ -167,16 +167,16 @@ def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: Ne
         try:
             if checkpointed:
                 layer.gradient_checkpointing = False
-            step = LayerStep(stream.gate, active, memory, carryings)
+            step = LayerStep(stream.gate, active, memory, corrections)
             hidden = layer(hidden, None, step=step)
         finally:
             if checkpointed:
                 layer.gradient_checkpointing = True
         spent = [before + added for before, added in zip(spent, step.output.multiply_adds, strict=True)]
     fresh = model.post_layernorm(hidden)
-    for carrying in carryings:
-        carrying.into(stream.memory, "output", fresh)
-        spent[carrying.stream] += weighing_cost(carrying, dim) + carrying.multiply_adds(dim)
+    for correction in corrections:
+        correction.apply(stream.memory, "output", fresh)
+        spent[correction.stream] += weights_cost(correction, dim) + correction.multiply_adds(dim)
     return LayerOutput(fresh, spent)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .active_set import ActiveSet
-from .extrapolate import Carrying
+from .extrapolate import Correction
 from .gate_config import NeuroFlowGateConfig
 
 LayerMemory = dict[str, torch.Tensor]
@@ -50,7 +50,7 @@ class LayerStep:
         gate: the options.
         active: the active set.
         memory: what is kept for this layer.
-        carryings: what patches that were not encoded learn from those that were (mode `extrapolate`).
+        corrections: what patches that were not encoded learn from those that were (mode `extrapolate`).
 
     Attributes:
         output: what the mode's layer function returned. The layer leaves it here, and itself returns the hidden
@@ -60,7 +60,7 @@ class LayerStep:
     gate: NeuroFlowGateConfig
     active: ActiveSet
     memory: LayerMemory
-    carryings: list[Carrying] = field(default_factory=list)
+    corrections: list[Correction] = field(default_factory=list)
     output: LayerOutput | None = None
 
 

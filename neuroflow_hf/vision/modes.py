@@ -37,8 +37,8 @@ def layer_in_context(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) ->
     def with_stored(key, value):
         stored = []
         for name, fresh in (("key", key), ("value", value)):
-            for carrying in step.carryings:
-                carrying.into(step.memory, name, fresh)
+            for correction in step.corrections:
+                correction.apply(step.memory, name, fresh)
             if kept[name].heads_first:
                 stored.append(active.remember_by_head(step.memory, name, fresh, heads))
             else:
@@ -47,8 +47,8 @@ def layer_in_context(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) ->
 
     hidden = layer_on_rows(layer, hidden, active, with_stored)
     costs = [attention_cost(count, patches, count, dim) + mlp_cost(count, dim, inner) for count in active.counts]
-    for carrying in step.carryings:
-        costs[carrying.stream] += 2 * carrying.multiply_adds(dim)
+    for correction in step.corrections:
+        costs[correction.stream] += 2 * correction.multiply_adds(dim)
     return LayerOutput(hidden, costs)
 
 
@@ -94,14 +94,14 @@ class Mode:
             or only the active rows, [M, D].
         pools_all_patches: whether the head sees all N patches, or the active ones.
         layer_memories: what is kept for every layer, by name.
-        carries_changes: whether patches that were not encoded learn from those that were.
+        corrects_stale: whether patches that were not encoded learn from those that were.
     """
 
     layer: Callable[[nn.Module, torch.Tensor, LayerStep], LayerOutput]
     encodes_all_patches: bool = False
     pools_all_patches: bool = True
     layer_memories: dict[str, PatchMemory] = field(default_factory=dict)
-    carries_changes: bool = False
+    corrects_stale: bool = False
 
 
 MODES = {
@@ -112,6 +112,6 @@ MODES = {
     "reconstruct": Mode(layer_among_active),
     "context": Mode(layer_in_context, layer_memories=dict.fromkeys(("key", "value"), PatchMemory(heads_first=True))),
     "extrapolate": Mode(
-        layer_in_context, layer_memories=dict.fromkeys(("key", "value"), PatchMemory()), carries_changes=True
+        layer_in_context, layer_memories=dict.fromkeys(("key", "value"), PatchMemory()), corrects_stale=True
     ),
 }

@@ -44,7 +44,9 @@ def naive_attention(attention: nn.Module, query: torch.Tensor, keys: list, value
     return torch.cat(heads)
 
 
-def naive_carrying(outputs: list[torch.Tensor], changed: set[int], encoded: list[int]) -> dict[int, dict[int, float]]:
+def naive_correction_weights(
+    outputs: list[torch.Tensor], changed: set[int], encoded: list[int]
+) -> dict[int, dict[int, float]]:
     """
     For every patch that was not encoded, how much of each encoded patch's innovation it takes over: simple kriging
     among the patches that changed, and among those that did not.
@@ -66,7 +68,7 @@ def naive_carrying(outputs: list[torch.Tensor], changed: set[int], encoded: list
     return weights
 
 
-def naive_carry(stored: dict | list, fresh: dict[int, torch.Tensor], weights: dict[int, dict[int, float]]):
+def naive_correct(stored: dict | list, fresh: dict[int, torch.Tensor], weights: dict[int, dict[int, float]]):
     """Move what is stored of patches that were not encoded by the innovations of those that were."""
     innovations = {source: fresh[source] - stored[source] for source in fresh}
     for patch, shares in weights.items():
@@ -107,12 +109,12 @@ class NaiveStream:
         active, keyframe = self.choose(signal, grid)
         weights = {}
         if self.gate.mode == "extrapolate" and not keyframe:
-            weights = naive_carrying(self.outputs, self.changed, active)
+            weights = naive_correction_weights(self.outputs, self.changed, active)
         fresh = self.encode(tokens, active, weights) if active else {}
         if not self.outputs:
             self.outputs = [None] * len(patches)
         if weights:
-            naive_carry(self.outputs, fresh, weights)
+            naive_correct(self.outputs, fresh, weights)
         share = 1 if keyframe or self.gate.mode == "mlp" else self.gate.memory_blend
         for patch, output in fresh.items():
             self.outputs[patch] = output if share == 1 else (1 - share) * self.outputs[patch] + share * output
@@ -178,7 +180,7 @@ class NaiveStream:
     def encode(self, tokens: list[torch.Tensor], active: list[int], weights: dict) -> dict[int, torch.Tensor]:
         """
         The last layer's outputs after the final layer norm, of the patches that the mode passes through; `weights`
-        as of `naive_carrying`.
+        as of `naive_correction_weights`.
         """
         mode = self.gate.mode
         travelling = range(len(tokens)) if mode == "mlp" else active
@@ -189,8 +191,8 @@ class NaiveStream:
             keys = {patch: attention.k_proj(vector) for patch, vector in normed.items()}
             values = {patch: attention.v_proj(vector) for patch, vector in normed.items()}
             if weights:
-                naive_carry(memory["key"], keys, weights)
-                naive_carry(memory["value"], values, weights)
+                naive_correct(memory["key"], keys, weights)
+                naive_correct(memory["value"], values, weights)
             if mode in ("context", "extrapolate"):
                 memory["key"].update(keys)
                 memory["value"].update(values)

@@ -11,7 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from neuroflow_hf import NeuroFlowLosslessConfig
 from neuroflow_hf.language.bypass_state import find_state
-from neuroflow_hf.language.draft_policy import Draft, Drafts, Lookup, Record
+from neuroflow_hf.language.draft_policy import AcceptanceRate, Draft, Drafts, Lookup
 from neuroflow_hf.language.layer_skip import LayerChanges
 from neuroflow_hf.language.speculative_decoding import decode_losslessly
 from tests.conftest import assert_close_in_norm
@@ -108,7 +108,7 @@ def test_a_draft_changes_by_what_each_run_of_layers_changed_at_the_last_position
         changes.begin()
         for index, layer in enumerate(layers):
             compute = functools.partial(lambda hidden, by: hidden * by, by=index + 2)
-            hidden = changes.run(layer, compute, hidden) if changes.concerns(index) else compute(hidden)
+            hidden = changes.run(layer, compute, hidden) if changes.applies_to(index) else compute(hidden)
         return hidden
 
     dense = torch.tensor([[[1.0], [10.0], [100.0]]])
@@ -475,7 +475,7 @@ def test_free_guesses_are_preferred():
 
 
 def test_old_outcomes_fade():
-    record = Record()
+    record = AcceptanceRate()
     for _ in range(50):
         record.learn(4, 0)
     assert record.share < 0.05

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.vision.active_set import ActiveSet
-from neuroflow_hf.vision.extrapolate import COMMON_SHARE, NOISE, carrying_weights, carryings_of, likeness
+from neuroflow_hf.vision.extrapolate import COMMON_SHARE, NOISE, build_corrections, correction_weights, likeness
 from tests.conftest import FLOAT32_IN_MODE, NUM_PATCHES, assert_close_in_norm, random_video
 
 
@@ -32,7 +32,7 @@ def active_set(changed, encoded):
 def test_weights_are_those_of_a_gaussian_process(seed, encoded):
     features, changed, encoded = picture(seed, (), encoded)
     sources = encoded.nonzero().flatten()
-    weights = carrying_weights(features, sources, changed, encoded)
+    weights = correction_weights(features, sources, changed, encoded)
     unit = torch.nn.functional.normalize(features.double(), dim=-1)
     covariance = likeness(unit, unit)
     for patch in range(12):
@@ -47,7 +47,7 @@ def test_weights_are_those_of_a_gaussian_process(seed, encoded):
 def test_patches_learn_more_from_those_like_them():
     features = torch.eye(4)[[0, 0, 1, 1]] + 0.01 * torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     encoded = torch.tensor([True, False, True, False])
-    weights = carrying_weights(features, torch.tensor([0, 2]), torch.zeros(4, dtype=torch.bool), encoded)
+    weights = correction_weights(features, torch.tensor([0, 2]), torch.zeros(4, dtype=torch.bool), encoded)
     assert weights[1, 0] > 5 * weights[1, 1] > 0
     assert weights[3, 1] > 5 * weights[3, 0] > 0
 
@@ -57,31 +57,31 @@ def test_what_more_sentinels_agree_on_is_believed_more():
     shares = []
     for count in (1, 4, 8):
         encoded = torch.arange(9) < count
-        shares.append(carrying_weights(features, torch.arange(count), still, encoded)[8].sum().item())
+        shares.append(correction_weights(features, torch.arange(count), still, encoded)[8].sum().item())
     assert 0.5 < shares[0] < shares[1] < shares[2] < 1
 
 
 def test_nothing_passes_between_changed_patches_and_still_ones():
     features, changed, encoded = picture(1, changed=range(6), encoded=(0, 1, 8, 9))
-    (carrying,) = carryings_of(features.unsqueeze(0), active_set(changed, encoded))
-    assert carrying.places.tolist() == [0, 1, 8, 9]
-    assert carrying.sources.tolist() == [0, 1, 2, 3]
-    assert carrying.weights[2:6, 2:].eq(0).all()
-    assert carrying.weights[[6, 7, 10, 11], :2].eq(0).all()
-    assert carrying.weights[2:6, :2].ne(0).all()
-    assert carrying.weights[[6, 7, 10, 11], 2:].ne(0).all()
+    (correction,) = build_corrections(features.unsqueeze(0), active_set(changed, encoded))
+    assert correction.places.tolist() == [0, 1, 8, 9]
+    assert correction.sources.tolist() == [0, 1, 2, 3]
+    assert correction.weights[2:6, 2:].eq(0).all()
+    assert correction.weights[[6, 7, 10, 11], :2].eq(0).all()
+    assert correction.weights[2:6, :2].ne(0).all()
+    assert correction.weights[[6, 7, 10, 11], 2:].ne(0).all()
 
 
 def test_where_all_that_changed_is_encoded_only_sentinels_are_asked():
     features, changed, encoded = picture(2, changed=range(3), encoded=(0, 1, 2, 7, 9))
-    (carrying,) = carryings_of(features.unsqueeze(0), active_set(changed, encoded))
-    assert carrying.places.tolist() == [7, 9]
-    assert carrying.sources.tolist() == [3, 4]
+    (correction,) = build_corrections(features.unsqueeze(0), active_set(changed, encoded))
+    assert correction.places.tolist() == [7, 9]
+    assert correction.sources.tolist() == [3, 4]
 
 
 def test_without_sentinels_there_is_nothing_to_carry():
     features, changed, encoded = picture(3, changed=range(3), encoded=range(3))
-    assert carryings_of(features.unsqueeze(0), active_set(changed, encoded)) == []
+    assert build_corrections(features.unsqueeze(0), active_set(changed, encoded)) == []
 
 
 def test_no_sentinel_extrapolates_as_context_does(vision):
