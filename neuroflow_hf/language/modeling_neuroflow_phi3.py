@@ -18,6 +18,8 @@ from transformers.models.phi3.modeling_phi3 import (
     Phi3RMSNorm,
     Phi3RotaryEmbedding,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from .bypass import BypassStep, begin_step, record_confidence
 from .bypass_config import NeuroFlowBypassConfig
@@ -32,7 +34,10 @@ class NeuroFlowPhi3DecoderLayer(Phi3DecoderLayer):
     """Phi-3's decoder layer; with a `bypass_step`, that says what is done in the layers it applies to."""
 
     def forward(
-        self, hidden_states: torch.Tensor, bypass_step: BypassStep | LayerChanges | None = None, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        bypass_step: BypassStep | LayerChanges | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """`hidden_states` [B, n, D] to [B, n, D]."""
         if bypass_step is None or not bypass_step.applies_to(self.self_attn.layer_idx):
@@ -133,7 +138,7 @@ class NeuroFlowPhi3Model(NeuroFlowPhi3PreTrainedModel, Phi3Model):
         use_cache: bool | None = None,
         bypass: dict | bool | NeuroFlowBypassConfig | None = None,
         has_head: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
         As transformers' method, and
@@ -219,7 +224,7 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         bypass: dict | bool | NeuroFlowBypassConfig | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """
         As transformers' method; `bypass` as in [`NeuroFlowPhi3Model.forward`], with a guard if wanted. A guard knows

@@ -22,6 +22,8 @@ from transformers.models.siglip.modeling_siglip import (
     SiglipTextModel,
     SiglipVisionEmbeddings,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig, adopt_config
@@ -81,7 +83,7 @@ class NeuroFlowSiglipEncoderLayer(SiglipEncoderLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         step: LayerStep | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """`hidden_states` [B, N, D] without a step; with one, what the mode passes through its layers."""
         if step is None:
@@ -274,7 +276,7 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = False,
         stream: NeuroFlowStream | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling | NeuroFlowSiglipVisionOutput:
         """
         Args:
@@ -332,7 +334,7 @@ class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = False,
         stream: NeuroFlowStream | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling | NeuroFlowSiglipVisionOutput:
         """The vision tower's output, see [`NeuroFlowSiglipVisionModel.forward`]; the embedding is `pooler_output`."""
         return self.vision_model(pixel_values, interpolate_pos_encoding, stream=stream, return_dict=True, **kwargs)
@@ -363,7 +365,7 @@ class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, Sigl
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         stream: NeuroFlowStream | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput | NeuroFlowSiglipImageClassifierOutput:
         """
         Args:
