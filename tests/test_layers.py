@@ -106,3 +106,20 @@ def test_importing_the_package_imports_no_extra():
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.decode().strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "module, missing, extra",
+    [
+        ("neuroflow_hf.cli.main", "typer", "cli"),
+        ("neuroflow_hf.video", "av", "video"),
+        ("neuroflow_hf.video", "PIL", "video"),
+    ],
+)
+def test_a_missing_extra_is_named(module, missing, extra):
+    program = f"import sys; sys.modules[{missing!r}] = None; import {module}"
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert run.returncode == 1
+    assert f'pip install "neuroflow-hf[{extra}]"' in run.stderr.decode()
