@@ -209,7 +209,8 @@ model = NeuroFlowSiglipVisionModel.from_pretrained(sys.argv[1]).eval()
 recorder = Recorder(model, PREPROCESS, Path(sys.argv[2]), SETTINGS)
 mine = []
 recorder.run([SCENES, [make_scene(7)]], SPECS, lambda what, number, total: mine.append(what))
-print(f"{{recorder.processes.index}} of {{recorder.processes.count}} did {{len(mine)}}", flush=True)
+# one write, for the line of the other process must not come between
+sys.stdout.write(f"{{recorder.processes.index}} of {{recorder.processes.count}} did {{len(mine)}}\\n")
 assert not recorder.missing(SCENES, SPECS)  # all of them wait for each other
 """
 
