@@ -45,7 +45,7 @@ class BypassState:
 
     Each record is a list of tensors [B, n, ...] whose n add up to the positions recorded, so that it can be cropped,
     reordered and repeated as keys and values are. Appending copies nothing: a bypassed step's output *is* that of the
-    step before. What is recorded, and under which names, is the business of `neuroflow_bypass`.
+    step before. `bypass.py` decides what is recorded, and names it.
 
     Memory: at most B * T * D * (1 + parts * cache layers) numbers of the model's dtype, for B sequences of T positions
     and width D: the gate's output, and of each cache layer one part (`attention` or `mlp`) or two (`block`). The KV
@@ -53,7 +53,7 @@ class BypassState:
     values, and more with grouped heads. Bypassed steps share their tensors with the step before and take next to
     nothing until rows are reordered. It cannot be less without breaking the promise that a cache cropped to *any*
     length goes on as if it had never been longer: what a step reuses was last computed at a position that may be the
-    last one kept. Lossless drafts that pass over whole layers do without (`neuroflow_skip`).
+    last one kept. Lossless drafts that skip whole layers keep none (`layer_skip.py`).
 
     Args:
         first_layer: the cache's first layer; with offloading, the one to be fetched after this.
