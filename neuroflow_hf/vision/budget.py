@@ -71,7 +71,7 @@ def with_affordable_budget(gate, looking: float):
             f"Gate option `cost_budget` is {gate.cost_budget}, and {reason}; raise the budget, or lift it with None."
         )
     lifted = copy.copy(gate)
-    lifted.cost_budget = min(1.0, SPARE * least)
+    lifted.cost_budget = lifted.preset_budget = min(1.0, SPARE * least)
     warnings.warn(
         f"The preset's `cost_budget` of {gate.cost_budget} is lifted to {lifted.cost_budget:.3g} for this stream: on "
         f"so small a model, {reason}. Set `cost_budget` to choose another value.",

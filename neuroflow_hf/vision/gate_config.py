@@ -189,7 +189,8 @@ class NeuroFlowGateConfig:
     memory_blend: float | int = 1.0
     on_change: Literal["error", "keyframe"] = "error"
 
-    # not an option: the budget that came from a preset, and may be lifted for a model that cannot keep it
+    # Not an option: the `cost_budget` if it comes from a preset. It may be lifted for a model that cannot keep
+    # it; a `cost_budget` that differs from it was set by the user.
     preset_budget = None
 
     def __post_init__(self):

@@ -276,7 +276,9 @@ class NeuroFlowStream:
             if header is None:
                 raise ValueError(f"{path} holds no stream; expected a file written by `stream.save()`.")
             state = {**json.loads(header), "memory": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
-        stream = cls(NeuroFlowGateConfig.from_options(state["gate"]), state["batch_size"])
+        gate = NeuroFlowGateConfig.from_options(state["gate"])
+        gate.preset_budget = state.get("preset_budget")
+        stream = cls(gate, state["batch_size"])
         stream.load_state_dict(state)
         return stream
 
@@ -297,6 +299,7 @@ class NeuroFlowStream:
             "credit": list(self.credit),
             "geometry": geometry,
             "gate": self.gate.to_dict(),
+            "preset_budget": self.gate.preset_budget,
         }
 
 

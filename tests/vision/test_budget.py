@@ -252,6 +252,25 @@ def test_the_default_s_budget_is_lifted_for_a_model_that_cannot_keep_it(small_vi
         play(small_vision, frames, NeuroFlowStream.load(tmp_path / "stream.safetensors"))
 
 
+def test_the_default_s_budget_is_lifted_for_a_stream_that_was_saved_before_its_first_frame(small_vision, tmp_path):
+    small_vision.new_stream().save(tmp_path / "stream.safetensors")
+    stream = NeuroFlowStream.load(tmp_path / "stream.safetensors")
+    with pytest.warns(UserWarning, match="is lifted"):
+        play(small_vision, random_video(1, size=32), stream)
+    small_vision.new_stream(cost_budget=0.25).save(tmp_path / "stream.safetensors")
+    with pytest.raises(ValueError, match=r"is 0\.25, and looking"):
+        play(small_vision, random_video(1, size=32), NeuroFlowStream.load(tmp_path / "stream.safetensors"))
+
+
+def test_a_lifted_budget_is_lifted_further_where_a_lower_resolution_needs_it(small_vision):
+    stream, budgets = small_vision.new_stream(on_change="keyframe"), []
+    for size in (256, 64):
+        with pytest.warns(UserWarning, match="is lifted"):
+            small_vision(random_video(1, size=size)[0], stream=stream, interpolate_pos_encoding=True)
+        budgets.append(stream.gate.cost_budget)
+    assert 0.25 < budgets[0] < budgets[1] <= 1
+
+
 @pytest.mark.parametrize("options", [{"cost_budget": 0.25}, {"cost_budget": 0.2}])
 def test_a_budget_that_the_user_set_is_not_lifted(small_vision, options):
     frame = random_video(1, size=32)[0]
