@@ -31,9 +31,9 @@ from eval.report import RESULTS, provenance, wide_console, write_json
 from neuroflow_hf import NeuroFlowSiglipVisionConfig, NeuroFlowSiglipVisionModel
 from neuroflow_hf.video.run import timed
 from neuroflow_hf.vision.cost import dense_frame
-from neuroflow_hf.vision.gate_config import MODES as ALL_MODES
+from neuroflow_hf.vision.gate_config import MODE_NAMES
 
-MODES = tuple(mode for mode in ALL_MODES if mode not in ("dense", "hold"))  # those that encode some patches
+MODES = tuple(mode for mode in MODE_NAMES if mode not in ("dense", "hold"))  # those that encode some patches
 PICTURE = Path(__file__).parents[2] / "docs" / "speed.png"
 COLOURS = ("#6b7280", "#0e7490", "#15803d", "#d97706", "#b91c1c", "#7c3aed", "#db2777", "#111827")
 

@@ -18,7 +18,7 @@ FIRST = MethodSpec("first frame repeated", "first frame", "first", control=True)
 
 EMA = {"reference": "ema", "ema_rate": 0.05}  # as the paper gates
 # family, the option that names a setting, and the options of each setting; the first is used alone with `few`
-MODES: tuple[tuple[str, str, tuple[dict, ...]], ...] = (
+MODE_SETTINGS: tuple[tuple[str, str, tuple[dict, ...]], ...] = (
     ("extrapolate", "sentinels", tuple({"mode": "extrapolate", "sentinels": share} for share in (0.05, 0.02, 0.2))),
     ("context", "threshold", tuple({"mode": "context", "threshold": level} for level in (0.01, 0.001, 0.05))),
     (
@@ -65,7 +65,7 @@ def mode_methods(few: bool = False) -> list[MethodSpec]:
     """
     return [
         MethodSpec(f"{family}, {dial} {options[dial]:g}", family, "stream", options)
-        for family, dial, settings in MODES
+        for family, dial, settings in MODE_SETTINGS
         for options in (settings[: 0 if family == "extrapolate" else 1] if few else settings)
     ]
 

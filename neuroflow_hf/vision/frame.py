@@ -14,10 +14,11 @@ from .cost import patch_projection as projection_cost
 from .cost import pooling_head as head_cost
 from .extrapolate import build_corrections, weights_cost
 from .gate import choose_active, update_references
-from .layer_step import LayerOutput, LayerStep
+from .layer_step import LayerOutput, LayerStep, ModeSpec
 from .modes import MODES
 from .patches import active_position_embeddings, position_embeddings, project_patches
-from .stream import NeuroFlowStream, StreamGeometry
+from .stream import NeuroFlowStream
+from .stream_state import OUTPUT, POOLED, StreamGeometry
 
 
 @dataclass
@@ -53,7 +54,7 @@ def encode_frame(
     mode = MODES[stream.gate.mode]
     with stream.unchanged_by_errors():
         stream.begin_frame(geometry)
-        looking = frame_cost(model, stream, 0, 0, projected=True, folded=False)
+        looking = frame_cost(model, stream, mode, 0, 0, projected=True, folded=False)
         stream.gate = with_affordable_budget(stream.gate, looking)
         projected = stream.gate.needs_surprise or any(stream.due_keyframes())
         if projected:
@@ -78,14 +79,14 @@ def encode_frame(
                 model, patches, pixel_values, interpolate_pos_encoding, active, geometry.grid
             )
             hidden = active.gather(patches) + positions
-        encoded = encode(model, hidden, active, stream)
+        encoded = encode(model, hidden, active, stream, mode)
     folded = model.use_head and stream.gate.mode != "dense" and can_fold_probe(model.head)
-    tokens, token_mask = read_out(stream, encoded.hidden, active)
+    tokens, token_mask = read_out(stream, mode, encoded.hidden, active)
     pooled = pool(model, stream, tokens, token_mask, active, folded)
     if projected:
         update_references(stream, signal, active)
     costs = [
-        frame_cost(model, stream, count, layers, projected, folded)
+        frame_cost(model, stream, mode, count, layers, projected, folded)
         for count, layers in zip(active.counts, encoded.multiply_adds, strict=True)
     ]
     stream.credit = [
@@ -150,7 +151,9 @@ def geometry_of(model: nn.Module, pixel_values: torch.Tensor, interpolate_pos_en
     )
 
 
-def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: NeuroFlowStream) -> LayerOutput:
+def encode(
+    model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: NeuroFlowStream, mode: ModeSpec
+) -> LayerOutput:
     """
     All encoder layers and the final layer norm, for what the mode passes through them: the outputs, and each stream's
     multiply-adds in all layers.
@@ -158,8 +161,8 @@ def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: Ne
     layers, spent = model.encoder.layers, [0] * len(active.counts)
     dim = model.config.hidden_size
     corrections = []
-    if MODES[stream.gate.mode].corrects_stale and not all(active.keyframes):
-        corrections = build_corrections(stream.memory["output"], active)
+    if mode.corrects_stale and not all(active.keyframes):
+        corrections = build_corrections(stream.memory[OUTPUT], active)
     for layer, memory in zip(layers, stream.layer_memories, strict=True):
         # A checkpointed layer would run again in the backward pass, when its memory is that of a later frame. Outside
         # of training no layer is checkpointed, and threads that share the model must not see its flags change.
@@ -167,7 +170,7 @@ def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: Ne
         try:
             if checkpointed:
                 layer.gradient_checkpointing = False
-            step = LayerStep(stream.gate, active, memory, corrections)
+            step = LayerStep(mode, active, memory, corrections)
             hidden = layer(hidden, None, step=step)
         finally:
             if checkpointed:
@@ -175,26 +178,26 @@ def encode(model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: Ne
         spent = [before + added for before, added in zip(spent, step.output.multiply_adds, strict=True)]
     fresh = model.post_layernorm(hidden)
     for correction in corrections:
-        correction.apply(stream.memory, "output", fresh)
+        correction.apply(stream.memory, OUTPUT, fresh)
         spent[correction.stream] += weights_cost(correction, dim) + correction.multiply_adds(dim)
     return LayerOutput(fresh, spent)
 
 
 def read_out(
-    stream: NeuroFlowStream, fresh: torch.Tensor | None, active: ActiveSet
+    stream: NeuroFlowStream, mode: ModeSpec, fresh: torch.Tensor | None, active: ActiveSet
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     What the head sees of each stream, [B, N, D] and no mask, or [B, A, D] and its mask [B, A], from what the encoder
     returned (None if nothing was active). Fresh outputs are remembered for the frames to come.
     """
-    mode, memory = MODES[stream.gate.mode], stream.memory
+    memory = stream.memory
     if not mode.pools_all_patches:
         return pad_streams(fresh, active, stream.geometry)
     if fresh is None:
-        return memory["output"], None
+        return memory[OUTPUT], None
     if mode.encodes_all_patches:
-        return active.remember_streams(memory, "output", fresh), None
-    return active.remember(memory, "output", blend(stream, fresh, active)), None
+        return active.remember_streams(memory, OUTPUT, fresh), None
+    return active.remember(memory, OUTPUT, blend(stream, fresh, active)), None
 
 
 def blend(stream: NeuroFlowStream, fresh: torch.Tensor, active: ActiveSet) -> torch.Tensor:
@@ -203,7 +206,7 @@ def blend(stream: NeuroFlowStream, fresh: torch.Tensor, active: ActiveSet) -> to
     if share == 1 or all(active.keyframes):
         return fresh
     plain = torch.tensor(active.keyframes).repeat_interleave(torch.tensor(active.counts)).to(fresh.device)
-    blended = torch.lerp(active.gather(stream.memory["output"]), fresh, share)
+    blended = torch.lerp(active.gather(stream.memory[OUTPUT]), fresh, share)
     return torch.where(plain.unsqueeze(1), fresh, blended)
 
 
@@ -239,16 +242,22 @@ def pool(
         return pool_with_folded_probe(model.head, batch) if folded else model.head(batch)
 
     if not active.live:
-        return stream.memory["pooled"]
+        return stream.memory[POOLED]
     if token_mask is None or len(set(active.counts)) == 1:
         fresh = head(active.of_live(tokens))
     else:
         fresh = torch.cat([head(tokens[index : index + 1, : active.counts[index]]) for index in active.live])
-    return active.remember_streams(stream.memory, "pooled", fresh)
+    return active.remember_streams(stream.memory, POOLED, fresh)
 
 
 def frame_cost(
-    model: nn.Module, stream: NeuroFlowStream, active: int, layers: int, projected: bool, folded: bool
+    model: nn.Module,
+    stream: NeuroFlowStream,
+    mode: ModeSpec,
+    active: int,
+    layers: int,
+    projected: bool,
+    folded: bool,
 ) -> float:
     """
     Multiply-adds spent on one stream's frame with `active` patches active, `layers` of them in the encoder's layers,
@@ -259,7 +268,6 @@ def frame_cost(
     heads, patch_features = config.num_attention_heads, config.num_channels * model.embeddings.patch_size**2
     dense = dense_frame_cost(patches, geometry.num_layers, dim, inner, patch_features, heads, model.use_head)
 
-    mode = MODES[gate.mode]
     spent = projection_cost(patches, dim, patch_features) if projected else 0
     if gate.needs_surprise:
         spent += gate_cost(patches, dim, len(gate.references))

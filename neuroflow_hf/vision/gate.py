@@ -15,6 +15,7 @@ from .selection import (
     without_global_motion,
 )
 from .stream import NeuroFlowStream
+from .stream_state import AGE, LAST_UPDATE
 
 
 def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[ActiveSet, torch.Tensor | None]:
@@ -42,7 +43,7 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
         changed, mask = apply_policies(stream, scores)
     else:
         scores, looked_at, mean_scores, changed, mask = None, signal, nothing.sum(-1), nothing, nothing.clone()
-    waited = stream.memory["age"].amin(-1) if "age" in stream.memory else nothing.sum(-1)
+    waited = stream.memory[AGE].amin(-1) if AGE in stream.memory else nothing.sum(-1)
 
     numbers = (
         has_only_finite(looked_at),
@@ -144,8 +145,8 @@ def apply_policies(stream: NeuroFlowStream, scores: torch.Tensor) -> tuple[torch
         return changed, torch.zeros_like(changed)
     scores = spread_to_neighbours(scores, grid, gate.dilate)
     mask = scores > gate.threshold
-    if "age" in stream.memory:
-        refreshed = refreshed_in_turn(gate, grid, stream.memory["age"], mask)
+    if AGE in stream.memory:
+        refreshed = refreshed_in_turn(gate, grid, stream.memory[AGE], mask)
         scores = scores.masked_fill(refreshed, torch.inf)
         mask = mask | refreshed
     if gate.token_budget is not None:
@@ -173,8 +174,8 @@ def update_references(stream: NeuroFlowStream, signal: torch.Tensor, active: Act
     gate, memory = stream.gate, stream.memory
     if not gate.needs_surprise:
         return
-    if "last_update" in gate.references:
-        active.remember(memory, "last_update", active.gather(signal))
+    if LAST_UPDATE in gate.references:
+        active.remember(memory, LAST_UPDATE, active.gather(signal))
     for name, rate in gate.mean_rates.items():
         if all(active.keyframes):
             memory[name] = signal.to(torch.float32, copy=True)
@@ -185,5 +186,5 @@ def update_references(stream: NeuroFlowStream, signal: torch.Tensor, active: Act
                 mean[index] = signal[index]
         memory[name] = mean
     if gate.keeps_age:
-        age = memory.get("age", torch.zeros(active.mask.shape, dtype=torch.int64, device=signal.device))
-        memory["age"] = (age + 1).masked_fill(active.mask, 0)
+        age = memory.get(AGE, torch.zeros(active.mask.shape, dtype=torch.int64, device=signal.device))
+        memory[AGE] = (age + 1).masked_fill(active.mask, 0)

@@ -9,8 +9,8 @@ from huggingface_hub.dataclasses import strict
 from .budget import CostBudget, is_affordable, without_conflict
 from .options import make_options
 
-Mode = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate"]
-MODES: tuple[str, ...] = get_args(Mode)
+ModeName = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate"]
+MODE_NAMES: tuple[str, ...] = get_args(ModeName)
 
 DEFAULT_PRESET = "balanced"
 PRESETS: dict[str, dict] = {
@@ -167,7 +167,7 @@ class NeuroFlowGateConfig:
         ValueError: for an unknown option (with the nearest known one), or a value outside its range.
     """
 
-    mode: Mode = "extrapolate"
+    mode: ModeName = "extrapolate"
     signal: Literal["patch", "token"] = "patch"
     reference: Literal["last_update", "ema", "both"] = "last_update"
     threshold: float | int = 0.01

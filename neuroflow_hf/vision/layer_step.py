@@ -1,5 +1,6 @@
-"""One layer's part in a frame: what a mode's layer function is given, and what it returns."""
+"""How a mode encodes: its specification, what its layer function is given, and what that returns."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -7,7 +8,6 @@ from torch import nn
 
 from .active_set import ActiveSet
 from .extrapolate import Correction
-from .gate_config import NeuroFlowGateConfig
 
 LayerMemory = dict[str, torch.Tensor]
 
@@ -41,13 +41,34 @@ class LayerOutput:
     multiply_adds: list[int]
 
 
+@dataclass(frozen=True)
+class ModeSpec:
+    """
+    How one mode encodes its active set.
+
+    Args:
+        layer: what is done in an encoder layer, `(layer, hidden, step) -> LayerOutput`.
+        encodes_all_patches: whether all patches of a stream with an active one pass through the layers, [B', N, D],
+            or only the active rows, [M, D].
+        pools_all_patches: whether the head sees all N patches, or the active ones.
+        layer_memories: what is kept for every layer, by name.
+        corrects_stale: whether patches that were not encoded learn from those that were.
+    """
+
+    layer: Callable[[nn.Module, torch.Tensor, "LayerStep"], LayerOutput]
+    encodes_all_patches: bool = False
+    pools_all_patches: bool = True
+    layer_memories: dict[str, PatchMemory] = field(default_factory=dict)
+    corrects_stale: bool = False
+
+
 @dataclass
 class LayerStep:
     """
     One layer's part in a frame, passed to the layer as `step`.
 
     Args:
-        gate: the options.
+        mode: how the stream encodes its active set.
         active: the active set.
         memory: what is kept for this layer.
         corrections: what patches that were not encoded learn from those that were (mode `extrapolate`).
@@ -57,7 +78,7 @@ class LayerStep:
             states alone, for that is what forward hooks of encoder layers expect.
     """
 
-    gate: NeuroFlowGateConfig
+    mode: ModeSpec
     active: ActiveSet
     memory: LayerMemory
     corrections: list[Correction] = field(default_factory=list)

@@ -30,7 +30,6 @@ from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSigl
 from .frame import FrameResult, encode_frame
 from .gate_config import NeuroFlowGateConfig
 from .layer_step import LayerStep
-from .modes import MODES
 from .stream import NeuroFlowStream
 
 
@@ -88,7 +87,7 @@ class NeuroFlowSiglipEncoderLayer(SiglipEncoderLayer):
         """`hidden_states` [B, N, D] without a step; with one, what the mode passes through its layers."""
         if step is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        step.output = MODES[step.gate.mode].layer(self, hidden_states, step)
+        step.output = step.mode.layer(self, hidden_states, step)
         return step.output.hidden
 
 

@@ -1,7 +1,6 @@
 """What each mode does inside an encoder layer, and what it costs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -10,7 +9,8 @@ from .active_set import ActiveSet
 from .attention import attend
 from .cost import attention as attention_cost
 from .cost import mlp as mlp_cost
-from .layer_step import LayerOutput, LayerStep, PatchMemory, widths
+from .layer_step import LayerOutput, LayerStep, ModeSpec, PatchMemory, widths
+from .stream_state import KEY, MLP, VALUE
 
 
 def layer_among_active(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
@@ -27,16 +27,16 @@ def layer_among_active(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) 
 def layer_in_context(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
     """
     An encoder layer whose active patches attend to all N patches: fresh keys and values for the active, those of
-    their last update for the rest. Rows [M, D] to rows [M, D]; keeps `key` and `value`, laid out as `MODES` says.
+    their last update for the rest. Rows [M, D] to rows [M, D]; keeps `key` and `value`, laid out as the mode says.
 
     In `extrapolate`, the stored keys and values are first brought up to date by what the active patches show.
     """
     active, patches, (dim, inner) = step.active, step.active.num_patches, widths(layer)
-    kept, heads = MODES[step.gate.mode].layer_memories, layer.self_attn.num_heads
+    kept, heads = step.mode.layer_memories, layer.self_attn.num_heads
 
     def with_stored(key, value):
         stored = []
-        for name, fresh in (("key", key), ("value", value)):
+        for name, fresh in ((KEY, key), (VALUE, value)):
             for correction in step.corrections:
                 correction.apply(step.memory, name, fresh)
             if kept[name].heads_first:
@@ -77,41 +77,20 @@ def layer_with_stored_mlp(layer: nn.Module, hidden: torch.Tensor, step: LayerSte
     active, patches, (dim, inner) = step.active, step.active.num_patches, widths(layer)
     hidden = hidden + layer.self_attn(layer.layer_norm1(hidden))[0]
     rows = active.among_live.gather(hidden)
-    outputs = active.remember(step.memory, "mlp", layer.mlp(layer.layer_norm2(rows)))
+    outputs = active.remember(step.memory, MLP, layer.mlp(layer.layer_norm2(rows)))
     attention = attention_cost(patches, patches, patches, dim)
     costs = [(attention if count else 0) + mlp_cost(count, dim, inner) for count in active.counts]
     return LayerOutput(hidden + active.of_live(outputs), costs)
 
 
-@dataclass(frozen=True)
-class Mode:
-    """
-    How one mode encodes its active set.
-
-    Args:
-        layer: what is done in an encoder layer, `(layer, hidden, step) -> LayerOutput`.
-        encodes_all_patches: whether all patches of a stream with an active one pass through the layers, [B', N, D],
-            or only the active rows, [M, D].
-        pools_all_patches: whether the head sees all N patches, or the active ones.
-        layer_memories: what is kept for every layer, by name.
-        corrects_stale: whether patches that were not encoded learn from those that were.
-    """
-
-    layer: Callable[[nn.Module, torch.Tensor, LayerStep], LayerOutput]
-    encodes_all_patches: bool = False
-    pools_all_patches: bool = True
-    layer_memories: dict[str, PatchMemory] = field(default_factory=dict)
-    corrects_stale: bool = False
-
-
-MODES = {
-    "dense": Mode(layer_among_active),
-    "hold": Mode(layer_among_active),
-    "mlp": Mode(layer_with_stored_mlp, encodes_all_patches=True, layer_memories={"mlp": PatchMemory()}),
-    "eliminate": Mode(layer_among_active, pools_all_patches=False),
-    "reconstruct": Mode(layer_among_active),
-    "context": Mode(layer_in_context, layer_memories=dict.fromkeys(("key", "value"), PatchMemory(heads_first=True))),
-    "extrapolate": Mode(
-        layer_in_context, layer_memories=dict.fromkeys(("key", "value"), PatchMemory()), corrects_stale=True
+MODES: dict[str, ModeSpec] = {
+    "dense": ModeSpec(layer_among_active),
+    "hold": ModeSpec(layer_among_active),
+    "mlp": ModeSpec(layer_with_stored_mlp, encodes_all_patches=True, layer_memories={MLP: PatchMemory()}),
+    "eliminate": ModeSpec(layer_among_active, pools_all_patches=False),
+    "reconstruct": ModeSpec(layer_among_active),
+    "context": ModeSpec(layer_in_context, layer_memories=dict.fromkeys((KEY, VALUE), PatchMemory(heads_first=True))),
+    "extrapolate": ModeSpec(
+        layer_in_context, layer_memories=dict.fromkeys((KEY, VALUE), PatchMemory()), corrects_stale=True
     ),
 }

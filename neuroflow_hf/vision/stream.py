@@ -1,12 +1,11 @@
 """The temporal state of B camera streams, in an object that the caller owns."""
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,34 +15,15 @@ from safetensors.torch import save_file
 from .gate_config import NeuroFlowGateConfig
 from .modes import MODES
 from .selection import refreshed_per_frame
-
-STATE_FORMAT = 4
-
-
-@dataclass(frozen=True)
-class StreamGeometry:
-    """What must not change while a stream runs, for its memory has this shape, type and place."""
-
-    batch_size: int
-    grid: tuple[int, int]
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def num_patches(self) -> int:
-        """N."""
-        return self.grid[0] * self.grid[1]
-
-    def differences(self, other: "StreamGeometry") -> str:
-        """The fields in which `other` differs, with both values."""
-        return "; ".join(
-            f"{name.replace('_', ' ')} was {old} and is now {getattr(other, name)}"
-            for name, old in vars(self).items()
-            if old != getattr(other, name)
-        )
+from .stream_state import (
+    STATE_FORMAT,
+    StreamGeometry,
+    changes_of,
+    layer_name,
+    memory_layout,
+    require_complete,
+    stored_by,
+)
 
 
 class NeuroFlowStream:
@@ -120,7 +100,7 @@ class NeuroFlowStream:
     def named_memory(self) -> dict[str, torch.Tensor]:
         """All memories by name; those of layer l as `layers.{l}.{name}`."""
         layers = {
-            f"layers.{index}.{name}": tensor
+            layer_name(index, name): tensor
             for index, memory in enumerate(self.layer_memories)
             for name, tensor in memory.items()
         }
@@ -238,7 +218,7 @@ class NeuroFlowStream:
                 **{**stored, "grid": tuple(stored["grid"]), "dtype": getattr(torch, stored["dtype"]), "device": device}
             )
             layer_memories = [{} for _ in range(geometry.num_layers)]
-        require_complete(state, memory_layout(self.gate, geometry))
+        require_complete(state, memory_layout(self.gate, MODES[self.gate.mode], geometry))
         for name, tensor in state["memory"].items():
             if name.startswith("layers."):
                 _, index, field = name.split(".")
@@ -301,62 +281,3 @@ class NeuroFlowStream:
             "gate": self.gate.to_dict(),
             "preset_budget": self.gate.preset_budget,
         }
-
-
-def stored_by(gate: NeuroFlowGateConfig) -> dict:
-    """The options that decide which memories a stream holds."""
-    return {
-        "mode": gate.mode,
-        "signal": gate.signal,
-        "reference": gate.reference,
-        "slow_ema_rate set": gate.slow_ema_rate is not None,
-        "max_age or max_hold set": gate.keeps_age,
-        "keyframe_fraction or keyframe_surprise set": gate.mode == "hold" and gate.has_keyframe_trigger,
-    }
-
-
-def changes_of(theirs: dict, ours: dict) -> str:
-    """Where two results of `stored_by` differ, with both values."""
-    differing = [name for name in ours if theirs[name] != ours[name]]
-    return "; ".join(f"`{name}` was {theirs[name]!r}, here {ours[name]!r}" for name in differing)
-
-
-def memory_layout(gate: NeuroFlowGateConfig, geometry: StreamGeometry | None) -> dict[str, tuple[int, ...]]:
-    """
-    The shape of every memory after the first frame (before it, with no geometry yet, none), by name; but for `pooled`,
-    which a model without a pooling head does not make.
-    """
-    if geometry is None:
-        return {}
-    patches, mode = (geometry.batch_size, geometry.num_patches), MODES[gate.mode]
-    features = (*patches, geometry.hidden_size)
-    layout = dict.fromkeys([*(("output",) if mode.pools_all_patches else ()), *gate.references], features)
-    for layer in range(geometry.num_layers):
-        for name, kept in mode.layer_memories.items():
-            heads, width = geometry.num_heads, geometry.hidden_size
-            shape = (*patches, width)
-            if kept.heads_first:
-                shape = (geometry.batch_size, heads, geometry.num_patches, width // heads)
-            layout[f"layers.{layer}.{name}"] = shape
-    if gate.keeps_age:
-        layout["age"] = patches
-    return layout
-
-
-def require_complete(state: dict, layout: dict[str, tuple[int, ...]]):
-    """Raise a ValueError unless a state has frames for all streams and its memories are as `layout` says."""
-    batch_size, geometry, memory = (state[key] for key in ("batch_size", "geometry", "memory"))
-    counts = {len(state["frames"]), len(state["credit"]), batch_size if geometry is None else geometry["batch_size"]}
-    if not all(isinstance(value, float) and math.isfinite(value) for value in state["credit"]):
-        raise ValueError(f"The state's credits are {state['credit']!r}; expected a finite number for each stream.")
-    if counts != {batch_size}:
-        raise ValueError(
-            f"The state is of {batch_size} streams, and its frames, credits or memories are of another number."
-        )
-    if geometry is not None and "pooled" in memory:
-        layout = {**layout, "pooled": (batch_size, geometry["hidden_size"])}
-    for name in sorted(layout.keys() | memory.keys()):
-        found = tuple(memory[name].shape) if name in memory else None
-        expected = layout.get(name)
-        if found != expected:
-            raise ValueError(f"The state's memory `{name}` has shape {found}; expected {expected}.")

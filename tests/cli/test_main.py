@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import neuroflow_hf.loading
 import neuroflow_hf.video.reader
 from neuroflow_hf.cli.main import app, control_note, fidelity_table, parse_gate
-from neuroflow_hf.vision.modes import MODES
+from neuroflow_hf.vision.gate_config import MODE_NAMES
 
 PROCESSOR = {
     "image_processor_type": "SiglipImageProcessor",
@@ -323,7 +323,7 @@ def test_version_and_help():
     assert call("--version").stdout == f"neuroflow {neuroflow_hf.__version__}\n"
     assert "run" in call("--help").stdout
     printed = call("run", "--help").stdout
-    for mode in MODES:
+    for mode in MODE_NAMES:
         assert mode in printed
 
 

@@ -1,0 +1,126 @@
+"""
+What a stream remembers from one frame to the next: the names, shapes and meaning of its memories, and what a saved
+state must contain.
+
+`stream.memory` holds these tensors; B streams of N patches with D features, in the type of the model's features
+unless another is given.
+
+| name | shape | what it holds |
+|---|---|---|
+| `output` | [B, N, D] | each patch after the final layer norm, as last encoded; not in `eliminate` |
+| `pooled` | [B, D] | the embedding; only if the model has a pooling head |
+| `last_update` | [B, N, D] | reference: each patch's signal when it was last encoded |
+| `ema`, `slow_ema` | [B, N, D], float32 | references: running means of each patch's signal |
+| `age` | [B, N], int64 | how many frames ago each patch was encoded; only with `keeps_age` |
+
+`stream.layer_memories[l]` holds those of encoder layer l:
+
+| name | shape | what it holds |
+|---|---|---|
+| `key`, `value` | [B, N, D] in `extrapolate`, [B, H, N, D / H] in `context` | attention's, as last encoded |
+| `mlp` | [B, N, D] in `mlp` | the MLP's output, as last encoded |
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .gate_config import NeuroFlowGateConfig
+from .layer_step import ModeSpec
+
+STATE_FORMAT = 4
+
+# `ema` and `slow_ema` are named by `NeuroFlowGateConfig.mean_rates`.
+OUTPUT, POOLED, LAST_UPDATE, AGE = "output", "pooled", "last_update", "age"
+KEY, VALUE, MLP = "key", "value", "mlp"
+
+
+def layer_name(layer: int, name: str) -> str:
+    """The name of an encoder layer's memory among all memories."""
+    return f"layers.{layer}.{name}"
+
+
+@dataclass(frozen=True)
+class StreamGeometry:
+    """What must not change while a stream runs, for its memory has this shape, type and place."""
+
+    batch_size: int
+    grid: tuple[int, int]
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    def differences(self, other: "StreamGeometry") -> str:
+        """The fields in which `other` differs, with both values."""
+        return "; ".join(
+            f"{name.replace('_', ' ')} was {old} and is now {getattr(other, name)}"
+            for name, old in vars(self).items()
+            if old != getattr(other, name)
+        )
+
+
+def stored_by(gate: NeuroFlowGateConfig) -> dict:
+    """The options that decide which memories a stream holds."""
+    return {
+        "mode": gate.mode,
+        "signal": gate.signal,
+        "reference": gate.reference,
+        "slow_ema_rate set": gate.slow_ema_rate is not None,
+        "max_age or max_hold set": gate.keeps_age,
+        "keyframe_fraction or keyframe_surprise set": gate.mode == "hold" and gate.has_keyframe_trigger,
+    }
+
+
+def changes_of(theirs: dict, ours: dict) -> str:
+    """Where two results of `stored_by` differ, with both values."""
+    differing = [name for name in ours if theirs[name] != ours[name]]
+    return "; ".join(f"`{name}` was {theirs[name]!r}, here {ours[name]!r}" for name in differing)
+
+
+def memory_layout(
+    gate: NeuroFlowGateConfig, mode: ModeSpec, geometry: StreamGeometry | None
+) -> dict[str, tuple[int, ...]]:
+    """
+    The shape of every memory after the first frame (before it, with no geometry yet, none), by name; but for `pooled`,
+    which a model without a pooling head does not make.
+    """
+    if geometry is None:
+        return {}
+    streams, patches, dim, heads = geometry.batch_size, geometry.num_patches, geometry.hidden_size, geometry.num_heads
+    layout: dict[str, tuple[int, ...]] = dict.fromkeys(gate.references, (streams, patches, dim))
+    if mode.pools_all_patches:
+        layout[OUTPUT] = (streams, patches, dim)
+    if gate.keeps_age:
+        layout[AGE] = (streams, patches)
+    for layer in range(geometry.num_layers):
+        for name, kept in mode.layer_memories.items():
+            by_head = (streams, heads, patches, dim // heads)
+            layout[layer_name(layer, name)] = by_head if kept.heads_first else (streams, patches, dim)
+    return layout
+
+
+def require_complete(state: dict, layout: dict[str, tuple[int, ...]]):
+    """Raise a ValueError unless a state has frames for all streams and its memories are as `layout` says."""
+    batch_size, geometry, memory = (state[key] for key in ("batch_size", "geometry", "memory"))
+    counts = {len(state["frames"]), len(state["credit"]), batch_size if geometry is None else geometry["batch_size"]}
+    if not all(isinstance(value, float) and math.isfinite(value) for value in state["credit"]):
+        raise ValueError(f"The state's credits are {state['credit']!r}; expected a finite number for each stream.")
+    if counts != {batch_size}:
+        raise ValueError(
+            f"The state is of {batch_size} streams, and its frames, credits or memories are of another number."
+        )
+    if geometry is not None and POOLED in memory:
+        layout = {**layout, POOLED: (batch_size, geometry["hidden_size"])}
+    for name in sorted(layout.keys() | memory.keys()):
+        found = tuple(memory[name].shape) if name in memory else None
+        expected = layout.get(name)
+        if found != expected:
+            raise ValueError(f"The state's memory `{name}` has shape {found}; expected {expected}.")
