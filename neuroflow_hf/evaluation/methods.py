@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..vision import cost
-from ..vision.attention import can_fold_probe
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.patches import project_patches
 from ..vision.selection import surprise
+from ..vision.shortcuts import can_fold_probe
 from . import token_merging
 
 GOLDEN = (math.sqrt(5) - 1) / 2

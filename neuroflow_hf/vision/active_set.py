@@ -31,7 +31,7 @@ class ActiveSet:
 
     Args:
         mask (`torch.BoolTensor` of shape `(B, N)`): the active patches.
-        counts (`list[int]`): how many each stream has; known on the host, so that nothing has to wait for the device.
+        counts (`list[int]`): how many each stream has; known on the host, which skips a wait for the device.
         keyframes (`list[bool]`): whether this frame is a keyframe of the stream (then all its patches are active).
         changed (`torch.BoolTensor` of shape `(B, N)`, *optional*):
             The patches that are above the threshold themselves, encoded or not. None where nobody has looked.
@@ -122,7 +122,7 @@ def write_memory(
     Write `fresh` into `memory[name]`, at `places` along its leading dimensions or, with `None`, all of it; return
     what it holds now, with the gradient of `fresh`.
 
-    Later frames write a memory in place, so it is never a tensor that somebody else holds: neither a module's output,
+    Later frames write a memory in place, so it never shares a tensor with other code: neither a module's output,
     which hooks may have kept, nor, with gradients enabled, what is returned, which a graph may have kept. Torch
     forbids writing in place what was made in inference mode outside of it.
     """

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from .active_set import ActiveSet
-from .attention import can_fold_probe, pool_with_folded_probe
 from .budget import with_affordable_budget
 from .cost import dense_frame as dense_frame_cost
 from .cost import gate as gate_cost
@@ -17,6 +16,7 @@ from .gate import choose_active, update_references
 from .layer_step import LayerOutput, LayerStep, ModeSpec
 from .modes import MODES
 from .patches import active_position_embeddings, position_embeddings, project_patches
+from .shortcuts import can_fold_probe, pool_with_folded_probe
 from .stream import NeuroFlowStream
 from .stream_state import OUTPUT, POOLED, StreamGeometry
 

@@ -75,7 +75,11 @@ GATE_FIELDS = ("active_mask", "surprise", "skip_rate", "cost")
 
 
 class NeuroFlowSiglipEncoderLayer(SiglipEncoderLayer):
-    """SigLIP's encoder layer; with a `step`, it does what the stream's mode does in this layer."""
+    """
+    Modifications:
+
+    - `forward` takes a `step`; with one, the layer runs the layer function of the stream's mode.
+    """
 
     def forward(
         self,
@@ -92,7 +96,11 @@ class NeuroFlowSiglipEncoderLayer(SiglipEncoderLayer):
 
 
 class NeuroFlowSiglipEncoder(SiglipEncoder):
-    """SigLIP's encoder, of layers that can take part in a stream."""
+    """
+    Modifications:
+
+    - the layers are [`NeuroFlowSiglipEncoderLayer`]s.
+    """
 
     def __init__(self, config: NeuroFlowSiglipVisionConfig):
         nn.Module.__init__(self)
@@ -102,7 +110,13 @@ class NeuroFlowSiglipEncoder(SiglipEncoder):
 
 
 class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
-    """What the NeuroFlow SigLIP models share: how they are initialised and saved, and how streams are made."""
+    """
+    Modifications:
+
+    - `new_stream`, `stream_frames` and `get_video_features` are added.
+    - `save_pretrained` names the classes for every auto class in the configuration.
+    - `set_attn_implementation` also reaches modules shared with a model that was wrapped.
+    """
 
     config: NeuroFlowSiglipConfig
     _no_split_modules = [*SiglipPreTrainedModel._no_split_modules, "NeuroFlowSiglipEncoderLayer"]
@@ -222,6 +236,12 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
     """
     SigLIP's vision tower over video. Loads any fixed-resolution SigLIP or SigLIP 2 checkpoint, no training needed.
 
+    Modifications:
+
+    - `forward` takes a `stream`; with one, it encodes only active patches and returns [`NeuroFlowSiglipVisionOutput`].
+    - the encoder is a [`NeuroFlowSiglipEncoder`]; names and shapes of parameters stay.
+    - `from_siglip` wraps a loaded model.
+
     Example:
 
     ```python
@@ -301,6 +321,12 @@ class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
     """
     SigLIP, text and vision, whose vision tower can follow a video; loads any fixed-resolution SigLIP checkpoint.
 
+    Modifications:
+
+    - the vision tower is a [`NeuroFlowSiglipVisionModel`].
+    - `get_image_features` takes a `stream`; `forward` passes one on.
+    - `from_siglip` wraps a loaded model.
+
     `get_image_features(pixel_values=..., stream=stream)` gives the frame's embedding in `pooler_output`; `forward`
     takes a stream too and compares the frame with texts.
     """
@@ -343,7 +369,14 @@ class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
 
 
 class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, SiglipForImageClassification):
-    """SigLIP's image classifier (mean of the patches, linear head), whose vision tower can follow a video."""
+    """
+    SigLIP's image classifier (mean of the patches, linear head), whose vision tower can follow a video.
+
+    Modifications:
+
+    - the vision tower is a [`NeuroFlowSiglipVisionModel`].
+    - `forward` takes a `stream`; with one, it returns [`NeuroFlowSiglipImageClassifierOutput`].
+    """
 
     config: NeuroFlowSiglipConfig
     config_class = NeuroFlowSiglipConfig

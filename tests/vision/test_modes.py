@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from neuroflow_hf import NeuroFlowGateConfig, NeuroFlowSiglipVisionModel
-from neuroflow_hf.vision.attention import can_fold_probe, pool_with_folded_probe
 from neuroflow_hf.vision.naive import NaiveStream
+from neuroflow_hf.vision.shortcuts import can_fold_probe, pool_with_folded_probe
 from tests.conftest import (
     FLOAT32_IN_MODE,
     FLOAT32_SOFTMAX,

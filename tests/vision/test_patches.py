@@ -11,7 +11,8 @@ from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.vision import patches as neuroflow_patches
-from neuroflow_hf.vision.patches import can_project_as_product, interpolate_at, project_as_product, project_patches
+from neuroflow_hf.vision.patches import project_patches
+from neuroflow_hf.vision.shortcuts import can_project_as_product, interpolate_at, project_as_product
 from tests.conftest import FLOAT64, TINY_VISION, assert_close_in_norm, assert_outputs_close, lively, random_video
 
 FLOAT32_POSITIONS = 2e-6
