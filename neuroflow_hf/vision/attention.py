@@ -1,13 +1,12 @@
 """Attention of streams with different numbers of active patches."""
 
 import torch
-from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.siglip.modeling_siglip import eager_attention_forward
+from transformers.models.siglip.modeling_siglip import SiglipAttention, eager_attention_forward
 
 
 def attend(
-    attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: list[int]
+    attention: SiglipAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: list[int]
 ) -> torch.Tensor:
     """
     Every stream's queries attend to the same stream's keys.
@@ -28,7 +27,7 @@ def attend(
 
 
 def attend_batch(
-    attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_streams: int
+    attention: SiglipAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_streams: int
 ) -> torch.Tensor:
     """`attend` for streams with equally many queries."""
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
 from .active_set import ActiveSet
 from .budget import with_affordable_budget
@@ -37,7 +38,7 @@ class FrameResult:
 
 
 def encode_frame(
-    model: nn.Module, pixel_values: torch.Tensor, stream: NeuroFlowStream, interpolate_pos_encoding: bool
+    model: SiglipVisionModel, pixel_values: torch.Tensor, stream: NeuroFlowStream, interpolate_pos_encoding: bool
 ) -> FrameResult:
     """
     Advance `stream` by one frame of each of its B cameras.
@@ -110,7 +111,9 @@ def encode_frame(
     )
 
 
-def geometry_of(model: nn.Module, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> StreamGeometry:
+def geometry_of(
+    model: SiglipVisionModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
+) -> StreamGeometry:
     """
     What kind of frame this is.
 
@@ -152,7 +155,7 @@ def geometry_of(model: nn.Module, pixel_values: torch.Tensor, interpolate_pos_en
 
 
 def encode(
-    model: nn.Module, hidden: torch.Tensor, active: ActiveSet, stream: NeuroFlowStream, mode: ModeSpec
+    model: SiglipVisionModel, hidden: torch.Tensor, active: ActiveSet, stream: NeuroFlowStream, mode: ModeSpec
 ) -> LayerOutput:
     """
     All encoder layers and the final layer norm, for what the mode passes through them: the outputs, and each stream's
@@ -227,7 +230,7 @@ def pad_streams(
 
 
 def pool(
-    model: nn.Module,
+    model: SiglipVisionModel,
     stream: NeuroFlowStream,
     tokens: torch.Tensor,
     token_mask: torch.Tensor | None,
@@ -251,7 +254,7 @@ def pool(
 
 
 def frame_cost(
-    model: nn.Module,
+    model: SiglipVisionModel,
     stream: NeuroFlowStream,
     mode: ModeSpec,
     active: int,

@@ -253,7 +253,8 @@ class NeuroFlowGateConfig:
         Raises:
             ValueError: for a preset or an option that does not exist, a value of the wrong type or outside its range.
         """
-        preset, merged = DEFAULT_PRESET, {}
+        preset: str | None = DEFAULT_PRESET
+        merged: dict = {}
         for layer in (base or {}, options):
             if "preset" in layer:
                 preset, merged = layer["preset"], {}

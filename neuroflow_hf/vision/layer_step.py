@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from .active_set import ActiveSet
 from .extrapolate import Correction
@@ -55,7 +55,7 @@ class ModeSpec:
         corrects_stale: whether patches that were not encoded learn from those that were.
     """
 
-    layer: Callable[[nn.Module, torch.Tensor, "LayerStep"], LayerOutput]
+    layer: Callable[[SiglipEncoderLayer, torch.Tensor, "LayerStep"], LayerOutput]
     encodes_all_patches: bool = False
     pools_all_patches: bool = True
     layer_memories: dict[str, PatchMemory] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class LayerStep:
     output: LayerOutput | None = None
 
 
-def widths(layer: nn.Module) -> tuple[int, int]:
+def widths(layer: SiglipEncoderLayer) -> tuple[int, int]:
     """The features of an encoder layer's rows, and those inside its MLP, whatever was put around its modules."""
     config = layer.self_attn.config
     return config.hidden_size, config.intermediate_size

@@ -296,7 +296,7 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
         interpolate_pos_encoding: bool = False,
         stream: NeuroFlowStream | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling | NeuroFlowSiglipVisionOutput:
+    ) -> BaseModelOutputWithPooling | NeuroFlowSiglipVisionOutput | tuple:
         """
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, C, H, W)`): normalised images; with a stream, the next
@@ -360,7 +360,7 @@ class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
         interpolate_pos_encoding: bool = False,
         stream: NeuroFlowStream | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling | NeuroFlowSiglipVisionOutput:
+    ) -> BaseModelOutputWithPooling | NeuroFlowSiglipVisionOutput | tuple:
         """The vision tower's output, see [`NeuroFlowSiglipVisionModel.forward`]; the embedding is `pooler_output`."""
         return self.vision_model(pixel_values, interpolate_pos_encoding, stream=stream, return_dict=True, **kwargs)
 
@@ -398,7 +398,7 @@ class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, Sigl
         interpolate_pos_encoding: bool = False,
         stream: NeuroFlowStream | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutput | NeuroFlowSiglipImageClassifierOutput:
+    ) -> ImageClassifierOutput | NeuroFlowSiglipImageClassifierOutput | tuple:
         """
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, C, H, W)`): images, or frames of the stream.
@@ -447,13 +447,13 @@ def mean_of_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | None)
     return (hidden_states * token_mask.unsqueeze(-1)).sum(dim=1) / token_mask.sum(dim=1, keepdim=True)
 
 
-def pop_return_dict(kwargs: dict, config) -> bool:
+def pop_return_dict(kwargs: TransformersKwargs, config) -> bool:
     """Take `return_dict` out of the keywords; None, as for transformers' own forwards, is what the config says."""
     return_dict = kwargs.pop("return_dict", None)
     return config.return_dict if return_dict is None else return_dict
 
 
-def refuse_recording(config, kwargs: dict):
+def refuse_recording(config, kwargs: TransformersKwargs):
     """Raise if hidden states or attentions are asked for, by keyword or by the configuration."""
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.get(name, getattr(config, name, False)):

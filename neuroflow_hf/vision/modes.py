@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from .active_set import ActiveSet
 from .attention import attend
@@ -13,7 +13,7 @@ from .layer_step import LayerOutput, LayerStep, ModeSpec, PatchMemory, widths
 from .stream_state import KEY, MLP, VALUE
 
 
-def layer_among_active(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
+def layer_among_active(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
     """
     An encoder layer whose active patches attend to each other only (Architectures B and C of the paper): rows [M, D]
     to rows [M, D]. Keeps nothing. With everything active this is the dense layer.
@@ -24,7 +24,7 @@ def layer_among_active(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) 
     return LayerOutput(hidden, costs)
 
 
-def layer_in_context(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
+def layer_in_context(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
     """
     An encoder layer whose active patches attend to all N patches: fresh keys and values for the active, those of
     their last update for the rest. Rows [M, D] to rows [M, D]; keeps `key` and `value`, laid out as the mode says.
@@ -53,7 +53,7 @@ def layer_in_context(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) ->
 
 
 def layer_on_rows(
-    layer: nn.Module, hidden: torch.Tensor, active: ActiveSet, keys_and_values: Callable
+    layer: SiglipEncoderLayer, hidden: torch.Tensor, active: ActiveSet, keys_and_values: Callable
 ) -> torch.Tensor:
     """
     SigLIP's encoder layer for rows [M, D], attending to what `keys_and_values` makes of their keys and values, rows or
@@ -68,7 +68,7 @@ def layer_on_rows(
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
-def layer_with_stored_mlp(layer: nn.Module, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
+def layer_with_stored_mlp(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
     """
     An encoder layer with attention over all patches and the MLP for active ones only (Architecture A of the paper);
     the others reuse the MLP output of their last update. [B', N, D] to [B', N, D] for the B' streams with an active

@@ -7,7 +7,7 @@ Reading this file is the shortest way to learn what each mode does.
 import math
 
 import torch
-from torch import nn
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionModel
 
 from .extrapolate import COMMON_SHARE, LIKENESS_WIDTH, NOISE
 from .gate_config import NeuroFlowGateConfig
@@ -33,7 +33,7 @@ def naive_neighbours(patch: int, grid: tuple[int, int], radius: int) -> list[int
     ]
 
 
-def naive_attention(attention: nn.Module, query: torch.Tensor, keys: list, values: list) -> torch.Tensor:
+def naive_attention(attention: SiglipAttention, query: torch.Tensor, keys: list, values: list) -> torch.Tensor:
     """One query [D] over lists of keys and values [D] each, head by head: [D], before the output projection."""
     heads = []
     for head in range(attention.num_heads):
@@ -84,7 +84,7 @@ class NaiveStream:
         gate: the options.
     """
 
-    def __init__(self, model: nn.Module, gate: NeuroFlowGateConfig):
+    def __init__(self, model: SiglipVisionModel, gate: NeuroFlowGateConfig):
         self.model, self.gate = model, gate
         self.frame, self.credit = 0, float(gate.cost_reserve)
         self.references: dict[str, list[torch.Tensor]] = {}

@@ -1,14 +1,13 @@
 """From pixels to the rows that enter the encoder: patch projection and position embeddings."""
 
 import torch
-from torch import nn
-from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings, SiglipVisionModel
 
 from .active_set import ActiveSet
 from .shortcuts import can_project_as_product, interpolate_at, project_as_product
 
 
-def project_patches(model: nn.Module, pixel_values: torch.Tensor, as_product: bool) -> torch.Tensor:
+def project_patches(model: SiglipVisionModel, pixel_values: torch.Tensor, as_product: bool) -> torch.Tensor:
     """
     [B, C, H, W] to the patch projections [B, N, D], contiguous: patches are gathered by row later.
 
@@ -24,7 +23,7 @@ def project_patches(model: nn.Module, pixel_values: torch.Tensor, as_product: bo
 
 
 def position_embeddings(
-    model: nn.Module, patches: torch.Tensor, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
+    model: SiglipVisionModel, patches: torch.Tensor, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
 ) -> torch.Tensor:
     """The position embeddings of a frame's patches [B, N, D], the same for all streams: [N, D]."""
     embeddings = model.embeddings
@@ -34,7 +33,7 @@ def position_embeddings(
 
 
 def active_position_embeddings(
-    model: nn.Module,
+    model: SiglipVisionModel,
     patches: torch.Tensor,
     pixel_values: torch.Tensor,
     interpolate_pos_encoding: bool,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
 
 def are_plain(modules: Iterable[nn.Module], weights: Iterable[torch.Tensor | None]) -> bool:
@@ -88,7 +89,7 @@ def interpolate_at(positions: torch.Tensor, places: torch.Tensor, grid: tuple[in
 PLAIN_OUTPUT_PROJECTIONS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def can_fold_probe(head: nn.Module) -> bool:
+def can_fold_probe(head: SiglipMultiheadAttentionPoolingHead) -> bool:
     """
     Whether `pool_with_folded_probe` may read the head's weights: they must be plain parameters of plain modules,
     neither quantised, offloaded, adapted, parametrised nor hooked.
@@ -100,7 +101,7 @@ def can_fold_probe(head: nn.Module) -> bool:
     return are_plain((head, attention, attention.out_proj), weights)
 
 
-def pool_with_folded_probe(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def pool_with_folded_probe(head: SiglipMultiheadAttentionPoolingHead, hidden_states: torch.Tensor) -> torch.Tensor:
     """
     SigLIP's attention pooling of [B, N, D] to [B, D], with the probe folded into the key projection.
 
