@@ -143,6 +143,8 @@ class NeuroFlowGateConfig:
             `threshold` -1 is beyond any budget. 0.25 keeps labels and the moment they change on fixed cameras, where
             it seldom binds; a steadily moving camera gets a dense frame every four then. With `reference` `"ema"`
             alone, what happens while nothing is encoded may fade into the mean; take another one.
+            A very small model may cost more than a budget whatever it shows: a preset's budget is then lifted, with a
+            warning, and one that you set is an error on the first frame.
         cost_reserve (`float`, defaults to 4.0):
             How many dense frames' worth a stream saves up at most under a `cost_budget`; it starts with as much, and
             again after a reset. More follows longer events without a gap, and lets the cost of a stretch of T frames
