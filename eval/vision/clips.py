@@ -1,27 +1,21 @@
 """
-Short clips of many kinds, on which methods are compared with their trivial baselines.
-
-    python -m eval.vision.clips --out sheets
+Short clips of many kinds, on which methods are compared with their trivial baselines (`vision_policies.py`).
 
 Recorded clips come out of pinned wheels, composed ones are rendered over the photographs of the tower's wheels, frame
-by frame and the same at every call. Nothing is committed. Writes a contact sheet of each clip: six frames, and under
-them how they differ from the frame before, times eight.
+by frame and the same at every call. Nothing is committed.
 """
 
-import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import typer
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 
 from recipes.recordings import FRAMES, RECORDINGS, SIZE, Clip
 from recipes.siglip_dinov2_small.build import default_tower_dir
@@ -50,19 +44,11 @@ def load_clips(names: Sequence[str] | None = None, folder: Path | None = None) -
     return [source.load(home, console) for source in SOURCES if names is None or source.name in names]
 
 
-# --- composing: pure functions from photographs to float pictures, 0 to 255 ------------------------------------------
+# --- pure functions from photographs to float pictures, 0 to 255 -----------------------------------------------------
 
 
 def fit(photo: np.ndarray, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """The middle of a photograph at a given size.
-
-    Args:
-        photo: uint8 [H, W, 3].
-        size: height and width to give.
-
-    Returns:
-        float32 [*size, 3], 0 to 255.
-    """
+    """The middle of a photograph uint8 [H, W, 3] at a given size: float32 [*size, 3]."""
     height, width = size
     scale = max(height / photo.shape[0], width / photo.shape[1])
     top = (photo.shape[0] - height / scale) / 2
@@ -87,13 +73,9 @@ def sample(picture: np.ndarray, rows: np.ndarray, columns: np.ndarray, outside: 
 
 
 def noisy(pictures: Iterable[np.ndarray], sigma: float, seed: int) -> Iterator[np.ndarray]:
-    """Pictures as a sensor gives them: shot and read noise, then rounded to uint8.
-
-    Args:
-        pictures: float32 [H, W, 3], 0 to 255.
-        sigma: the noise's standard deviation at mid grey, in grey levels. A fifth of its variance is read noise, the
-            rest grows with the light.
-        seed: of the noise.
+    """
+    Float pictures as a sensor gives them: shot and read noise, then rounded to uint8. `sigma` is the noise's standard
+    deviation at mid grey, in grey levels; a fifth of its variance is read noise, the rest grows with the light.
     """
     rng = np.random.default_rng(seed)
     for picture in pictures:
@@ -107,40 +89,40 @@ def lit(scene: np.ndarray, gains: Iterable[np.ndarray | float]) -> Iterator[np.n
     return ((scene * gain).astype(np.float32) for gain in gains)
 
 
-def mains_flicker(amplitude: float, rows: int = 1, readout: float = 0.0, frames: int = FRAMES) -> np.ndarray:
-    """Gains [frames, rows, 1, 1] of lamps on 50 Hz mains, which pulse 100 times a second, filmed at 29.97 frames.
+def mains_flicker(amplitude: float, rows: int = 1, readout: float = 0.0) -> np.ndarray:
+    """
+    Gains [FRAMES, rows, 1, 1] of lamps on 50 Hz mains, which pulse 100 times a second, filmed at 29.97 frames.
 
     Args:
         amplitude: how far the gain goes from 1.
         rows: the frame's height; 1 where all rows see the same light.
         readout: seconds from the first row's exposure to the last one's. A rolling shutter has bands, which drift.
-        frames: how many.
     """
-    seconds = np.arange(frames)[:, None] / 29.97 + np.linspace(0, readout, rows)
+    seconds = np.arange(FRAMES)[:, None] / 29.97 + np.linspace(0, readout, rows)
     return (1 + amplitude * np.sin(2 * math.pi * 100 * seconds))[:, :, None, None]
 
 
-def light_drift(amount: float, frames: int = FRAMES) -> np.ndarray:
-    """Gains [frames, 3] that fall to 1 - `amount` while red gains as much on blue: evening light."""
-    part = (1 - np.cos(np.linspace(0, math.pi, frames)))[:, None] / 2
+def evening_light(amount: float) -> np.ndarray:
+    """Gains [FRAMES, 3] that fall to 1 - `amount` while red gains as much on blue: evening light."""
+    part = (1 - np.cos(np.linspace(0, math.pi, FRAMES)))[:, None] / 2
     warmth = np.array([amount / 2, 0, -amount / 2])
     return (1 - amount * part) * (1 + warmth * part)
 
 
-def switched(gain: float, off: int, on: int, frames: int = FRAMES) -> np.ndarray:
-    """Gains [frames]: `gain` from frame `off` until before frame `on`, else 1."""
-    index = np.arange(frames)
+def switched(gain: float, off: int, on: int) -> np.ndarray:
+    """Gains [FRAMES]: `gain` from frame `off` until before frame `on`, else 1."""
+    index = np.arange(FRAMES)
     return np.where((index >= off) & (index < on), gain, 1.0)
 
 
-def swaying(scene: np.ndarray, amplitude: float, seed: int, frames: int = FRAMES) -> Iterator[np.ndarray]:
-    """A scene [H, W, 3] of leaves in the wind: waves of several lengths and rates run through it, in gusts.
+def swaying(scene: np.ndarray, amplitude: float, seed: int) -> Iterator[np.ndarray]:
+    """
+    A scene [H, W, 3] of leaves in the wind: waves of several lengths and rates run through it, in gusts.
 
     Args:
         scene: what sways, from edge to edge.
         amplitude: how far a point moves from where it grows, at most, in pixels.
         seed: of the waves' phases and directions.
-        frames: how many.
     """
     rng = np.random.default_rng(seed)
     height, width = scene.shape[:2]
@@ -153,7 +135,7 @@ def swaying(scene: np.ndarray, amplitude: float, seed: int, frames: int = FRAMES
         2 * math.pi * (columns * math.cos(angle) + rows * math.sin(angle)) / (length * width) + phase
         for (length, _, _), angle, phase in zip(waves, angles, phases, strict=True)
     ]
-    for frame in range(frames):
+    for frame in range(FRAMES):
         gust = 0.65 + 0.35 * np.sin(2 * math.pi * (columns / width - frame / 50))
         along = across = 0
         for (_, period, share), shape in zip(waves, shapes, strict=True):
@@ -164,15 +146,13 @@ def swaying(scene: np.ndarray, amplitude: float, seed: int, frames: int = FRAMES
 
 
 def glide(waypoints: Sequence[tuple[float, ...]], eased: bool = True, frames: int = FRAMES) -> np.ndarray:
-    """A path through waypoints, at rest before the first and after the last.
+    """
+    A path [frames, values] through waypoints, at rest before the first and after the last.
 
     Args:
         waypoints: (frame, value, value, ...) each, frames rising.
         eased: set off and arrive gently at each; else at constant speed.
         frames: how many.
-
-    Returns:
-        [frames, values].
     """
     times, *values = np.array(waypoints, dtype=np.float64).T
     stations = np.arange(len(times))
@@ -183,36 +163,33 @@ def glide(waypoints: Sequence[tuple[float, ...]], eased: bool = True, frames: in
     return np.stack([np.interp(progress, stations, value) for value in values], axis=1)
 
 
-def hand_shake(row: float, column: float, sway: float, seed: int, frames: int = FRAMES) -> np.ndarray:
-    """Poses [frames, 4] for `filmed` of a camera held by hand: slow sway, quick tremor, a little roll.
+def hand_shake(row: float, column: float, sway: float, seed: int) -> np.ndarray:
+    """
+    Poses [FRAMES, 4] for `filmed` of a camera held by hand: slow sway, quick tremor, a little roll.
 
     Args:
-        row: centre of the view in the photograph.
-        column: the same, across.
+        row, column: centre of the view in the photograph.
         sway: about how far the view wanders from there, in pixels.
         seed: of the phases.
-        frames: how many.
     """
     rng = np.random.default_rng(seed)
     hertz = np.array([0.3, 0.7, 1.3, 2.9, 6.1])
     strength = 1 / hertz
-    turns = 2 * math.pi * hertz * np.arange(frames)[:, None, None] / FRAMES_PER_SECOND
+    turns = 2 * math.pi * hertz * np.arange(FRAMES)[:, None, None] / FRAMES_PER_SECOND
     waves = np.sin(turns + rng.uniform(0, 2 * math.pi, (3, len(hertz)))) @ (strength / strength.sum())
     return np.column_stack(
-        (row + sway * waves[:, 0], column + 1.4 * sway * waves[:, 1], 0.012 * waves[:, 2], np.ones(frames))
+        (row + sway * waves[:, 0], column + 1.4 * sway * waves[:, 1], 0.012 * waves[:, 2], np.ones(FRAMES))
     )
 
 
 def filmed(photo: np.ndarray, poses: np.ndarray, size: tuple[int, int] = SIZE) -> Iterator[np.ndarray]:
-    """Views of a photograph as a camera passes over it.
+    """
+    Views float32 [*size, 3] of a photograph as a camera passes over it, interpolated bicubically.
 
     Args:
         photo: [H, W, 3], larger than the view.
         poses: [frames, 4]: row and column of the view's centre, roll in radians, zoom.
         size: height and width of the view at zoom 1, in the photograph's pixels.
-
-    Returns:
-        float32 [*size, 3] per pose, interpolated bicubically.
     """
     photo = photo.astype(np.float32)
     rows, columns = np.mgrid[: size[0], : size[1]].astype(np.float32)
@@ -226,17 +203,13 @@ def filmed(photo: np.ndarray, poses: np.ndarray, size: tuple[int, int] = SIZE) -
 def cut_out(
     photo: np.ndarray, centre: tuple[float, float], radii: tuple[float, float], height: int, feather: float = 3.0
 ) -> np.ndarray:
-    """An ellipse of a photograph, soft at its edge.
+    """
+    An ellipse of a photograph uint8 [H, W, 3], soft at its edge: float32 [height, w, 4], RGB times alpha, and alpha.
 
     Args:
-        photo: uint8 [H, W, 3].
-        centre: row and column of the ellipse.
-        radii: of the ellipse, down and across.
+        centre, radii: of the ellipse, down and across.
         height: of what comes back.
         feather: how many pixels of it the edge takes to fade.
-
-    Returns:
-        float32 [height, w, 4]: RGB times alpha, and alpha from 0 to 1.
     """
     width = round(height * radii[1] / radii[0])
     box = (centre[1] - radii[1], centre[0] - radii[0], centre[1] + radii[1], centre[0] + radii[0])
@@ -260,20 +233,51 @@ def pasted(scene: np.ndarray, thing: np.ndarray, places: np.ndarray) -> Iterator
         yield scene * (1 - np.clip(layer[..., 3:], 0, 1)) + layer[..., :3]
 
 
-def appearing(row: float, column: float, first: int, gone: int, frames: int = FRAMES) -> np.ndarray:
-    """Places [frames, 2] of a thing that stands at (row, column) from frame `first` until before `gone`."""
-    index = np.arange(frames)[:, None]
+def appearing(row: float, column: float, first: int, gone: int) -> np.ndarray:
+    """Places [FRAMES, 2] of a thing that stands at (row, column) from frame `first` until before `gone`."""
+    index = np.arange(FRAMES)[:, None]
     return np.where((index >= first) & (index < gone), [row, column], np.nan)
 
 
-def cuts(scenes: Sequence[np.ndarray], events: Sequence[int], frames: int = FRAMES) -> Iterator[np.ndarray]:
-    """The first scene until before the first event, then the next, and so on."""
-    bounds = (0, *events, frames)
-    for scene, (begin, end) in zip(scenes, itertools.pairwise(bounds), strict=True):
-        yield from itertools.repeat(scene, end - begin)
+# --- composed clips --------------------------------------------------------------------------------------------------
 
 
-# --- composed clips ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Composition:
+    """
+    A clip rendered over photographs.
+
+    Attributes:
+        name, kind, note, events: as in Clip.
+        photos: names of the photographs, as `read_photos` takes them.
+        noise: standard deviation at mid grey, in grey levels; see `noisy`.
+        pictures: from the photographs, uint8 [H, W, 3] each, to float32 pictures [*SIZE, 3], without noise.
+    """
+
+    name: str
+    kind: str
+    note: str
+    photos: tuple[str, ...]
+    noise: float
+    events: tuple[int, ...]
+    pictures: Callable[..., Iterable[np.ndarray]]
+
+    def load(self, home: Path, console: Console) -> Clip:
+        """The clip, over photographs from the wheels under `home` (downloaded if they are not there)."""
+        for wheel in (SKIMAGE_WHEEL, SKLEARN_WHEEL):
+            fetch_wheel(wheel, home / "wheels", console)
+        return self.compose([np.asarray(photo) for photo in read_photos(home / "wheels", self.photos)])
+
+    def compose(self, photos: Sequence[np.ndarray]) -> Clip:
+        """The clip over the photographs given, uint8 [H, W, 3] each."""
+
+        def frames() -> Iterator[np.ndarray]:
+            return noisy(self.pictures(*photos), self.noise, seed=zlib.crc32(self.name.encode()))
+
+        return Clip(self.name, self.kind, False, self.note, frames, self.events)
+
+
+COMPOSITIONS: list[Composition] = []
 
 ASTRONAUT = "skimage/data/astronaut.png"
 CHELSEA = "skimage/data/chelsea.png"
@@ -285,228 +289,104 @@ CHINA = "sklearn/datasets/images/china.jpg"
 FLOWER = "sklearn/datasets/images/flower.jpg"
 
 
-@dataclass(frozen=True)
-class Composition:
-    """A clip rendered over photographs.
+def composition(kind: str, note: str, *photos: str, noise: float, events: tuple[int, ...] = ()) -> Callable:
+    """Add a clip to the suite, by a function of its photographs that is called as the clip."""
 
-    Attributes:
-        name, kind, note, events: as in Clip.
-        photos: names of the photographs, as `read_photos` takes them.
-        pictures: from the photographs, uint8 [H, W, 3] each, to float32 pictures [*SIZE, 3], without noise.
-        noise: standard deviation at mid grey, in grey levels; see `noisy`.
-    """
+    def add(pictures: Callable) -> Callable:
+        name = pictures.__name__.replace("_", "-")
+        COMPOSITIONS.append(Composition(name, kind, note, photos, noise, events, pictures))
+        return pictures
 
-    name: str
-    kind: str
-    note: str
-    photos: tuple[str, ...]
-    pictures: Callable[..., Iterable[np.ndarray]]
-    noise: float
-    events: tuple[int, ...] = ()
-
-    def load(self, home: Path, console: Console) -> Clip:
-        """The clip, over photographs from the wheels under `home` (downloaded if they are not there)."""
-        for wheel in (SKIMAGE_WHEEL, SKLEARN_WHEEL):
-            fetch_wheel(wheel, home / "wheels", console)
-        photos = [np.asarray(photo) for photo in read_photos(home / "wheels", self.photos)]
-        return self.compose(photos)
-
-    def compose(self, photos: Sequence[np.ndarray]) -> Clip:
-        """The clip over the photographs given, uint8 [H, W, 3] each."""
-
-        def frames() -> Iterator[np.ndarray]:
-            return noisy(self.pictures(*photos), self.noise, seed=zlib.crc32(self.name.encode()))
-
-        return Clip(self.name, self.kind, False, self.note, frames, self.events)
+    return add
 
 
-def _dahlia_stops(scene: np.ndarray, flower: np.ndarray) -> Iterator[np.ndarray]:
-    dahlia = cut_out(flower, centre=(221, 308), radii=(136, 137), height=140)
-    path = glide([(15, 215, -72), (40, 190, 230), (60, 190, 230), (85, 215, 472)])
-    return pasted(fit(scene), dahlia, path)
+@composition("still", "a coffee cup, sensor noise of 2.5 grey levels", COFFEE, noise=2.5)
+def still_noise(coffee):
+    return repeat(fit(coffee), FRAMES)
 
 
-def _head_passes(scene: np.ndarray, astronaut: np.ndarray) -> Iterator[np.ndarray]:
-    head = cut_out(astronaut, centre=(110, 225), radii=(98, 74), height=130)
-    return pasted(fit(scene), head, glide([(20, 130, 450), (60, 110, -51)], eased=False))
+@composition("still", "a pavilion at 0.4 of its light, noise of 6 grey levels, as at high ISO", CHINA, noise=6.0)
+def still_low_light(china):
+    return repeat(0.4 * fit(china), FRAMES)
 
 
-def _cup_creeps(scene: np.ndarray, coffee: np.ndarray) -> Iterator[np.ndarray]:
-    cup = cut_out(coffee, centre=(201, 279), radii=(186, 205), height=130)
-    return pasted(fit(scene), cup, glide([(0, 150, 180), (FRAMES, 156, 220)], eased=False))
+@composition("flicker", "a pavilion, 5% brighter and darker at the beat of 50 Hz lamps", CHINA, noise=1.5)
+def flicker(china):
+    return lit(fit(china), mains_flicker(0.05))
 
 
-def _cat_appears(scene: np.ndarray, chelsea: np.ndarray) -> Iterator[np.ndarray]:
-    cat = cut_out(chelsea, centre=(150, 205), radii=(146, 162), height=150)
-    return pasted(fit(scene), cat, appearing(180, 250, first=30, gone=65))
+@composition("flicker", "a coffee cup, 4% bands: the same lamps under a rolling shutter", COFFEE, noise=1.5)
+def flicker_bands(coffee):
+    return lit(fit(coffee), mains_flicker(0.04, rows=SIZE[0], readout=0.02))
 
 
-COMPOSITIONS = (
-    Composition(
-        "still-noise",
-        "still",
-        "a coffee cup, sensor noise of 2.5 grey levels",
-        (COFFEE,),
-        lambda coffee: itertools.repeat(fit(coffee), FRAMES),
-        noise=2.5,
-    ),
-    Composition(
-        "still-low-light",
-        "still",
-        "a pavilion at 0.4 of its light, sensor noise of 6 grey levels at mid grey, as at high ISO",
-        (CHINA,),
-        lambda china: itertools.repeat(0.4 * fit(china), FRAMES),
-        noise=6.0,
-    ),
-    Composition(
-        "flicker",
-        "flicker",
-        "a pavilion, all of it 5% brighter and darker at the beat of 50 Hz lamps with 29.97 frames a second",
-        (CHINA,),
-        lambda china: lit(fit(china), mains_flicker(0.05)),
-        noise=1.5,
-    ),
-    Composition(
-        "flicker-bands",
-        "flicker",
-        "a coffee cup, 4% bands that run down: the same lamps under a rolling shutter",
-        (COFFEE,),
-        lambda coffee: lit(fit(coffee), mains_flicker(0.04, rows=SIZE[0], readout=0.02)),
-        noise=1.5,
-    ),
-    Composition(
-        "light-drift",
-        "light drift",
-        "a cat; light falls by 25% and gets 25% warmer over the clip",
-        (CHELSEA,),
-        lambda chelsea: lit(fit(chelsea), light_drift(0.25)),
-        noise=1.0,
-    ),
-    Composition(
-        "swaying-flower",
-        "leaves",
-        "a dahlia before leaves in the wind, up to 6 pixels to and fro",
-        (FLOWER,),
-        lambda flower: swaying(fit(flower), amplitude=6.0, seed=1),
-        noise=1.0,
-    ),
-    Composition(
-        "waving-grass",
-        "leaves",
-        "grass from edge to edge in the wind, up to 3 pixels to and fro",
-        (GRASS,),
-        lambda grass: swaying(fit(grass), amplitude=3.0, seed=2),
-        noise=1.0,
-    ),
-    Composition(
-        "pan",
-        "moving camera",
-        "a slow pan over a pavilion, 2.3 pixels a frame",
-        (CHINA,),
-        lambda china: filmed(china, glide([(0, 265, 205, 0, 1), (FRAMES - 1, 215, 425, 0, 1)], eased=False)),
-        noise=1.0,
-    ),
-    Composition(
-        "hand-held",
-        "hand-held camera",
-        "a coffee cup through a camera held by hand",
-        (COFFEE,),
-        lambda coffee: filmed(coffee, hand_shake(195, 290, sway=10, seed=3)),
-        noise=1.0,
-    ),
-    Composition(
-        "zoom",
-        "moving camera",
-        "a rocket on its pad, slowly nearer",
-        (ROCKET,),
-        lambda rocket: filmed(rocket, glide([(10, 213, 320, 0, 1), (90, 240, 322, 0, 1.35)])),
-        noise=1.0,
-    ),
-    Composition(
-        "object-stops",
-        "object",
-        "a dahlia glides in before a pavilion (15 to 40), stops, and leaves (60 to 85)",
-        (CHINA, FLOWER),
-        _dahlia_stops,
-        noise=1.5,
-        events=(40, 85),
-    ),
-    Composition(
-        "object-passes",
-        "object",
-        "an astronaut's head flies by a rocket at 12.5 pixels a frame (20 to 60)",
-        (ROCKET, ASTRONAUT),
-        _head_passes,
-        noise=1.5,
-        events=(60,),
-    ),
-    Composition(
-        "object-creeps",
-        "object",
-        "a cup moves over gravel by 0.4 pixels a frame",
-        (GRAVEL, COFFEE),
-        _cup_creeps,
-        noise=1.0,
-    ),
-    Composition(
-        "object-appears",
-        "object",
-        "a cat is there before a pavilion at once (30), and gone at once (65)",
-        (CHINA, CHELSEA),
-        _cat_appears,
-        noise=1.5,
-        events=(30, 65),
-    ),
-    Composition(
-        "lights-switched",
-        "lights",
-        "a coffee cup; lights go off to 0.35 (30) and on again (70)",
-        (COFFEE,),
-        lambda coffee: lit(fit(coffee), switched(0.35, off=30, on=70)),
-        noise=1.5,
-        events=(30, 70),
-    ),
-    Composition(
-        "scene-cuts",
-        "cuts",
-        "a pavilion, a coffee cup (33), a cat (66)",
-        (CHINA, COFFEE, CHELSEA),
-        lambda *photos: cuts([fit(photo) for photo in photos], (33, 66)),
-        noise=1.5,
-        events=(33, 66),
-    ),
+@composition("light drift", "a cat; light falls by 25% and gets 25% warmer over the clip", CHELSEA, noise=1.0)
+def light_drift(chelsea):
+    return lit(fit(chelsea), evening_light(0.25))
+
+
+@composition("leaves", "a dahlia before leaves in the wind, up to 6 pixels to and fro", FLOWER, noise=1.0)
+def swaying_flower(flower):
+    return swaying(fit(flower), amplitude=6.0, seed=1)
+
+
+@composition("leaves", "grass from edge to edge in the wind, up to 3 pixels to and fro", GRASS, noise=1.0)
+def waving_grass(grass):
+    return swaying(fit(grass), amplitude=3.0, seed=2)
+
+
+@composition("moving camera", "a slow pan over a pavilion, 2.3 pixels a frame", CHINA, noise=1.0)
+def pan(china):
+    return filmed(china, glide([(0, 265, 205, 0, 1), (FRAMES - 1, 215, 425, 0, 1)], eased=False))
+
+
+@composition("hand-held camera", "a coffee cup through a camera held by hand", COFFEE, noise=1.0)
+def hand_held(coffee):
+    return filmed(coffee, hand_shake(195, 290, sway=10, seed=3))
+
+
+@composition("moving camera", "a rocket on its pad, slowly nearer", ROCKET, noise=1.0)
+def zoom(rocket):
+    return filmed(rocket, glide([(10, 213, 320, 0, 1), (90, 240, 322, 0, 1.35)]))
+
+
+@composition(
+    "object", "a dahlia glides in (15 to 40), stops, and leaves (60 to 85)", CHINA, FLOWER, noise=1.5, events=(40, 85)
 )
+def object_stops(china, flower):
+    dahlia = cut_out(flower, centre=(221, 308), radii=(136, 137), height=140)
+    return pasted(fit(china), dahlia, glide([(15, 215, -72), (40, 190, 230), (60, 190, 230), (85, 215, 472)]))
+
+
+@composition("object", "a head flies by at 12.5 pixels a frame (20 to 60)", ROCKET, ASTRONAUT, noise=1.5, events=(60,))
+def object_passes(rocket, astronaut):
+    head = cut_out(astronaut, centre=(110, 225), radii=(98, 74), height=130)
+    return pasted(fit(rocket), head, glide([(20, 130, 450), (60, 110, -51)], eased=False))
+
+
+@composition("object", "a cup moves over gravel by 0.4 pixels a frame", GRAVEL, COFFEE, noise=1.0)
+def object_creeps(gravel, coffee):
+    cup = cut_out(coffee, centre=(201, 279), radii=(186, 205), height=130)
+    return pasted(fit(gravel), cup, glide([(0, 150, 180), (FRAMES, 156, 220)], eased=False))
+
+
+@composition(
+    "object", "a cat is there at once (30), and gone at once (65)", CHINA, CHELSEA, noise=1.5, events=(30, 65)
+)
+def object_appears(china, chelsea):
+    cat = cut_out(chelsea, centre=(150, 205), radii=(146, 162), height=150)
+    return pasted(fit(china), cat, appearing(180, 250, first=30, gone=65))
+
+
+@composition("lights", "a coffee cup; lights go off to 0.35 (30), and on (70)", COFFEE, noise=1.5, events=(30, 70))
+def lights_switched(coffee):
+    return lit(fit(coffee), switched(0.35, off=30, on=70))
+
+
+@composition("cuts", "a pavilion, a coffee cup (33), a cat (66)", CHINA, COFFEE, CHELSEA, noise=1.5, events=(33, 66))
+def scene_cuts(*photos):
+    return chain(*(repeat(fit(photo), count) for photo, count in zip(photos, (33, 33, 34), strict=True)))
+
 
 SOURCES = (*RECORDINGS, *COMPOSITIONS)
 NAMES = tuple(source.name for source in SOURCES)
-
-# --- looking -------------------------------------------------------------------------------------------------------
-
-
-def contact_sheet(frames: Sequence[np.ndarray], height: int = 180) -> Image.Image:
-    """Six frames in a row, and under each how it differs from the frame before, times eight."""
-    shown = np.linspace(1, len(frames) - 1, 6).round().astype(int)
-    width = round(height * frames[0].shape[1] / frames[0].shape[0])
-    sheet = Image.new("RGB", (6 * width, 2 * height))
-    for place, index in enumerate(shown):
-        difference = np.abs(frames[index].astype(np.int16) - frames[index - 1])
-        amplified = np.minimum(8 * difference, 255).astype(np.uint8)
-        for line, picture in enumerate((frames[index], amplified)):
-            small = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
-            sheet.paste(small, (place * width, line * height))
-    return sheet
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="Write the contact sheets into this folder.")] = Path("sheets"),
-    name: Annotated[list[str] | None, typer.Option(help="Use only this clip; may be given again.")] = None,
-):
-    """Write a contact sheet of each clip."""
-    torch.set_num_threads(1)
-    out.mkdir(parents=True, exist_ok=True)
-    for clip in track(load_clips(name), "clips", console=Console(stderr=True)):
-        contact_sheet(list(clip.frames())).save(out / f"{clip.name}.png")
-
-
-if __name__ == "__main__":
-    typer.run(main)

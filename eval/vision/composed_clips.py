@@ -1,8 +1,6 @@
 """
 Composed clips of which everything is known: what is seen, where, and from which frame on.
 
-    python -m eval.vision.composed_clips --out sheets      # a contact sheet of one clip of each kind of motion
-
 Drawings of things move before photographs, in the kinds of motion of MOTIONS, for 16 to 10,000 frames. A clip is a
 small specification, and a frame is a pure function of it and the frame's number: nothing is kept, any frame can be
 asked for alone, and the same (seed, motion, number) gives the same clip on every machine with the same material and
@@ -13,16 +11,10 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import torch
-import typer
 from PIL import Image
-from torch import Tensor
-
-from neuroflow_hf.video.motion import patch_mask
 
 MOTIONS = {
     "still": "a thing that does not move",
@@ -137,15 +129,6 @@ class Truth:
     def label(self) -> str | None:
         """The name of the thing that is seen with most pixels; None if none is."""
         return self.seen[0] if self.seen else None
-
-    @property
-    def share(self) -> float:
-        """Which share of the picture things cover."""
-        return float(self.mask.mean())
-
-    def patches(self, grid: tuple[int, int], least_share: float = 0.0) -> Tensor:
-        """The mask on a grid of patches, bool [*grid], by `patch_mask`."""
-        return patch_mask(torch.from_numpy(self.mask), grid, least_share)
 
 
 # --- frames: pure functions of a specification and a number ----------------------------------------------------------
@@ -323,15 +306,6 @@ def specify(material: Any, motion: str, number: int, *, frames: int = 64, seed: 
     return ClipSpec(motion, number, seed, frames, ground, tuple(actors), side, **options)
 
 
-def suite(material: Any, clips: int, *, frames: int = 64, seed: int = 0, side: int = SIDE) -> Iterator[ClipSpec]:
-    """So many clips of each motion, one after the other."""
-    return (
-        specify(material, motion, number, frames=frames, seed=seed, side=side)
-        for motion in MOTIONS
-        for number in range(clips)
-    )
-
-
 def cut_of(drawings: list, rng: np.random.Generator, side: int, small: bool) -> np.ndarray:
     """One of a thing's drawings at its size, uint8 RGBA [h, w, 4]."""
     picture = drawings[rng.integers(len(drawings))].picture
@@ -407,29 +381,3 @@ def moving(
         away = side / 2 + max(height, width) + abs(centre[1] - side / 2)
         return Actor(thing, cut, path, centre, (0.0, direction * away), on_the_way, start=start)
     return Actor(thing, cut, path, centre)
-
-
-# --- pictures of them ------------------------------------------------------------------------------------------------
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="Folder for the contact sheets.")] = Path("composed-clips"),
-    split: Annotated[str, typer.Option(help="training, held out or unseen style.")] = "held out",
-    frames: Annotated[int, typer.Option(help="Frames of each clip.")] = 64,
-    number: Annotated[int, typer.Option(help="Which clip of each motion.")] = 0,
-):
-    """Write a contact sheet of one clip of each motion, and print what is seen when."""
-    from eval.vision.clips import contact_sheet
-    from recipes.siglip_small.compose import load_material
-
-    material = load_material()[split]
-    out.mkdir(parents=True, exist_ok=True)
-    for motion in MOTIONS:
-        spec = specify(material, motion, number, frames=frames)
-        contact_sheet([frame(spec, at)[0] for at in range(spec.frames)]).save(out / f"{motion.replace(' ', '-')}.png")
-        seen = [truth(spec, at).label or "nothing" for at in (0, *label_changes(spec))]
-        print(f"{motion}: {', then '.join(seen)}; changes at {list(label_changes(spec))}")
-
-
-if __name__ == "__main__":
-    typer.run(main)

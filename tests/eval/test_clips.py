@@ -97,7 +97,7 @@ def test_every_way_to_move_gives_as_many_pictures_as_frames():
     poses = clips.hand_shake(200, 300, sway=5, seed=0)
     for pictures in (
         clips.lit(scene, gains),
-        clips.lit(scene, clips.light_drift(0.25)),
+        clips.lit(scene, clips.evening_light(0.25)),
         clips.swaying(scene, amplitude=2, seed=0),
         clips.filmed(photo(), poses, (30, 40)),
     ):
@@ -137,7 +137,7 @@ def test_gains_go_as_far_as_said():
     flicker = clips.mains_flicker(0.05)
     assert flicker.shape == (clips.FRAMES, 1, 1, 1)
     assert abs(flicker - 1).max() == pytest.approx(0.05, rel=0.02)
-    drift = clips.light_drift(0.25)
+    drift = clips.evening_light(0.25)
     assert drift[0] == pytest.approx([1, 1, 1])
     assert drift[-1] == pytest.approx([0.75 * 1.125, 0.75, 0.75 * 0.875])
 
@@ -165,8 +165,3 @@ def test_what_is_pasted_off_the_picture_or_hidden_leaves_it_alone():
     # a thing of even size has no pixel at its centre: half a pixel is averaged
     assert np.abs(inside - scene)[25:35, 35:45].mean() > 5
     assert np.array_equal(inside[:19], scene[:19])
-
-
-def test_a_contact_sheet_has_six_frames_and_their_changes():
-    sheet = clips.contact_sheet([photo(seed, 60, 80) for seed in range(7)], height=30)
-    assert sheet.size == (6 * 40, 2 * 30)

@@ -17,7 +17,6 @@ from eval.vision.composed_clips import (
     path_offset,
     scene,
     specify,
-    suite,
     truth,
     view,
 )
@@ -229,21 +228,6 @@ def test_the_last_frame_of_a_long_clip_costs_as_little_as_the_first(material):
     spec = clip(material, "crossing", count=10_000)
     image, known = frame(spec, 9_999)
     assert image.shape == (SIDE, SIDE, 3) and known.masks.shape == (1, SIDE, SIDE)
-
-
-def test_masks_on_a_grid_of_patches(material):
-    known = truth(clip(material, "still"), 0)
-    patches = known.patches((8, 8))
-    assert patches.shape == (8, 8)
-    expected = known.mask.reshape(8, 8, 8, 8).any((1, 3))
-    np.testing.assert_array_equal(patches.numpy(), expected)
-    assert known.patches((8, 8), 0.5).sum() < patches.sum()
-    assert known.share == known.mask.mean()
-
-
-def test_a_suite_has_so_many_clips_of_each_motion(material):
-    specs = list(suite(material, 2, frames=16, side=SIDE))
-    assert [(spec.motion, spec.number) for spec in specs] == [(motion, n) for motion in MOTIONS for n in range(2)]
 
 
 def test_what_there_is_not_is_refused(material):
