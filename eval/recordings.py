@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from neuroflow_hf.evaluation.methods import MethodSpec, make_methods, tower_of
 from neuroflow_hf.evaluation.recordings import RecordingStore, passes_of
+from neuroflow_hf.utils.files import write_whole
 from neuroflow_hf.utils.processes import Processes
-from neuroflow_hf.utils.provenance import checkout_commit, machine_and_versions, write_whole_bytes
+from neuroflow_hf.utils.provenance import checkout_commit, machine_and_versions
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.vision.gate_config import NeuroFlowGateConfig
 
@@ -179,7 +180,7 @@ def write_recording(recording: Recording, path: Path):
         "label_names": json.dumps(recording.label_names),
         "about": json.dumps(recording.about),
     }
-    write_whole_bytes(path, save(tensors, metadata))
+    write_whole(path, save(tensors, metadata))
 
 
 def read_recording(path: Path) -> Recording:

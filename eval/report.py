@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import neuroflow_hf
-from neuroflow_hf.utils.provenance import fill_block, write_whole, write_whole_bytes
+from neuroflow_hf.utils.files import fill_block, write_whole
 
 __all__ = [
     "RESULTS", "fill_block", "percentile", "provenance", "tidy", "wide_console", "with_interval", "write_figure",
@@ -53,7 +53,7 @@ def write_figure(path: Path, figure: Figure, dpi: int = 130):
     """Write a picture as PNG, whole or not at all."""
     picture = io.BytesIO()
     figure.savefig(picture, dpi=dpi, format="png")
-    write_whole_bytes(path, picture.getvalue())
+    write_whole(path, picture.getvalue())
 
 
 def tidy(panel):

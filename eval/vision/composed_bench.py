@@ -22,9 +22,9 @@ from eval.report import provenance
 from eval.vision import composed_clips
 from eval.vision.composed_clips import MOTIONS, SIDE, ClipSpec, Truth, frame, specify
 from neuroflow_hf.loading import load_text_model
-from neuroflow_hf.utils.code_keys import code_version, key_of, model_version
+from neuroflow_hf.utils.files import write_whole
 from neuroflow_hf.utils.processes import Processes
-from neuroflow_hf.utils.provenance import checkout_commit, fingerprint, write_whole_bytes
+from neuroflow_hf.utils.provenance import checkout_commit, code_version, fingerprint, key_of, model_version
 from neuroflow_hf.video.labels import Labels, embed_labels
 from recipes.siglip_dinov2_small.build import default_tower_dir
 from recipes.siglip_small.captions import prompts
@@ -165,7 +165,7 @@ def measure_clips(
             buffer = io.BytesIO()
             with torch.inference_mode():
                 np.savez(buffer, **measure(bench, bench.clip(name)))
-            write_whole_bytes(path, buffer.getvalue())
+            write_whole(path, buffer.getvalue())
         with np.load(path, allow_pickle=False) as stored:
             found.append((place, {part: stored[part] for part in stored.files}))
     if on_clip is not None:

@@ -31,9 +31,9 @@ from neuroflow_hf.evaluation.settings import (
     smaller_controls,
 )
 from neuroflow_hf.loading import DTYPES, load_text_model
-from neuroflow_hf.utils.code_keys import code_version, key_of
+from neuroflow_hf.utils.files import finite
 from neuroflow_hf.utils.processes import Processes
-from neuroflow_hf.utils.provenance import checkout_commit, finite
+from neuroflow_hf.utils.provenance import checkout_commit, code_version, key_of
 from neuroflow_hf.video.labels import tokenize
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.vision.modeling_neuroflow_siglip import NeuroFlowSiglipModel

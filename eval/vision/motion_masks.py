@@ -31,8 +31,9 @@ from eval.report import RESULTS, wide_console
 from eval.vision.clip_statistics import Estimate, estimate, mean, rounded
 from eval.vision.composed_bench import CHECKPOINT, Bench, Clip, ClipName, Figures, Measured, measure_suite
 from eval.vision.composed_clips import LEAST_VISIBLE, Truth
-from neuroflow_hf.utils.provenance import report_text, write_whole
-from neuroflow_hf.video.motion import mask_iou, motion_mask, patch_mask, without_small_regions
+from eval.vision.masks import mask_iou, patch_mask
+from neuroflow_hf.utils.files import report_text, write_whole
+from neuroflow_hf.video.motion import motion_mask, without_small_regions
 from neuroflow_hf.video.objects import MovingObject, connected_objects, pixel_box
 from neuroflow_hf.video.overlay import outline_objects
 

@@ -38,7 +38,7 @@ from eval.vision.composed_bench import (
 )
 from eval.vision.composed_clips import LEAST_VISIBLE, Actor, ClipSpec, Truth, path_offset, view
 from neuroflow_hf.evaluation.equal_cost import shares_at
-from neuroflow_hf.utils.provenance import report_text
+from neuroflow_hf.utils.files import report_text
 from neuroflow_hf.vision.patches import project_patches
 from neuroflow_hf.vision.selection import surprise
 

@@ -44,12 +44,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import neuroflow_hf
-from eval.report import RESULTS, provenance, tidy, wide_console, with_interval, write_figure, write_whole
+from eval.report import RESULTS, provenance, tidy, wide_console, with_interval, write_figure
 from eval.vision.clips import NAMES, load_clips
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.evaluation.equal_cost import shares_at
-from neuroflow_hf.utils.code_keys import code_version, key_of, model_version
-from neuroflow_hf.utils.provenance import fingerprint, write_whole_bytes
+from neuroflow_hf.utils.files import write_whole
+from neuroflow_hf.utils.provenance import code_version, fingerprint, key_of, model_version
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.vision.gate_config import DEFAULT_PRESET, PRESETS
 from neuroflow_hf.vision.patches import project_patches
@@ -133,7 +133,7 @@ def measure_clip(name: str, frames: int, methods: dict[str, dict], cache: Path) 
                 pooled, patches = dense.get_tensor("pooled"), dense.get_tensor("patches")
             buffer = io.BytesIO()
             np.savez(buffer, **measure_method(model, pixels(), pooled, patches, options))
-            write_whole_bytes(paths[label], buffer.getvalue())
+            write_whole(paths[label], buffer.getvalue())
     return Measured(name, dense_path, paths)
 
 
@@ -151,7 +151,7 @@ def pixels_digest(name: str, frames: int, pixels, preprocess: Preprocessor, cach
         digest = hashlib.blake2b(digest_size=8)
         for frame in pixels():
             digest.update(frame.numpy().tobytes())
-        write_whole_bytes(memo, digest.hexdigest().encode())
+        write_whole(memo, digest.hexdigest().encode())
     return memo.read_text()
 
 

@@ -117,9 +117,9 @@ def evaluate(
         from ..evaluation.datasets import chosen_labels, find_videos
         from ..evaluation.run import EvalSettings, evaluate_checkpoint, load_checkpoint
         from ..loading import DTYPES, default_model, load_gate
+        from ..utils.files import prepare_folder
         from ..utils.processes import Processes
         from ..video.labels import TEMPLATE, check_labels, parse_labels
-        from ..video.run import prepare_folder
 
         # what fails quickly goes first
         if write_card and (model is None or not Path(model).is_dir()):
@@ -152,9 +152,9 @@ def evaluate(
         files = write_evaluation(report, out, before if card else None, card)
         if write_card:
             from ..evaluation.card import CARD
-            from ..utils.provenance import write_whole_bytes
+            from ..utils.files import write_whole
 
-            write_whole_bytes(Path(model) / CARD, (out / "model_card.md").read_bytes())
+            write_whole(Path(model) / CARD, (out / "model_card.md").read_bytes())
     print_evaluation(report)
     console = Console(highlight=False)
     console.print(f"Written to {escape(str(out))}: {', '.join(files)}", soft_wrap=True)
@@ -193,7 +193,7 @@ def write_evaluation(report: dict, out: Path, existing_card: str | None, card: b
     from ..evaluation.card import evaluation_card
     from ..evaluation.plots import plot_accuracy, plot_fidelity
     from ..evaluation.report import card_markdown, report_markdown
-    from ..utils.provenance import report_text, write_whole, write_whole_bytes
+    from ..utils.files import report_text, write_whole
     from ..video.plots import save_plot
 
     plots = {"fidelity_over_cost.png": plot_fidelity}
@@ -202,14 +202,12 @@ def write_evaluation(report: dict, out: Path, existing_card: str | None, card: b
     else:
         (out / "accuracy_over_cost.png").unlink(missing_ok=True)  # of an earlier run with labels
     for name, draw in plots.items():
-        partial = out / f"{name}.part"
-        save_plot(draw(report), partial)
-        partial.replace(out / name)
+        save_plot(draw(report), out / name)
     write_whole(out / "report.md", report_markdown(report, list(plots)))
     files = ["report.json", "report.md", *plots]
     if card:
         text = evaluation_card(report, card_markdown(report), existing_card)
-        write_whole_bytes(out / "model_card.md", text.encode())
+        write_whole(out / "model_card.md", text)
         files.append("model_card.md")
     write_whole(out / "report.json", report_text(report))
     return files

@@ -294,8 +294,8 @@ def run_drift(
     from ..drift.prompts import first_of_each, read_prompts
     from ..drift.run import DriftSettings, evaluate_drift
     from ..loading import DTYPES, default_language_model, default_prompts, load_language_model
+    from ..utils.files import prepare_folder
     from ..utils.processes import Processes
-    from ..video.run import prepare_folder
 
     # what fails quickly goes first
     chosen = DriftSettings(**settings)
@@ -339,16 +339,13 @@ def write_drift(report: dict, paths: dict[str, Path], published: Sequence[dict] 
     """
     from ..drift.plots import plot_drift, plot_reachable
     from ..drift.tables import drift_markdown
-    from ..utils.provenance import write_whole
+    from ..utils.files import write_whole
     from ..video.plots import save_plot
 
     write_whole(paths["table"], drift_markdown(report))
     for name, draw in (("plot", lambda report: plot_drift(report, published)), ("reachable", plot_reachable)):
         if name in paths:
-            paths[name].parent.mkdir(parents=True, exist_ok=True)
-            temporary = paths[name].with_name(paths[name].name + ".part")
-            save_plot(draw(report), temporary)
-            temporary.replace(paths[name])
+            save_plot(draw(report), paths[name])
     return list(paths.values())
 
 

@@ -236,9 +236,10 @@ def run(
         require_dtype(dtype)
 
         from ..loading import DTYPES, default_model, load_gate, load_model, load_model_with_labels, usable_device
+        from ..utils.files import prepare_folder
         from ..video.labels import TEMPLATE, check_labels, parse_labels
         from ..video.reader import VideoReader, bundled_clip
-        from ..video.run import prepare_folder, run_video
+        from ..video.run import run_video
         from ..vision.gate_config import NeuroFlowGateConfig
 
         # what fails quickly goes first
@@ -517,8 +518,8 @@ def tune(
         from ..evaluation.tuning import checkpoint_config, tune_video, write_tuning
         from ..evaluation.tuning_report import next_steps
         from ..loading import DTYPES, default_model, load_model, usable_device
+        from ..utils.files import prepare_folder
         from ..video.reader import VideoReader, bundled_clip
-        from ..video.run import prepare_folder
 
         # what fails quickly goes first
         Requirement(min_cosine, max_cost, statistic)

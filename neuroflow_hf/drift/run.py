@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from ..evaluation.statistics import quantile
+from ..utils.files import report_text, write_whole
 from ..utils.processes import Processes
-from ..utils.provenance import checkout_commit, fingerprint, machine_and_versions, report_text, write_whole
+from ..utils.provenance import checkout_commit, fingerprint, machine_and_versions
 from .decode import DriftBench
 from .grid import (
     RATES,

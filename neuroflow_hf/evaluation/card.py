@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..utils.provenance import fill_block
+from ..utils.files import fill_block
 
 CARD = "README.md"
 BLOCK = "neuroflow-eval"

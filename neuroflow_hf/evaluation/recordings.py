@@ -7,8 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..utils.code_keys import key_of, model_version
-from ..utils.provenance import fingerprint
+from ..utils.provenance import fingerprint, key_of, model_version
 from ..video.preprocess import Preprocessor
 from ..vision.gate_config import NeuroFlowGateConfig
 from .methods import MethodSpec, tower_of

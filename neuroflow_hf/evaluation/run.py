@@ -24,13 +24,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ..loading import NoTextTowerError, load_model, load_model_with_labels
+from ..utils.files import finite, write_whole
+from ..utils.jobs import timed
 from ..utils.processes import Processes
-from ..utils.provenance import checkout_commit, finite, machine_and_versions, write_whole_bytes
+from ..utils.provenance import checkout_commit, machine_and_versions
 from ..video.labels import TEMPLATE, Labels
 from ..video.prefetch import prefetch
 from ..video.preprocess import Preprocessor
 from ..video.reader import VideoError, VideoReader
-from ..video.run import require_one_patch, timed
+from ..video.run import require_one_patch
 from ..vision.gate_config import PRESETS
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .datasets import EvalVideo, VideoSet, file_digest
@@ -429,7 +431,7 @@ def read_recording(path: Path) -> VideoRecording | None:
 
 def write_recording(path: Path, recording: VideoRecording):
     """Write a recording, whole or not at all."""
-    write_whole_bytes(path, save({name: value.contiguous() for name, value in vars(recording).items()}))
+    write_whole(path, save({name: value.contiguous() for name, value in vars(recording).items()}))
 
 
 # --- figures -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ choose the cheapest that stays close enough to dense, or the closest that is che
 import copy
 import json
 import math
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,10 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..utils.files import staging_folder
+from ..utils.jobs import stop_on_interrupt, timed
 from ..video.plots import save_plot
 from ..video.preprocess import Preprocessor
 from ..video.reader import VideoError, VideoReader
-from ..video.run import prepare_folder, publish, require_one_patch, settings, stop_on_interrupt, timed
+from ..video.run import require_one_patch, settings
 from ..vision.budget import least_cost
 from ..vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
 from ..vision.gate_config import PRESETS, NeuroFlowGateConfig
@@ -480,10 +481,8 @@ def write_tuning(
     Raises:
         NotADirectoryError, OSError: if `out` is a file or cannot be written to.
     """
-    out = prepare_folder(out)
     summary = {"command": command, "model": model_name or config.name_or_path, **result.summary()}
-    with tempfile.TemporaryDirectory(prefix=".tune-", dir=out) as folder:
-        folder = Path(folder)
+    with staging_folder(out, TUNE_FILES) as folder:
         title = f"{summary['video']['name']} at {summary['resolution']} px, {result.measured_frames} frames"
         save_plot(
             plot_tuning(result.points, result.requirement, result.chosen, result.first_frame, title),
@@ -495,4 +494,4 @@ def write_tuning(
             tuned = copy.deepcopy(config)
             tuned.gate = result.chosen.options
             tuned.to_json_file(folder / "config.json")
-        return publish(folder, out, TUNE_FILES)
+    return [Path(out) / name for name in TUNE_FILES if (Path(out) / name).exists()]

@@ -1,20 +1,19 @@
-"""Where a figure comes from: machine, versions, commit; reports written whole or not at all, and filled into texts."""
+"""Where a figure comes from: machine, versions, commit, weights, code; and keys that change with these."""
 
+import ast
+import functools
 import hashlib
 import json
-import math
 import os
 import platform
-import re
-import secrets
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 PACKAGES = ("neuroflow-hf", "torch", "transformers", "accelerate")
-LIST_OF_NUMBERS = re.compile(r"\[\n\s+([^\[\]{}\"]*?)\s+\]")
 
 
 def machine_and_versions(device: str = "cpu") -> dict:
@@ -53,41 +52,31 @@ def checkout_commit() -> str | None:
     return commit.strip() + "+" * bool(changes.strip())
 
 
-def write_whole(path: Path, text: str):
-    """Write a text file, whole or not at all."""
-    write_whole_bytes(path, text.encode())
+def key_of(**parts) -> str:
+    """16 hex digits that change with any of the parts (what JSON can hold)."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def write_whole_bytes(path: Path, content: bytes):
-    """Write a file, whole or not at all, also where several processes write the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def code_version(paths: Iterable[Path]) -> str:
+    """16 hex digits that change with what the code in these files does, not with comments, docstrings or layout."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(paths):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        digest.update(f"{path.name}\n{ast.dump(tree)}\n".encode())
+    return digest.hexdigest()
 
 
-def finite(value):
-    """A report with None in the place of numbers that JSON has none for: infinite ones, and NaN."""
-    if isinstance(value, dict):
-        return {name: finite(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+@functools.cache
+def model_version(*more: str) -> str:
+    """
+    The version of the code that a method's figures depend on; its options are a part of the key of their own.
 
-
-def report_text(report: dict) -> str:
-    """A report as JSON, indented, with lists of numbers in one line each."""
-    text = json.dumps(finite(report), indent=2, allow_nan=False)
-    return LIST_OF_NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text) + "\n"
-
-
-def fill_block(text: str, name: str, content: str) -> str:
-    """`text` with what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` replaced by `content`."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"Expected `{begin}` and `{end}` once each.")
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+    Args:
+        more: names of further files of this package, such as `"token_merging.py"`.
+    """
+    package = Path(__file__).parents[1]
+    names = (package / name for name in more)
+    return code_version([*(package / "vision").glob("*.py"), *(package / "language").glob("*.py"), *names])

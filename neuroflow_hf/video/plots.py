@@ -1,11 +1,13 @@
 """Pictures of a run over time: what each frame cost and kept."""
 
+import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..utils.files import write_whole
 from .label_records import shortened
 
 OURS, CONTROL_FIRST, CONTROL_HELD, KEYFRAME = "#d97706", "#9ca3af", "#475569", "#b91c1c"
@@ -127,5 +129,7 @@ def legend_columns(names: Iterable[str]) -> int:
 
 
 def save_plot(figure: Figure, path: Path):
-    """Write `figure` as a PNG file at 160 dots per inch."""
-    figure.savefig(path, dpi=160, format="png")
+    """Write `figure` as a PNG file, whole or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=160, format="png")
+    write_whole(path, picture.getvalue())

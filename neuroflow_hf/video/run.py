@@ -13,8 +13,6 @@ import contextlib
 import json
 import math
 import os
-import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +26,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+from ..utils.files import staging_folder
+from ..utils.jobs import stop_on_interrupt, timed
 from ..utils.provenance import fingerprint
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .label_records import label_caption, label_figures, label_line, object_caption
@@ -155,16 +155,6 @@ def covered_share(
     return down, across
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What `call` returns, and how many milliseconds it took, the device's work included."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    result = call()
-    wait()
-    return result, 1000 * (time.perf_counter() - started)
-
-
 def sampling_step(expected_frames: int | None, keyframe_interval: int | None) -> int:
     """
     Every how many frames to compare with dense, for about 25 samples.
@@ -176,29 +166,6 @@ def sampling_step(expected_frames: int | None, keyframe_interval: int | None) ->
     while keyframe_interval and math.gcd(step, keyframe_interval) > 1:
         step += 1
     return step
-
-
-@contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """
-    The first Ctrl-C inside the block sets the event and interrupts nothing; a second one does what it did before.
-    Only the main thread can do this; in others the event is never set.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
-
-    def handle(_signal, _frame):
-        stop.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -232,31 +199,6 @@ def require_one_patch(preprocess: Preprocessor, patch_size: int):
         raise ValueError(
             f"The resolution is {preprocess.resolution}; expected at least one patch, {patch_size} pixels."
         )
-
-
-def prepare_folder(out: str | Path) -> Path:
-    """Make the folder that a run is written to; NotADirectoryError if there is a file of that name."""
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file; name a folder to write to.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise OSError(f"Cannot make the folder {out} ({reason}); name one that you may write to.") from error
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise PermissionError(f"The folder {out} may not be written to; name another one.")
-    return out
-
-
-def publish(folder: Path, out: Path, names: Sequence[str] = RUN_FILES) -> list[Path]:
-    """Move finished files from `folder` to `out`, each in one step; what an earlier run left of `names` goes."""
-    for name in names:
-        if (folder / name).exists():
-            os.replace(folder / name, out / name)
-        else:
-            (out / name).unlink(missing_ok=True)
-    return [out / name for name in names if (out / name).exists()]
 
 
 def write_records(
@@ -338,7 +280,7 @@ def run_video(
     if dense_every is not None and dense_every < 0:
         raise ValueError(f"`dense_every` is {dense_every}; expected a number of frames, or 0 for no comparison.")
     require_one_patch(preprocess, model.config.patch_size)
-    out = prepare_folder(out)
+    out = Path(out)
     stream = model.new_stream(**(gate_options or {}))
     if objects:
         require_objects_found(stream.gate, labelled=labels is not None)
@@ -348,8 +290,7 @@ def run_video(
     records: list[FrameRecord] = []
     cells = SheetCells()
     status, message = "complete", ""
-    with tempfile.TemporaryDirectory(prefix=".run-", dir=out) as folder:
-        folder = Path(folder)
+    with staging_folder(out, RUN_FILES) as folder:
         fps = reader.fps / reader.stride if reader.fps else None
         writer = OverlayWriter(folder / "overlay.mp4", fps) if overlay else None
         try:
@@ -414,5 +355,4 @@ def run_video(
         # decoding, preprocessing, drawing and writing included; only the loading of the model is not
         summary["wall_clock_seconds"] = round(time.perf_counter() - started, 3)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        files = publish(folder, out)
-    return RunResult(status, message, summary, files)
+    return RunResult(status, message, summary, [out / name for name in summary["files"]])

@@ -5,7 +5,7 @@ from itertools import groupby
 from huggingface_hub import EvalResult
 
 from neuroflow_hf.evaluation.card import card_with_results
-from neuroflow_hf.utils.provenance import fill_block
+from neuroflow_hf.utils.files import fill_block
 from recipes.phi3_nano.sources import DOMAINS, HERE, packages
 
 TRAINED_FROM = {

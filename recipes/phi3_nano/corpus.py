@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from neuroflow_hf.utils.files import write_whole
 from recipes.phi3_nano.sources import DOMAINS, HERE, Document, cache_folder, documents
 from recipes.phi3_nano.split import split
 from recipes.phi3_nano.tokenizer import train_tokenizer, wrapped
@@ -50,7 +49,7 @@ def write_texts(folder: Path, console: Console) -> None:
     """Read all packages and write the texts of each of SPLITS, one JSON line each, whole or not at all."""
     console.print(f"Reading packages and splitting their texts, to keep in {folder}: some minutes")
     for name, found in zip(SPLITS, split(documents()), strict=True):
-        write_whole(folder / f"{name}.jsonl", "".join(json.dumps(asdict(item)) + "\n" for item in found).encode())
+        write_whole(folder / f"{name}.jsonl", "".join(json.dumps(asdict(item)) + "\n" for item in found))
 
 
 def read_texts(name: str, console: Console | None = None) -> Iterator[Document]:
@@ -77,7 +76,7 @@ def load_corpus(console: Console) -> Corpus:
                 folder / f"{domain}.i16",
                 encode([item.text for item in training if item.domain == domain], tokenizer).tobytes(),
             )
-        write_whole(folder / "tokenizer.json", tokenizer.backend_tokenizer.to_str().encode())
+        write_whole(folder / "tokenizer.json", tokenizer.backend_tokenizer.to_str())
     tokenizer = wrapped(Tokenizer.from_file(str(folder / "tokenizer.json")))
     streams = {domain: np.memmap(folder / f"{domain}.i16", np.int16, mode="r") for domain in DOMAINS}
     return Corpus(tokenizer, streams, texts)
@@ -91,11 +90,3 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
         for row in tokenizer.backend_tokenizer.encode_batch_fast(texts[first : first + 256]):
             parts += [np.array(row.ids, dtype=np.int16), end]
     return np.concatenate(parts)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)

@@ -18,7 +18,8 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from recipes.phi3_nano.corpus import load_corpus, read_texts, write_whole
+from neuroflow_hf.utils.files import write_whole
+from recipes.phi3_nano.corpus import load_corpus, read_texts
 from recipes.phi3_nano.sources import DOMAINS, Document
 
 OUTPUT = Path("eval/prompts/phi3_nano.jsonl")
@@ -102,7 +103,7 @@ def main() -> None:
     tokenizer = load_corpus(console).tokenizer
     held_out = list(read_texts("held_out"))
     lines = [item for domain in DOMAINS for item in draw_prompts(held_out, tokenizer, domain, EACH)]
-    write_whole(OUTPUT, "".join(json.dumps(item) + "\n" for item in lines).encode())
+    write_whole(OUTPUT, "".join(json.dumps(item) + "\n" for item in lines))
     console.print(f"{len(lines)} prompts in {OUTPUT}")
 
 

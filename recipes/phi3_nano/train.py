@@ -18,7 +18,6 @@ the same: how many rows reuse older outputs is rounded in each.
 import hashlib
 import json
 import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Phi3ForCausalLM, PreTrainedTokenizerFast
 
+from neuroflow_hf.utils.files import staging_folder
 from recipes.phi3_nano.corpus import load_corpus
 from recipes.phi3_nano.model import CONTEXT, Reuse, anchors, make_model
 from recipes.phi3_nano.sources import DOMAINS, cache_folder
@@ -281,16 +281,13 @@ def save_checkpoint(
     model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, record: dict | None = None
 ) -> None:
     """Write the model in half precision with its tokenizer, file by file whole; other files in the folder stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+    with staging_folder(folder) as partial:
         half = Phi3ForCausalLM(model.config).half()
         half.load_state_dict(model.state_dict())
         half.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if record is not None:
-            (Path(partial) / "recipe.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for path in sorted(Path(partial).iterdir()):
-            path.replace(folder / path.name)
+            (partial / "recipe.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def main(

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 from transformers import SiglipVisionModel
 
+from neuroflow_hf.utils.files import write_whole
 from recipes.siglip_dinov2_small.head import to_pixels
 from recipes.siglip_small.compose import Material, Picture, compose, load_material
 from recipes.siglip_small.facts import Placed
@@ -100,9 +101,7 @@ class FeatureStore:
             json.dumps({"placed": [asdict(item) for item in picture.placed], "facts": sorted(picture.facts)})
             for picture in pictures
         ]
-        partial = self.facts_path.with_suffix(".part")
-        partial.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
-        partial.replace(self.facts_path)
+        write_whole(self.facts_path, "\n".join(self.lines) + "\n")
 
     def facts(self) -> list[frozenset[str]]:
         """Every picture's facts."""

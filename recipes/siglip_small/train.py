@@ -14,8 +14,6 @@ Each step can be interrupted and is continued by the same command; the checkpoin
 
 import hashlib
 import json
-import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +33,7 @@ from transformers import SiglipModel, SiglipProcessor, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from neuroflow_hf.loading import quiet_transformers
+from neuroflow_hf.utils.files import staging_folder
 from neuroflow_hf.utils.provenance import fingerprint
 from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
 from recipes.siglip_dinov2_small.head import pool, probe_weights
@@ -408,13 +407,10 @@ def material_key(tower: SiglipVisionModel) -> str:
 def save_checkpoint(model: SiglipModel, tokenizer, folder: Path, record: dict) -> None:
     """Write the model in half precision with its processor, whole or not at all; other files in the folder stay."""
     processor = SiglipProcessor(SiglipImageProcessorPil.from_pretrained(default_tower_dir()), tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as partial, quiet_transformers():
+    with staging_folder(folder) as partial, quiet_transformers():
         model.half().save_pretrained(partial)
         processor.save_pretrained(partial)
-        (Path(partial) / "recipe.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for path in sorted(Path(partial).iterdir()):
-            shutil.move(path, folder / path.name)
+        (partial / "recipe.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def main(

@@ -170,7 +170,7 @@ def test_ctrl_c_keeps_the_frames_before_it(model_folder, tmp_path):
     try:
         # the run's own folder appears right before the first frame
         deadline = time.monotonic() + 100
-        while not list(out.glob(".run-*/overlay.mp4")) and time.monotonic() < deadline and process.poll() is None:
+        while not list(out.glob(".partial-*/overlay.mp4")) and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         printed, errors = process.communicate(timeout=100)

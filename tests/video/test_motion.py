@@ -11,10 +11,7 @@ from hypothesis import strategies as st
 from neuroflow_hf.video.labels import Labels
 from neuroflow_hf.video.motion import (
     connected_regions,
-    mask_iou,
     motion_mask,
-    patch_mask,
-    pixel_mask,
     without_small_regions,
 )
 from neuroflow_hf.video.objects import (
@@ -86,30 +83,6 @@ def test_small_regions_go_and_others_stay(mask, least):
         np.testing.assert_array_equal(after, np.isin(numbers, large))
 
 
-def test_masks_of_pixels_and_patches():
-    mask = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(0)) < 0.4
-    pixels = pixel_mask(mask, 4)
-    assert pixels.shape == (2, 3, 20, 24)
-    for least_share in (0.0, 0.5, 0.99):
-        assert torch.equal(patch_mask(pixels, (5, 6), least_share), mask)
-    pixels = torch.zeros(8, 8, dtype=torch.bool)
-    pixels[3:5, 0:4] = True  # in two patches, half a row of pixels in each
-    assert patch_mask(pixels, (2, 2)).tolist() == [[True, False], [True, False]]
-    assert not patch_mask(pixels, (2, 2), 0.25).any()
-    with pytest.raises(ValueError, match="8x8 pixels; expected multiples of the grid, 3x2"):
-        patch_mask(pixels, (3, 2))
-
-
-def test_intersection_over_union():
-    one = torch.tensor([[True, True, False]])
-    other = torch.tensor([[False, True, True]])
-    nothing = torch.zeros(1, 3, dtype=torch.bool)
-    assert mask_iou(one, other).item() == pytest.approx(1 / 3)
-    assert mask_iou(torch.stack((one, nothing, one)), torch.stack((one, nothing, nothing))).tolist() == [1, 1, 0]
-    with pytest.raises(ValueError, match="expected one shape"):
-        mask_iou(one, torch.zeros(2, 3, dtype=torch.bool))
-
-
 # --- moving squares ------------------------------------------------------------------------------------------------
 
 
@@ -144,7 +117,7 @@ def test_what_changed_is_where_the_square_is_and_where_it_was(vision, mode, opti
     outputs, truths, gate = run_squares(vision, lambda time: [(2, time)], mode=mode, **options)
     assert not motion_mask(outputs[0], gate).any()
     for before, now, output in zip(truths, truths[1:], outputs[1:], strict=False):
-        assert mask_iou(motion_mask(output, gate)[0], before | now) == 1
+        assert torch.equal(motion_mask(output, gate)[0], before | now)
 
 
 @pytest.mark.parametrize("preset", ["faithful", "balanced", "thrifty"])
@@ -152,8 +125,8 @@ def test_sentinels_and_held_frames_do_not_move(vision, preset):
     outputs, truths, gate = run_squares(vision, lambda time: [(2, time)], preset=preset)
     for before, now, output in zip(truths, truths[1:], outputs[1:], strict=False):
         found = motion_mask(output, gate)[0]
-        assert (found & ~output.active_mask[0]).any() or mask_iou(found, before | now) == 1
-        assert mask_iou(output.active_mask[0], before | now) < 1  # these are not the mask
+        assert (found & ~output.active_mask[0]).any() or torch.equal(found, before | now)
+        assert not torch.equal(output.active_mask[0], before | now)  # these are not the mask
 
 
 def test_against_the_running_mean_it_is_where_the_square_is(vision):
@@ -162,13 +135,13 @@ def test_against_the_running_mean_it_is_where_the_square_is(vision):
         vision, lambda time: [] if time < 3 else [(2, time - 3)], 7, mode="context", reference="ema", ema_rate=0.01
     )
     for truth, output in zip(truths[3:], outputs[3:], strict=True):
-        assert mask_iou(motion_mask(output, gate, threshold=0.3)[0], truth) == 1
+        assert torch.equal(motion_mask(output, gate, threshold=0.3)[0], truth)
 
 
 def test_a_square_that_appears_and_goes(vision):
     outputs, truths, gate = run_squares(vision, lambda time: [(0, 0)] if time == 2 else [], 5, mode="context")
     assert [bool(motion_mask(output, gate).any()) for output in outputs] == [False, False, True, True, False]
-    assert mask_iou(motion_mask(outputs[3], gate)[0], truths[2]) == 1
+    assert torch.equal(motion_mask(outputs[3], gate)[0], truths[2])
 
 
 def test_single_patches_are_left_out_unless_asked_for(vision):

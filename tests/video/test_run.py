@@ -1,7 +1,5 @@
 import copy
 import json
-import signal
-import threading
 
 import numpy as np
 import pytest
@@ -26,7 +24,7 @@ from neuroflow_hf.video.overlay import (
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader
 from neuroflow_hf.video.records import FrameRecord, compare_with_dense, figures, held_at_cost
-from neuroflow_hf.video.run import run_video, sampling_step, stop_on_interrupt
+from neuroflow_hf.video.run import run_video, sampling_step
 from tests.cli.test_main import PROCESSOR, write_clip
 
 
@@ -113,30 +111,6 @@ def test_figures_without_samples_have_no_fidelity():
 )
 def test_samples_do_not_fall_into_step_with_keyframes(frames, interval, step):
     assert sampling_step(frames, interval) == step
-
-
-def test_the_first_interrupt_only_sets_the_event_and_the_handler_comes_back():
-    before = signal.getsignal(signal.SIGINT)
-    with stop_on_interrupt() as stop:
-        assert not stop.is_set()
-        signal.raise_signal(signal.SIGINT)
-        assert stop.is_set()
-        assert signal.getsignal(signal.SIGINT) is before
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_other_threads_leave_the_handler_alone():
-    seen = []
-
-    def enter():
-        with stop_on_interrupt() as stop:
-            seen.append((stop.is_set(), signal.getsignal(signal.SIGINT)))
-
-    before = signal.getsignal(signal.SIGINT)
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert seen == [(False, before)]
 
 
 # --- the job -------------------------------------------------------------------------------------------------------

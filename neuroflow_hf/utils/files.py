@@ -1,0 +1,94 @@
+"""Files that are written whole or not at all, and reports as text."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+LIST_OF_NUMBERS = re.compile(r"\[\n\s+([^\[\]{}\"]*?)\s+\]")
+
+
+def prepare_folder(path: str | Path) -> Path:
+    """
+    Make a folder to write to, with its parents.
+
+    Raises:
+        NotADirectoryError: if there is a file of that name.
+        OSError: if it cannot be made or written to.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; name a folder to write to.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OSError(f"Cannot make the folder {path} ({reason}); name one that you may write to.") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(f"The folder {path} may not be written to; name another one.")
+    return path
+
+
+@contextlib.contextmanager
+def staging_folder(out: str | Path, names: Sequence[str] = ()) -> Iterator[Path]:
+    """
+    A temporary folder whose files are moved to `out` at the end, each in one step. If the block raises, none is moved.
+
+    Args:
+        out: the folder to write to; made if missing.
+        names: files to move first, in this order; those that were not written are deleted from `out`.
+
+    Raises:
+        NotADirectoryError, OSError: as in `prepare_folder`.
+    """
+    out = prepare_folder(out)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
+        folder = Path(folder)
+        yield folder
+        for name in names:
+            if (folder / name).exists():
+                (folder / name).replace(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
+        for path in sorted(folder.iterdir()):
+            path.replace(out / path.name)
+
+
+def write_whole(path: Path, content: str | bytes):
+    """Write a file whole or not at all, even if several processes write the same one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finite(value):
+    """A report in which NaN and infinite numbers, which JSON lacks, are None."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report_text(report: dict) -> str:
+    """A report as indented JSON, with each list of numbers on one line."""
+    text = json.dumps(finite(report), indent=2, allow_nan=False)
+    return LIST_OF_NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text) + "\n"
+
+
+def fill_block(text: str, name: str, content: str) -> str:
+    """Replace what stands in `text` between `<!-- NAME:begin -->` and `<!-- NAME:end -->`."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"Expected `{begin}` and `{end}` once each.")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"

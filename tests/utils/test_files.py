@@ -1,0 +1,49 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from neuroflow_hf.utils.files import staging_folder, write_whole
+
+
+def test_many_may_write_one_file_at_once(tmp_path):
+    path, contents = tmp_path / "folder" / "figures", [bytes([place]) * 100_000 for place in range(8)]
+    with ThreadPoolExecutor(len(contents)) as pool:
+        list(pool.map(lambda content: [write_whole(path, content) for _ in range(20)], contents))
+    assert path.read_bytes() in contents
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "figures"
+    write_whole(path, b"before")
+    with pytest.raises(TypeError):
+        write_whole(path, None)
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_staged_files_replace_earlier_ones_and_leave_others(tmp_path):
+    for name in ("first", "second", "mine"):
+        (tmp_path / name).write_text("before")
+    with staging_folder(tmp_path, ("first", "second")) as folder:
+        for name in ("first", "more"):
+            (folder / name).write_text("after")
+        assert (tmp_path / "first").read_text() == "before"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "first": "after",
+        "more": "after",
+        "mine": "before",
+    }
+
+
+def test_an_error_leaves_the_folder_as_it_was(tmp_path):
+    (tmp_path / "first").write_text("before")
+    with pytest.raises(MemoryError), staging_folder(tmp_path, ("first",)) as folder:
+        (folder / "first").write_text("after")
+        raise MemoryError
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_a_file_is_no_folder_to_write_to(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="is a file"), staging_folder(tmp_path / "out"):
+        pass
