@@ -18,7 +18,7 @@ from neuroflow_hf.drift.grid import (
     published_configuration,
 )
 from neuroflow_hf.drift.metrics import beyond_rounding, column, rate_of
-from neuroflow_hf.drift.tables import description, markdown, summary_table
+from neuroflow_hf.drift.tables import description, summary_table
 from neuroflow_hf.evaluation.statistics import (
     bootstrap_interval,
     difference_interval,
@@ -26,6 +26,7 @@ from neuroflow_hf.evaluation.statistics import (
     paired_interval,
     quantile,
 )
+from neuroflow_hf.utils.tables import Table, markdown_table
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told here"
 PUBLISHED_DRIFT = {FIRST: {"code": 0.0, "structured": 0.12, "prose": 0.66}, LAST: {"code": 0.0, "prose": 0.83}}
@@ -38,7 +39,7 @@ def drift_findings(report: dict, samples: int = 2000, seed: int = 0) -> list[dic
     Every published claim with what was measured here, the rule, and the verdict.
 
     Args:
-        report: of `evaluate_drift`.
+        report: of `DriftEvaluation`.
         samples, seed: of the bootstrap.
 
     Returns:
@@ -280,7 +281,7 @@ def interpolate(curve: Sequence[tuple[float, list[float]]], rate: float) -> list
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
-def findings_table(report: dict) -> tuple[list[str], list[list[str]]]:
+def findings_table(report: dict) -> Table:
     """Headers and rows: a published finding in each row, with what was measured, and the verdict."""
     rows = [[found[name] for name in ("claim", "measured", "verdict", "rule")] for found in report["findings"]]
     return ["published", "measured here", "verdict", "rule"], rows
@@ -296,11 +297,13 @@ def readme_table(report: dict) -> str:
         if entry["asked_rate"] in (None, 0.2) or (entry["guarded"] and entry["asked_rate"] == 1.0)
     ]
     parts = [
-        markdown(*summary_table(report, [*report["noise"], *wanted])),
+        markdown_table(summary_table(report, [*report["noise"], *wanted])),
         f"`{report['command']}`: {description(report)}",
-        markdown(
-            ["published finding", "measured on this checkpoint", "verdict"],
-            [row[:3] for row in findings_table(report)[1]],
+        markdown_table(
+            (
+                ["published finding", "measured on this checkpoint", "verdict"],
+                [row[:3] for row in findings_table(report)[1]],
+            )
         ),
     ]
     return "\n\n".join(parts)

@@ -19,8 +19,9 @@ from eval.language.findings import PUBLISHED_DRIFT, drift_findings, findings_tab
 from eval.report import RESULTS, provenance, write_whole
 from neuroflow_hf.cli.errors import one_line_errors
 from neuroflow_hf.cli.language import print_drift, run_drift, write_drift
-from neuroflow_hf.drift.tables import drift_markdown, markdown
+from neuroflow_hf.drift.tables import drift_markdown
 from neuroflow_hf.utils.files import report_text
+from neuroflow_hf.utils.tables import markdown_table
 
 PICTURES = Path(__file__).parents[2] / "docs"
 
@@ -63,7 +64,7 @@ def main(
         table = output.with_suffix(".md")
         names = {"plot": pictures / "drift.png", "reachable": pictures / "drift_reachable.png"}
         write_drift(report, {"table": table, **names}, list(PUBLISHED_DRIFT.values()))
-        findings = markdown(*findings_table(report))
+        findings = markdown_table(findings_table(report))
         write_whole(table, f"{drift_markdown(report)}\n## Published findings\n\n{findings}\n")
     print_drift(report)
     for found in report["findings"]:

@@ -286,13 +286,13 @@ def run_drift(
         model, prompts: None for those in the checkout.
         path: the JSON file.
         settings: of `DriftSettings`.
-        own, quick, fresh: as of `evaluate_drift`.
+        own, quick, fresh: as of `DriftEvaluation`.
         max_prompts: of each task.
         dtype, device: of the model.
         command: for the report.
     """
     from ..drift.prompts import first_of_each, read_prompts
-    from ..drift.run import DriftSettings, evaluate_drift
+    from ..drift.run import DriftEvaluation, DriftSettings
     from ..loading import DTYPES, default_language_model, default_prompts, load_language_model
     from ..utils.files import prepare_folder
     from ..utils.processes import Processes
@@ -310,13 +310,14 @@ def run_drift(
     loaded, tokenizer = load_language_model(source, DTYPES[dtype], device)
     names = {"model": Path(source).name, "prompts": file.name, "command": command}
     with drift_progress() as on_step:
-        report = evaluate_drift(loaded, tokenizer, texts, path, chosen, own, quick, fresh, on_step, names)
+        evaluation = DriftEvaluation(loaded, tokenizer, texts, path, chosen, own, quick, fresh, on_step, names)
+        report = evaluation.run()
     return report if processes.is_main else None
 
 
 @contextlib.contextmanager
 def drift_progress() -> Iterator[Any]:
-    """A progress bar on stderr; yields what `evaluate_drift` calls."""
+    """A progress bar on stderr; yields what `DriftEvaluation` calls."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

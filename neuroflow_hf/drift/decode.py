@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from ..language.bypass_config import NEVER, NeuroFlowBypassConfig
 from ..language.bypass_state import find_state
@@ -47,13 +49,13 @@ class Decoded:
 
     Args:
         tokens: int64 [B, n], on the CPU; rows continue past their end token.
-        similarity: float32 [B, n - 1], the gate's similarity at the steps that fed tokens 0 to n - 2; None if dense.
-        bypassed: bool [B, n - 1], whether layers were bypassed at these steps; None if dense.
+        similarity: float32 [B, n - 1], the gate's similarity at the steps that fed tokens 0 to n - 2; NaN if dense.
+        bypassed: bool [B, n - 1], whether layers were bypassed at these steps.
     """
 
     tokens: torch.Tensor
-    similarity: torch.Tensor | None
-    bypassed: torch.Tensor | None
+    similarity: torch.Tensor
+    bypassed: torch.Tensor
 
 
 def make_batches(rows: Sequence[Sequence[int]], batch_size: int, padding: int = 0) -> list[Batch]:
@@ -62,23 +64,13 @@ def make_batches(rows: Sequence[Sequence[int]], batch_size: int, padding: int = 
     batches = []
     for begin in range(0, len(order), batch_size):
         indices = order[begin : begin + batch_size]
-        width = len(rows[indices[-1]]) + padding
-        ids = torch.full((len(indices), width), PADDING)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(indices):
-            count = len(rows[index])
-            ids[row, width - count :] = torch.tensor(rows[index])
-            mask[row, width - count :] = 1
+        texts = [torch.tensor(rows[index]) for index in indices]
+        ids, mask = (
+            pad(pad_sequence(part, True, value, padding_side="left"), (padding, 0), value=value)
+            for part, value in ((texts, PADDING), ([torch.ones_like(text) for text in texts], 0))
+        )
         batches.append(Batch(indices, ids, mask))
     return batches
-
-
-def pad_right(rows: Sequence[Sequence[int]], width: int) -> torch.Tensor:
-    """Rows of tokens as int64 [B, width], padded on the right."""
-    padded = torch.full((len(rows), width), PADDING)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = torch.tensor(row[:width], dtype=torch.int64)
-    return padded
 
 
 @torch.inference_mode()
@@ -95,14 +87,16 @@ def decode(
     Feed the prompts, then up to `steps` new tokens one by one. The last token is not fed.
 
     Args:
-        model: a [`NeuroFlowPhi3ForCausalLM`].
+        model: a [`NeuroFlowPhi3ForCausalLM`]. Its own bypass options play no part.
         batch: the prompts.
         steps: number of new tokens, at least 1.
-        bypass: options of [`NeuroFlowBypassConfig`]; False for dense, whatever the model's configuration says.
+        bypass: options of [`NeuroFlowBypassConfig`]; False for dense.
         forced: int64 [B, steps], the tokens to feed (teacher forcing); None for greedy decoding.
         ends: end tokens; decoding stops once every row has one. Ignored with `forced`.
         on_logits: called with each new token's number, from 0, and its logits [B, V].
     """
+    if bypass is not False:
+        bypass = NeuroFlowBypassConfig.from_options(bypass).resolve(model.config.num_hidden_layers)
     device = model.device
     mask = batch.mask.to(device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -130,11 +124,11 @@ def decode(
             use_cache=True,
             bypass=bypass,
         )
-    similarity = bypassed = None
+    similarity = torch.full((len(mask), len(tokens) - 1), torch.nan)
+    bypassed = torch.zeros(similarity.shape, dtype=torch.bool)
     state = find_state(output.past_key_values)
     if state is not None:
-        statistics = state.statistics()
-        first = batch.ids.shape[1]
+        statistics, first = state.statistics(), batch.ids.shape[1]
         similarity = statistics.similarity[:, first:].float().cpu()
         bypassed = statistics.bypassed_mask[:, first:].cpu()
     return Decoded(torch.stack(tokens, dim=1).cpu(), similarity, bypassed)
@@ -208,40 +202,32 @@ class DriftBench:
             done += len(batch.indices)
             self.on_prompts(done)
 
-    def complete(self, options: dict | bool) -> NeuroFlowBypassConfig | bool:
-        """All options, so that the model's own configuration plays no part; False for dense."""
-        if options is False:
-            return False
-        return NeuroFlowBypassConfig.from_options(options).resolve(self.model.config.num_hidden_layers)
-
     def score(self, model, indices: Sequence[int], bypass: dict | bool) -> list[float]:
         """
         Negative log-likelihood, in nats, of these prompts' second halves, fed token by token. The first token is left
         out: the dense forward of the first half predicts it.
         """
-        halves = [self.halves[index] for index in indices]
-        steps = max(len(rest) for _, rest in halves)
-        if steps < 2:
-            return [0.0] * len(halves)
-        (batch,) = make_batches([first for first, _ in halves], len(halves))
-        texts = [halves[index][1] for index in batch.indices]
-        forced, lengths = pad_right(texts, steps), torch.tensor([len(text) for text in texts])
-        sums = torch.zeros(len(halves), dtype=torch.float64)
+        (batch,) = make_batches([self.halves[index][0] for index in indices], len(indices))
+        texts = [torch.tensor(self.halves[indices[place]][1], dtype=torch.int64) for place in batch.indices]
+        forced, lengths = pad_sequence(texts, True, PADDING), torch.tensor([len(text) for text in texts])
+        sums = torch.zeros(len(texts), dtype=torch.float64)
+        if forced.shape[1] < 2:
+            return sums.tolist()
 
         def add(step: int, logits: torch.Tensor):
             if step:
                 costs = negative_log_likelihood(logits, forced[:, step].to(logits.device)).cpu()
                 sums.add_(torch.where(step < lengths, costs, 0.0))
 
-        decode(model, batch, steps, bypass, forced, on_logits=add)
+        decode(model, batch, forced.shape[1], bypass, forced, on_logits=add)
         found = torch.zeros_like(sums)
         found[batch.indices] = sums
         return found.tolist()
 
     def force(self, model, batch: Batch, bypass: dict | bool) -> tuple[torch.Tensor, Decoded]:
         """Feed the dense texts: the logits for each token, [B, n, V], float32 on the CPU, and the run."""
-        texts = [self.dense[index].tokens for index in batch.indices]
-        forced = pad_right(texts, max(map(len, texts)))
+        texts = [torch.tensor(self.dense[index].tokens) for index in batch.indices]
+        forced = pad_sequence(texts, True, PADDING)
         kept: list[torch.Tensor] = []
         run = decode(
             model, batch, forced.shape[1], bypass, forced, on_logits=lambda _, x: kept.append(x.float().cpu())
@@ -260,58 +246,55 @@ class DriftBench:
             batch_size, padding: another batch shape: prompts at once, and padded positions before each prompt.
         """
         model = self.model if model is None else model
-        bypass = self.complete(bypass)
         records: list[PromptRecord] = [None] * len(self.rows)
         for batch in self.batches(batch_size, padding):
             free = decode(model, batch, self.new_tokens, bypass, ends=self.ends)
             logits, forced = self.force(model, batch, bypass)
             scores = self.score(model, batch.indices, bypass)
             for row, index in enumerate(batch.indices):
-                record = records[index] = self.compare_texts(index, row, free)
-                self.compare_logits(record, index, row, logits[row], forced)
-                record.nll = scores[row]
+                records[index] = self.compare(index, row, free, logits[row], forced)
+                records[index].nll = scores[row]
         return records
 
-    def compare_texts(self, index: int, row: int, free: Decoded) -> PromptRecord:
-        """The record of a prompt, with the figures of its greedy text."""
+    def compare(self, index: int, row: int, free: Decoded, logits: torch.Tensor, forced: Decoded) -> PromptRecord:
+        """
+        Compare a prompt's greedy text, and its logits [n, V] under teacher forcing, with dense's.
+
+        Args:
+            index, row: the prompt's place among all, and in its batch.
+            free, logits, forced: of the greedy run, and what `force` returns.
+        """
         dense = self.dense[index]
         tokens = cut_at_end(free.tokens[row].tolist(), self.ends)
-        first = first_divergence(dense.tokens, tokens)
-        record = PromptRecord(
+        first, margin = first_divergence(dense.tokens, tokens), None
+        if first is not None:  # always inside the dense text: either a token differs there, or one text ended earlier
+            best, second = dense.logits[first].topk(2).values
+            margin = (best - second).item()
+        steps, forced_steps = len(tokens) - 1, len(dense.tokens) - 1  # the last token is not fed
+        # the prompt, fed densely, predicts the first token
+        found = compare_steps(dense.logits[1:], logits[1 : len(dense.tokens)])
+        similarity, bypassed = free.similarity[row, :steps], forced.bypassed[row, :forced_steps]
+        return PromptRecord(
             self.tasks[index],
             drift=position_drift(dense.tokens, tokens),
             first_divergence=first,
+            margin=margin,
+            forced_steps=forced_steps,
+            forced_divergent=int((~found.same_top1).sum()),
+            kl=found.kl.tolist(),
             scored_tokens=max(0, len(self.halves[index][1]) - 1),
             dense_nll=dense.nll,
-            steps=len(tokens) - 1,  # the last token is not fed
+            steps=steps,
+            bypassed=int(free.bypassed[row, :steps].sum()),
+            similarity=similarity[~similarity.isnan()].tolist(),
+            entropy_bypassed=found.entropy[bypassed].tolist(),
+            entropy_computed=found.entropy[~bypassed].tolist(),
         )
-        if first is not None:  # always inside the dense text: either a token differs there, or one text ended earlier
-            leading = dense.logits[first].topk(2).values
-            record.margin = (leading[0] - leading[1]).item()
-        if free.bypassed is not None:
-            record.bypassed = int(free.bypassed[row, : record.steps].sum())
-            similarity = free.similarity[row, : record.steps]
-            record.similarity = similarity[~similarity.isnan()].tolist()
-        return record
-
-    def compare_logits(self, record: PromptRecord, index: int, row: int, logits: torch.Tensor, forced: Decoded):
-        """Add the figures of teacher forcing to a record, from logits [n, V]."""
-        dense = self.dense[index].logits
-        found = compare_steps(dense[1:], logits[1 : len(dense)])  # the prompt, fed densely, predicts the first token
-        record.forced_steps = len(dense) - 1
-        record.forced_divergent = int((~found.same_top1).sum())
-        record.kl = found.kl.tolist()
-        bypassed = torch.zeros(record.forced_steps, dtype=torch.bool)
-        if forced.bypassed is not None:
-            bypassed = forced.bypassed[row, : record.forced_steps]
-        record.entropy_bypassed = found.entropy[bypassed].tolist()
-        record.entropy_computed = found.entropy[~bypassed].tolist()
 
     def similarity(self, gate_layer: int) -> list[float]:
         """The similarities at a gate layer along the dense texts, with nothing bypassed."""
-        layers = self.model.config.num_hidden_layers
-        cache_layer = gate_layer + 1 if gate_layer + 1 < layers else 0
-        options = self.complete({"gate_layer": gate_layer, "cache_layers": [cache_layer], "threshold": NEVER})
+        cache_layer = (gate_layer + 1) % self.model.config.num_hidden_layers
+        options = {"gate_layer": gate_layer, "cache_layers": [cache_layer], "threshold": NEVER}
         values: list[float] = []
         for batch in self.batches():
             _, run = self.force(self.model, batch, options)
@@ -322,7 +305,7 @@ class DriftBench:
 
     def time_steps(self, bypass: dict, prompts: int = 9) -> list[tuple[float, float]]:
         """Milliseconds per token, dense and bypassed, one prompt at a time after a warm-up: a pair for each prompt."""
-        pairs, bypass = [], self.complete(bypass)
+        pairs = []
         for index in [0, *range(min(prompts, len(self.rows)))]:
             (batch,) = make_batches([self.rows[index]], 1)
             times = []

@@ -39,7 +39,7 @@ class Configuration:
 
     @property
     def is_guarded(self) -> bool:
-        """Whether a guard reads the language-model head."""
+        """Whether a guard can keep a step from being bypassed."""
         return any(self.options.get(name) is not None for name in ("guard_entropy", "guard_margin"))
 
     @property
@@ -62,15 +62,10 @@ class Configuration:
         return f"{self.family}, threshold {self.options['threshold']:g}"
 
 
-def scale_layer(layer: int, num_layers: int) -> int:
-    """The layer at the same relative depth as a published one, never the first."""
-    return max(1, min(num_layers - 1, round(layer * num_layers / PUBLISHED_LAYERS)))
-
-
 def scaled_pairs(num_layers: int) -> dict[str, tuple[int, int]]:
     """
-    Gate layer and cache layer for each published pair, by its name, such as `"1->24"`. A pair that coincides with an
-    earlier one is left out.
+    Gate layer and cache layer for each published pair, by its name, such as `"1->24"`: the layers at the same relative
+    depth, never the first. A pair that coincides with an earlier one is left out.
 
     Raises:
         ValueError: for a model of fewer than 3 layers.
@@ -81,10 +76,10 @@ def scaled_pairs(num_layers: int) -> dict[str, tuple[int, int]]:
             "reuse. Name the layers yourself: --gate-layer 0 --cache-layers 1."
         )
     pairs: dict[str, tuple[int, int]] = {}
-    for gate, cache in PUBLISHED_PAIRS:
-        scaled = scale_layer(gate, num_layers), scale_layer(cache, num_layers)
-        if scaled not in pairs.values():
-            pairs[f"{gate}->{cache}"] = scaled
+    for pair in PUBLISHED_PAIRS:
+        gate, cache = (max(1, min(num_layers - 1, round(layer * num_layers / PUBLISHED_LAYERS))) for layer in pair)
+        if (gate, cache) not in pairs.values():
+            pairs["{}->{}".format(*pair)] = gate, cache
     return pairs
 
 
@@ -125,7 +120,7 @@ def full_grid(num_layers: int, thresholds: dict[int, dict[str, float]], quick: b
     def add(pair, gate, cache, threshold, target="attention", rate=None, **more):
         options = {"gate_layer": gate, "cache_layers": [cache], "threshold": threshold, "target": target, **more}
         configuration = Configuration(pair, options, rate)
-        found.setdefault(configuration.name, configuration)
+        found.setdefault(configuration.name, configuration)  # two rates may have the same threshold
 
     pairs = list(scaled_pairs(num_layers).items())
     for pair, (gate, cache) in pairs[:1] if quick else pairs:
@@ -134,8 +129,7 @@ def full_grid(num_layers: int, thresholds: dict[int, dict[str, float]], quick: b
         for rate in RATES["unguarded"]:
             add(pair, gate, cache, thresholds[gate][f"{rate:g}"], rate=rate)
         for rate in RATES["guarded"]:
-            threshold = thresholds[gate][f"{rate:g}"]
-            add(pair, gate, cache, threshold, rate=rate, guard_entropy=GUARD_ENTROPY)
+            add(pair, gate, cache, thresholds[gate][f"{rate:g}"], rate=rate, guard_entropy=GUARD_ENTROPY)
         for target in ("mlp", "block"):
             for rate in RATES["control"]:
                 add(pair, gate, cache, thresholds[gate][f"{rate:g}"], target, rate)

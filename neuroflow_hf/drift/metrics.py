@@ -1,12 +1,14 @@
 """
-How far a text is from the dense model's: metrics of tokens and logits, of one prompt and of many. Pure functions.
+How far a text is from the dense model's: figures of tokens and logits, of one prompt and of many.
 
 "Dense" is the text, or the logits, that the other is compared with.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,10 +35,8 @@ def first_divergence(dense: Sequence[int], other: Sequence[int]) -> int | None:
     The first position, from 0, at which two sequences of tokens differ; None if they are equal. A sequence that ends
     earlier differs at its end.
     """
-    pairs = zip(dense, other, strict=False)
-    shorter = min(len(dense), len(other))
-    first = next((place for place, (expected, found) in enumerate(pairs) if expected != found), shorter)
-    return None if first == len(dense) == len(other) else first
+    pairs = itertools.zip_longest(dense, other)
+    return next((place for place, (expected, found) in enumerate(pairs) if expected != found), None)
 
 
 def position_drift(dense: Sequence[int], other: Sequence[int]) -> float:
@@ -47,20 +47,14 @@ def position_drift(dense: Sequence[int], other: Sequence[int]) -> float:
     One inserted token moves all that follow, so a high drift need not mean that much of the text changed. See
     `first_divergence`, and compare under teacher forcing.
     """
-    positions = max(len(dense), len(other))
-    same = sum(expected == found for expected, found in zip(dense, other, strict=False))
-    return (positions - same) / positions if positions else 0.0
+    differ = [expected != found for expected, found in itertools.zip_longest(dense, other)]
+    return sum(differ) / len(differ) if differ else 0.0
 
 
 def kl_divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """
-    KL divergence of the distributions behind two sets of logits, KL(dense || other) in nats.
-
-    Args:
-        dense, other: logits of any floating type [..., V]; minus infinity for impossible tokens.
-
-    Returns:
-        float64 [...], at least 0; infinite where a token is impossible only for `other`.
+    KL(dense || other) in nats, of the distributions behind logits [..., V] each: float64 [...], infinite where a token
+    is impossible only for `other`.
     """
     expected, found = (logits.double().log_softmax(dim=-1) for logits in (dense, other))
     probabilities = expected.exp()
@@ -68,27 +62,17 @@ def kl_divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return terms.sum(dim=-1).clamp(min=0)  # rounding may take it below
 
 
-@dataclass
-class StepComparison:
-    """
-    Dense and another model at n steps, after the same tokens (teacher forcing).
+class StepComparison(NamedTuple):
+    """Dense and another model at n steps, after the same tokens (teacher forcing)."""
 
-    Args:
-        same_top1 (`torch.BoolTensor` of shape `(n,)`): whether both have the same most probable next token.
-        kl (`torch.DoubleTensor` of shape `(n,)`): KL(dense || other) in nats.
-        entropy (`torch.DoubleTensor` of shape `(n,)`): the entropy of the dense distribution, in nats.
-        margin (`torch.DoubleTensor` of shape `(n,)`): the dense model's highest logit minus its second highest.
-    """
-
-    same_top1: torch.Tensor
-    kl: torch.Tensor
-    entropy: torch.Tensor
-    margin: torch.Tensor
+    same_top1: torch.Tensor  # bool [n], whether both have the same most probable next token
+    kl: torch.Tensor  # float64 [n], KL(dense || other) in nats
+    entropy: torch.Tensor  # float64 [n], of the dense distribution, in nats
 
 
 def compare_steps(dense: torch.Tensor, other: torch.Tensor) -> StepComparison:
     """
-    Compare the logits of n steps, [n, V] each of any floating type, V at least 2.
+    Compare the logits of n steps, [n, V] each.
 
     Raises:
         ValueError: if their shapes differ.
@@ -98,14 +82,10 @@ def compare_steps(dense: torch.Tensor, other: torch.Tensor) -> StepComparison:
             f"The logits have shapes {list(dense.shape)} and {list(other.shape)}; expected [steps, vocabulary] "
             "twice. Compare both models after the same tokens."
         )
-    log_probabilities = dense.double().log_softmax(dim=-1)
-    probabilities = log_probabilities.exp()
-    first, second = dense.double().topk(2, dim=-1).values.unbind(-1)
     return StepComparison(
         same_top1=dense.argmax(dim=-1) == other.argmax(dim=-1),
         kl=kl_divergence(dense, other),
-        entropy=-torch.where(probabilities > 0, probabilities * log_probabilities, 0.0).sum(dim=-1),
-        margin=first - second,
+        entropy=torch.special.entr(dense.double().softmax(dim=-1)).sum(dim=-1),
     )
 
 
@@ -156,17 +136,10 @@ class PromptRecord:
 
 def columns(records: Sequence[PromptRecord]) -> dict[str, dict[str, list]]:
     """The kept figures by task: a list over prompts for each of `COLUMNS`, rounded to 6 significant digits."""
-    tasks = order_tasks(record.task for record in records)
     return {
-        task: {name: [significant(getattr(r, name)) for r in records if r.task == task] for name in COLUMNS}
-        for task in tasks
+        task: {name: [significant(getattr(record, name)) for record in found] for name in COLUMNS}
+        for task, found in by_task(records).items()
     }
-
-
-def column(entry: dict, name: str, task: str = ALL) -> list:
-    """One of `COLUMNS` of a report's entry, for the prompts of one task or of all, task after task."""
-    found = entry["prompts"]
-    return [value for part in (found if task == ALL else [task]) for value in found[part][name]]
 
 
 def significant(value, digits: int = 6):
@@ -174,13 +147,18 @@ def significant(value, digits: int = 6):
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
+def by_task(records: Sequence[PromptRecord]) -> dict[str, list[PromptRecord]]:
+    """The records of each task, in the order of `order_tasks`."""
+    tasks = order_tasks(record.task for record in records)
+    return {task: [record for record in records if record.task == task] for task in tasks}
+
+
 def summarise_tasks(records: Sequence[PromptRecord], **bootstrap) -> dict[str, dict]:
     """The figures of each task, and of all tasks together if there are several. Options are `bootstrap_interval`'s."""
-    tasks = order_tasks(record.task for record in records)
-    found = {task: summarise([record for record in records if record.task == task], **bootstrap) for task in tasks}
-    if len(tasks) > 1:
-        found[ALL] = summarise(records, **bootstrap)
-    return found
+    groups = by_task(records)
+    if len(groups) > 1:
+        groups[ALL] = records
+    return {task: summarise(found, **bootstrap) for task, found in groups.items()}
 
 
 def summarise(records: Sequence[PromptRecord], **bootstrap) -> dict:
@@ -188,46 +166,40 @@ def summarise(records: Sequence[PromptRecord], **bootstrap) -> dict:
     The figures of some prompts, with 95 % intervals from a bootstrap over prompts. Shares are 0 to 1, KL divergence
     and entropy in nats; None where there is no data.
     """
-    drifts = [record.drift for record in records]
-    diverged = [record for record in records if record.first_divergence is not None]
-    kl = [value for record in records for value in record.kl]
-    similarity = [value for record in records for value in record.similarity]
-    firsts = [record.first_divergence for record in diverged]
-    margins = [record.margin for record in diverged if record.margin is not None]
+
+    def total(name: str) -> int:
+        return sum(getattr(record, name) for record in records)
+
+    def joined(name: str) -> list[float]:
+        return [value for record in records for value in getattr(record, name)]
+
+    drifts, kl, similarity = [record.drift for record in records], joined("kl"), joined("similarity")
+    firsts, margins = (
+        [value for record in records if (value := getattr(record, name)) is not None]
+        for name in ("first_divergence", "margin")
+    )
+    ratio = {"statistic": lambda sums: sums[:, 0] / sums[:, 1], **bootstrap}
     return {
         "prompts": len(records),
         "drift": mean(drifts),
         "drift_interval": paired_interval(drifts, [0.0] * len(drifts), **bootstrap),
-        "diverged_prompts": len(diverged),
+        "diverged_prompts": len(firsts),
         # without a divergence, a bootstrap would give (0, 0)
-        "diverged_bound": None if diverged else zero_failure_bound(len(records)),
+        "diverged_bound": None if firsts else zero_failure_bound(len(records)),
         "first_divergence": {"min": min(firsts, default=None), "median": quantile(firsts, 0.5)},
         "margin": {"median": quantile(margins, 0.5), "max": max(margins, default=None)},
-        **forced_figures(records, kl, **bootstrap),
-        "perplexity": perplexity(records, **bootstrap),
-        "bypass_rate": share(sum(r.bypassed for r in records), sum(r.steps for r in records)),
-        "similarity": {f"p{p}": quantile(similarity, p / 100) for p in (10, 50, 90)},
-        "entropy": {
-            "bypassed": mean([value for record in records for value in record.entropy_bypassed]),
-            "computed": mean([value for record in records for value in record.entropy_computed]),
-        },
-    }
-
-
-def forced_figures(records: Sequence[PromptRecord], kl: Sequence[float], **bootstrap) -> dict:
-    """Figures of teacher forcing: the share of steps with another first choice, and the KL divergence."""
-    steps = sum(record.forced_steps for record in records)
-    divergent = sum(record.forced_divergent for record in records)
-    ratio = {"statistic": lambda sums: sums[:, 0] / sums[:, 1], **bootstrap}
-    return {
-        "forced_steps": steps,
-        "forced_divergent": share(divergent, steps),
+        "forced_steps": total("forced_steps"),
+        "forced_divergent": share(total("forced_divergent"), total("forced_steps")),
         "forced_interval": bootstrap_interval([(r.forced_divergent, r.forced_steps) for r in records], **ratio),
         "kl": {
             "mean": mean(kl),
             "interval": bootstrap_interval([(math.fsum(r.kl), len(r.kl)) for r in records], **ratio),
             "p99": quantile(kl, 0.99),
         },
+        "perplexity": perplexity(records, **bootstrap),
+        "bypass_rate": share(total("bypassed"), total("steps")),
+        "similarity": {f"p{p}": quantile(similarity, p / 100) for p in (10, 50, 90)},
+        "entropy": {kind: mean(joined(f"entropy_{kind}")) for kind in ("bypassed", "computed")},
     }
 
 
@@ -242,13 +214,8 @@ def perplexity(records: Sequence[PromptRecord], **bootstrap) -> dict:
 
     rows = [(record.dense_nll, record.nll, float(record.scored_tokens)) for record in records]
     dense, other = (math.exp(min(700, math.fsum(row[column] for row in rows) / tokens)) for column in (0, 1))
-    return {
-        "tokens": tokens,
-        "dense": dense,
-        "bypass": other,
-        "delta": other - dense,
-        "interval": bootstrap_interval(rows, delta, **bootstrap),
-    }
+    interval = bootstrap_interval(rows, delta, **bootstrap)
+    return {"tokens": tokens, "dense": dense, "bypass": other, "delta": other - dense, "interval": interval}
 
 
 def share(part: float, whole: float) -> float | None:
@@ -257,6 +224,12 @@ def share(part: float, whole: float) -> float | None:
 
 
 # --- a report's entries ----------------------------------------------------------------------------------------------
+
+
+def column(entry: dict, name: str, task: str = ALL) -> list:
+    """One of `COLUMNS` of a report's entry, for the prompts of one task or of all, task after task."""
+    found = entry["prompts"]
+    return [value for part in (found if task == ALL else [task]) for value in found[part][name]]
 
 
 def rate_of(entry: dict, task: str = ALL) -> float:

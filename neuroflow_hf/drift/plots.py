@@ -11,6 +11,7 @@ from .metrics import beyond_rounding, rate_of
 from .tables import tasks_of
 
 PUBLISHED_COLOUR = "#111827"
+NOISE_LINES = {"batch": (0, (1, 2)), "dtype": (0, (5, 1))}
 
 
 def families(report: dict) -> dict[str, list[dict]]:
@@ -37,7 +38,7 @@ def plot_drift(report: dict, published: Sequence[dict[str, float]] = ()) -> Figu
     noise floor.
 
     Args:
-        report: of `evaluate_drift`.
+        report: of `DriftEvaluation`.
         published: published drifts to mark, by task.
 
     Returns:
@@ -45,33 +46,27 @@ def plot_drift(report: dict, published: Sequence[dict[str, float]] = ()) -> Figu
     """
     tasks = tasks_of(report)
     figure = Figure(figsize=(4.2 * len(tasks) + 1, 5.4), layout="constrained")
-    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(tasks), sharex=True, sharey=True, squeeze=False)[0]
     figure.suptitle("Token drift by share of steps bypassed", x=0.01, ha="left", fontsize=12, fontweight="bold")
-    noise = {entry["kind"]: entry for entry in report["noise"]}
-    for place, (panel, task) in enumerate(zip(panels, tasks, strict=True)):
+    for panel, task in zip(panels, tasks, strict=True):
         for name, entries in families(report).items():
             points = sorted((rate_of(entry, task), entry["tasks"][task]["drift"]) for entry in entries)
-            label = name if place == 0 else None
-            panel.plot(*zip(*points, strict=True), label=label, clip_on=False, **style_of(entries))
-        for kind, line in (("batch", (0, (1, 2))), ("dtype", (0, (5, 1)))):
-            if kind in noise:
-                label = noise[kind]["name"] if place == 0 else None
-                panel.axhline(
-                    noise[kind]["tasks"][task]["drift"], color="#9ca3af", linewidth=1.2, linestyle=line, label=label
-                )
-        marked = [drifts[task] for drifts in published if task in drifts]
-        if marked:
-            at = [PUBLISHED_RATE] * len(marked)
-            label = "published (Phi-3-mini)" if place == 0 else None
-            panel.plot(at, marked, "x", color=PUBLISHED_COLOUR, markersize=8, label=label, clip_on=False, zorder=4)
+            panel.plot(*zip(*points, strict=True), label=name, clip_on=False, **style_of(entries))
+        for entry in report["noise"]:
+            line = {"color": "#9ca3af", "linewidth": 1.2, "linestyle": NOISE_LINES[entry["kind"]]}
+            panel.axhline(entry["tasks"][task]["drift"], label=entry["name"], **line)
+        for drifts in published:
+            if task in drifts:
+                cross = {"color": PUBLISHED_COLOUR, "markersize": 8, "clip_on": False, "zorder": 4}
+                panel.plot(PUBLISHED_RATE, drifts[task], "x", label="published (Phi-3-mini)", **cross)
         finish(panel, task)
-        panel.set_ylim(0, 1)
-        panel.set_xlim(0, 1)
+        panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="steps bypassed")
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_formatter(PercentFormatter(1))
-        panel.set_xlabel("steps bypassed")
     panels[0].set_ylabel("drift (positions with another token)")
-    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(once.values(), once, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
     return figure
 
 
@@ -87,11 +82,7 @@ def reachable(report: dict, task: str) -> dict[str, float]:
 
 
 def plot_reachable(report: dict) -> Figure:
-    """
-    A bar chart of `reachable` by task and family.
-
-    Args, Returns: as of `plot_drift`.
-    """
+    """A bar chart of `reachable` by task and family, as a figure outside pyplot."""
     tasks, found = tasks_of(report), families(report)
     figure = Figure(figsize=(9, 0.9 + (0.26 * len(found) + 0.5) * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), 1, sharex=True, squeeze=False)[:, 0]

@@ -2,7 +2,8 @@
 Evaluate the token drift of bypasses: run prompts through a dense model and through bypasses, and write one report.
 
     model, tokenizer = load_language_model("path/to/phi3")
-    report = evaluate_drift(model, tokenizer, read_prompts("prompts.jsonl"), Path("drift.json"))
+    prompts = read_prompts("prompts.jsonl")
+    report = DriftEvaluation(model, tokenizer, prompts, Path("drift.json")).run()
     report["configurations"][0]["tasks"]["prose"]["drift"]
 
 The report is written atomically after each configuration, and an interrupted run is continued. Under `accelerate
@@ -10,6 +11,7 @@ launch` or `torchrun` the prompts are split over the processes, and the first pr
 """
 
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -94,12 +96,29 @@ def end_tokens(model) -> frozenset[int]:
     return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
 
 
-class DriftJob:
+class DriftEvaluation:
     """
-    A running evaluation. Arguments are those of `evaluate_drift`.
+    Measures how bypasses change the text that a model generates.
+
+    Args:
+        model: a [`NeuroFlowPhi3ForCausalLM`] in evaluation mode.
+        tokenizer: its tokenizer.
+        prompts: texts to continue. Use 50 or more of each task: no divergence in n prompts only bounds the rate of
+            divergence by 3/n.
+        path: the JSON file to write. It is continued if it holds the same model, prompts, settings and machine.
+        settings: [`DriftSettings`]; None for the defaults.
+        own: options of [`NeuroFlowBypassConfig`], to measure this one bypass; None for the grid of `full_grid`.
+        quick: measure the first published pair of layers only.
+        fresh: ignore what is in the file.
+        on_step: called after each batch with the name of the step, and how many of how many prompts are finished.
+        names: names for the report: `model`, `prompts` and `command`.
 
     Attributes:
         report: the results so far, on all processes.
+
+    Raises:
+        ValueError: for settings or options out of range, layers that the model does not have, no room for the new
+            tokens, and prompts without tokens.
     """
 
     def __init__(
@@ -108,29 +127,28 @@ class DriftJob:
         tokenizer,
         prompts: Sequence[Prompt],
         path: Path,
-        settings: DriftSettings,
-        own: dict | None,
-        quick: bool,
-        fresh: bool,
-        on_step: OnStep | None,
-        names: dict,
+        settings: DriftSettings | None = None,
+        own: dict | None = None,
+        quick: bool = False,
+        fresh: bool = False,
+        on_step: OnStep | None = None,
+        names: dict | None = None,
     ):
-        self.model, self.path, self.settings, self.own, self.quick = model, path, settings, own, quick
-        self.processes, self.on_step = Processes(), on_step
-        rows, cut = encode_prompts(tokenizer, prompts, prompt_limit(model.config, settings))
+        if not prompts:
+            raise ValueError("There are no prompts; expected at least one.")
+        self.model, self.path, self.own, self.quick, self.on_step = model, path, own, quick, on_step
+        self.settings, self.processes, names = settings or DriftSettings(), Processes(), names or {}
+        rows, cut = encode_prompts(tokenizer, prompts, prompt_limit(model.config, self.settings))
         if len(rows) < self.processes.count:
             raise ValueError(f"There are {len(rows)} prompts for {self.processes.count} processes; start fewer.")
         self.indices = self.processes.share(len(rows))  # of this process's prompts
         tasks = [prompt.task for prompt in prompts]
         self.rows, self.tasks = ([part[index] for index in self.indices] for part in (rows, tasks))
         self.layers = model.config.num_hidden_layers
-        if own is not None:
-            own_configuration(self.layers, own)  # raises for bad options before anything runs
-        else:
-            gate_layers(self.layers)
-        self._bench: DriftBench | None = None
-        same = {  # a run is continued only if all of this is equal
-            "settings": asdict(settings),
+        # bad options are refused before anything runs
+        gate_layers(self.layers) if own is None else own_configuration(self.layers, own)
+        conditions = {  # a run is continued only if all of this is equal
+            "settings": asdict(self.settings),
             "model": {
                 "name": names.get("model") or model.config.name_or_path,
                 "weights": fingerprint(model),
@@ -148,28 +166,27 @@ class DriftJob:
             "processes": self.processes.count,
             **machine_and_versions(str(model.device)),
         }
-        self.report = self.processes.broadcast(self.begin(same, fresh) if self.processes.is_main else None)
+        report = self.begin(conditions, fresh) if self.processes.is_main else None
+        self.report = self.processes.broadcast(report)
         self.report["command"] = names.get("command")
 
-    def begin(self, same: dict, fresh: bool) -> dict:
+    def begin(self, conditions: dict, fresh: bool) -> dict:
         """The report in the file if it was made under the same conditions; else an empty one."""
         if not fresh and self.path.exists():
             try:
                 before = json.loads(self.path.read_text(encoding="utf-8"))
             except ValueError:
                 before = {}
-            if isinstance(before, dict) and all(before.get(name) == value for name, value in same.items()):
+            if isinstance(before, dict) and all(before.get(name) == value for name, value in conditions.items()):
                 return before
-        return {**same, "commits": [], "gates": {}, "noise": [], "configurations": [], "timing": None}
+        return {**conditions, "commits": [], "gates": {}, "noise": [], "configurations": [], "timing": None}
 
-    @property
+    @functools.cached_property
     def bench(self) -> DriftBench:
         """This process's prompts with the dense model's answers, generated at the first use."""
-        if self._bench is None:
-            self.start_step("dense")
-            how = (self.settings.new_tokens, self.settings.batch_size, end_tokens(self.model))
-            self._bench = DriftBench(self.model, self.rows, self.tasks, *how, on_prompts=self.on_prompts)
-        return self._bench
+        self.start_step("dense")
+        how = (self.settings.new_tokens, self.settings.batch_size, end_tokens(self.model))
+        return DriftBench(self.model, self.rows, self.tasks, *how, on_prompts=self.on_prompts)
 
     def start_step(self, what: str, done: int = 0, total: int | None = None):
         """Report a step's start: `done` of `total` prompts are finished, by default 0 of this process's prompts."""
@@ -284,46 +301,3 @@ class DriftJob:
         self.save()
         self.start_step("done", 1, 1)
         return self.report
-
-
-def evaluate_drift(
-    model,
-    tokenizer,
-    prompts: Sequence[Prompt],
-    path: Path,
-    settings: DriftSettings | None = None,
-    own: dict | None = None,
-    quick: bool = False,
-    fresh: bool = False,
-    on_step: OnStep | None = None,
-    names: dict | None = None,
-) -> dict:
-    """
-    Measure how bypasses change the text that a model generates.
-
-    Args:
-        model: a [`NeuroFlowPhi3ForCausalLM`] in evaluation mode.
-        tokenizer: its tokenizer.
-        prompts: texts to continue. Use 50 or more of each task: no divergence in n prompts only bounds the rate of
-            divergence by 3/n.
-        path: the JSON file to write. It is continued if it holds the same model, prompts, settings and machine.
-        settings: [`DriftSettings`]; None for the defaults.
-        own: options of [`NeuroFlowBypassConfig`], to measure this one bypass; None for the grid of `full_grid`.
-        quick: measure the first published pair of layers only.
-        fresh: ignore what is in the file.
-        on_step: called after each batch with the name of the step, and how many of how many prompts are finished.
-        names: names for the report: `model`, `prompts` and `command`.
-
-    Returns:
-        The report, on all processes.
-
-    Raises:
-        ValueError: for settings or options out of range, layers that the model does not have, no room for the new
-            tokens, and prompts without tokens.
-        OSError: if the file cannot be written.
-    """
-    if not prompts:
-        raise ValueError("There are no prompts; expected at least one.")
-    return DriftJob(
-        model, tokenizer, prompts, Path(path), settings or DriftSettings(), own, quick, fresh, on_step, names or {}
-    ).run()

@@ -1,18 +1,9 @@
-"""Tables of a drift report: headers and rows of strings, for the terminal and for Markdown."""
+"""Tables of a drift report, for the terminal and for Markdown."""
 
 from collections.abc import Sequence
 
+from ..utils.tables import Table, interval, markdown_table, number
 from .prompts import ALL, order_tasks
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as a percentage; a dash for None."""
-    return "-" if value is None else f"{value:.{digits}%}"
-
-
-def plain(value: float | None, form: str) -> str:
-    """A number in a format; a dash for None."""
-    return "-" if value is None else format(value, form)
 
 
 def tasks_of(report: dict) -> list[str]:
@@ -20,24 +11,13 @@ def tasks_of(report: dict) -> list[str]:
     return order_tasks(report["prompts"]["of_task"])
 
 
-def overall(entry: dict) -> dict:
-    """The figures of all prompts together."""
-    tasks = entry["tasks"]
-    return tasks[ALL] if ALL in tasks else next(iter(tasks.values()))
-
-
-def drift_cell(figures: dict) -> str:
-    """Drift, and how many prompts diverge: `12.3%, 9/50`."""
-    return f"{percent(figures['drift'])}, {figures['diverged_prompts']}/{figures['prompts']}"
-
-
 def entries_of(report: dict) -> list[dict]:
     """The noise floor and the configurations, in the order shown."""
     return [*report["noise"], *report["configurations"]]
 
 
-def summary_table(report: dict, entries: Sequence[dict] | None = None) -> tuple[list[str], list[list[str]]]:
-    """A row for each entry: drift by task, the other figures over all prompts."""
+def summary_table(report: dict, entries: Sequence[dict] | None = None) -> Table:
+    """A row for each entry (default: all): drift and diverged prompts by task, the other figures over all prompts."""
     tasks = tasks_of(report)
     headers = [
         *("configuration", "bypassed"),
@@ -46,23 +26,28 @@ def summary_table(report: dict, entries: Sequence[dict] | None = None) -> tuple[
     ]
     rows = []
     for entry in entries_of(report) if entries is None else entries:
-        figures = overall(entry)
+        of_task = entry["tasks"]
+        figures = of_task[ALL] if ALL in of_task else of_task[tasks[0]]
+        drifts = [
+            f"{of_task[task]['drift']:.1%}, {of_task[task]['diverged_prompts']}/{of_task[task]['prompts']}"
+            for task in tasks
+        ]
         rows.append(
             [
                 entry["name"],
-                percent(figures["bypass_rate"]) if "options" in entry else "",
-                *(drift_cell(entry["tasks"][task]) for task in tasks),
-                plain(figures["first_divergence"]["median"], ".0f"),
-                percent(figures["forced_divergent"], 2),
-                plain(figures["kl"]["mean"], ".2g"),
-                plain(figures["kl"]["p99"], ".2g"),
-                plain(figures["perplexity"]["delta"], "+.3f"),
+                number(figures["bypass_rate"], ".1%") if "options" in entry else "",
+                *drifts,
+                number(figures["first_divergence"]["median"], ".0f"),
+                number(figures["forced_divergent"], ".2%"),
+                number(figures["kl"]["mean"], ".2g"),
+                number(figures["kl"]["p99"], ".2g"),
+                number(figures["perplexity"]["delta"], "+.3f"),
             ]
         )
     return headers, rows
 
 
-def details_table(report: dict) -> tuple[list[str], list[list[str]]]:
+def details_table(report: dict) -> Table:
     """A row for each entry and task: intervals, margins, similarities and entropies."""
     headers = [
         "configuration",
@@ -77,37 +62,28 @@ def details_table(report: dict) -> tuple[list[str], list[list[str]]]:
         "similarity: P10, P50, P90",
         "entropy: bypassed, computed",
     ]
-    rows = []
-    for entry in entries_of(report):
-        for task, figures in entry["tasks"].items():
-            perplexity, similarity = figures["perplexity"], figures["similarity"]
-            rows.append(
-                [
-                    entry["name"],
-                    task,
-                    interval(figures["drift_interval"], ".1%"),
-                    percent(figures["diverged_bound"]),
-                    interval(figures["forced_interval"], ".2%"),
-                    interval(figures["kl"]["interval"], ".2g"),
-                    plain(perplexity["dense"], ".3f"),
-                    interval(perplexity["interval"], "+.3f"),
-                    ", ".join(plain(figures["margin"][name], ".2g") for name in ("median", "max")),
-                    ", ".join(plain(similarity[name], ".3f") for name in ("p10", "p50", "p90")),
-                    ", ".join(plain(figures["entropy"][name], ".2f") for name in ("bypassed", "computed")),
-                ]
-            )
+
+    def numbers(figures: dict, form: str) -> str:
+        return ", ".join(number(value, form) for value in figures.values())
+
+    rows = [
+        [
+            entry["name"],
+            task,
+            interval(figures["drift_interval"], ".1%"),
+            number(figures["diverged_bound"], ".1%"),
+            interval(figures["forced_interval"], ".2%"),
+            interval(figures["kl"]["interval"], ".2g"),
+            number(figures["perplexity"]["dense"], ".3f"),
+            interval(figures["perplexity"]["interval"], "+.3f"),
+            numbers(figures["margin"], ".2g"),
+            numbers(figures["similarity"], ".3f"),
+            numbers(figures["entropy"], ".2f"),
+        ]
+        for entry in entries_of(report)
+        for task, figures in entry["tasks"].items()
+    ]
     return headers, rows
-
-
-def interval(ends: Sequence[float] | None, form: str) -> str:
-    """An interval in a format; a dash for None."""
-    return "-" if ends is None else f"{ends[0]:{form}} to {ends[1]:{form}}"
-
-
-def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def description(report: dict) -> str:
@@ -133,8 +109,8 @@ def drift_markdown(report: dict) -> str:
         "# Token drift",
         description(report),
         f"`{report['command']}`" if report["command"] else "",
-        markdown(*summary_table(report)),
+        markdown_table(summary_table(report)),
         "## By task",
-        markdown(*details_table(report)),
+        markdown_table(details_table(report)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -214,7 +214,7 @@ def test_ctrl_c_says_how_to_go_on(folder, prompts, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neuroflow_hf.drift.run.evaluate_drift", interrupted)
+    monkeypatch.setattr("neuroflow_hf.drift.run.DriftEvaluation.run", interrupted)
     result = call("drift", "--model", folder, "--prompts", prompts, "--out", tmp_path / "out")
     assert result.exit_code == 130 and "the same command continues" in result.stderr
 

@@ -20,7 +20,7 @@ from neuroflow_hf.drift import run as drift_run
 from neuroflow_hf.drift.decode import DriftBench, decode, make_batches
 from neuroflow_hf.drift.metrics import COLUMNS
 from neuroflow_hf.drift.prompts import Prompt
-from neuroflow_hf.drift.run import DriftSettings, evaluate_drift
+from neuroflow_hf.drift.run import DriftEvaluation, DriftSettings
 from neuroflow_hf.drift.tables import summary_table
 from neuroflow_hf.utils.processes import Processes
 from tests.phi3_models import make_ours, make_tokenizer
@@ -166,7 +166,7 @@ def evaluate_here(tmp_path):
             "on_step": lambda what, *_: None if done[-1:] == [what] else done.append(what),
             **options,
         }
-        report = evaluate_drift(model, tokenizer, path=path, **arguments)
+        report = DriftEvaluation(model, tokenizer, path=path, **arguments).run()
         assert json.loads(path.read_text()) == json.loads(json.dumps(report))
         return report, done
 
