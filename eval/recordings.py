@@ -19,11 +19,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -34,10 +37,8 @@ from neuroflow_hf.utils.files import write_whole
 from neuroflow_hf.utils.processes import Processes
 from neuroflow_hf.utils.provenance import checkout_commit, machine_and_versions
 from neuroflow_hf.video.preprocess import Preprocessor
-from neuroflow_hf.vision.gate_config import NeuroFlowGateConfig
 
-OnFrame = Callable[[int], None]
-OnPass = Callable[[str, int, int], None]
+TENSORS = ("sampled", "drawn", "embeddings", "cost", "labels", "nbytes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,7 @@ class Recording:
     labels: Tensor
     label_names: tuple[str, ...]
     nbytes: Tensor
-    about: dict = field(default_factory=dict)
+    about: dict
 
     def of(self, scene: str, drawn: bool = False) -> tuple[Tensor, Tensor]:
         """
@@ -174,30 +175,18 @@ class Recording:
 def write_recording(recording: Recording, path: Path):
     """Write a recording, whole or not at all."""
     tensors = {name: getattr(recording, name).contiguous() for name in TENSORS}
-    metadata = {
-        "spec": json.dumps(recording.spec.to_dict()),
-        "scenes": json.dumps(recording.scenes),
-        "label_names": json.dumps(recording.label_names),
-        "about": json.dumps(recording.about),
-    }
-    write_whole(path, save(tensors, metadata))
+    known = {name: json.dumps(getattr(recording, name)) for name in ("scenes", "label_names", "about")}
+    write_whole(path, save(tensors, known))
 
 
-def read_recording(path: Path) -> Recording:
-    """What `write_recording` wrote."""
+def read_recording(path: Path, spec: MethodSpec) -> Recording:
+    """What `write_recording` wrote of a method."""
     with safe_open(path, "pt") as stored:
-        about = {name: json.loads(text) for name, text in stored.metadata().items()}
+        known = {name: json.loads(text) for name, text in stored.metadata().items()}
         tensors = {name: stored.get_tensor(name) for name in TENSORS}
     return Recording(
-        spec=MethodSpec(**about["spec"]),
-        scenes=tuple(about["scenes"]),
-        label_names=tuple(about["label_names"]),
-        about=about["about"],
-        **tensors,
+        spec, tuple(known["scenes"]), label_names=tuple(known["label_names"]), about=known["about"], **tensors
     )
-
-
-TENSORS = ("sampled", "drawn", "embeddings", "cost", "labels", "nbytes")
 
 
 def frames_of(scenes: Sequence[Scene]) -> Iterator[list[tuple[np.ndarray, str | None]]]:
@@ -226,7 +215,7 @@ def record(
     scenes: Sequence[Scene],
     specs: Sequence[MethodSpec],
     settings: RecordSettings,
-    on_frame: OnFrame | None = None,
+    title: str | None = None,
 ) -> list[Recording]:
     """
     Several methods over one batch of scenes, in one pass over its frames.
@@ -237,7 +226,7 @@ def record(
         scenes: with equally many frames.
         specs: what to record. Those that return dense frames compute them once for all.
         settings: which frames are sampled.
-        on_frame: called with the number of each frame that is done.
+        title: of the progress bar on stderr; None for no bar.
 
     Returns:
         The recordings, in the methods' order.
@@ -267,7 +256,8 @@ def record(
     label_names: dict[str, int] = {}
     labels = torch.full(sampled.shape, -1)
     spent = [0.0] * len(specs)
-    for number, shown in enumerate(frames_of(scenes)):
+    bar = {"console": Console(stderr=True), "disable": title is None}
+    for number, shown in enumerate(track(frames_of(scenes), title or "", scenes[0].count, **bar)):
         for column, (_, label) in enumerate(shown):
             if label is not None:
                 labels[number, column] = label_names.setdefault(label, len(label_names))
@@ -285,8 +275,6 @@ def record(
             costs[place, number] = step.cost.cpu()
             nbytes[place, number] = methods[place].nbytes
             spent[place] += time.perf_counter() - before
-        if on_frame is not None:
-            on_frame(number)
     about = {
         **machine_and_versions(str(tower.device)),
         "commit": checkout_commit(),
@@ -332,29 +320,6 @@ def require_finite(embeddings: Tensor, spec: MethodSpec, number: int):
         raise ValueError(f"{spec.name} gave an embedding at frame {number} that is not finite, or beyond float16.")
 
 
-WORK = {"mlp": 0.35, "dense": 0.5}  # of the streams' modes; guesses, to share by
-
-
-def expected_work(specs: Sequence[MethodSpec]) -> float:
-    """About what a pass takes, as a share of that of all that return dense frames."""
-    if any(spec.shares_dense for spec in specs):
-        return 1.0
-    if specs[0].kind == "stream":
-        return WORK.get(NeuroFlowGateConfig.from_options({}, **specs[0].options).mode, 0.15)
-    return 0.05
-
-
-def shares_by_work(work: Sequence[float], count: int) -> list[list[int]]:
-    """Places of jobs for each of so many processes: the longest first, always to who has least."""
-    shares: list[list[int]] = [[] for _ in range(count)]
-    loads = [0.0] * count
-    for place in sorted(range(len(work)), key=lambda place: (-work[place], place)):
-        least = loads.index(min(loads))
-        shares[least].append(place)
-        loads[least] += work[place]
-    return shares
-
-
 class Recorder:
     """
     Recordings of one model in one folder.
@@ -394,45 +359,29 @@ class Recorder:
         return [spec for spec in specs if not self.path(scenes, spec).is_file()]
 
     def jobs(self, batches: Sequence[Sequence[Scene]], specs: Sequence[MethodSpec]) -> list[tuple[int, list]]:
-        """The passes that are missing: which batch, and which methods."""
-        return [
-            (place, together)
-            for place, scenes in enumerate(batches)
-            for together in passes_of(self.missing(scenes, specs))
-        ]
+        """The passes that are missing: which batch, and which methods. Alike passes follow each other."""
+        passes = [passes_of(self.missing(scenes, specs)) for scenes in batches]
+        together = zip_longest(*passes)
+        return [(batch, some) for row in together for batch, some in enumerate(row) if some is not None]
 
-    def run(
-        self,
-        batches: Sequence[Sequence[Scene]],
-        specs: Sequence[MethodSpec],
-        on_pass: OnPass | None = None,
-        on_frame: OnFrame | None = None,
-    ):
+    def run(self, batches: Sequence[Sequence[Scene]], specs: Sequence[MethodSpec]) -> int:
         """
-        Record what is missing, each pass written as soon as it is done. With several processes, each takes a share,
-        and all return when all are done.
-
-        Args:
-            batches: of scenes, each recorded as one.
-            specs: the methods.
-            on_pass: called at the beginning of each of this process's passes with what it is, its number from 0, and
-                how many there are.
-            on_frame: called with the number of each frame of a pass.
+        Record what is missing, each batch as one, each pass written as soon as it is done. With several processes,
+        each takes a share, and all return when all are done. Returns how many passes were this process's.
         """
         for scenes in batches:
             require_one_length(scenes)
         jobs = self.processes.broadcast(self.jobs(batches, specs))  # files that appear meanwhile would change the list
-        work = [expected_work(together) * len(batches[batch]) * batches[batch][0].count for batch, together in jobs]
-        mine = shares_by_work(work, self.processes.count)[self.processes.index]
-        for number, place in enumerate(mine):
+        mine = self.processes.share(len(jobs))
+        for number, place in enumerate(mine, start=1):
             batch, together = jobs[place]
-            if on_pass is not None:
-                names = together[0].name if len(together) == 1 else f"{together[0].name} and {len(together) - 1} more"
-                on_pass(f"{names}, batch {batch + 1} of {len(batches)}", number, len(mine))
-            found = record(self.model, self.preprocess, batches[batch], together, self.settings, on_frame)
-            for recording in found:
+            more = f" and {len(together) - 1} more" if len(together) > 1 else ""
+            title = f"pass {number} of {len(mine)}: {together[0].name}{more}, batch {batch + 1} of {len(batches)}"
+            shown = title if self.processes.is_main else None
+            for recording in record(self.model, self.preprocess, batches[batch], together, self.settings, shown):
                 write_recording(recording, self.path(batches[batch], recording.spec))
         self.processes.gather([None])  # waits for the others
+        return len(mine)
 
     def load(self, scenes: Sequence[Scene], spec: MethodSpec) -> Recording:
         """
@@ -446,13 +395,9 @@ class Recorder:
             raise FileNotFoundError(
                 f"{spec.name} is not recorded for these scenes; expected {path}. Run the recorder."
             )
-        recording = read_recording(path)
-        return Recording(**{**vars(recording), "spec": spec})  # another name or family is no other recording
+        return read_recording(path, spec)
 
 
 def slug(name: str) -> str:
     """A name for a file."""
     return "-".join("".join(sign if sign.isalnum() or sign == "." else " " for sign in name.lower()).split())
-
-
-__all__ = ["RecordSettings", "Recorder", "Recording", "Scene", "record"]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from eval.language.findings import readme_table
 from eval.report import RESULTS, fill_block, write_whole
-from eval.vision.benchmark_vision import ratios
 from neuroflow_hf import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -39,17 +38,15 @@ DRAFT_COLUMNS = {
 def load(result: str) -> dict:
     """A report, without the rows of the removed mode."""
 
-    def keep(value):
-        if isinstance(value, dict):
-            return {name: keep(part) for name, part in value.items() if not name.startswith(f"`{REMOVED}")}
-        if not isinstance(value, list):
-            return value
-        names = [
-            [row.get(key) for key in ("mode", "name", "method")] if isinstance(row, dict) else [] for row in value
-        ]
-        return [
-            keep(row) for row, of in zip(value, names, strict=True) if not any(REMOVED in str(name) for name in of)
-        ]
+    def keep(part):
+        if isinstance(part, dict):
+            return {name: keep(value) for name, value in part.items() if not name.startswith(f"`{REMOVED}")}
+        if isinstance(part, list):
+            return [keep(row) for row in part if not (isinstance(row, dict) and REMOVED in str(names_of(row)))]
+        return part
+
+    def names_of(row):
+        return [row.get(key) for key in ("mode", "name", "method")]
 
     return keep(json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8")))
 
@@ -111,7 +108,7 @@ def unless_dense(cell: Callable) -> Callable:
 
 def rows_shown(rows: list[dict], default: str = "balanced") -> list[dict]:
     """Dense, the presets, the first setting of each mode, and of each baseline the setting nearest in cost."""
-    cost = next(row["cost"] for row in rows if row["name"] == default)
+    cost = next((row["cost"] for row in rows if row["name"] == default), 0)
     families: dict[str, list[dict]] = {}
     for row in rows:
         families.setdefault(row["family"], []).append(row)
@@ -245,6 +242,13 @@ def labels_table(summary: dict) -> str:
     )
     labels = summary["labels"]
     return table(labels["timeline"], columns, note.format(labels["agreement"], **summary))
+
+
+def ratios(report: dict) -> list[tuple[dict, dict, float]]:
+    """Every case with the dense entry that it is compared with, and how many times faster it is."""
+    dense = {(entry["dtype"], entry["resolution"]): entry for entry in report["dense"]}
+    pairs = [(case, dense[case["dtype"], case["resolution"]]) for case in report["cases"]]
+    return [(case, entry, entry["milliseconds"]["median"] / case["streamed"]["median"]) for case, entry in pairs]
 
 
 def speed_table(report: dict) -> str:

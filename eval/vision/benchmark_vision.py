@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from eval.docs.tables import ratios
 from eval.report import RESULTS, provenance, wide_console, write_json
 from neuroflow_hf import NeuroFlowSiglipVisionConfig, NeuroFlowSiglipVisionModel
 from neuroflow_hf.utils.jobs import timed
@@ -194,13 +195,6 @@ def time_group(
         dense |= {"milliseconds": spread(dense["values"]), "gigamacs": dense_gigamacs(model.config, num_patches)}
         results.save()
         yield mode
-
-
-def ratios(report: dict) -> list[tuple[dict, dict, float]]:
-    """Every case with the dense entry that it is compared with, and how many times faster it is."""
-    dense = {(entry["dtype"], entry["resolution"]): entry for entry in report["dense"]}
-    pairs = [(case, dense[case["dtype"], case["resolution"]]) for case in report["cases"]]
-    return [(case, entry, entry["milliseconds"]["median"] / case["streamed"]["median"]) for case, entry in pairs]
 
 
 def plot(report: dict, path: Path):

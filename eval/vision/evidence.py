@@ -1,11 +1,13 @@
 """
-What `accuracy.py`, `reaction.py` and `fidelity.py` ask their questions of: composed clips, methods, recordings.
+What `accuracy.py`, `reaction.py` and `fidelity.py` share: composed clips, methods, recordings, the command line, and
+baselines at a method's own cost.
 
-Recorded once, kept in the cache folder (`NEUROFLOW_CACHE`), and continued by whichever of the three runs next. Clips
-are those of `composed_clips.py`, drawings and photographs that were in no training picture.
+Recordings are made once, kept in the cache folder (`NEUROFLOW_CACHE`), and continued by whichever of the three runs
+next. Clips are those of `composed_clips.py`, drawings and photographs that were in no training picture.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,14 +15,14 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional
 
 from eval.recordings import Recorder, Recording, RecordSettings, Scene
-from eval.report import provenance
+from eval.report import RESULTS, provenance, publish
 from eval.vision import composed_clips
+from eval.vision.composed_bench import CHECKPOINT
+from neuroflow_hf.evaluation.equal_cost import ranked_at
 from neuroflow_hf.evaluation.methods import MethodSpec
 from neuroflow_hf.evaluation.settings import (
     DENSE,
@@ -30,39 +32,28 @@ from neuroflow_hf.evaluation.settings import (
     preset_methods,
     smaller_controls,
 )
-from neuroflow_hf.loading import DTYPES, load_text_model
-from neuroflow_hf.utils.files import finite
+from neuroflow_hf.evaluation.statistics import Interval, middle, resamples
+from neuroflow_hf.loading import load_text_model
 from neuroflow_hf.utils.processes import Processes
 from neuroflow_hf.utils.provenance import checkout_commit, code_version, key_of
 from neuroflow_hf.video.labels import tokenize
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.vision.modeling_neuroflow_siglip import NeuroFlowSiglipModel
 from recipes.siglip_dinov2_small.build import default_tower_dir
+from recipes.siglip_small.captions import EMPTY_PHRASES, HELD_OUT_PHRASINGS, prompts
+from recipes.siglip_small.compose import load_material
+from recipes.siglip_small.sources import things
 
 SEED = 3
 NOTHING = "nothing"
-
-Quick = Annotated[
-    bool, typer.Option("--quick", help="Use one clip of 1,000 frames of each motion and fewer settings.")
-]
-FewSettings = Annotated[
-    bool, typer.Option("--few-settings", help="Use one or two settings of each mode and smaller input.")
-]
-Clips = Annotated[int, typer.Option(help="Clips of each motion.", min=1)]
-Frames = Annotated[
-    int | None,
-    typer.Option(help="Frames of each clip.", min=composed_clips.FEWEST, show_default="125; with --quick 1000"),
-]
-DenseEvery = Annotated[int, typer.Option(help="Compare one of every N frames with dense.", min=1)]
-Methods = Annotated[str | None, typer.Option(help="Use only methods whose name or family begins so; separate with |.")]
-Checkpoint = Annotated[Path, typer.Option(help="Checkpoint with a text tower.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Folder = Annotated[Path | None, typer.Option(help="Folder of the recordings.", show_default="in the cache folder")]
-
 FRAMES = 125
 QUICK_FRAMES = 1000
 SLOW_MODES = ("mlp",)
 MOST_CHANGES = 8  # of a clip; of those whose label changes all the time, some will do
+FEWEST_SCENES = 3  # with fewer, an interval says nothing
+Statistic = Callable[[np.ndarray], np.ndarray]  # values of drawn scenes [R, S, m] to [R]
+
+# --- what is recorded ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -71,10 +62,10 @@ class Plan:
 
     clips: int = 5
     frames: int | None = None
-    dense_every: int = 8
     quick: bool = False
-    methods: str | None = None
     few_settings: bool = False
+    methods: str | None = None
+    dense_every: int = 8
 
     @property
     def settings(self) -> RecordSettings:
@@ -97,6 +88,25 @@ class Plan:
         modes = [spec for spec in mode_methods(few) if not (self.quick and spec.options["mode"] in SLOW_MODES)]
         controls = [FIRST, *hold_controls(few=self.quick), *smaller_controls(model, few)]
         return chosen([DENSE, *preset_methods(), *modes, *controls], self.methods)
+
+
+def chosen(specs: Sequence[MethodSpec], names: str | None) -> list[MethodSpec]:
+    """
+    Those whose name or family begins with one of the names, `|` between them, and dense and the first frame, which
+    everything is compared with.
+
+    Raises:
+        typer.BadParameter: for a name that none begins with.
+    """
+    if names is None:
+        return list(specs)
+    wanted = [name.strip() for name in names.split("|")]
+    for name in wanted:
+        if not any(spec.name.startswith(name) or spec.family.startswith(name) for spec in specs):
+            there = ", ".join(dict.fromkeys(spec.family for spec in specs))
+            raise typer.BadParameter(f"No method or family begins with {name!r}; the families are {there}.")
+    begins = tuple(wanted)
+    return [s for s in specs if s in (DENSE, FIRST) or s.name.startswith(begins) or s.family.startswith(begins)]
 
 
 def composed_scene(spec: composed_clips.ClipSpec) -> Scene:
@@ -131,36 +141,12 @@ def composed_batches(material: Any, plan: Plan, side: int = composed_clips.SIDE)
     ]
 
 
-def chosen(specs: Sequence[MethodSpec], names: str | None) -> list[MethodSpec]:
-    """
-    Those whose name or family begins with one of the names, `|` between them, and dense and the first frame, which
-    everything is compared with.
-
-    Raises:
-        typer.BadParameter: for a name that none begins with.
-    """
-    if names is None:
-        return list(specs)
-    wanted = [name.strip() for name in names.split("|")]
-    for name in wanted:
-        if not any(spec.name.startswith(name) or spec.family.startswith(name) for spec in specs):
-            there = ", ".join(dict.fromkeys(spec.family for spec in specs))
-            raise typer.BadParameter(f"No method or family begins with {name!r}; the families are {there}.")
-    return [
-        spec
-        for spec in specs
-        if spec in (DENSE, FIRST) or any(spec.name.startswith(name) or spec.family.startswith(name) for name in wanted)
-    ]
-
-
 @torch.no_grad()
 def text_embeddings(model: NeuroFlowSiglipModel, tokenizer: Any) -> tuple[list[str], Tensor]:
     """
     All things that the embedded checkpoint was trained on, and `nothing`: names, and unit embeddings float32 [L, D],
     each the mean over phrasings; those of things were in no training caption.
     """
-    from recipes.siglip_small.captions import EMPTY_PHRASES, HELD_OUT_PHRASINGS, prompts
-    from recipes.siglip_small.sources import things
 
     def unit(texts: list[str]) -> Tensor:
         tokens = tokenize(tokenizer, texts, model.config.text_config)
@@ -178,42 +164,35 @@ class Evidence:
     Everything that was recorded.
 
     Attributes:
-        batches: of scenes.
-        specs: the methods.
-        recordings: by method's name, one for each batch.
+        scenes: all of them, S.
+        specs: the methods, dense among them.
+        recordings: by method's name and scene's name.
         names, texts: labels and their unit embeddings, float32 [L, D].
+        settings: which frames were sampled.
         about: what was recorded, with what and on what, for JSON.
     """
 
-    batches: list[list[Scene]]
+    scenes: list[Scene]
     specs: list[MethodSpec]
-    recordings: dict[str, list[Recording]]
+    recordings: dict[str, dict[str, Recording]]
     names: list[str]
     texts: Tensor
+    settings: RecordSettings
     about: dict
 
     @property
-    def scenes(self) -> list[tuple[int, Scene]]:
-        """All scenes, each with its batch's number."""
-        return [(place, scene) for place, batch in enumerate(self.batches) for scene in batch]
+    def motions(self) -> dict[str, list[int]]:
+        """By kind of motion, the places of its scenes."""
+        motions = dict.fromkeys(scene.group for scene in self.scenes)
+        return {motion: [at for at, scene in enumerate(self.scenes) if scene.group == motion] for motion in motions}
 
-    def recording(self, name: str, batch: int) -> Recording:
-        """A method's recording of a batch."""
-        return self.recordings[name][batch]
-
-    def cost(self, name: str, scenes: Sequence[tuple[int, Scene]]) -> float:
-        """A method's cost without the first frames, mean over scenes."""
-        costs = [self.recording(name, batch).cost_of(scene.name)[1:].mean().item() for batch, scene in scenes]
-        return float(np.mean(costs))
-
-    def spec(self, name: str) -> MethodSpec:
-        """A method by its name."""
-        return next(spec for spec in self.specs if spec.name == name)
-
-
-def distinct(values: Sequence[dict]) -> list[dict]:
-    """The values that differ, each once, in order."""
-    return [value for place, value in enumerate(values) if value not in values[:place]]
+    def costs(self, places: Sequence[int]) -> dict[str, float]:
+        """By method, its cost without the first frames, mean over the scenes at these places."""
+        names = [self.scenes[place].name for place in places]
+        return {
+            method: float(np.mean([found[name].cost_of(name)[1:].mean().item() for name in names]))
+            for method, found in self.recordings.items()
+        }
 
 
 def record_evidence(
@@ -225,64 +204,158 @@ def record_evidence(
     folder: Path,
     processes: Processes,
 ) -> Evidence:
-    """Record what is missing, show how far it is, and read all of it."""
+    """Record what is missing, and read all of it."""
     specs = plan.specs(model)
     recorder = Recorder(model, preprocess, folder, plan.settings, processes)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not processes.is_main
-    ) as progress:
-        passes, frames = progress.add_task("passes"), progress.add_task("frames")
-
-        def on_pass(what: str, number: int, total: int):
-            progress.update(passes, completed=number, total=total)
-            batch = int(what.rsplit("batch ", 1)[1].split()[0]) - 1
-            progress.reset(frames, description=what, total=batches[batch][0].count)
-
-        recorder.run(batches, specs, on_pass, lambda number: progress.update(frames, completed=number + 1))
-    recordings = {spec.name: [recorder.load(scenes, spec) for scenes in batches] for spec in specs}
-    of_first = recordings[specs[0].name][0].about
+    recorder.run(batches, specs)
+    loaded = {spec.name: [recorder.load(scenes, spec) for scenes in batches] for spec in specs}
+    recordings = {
+        name: {scene.name: one for one, scenes in zip(some, batches, strict=True) for scene in scenes}
+        for name, some in loaded.items()
+    }
+    of_all = [one.about for some in loaded.values() for one in some]
+    machines = [one["machine"] for one in of_all]
     about = {
         **provenance(),
         "processes": processes.count,
         "commit": checkout_commit(),
         "recorded": {
-            "commits": sorted({str(one.about["commit"]) for some in recordings.values() for one in some}),
-            "machines": distinct([one.about["machine"] for some in recordings.values() for one in some]),
-            **{name: of_first[name] for name in ("versions", "dtype", "settings")},
+            "commits": sorted({str(one["commit"]) for one in of_all}),
+            "machines": [one for place, one in enumerate(machines) if one not in machines[:place]],
+            **{name: of_all[0][name] for name in ("versions", "dtype", "settings")},
         },
         "weights": recorder.store.weights,
         "seed": SEED,
         "frames": plan.lengths,
         "scenes": [scene.name for batch in batches for scene in batch],
         "methods": [
-            spec.to_dict() | {"seconds": round(sum(one.about["seconds"] for one in recordings[spec.name]), 1)}
+            spec.to_dict() | {"seconds": round(sum(one.about["seconds"] for one in loaded[spec.name]), 1)}
             for spec in specs
         ],
     }
-    return Evidence(batches, specs, recordings, *texts, about)
+    scenes = [scene for batch in batches for scene in batch]
+    return Evidence(scenes, specs, recordings, *texts, plan.settings, about)
 
 
-def gather_evidence(plan: Plan, checkpoint: Path, dtype: str, folder: Path | None) -> tuple[Evidence, Processes]:
-    """Load the checkpoint and the clips' material, and record."""
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"`--dtype` is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-    from recipes.siglip_small.compose import load_material
-
-    processes = Processes()
-    device = "auto" if processes.device is None else str(processes.device)
-    model, preprocess, tokenizer = load_text_model(checkpoint, DTYPES[dtype], device)
-    material = load_material()["held out"]
-    batches = composed_batches(material, plan)
-    texts = text_embeddings(model, tokenizer)
-    folder = folder or default_tower_dir().parent / "evidence"
-    return record_evidence(plan, model, preprocess, batches, texts, folder, processes), processes
+# --- the command line ------------------------------------------------------------------------------------------------
 
 
-def rounded(report: Any, digits: int = 6) -> Any:
-    """A report with its numbers to so many digits after the point, and None for what is no number."""
-    if isinstance(report, dict):
-        return {name: rounded(part, digits) for name, part in report.items()}
-    if isinstance(report, list | tuple):
-        return [rounded(part, digits) for part in report]
-    return finite(round(report, digits)) if isinstance(report, float) else report
+def command(report_of: Callable, table_of: Callable, default: Plan, name: str, draw: Callable | None = None):
+    """
+    The command line of a script.
+
+    Args:
+        report_of: from evidence to the report.
+        table_of: from the report to its table in Markdown.
+        default: what is recorded unless options say otherwise.
+        name: of the files.
+        draw: from evidence and the report to a picture.
+    """
+
+    def main(
+        quick: Annotated[
+            bool, typer.Option("--quick", help="Use one clip of each motion and fewer settings.")
+        ] = False,
+        few_settings: Annotated[
+            bool, typer.Option("--few-settings", help="Use one or two settings of each mode and smaller input.")
+        ] = False,
+        clips: Annotated[int, typer.Option(help="Clips of each motion.", min=1)] = default.clips,
+        frames: Annotated[
+            int | None,
+            typer.Option(help="Frames of each clip.", min=composed_clips.FEWEST, show_default="125; --quick 1000"),
+        ] = default.frames,
+        methods: Annotated[
+            str | None, typer.Option(help="Use only methods whose name or family begins so; separate with |.")
+        ] = default.methods,
+        output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / f"{name}.json",
+    ):
+        """Record what is missing, compare, and write and show the report."""
+        processes = Processes()
+        device = "auto" if processes.device is None else str(processes.device)
+        model, preprocess, tokenizer = load_text_model(CHECKPOINT, torch.bfloat16, device)
+        plan = Plan(clips, frames, quick, few_settings, methods)
+        batches = composed_batches(load_material()["held out"], plan)
+        texts = text_embeddings(model, tokenizer)
+        folder = default_tower_dir().parent / "evidence"
+        evidence = record_evidence(plan, model, preprocess, batches, texts, folder, processes)
+        if processes.is_main:
+            report = report_of(evidence)
+            pictures = {} if draw is None else {f"{name}.png": draw(evidence, report)}
+            publish(output, report, table_of(report), pictures)
+
+    return main
+
+
+# --- baselines at a method's own cost --------------------------------------------------------------------------------
+# Values are scene by scene, the same scenes for the method and for the baselines: differences are paired. Intervals
+# come from drawing scenes, because the frames of one scene are no independent answers.
+
+
+def families_of(specs: Sequence[MethodSpec]) -> dict[str, list[str]]:
+    """
+    The baselines' names by family. Each family goes from the first frame repeated, which costs nothing, to dense.
+    """
+    families: dict[str, list[str]] = {}
+    for spec in specs:
+        if spec.control and spec != FIRST:
+            families.setdefault(spec.family, [FIRST.name]).append(spec.name)
+    return {family: [*found, DENSE.name] for family, found in families.items()}
+
+
+def mean_of_scenes(values: np.ndarray) -> np.ndarray:
+    """Mean of [R, S, m], NaN left out: [R]."""
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis=(1, 2)) / (~np.isnan(values)).sum((1, 2))
+
+
+def statistic_interval(
+    values: np.ndarray, statistic: Statistic, baseline: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Interval | None:
+    """
+    A 95 % interval of a statistic of S scenes' values [S, m], or of its difference to a baseline's; None of fewer than
+    FEWEST_SCENES. `baseline` takes the drawn scenes' places [R, S] to the baseline's statistic [R].
+    """
+    if len(values) < FEWEST_SCENES:
+        return None
+    drawn = resamples(len(values))
+    draws = statistic(values[drawn])
+    return middle(draws if baseline is None else draws - baseline(drawn))
+
+
+def best_baseline(
+    name: str,
+    values: dict[str, np.ndarray],
+    costs: dict[str, float],
+    families: dict[str, list[str]],
+    statistic: Statistic,
+) -> dict | None:
+    """
+    A method against the best family of baselines at no more than its own cost (see `ranked_at`), pooled over S scenes.
+
+    Args:
+        name: of the method.
+        values: of each method and baseline, [S, m].
+        costs: of each, mean over all.
+        families: as of `families_of`.
+        statistic: of drawn scenes, larger is better. Of a mixture of two baselines it is the mean of theirs, by their
+            shares: a user has one of them.
+
+    Returns:
+        `value` and `control`, the statistic of the method and of the best baseline; `family` of that baseline;
+        `difference` of both; and its `interval`, as of `statistic_interval`. None if there are no baselines.
+    """
+    own = statistic(values[name][None]).item()
+    ranked = ranked_at(families, costs[name], costs.__getitem__, lambda one: statistic(values[one][None]).item())
+    if not ranked or math.isnan(own):
+        return None
+    figure, best = ranked[-1]
+    interval = statistic_interval(
+        values[name], statistic, lambda drawn: best.mean(lambda one: statistic(values[one][drawn]))
+    )
+    return {
+        "value": own,
+        "control": figure,
+        "family": best.family,
+        "difference": own - figure,
+        "interval": interval,
+    }

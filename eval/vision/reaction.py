@@ -1,53 +1,44 @@
 """
 How late does a method notice? Frames from an event until the best label is the new right one, beyond dense's delay.
 
-    python -m eval.vision.reaction --quick                      # 1,000 frames of each motion
     torchrun --nproc_per_node 2 -m eval.vision.reaction         # everything; run again to continue
+    python -m eval.vision.reaction --quick                      # 1,000 frames of each motion
 
 Events are the frames of composed clips on which another label becomes right: a thing comes, goes, is replaced, or
-another one is seen best; where nothing is seen, `nothing` is right. An event is counted if dense follows it within its
-frames, and did not say the new label on the frame before; events before which, or after which, another one follows
-within LEAST_FRAMES are not. A delay ends with the frames that are looked at, 40 or those until the next event, and is
+another one is seen best; where nothing is seen, `nothing` is right. Labels that compete are the clip's own things and
+`nothing`, as who watches for something would name them. An event is counted if dense follows it within its frames, and
+did not say the new label on the frame before; events before which, or after which, another one follows within
+LEAST_FRAMES are not. A delay ends with the frames that are looked at, 40 or those until the next event, and is
 *censored* then: it counts as that long, so means are lower bounds where any is. A method that said the new label
-before the event, wrongly, counts as without delay, which favours what is held. Labels compete twice: the clip's own
-things and `nothing`, as who watches for something would name them, and all that the checkpoint knows.
+before the event, wrongly, counts as without delay, which favours what is held.
 
 Means are over events; intervals are 95 %, from drawing clips with all their events. Baselines at a method's own cost
-as in `accuracy.py`. Writes `eval/results/reaction.json`.
+as in `accuracy.py`. Writes `eval/results/reaction.json`, shown in `docs/results/delay.md`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import typer
-from rich.table import Table
 from torch.nn import functional
 
+from eval.docs.tables import reaction_table
 from eval.recordings import RecordSettings, Scene, chosen_changes
-from eval.report import RESULTS, wide_console, with_interval, write_json
-from eval.vision.composed_bench import CHECKPOINT
-from eval.vision.equal_cost import best_baseline, families_of, statistic_interval
+from eval.report import rounded
 from eval.vision.evidence import (
     NOTHING,
-    Checkpoint,
-    Clips,
-    DenseEvery,
-    Dtype,
     Evidence,
-    FewSettings,
-    Folder,
-    Frames,
-    Methods,
     Plan,
-    Quick,
-    gather_evidence,
-    rounded,
+    best_baseline,
+    command,
+    families_of,
+    mean_of_scenes,
+    statistic_interval,
 )
+from neuroflow_hf.evaluation.settings import DENSE
 
 LEAST_FRAMES = 10
-CHOICES = {"own": "the clip's own labels", "all": "all labels"}
 
 
 @dataclass(frozen=True)
@@ -103,13 +94,11 @@ def delay_after(event: Event, said: dict[int, str]) -> Delay:
     return Delay(event.frames, True, already)
 
 
-def best_labels(evidence: Evidence, name: str, batch: int, scene: Scene, choice: str) -> dict[int, str]:
-    """A method's best label on each of a scene's sampled frames."""
-    recording = evidence.recording(name, batch)
+def best_labels(evidence: Evidence, name: str, scene: Scene) -> dict[int, str]:
+    """A method's best label on each of a scene's sampled frames, out of the scene's own."""
+    recording = evidence.recordings[name][scene.name]
     frames, embeddings = recording.of(scene.name)
-    names = evidence.names
-    if choice == "own":
-        names = [*sorted(set(recording.labels_of(scene.name)) - {None}), NOTHING]
+    names = [*sorted(set(recording.labels_of(scene.name)) - {None}), NOTHING]
     texts = evidence.texts[[evidence.names.index(label) for label in names]]
     best = (functional.normalize(embeddings, dim=-1) @ texts.T).argmax(-1)
     return {frame: names[place] for frame, place in zip(frames.tolist(), best.tolist(), strict=True)}
@@ -121,105 +110,78 @@ class Delays:
     Delays of all methods after the events that count.
 
     Attributes:
-        scenes: of each row, those with an event.
+        scenes: how many have an event.
+        found: by method, of each of those scenes, in order.
         excess: by method [S, E] frames beyond dense's delay, NaN where a scene has fewer events.
-        found: by method, of all events in order.
         left_out: how many events dense does not follow, or says before.
     """
 
-    scenes: list[tuple[int, Scene]]
+    scenes: int
+    found: dict[str, list[list[Delay]]]
     excess: dict[str, np.ndarray]
-    found: dict[str, list[Delay]]
     left_out: int
 
 
-def measure_delays(evidence: Evidence, settings: RecordSettings, choice: str) -> Delays:
-    """The delays of all methods, with labels that compete by `choice`, a key of CHOICES."""
-    dense = next(spec.name for spec in evidence.specs if spec.kind == "dense")
-    names = [spec.name for spec in evidence.specs]
-    scenes, left_out = [], 0
-    rows: dict[str, list[list[float]]] = {name: [] for name in names}
-    found: dict[str, list[Delay]] = {name: [] for name in names}
-    for batch, scene in evidence.scenes:
-        events = events_of(scene, evidence.recording(dense, batch).labels_of(scene.name), settings)
-        if not events:
-            continue
-        of_dense = [delay_after(event, best_labels(evidence, dense, batch, scene, choice)) for event in events]
-        counted = [place for place, delay in enumerate(of_dense) if not (delay.censored or delay.already)]
+def measure_delays(evidence: Evidence) -> Delays:
+    """The delays of all methods."""
+    found: dict[str, list[list[Delay]]] = {name: [] for name in evidence.recordings}
+    left_out = 0
+    for scene in evidence.scenes:
+        labels = evidence.recordings[DENSE.name][scene.name].labels_of(scene.name)
+        events, said = events_of(scene, labels, evidence.settings), best_labels(evidence, DENSE.name, scene)
+        of_dense = [delay_after(event, said) for event in events]
+        counted = [event for event, own in zip(events, of_dense, strict=True) if not (own.censored or own.already)]
         left_out += len(events) - len(counted)
-        if not counted:
-            continue
-        scenes.append((batch, scene))
-        for name in names:
-            said = best_labels(evidence, name, batch, scene, choice)
-            delays = [delay_after(events[place], said) for place in counted]
-            found[name] += delays
-            rows[name].append(
-                [delay.frames - of_dense[place].frames for delay, place in zip(delays, counted, strict=True)]
-            )
-    return Delays(scenes, {name: padded(some) for name, some in rows.items()}, found, left_out)
+        for name in found if counted else ():
+            said = best_labels(evidence, name, scene)
+            found[name].append([delay_after(event, said) for event in counted])
+    dense = padded(found[DENSE.name])
+    return Delays(len(dense), found, {name: padded(some) - dense for name, some in found.items()}, left_out)
 
 
-def padded(rows: Sequence[Sequence[float]]) -> np.ndarray:
-    """Rows of different lengths as [S, E], NaN after each row's end."""
+def padded(rows: Sequence[Sequence[Delay]]) -> np.ndarray:
+    """Frames of delays, in rows of different lengths, as [S, E], NaN after each row's end."""
     table = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
     for place, row in enumerate(rows):
-        table[place, : len(row)] = row
+        table[place, : len(row)] = [delay.frames for delay in row]
     return table
 
 
-def mean_of_events(values: np.ndarray) -> np.ndarray:
-    """Mean over all events of [R, S, E]: [R]."""
-    with np.errstate(invalid="ignore"):
-        return np.nansum(values, axis=(1, 2)) / (~np.isnan(values)).sum((1, 2))
-
-
 def sooner(values: np.ndarray) -> np.ndarray:
-    """`mean_of_events` with its sign turned, so that more is better."""
-    return -mean_of_events(values)
+    """The mean with its sign turned, so that more is better."""
+    return -mean_of_scenes(values)
 
 
-def choice_report(evidence: Evidence, settings: RecordSettings, choice: str) -> dict:
-    """All figures with labels that compete by `choice`."""
-    delays = measure_delays(evidence, settings, choice)
-    names = [spec.name for spec in evidence.specs]
-    dense = next(spec.name for spec in evidence.specs if spec.kind == "dense")
-    count = len(delays.found[dense])
-    report = {
-        "labels": CHOICES[choice],
-        "events": count,
-        "scenes": len(delays.scenes),
+def reaction_report(evidence: Evidence) -> dict:
+    """All figures."""
+    delays = measure_delays(evidence)
+    of_dense = [delay.frames for row in delays.found[DENSE.name] for delay in row]
+    own = {
+        "events": len(of_dense),
+        "scenes": delays.scenes,
         "left_out": delays.left_out,
-        "dense_delay": float(np.mean([delay.frames for delay in delays.found[dense]])) if count else None,
+        "dense_delay": float(np.mean(of_dense)) if of_dense else None,
         "results": [],
     }
-    if not count:
-        return report
-    costs = {name: evidence.cost(name, evidence.scenes) for name in names}
-    families = families_of(evidence.specs)
-    motions = list(dict.fromkeys(scene.group for _, scene in delays.scenes))
-    for spec in evidence.specs:
-        excess, found = delays.excess[spec.name], delays.found[spec.name]
+    costs, families = evidence.costs(range(len(evidence.scenes))), families_of(evidence.specs)
+    for spec in evidence.specs if of_dense else ():
+        excess, found = delays.excess[spec.name], [delay for row in delays.found[spec.name] for delay in row]
         row = {
             "name": spec.name,
             "family": spec.family,
             "control": spec.control,
             "cost": costs[spec.name],
-            "delay": float(mean_of_events(excess[None])[0]),
-            "interval": statistic_interval(excess, mean_of_events),
+            "delay": mean_of_scenes(excess[None]).item(),
+            "interval": statistic_interval(excess, mean_of_scenes),
             "p90": float(np.nanquantile(excess, 0.9)),
             "censored": sum(delay.censored for delay in found),
             "already": sum(delay.already for delay in found),
-            "motions": {
-                motion: float(mean_of_events(excess[[scene.group == motion for _, scene in delays.scenes]][None])[0])
-                for motion in motions
-            },
         }
-        if not spec.control and spec.name != dense:
+        if not spec.control and spec != DENSE:
             compared = best_baseline(spec.name, delays.excess, costs, families, sooner)
             row["best control"] = None if compared is None else in_frames(compared)
-        report["results"].append(row)
-    return report
+        own["results"].append(row)
+    return rounded({**evidence.about, "least_frames": LEAST_FRAMES, "own": own})
 
 
 def in_frames(compared: dict) -> dict:
@@ -233,52 +195,7 @@ def in_frames(compared: dict) -> dict:
     }
 
 
-def table_of(report: dict) -> Table:
-    """One choice's figures."""
-    dense = "-" if report["dense_delay"] is None else f"{report['dense_delay']:.1f}"
-    title = (
-        f"{report['labels']}: delay in frames beyond dense's ({dense}), {report['events']} events in "
-        f"{report['scenes']} clips; {report['left_out']} that dense does not follow left out"
-    )
-    table = Table(title=title, title_justify="left")
-    for heading in ("method", "cost", "delay", "p90", "never", "already", "best baseline", "difference"):
-        table.add_column(heading, justify="left" if heading in ("method", "best baseline") else "right")
-    for row in report["results"]:
-        compared = row.get("best control")
-        table.add_row(
-            ("baseline: " if row["control"] else "") + row["name"],
-            f"{row['cost']:.3f}",
-            with_interval(row["delay"], row["interval"]),
-            f"{row['p90']:.1f}",
-            str(row["censored"]),
-            str(row["already"]),
-            "" if compared is None else f"{compared['control']:.2f} {compared['family']}",
-            "" if compared is None else with_interval(compared["difference"], compared["interval"]),
-        )
-    return table
-
-
-def main(
-    quick: Quick = False,
-    few_settings: FewSettings = False,
-    clips: Clips = 5,
-    frames: Frames = None,
-    dense_every: DenseEvery = 8,
-    methods: Methods = None,
-    checkpoint: Checkpoint = CHECKPOINT,
-    dtype: Dtype = "bfloat16",
-    folder: Folder = None,
-    output: Path = RESULTS / "reaction.json",
-):
-    """Record what is missing, compare, and write the report."""
-    plan = Plan(clips, frames, dense_every, quick, methods, few_settings)
-    evidence, processes = gather_evidence(plan, checkpoint, dtype, folder)
-    if not processes.is_main:
-        return
-    reports = {choice: choice_report(evidence, plan.settings, choice) for choice in CHOICES}
-    write_json(output, rounded({**evidence.about, "least_frames": LEAST_FRAMES, **reports}))
-    wide_console().print(*map(table_of, reports.values()))
-
+main = command(reaction_report, reaction_table, Plan(), "reaction")
 
 if __name__ == "__main__":
     typer.run(main)

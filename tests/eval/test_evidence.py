@@ -1,6 +1,7 @@
 """Accuracy, reaction and fidelity: their arithmetic, and from composed clips to the reports on a tiny model."""
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +11,9 @@ import typer
 from PIL import Image
 from torch.nn import functional
 
-from eval.docs.tables import reaction_table, rows_shown
+from eval.docs.tables import accuracy_table, fidelity_table, reaction_table, rows_shown
 from eval.recordings import RecordSettings, Scene
-from eval.vision import accuracy, equal_cost, evidence, fidelity, reaction
+from eval.vision import accuracy, evidence, fidelity, reaction
 from eval.vision.composed_clips import MOTIONS, specify
 from neuroflow_hf.evaluation.methods import MethodSpec
 from neuroflow_hf.evaluation.settings import DENSE, FIRST
@@ -53,14 +54,14 @@ def mean(values):
 
 
 def test_a_control_between_two_settings_is_their_mixture():
-    families = equal_cost.families_of(SPECS)
+    families = evidence.families_of(SPECS)
     assert families == {
         "every k": [FIRST.name, "k 2", "k 4", "dense"],
         "smaller": [FIRST.name, "small", "dense"],
     }
     by_name = {"dense": 1.0, FIRST.name: 0.0, "ours": 0.7, "k 2": 0.8, "k 4": 0.4, "small": 0.5}
     values = {name: np.full((5, 3), value) for name, value in by_name.items()}
-    found = equal_cost.best_baseline("ours", values, COSTS, families, mean)
+    found = evidence.best_baseline("ours", values, COSTS, families, mean)
     assert found["family"] == "every k"
     assert found["control"] == pytest.approx(0.4 * 0.4 + 0.6 * 0.8)
     assert found["difference"] == pytest.approx(0.7 - 0.64)
@@ -68,10 +69,10 @@ def test_a_control_between_two_settings_is_their_mixture():
 
 
 def test_a_cheaper_control_that_is_better_is_not_passed_over():
-    families = equal_cost.families_of(SPECS)
+    families = evidence.families_of(SPECS)
     by_name = {"dense": 0.6, FIRST.name: 0.0, "ours": 0.7, "k 2": 0.5, "k 4": 0.9, "small": 0.5}
     values = {name: np.full((5, 3), value) for name, value in by_name.items()}
-    found = equal_cost.best_baseline("ours", values, COSTS, families, mean)
+    found = evidence.best_baseline("ours", values, COSTS, families, mean)
     assert found["family"] == "every k" and found["control"] == pytest.approx(0.9)
 
 
@@ -80,12 +81,12 @@ def test_intervals_come_from_scenes_and_are_paired():
     level = rng.uniform(0, 1, (12, 1))  # of the scenes, which differ a lot
     theirs = level + rng.normal(0, 0.001, (12, 50))
     ours = theirs + 0.05
-    low, high = equal_cost.statistic_interval(ours, mean, lambda drawn: mean(theirs[drawn]))
+    low, high = evidence.statistic_interval(ours, mean, lambda drawn: mean(theirs[drawn]))
     assert low == pytest.approx(0.05) and high == pytest.approx(0.05)
-    low, high = equal_cost.statistic_interval(ours, mean)
+    low, high = evidence.statistic_interval(ours, mean)
     assert high - low > 0.1  # the 600 frames are no 600 independent answers
-    assert equal_cost.statistic_interval(ours[:2], mean) is None
-    assert equal_cost.best_baseline("ours", {"ours": ours}, {"ours": 0.3}, {}, mean) is None
+    assert evidence.statistic_interval(ours[:2], mean) is None
+    assert evidence.best_baseline("ours", {"ours": ours}, {"ours": 0.3}, {}, mean) is None
 
 
 # --- accuracy ---
@@ -101,7 +102,7 @@ def test_right_is_who_scores_higher_than_all_others():
 
 def test_each_clip_counts_as_much_and_empty_ones_do_not():
     values = np.array([[[1.0], [0.5], [np.nan]]])
-    assert accuracy.mean_of_scenes(values).tolist() == [0.75]
+    assert evidence.mean_of_scenes(values).tolist() == [0.75]
 
 
 # --- reaction ---
@@ -228,44 +229,57 @@ def test_from_clips_to_accuracy(recorded):
     assert {"control", "family", "difference", "interval", "value"} == set(rows["balanced"]["top1"]["best control"])
     assert report["frames_counted"] > 200 and report["recorded"]["dtype"] == "float32"
     assert len(report["recorded"]["machines"]) == 1
-    assert len(accuracy.tables(report)) == 2
+    assert "| `balanced` |" in accuracy_table(report)
     assert len(accuracy.plot_accuracy(found, report).axes) == 2 + len(MOTIONS)
 
 
 def test_from_clips_to_reaction(recorded):
-    found, plan = recorded
-    for choice in reaction.CHOICES:
-        report = reaction.choice_report(found, plan.settings, choice)
-        assert report["events"] + report["left_out"] > 5
-        if not report["events"]:
-            continue
-        rows = rows_of(report)
-        assert rows["dense"]["delay"] == 0 and rows["dense"]["censored"] == 0
-        assert rows[FIRST.name]["delay"] > 0 and rows[FIRST.name]["censored"] > 0
-        assert rows["balanced"]["best control"]["difference"] == pytest.approx(
-            rows["balanced"]["delay"] - rows["balanced"]["best control"]["control"]
-        )
-        assert reaction.table_of(report).row_count == len(found.specs)
-    assert any(reaction.choice_report(found, plan.settings, choice)["events"] for choice in reaction.CHOICES)
+    found, _ = recorded
+    report = reaction.reaction_report(found)
+    assert report["own"]["events"] + report["own"]["left_out"] > 5 and report["own"]["events"]
+    rows = rows_of(report["own"])
+    assert rows["dense"]["delay"] == 0 and rows["dense"]["censored"] == 0
+    assert rows[FIRST.name]["delay"] > 0 and rows[FIRST.name]["censored"] > 0
+    assert rows["balanced"]["best control"]["difference"] == pytest.approx(
+        rows["balanced"]["delay"] - rows["balanced"]["best control"]["control"], abs=2e-6
+    )
+    assert "| `balanced` |" in reaction_table(report)
 
 
 def test_from_clips_to_fidelity(recorded):
     found, _ = recorded
     report = fidelity.fidelity_report(found)
     rows = rows_of(report)
-    assert "dense" not in rows and set(rows["balanced"]["motions"]) == set(MOTIONS)
+    assert "dense" not in rows
     assert all(row["bytes_constant"] for row in rows.values())
     assert rows["balanced"]["bytes"] > 10_000 > rows[FIRST.name]["bytes"]
     for row in rows.values():
         assert row["p1"] <= row["p5"] <= row["mean"] <= 1
-        assert row["frames"] == len(MOTIONS) * FRAMES // 2
+        assert row["frames"] == 2 * len(MOTIONS) * FRAMES // 2
     assert rows["balanced"]["p5"] > rows[FIRST.name]["p5"]
     assert rows["balanced"]["p5"] == pytest.approx(rows["balanced"]["best control"]["value"], abs=1e-6)
-    assert fidelity.table_of(report).row_count == len(rows)
-    changing = [scene for scene in found.batches[0] if scene.changes]
-    assert report["changing"] == [scene.name for scene in changing] and 0 < len(changing) < len(MOTIONS)
-    costs = [found.cost("balanced", [(0, scene)]) for scene in changing]
+    assert "| `balanced` |" in fidelity_table(report)
+    changing = [place for place, scene in enumerate(found.scenes) if scene.changes]
+    assert report["changing"] == [found.scenes[place].name for place in changing]
+    assert 0 < len(changing) < len(found.scenes)
+    costs = [found.costs([place])["balanced"] for place in changing]
     assert rows["balanced"]["changing"]["cost"] == pytest.approx(sum(costs) / len(costs), abs=1e-6)
+
+
+def test_the_command_records_writes_and_continues(vision, material, tmp_path, monkeypatch, capsys):
+    texts = ([*COLOURS, evidence.NOTHING], functional.normalize(torch.randn(5, 32), dim=-1))
+    monkeypatch.setattr(evidence, "load_text_model", lambda *_: (vision, Preprocessor(IMAGE_SIZE), None))
+    monkeypatch.setattr(evidence, "load_material", lambda: {"held out": material})
+    monkeypatch.setattr(evidence, "text_embeddings", lambda *_: texts)
+    monkeypatch.setattr(evidence, "default_tower_dir", lambda: tmp_path / "cache" / "tower")
+    output = tmp_path / "out" / "accuracy.json"
+    for _ in range(2):
+        accuracy.main(clips=1, frames=16, methods="every 4", output=output)
+        shown = capsys.readouterr()
+        assert "every 4" in shown.out
+    assert "pass" not in shown.err
+    assert {path.name for path in output.parent.iterdir()} == {"accuracy.json", "accuracy.png"}
+    assert set(rows_of(json.loads(output.read_text()))) == {"dense", FIRST.name, "every 4", "every 48"}
 
 
 def test_readmes_table_of_delays_says_what_is_looked_at():

@@ -19,7 +19,6 @@ from eval.recordings import (
     frames_around_changes,
     passes_of,
     record,
-    shares_by_work,
 )
 from neuroflow_hf.evaluation import recordings as stored
 from neuroflow_hf.evaluation.methods import MethodSpec
@@ -187,14 +186,12 @@ def test_scenes_that_cannot_be_recorded_together_are_refused(vision, tmp_path):
         RecordSettings(dense_every=0)
 
 
-def test_who_records_what():
+def test_methods_that_hold_dense_frames_are_recorded_together():
     assert [[spec.name for spec in together] for together in passes_of(SPECS)] == [
         ["dense", FIRST.name, "every 5"],
         ["context"],
         ["ToMe 4"],
     ]
-    assert shares_by_work([1, 5, 2, 2, 1], 2) == [[1, 4], [2, 3, 0]]
-    assert shares_by_work([1.0], 2) == [[0], []]
 
 
 SCRIPT = """
@@ -207,10 +204,9 @@ from tests.eval.test_recordings import PREPROCESS, SCENES, SETTINGS, SPECS, make
 from eval.recordings import Recorder
 model = NeuroFlowSiglipVisionModel.from_pretrained(sys.argv[1]).eval()
 recorder = Recorder(model, PREPROCESS, Path(sys.argv[2]), SETTINGS)
-mine = []
-recorder.run([SCENES, [make_scene(7)]], SPECS, lambda what, number, total: mine.append(what))
+mine = recorder.run([SCENES, [make_scene(7)]], SPECS)
 # one write, for the line of the other process must not come between
-sys.stdout.write(f"{{recorder.processes.index}} of {{recorder.processes.count}} did {{len(mine)}}\\n")
+sys.stdout.write(f"{{recorder.processes.index}} of {{recorder.processes.count}} did {{mine}}\\n")
 assert not recorder.missing(SCENES, SPECS)  # all of them wait for each other
 """
 
