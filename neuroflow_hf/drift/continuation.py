@@ -14,20 +14,12 @@ from .metrics import first_divergence, position_drift
 
 @dataclass
 class Continuation:
-    """
-    A generated text.
+    """A generated text."""
 
-    Args:
-        tokens: the new tokens.
-        seconds: generation time, including the prompt.
-        statistics: the bypass's statistics; None without a bypass.
-        lossless: counts of drafted and accepted tokens; None without lossless generation.
-    """
-
-    tokens: list[int]
-    seconds: float
-    statistics: BypassStatistics | None = None
-    lossless: LosslessCounts | None = None
+    tokens: list[int]  # the new ones
+    seconds: float  # including the prompt
+    statistics: BypassStatistics | None = None  # None without a bypass
+    lossless: LosslessCounts | None = None  # None without lossless generation
 
 
 def continue_text(

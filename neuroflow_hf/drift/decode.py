@@ -28,34 +28,21 @@ PADDING = 0  # the token at padded positions; masked, or never read
 
 @dataclass
 class Batch:
-    """
-    Prompts for one run.
+    """Some of the prompts, for one run."""
 
-    Args:
-        indices: which of the prompts these are, [B].
-        ids: int64 [B, T], padded on the left.
-        mask: int64 [B, T], 0 for padding.
-    """
-
-    indices: list[int]
-    ids: torch.Tensor
-    mask: torch.Tensor
+    indices: list[int]  # of the prompts, [B]
+    ids: torch.Tensor  # int64 [B, T], padded on the left
+    mask: torch.Tensor  # int64 [B, T], 0 for padding
 
 
 @dataclass
 class Decoded:
-    """
-    The output of a run: B rows of n new tokens.
+    """The output of a run: B rows of n new tokens, on the CPU."""
 
-    Args:
-        tokens: int64 [B, n], on the CPU; rows continue past their end token.
-        similarity: float32 [B, n - 1], the gate's similarity at the steps that fed tokens 0 to n - 2; NaN if dense.
-        bypassed: bool [B, n - 1], whether layers were bypassed at these steps.
-    """
-
-    tokens: torch.Tensor
-    similarity: torch.Tensor
-    bypassed: torch.Tensor
+    tokens: torch.Tensor  # int64 [B, n]; rows continue past their end token
+    similarity: torch.Tensor  # float32 [B, n - 1], the gate's, at the steps that fed tokens 0 to n - 2; NaN if dense
+    bypassed: torch.Tensor  # bool [B, n - 1], whether layers were bypassed at these steps
+    kept: torch.Tensor | None  # [B, n, ...], what was kept of each token's logits
 
 
 def make_batches(rows: Sequence[Sequence[int]], batch_size: int, padding: int = 0) -> list[Batch]:
@@ -81,7 +68,7 @@ def decode(
     bypass: dict | bool = False,
     forced: torch.Tensor | None = None,
     ends: Collection[int] = (),
-    on_logits: Callable[[int, torch.Tensor], None] | None = None,
+    keep: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> Decoded:
     """
     Feed the prompts, then up to `steps` new tokens one by one. The last token is not fed.
@@ -93,7 +80,7 @@ def decode(
         bypass: options of [`NeuroFlowBypassConfig`]; False for dense.
         forced: int64 [B, steps], the tokens to feed (teacher forcing); None for greedy decoding.
         ends: end tokens; decoding stops once every row has one. Ignored with `forced`.
-        on_logits: called with each new token's number, from 0, and its logits [B, V].
+        keep: takes each new token's number, from 0, and its logits [B, V]; returns what to keep of them, [B, ...].
     """
     if bypass is not False:
         bypass = NeuroFlowBypassConfig.from_options(bypass).resolve(model.config.num_hidden_layers)
@@ -104,11 +91,11 @@ def decode(
     output = model(**inputs, use_cache=True, logits_to_keep=1, bypass=bypass)
     end_ids = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
     done = torch.zeros(len(mask), dtype=torch.bool, device=device)
-    position, tokens = positions[:, -1:], []
+    position, tokens, kept = positions[:, -1:], [], []
     for step in range(steps):
         logits = output.logits[:, -1]
-        if on_logits is not None:
-            on_logits(step, logits)
+        if keep is not None:
+            kept.append(keep(step, logits))
         token = logits.argmax(dim=-1) if forced is None else forced[:, step].to(device)
         tokens.append(token)
         done |= torch.isin(token, end_ids)
@@ -131,23 +118,21 @@ def decode(
         statistics, first = state.statistics(), batch.ids.shape[1]
         similarity = statistics.similarity[:, first:].float().cpu()
         bypassed = statistics.bypassed_mask[:, first:].cpu()
-    return Decoded(torch.stack(tokens, dim=1).cpu(), similarity, bypassed)
+    return Decoded(torch.stack(tokens, dim=1).cpu(), similarity, bypassed, torch.stack(kept, dim=1) if kept else None)
+
+
+def keep_logits(step: int, logits: torch.Tensor) -> torch.Tensor:
+    """All logits, in float32 on the CPU; for `decode`."""
+    return logits.float().cpu()
 
 
 @dataclass
 class DenseAnswer:
-    """
-    The dense model's answer to a prompt.
+    """The dense model's answer to a prompt."""
 
-    Args:
-        tokens: its greedy text, including the end token.
-        logits: [n, V], float32 on the CPU, for each of these tokens.
-        nll: total negative log-likelihood, in nats, of the prompt's second half.
-    """
-
-    tokens: list[int]
-    logits: torch.Tensor
-    nll: float
+    tokens: list[int]  # its greedy text, including the end token
+    logits: torch.Tensor  # [n, V], float32 on the CPU, for each of these tokens
+    nll: float  # total negative log-likelihood, in nats, of the prompt's second half
 
 
 class DriftBench:
@@ -186,13 +171,11 @@ class DriftBench:
         self.halves = [(list(row[:at]), list(row[at:])) for row, at in zip(rows, middles, strict=True)]
         self.dense: list[DenseAnswer] = [None] * len(rows)
         for batch in self.batches():
-            kept: list[torch.Tensor] = []
-            free = decode(model, batch, new_tokens, ends=ends, on_logits=lambda _, x, kept=kept: kept.append(x.cpu()))
-            logits = torch.stack(kept, dim=1).float()
+            free = decode(model, batch, new_tokens, ends=ends, keep=keep_logits)
             scores = self.score(model, batch.indices, False)
             for row, index in enumerate(batch.indices):
                 tokens = cut_at_end(free.tokens[row].tolist(), ends)
-                self.dense[index] = DenseAnswer(tokens, logits[row, : len(tokens)].clone(), scores[row])
+                self.dense[index] = DenseAnswer(tokens, free.kept[row, : len(tokens)].clone(), scores[row])
 
     def batches(self, batch_size: int | None = None, padding: int = 0) -> Iterator[Batch]:
         """The prompts in batches; reports each batch as finished when the next one is asked for."""
@@ -204,35 +187,26 @@ class DriftBench:
 
     def score(self, model, indices: Sequence[int], bypass: dict | bool) -> list[float]:
         """
-        Negative log-likelihood, in nats, of these prompts' second halves, fed token by token. The first token is left
-        out: the dense forward of the first half predicts it.
+        Negative log-likelihood, in nats, of the second halves of a batch's prompts, fed token by token. The first
+        token is left out: the dense forward of the first half predicts it.
         """
+        # a batch is in order of length, and so are its halves
         (batch,) = make_batches([self.halves[index][0] for index in indices], len(indices))
-        texts = [torch.tensor(self.halves[indices[place]][1], dtype=torch.int64) for place in batch.indices]
-        forced, lengths = pad_sequence(texts, True, PADDING), torch.tensor([len(text) for text in texts])
-        sums = torch.zeros(len(texts), dtype=torch.float64)
-        if forced.shape[1] < 2:
-            return sums.tolist()
-
-        def add(step: int, logits: torch.Tensor):
-            if step:
-                costs = negative_log_likelihood(logits, forced[:, step].to(logits.device)).cpu()
-                sums.add_(torch.where(step < lengths, costs, 0.0))
-
-        decode(model, batch, forced.shape[1], bypass, forced, on_logits=add)
-        found = torch.zeros_like(sums)
-        found[batch.indices] = sums
-        return found.tolist()
-
-    def force(self, model, batch: Batch, bypass: dict | bool) -> tuple[torch.Tensor, Decoded]:
-        """Feed the dense texts: the logits for each token, [B, n, V], float32 on the CPU, and the run."""
-        texts = [torch.tensor(self.dense[index].tokens) for index in batch.indices]
+        texts = [torch.tensor(self.halves[index][1], dtype=torch.int64) for index in indices]
         forced = pad_sequence(texts, True, PADDING)
-        kept: list[torch.Tensor] = []
-        run = decode(
-            model, batch, forced.shape[1], bypass, forced, on_logits=lambda _, x: kept.append(x.float().cpu())
-        )
-        return torch.stack(kept, dim=1), run
+        if forced.shape[1] < 2:
+            return [0.0] * len(texts)
+
+        def keep(step: int, logits: torch.Tensor) -> torch.Tensor:
+            return negative_log_likelihood(logits, forced[:, step].to(logits.device)).cpu()
+
+        run = decode(model, batch, forced.shape[1], bypass, forced, keep=keep)
+        return [costs[1 : len(text)].sum().item() for costs, text in zip(run.kept, texts, strict=True)]
+
+    def force(self, model, batch: Batch, bypass: dict | bool) -> Decoded:
+        """Feed the dense texts, and keep the logits."""
+        forced = pad_sequence([torch.tensor(self.dense[index].tokens) for index in batch.indices], True, PADDING)
+        return decode(model, batch, forced.shape[1], bypass, forced, keep=keep_logits)
 
     def measure(
         self, bypass: dict | bool, model=None, batch_size: int | None = None, padding: int = 0
@@ -249,21 +223,15 @@ class DriftBench:
         records: list[PromptRecord] = [None] * len(self.rows)
         for batch in self.batches(batch_size, padding):
             free = decode(model, batch, self.new_tokens, bypass, ends=self.ends)
-            logits, forced = self.force(model, batch, bypass)
+            forced = self.force(model, batch, bypass)
             scores = self.score(model, batch.indices, bypass)
             for row, index in enumerate(batch.indices):
-                records[index] = self.compare(index, row, free, logits[row], forced)
+                records[index] = self.compare(index, row, free, forced)
                 records[index].nll = scores[row]
         return records
 
-    def compare(self, index: int, row: int, free: Decoded, logits: torch.Tensor, forced: Decoded) -> PromptRecord:
-        """
-        Compare a prompt's greedy text, and its logits [n, V] under teacher forcing, with dense's.
-
-        Args:
-            index, row: the prompt's place among all, and in its batch.
-            free, logits, forced: of the greedy run, and what `force` returns.
-        """
+    def compare(self, index: int, row: int, free: Decoded, forced: Decoded) -> PromptRecord:
+        """Compare a prompt, which is a row of two runs, with dense: one run was greedy, one along the dense text."""
         dense = self.dense[index]
         tokens = cut_at_end(free.tokens[row].tolist(), self.ends)
         first, margin = first_divergence(dense.tokens, tokens), None
@@ -272,7 +240,7 @@ class DriftBench:
             margin = (best - second).item()
         steps, forced_steps = len(tokens) - 1, len(dense.tokens) - 1  # the last token is not fed
         # the prompt, fed densely, predicts the first token
-        found = compare_steps(dense.logits[1:], logits[1 : len(dense.tokens)])
+        found = compare_steps(dense.logits[1:], forced.kept[row, 1 : len(dense.tokens)])
         similarity, bypassed = free.similarity[row, :steps], forced.bypassed[row, :forced_steps]
         return PromptRecord(
             self.tasks[index],
@@ -297,7 +265,7 @@ class DriftBench:
         options = {"gate_layer": gate_layer, "cache_layers": [cache_layer], "threshold": NEVER}
         values: list[float] = []
         for batch in self.batches():
-            _, run = self.force(self.model, batch, options)
+            run = self.force(self.model, batch, options)
             for row, index in enumerate(batch.indices):
                 found = run.similarity[row, : len(self.dense[index].tokens) - 1]
                 values += found[~found.isnan()].tolist()

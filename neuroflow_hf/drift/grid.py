@@ -24,33 +24,21 @@ RATES = {
 
 @dataclass(frozen=True)
 class Configuration:
-    """
-    A bypass to measure.
+    """A bypass to measure."""
 
-    Args:
-        pair: the published layers that it stands for, such as `"1->24"`; `"own"` for other layers.
-        options: of [`NeuroFlowBypassConfig`].
-        asked_rate: the bypass rate for which the threshold was chosen; None for a given threshold.
-    """
-
-    pair: str
-    options: dict = field(hash=False)
-    asked_rate: float | None = None
+    pair: str  # the published layers that it stands for, such as "1->24"; "own" for other layers
+    options: dict = field(hash=False)  # of `NeuroFlowBypassConfig`
+    asked_rate: float | None = None  # the bypass rate for which the threshold was chosen; None for a given threshold
 
     @property
-    def is_guarded(self) -> bool:
-        """Whether a guard can keep a step from being bypassed."""
-        return any(self.options.get(name) is not None for name in ("guard_entropy", "guard_margin"))
-
-    @property
-    def is_inverted(self) -> bool:
-        """Whether the gate is a later layer than those that it bypasses."""
-        return max(self.options["cache_layers"]) <= self.options["gate_layer"]
+    def bypass(self) -> NeuroFlowBypassConfig:
+        """The options."""
+        return NeuroFlowBypassConfig.from_options(self.options)
 
     @property
     def family(self) -> str:
         """All options but the threshold, in words."""
-        words = [f"{self.pair} inverted" if self.is_inverted else self.pair, self.options["target"]]
+        words = [f"{self.pair} inverted" if self.bypass.is_inverted else self.pair, self.options["target"]]
         for name, unit in (("guard_entropy", "entropy"), ("guard_margin", "margin"), ("max_consecutive", "at most")):
             if self.options.get(name) is not None:
                 words.append(f"{unit} {self.options[name]:g}")
@@ -60,6 +48,18 @@ class Configuration:
     def name(self) -> str:
         """All options, in words."""
         return f"{self.family}, threshold {self.options['threshold']:g}"
+
+    def to_dict(self) -> dict:
+        """Its part of a report's entry."""
+        return {
+            "name": self.name,
+            "family": self.family,
+            "pair": self.pair,
+            "guarded": self.bypass.is_guarded,
+            "inverted": self.bypass.is_inverted,
+            "asked_rate": self.asked_rate,
+            "options": self.options,
+        }
 
 
 def scaled_pairs(num_layers: int) -> dict[str, tuple[int, int]]:

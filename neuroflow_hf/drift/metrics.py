@@ -99,39 +99,23 @@ def negative_log_likelihood(logits: torch.Tensor, tokens: torch.Tensor) -> torch
 
 @dataclass
 class PromptRecord:
-    """
-    One prompt under one configuration, compared with dense.
-
-    Args:
-        task: the prompt's task.
-        drift: share of positions with another token, in greedy generation.
-        first_divergence: the first such position; None if there is none.
-        margin: the lead, in logits, of the dense model's first choice over its second at that position.
-        forced_steps: steps after the prompt under teacher forcing.
-        forced_divergent: those with another first choice than dense.
-        kl: KL(dense || other) at each forced step, in nats.
-        scored_tokens: tokens of the prompt's second half that were scored.
-        dense_nll, nll: their total negative log-likelihood, in nats.
-        steps, bypassed: steps of greedy generation, and those that were bypassed.
-        similarity: the gate's similarity at each step that has one.
-        entropy_bypassed, entropy_computed: dense entropy, in nats, at forced steps that were bypassed, and at others.
-    """
+    """One prompt under one configuration, compared with dense."""
 
     task: str
-    drift: float = 0.0
-    first_divergence: int | None = None
-    margin: float | None = None
-    forced_steps: int = 0
-    forced_divergent: int = 0
-    kl: list[float] = field(default_factory=list)
-    scored_tokens: int = 0
-    dense_nll: float = 0.0
-    nll: float = 0.0
-    steps: int = 0
-    bypassed: int = 0
-    similarity: list[float] = field(default_factory=list)
-    entropy_bypassed: list[float] = field(default_factory=list)
-    entropy_computed: list[float] = field(default_factory=list)
+    drift: float = 0.0  # share of positions with another token, in greedy generation
+    first_divergence: int | None = None  # the first such position
+    margin: float | None = None  # lead, in logits, of dense's first choice over its second at that position
+    forced_steps: int = 0  # steps after the prompt under teacher forcing
+    forced_divergent: int = 0  # those with another first choice than dense
+    kl: list[float] = field(default_factory=list)  # KL(dense || other) at each forced step, in nats
+    scored_tokens: int = 0  # tokens of the prompt's second half that were scored
+    dense_nll: float = 0.0  # their total negative log-likelihood, in nats, under the dense model
+    nll: float = 0.0  # and under the other
+    steps: int = 0  # of greedy generation
+    bypassed: int = 0  # those that were bypassed
+    similarity: list[float] = field(default_factory=list)  # the gate's, at each step that has one
+    entropy_bypassed: list[float] = field(default_factory=list)  # of dense, in nats, at bypassed forced steps
+    entropy_computed: list[float] = field(default_factory=list)  # and at the other forced steps
 
 
 def columns(records: Sequence[PromptRecord]) -> dict[str, dict[str, list]]:

@@ -13,13 +13,7 @@ LINE = '{"prompt": "text", "task": "code"}'
 
 @dataclass(frozen=True)
 class Prompt:
-    """
-    A text to continue.
-
-    Args:
-        text: the prompt.
-        task: the group whose figures it counts towards.
-    """
+    """A text to continue, and the group whose figures it counts towards."""
 
     text: str
     task: str = OWN
@@ -34,14 +28,12 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             or a `.txt` file with a prompt in each line. Empty lines are skipped.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: if there is no such file.
+        OSError: if there is no such file, or it is a folder.
         ValueError: for another file type, a file without prompts, or a bad line; the message names the line.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file of prompts, .jsonl or .txt.")
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file of prompts {path}.")
     if path.suffix not in (".jsonl", ".txt"):
         raise ValueError(
             f"{path} ends in {path.suffix or 'nothing'!r}; expected .jsonl with lines such as {LINE}, or .txt with a "

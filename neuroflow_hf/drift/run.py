@@ -46,24 +46,16 @@ class DriftSettings:
     """
     Settings of a drift evaluation.
 
-    Args:
-        new_tokens (`int`, defaults to 64):
-            Number of tokens to generate after each prompt, at least 2. Drift grows with it: compare figures of equal
-            length only.
-        batch_size (`int`, defaults to 64): Prompts at once. Use fewer if memory runs out; results differ by rounding.
-        max_prompt_tokens (`int`, defaults to 192): Longer prompts are cut to their last tokens.
-        samples (`int`, defaults to 2000): Number of bootstrap samples behind the intervals.
-        seed (`int`, defaults to 0): Random seed of the bootstrap. Nothing else is random: generation is greedy.
-
     Raises:
         ValueError: for a value out of range.
     """
 
+    # drift grows with the number of tokens generated after each prompt: compare figures of equal length only
     new_tokens: int = 64
-    batch_size: int = 64
-    max_prompt_tokens: int = 192
-    samples: int = 2000
-    seed: int = 0
+    batch_size: int = 64  # prompts at once; fewer if memory runs out, results differ by rounding
+    max_prompt_tokens: int = 192  # longer prompts are cut to their last tokens
+    samples: int = 2000  # of the bootstrap behind the intervals
+    seed: int = 0  # of the bootstrap; nothing else is random, generation is greedy
 
     def __post_init__(self):
         for name, least in (("new_tokens", 2), ("batch_size", 1), ("max_prompt_tokens", 1), ("samples", 1)):
@@ -88,6 +80,11 @@ def prompt_limit(config, settings: DriftSettings) -> int:
     if settings.new_tokens >= room:
         raise ValueError(f"`new_tokens` is {settings.new_tokens}; the model has room for {room}, the prompt included.")
     return min(settings.max_prompt_tokens, room - settings.new_tokens)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type without `torch.` before it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def end_tokens(model) -> frozenset[int]:
@@ -154,7 +151,7 @@ class DriftEvaluation:
                 "weights": fingerprint(model),
                 "layers": self.layers,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "dtype": dtype_name(model.dtype),
             },
             "prompts": {
                 "name": names.get("prompts"),
@@ -207,7 +204,7 @@ class DriftEvaluation:
         if self.processes.is_main:
             write_whole(self.path, report_text(self.report))
 
-    def entry(self, name: str, bypass: dict | bool, done: int = 0, total: int | None = None, **how) -> dict:
+    def figures(self, name: str, bypass: dict | bool, done: int = 0, total: int | None = None, **how) -> dict:
         """The figures of one configuration, over the prompts of all processes."""
         bench = self.bench
         self.start_step(name, done, total)
@@ -247,36 +244,27 @@ class DriftEvaluation:
         """Measure the noise floor: dense against dense, in another batch shape and in another dtype."""
         other = OTHER_DTYPE[self.model.dtype]
         size = max(1, min(self.settings.batch_size, len(self.rows)) // 3)
-        names = {"batch": "dense, another batch shape", "dtype": f"dense, {str(other).removeprefix('torch.')}"}
+        kinds = {
+            "batch": ("dense, another batch shape", lambda: {"batch_size": size, "padding": 3}),
+            "dtype": (f"dense, {dtype_name(other)}", lambda: {"model": copy.deepcopy(self.model).to(other)}),
+        }
         done = {entry["kind"] for entry in self.report["noise"]}
-        for kind, name in names.items():
-            if kind in done:
-                continue
-            how = {"batch_size": size, "padding": 3}
-            if kind == "dtype":
-                how = {"model": copy.deepcopy(self.model).to(other)}
-            self.report["noise"].append({"name": name, "kind": kind, **self.entry(name, False, **how)})
-            self.save()
+        for kind, (name, how) in kinds.items():
+            if kind not in done:
+                figures = self.figures(name, False, **how())
+                self.report["noise"].append({"name": name, "kind": kind, **figures})
+                self.save()
 
     def measure(self, configurations: Sequence[Configuration]):
         """Measure the configurations that the report lacks."""
         done = {entry["name"] for entry in self.report["configurations"]}
         prompts = len(self.rows)
         for number, configuration in enumerate(configurations):
-            name = configuration.name
-            if name in done:
+            if configuration.name in done:
                 continue
-            entry = {
-                "name": name,
-                "family": configuration.family,
-                "pair": configuration.pair,
-                "guarded": configuration.is_guarded,
-                "inverted": configuration.is_inverted,
-                "asked_rate": configuration.asked_rate,
-                "options": configuration.options,
-                **self.entry(name, configuration.options, number * prompts, len(configurations) * prompts),
-            }
-            self.report["configurations"].append(entry)
+            progress = number * prompts, len(configurations) * prompts
+            figures = self.figures(configuration.name, configuration.options, *progress)
+            self.report["configurations"].append(configuration.to_dict() | figures)
             self.save()
         order = {configuration.name: number for number, configuration in enumerate(configurations)}
         self.report["configurations"].sort(key=lambda entry: order.get(entry["name"], len(order)))

@@ -237,9 +237,9 @@ def test_the_grid_has_all_that_is_to_be_shown():
         assert {c.options["target"] for c in of_pair} == {"attention", "mlp", "block"}
         published = [c for c in of_pair if c.options["threshold"] in (0.6, 0.65, 0.7) and c.asked_rate is None]
         assert len(published) == 3
-        assert {c.options["gate_layer"] for c in of_pair if c.is_inverted} == {cache}
-        assert {c.options["gate_layer"] for c in of_pair if not c.is_inverted} == {gate}
-        assert any(c.is_guarded for c in of_pair)
+        assert {c.options["gate_layer"] for c in of_pair if c.bypass.is_inverted} == {cache}
+        assert {c.options["gate_layer"] for c in of_pair if not c.bypass.is_inverted} == {gate}
+        assert any(c.bypass.is_guarded for c in of_pair)
     assert {c.pair for c in full_grid(8, thresholds, quick=True)} == {"1->24"}
 
 
