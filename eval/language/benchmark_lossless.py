@@ -42,7 +42,7 @@ from neuroflow_hf.evaluation.statistics import middle, resamples
 from neuroflow_hf.utils.provenance import checkout_commit, model_version
 
 ROOT = Path(__file__).parents[2]
-DRAFTERS = {"dense": "none", "lookup": "lookup", "bypass": "bypass", "both": "both"}
+DRAFTERS = {"dense": "none", "lookup": "lookup", "bypass": "bypass"}
 VARIANTS = ("stock", *DRAFTERS)
 COMPARED = {"dense": VARIANTS, "lookup": ("both",)}  # baseline: the variants compared with it
 ROUNDING = 1e-5
@@ -126,7 +126,7 @@ def summarise(cases: list[dict], clock: str) -> dict:
                 }
         counts = [entry["counts"] for entry in entries if entry["counts"]]
         if counts and variant != "dense":
-            drafted, accepted = (sum(sum(c[name].values()) for c in counts) for name in ("drafted", "accepted"))
+            drafted, accepted = (sum(c[name] for c in counts) for name in ("drafted", "accepted"))
             drafts = sum(c["drafts"] for c in counts)
             row |= {
                 "acceptance": accepted / drafted if drafted else None,

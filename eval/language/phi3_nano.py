@@ -204,8 +204,8 @@ def drafts(checkpoint: Path, tokenizer, prompts: dict[str, list[str]], count: in
                     **inputs, max_new_tokens=64, do_sample=False, lossless=options, return_dict_in_generate=True
                 ).lossless
                 tokens, checks = tokens + output.tokens, checks + output.checks
-                drafted += sum(output.drafted.values())
-                accepted += sum(output.accepted.values())
+                drafted += output.drafted
+                accepted += output.accepted
             found[domain][drafter] = {
                 "drafted": drafted,
                 "accepted": accepted,

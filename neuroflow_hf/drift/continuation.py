@@ -103,10 +103,9 @@ def figures_in_words(model, found: Continuation, bypass: dict | bool | None) -> 
         )
     if found.lossless is not None:
         counts = found.lossless
-        drafted, accepted = sum(counts.drafted.values()), sum(counts.accepted.values())
         lines.append(
-            f"Lossless: {accepted} of {drafted} draft tokens accepted; after the prompt, {counts.checks} dense "
-            f"forwards and {counts.draft_steps} bypassed ones."
+            f"Lossless: {counts.accepted} of {counts.drafted} draft tokens accepted; after the prompt, "
+            f"{counts.checks} dense forwards and {counts.draft_steps} bypassed ones."
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""The options of lossless generation: how the next tokens are guessed before the dense model checks them."""
+"""The options of lossless generation: how tokens are drafted before the dense model verifies them."""
 
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -13,15 +13,15 @@ from .options import make_options
 @dataclass(kw_only=True)
 class NeuroFlowLosslessConfig:
     """
-    Options of lossless generation, `model.generate(..., lossless={...})`. A drafter guesses the next tokens, one dense
-    forward over all of them says which are those that it would have chosen, the rest is taken back. The text is that
-    of greedy dense generation; only its speed depends on these options.
+    Options of lossless generation, `model.generate(..., lossless={...})`. A drafter proposes the next tokens. One
+    dense forward over all of them keeps those that it would have chosen, and the rest is removed from the cache. The
+    text is that of greedy dense generation; only its speed depends on these options.
 
     Args:
-        drafter (`str`, defaults to `"both"`):
-            Who guesses. `"lookup"`: what followed the last few tokens when they occurred before, in the prompt or in
-            the text so far. `"bypass"`: the model itself, with layers bypassed. `"both"`: whichever has paid better so
-            far. `"none"`: nobody, plain greedy decoding in the same loop, to compare with.
+        drafter (`str`, defaults to `"lookup"`):
+            Who drafts. `"lookup"`: what followed the last few tokens when they occurred before, in the prompt or in
+            the text so far. `"bypass"`: the model itself, with layers bypassed; try it on a checkpoint that was
+            trained for that. `"none"`: nobody, greedy decoding in the same loop, as a baseline.
         bypass (`dict`, *optional*):
             What the bypassing drafter skips: options of [`NeuroFlowBypassConfig`], laid over
             `{"target": "block", "threshold": -1}` and, for `cache_layers`, the second half of the layers but the last.
@@ -34,11 +34,11 @@ class NeuroFlowLosslessConfig:
             leaves those layers out, as a model expects that was trained with layer dropout: try it there, above all
             with layers apart (`"cache_layers": [1, 3, 5, ...]`). Matters only where whole layers are passed over.
         draft_length (`int`, *optional*):
-            Draft always this many tokens. By default the length follows from the share of guesses that came true and
-            from the time that drafting and checking take here, and is none where guessing does not pay.
-        max_draft (`int`, defaults to 8): the most tokens that the bypassing drafter guesses at once.
-        max_lookup (`int`, defaults to 16): the most tokens that are taken from the text at once.
-        max_ngram (`int`, defaults to 3): by how many last tokens, at most, an earlier occurrence is found.
+            Draft always this many tokens. By default the length grows by two after a draft that was wholly accepted,
+            and shrinks by one after another.
+        max_draft (`int`, defaults to 8): the most tokens that the bypassed model drafts at once.
+        max_lookup (`int`, defaults to 16): the most tokens that are copied from the text at once.
+        max_ngram (`int`, defaults to 3): the most last tokens whose earlier occurrence is looked up.
         min_confidence (`float`, defaults to 0.3):
             A bypassed draft ends with the first token whose probability, by the drafter, is below this. 0: never.
 
@@ -46,7 +46,7 @@ class NeuroFlowLosslessConfig:
         ValueError: for an unknown option (with the nearest known one), or a value outside its range.
     """
 
-    drafter: Literal["both", "bypass", "lookup", "none"] = "both"
+    drafter: Literal["lookup", "bypass", "none"] = "lookup"
     bypass: dict | None = None
     reuse: bool = True
     draft_length: int | None = None
@@ -83,16 +83,6 @@ class NeuroFlowLosslessConfig:
     def to_dict(self) -> dict:
         """All options as plain values."""
         return asdict(self)
-
-    @property
-    def looks_up(self) -> bool:
-        """Whether the text so far is asked."""
-        return self.drafter in ("both", "lookup")
-
-    @property
-    def bypasses(self) -> bool:
-        """Whether the bypassed model is asked."""
-        return self.drafter in ("both", "bypass")
 
     def draft_bypass(self, num_layers: int) -> NeuroFlowBypassConfig:
         """What the drafter skips, in a model of so many layers."""

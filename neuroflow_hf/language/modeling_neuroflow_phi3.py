@@ -255,14 +255,14 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
-    def generate(self, *args, lossless: dict | bool | None = None, **kwargs):
+    def generate(self, inputs=None, generation_config=None, *args, lossless: dict | bool | None = None, **kwargs):
         """
         As transformers' method, with `bypass` among the keywords for the model, and
 
         Args:
             lossless (`dict` or `bool`, *optional*):
                 Options of [`NeuroFlowLosslessConfig`] that differ from the configuration's own, or True for these:
-                greedy generation whose next tokens are guessed and then checked by the dense model, all in one cache.
+                greedy generation whose next tokens are drafted and then verified by the dense model, all in one cache.
                 The text is that of dense greedy generation, but for steps at which the first two logits differ by no
                 more than rounding. With `return_dict_in_generate`, a [`NeuroFlowLosslessOutput`] with counts.
 
@@ -271,21 +271,25 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
                 for `stop_strings` without a tokenizer.
         """
         if lossless is None or lossless is False:
-            return super().generate(*args, **kwargs)
+            return super().generate(inputs, generation_config, *args, **kwargs)
         options = NeuroFlowLosslessConfig.from_options(lossless, self.config.lossless)
         for name in ("custom_generate", "assistant_model"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` and `lossless` are two ways to decode; pass one of them.")
-        # to a decoding method from outside, transformers hands neither its streamer, which it gives the prompt, nor
-        # what `stop_strings` need of the tokenizer
+        # transformers passes a decoding method from outside neither the streamer, which it gives the prompt, nor the
+        # tokenizer, which `stop_strings` need
         decode = functools.partial(decode_losslessly, options=options, streamer=kwargs.get("streamer"))
         strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+        defaults = self.generation_config if generation_config is None else generation_config
+        if strings is None and defaults.stop_strings is not None:
+            strings, generation_config = defaults.stop_strings, copy.deepcopy(defaults)
+            generation_config.stop_strings = None
         if strings is not None:
             if tokenizer is None:
                 raise ValueError("`stop_strings` need the tokenizer; pass `tokenizer=` too.")
             criterion = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
             kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
-        return super().generate(*args, custom_generate=decode, **kwargs)
+        return super().generate(inputs, generation_config, *args, custom_generate=decode, **kwargs)
 
     def _get_candidate_generator(self, *args, **kwargs):
         """As transformers' method; an `assistant_model` is not given this model's bypass options, it has its own."""

@@ -1,15 +1,16 @@
 """
-Greedy generation that checks guesses: one cache, one forward for many tokens, the text of dense greedy generation.
+Greedy generation that verifies drafts: one cache, one forward for many tokens, the text of dense greedy generation.
 
-The same loop decodes without guesses, so that what guessing brings can be told from what a lean loop brings.
+The same loop decodes without drafts, so that the gain of drafts can be told from the gain of a lean loop.
 """
 
-import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import LogitsProcessorList, logits_process
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .bypass_config import NEVER
@@ -18,7 +19,17 @@ from .draft_policy import Drafts
 from .layer_skip import LayerChanges
 from .lossless_config import NeuroFlowLosslessConfig
 
-OVERHEAD = 0.1  # of a step of drafting, over a dense forward's time: embeddings, head, what is kept and put back
+# their result depends on the arguments alone, so drafts may ask them about tokens that are never kept
+STATELESS_PROCESSORS = (
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,
+    logits_process.SuppressTokensLogitsProcessor,
+)
 
 
 @dataclass
@@ -31,24 +42,16 @@ class LosslessCounts:
         checks: dense forwards after the prompt's, each of which gave at least one token.
         drafts: checks with a draft.
         draft_steps: bypassed forwards.
-        drafted: tokens guessed, by drafter (`"lookup"`, `"bypass"`).
-        accepted: draft tokens that verification kept, by drafter.
+        drafted: draft tokens.
+        accepted: draft tokens that verification kept.
     """
 
     tokens: int = 0
     checks: int = 0
     drafts: int = 0
     draft_steps: int = 0
-    drafted: dict[str, int] = field(default_factory=dict)
-    accepted: dict[str, int] = field(default_factory=dict)
-
-    def add(self, source: str, drafted: int, accepted: int):
-        """Count a check, and the draft that it checked."""
-        self.checks += 1
-        if drafted:
-            self.drafts += 1
-            self.drafted[source] = self.drafted.get(source, 0) + drafted
-            self.accepted[source] = self.accepted.get(source, 0) + accepted
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass
@@ -57,7 +60,7 @@ class NeuroFlowLosslessOutput(GenerateDecoderOnlyOutput):
     Output of a lossless generation: that of greedy generation, and
 
     Args:
-        lossless ([`LosslessCounts`]): forwards, and guesses made and accepted.
+        lossless ([`LosslessCounts`]): numbers of forwards, draft tokens and accepted draft tokens.
     """
 
     lossless: LosslessCounts | None = None
@@ -65,110 +68,136 @@ class NeuroFlowLosslessOutput(GenerateDecoderOnlyOutput):
 
 class DecodingState:
     """
-    One sequence: its tokens, the model's cache of all but the last, and what a forward over more needs.
+    One sequence: its tokens, the model's cache of all but the last, and the arguments of the next forward.
 
     Args:
         model: a `NeuroFlowPhi3ForCausalLM`.
-        options: of the lossless generation.
+        options: options of the lossless generation.
         input_ids: [1, T], or [1, 0] where the prompt comes as embeddings.
-        model_kwargs: of `generate`: cache, attention mask, positions, embeddings.
+        model_kwargs: arguments for the forward, from `generate`: cache, attention mask, positions, embeddings, others.
     """
 
     def __init__(self, model, options: NeuroFlowLosslessConfig, input_ids: torch.Tensor, model_kwargs: dict):
         self.model, self.options, self.device = model, options, input_ids.device
         self.tokens: list[int] = input_ids[0].tolist()
+        self.input_ids = input_ids
         self.cache = model_kwargs["past_key_values"]
-        self.embeds = model_kwargs.get("inputs_embeds")
-        mask = model_kwargs.get("attention_mask")  # transformers 5.17 passes one where nothing is padded, too
-        self.attention_mask = None if mask is None or mask.all() else mask
-        self.position_ids = model_kwargs.get("position_ids")
-        self.first_position = 0  # of the cache's first entry; negative with padding on the left
+        self.model_kwargs = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}
+        self.attention_mask: torch.Tensor | None = None  # [1, cache length after the prompt]; None without padding
+        self.first_position: int | None = None  # of the cache's first entry, negative after padding; None: 0
+        self.forward_kwargs: dict = {}
         self.draft_bypass = self.check_bypass = False
-        self.changes, self.drafting_share = None, 1.0
-        if options.bypasses:
-            bypass = options.draft_bypass(model.config.num_hidden_layers)
+        self.changes = None
+        bypass = options.draft_bypass(model.config.num_hidden_layers)
+        if options.drafter == "bypass":
             if bypass.passes_over_layers:
                 self.changes = LayerChanges(bypass.cache_layers, options.reuse)
-                self.drafting_share -= len(bypass.cache_layers) / model.config.num_hidden_layers
             else:
                 self.draft_bypass = bypass
                 self.check_bypass = replace(bypass, threshold=NEVER)  # remembers what drafts will reuse
-        # Phi-3 with long RoPE turns all keys anew once a text gets longer than this
-        turns = model.config.rope_parameters["rope_type"] == "longrope" and self.embeds is None
-        self.reprefill_after = model.config.original_max_position_embeddings if turns else None
+        # long RoPE: the number of positions up to which the frequencies are the short ones
+        is_long = model.config.rope_parameters["rope_type"] == "longrope"
+        self.switch = model.config.original_max_position_embeddings if is_long else None
 
     def forward(self, inputs: dict, keep: int, bypass) -> torch.Tensor:
         """The logits of the last `keep` tokens fed, [keep, V]."""
+        inputs |= {"use_cache": True, "logits_to_keep": keep, "bypass": bypass, "return_dict": True}
         if self.changes is not None:
             self.changes.begin()
             inputs["bypass_step"] = self.changes
-        output = self.model(
-            past_key_values=self.cache, use_cache=True, logits_to_keep=keep, bypass=bypass, return_dict=True, **inputs
-        )
+        output = self.model(**inputs)
+        self.cache = output.past_key_values
         return output.logits[0]
 
-    def feed_prompt(self, is_whole: bool) -> torch.Tensor:
+    def feed_prompt(self, next_sequence_length: int | None) -> torch.Tensor:
         """
-        Feed the prompt; the logits after it, [1, V].
+        Feed the prompt; the logits after it, [1, V]. `prepare_inputs_for_generation` makes the inputs, as in dense
+        generation: PEFT puts its own in the place of the model's, to insert virtual tokens. Later forwards continue
+        from these inputs.
 
         Args:
-            is_whole: whether the tokens or embeddings include what a continued cache holds already.
+            next_sequence_length: number of last tokens or embeddings to feed; None for all.
         """
-        held = self.cache.get_seq_length()
-        start = held if is_whole else 0
-        if held > start:
-            self.reprefill_after = None  # what the cache holds cannot be fed anew
-        if self.embeds is None:
-            inputs = {"input_ids": torch.tensor([self.tokens[start:]], device=self.device)}
-            count = len(self.tokens) - start
-        else:
-            inputs = {"inputs_embeds": self.embeds[:, start:]}
-            count = inputs["inputs_embeds"].shape[1]
-        if self.attention_mask is not None:
-            inputs["attention_mask"] = self.attention_mask
-        if self.position_ids is not None:
-            inputs["position_ids"] = self.position_ids[:, -count:]
-            self.first_position = int(self.position_ids[0, -1]) - (held + count - 1)
+        inputs = self.model.prepare_inputs_for_generation(
+            self.input_ids,
+            next_sequence_length=next_sequence_length,
+            is_first_iteration=True,
+            past_key_values=self.cache,
+            **self.model_kwargs,
+        )
+        if inputs.get("past_key_values") is not None:  # Phi-3 drops it for a prompt beyond long RoPE's switch
+            require_croppable(inputs["past_key_values"])
+        positions, self.attention_mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        of_the_prompt = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+        self.forward_kwargs = {name: value for name, value in inputs.items() if name not in of_the_prompt}
+        logits = self.forward(inputs, 1, self.check_bypass)
+        if positions is not None:
+            self.first_position = int(positions[0, -1]) + 1 - self.cache.get_seq_length()
+        return logits
+
+    def feed_again(self) -> torch.Tensor:
+        """Feed all tokens into a new cache; the logits after them, [1, V]."""
+        count = len(self.tokens)
+        given = self.model_kwargs["position_ids"]
+        more = torch.arange(1, count - given.shape[1] + 1, device=self.device) + given[0, -1]
+        inputs = {
+            "input_ids": torch.tensor([self.tokens], device=self.device),
+            "position_ids": torch.cat([given, more.unsqueeze(0)], dim=1),
+            "past_key_values": DynamicCache(config=self.model.config),
+            **self.mask(count),
+            **self.forward_kwargs,
+        }
         return self.forward(inputs, 1, self.check_bypass)
 
     def feed(self, tokens: list[int], keep: int, bypass) -> torch.Tensor:
         """Feed tokens after what the cache holds; the logits after the last `keep` of them, [keep, V]."""
-        start, count = self.cache.get_seq_length(), len(tokens)
-        inputs = {"input_ids": torch.tensor([tokens], device=self.device)}
-        if self.first_position:
-            positions = torch.arange(start, start + count, device=self.device) + self.first_position
-            inputs["position_ids"] = positions.clamp(min=0).unsqueeze(0)
-        if self.attention_mask is not None:
-            ones = self.attention_mask.new_ones(1, start + count - self.attention_mask.shape[1])
-            inputs["attention_mask"] = torch.cat([self.attention_mask, ones], dim=1)
+        end = self.cache.get_seq_length() + len(tokens)
+        inputs = {
+            "input_ids": torch.tensor([tokens], device=self.device),
+            "past_key_values": self.cache,
+            **self.mask(end),
+            **self.forward_kwargs,
+        }
+        if self.first_position is not None:
+            positions = torch.arange(end - len(tokens), end, device=self.device) + self.first_position
+            inputs["position_ids"] = positions.unsqueeze(0)
         return self.forward(inputs, keep, bypass)
 
+    def mask(self, length: int) -> dict[str, torch.Tensor]:
+        """The attention mask of a forward that ends at this length of the cache."""
+        if self.attention_mask is None:
+            return {}
+        ones = self.attention_mask.new_ones(1, length - self.attention_mask.shape[1])
+        return {"attention_mask": torch.cat([self.attention_mask, ones], dim=1)}
+
     @property
-    def needs_reprefill(self) -> bool:
-        """Whether the next forward has to begin anew, with all tokens."""
-        if self.reprefill_after is None:
-            return False
-        return self.cache.get_seq_length() <= self.reprefill_after < len(self.tokens)
+    def must_feed_again(self) -> bool:
+        """Whether all tokens are fed again, as Phi-3 does once, when there are more than before long RoPE's switch."""
+        return self.switch is not None and self.cache.get_seq_length() <= self.switch < len(self.tokens)
 
     def most_drafted(self, max_length: int) -> int:
-        """How many tokens may be drafted: one more comes by itself, and all are turned alike."""
+        """How many tokens may be drafted: one more follows by itself, and all must have the same RoPE frequencies."""
         limit = max_length - len(self.tokens) - 1
-        if self.needs_reprefill:
+        if self.must_feed_again:
             return 0
-        if self.reprefill_after is not None and len(self.tokens) <= self.reprefill_after:
-            limit = min(limit, self.reprefill_after - len(self.tokens))
+        if self.switch is not None:
+            position = self.cache.get_seq_length() + (self.first_position or 0)  # of the next token to feed
+            # frequencies follow the last position, and feeding again the number of tokens: apart with padding
+            for fed in (position + 1, len(self.tokens)):
+                if fed <= self.switch:
+                    limit = min(limit, self.switch - fed)
         return limit
 
     def draft(self, token: int, length: int, choose, ends: set[int]) -> list[int]:
         """
-        Up to `length` tokens that the bypassed model would have follow `token`. The cache is left as it was.
+        Up to `length` tokens that the bypassed model generates after `token`. The cache is left as it was.
 
         Args:
             choose: `(logits [1, V], drafted so far) -> token`.
-            ends: tokens after which nothing follows.
+            ends: tokens that end a text.
         """
         drafted: list[int] = []
-        # layers write by putting new tensors in the place of old ones, so the old ones are all there is to keep
+        # layers replace their tensors on every write, so references to the old ones are enough
         kept = [dict(vars(layer)) for layer in self.cache.layers]
         if self.changes is not None:
             self.changes.is_drafting = True
@@ -191,9 +220,8 @@ class DecodingState:
 
     def check(self, drafted: list[int]) -> torch.Tensor:
         """Feed the last token and a draft densely; the logits after each of them, [1 + drafted, V]."""
-        if self.needs_reprefill:
-            self.cache = DynamicCache(config=self.model.config)
-            return self.feed(self.tokens, 1, self.check_bypass)
+        if self.must_feed_again:
+            return self.feed_again()
         record_past(self.cache, bool(drafted))
         return self.feed([self.tokens[-1], *drafted], len(drafted) + 1, self.check_bypass)
 
@@ -208,11 +236,11 @@ class DecodingState:
 
 class Stop:
     """
-    Where a text ends. The usual criteria are asked without tensors, others as they expect it.
+    Where a text ends. Maximum length and end tokens are compared on the host, other criteria are called.
 
     Args:
         criteria: a `StoppingCriteriaList`.
-        device: for the others.
+        device: the device of the tensors for other criteria.
     """
 
     def __init__(self, criteria, device: torch.device):
@@ -224,38 +252,29 @@ class Stop:
                 self.ends |= set(criterion.eos_token_id.flatten().tolist())
         self.others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
 
-    def is_after(self, tokens: list[int]) -> bool:
-        """Whether nothing follows these tokens."""
-        if len(tokens) >= self.max_length or tokens[-1] in self.ends:
-            return True
+    def is_after(self, tokens: list[int], scores: list[torch.Tensor] | None) -> bool:
+        """Whether the text ends after these tokens; `scores`: [1, V] for each new token, if they were asked for."""
+        ends = len(tokens) >= self.max_length or tokens[-1] in self.ends
         if not self.others:
-            return False
+            return ends
         ids = torch.tensor([tokens], device=self.device)
-        return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in self.others)
+        given = None if scores is None else tuple(scores)
+        # all are called, as in dense generation: some keep count
+        found = [bool(torch.as_tensor(criterion(ids, given)).all()) for criterion in self.others]
+        return ends or any(found)
 
 
 def record_past(cache, wanted: bool):
-    """Make sliding-window layers keep more than their window, to be cropped; or no longer."""
+    """Make sliding-window layers keep more than their window, so that they can be cropped; or stop that."""
     for layer in cache.layers:
         if hasattr(layer, "record_past"):
             layer.record_past = wanted
 
 
-def score(logits: torch.Tensor, processors, tokens: list[int], drafted: list[int]) -> torch.Tensor:
-    """Logits [n, V], processed: row i's as those after `tokens` and the first i of `drafted`."""
-    if not processors:
-        return logits
-    rows = []
-    for index, row in enumerate(logits):
-        ids = torch.tensor([tokens + drafted[:index]], device=logits.device)
-        rows.append(processors(ids, row.to(torch.float32, copy=True).unsqueeze(0)))
-    return torch.cat(rows)
-
-
 def decode_losslessly(
     model,
     input_ids: torch.Tensor,
-    logits_processor,
+    logits_processor: LogitsProcessorList,
     stopping_criteria,
     generation_config,
     options: NeuroFlowLosslessConfig,
@@ -268,8 +287,10 @@ def decode_losslessly(
 
     Args:
         options: who drafts, and how.
-        make_drafts: from the options, the bypassed model's `(token, length) -> tokens`, and how long a step of it may
-            take, over a dense one's, to what chooses drafts.
+        make_drafts: makes a [`Drafts`] from the options and the bypassed model's `(token, length) -> tokens`.
+
+    Logits processors and stopping criteria are called once for every token that is kept, in the order of the text, as
+    in dense generation. They may keep state, such as a grammar or a cache.
 
     Raises:
         ValueError: for what it cannot do, with what to do instead.
@@ -277,67 +298,86 @@ def decode_losslessly(
     refuse_unsupported(input_ids, generation_config, model_kwargs)
     sequence = DecodingState(model, options, input_ids, model_kwargs)
     stop, counts = Stop(stopping_criteria, input_ids.device), LosslessCounts()
-    tokens, processors = sequence.tokens, logits_processor
+    tokens = sequence.tokens
+    stateless = LogitsProcessorList([p for p in logits_processor if type(p) in STATELESS_PROCESSORS])
 
     def choose(logits: torch.Tensor, drafted: list[int]) -> int:
-        return score(logits, processors, tokens + drafted, []).argmax(dim=-1).item()
+        return score(logits, stateless, tokens + drafted).argmax(dim=-1).item()
 
     def draft_with_bypass(token: int, length: int) -> list[int]:
         drafted = sequence.draft(token, length, choose, stop.ends)
         counts.draft_steps += len(drafted)
         return drafted
 
-    drafts = make_drafts(options, draft_with_bypass, OVERHEAD + sequence.drafting_share)
-    mask = model_kwargs.get("attention_mask")
-    mask_length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-    is_whole = sequence.embeds is not None or mask_length == input_ids.shape[1]
-    logits, drafted, draft = sequence.feed_prompt(is_whole), [], None
-    kept_scores, kept_logits, begun = [], [], 0.0
+    drafts = make_drafts(options, draft_with_bypass)
+    wants = generation_config.return_dict_in_generate
+    kept_scores = [] if wants and generation_config.output_scores else None
+    kept_logits = [] if wants and generation_config.output_logits else None
+    logits, drafted = sequence.feed_prompt(length_to_feed(input_ids, generation_config, model_kwargs)), []
     while True:
-        scores = score(logits, processors, tokens, drafted)
-        choices = scores.argmax(dim=-1).tolist()
-        accepted = next((i for i, token in enumerate(drafted) if token != choices[i]), len(drafted))
-        if draft is not None:
-            counts.add(draft.source, len(drafted), accepted)
-            drafts.learn(draft, accepted, time.perf_counter() - begun)
-        new, ended = 0, False
-        while new <= accepted and not ended:
-            tokens.append(choices[new])
+        choices = None if logits_processor else logits.argmax(dim=-1).tolist()
+        new, accepted, ended = 0, 0, False
+        while accepted == new <= len(drafted) and not ended:  # row `new` is that of a kept token
+            scores = score(logits[new : new + 1], logits_processor, tokens)
+            tokens.append(scores.argmax(dim=-1).item() if choices is None else choices[new])
+            if kept_scores is not None:
+                kept_scores.append(scores.float())
+            if kept_logits is not None:
+                kept_logits.append(logits[new : new + 1].float())
+            if streamer is not None:
+                streamer.put(torch.tensor(tokens[-1:]))
+            accepted += new < len(drafted) and tokens[-1] == drafted[new]
             new += 1
-            ended = stop.is_after(tokens)
+            ended = stop.is_after(tokens, kept_scores)
         sequence.take_back(len(drafted) + 1 - new)
-        if generation_config.return_dict_in_generate and generation_config.output_scores:
-            kept_scores += scores[:new].float().split(1)
-        if generation_config.return_dict_in_generate and generation_config.output_logits:
-            kept_logits += logits[:new].float().split(1)
+        drafts.learn(len(drafted), accepted)
         counts.tokens += new
-        if streamer is not None:
-            for token in tokens[-new:]:
-                streamer.put(torch.tensor([token]))
+        counts.drafts += bool(drafted)
+        counts.drafted += len(drafted)
+        counts.accepted += accepted
         if ended:
             break
-        draft = drafts.next(tokens, sequence.most_drafted(stop.max_length))
-        drafted = draft.tokens
-        begun = time.perf_counter()
+        drafted = drafts.next(tokens, sequence.most_drafted(stop.max_length))
         logits = sequence.check(drafted)
+        counts.checks += 1
 
     if streamer is not None:
         streamer.end()
     sequences = torch.tensor([tokens], device=input_ids.device)
-    if not generation_config.return_dict_in_generate:
+    if not wants:
         return sequences
     return NeuroFlowLosslessOutput(
         sequences=sequences,
-        scores=tuple(kept_scores) or None,
-        logits=tuple(kept_logits) or None,
+        scores=None if kept_scores is None else tuple(kept_scores),
+        logits=None if kept_logits is None else tuple(kept_logits),
         past_key_values=sequence.cache,
         lossless=counts,
     )
 
 
+def score(logits: torch.Tensor, processors: LogitsProcessorList, tokens: list[int]) -> torch.Tensor:
+    """Logits [1, V] after `tokens`, processed."""
+    if not processors:
+        return logits
+    ids = torch.tensor([tokens], device=logits.device)
+    return processors(ids, logits.to(torch.float32, copy=True))
+
+
+def length_to_feed(input_ids: torch.Tensor, generation_config, model_kwargs: dict) -> int | None:
+    """
+    How many of the last tokens or embeddings of the prompt the cache does not hold; None for all of them. With a
+    continued cache, `generate` takes the whole text, or its new tokens with the mask of the whole text.
+    """
+    held, embeds = model_kwargs["past_key_values"].get_seq_length(), model_kwargs.get("inputs_embeds")
+    if embeds is not None:
+        return embeds.shape[1] - held
+    mask = model_kwargs.get("attention_mask")
+    mask_length = generation_config._mask_length if mask is None else mask.shape[1]
+    return input_ids.shape[1] - held if mask_length == input_ids.shape[1] else None
+
+
 def refuse_unsupported(input_ids: torch.Tensor, generation_config, model_kwargs: dict):
     """Raise a ValueError that says what to do instead for what lossless generation cannot do."""
-    cache = model_kwargs.get("past_key_values")
     if generation_config.do_sample:
         raise ValueError(
             "Lossless generation is greedy, and `do_sample` is True. Set it to False, or drop `lossless`."
@@ -346,14 +386,20 @@ def refuse_unsupported(input_ids: torch.Tensor, generation_config, model_kwargs:
         raise ValueError(
             f"Lossless generation is greedy, and `num_beams` is {generation_config.num_beams}; set it to 1."
         )
-    if len(input_ids) > 1:
-        raise ValueError(f"Lossless generation takes one sequence at a time, and the input has {len(input_ids)}.")
-    if getattr(generation_config, "prompt_lookup_num_tokens", None):
+    if generation_config.prompt_lookup_num_tokens:
         raise ValueError(
             "`prompt_lookup_num_tokens` is for transformers' own loop; here, "
             'lookups are `lossless={"drafter": "lookup"}`.'
         )
-    if model_kwargs.get("bypass") is not None:
+    mode = generation_config.get_generation_mode()
+    if mode is not GenerationMode.GREEDY_SEARCH:
+        raise ValueError(
+            f"Lossless generation is greedy search, and the generation configuration asks for {mode.value}. Drop the "
+            "options that ask for it, or `lossless`."
+        )
+    if len(input_ids) > 1:
+        raise ValueError(f"Lossless generation takes one sequence at a time, and the input has {len(input_ids)}.")
+    if model_kwargs.get("bypass") not in (None, False):
         raise ValueError(
             'Lossless generation has a bypass of its own; pass its options as `lossless={"bypass": {...}}`.'
         )
@@ -361,11 +407,16 @@ def refuse_unsupported(input_ids: torch.Tensor, generation_config, model_kwargs:
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(generation_config, name):
                 raise ValueError(f"`{name}` is not supported in lossless generation; a dense forward gives them.")
-    if cache is None:
+    if model_kwargs.get("past_key_values") is None:
         raise ValueError("Lossless generation needs the KV cache; leave `use_cache` at True.")
-    taken_back = (DynamicLayer, DynamicSlidingWindowLayer)
-    if cache.offloading or not all(type(c) in taken_back or hasattr(c, "is_bypass_state") for c in cache.layers):
+    require_croppable(model_kwargs["past_key_values"])
+
+
+def require_croppable(cache):
+    """Raise a ValueError for a cache from which positions cannot be removed."""
+    croppable = (DynamicLayer, DynamicSlidingWindowLayer)
+    if cache.offloading or not all(type(c) in croppable or hasattr(c, "is_bypass_state") for c in cache.layers):
         raise ValueError(
-            "Lossless generation takes positions back from the cache, and can do so with a `DynamicCache` that is not "
+            "Lossless generation removes rejected draft tokens from the cache, and needs a `DynamicCache` that is not "
             'offloaded. Leave `cache_implementation` at its default, or set it to "dynamic".'
         )
