@@ -81,9 +81,13 @@ def decode(
         forced: int64 [B, steps], the tokens to feed (teacher forcing); None for greedy decoding.
         ends: end tokens; decoding stops once every row has one. Ignored with `forced`.
         keep: takes each new token's number, from 0, and its logits [B, V]; returns what to keep of them, [B, ...].
+
+    Raises:
+        ValueError: for a model with long RoPE, if texts grow past the length at which its factors switch.
     """
     if bypass is not False:
         bypass = NeuroFlowBypassConfig.from_options(bypass).resolve(model.config.num_hidden_layers)
+    require_one_rope(model.config, batch.mask.sum(dim=1).tolist(), steps)
     device = model.device
     mask = batch.mask.to(device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -124,6 +128,21 @@ def decode(
 def keep_logits(step: int, logits: torch.Tensor) -> torch.Tensor:
     """All logits, in float32 on the CPU; for `decode`."""
     return logits.float().cpu()
+
+
+def require_one_rope(config, lengths: Sequence[int], steps: int):
+    """
+    Raise a ValueError if long RoPE switches its factors among these prompt lengths and new tokens. There transformers
+    feeds the whole text again, row by row at different steps; in a batch, dense would not be the stock model's text.
+    """
+    switch = config.original_max_position_embeddings
+    is_long = config.rope_parameters["rope_type"] == "longrope"
+    longest = max(lengths) + steps - 1  # the last token is not fed
+    if is_long and min(lengths) <= switch < longest:
+        raise ValueError(
+            f"Long RoPE switches its factors after {switch} tokens, and the texts have {min(lengths)} to {longest}. "
+            f"Use prompts and new tokens that stay within {switch} tokens, or prompts that are all longer."
+        )
 
 
 @dataclass

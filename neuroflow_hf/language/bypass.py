@@ -135,10 +135,10 @@ class BypassStep:
             output = output.masked_fill(~computed, torch.nan)
         self.records[self.gate_name] = output
 
-    def compute(self, name: str, inputs: torch.Tensor, function) -> torch.Tensor:
+    def compute(self, name: str, inputs: torch.Tensor, function, whole_batch: bool) -> torch.Tensor:
         """
         The output [B, n, D] of a part of a cache layer: computed by `function` for the rows that need it, from
-        `inputs` [B, n, D] of those, and as it was last for the others.
+        `inputs` [B, n, D] of those, and as it was last for the others. With `whole_batch`, `function` gets all rows.
         """
         if self.computes_all:
             output = function(inputs)
@@ -146,7 +146,8 @@ class BypassStep:
             output = self.state.last(name)
             if self.rows:
                 rows = torch.tensor(self.rows, device=inputs.device)
-                output = output.index_copy(0, rows, function(inputs[rows]))
+                computed = function(inputs)[rows] if whole_batch else function(inputs[rows])
+                output = output.index_copy(0, rows, computed)
         self.records[name] = output
         return output
 
@@ -246,13 +247,15 @@ def bypassing_layer(
             **kwargs,
         )[0]
 
+    # adapters that differ between rows (PEFT's `adapter_names`) are chosen by hooks, which expect every row
+    whole_batch = step.shape[0] > 1 and any(module._forward_pre_hooks for module in layer.modules())
     normed = layer.input_layernorm(hidden)
     if is_cache_layer and step.options.skips_attention:
-        if not step.computes_all:
+        if not step.computes_all and not (whole_batch and step.rows):
             others = keys_and_values(layer.self_attn, normed, position_embeddings, step.rows)
             if not step.rows:
                 past_key_values.update(*others, index)
-        attended = step.compute(f"attention.{index}", normed, attend)
+        attended = step.compute(f"attention.{index}", normed, attend, whole_batch)
     else:
         attended = attend(normed)
     if index == step.options.gate_layer:
@@ -261,7 +264,7 @@ def bypassing_layer(
 
     normed = layer.post_attention_layernorm(hidden)
     if is_cache_layer and step.options.skips_mlp:
-        output = step.compute(f"mlp.{index}", normed, layer.mlp)
+        output = step.compute(f"mlp.{index}", normed, layer.mlp, whole_batch)
     else:
         output = layer.mlp(normed)
     return hidden + layer.resid_mlp_dropout(output)

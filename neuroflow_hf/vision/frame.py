@@ -119,7 +119,7 @@ def geometry_of(
 
     Raises:
         ValueError: if the pixel values have a wrong number of dimensions or channels, are not floating point, or
-            their resolution needs `interpolate_pos_encoding=True`.
+            their resolution needs `interpolate_pos_encoding=True`; if the streams are to have different adapters.
     """
     config, embeddings = model.config, model.embeddings
     if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
@@ -141,6 +141,8 @@ def geometry_of(
             f"A frame of {height}x{width} pixels has {grid[0]}x{grid[1]} patches, the checkpoint has positions for "
             f"{native}x{native} ({config.image_size} pixels). Pass `interpolate_pos_encoding=True` or resize."
         )
+    if len(pixel_values) > 1:
+        refuse_adapters_by_stream(model)
     device_type = pixel_values.device.type
     autocast = torch.is_autocast_enabled(device_type)
     return StreamGeometry(
@@ -152,6 +154,25 @@ def geometry_of(
         dtype=torch.get_autocast_dtype(device_type) if autocast else embeddings.patch_embedding.weight.dtype,
         device=pixel_values.device,
     )
+
+
+def refuse_adapters_by_stream(model: SiglipVisionModel):
+    """
+    Raise a ValueError if each stream of a batch is to have an adapter of its own (PEFT's `adapter_names`). Active
+    patches of all streams pass through the layers as rows of one matrix, in which adapters cannot be told apart.
+    """
+    for module in model.modules():
+        if any("adapter_names" in getattr(hook, "keywords", {}) for hook in module._forward_pre_hooks.values()):
+            # PEFT leaves its hooks behind when a forward raises, and later calls would fail, too
+            for layer in model.modules():
+                for key, hook in list(layer._forward_pre_hooks.items()):
+                    if "adapter_names" in getattr(hook, "keywords", {}):
+                        del layer._forward_pre_hooks[key]
+                        layer._forward_pre_hooks_with_kwargs.pop(key, None)
+            raise ValueError(
+                "`adapter_names` is not supported with a stream. Give each adapter a stream of its own: call "
+                "`model.set_adapter(name)` before the frames of that stream."
+            )
 
 
 def encode(

@@ -23,7 +23,7 @@ from neuroflow_hf.drift.prompts import Prompt
 from neuroflow_hf.drift.run import DriftEvaluation, DriftSettings
 from neuroflow_hf.drift.tables import summary_table
 from neuroflow_hf.utils.processes import Processes
-from tests.phi3_models import make_ours, make_tokenizer
+from tests.phi3_models import LONG_AFTER, make_ours, make_tokenizer, random_ids
 
 TEXTS = ["the quick brown fox", "hello", "a b", "one two three four five six seven", "x", "jumps over the lazy dog"]
 PROMPTS = [Prompt(text, task) for task in ("code", "structured", "prose") for text in TEXTS[:2]]
@@ -111,6 +111,19 @@ def test_decoding_is_what_generate_gives():
     assert torch.equal(run.tokens, expected.sequences[:, batch.ids.shape[1] :])
     statistics = model.bypass_statistics(expected.past_key_values)
     assert torch.equal(run.bypassed, statistics.bypassed_mask[:, batch.ids.shape[1] :])
+
+
+def test_texts_do_not_cross_the_switch_of_long_rope():
+    """Dense is the stock model's text, on each side of the switch; texts across it are refused."""
+    model = make_ours("longrope")
+    for length, steps in ((5, LONG_AFTER - 4), (LONG_AFTER + 1, 8)):
+        ids = random_ids(2, length)
+        (batch,) = make_batches(ids.tolist(), 2)
+        stock = model.generate(ids, max_new_tokens=steps)[:, length:]
+        assert torch.equal(decode(model, batch, steps).tokens[torch.tensor(batch.indices).argsort()], stock)
+    (batch,) = make_batches(random_ids(1, 5).tolist(), 1)
+    with pytest.raises(ValueError, match=f"after {LONG_AFTER} tokens, and the texts have 5 to {LONG_AFTER + 1}"):
+        decode(model, batch, LONG_AFTER - 3)
 
 
 def test_texts_end_where_the_model_ends_them():

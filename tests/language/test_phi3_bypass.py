@@ -3,6 +3,7 @@
 import copy
 import inspect
 
+import peft
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -198,6 +199,48 @@ def test_an_adapted_projection_is_called():
     logits, _ = run_steps(model, ids, PROMPT, bypass=options)
     assert len(calls) == 5
     assert_close_in_norm(logits, run_steps(make_ours(), ids, PROMPT, bypass=options)[0], FLOAT32)
+
+
+def test_rows_with_different_adapters_decide_for_themselves():
+    """PEFT's `adapter_names` chooses an adapter for every row, and its hooks expect all rows."""
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(make_ours(), lora, adapter_name="a")
+    model.add_adapter("b", lora)
+    model.eval()
+    ids = random_ids(2, PROMPT)
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True}
+    bypass = {"gate_layer": 0, "cache_layers": [1, 2], "threshold": 2}
+    for target in ("block", "attention", "mlp"):
+        bypass["target"] = target
+        output = model.generate(ids, adapter_names=["a", "b"], bypass=bypass | {"threshold": 2}, **options)
+        similarity = model.bypass_statistics(output.past_key_values).similarity
+        bypass["threshold"] = similarity[~similarity.isnan()].median().item()
+        alone = []
+        for row, name in enumerate(("a", "b")):
+            model.set_adapter(name)
+            alone.append(model.generate(ids[row : row + 1], bypass=bypass, **options).sequences)
+        together = model.generate(ids, adapter_names=["a", "b"], bypass=bypass, **options)
+        rates = model.bypass_statistics(together.past_key_values).bypassed_mask[:, PROMPT:].float().mean(dim=1)
+        assert 0 < rates.mean() < 1
+        assert torch.equal(together.sequences, torch.cat(alone))
+
+
+def test_prompt_tuning():
+    model = make_ours()
+    ids = random_ids(1, PROMPT)
+    adapter = peft.PromptTuningConfig(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=4)
+    model = peft.get_peft_model(model, adapter).eval()
+    dense = model.generate(ids, max_new_tokens=12)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, bypass={"cache_layers": [2], "threshold": 2}), dense)
+    output = model.generate(
+        ids, max_new_tokens=12, bypass={"cache_layers": [2], "threshold": -1}, return_dict_in_generate=True
+    )
+    assert model.bypass_statistics(output.past_key_values).bypassed_mask[:, 4 + PROMPT :].all()
 
 
 # --- what is remembered --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from tests.phi3_models import make_ours, random_ids
 from tests.vision.test_remote_code import copied_files
 
 BYPASS = {"gate_layer": 0, "cache_layers": [1, 3], "threshold": 0.3, "target": "block"}
-LOSSLESS = {"drafter": "both", "draft_length": 3}
+LOSSLESS = {"drafter": "bypass", "draft_length": 3}
 NEW = 12
 
 

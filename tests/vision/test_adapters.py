@@ -509,3 +509,19 @@ def test_float32_frames_into_a_half_precision_model():
     outputs = run(model, model.new_stream(mode="extrapolate", threshold=EVERYTHING), frames)
     for output, reference in zip(outputs, dense(model, frames), strict=True):
         assert cosine(output, reference) > HALF_COSINE["bf16"]
+
+
+def test_adapters_by_stream_are_refused_before_the_first_write():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=ADAPTED, init_lora_weights=False)
+    model = peft.get_peft_model(new_vision(), lora, adapter_name="a")
+    model.add_adapter("b", lora)
+    model.eval()
+    stream = model.new_stream(batch_size=2, mode="context")
+    frames = [frame.double() for frame in random_video(2, batch_size=2)]
+    model(pixel_values=frames[0], stream=stream)
+    with pytest.raises(ValueError, match=r"set_adapter"):
+        model(pixel_values=frames[1], stream=stream, adapter_names=["a", "b"])
+    assert stream.frames == [1, 1]
+    model(pixel_values=frames[1], stream=stream)  # PEFT's hooks are gone
+    assert stream.frames == [2, 2]
