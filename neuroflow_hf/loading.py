@@ -1,15 +1,16 @@
-"""A model and what makes its pixel values, from a folder or a name on the Hub, or an error that says what to do."""
+"""Models with their preprocessing or tokenizer, from a folder or the Hub. Errors say what to do."""
 
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from .language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
 from .language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM
@@ -22,60 +23,70 @@ from .vision.modeling_neuroflow_siglip import NeuroFlowSiglipModel, NeuroFlowSig
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NEED_TEXT = "Labels need a model that reads text: name a whole SigLIP or SigLIP 2 checkpoint, with its tokenizer."
 
-
-EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "neuroflow-siglip-small"
-
-NANO = "models/neuroflow-phi3-nano"  # in the checkout
-NANO_PROMPTS = "eval/prompts/phi3_nano.jsonl"
-MODEL_TYPES = ("phi3", NeuroFlowPhi3Config.model_type)
+CHECKOUT = Path(__file__).resolve().parents[1]
+EMBEDDED_MODEL = CHECKOUT / "models" / "neuroflow-siglip-small"
+EMBEDDED_LANGUAGE_MODEL = CHECKOUT / "models" / "neuroflow-phi3-nano"
+EMBEDDED_PROMPTS = CHECKOUT / "eval" / "prompts" / "phi3_nano.jsonl"
 
 
 class ModelLoadError(ValueError):
-    """No streamed vision model can be made of what was named. The message names it, and what to do."""
+    """The model cannot be loaded. The message names it and says what to do."""
 
 
 class NoTextTowerError(ModelLoadError):
-    """What was named has no text tower, or no complete one, and labels need it."""
+    """The checkpoint has no complete text tower, and labels need one."""
+
+
+# --- what lies in the checkout -------------------------------------------------------------------------------------
 
 
 def default_model() -> Path:
-    """
-    The small SigLIP that lies in the checkout of this package.
+    """The small SigLIP in the checkout; ModelLoadError in an installed package."""
+    return in_checkout(EMBEDDED_MODEL, "Name a SigLIP checkpoint with --model, a folder or a name on the Hub.")
 
-    Raises:
-        ModelLoadError: if it is not there, as in an installed package.
-    """
-    if not (EMBEDDED_MODEL / "model.safetensors").is_file():
-        raise ModelLoadError(
-            f"There is no {EMBEDDED_MODEL.name} here: it lies in the checkout of this package. Name a SigLIP "
-            "checkpoint with --model, a folder or a name on the Hub."
-        )
-    return EMBEDDED_MODEL
+
+def default_language_model() -> Path:
+    """The small Phi-3 in the checkout; ModelLoadError in an installed package."""
+    return in_checkout(EMBEDDED_LANGUAGE_MODEL, "Name a Phi-3 checkpoint with --model, a folder or a name on the Hub.")
+
+
+def default_prompts() -> Path:
+    """Prompts in the checkout that the small Phi-3 was not trained on; ModelLoadError in an installed package."""
+    return in_checkout(EMBEDDED_PROMPTS, "Name a file of prompts with --prompts.")
+
+
+def in_checkout(path: Path, advice: str) -> Path:
+    """`path`, if it exists; else a ModelLoadError with advice."""
+    if not path.exists():
+        raise ModelLoadError(f"{path.name} lies in the checkout of this package, and is not at {path}. {advice}")
+    return path
+
+
+# --- models --------------------------------------------------------------------------------------------------------
 
 
 def load_model(
     source: str | Path, dtype: torch.dtype = torch.float32, device: str = "auto", resolution: int | None = None
 ) -> tuple[NeuroFlowSiglipVisionModel, Preprocessor]:
     """
-    A vision model in evaluation mode, and what makes its pixel values.
+    A vision model in evaluation mode, and its preprocessing.
 
     Args:
-        source: a folder or a name on the Hub, holding a fixed-resolution SigLIP or SigLIP 2 checkpoint (with or
-            without its text tower) or one of this package, and its image processor.
-        dtype: of weights and pixel values.
-        device: `"auto"` takes CUDA where there is one, else the CPU.
-        resolution: side of the frames in pixels; None takes the image processor's.
+        source: folder or Hub name of a fixed-resolution SigLIP or SigLIP 2 checkpoint, with or without its text tower,
+            or of one of this package's; with its image processor.
+        dtype: of the weights.
+        device: `"auto"` is CUDA if available, else the CPU.
+        resolution: side of the frames in pixels; default: the image processor's.
 
     Raises:
-        ModelLoadError: if it does not exist, is damaged, lacks weights, or has no image processor.
-        ValueError: for a device that is not there, and a resolution that is no whole number of pixels.
+        ModelLoadError: if the checkpoint does not exist, is damaged, lacks weights, or has no image processor.
+        ValueError: for a device that is not available, and a resolution below 1.
     """
     require_place(source)
     device = usable_device(device)
-    with quiet_transformers(), quiet_loading():
-        with load_errors("SigLIP vision model", source):
-            model, info = NeuroFlowSiglipVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        require_weights("SigLIP vision model", source, info["missing_keys"])
+    with quiet_transformers():
+        model, missing = read_model(NeuroFlowSiglipVisionModel, "SigLIP vision model", source, dtype)
+        require_weights("SigLIP vision model", source, missing)
         preprocess = load_preprocess(source, resolution)
     require_head(model, source)
     return model.eval().to(device), preprocess
@@ -85,26 +96,23 @@ def load_text_model(
     source: str | Path, dtype: torch.dtype = torch.float32, device: str = "auto", resolution: int | None = None
 ) -> tuple[NeuroFlowSiglipModel, Preprocessor, Any]:
     """
-    A whole model, text tower included, in evaluation mode; what makes its pixel values; and its tokenizer.
+    A model with its text tower, in evaluation mode, its preprocessing and its tokenizer.
 
     Args:
-        source, dtype, device, resolution: as in `load_model`; the checkpoint is one with text tower and tokenizer.
+        source, dtype, device, resolution: as in `load_model`.
 
     Raises:
-        ModelLoadError: as in `load_model`, and if it has no text tower or no tokenizer.
+        ModelLoadError: as in `load_model`, and if there is no text tower or no tokenizer.
         ValueError: as in `load_model`.
     """
     require_place(source)
     device = usable_device(device)
-    with quiet_transformers(), quiet_loading():
-        with load_errors("SigLIP model", source):
-            settings, _ = NeuroFlowSiglipConfig.get_config_dict(source)
+    with quiet_transformers():
+        settings = read_config(NeuroFlowSiglipConfig, "SigLIP model", source)
         if settings.get("model_type") == NeuroFlowSiglipVisionConfig.model_type:
-            # its configuration says nothing of a text tower, and one of the default size would be made
+            # transformers would add a random text tower of the default size
             raise NoTextTowerError(f"{source} holds a vision tower alone. {NEED_TEXT}")
-        with load_errors("SigLIP model", source):
-            model, info = NeuroFlowSiglipModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        missing = sorted(info["missing_keys"])
+        model, missing = read_model(NeuroFlowSiglipModel, "SigLIP model", source, dtype)
         if missing and all(name.startswith(("text_model.", "logit_")) for name in missing):
             raise NoTextTowerError(
                 f"{source} has no complete text tower: {len(missing)} of its weights are missing, such as "
@@ -114,7 +122,7 @@ def load_text_model(
         preprocess = load_preprocess(source, resolution)
         tokenizer = load_tokenizer(source)
     require_head(model.vision_model, source)
-    model.vision_model.config.name_or_path = model.config.name_or_path  # for runs, which are given the tower alone
+    model.vision_model.config.name_or_path = model.config.name_or_path  # for runs, which get the vision tower alone
     return model.eval().to(device), preprocess, tokenizer
 
 
@@ -127,10 +135,10 @@ def load_model_with_labels(
     resolution: int | None = None,
 ) -> tuple[NeuroFlowSiglipVisionModel, Preprocessor, Labels]:
     """
-    What `load_model` gives, and labels as the checkpoint's text tower embeds them. The text tower is not kept.
+    As `load_model`, with labels that the checkpoint's text tower embedded. The text tower is not kept.
 
     Args:
-        source, dtype, device, resolution: as in `load_text_model`.
+        source, dtype, device, resolution: as in `load_model`.
         names, template: as in `embed_labels`.
 
     Raises:
@@ -141,21 +149,54 @@ def load_model_with_labels(
     return model.vision_model, preprocess, embed_labels(model, tokenizer, names, template)
 
 
-def require_place(source: str | Path):
+def load_language_model(
+    source: str | Path, dtype: torch.dtype = torch.float32, device: str = "auto"
+) -> tuple[NeuroFlowPhi3ForCausalLM, Any]:
     """
-    Raise a ModelLoadError for what is neither a folder nor like a name on the Hub: it is a mistyped path, and should
-    not be looked for there.
+    A language model in evaluation mode, and its tokenizer.
+
+    Args:
+        source: folder or Hub name of a Phi-3 checkpoint, or of one of this package's, with its tokenizer.
+        dtype, device: as in `load_model`.
+
+    Raises:
+        ModelLoadError: if the checkpoint does not exist, is damaged, is not a Phi-3, or lacks weights or a tokenizer.
+        ValueError: for a device that is not available.
     """
-    if not Path(source).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
-        raise ModelLoadError(f"There is no model folder {source}.")
+    require_place(source)
+    device = usable_device(device)
+    with quiet_transformers():
+        kind = read_config(NeuroFlowPhi3Config, "Phi-3 model", source).get("model_type")
+        if kind not in ("phi3", NeuroFlowPhi3Config.model_type):
+            raise ModelLoadError(f"{source} holds a model of type {kind!r}; expected a Phi-3 checkpoint (`phi3`).")
+        model, missing = read_model(NeuroFlowPhi3ForCausalLM, "Phi-3 model", source, dtype)
+        require_weights("Phi-3 model", source, missing)
+        tokenizer = load_tokenizer(source)
+    return model.eval().to(device), tokenizer
+
+
+# --- parts of a checkpoint -----------------------------------------------------------------------------------------
+
+
+def read_config(config_class: type, what: str, source: str | Path) -> dict:
+    """A stored configuration as a dict."""
+    with load_errors(what, source):
+        return config_class.get_config_dict(source)[0]
+
+
+def read_model(model_class: type, what: str, source: str | Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """A model, and the sorted names of its weights that the checkpoint lacks."""
+    with load_errors(what, source):
+        model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    return model, sorted(info["missing_keys"])
 
 
 @contextlib.contextmanager
 def load_errors(what: str, source: str | Path) -> Iterator[None]:
-    """Whatever is raised while `what` is read from `source` becomes a ModelLoadError that says so, and what to do."""
+    """Turn every error inside the block into a ModelLoadError: damaged files raise all kinds of errors."""
     try:
         yield
-    except Exception as error:  # damaged files raise whatever their reader raises
+    except Exception as error:
         if isinstance(error, SafetensorError):
             advice = ". A weights file is damaged or cut short; copy or download it again."
         elif not Path(source).exists():
@@ -165,13 +206,18 @@ def load_errors(what: str, source: str | Path) -> Iterator[None]:
         raise ModelLoadError(f"Cannot load a {what} from {source}: {one_line(error)}{advice}") from error
 
 
-def require_weights(what: str, source: str | Path, missing: Iterable[str]):
+def require_place(source: str | Path):
+    """Raise a ModelLoadError unless `source` is a folder or could be a Hub name: a mistyped path is not looked up."""
+    if not Path(source).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
+        raise ModelLoadError(f"There is no model folder {source}.")
+
+
+def require_weights(what: str, source: str | Path, missing: Sequence[str]):
     """Raise a ModelLoadError if weights are missing."""
-    names = sorted(missing)
-    if names:
+    if missing:
         raise ModelLoadError(
-            f"{source} is no complete {what}: {len(names)} of its weights are missing, such as "
-            f"{names[0]}. They would be random; name a SigLIP or SigLIP 2 checkpoint."
+            f"{source} is not a complete {what}: {len(missing)} of its weights are missing, such as {missing[0]}. "
+            "They would be random; name another checkpoint, or copy or download this one again."
         )
 
 
@@ -182,7 +228,7 @@ def require_head(model: NeuroFlowSiglipVisionModel, source: str | Path):
 
 
 def load_preprocess(source: str | Path, resolution: int | None) -> Preprocessor:
-    """What makes pixel values, from the image processor in `source`; ModelLoadError if there is none."""
+    """The preprocessing of the image processor in `source`; ModelLoadError if there is none."""
     try:
         return Preprocessor.from_pretrained(source, resolution)
     except (OSError, TypeError, KeyError) as error:
@@ -193,28 +239,26 @@ def load_preprocess(source: str | Path, resolution: int | None) -> Preprocessor:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer in `source`; ModelLoadError if there is none, or none that can be used."""
-    from transformers import AutoTokenizer
-
+    """The tokenizer in `source`; ModelLoadError if there is none that can be used."""
     try:
         return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # as for the model, and ImportError where it needs a package that is not there
+    except Exception as error:  # damaged files raise all kinds of errors, and missing packages ImportError
         raise ModelLoadError(
-            f"Cannot load a tokenizer from {source}, and labels need one. Save it beside the model: "
-            f"`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`. What transformers says: {one_line(error)}"
+            f"Cannot load a tokenizer from {source}: {one_line(error)} Save one beside the model: "
+            "`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`."
         ) from error
 
 
 def load_gate(path: str | Path) -> dict:
     """
-    All options of the gate that a NeuroFlow configuration holds, such as `neuroflow tune` writes.
+    All gate options in a NeuroFlow configuration, such as `neuroflow tune` writes.
 
     Args:
-        path: the `config.json`, or the folder that it lies in.
+        path: the `config.json` or its folder.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is not JSON, holds no gate, or one with unknown options or values out of range.
+        ValueError: if it is not JSON, or holds no gate or a wrong one.
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
@@ -223,7 +267,7 @@ def load_gate(path: str | Path) -> dict:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no configuration: it is not JSON ({one_line(error)}).") from error
+        raise ValueError(f"{file} is not JSON ({one_line(error)}); expected a configuration.") from error
     parts = [config, config.get("vision_config")] if isinstance(config, dict) else []
     gates = [part["gate"] for part in parts if isinstance(part, dict) and isinstance(part.get("gate"), dict)]
     if not gates:
@@ -236,35 +280,32 @@ def load_gate(path: str | Path) -> dict:
         raise ValueError(f"The gate in {file} cannot be used: {one_line(error)}") from error
 
 
+# --- small things --------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' own progress bars inside the block: they would break into ours."""
-    import transformers
-
-    showing = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if showing:
-            transformers.utils.logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Hold back what transformers says while it loads: what matters of it becomes an error."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
+    """Hide transformers' progress bars, which would break into ours, and its warnings."""
+    showing, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        if showing:
+            logging.enable_progress_bar()
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of that name; ValueError for another than float32, bfloat16 and float16."""
+    if name not in DTYPES:
+        raise ValueError(f"The dtype is {name!r}; expected {', '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name (`"auto"`: CUDA, else the CPU), tried out; ValueError if it is not there."""
+    """The device of that name; `"auto"` is CUDA if available, else the CPU. ValueError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -277,78 +318,3 @@ def one_line(error: BaseException) -> str:
     """An error's message without line breaks, shortened to 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def default_language_model() -> Path:
-    """
-    The small Phi-3 that lies in the checkout.
-
-    Raises:
-        ModelLoadError: if it is not there, as in an installed package.
-    """
-    folder = Path(__file__).parent.parent / NANO
-    if not (folder / "config.json").exists():
-        raise ModelLoadError(
-            f"There is no {NANO} here: it lies in the checkout of this package. Name a Phi-3 checkpoint with --model, "
-            "a folder or a name on the Hub."
-        )
-    return folder
-
-
-def default_prompts() -> Path:
-    """
-    The prompts that lie in the checkout: texts that the small Phi-3 was not trained on.
-
-    Raises:
-        FileNotFoundError: if they are not there, as in an installed package.
-    """
-    path = Path(__file__).parent.parent / NANO_PROMPTS
-    if not path.exists():
-        raise FileNotFoundError(
-            f"There is no {NANO_PROMPTS} here: it lies in the checkout of this package. Name a file of prompts with "
-            "--prompts."
-        )
-    return path
-
-
-def load_language_model(
-    source: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "auto"
-) -> tuple[NeuroFlowPhi3ForCausalLM, Any]:
-    """
-    A language model in evaluation mode, and its tokenizer.
-
-    Args:
-        source: a folder or a name on the Hub, holding a Phi-3 checkpoint, or one of this package, and its tokenizer.
-        dtype: of the weights.
-        device: `"auto"` takes CUDA where there is one, else the CPU.
-
-    Raises:
-        ModelLoadError: if it does not exist, is damaged, is no Phi-3, lacks weights, or has no tokenizer.
-        ValueError: for a device that is not there.
-    """
-    require_place(source)
-    device = usable_device(str(device))
-    with quiet_transformers(), quiet_loading():
-        with load_errors("Phi-3 model", source):
-            settings, _ = NeuroFlowPhi3Config.get_config_dict(source)
-        if settings.get("model_type") not in MODEL_TYPES:
-            raise ModelLoadError(
-                f"{source} holds a model of type {settings.get('model_type')!r}; expected a Phi-3 checkpoint (`phi3`)."
-            )
-        with load_errors("Phi-3 model", source):
-            model, info = NeuroFlowPhi3ForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise ModelLoadError(
-                f"{source} is no complete Phi-3: {len(missing)} of its weights are missing, such as {missing[0]}. "
-                "They would be random; copy or download the checkpoint again."
-            )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except Exception as error:  # whatever the reader of a damaged file raises, and ImportError
-            raise ModelLoadError(
-                f"Cannot load a tokenizer from {source}. Save it beside the model: "
-                f"`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`. What transformers says: "
-                f"{one_line(error)}"
-            ) from error
-    return model.eval().to(device), tokenizer

@@ -94,13 +94,19 @@ def test_models_need_five_packages(family):
     assert roots - set(sys.stdlib_module_names) - {"neuroflow_hf"} - OPTIONAL <= MODEL_PACKAGES
 
 
-def test_importing_the_package_imports_no_extra():
+LOADING = (
+    "from neuroflow_hf.loading import *; load_language_model(default_language_model(), device='cpu'); "
+    "load_text_model(default_model(), device='cpu')"
+)
+
+
+@pytest.mark.parametrize("statement", ["import neuroflow_hf", LOADING], ids=["import", "loading"])
+def test_models_import_no_extra(statement):
     program = (
-        "import sys, neuroflow_hf; "
-        "print([name for name in ('av', 'matplotlib', 'typer', 'rich', 'onnx', 'evaluate') "
-        "if name in sys.modules and name not in before])"
+        "import sys, transformers; before = set(sys.modules); "  # transformers may bring some itself
+        f"{statement}; extras = ('av', 'PIL', 'matplotlib', 'typer', 'rich', 'onnx', 'evaluate'); "
+        "print([name for name in extras if name in sys.modules and name not in before])"
     )
-    program = "import sys, transformers; before = set(sys.modules); " + program  # transformers may bring some itself
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
     )
@@ -109,15 +115,14 @@ def test_importing_the_package_imports_no_extra():
 
 
 @pytest.mark.parametrize(
-    "module, missing, extra",
+    "statement, missing, extra",
     [
-        ("neuroflow_hf.cli.main", "typer", "cli"),
-        ("neuroflow_hf.video", "av", "video"),
-        ("neuroflow_hf.video", "PIL", "video"),
+        ("import neuroflow_hf.cli.main", "typer", "cli"),
+        ("from neuroflow_hf.video import VideoReader", "av", "video"),
     ],
 )
-def test_a_missing_extra_is_named(module, missing, extra):
-    program = f"import sys; sys.modules[{missing!r}] = None; import {module}"
+def test_a_missing_extra_is_named(statement, missing, extra):
+    program = f"import sys; sys.modules[{missing!r}] = None; {statement}"
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
     )

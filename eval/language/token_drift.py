@@ -17,8 +17,8 @@ import typer
 
 from eval.language.findings import PUBLISHED_DRIFT, drift_findings, findings_table
 from eval.report import RESULTS, provenance, write_whole
+from neuroflow_hf.cli.drift import print_drift, run_drift, write_drift
 from neuroflow_hf.cli.errors import one_line_errors
-from neuroflow_hf.cli.language import print_drift, run_drift, write_drift
 from neuroflow_hf.drift.tables import drift_markdown
 from neuroflow_hf.utils.files import report_text
 from neuroflow_hf.utils.tables import markdown_table
@@ -49,12 +49,8 @@ def main(
             prompts=prompts,
             path=output,
             settings={"new_tokens": new_tokens, "batch_size": batch_size, "seed": seed},
-            own=None,
             max_prompts=max_prompts,
-            quick=False,
             fresh=fresh,
-            dtype="float32",
-            device="auto",
             command=provenance()["command"],
         )
         if report is None:

@@ -1,22 +1,16 @@
-"""The command that measures a checkpoint on videos: `neuroflow eval`."""
+"""`neuroflow eval`: measure a checkpoint on videos."""
 
-import contextlib
-import shlex
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from .errors import one_line_errors, require_dtype
+from . import options
+from .errors import one_line_errors
+from .options import option
+from .output import command_line, figure_table, print_wide, print_written
 from .progress import CommandProgress
 
-LABELS = "Labels"
-OUTPUT = "Output"
 FRAMES, QUICK_FRAMES = 96, 24
 
 
@@ -24,110 +18,77 @@ def evaluate(
     videos: Annotated[
         Path | None,
         typer.Argument(
-            help="Video file, or folder of videos; subfolders' names say what their videos show, as in UCF-101.",
+            help="Video file, or folder of videos whose subfolders are named after what their videos show, as in "
+            "UCF-101.",
             show_default="the two clips that ship here",
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or Hub name of a SigLIP or SigLIP 2 checkpoint with its image processor.",
-            show_default="in a checkout the one under models/, else a real vision tower, built on first use",
-        ),
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            help="What the videos may show, separated by commas, such as 'a dog, a cat'; the model must read text.",
-            show_default="the subfolders' names, if there are any",
-            rich_help_panel=LABELS,
-        ),
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            help="The text that is compared with frames, with {} for the label.",
-            show_default="This is a photo of {}.",
-            rich_help_panel=LABELS,
-        ),
-    ] = None,
-    truth: Annotated[
-        bool,
-        typer.Option(help="Take subfolders' names for what their videos show.", rich_help_panel=LABELS),
-    ] = True,
+    model: options.VisionModel = None,
+    labels: options.Labels = None,
+    template: options.Template = None,
+    truth: Annotated[bool, option("Use subfolders' names as the videos' true labels.", panel=options.LABELS)] = True,
     methods: Annotated[
         str | None,
-        typer.Option(
-            help="Presets, modes or single settings, separated by commas, such as 'balanced, context'; the controls "
-            "always come along.",
-            show_default="the presets",
+        option(
+            "Presets, modes or single settings to measure beside the baselines, separated by commas, such as "
+            "'balanced, context'.",
+            default="the presets",
         ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="Also measure the gate options of this configuration, such as `neuroflow tune` writes, or of its "
-            "folder's.",
-            show_default="none",
+        option(
+            "Also measure the gate options of this configuration (file or folder), as written by `neuroflow tune`.",
+            default="none",
         ),
     ] = None,
     frames: Annotated[
-        int | None,
-        typer.Option(help="Take the first so many frames of each video; 0: all.", show_default=f"{FRAMES}"),
+        int | None, option("Use the first N frames of each video; 0: all.", metavar="N", default=f"{FRAMES}")
     ] = None,
-    stride: Annotated[int, typer.Option(help="Take every so many frames.")] = 1,
-    resolution: Annotated[
-        int | None, typer.Option(help="Side of the frames in pixels.", show_default="the model's")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes CUDA if there is one.")] = "auto",
+    stride: options.Stride = 1,
+    resolution: options.Resolution = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "auto",
     quick: Annotated[
-        bool, typer.Option("--quick", help=f"{QUICK_FRAMES} frames of each video, fewer settings of dear controls.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of the intervals' bootstrap.")] = 0,
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder to write to; what was measured there before is used.", rich_help_panel=OUTPUT),
-    ] = Path("neuroflow-eval"),
-    card: Annotated[
         bool,
-        typer.Option(
-            help="Write a model card with the figures: the checkpoint's own, or a new one.", rich_help_panel=OUTPUT
-        ),
+        option(f"Use {QUICK_FRAMES} frames of each video, and fewer settings of expensive baselines.", "--quick"),
+    ] = False,
+    seed: options.BootstrapSeed = 0,
+    out: options.Out = Path("neuroflow-eval"),
+    card: Annotated[
+        bool, option("Write a model card with the figures, based on the checkpoint's card.", panel=options.OUTPUT)
     ] = True,
     write_card: Annotated[
-        bool,
-        typer.Option("--write-card", help="Also write the card into the checkpoint's folder.", rich_help_panel=OUTPUT),
+        bool, option("Also write the card to the checkpoint's folder.", "--write-card", panel=options.OUTPUT)
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure all anew.", rich_help_panel=OUTPUT)] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show errors with their traceback.", rich_help_panel=OUTPUT)
-    ] = False,
+    fresh: options.Fresh = False,
+    debug: options.Debug = False,
 ):
     """
-    Measure a checkpoint on videos: dense, the presets and the controls, with a report, plots and a model card.
+    Measure a checkpoint on videos: dense, presets and baselines, with a report, plots and a model card.
 
-    Interrupted, the same command continues. Several processes (`torchrun`, `accelerate launch`) share the videos.
+    Without --labels, the names of the subfolders are the labels, if there are any. After an interruption, the same
+    command continues. Several processes (`torchrun`, `accelerate launch`) share the videos.
     """
-    nothing_done = f"what was measured is in {out}; the same command continues."
-    with one_line_errors(debug, nothing_done):
-        require_dtype(dtype)
-
-        from ..evaluation.card import existing_card
+    with one_line_errors(debug, nothing_done=f"what was measured is in {out}; the same command continues."):
+        from ..evaluation.card import CARD, existing_card
         from ..evaluation.datasets import chosen_labels, find_videos
         from ..evaluation.run import EvalSettings, evaluate_checkpoint, load_checkpoint
-        from ..loading import DTYPES, default_model, load_gate
-        from ..utils.files import prepare_folder
+        from ..loading import default_model, dtype_named, load_gate
+        from ..utils.files import prepare_folder, write_whole
         from ..utils.processes import Processes
         from ..video.labels import TEMPLATE, check_labels, parse_labels
 
-        # what fails quickly goes first
+        # check what is quick to check before loading the model
+        weights_dtype = dtype_named(dtype)
         if write_card and (model is None or not Path(model).is_dir()):
-            raise ValueError("--write-card writes into the checkpoint's folder; name one with --model.")
+            raise ValueError("--write-card writes to the checkpoint's folder; name one with --model.")
         if write_card and not card:
             raise ValueError("Give --write-card or --no-card, not both.")
         gate = None if config is None else load_gate(config)
-        settings = EvalSettings(frames=wanted_frames(frames, quick), stride=stride, seed=seed)
+        if frames is None:
+            frames = QUICK_FRAMES if quick else FRAMES
+        settings = EvalSettings(frames=frames or None, stride=stride, seed=seed)
         found = find_videos(videos, truth)
         names = chosen_labels(found, None if labels is None else parse_labels(labels))
         if names:
@@ -138,58 +99,36 @@ def evaluate(
         source = model or default_model()
         before = existing_card(source) if card else None
         processes = Processes()
-        if device == "auto" and processes.device is not None:
-            device = str(processes.device)
         checkpoint = load_checkpoint(
-            source, names, template or TEMPLATE, DTYPES[dtype], device, resolution, must_read_text=labels is not None
+            source,
+            names,
+            template or TEMPLATE,
+            weights_dtype,
+            processes.device_for(device),
+            resolution,
+            must_read_text=labels is not None,
         )
-        wanted = None if methods is None else [name.strip() for name in methods.split(",")]
-        with eval_progress() as on_step:
-            report = evaluate_checkpoint(checkpoint, found, out, settings, wanted, quick, fresh, on_step, gate)
+        chosen = None if methods is None else [name.strip() for name in methods.split(",")]
+        with CommandProgress("videos") as progress:
+
+            def on_step(video, what, done, total):
+                progress.show(f"{video[-40:]}: {what}", done, total)
+
+            report = evaluate_checkpoint(checkpoint, found, out, settings, chosen, quick, fresh, on_step, gate)
         if not processes.is_main:
             return
-        report = {"command": shlex.join(["neuroflow", *sys.argv[1:]]), **report}
-        files = write_evaluation(report, out, before if card else None, card)
+        report = {"command": command_line(), **report}
+        files = write_evaluation(report, out, before, card)
         if write_card:
-            from ..evaluation.card import CARD
-            from ..utils.files import write_whole
-
             write_whole(Path(model) / CARD, (out / "model_card.md").read_bytes())
     print_evaluation(report)
-    console = Console(highlight=False)
-    console.print(f"Written to {escape(str(out))}: {', '.join(files)}", soft_wrap=True)
+    print_written(out, files)
     if write_card:
-        console.print(f"The card is in {escape(str(model))}, too.", soft_wrap=True)
-
-
-def wanted_frames(frames: int | None, quick: bool) -> int | None:
-    """How many frames of each video; None for all."""
-    if frames is None:
-        return QUICK_FRAMES if quick else FRAMES
-    return frames or None
-
-
-@contextlib.contextmanager
-def eval_progress() -> Iterator[Any]:
-    """A progress bar on stderr; yields what `evaluate_checkpoint` calls."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("videos"))
-    console = Console(stderr=True, highlight=False)
-    progress = CommandProgress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
-    task = progress.add_task("reading", total=None)
-
-    def on_step(video, what, done, total):
-        progress.update(task, description=escape(f"{video[-40:]}: {what}"), completed=done, total=total)
-
-    try:
-        yield on_step
-    finally:
-        progress.close()
+        print_written(Path(model), [CARD])
 
 
 def write_evaluation(report: dict, out: Path, existing_card: str | None, card: bool) -> list[str]:
-    """Write a report as JSON, Markdown and pictures, and the card, each whole; the files' names."""
+    """Write a report as JSON, Markdown and plots, and a model card if `card`; the files' names."""
     from ..evaluation.card import evaluation_card
     from ..evaluation.plots import plot_accuracy, plot_fidelity
     from ..evaluation.report import card_markdown, report_markdown
@@ -203,31 +142,22 @@ def write_evaluation(report: dict, out: Path, existing_card: str | None, card: b
         (out / "accuracy_over_cost.png").unlink(missing_ok=True)  # of an earlier run with labels
     for name, draw in plots.items():
         save_plot(draw(report), out / name)
-    write_whole(out / "report.md", report_markdown(report, list(plots)))
-    files = ["report.json", "report.md", *plots]
+    texts = {"report.md": report_markdown(report, list(plots))}
     if card:
-        text = evaluation_card(report, card_markdown(report), existing_card)
-        write_whole(out / "model_card.md", text)
-        files.append("model_card.md")
-    write_whole(out / "report.json", report_text(report))
-    return files
+        texts["model_card.md"] = evaluation_card(report, card_markdown(report), existing_card)
+    texts["report.json"] = report_text(report)
+    for name, text in texts.items():
+        write_whole(out / name, text)
+    return [*texts, *plots]
 
 
 def print_evaluation(report: dict):
-    """A report as tables on stdout; skipped videos on stderr."""
+    """Print a report as tables, and on stderr the videos that were skipped."""
     from ..evaluation.report import description, label_words, main_tables
 
-    console = Console(highlight=False)
-    console.print(escape(description(report)), soft_wrap=True)
-    console.print(escape(label_words(report)), soft_wrap=True)
-    console = Console(highlight=False, width=max(console.width, 180))  # narrower, figures would break
-    for title, (headers, rows) in main_tables(report):
-        table = Table(*headers, title=title, title_justify="left")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
+    typer.echo(description(report))
+    typer.echo(label_words(report))
+    print_wide(*(figure_table(*table, title) for title, table in main_tables(report)), width=180)
     skipped = report["videos"]["skipped"]
     if skipped:
         typer.echo(f"Skipped {len(skipped)} of {report['videos']['count']} videos, which cannot be read:", err=True)

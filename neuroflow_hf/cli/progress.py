@@ -1,49 +1,61 @@
-"""Progress of a long command: a bar in a terminal; in a log, a line now and then."""
+"""Progress of a long command on stderr: a bar in a terminal, a line now and then in a log."""
 
 import time
 from collections.abc import Callable
 
-from rich.progress import Progress, TaskID
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 15.0
 
 
 class CommandProgress(Progress):
     """
-    rich's progress, which shows nothing before the first update: an error should stand alone. Where the console is no
-    terminal, it prints a line with what is done and the time left, every `SECONDS_BETWEEN_LINES` at most.
+    The progress of one task. Nothing is shown before the first `show`, so that an error stands alone. Where the
+    console is not a terminal, a line with what is done and the time left is printed every `SECONDS_BETWEEN_LINES`.
 
     Args:
-        columns, options: as of [`rich.progress.Progress`].
-        clock: seconds, of which only differences count.
+        unit: what is counted, such as `"frames"`.
+        console: default: stderr.
+        clock: a time in seconds; only differences are used.
     """
 
-    def __init__(self, *columns, clock: Callable[[], float] = time.monotonic, **options):
-        super().__init__(*columns, **options)
-        self.clock = clock
+    def __init__(self, unit: str, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console or Console(stderr=True, highlight=False),
+            transient=True,
+        )
+        self.task_id, self.clock = self.add_task("", total=None), clock
         self.begun = self.last_line = clock()
 
-    def update(self, task_id: TaskID, **changes) -> None:
-        """Advance or describe a task, and show it."""
-        super().update(task_id, **changes)
+    def __enter__(self) -> "CommandProgress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.live.is_started:  # otherwise, `stop` would print an empty line
+            self.stop()
+
+    def show(self, description: str, done: float, total: float | None) -> None:
+        """Show the current step, and what is done of the total (None if it is unknown)."""
+        self.update(self.task_id, description=description, completed=done, total=total)
         if self.console.is_terminal:
             self.start()
         elif self.clock() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = self.clock()
-            self.console.print(self.line(task_id), soft_wrap=True, markup=False)
+            self.console.print(self.line(description, done, total), soft_wrap=True, markup=False)
 
-    def line(self, task_id: TaskID) -> str:
-        """What a task has done, of how much, and the time left."""
-        task = next(task for task in self.tasks if task.id == task_id)
-        if not task.total:
-            return f"{task.description}: {task.completed:g}"
-        if not task.completed:
-            return f"{task.description}: 0 of {task.total:g}"
-        left = (self.clock() - self.begun) / task.completed * (task.total - task.completed)
+    def line(self, description: str, done: float, total: float | None) -> str:
+        """A line of the log."""
+        if not total:
+            return f"{description}: {done:g}"
+        if not done:
+            return f"{description}: 0 of {total:g}"
+        left = (self.clock() - self.begun) / done * (total - done)
         minutes, seconds = divmod(round(left), 60)
-        return f"{task.description}: {task.completed:g} of {task.total:g}, about {minutes}:{seconds:02d} left"
-
-    def close(self) -> None:
-        """Stop, if anything was shown; rich would print an empty line otherwise."""
-        if self.live.is_started:
-            self.stop()
+        return f"{description}: {done:g} of {total:g}, about {minutes}:{seconds:02d} left"

@@ -8,7 +8,7 @@ import torch
 
 from ..language.bypass_state import BypassStatistics
 from ..language.speculative_decoding import LosslessCounts
-from ..loading import quiet_loading
+from ..loading import quiet_transformers
 from .metrics import first_divergence, position_drift
 
 
@@ -69,7 +69,7 @@ def continue_text(
         torch.manual_seed(seed)
     is_dense = bool(lossless) or model.bypass_options(bypass) is None
     started = time.perf_counter()
-    with quiet_loading():
+    with quiet_transformers():
         output = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),

@@ -9,12 +9,11 @@ import torch
 
 class Processes:
     """
-    This process among those of one job. Alone, nothing of accelerate is loaded, and everything returns what it is
-    given.
+    This process among those of one job. A single process does not load accelerate, and gathers its own items.
 
     Attributes:
-        index, count: which process this is, of how many.
-        device: where accelerate wants this one to work; None if it is alone.
+        index, count: the number of this process, from 0, and of all processes.
+        device: that accelerate assigns to this process; None if there is only one.
     """
 
     def __init__(self):
@@ -24,9 +23,11 @@ class Processes:
         if started > 1:
             from accelerate import PartialState
 
-            state = PartialState(cpu=not torch.accelerator.is_available())  # unasked, it takes CPUs to be alone
+            state = PartialState(
+                cpu=not torch.accelerator.is_available()
+            )  # by default, accelerate expects one process on CPUs
             self.index, self.count, self.device = state.process_index, state.num_processes, state.device
-            if self.count != started:  # each would do all of it, and write over the others
+            if self.count != started:  # each would do the whole job and overwrite the others' files
                 raise RuntimeError(
                     f"{started} processes were started, and accelerate sees {self.count}; start them with torchrun, "
                     "or with `accelerate launch`."
@@ -37,8 +38,12 @@ class Processes:
         """Whether this is the process that writes and prints."""
         return self.index == 0
 
+    def device_for(self, name: str) -> str:
+        """The device of that name; `"auto"` is this process's own, if there are several."""
+        return str(self.device) if name == "auto" and self.device is not None else name
+
     def share(self, count: int) -> list[int]:
-        """The places, of so many, that are this process's: every `self.count`-th."""
+        """This process's part of `count` places: every `self.count`-th."""
         return list(range(self.index, count, self.count))
 
     def gather(self, items: Sequence[Any]) -> list[Any]:

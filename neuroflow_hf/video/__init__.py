@@ -1,12 +1,21 @@
 """Frames out of video files, labels, motion, overlays: a model run over a video."""
 
-try:
-    import av  # noqa: F401
-    import PIL  # noqa: F401
-except ImportError as error:
-    raise ImportError('Video files need the extra `video`: pip install "neuroflow-hf[video]".') from error
+from typing import TYPE_CHECKING, Any
 
 from .preprocess import Preprocessor
-from .reader import VideoReader, bundled_clip, labelled_clip, read_frames
+
+if TYPE_CHECKING:
+    from .reader import VideoReader, bundled_clip, labelled_clip, read_frames
 
 __all__ = ["Preprocessor", "VideoReader", "bundled_clip", "labelled_clip", "read_frames"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what reads videos when it is first used: models load without PyAV."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from . import reader
+    except ImportError as error:
+        raise ImportError('Video files need the extra `video`: pip install "neuroflow-hf[video]".') from error
+    return getattr(reader, name)

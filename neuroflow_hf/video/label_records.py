@@ -1,4 +1,4 @@
-"""What a run says about labels: in lines, over time, beside dense and the controls. Pure functions."""
+"""Labels of a run: per frame, over time, and compared with dense and the baselines. Pure functions."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -13,13 +13,12 @@ MOST_CHARACTERS = 60  # of a label in pictures
 
 def timeline(records: Sequence[FrameRecord], names: Sequence[str]) -> list[dict]:
     """
-    The label that fits best over time: consecutive frames with the same one are put together, and nothing is smoothed;
-    a label of a single frame stands there too.
+    The best label over time: a stretch for each run of consecutive frames with the same label, without smoothing.
 
     Returns:
-        In order, of each stretch: `start`, the seconds of its first frame; `end`, those of the next stretch's first
-        frame, at the end of the video those of its own last one; `frames`; `label`; `confidence` and `share`, means
-        over its frames of the label's score and share.
+        For each stretch: `start`, the time of its first frame in seconds; `end`, the time of the next stretch's first
+        frame, or of the last frame; `frames`, their number; `label`; `confidence` and `share`, the means of the
+        label's score and share.
     """
     stretches = []
     for place, group in groupby(records, key=top_label):
@@ -42,10 +41,9 @@ def timeline(records: Sequence[FrameRecord], names: Sequence[str]) -> list[dict]
 
 def agreement(records: Sequence[FrameRecord], cost: float) -> dict:
     """
-    On how many of the sampled frames after the first (`compared_frames`) the best label is the one that dense gives:
-    that of the streamed embedding (`streamed`), of the first sample's dense embedding (`first_frame`), of the last
-    sample's (`held`); and in `held_at_cost`, that of the control which costs at most `cost`, at its oldest, as in
-    [`held_at_cost`].
+    How often the best label is dense's, on the sampled frames after the first (`compared_frames`): the label of the
+    streamed embedding (`streamed`), of the first sample's dense embedding (`first_frame`), of the last sample's
+    (`held`), and of the baseline of at most `cost` (`held_at_cost`, see [`records.held_at_cost`]).
     """
     sampled = [record for record in records if record.dense_label_logits is not None]
     dense = [int(record.dense_label_logits.argmax()) for record in sampled]
@@ -71,7 +69,7 @@ def agreement(records: Sequence[FrameRecord], cost: float) -> dict:
 
 
 def label_figures(records: Sequence[FrameRecord], labels: Labels) -> dict:
-    """What `summary.json` says about labels: `names`, `template`, `agreement` with dense, and the `timeline`."""
+    """Labels in `summary.json`: `names`, `template`, `agreement` with dense, and the `timeline`."""
     return {
         "names": list(labels.names),
         "template": labels.template,
@@ -81,7 +79,7 @@ def label_figures(records: Sequence[FrameRecord], labels: Labels) -> dict:
 
 
 def label_line(record: FrameRecord, names: Sequence[str]) -> dict:
-    """What a frame's line in `frames.jsonl` says about labels: the best one, its confidence and share, all scores."""
+    """Labels in a frame's line of `frames.jsonl`: the best one, its confidence and share, and all scores."""
     place = top_label(record)
     scores = [significant(score) for score in record.label_logits.sigmoid().tolist()]
     line = {
@@ -96,41 +94,41 @@ def label_line(record: FrameRecord, names: Sequence[str]) -> dict:
 
 
 def label_caption(record: FrameRecord, names: Sequence[str]) -> list[tuple[str, str]]:
-    """What stands under a frame in a row of its own, as (label, value)."""
+    """The caption's row for the best label, as (label, value)."""
     place = top_label(record)
     confidence = percent(record.label_logits[place].sigmoid().item())
     return [("LABEL, CONFIDENCE", f"{shortened(names[place], MOST_CHARACTERS)}   {confidence}")]
 
 
 def object_caption(line: dict) -> str:
-    """What stands at a moving object's box: its label and confidence; empty without labels."""
+    """The text at a moving object's box: its label and confidence; empty without labels."""
     if "label" not in line:
         return ""
     return f"{shortened(line['label'], MOST_CHARACTERS // 2)} {percent(line['confidence'])}"
 
 
 def top_label(record: FrameRecord) -> int:
-    """The place of the label that fits best; by logits, for the scores of two can both be 1 in float32."""
+    """The number of the best label; by logits, because two scores can both round to 1."""
     return int(record.label_logits.argmax())
 
 
 def count_same(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """In how many places two sequences of one length agree."""
+    """The number of places in which two sequences agree."""
     return sum(a == b for a, b in zip(ours, theirs, strict=True))
 
 
 def percent(value: float) -> str:
-    """A share of 1 in percent; SigLIP's probabilities can be small and still tell labels apart."""
+    """A share as a percentage, with enough digits for small ones: SigLIP's probabilities are often small."""
     if value < 0.0001:
         return "<0.01%"
     return f"{value:.1%}" if value >= 0.01 else f"{value:.2%}"
 
 
 def shortened(text: str, most: int) -> str:
-    """`text`, or its beginning and `...` if it has more than `most` characters."""
+    """`text`, cut to `most` characters."""
     return text if len(text) <= most else text[: most - 3].rstrip() + "..."
 
 
 def significant(value: float) -> float:
-    """A number in 6 significant digits."""
+    """A number rounded to 6 significant digits."""
     return float(f"{value:.6g}")

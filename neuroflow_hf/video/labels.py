@@ -1,5 +1,5 @@
 """
-Zero-shot labels: texts through a SigLIP model's text tower, and how well the embeddings of frames fit them.
+Zero-shot labels: embedded by a SigLIP model's text tower, and compared with the embeddings of frames.
 
     model, preprocess, tokenizer = load_text_model("path/to/siglip")
     labels = embed_labels(model, tokenizer, ["a dog", "a cat"])
@@ -17,24 +17,23 @@ from torch.nn import functional
 
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipModel
 
-TEMPLATE = "This is a photo of {}."  # what transformers' zero-shot pipeline says
+TEMPLATE = "This is a photo of {}."  # as in transformers' zero-shot pipeline
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
     """
-    L labels as a model's text tower sees them, to be compared with embeddings of its vision tower.
+    L labels, embedded by a model's text tower.
 
-    A label's *score* is SigLIP's own probability of it, `sigmoid(logit)`: each label stands for itself, so all are low
-    where none fits, and naming another one changes nothing. It is what transformers' zero-shot pipeline gives, and
-    what is shown as confidence. A label's *share* is its part among the labels, `softmax(logits)`: always 1 in all,
-    whether one fits or not. Both order the labels alike.
+    A label's *score* is SigLIP's probability, `sigmoid(logit)`. It does not depend on the other labels; if none fits,
+    all are low. Transformers' zero-shot pipeline gives it, and runs show it as confidence. A label's *share* is
+    `softmax(logits)`; shares add up to 1 even if no label fits. Both order the labels alike.
 
     Args:
-        names: the labels as they were given.
-        template: what the text tower read, with `{}` where the label stands.
+        names: the labels as given.
+        template: the text around a label, with `{}` for the label.
         text_embeddings: float32 [L, D], of length 1.
-        logit_scale, logit_bias: `logit = logit_scale * cos + logit_bias`; the scale is the factor, not its logarithm.
+        logit_scale, logit_bias: `logit = logit_scale * cos + logit_bias`; the scale is a factor, not its logarithm.
     """
 
     names: tuple[str, ...]
@@ -44,20 +43,20 @@ class Labels:
     logit_bias: float
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Embeddings of frames [..., D] to float32 [..., L]: `SiglipModel`'s `logits_per_image`."""
+        """Logits of embeddings of frames [..., D], float32 [..., L]: `SiglipModel`'s `logits_per_image`."""
         texts = self.text_embeddings.to(embeddings.device)
         return functional.normalize(embeddings.float(), dim=-1) @ texts.T * self.logit_scale + self.logit_bias
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        """Embeddings of frames [..., D] to the probability of each label by itself, float32 [..., L]."""
+        """Scores of embeddings of frames [..., D], float32 [..., L]."""
         return self.logits(embeddings).sigmoid()
 
     def shares(self, embeddings: Tensor) -> Tensor:
-        """Embeddings of frames [..., D] to the labels' shares among each other, float32 [..., L]; their sum is 1."""
+        """Shares of embeddings of frames [..., D], float32 [..., L]."""
         return self.logits(embeddings).softmax(dim=-1)
 
     def best(self, embedding: Tensor) -> tuple[str, float]:
-        """The label that fits a frame's embedding [D] best, and its score."""
+        """The best label for a frame's embedding [D], and its score."""
         logits = self.logits(embedding)
         place = int(logits.argmax())
         return self.names[place], logits[place].sigmoid().item()
@@ -69,7 +68,7 @@ def parse_labels(text: str) -> list[str]:
 
 
 def check_labels(names: Sequence[str], template: str = TEMPLATE):
-    """Raise a ValueError for no labels, empty ones, one that is there twice, and a template without a place for it."""
+    """Raise a ValueError for missing, empty or repeated labels, and for a template without one `{}`."""
     if not names:
         raise ValueError("There are no labels; expected at least one, such as `a dog`.")
     for place, name in enumerate(names):
@@ -86,16 +85,16 @@ def embed_labels(
     model: NeuroFlowSiglipModel, tokenizer: Any, names: Sequence[str], template: str = TEMPLATE
 ) -> Labels:
     """
-    Labels through the model's text tower.
+    Embed labels with the model's text tower.
 
     Args:
         model: with its text tower, in evaluation mode.
         tokenizer: the model's own.
-        names: labels, such as `"a dog"`; they go into the template as they are.
-        template: the text around a label, with `{}` where it stands; `"{}"` for texts that are whole.
+        names: labels, such as `"a dog"`.
+        template: the text around a label, with `{}` for the label; `"{}"` if the labels are whole texts.
 
     Raises:
-        ValueError: as in `check_labels`, and for labels that are too long for the text tower or the same to it.
+        ValueError: as in `check_labels`, and for labels that are too long or have the same tokens.
     """
     names = tuple(names)
     check_labels(names, template)
@@ -113,8 +112,8 @@ def embed_labels(
 
 def needs_lower_case(tokenizer: Any) -> bool:
     """
-    Whether texts have to be lower-cased for this tokenizer. SigLIP 2 was trained on lower-case text, and the Gemma
-    tokenizer that its checkpoints come with keeps capitals; SigLIP 1's tokenizer lower-cases by itself.
+    Whether texts must be lower-cased for this tokenizer. SigLIP 2 was trained on lower-case text, but its tokenizer,
+    Gemma's, keeps capitals. SigLIP 1's tokenizer lower-cases.
     """
     return any(
         "gemma" in kind.__name__.lower() or "siglip2" in kind.__name__.lower() for kind in type(tokenizer).mro()
@@ -123,12 +122,12 @@ def needs_lower_case(tokenizer: Any) -> bool:
 
 def tokenize(tokenizer: Any, texts: Sequence[str], text_config: Any) -> dict[str, Tensor]:
     """
-    `input_ids` int64 [L, P] of the texts, all padded to the P positions of the text tower, as SigLIP was trained. Its
-    tokenizers give no attention mask; one that does is taken at its word, as transformers' pipeline takes it.
+    `input_ids` int64 [L, P] of the texts, padded to the P positions of the text tower, as in SigLIP's training; and
+    `attention_mask`, if the tokenizer gives one (SigLIP's do not).
 
     Raises:
-        ValueError: for a text of more than P tokens, of which the rest would not be seen; for a tokenizer that cannot
-            pad, or has tokens that the text tower does not know.
+        ValueError: for a text of more than P tokens, a tokenizer that cannot pad, and tokens that the text tower does
+            not know.
     """
     length = text_config.max_position_embeddings
     if needs_lower_case(tokenizer):
@@ -139,14 +138,14 @@ def tokenize(tokenizer: Any, texts: Sequence[str], text_config: Any) -> dict[str
             raise ValueError(f"{text!r} has {len(ids)} tokens, and the text tower reads {length}; shorten the label.")
         if max(ids) >= text_config.vocab_size:
             raise ValueError(
-                f"The tokenizer gives token {max(ids)}, and the text tower knows {text_config.vocab_size}: it is "
-                "another model's. Save the model's own beside it."
+                f"The tokenizer gives token {max(ids)}, and the text tower knows {text_config.vocab_size} tokens: the "
+                "tokenizer is another model's. Save the model's own beside it."
             )
     return {name: torch.tensor(encoded[name]) for name in ("input_ids", "attention_mask") if name in encoded}
 
 
 def require_different(names: Sequence[str], input_ids: Tensor):
-    """Raise a ValueError if two labels have the same tokens [L, P]: by upper case or signs that are not read."""
+    """Raise a ValueError if two labels have the same tokens [L, P], such as labels that differ in case only."""
     seen: dict[tuple[int, ...], str] = {}
     for name, ids in zip(names, input_ids.tolist(), strict=True):
         other = seen.setdefault(tuple(ids), name)

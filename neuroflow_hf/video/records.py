@@ -1,4 +1,4 @@
-"""What each frame of a run gives, and how that is put into figures and words. Pure functions."""
+"""The record of each frame of a run, and its figures and captions. Pure functions."""
 
 import math
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from ..vision.gate_config import NeuroFlowGateConfig
 @dataclass(frozen=True, eq=False)
 class FrameRecord:
     """
-    What one frame gave.
+    What the model gave for one frame.
 
     Args:
-        index: place in the file, from 0.
+        index: number in the file, from 0.
         time: seconds since the file's first frame.
-        active, patches: how many patches were encoded, of how many.
-        cost: multiply-adds spent, over those of a dense frame.
+        active: number of patches that were encoded.
+        patches: number of all patches.
+        cost: multiply-adds relative to a dense frame.
         milliseconds: of the streamed forward.
         embedding: float32 [D], on the CPU.
-        dense_embedding: float32 [D] of the forward without a stream; None where the frame was not sampled.
+        dense_embedding: float32 [D] of a forward without a stream; None on frames that are not sampled.
         dense_milliseconds: of that forward.
-        label_logits, dense_label_logits: float32 [L], how well each label fits the two embeddings; None where no
-            labels were asked for, and where there is no dense embedding.
-        objects: what moves, as in `object_line`; None where it was not asked for.
+        label_logits, dense_label_logits: float32 [L], of the labels for the two embeddings; None without labels.
+        objects: moving objects as in `object_line`; None unless they were asked for.
     """
 
     index: int
@@ -45,7 +45,7 @@ class FrameRecord:
 
     @property
     def keyframe(self) -> bool:
-        """Whether every patch was encoded."""
+        """Whether all patches were encoded."""
         return self.active == self.patches
 
     @property
@@ -59,9 +59,9 @@ class FrameRecord:
 
 def compare_with_dense(records: Sequence[FrameRecord]) -> dict[int, dict[str, float]]:
     """
-    Cosine to the dense embedding on each sampled frame: by the record's place, that of the streamed embedding
+    Cosine to the dense embedding on each sampled frame, by the record's place: of the streamed embedding
     (`"streamed"`), of the first sample's dense embedding (`"first_frame"`) and of the last sample's (`"held"`).
-    On the first sample itself, both controls are 1.
+    On the first sample, both baselines are 1.
     """
     places = [place for place, record in enumerate(records) if record.dense_embedding is not None]
     compared = {}
@@ -77,9 +77,9 @@ def compare_with_dense(records: Sequence[FrameRecord]) -> dict[int, dict[str, fl
 
 def held_at_cost(records: Sequence[FrameRecord], cost: float) -> dict | None:
     """
-    The control that costs no more than the stream: dense on every `every`-th frame, so that its `cost` is at most
-    `cost`, and held between. `cosine` is the spread at the *oldest* frame of each hold, just before the next dense
-    one, so it understates the control. None if the video is too short for it.
+    The baseline of at most a cost: dense on every `every`-th frame, held between. `cosine` is the spread on the
+    *oldest* frame of each hold, just before the next dense frame, so it understates the baseline. None if the video
+    is too short.
     """
     held = held_pairs(records, cost)
     if held is None:
@@ -93,14 +93,14 @@ def held_pairs(
     records: Sequence[FrameRecord], cost: float
 ) -> tuple[int, list[tuple[FrameRecord, FrameRecord]]] | None:
     """
-    Of the control in [`held_at_cost`], every how many frames it is dense, and what is compared: pairs of a sampled
-    frame whose output is held and the one on which that is at its oldest. None if the video is too short for it.
+    For the baseline in `held_at_cost`: the interval of its dense frames, and pairs of a sampled frame whose output is
+    held and the frame on which that output is oldest. None if the video is too short.
     """
     places = [place for place, record in enumerate(records) if record.dense_embedding is not None]
     if len(places) < 2 or cost <= 0:
         return None
     step = places[1] - places[0]
-    samples = math.ceil(1 / (cost * step))  # how many of them lie between two dense frames
+    samples = math.ceil(1 / (cost * step))  # from one dense frame to the next
     pairs = [(records[old], records[new]) for old, new in zip(places[:-samples], places[samples:], strict=True)]
     return (samples * step, pairs) if pairs else None
 
@@ -116,7 +116,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean, median, 5th and 95th percentile, minimum and maximum; None of nothing."""
+    """Mean, median, 5th and 95th percentile, minimum and maximum; None without values."""
     if not len(values):
         return None
     p5, median, p95 = np.percentile(values, (5, 50, 95)).tolist()
@@ -132,8 +132,8 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 
 def figures(records: Sequence[FrameRecord]) -> dict:
     """
-    The figures of a run. Keyframes, the first frame among them, count in all but the fidelity and the median
-    speed-up, which leave out the first sample: it is dense for the stream and for both controls.
+    The figures of a run. Keyframes, including the first frame, count everywhere. The fidelity and the median speed-up
+    leave out the first sample, which is dense for the stream and for both baselines.
     """
     sampled = [record for record in records if record.dense_embedding is not None]
     compared = list(compare_with_dense(records).values())[1:]
@@ -146,7 +146,7 @@ def figures(records: Sequence[FrameRecord]) -> dict:
         "skip_rate": spread([record.skip_rate for record in records]),
         "cost": spread([record.cost for record in records]),
         "milliseconds_per_frame": {"streamed": streamed, "dense": dense},
-        # frame by frame, both forwards meet the same machine; the mean also holds the keyframes
+        # the median compares two forwards of the same frame; the mean includes all keyframes
         "speed_up": {"median": float(np.median(ratios)), "mean": dense["mean"] / streamed["mean"]} if ratios else None,
         "sampled_frames": len(sampled),
         "compared_frames": len(compared),
@@ -159,16 +159,16 @@ def figures(records: Sequence[FrameRecord]) -> dict:
 
 
 def object_figures(records: Sequence[FrameRecord]) -> dict:
-    """What `summary.json` says about moving objects: on how many frames there are some, and how many on each."""
+    """Moving objects in `summary.json`: the number of frames with some, and the spread of their number."""
     counts = [len(record.objects) for record in records]
     return {"frames": sum(count > 0 for count in counts), "per_frame": spread(counts)}
 
 
-# --- lines, tensors and words --------------------------------------------------------------------------------------
+# --- lines, tensors and captions -----------------------------------------------------------------------------------
 
 
 def frame_line(record: FrameRecord, cosines: dict[str, float] | None) -> dict:
-    """A frame's line in `frames.jsonl`; what compares it with dense stands only on sampled frames."""
+    """A frame's line in `frames.jsonl`; sampled frames also have `cosines` and the dense milliseconds."""
     line = {
         "index": record.index,
         "time": round(record.time, 6),
@@ -210,12 +210,12 @@ def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, torch.Tensor]
 
 def caption(record: FrameRecord, sample: tuple[float, float] | None, short: bool = False) -> list[tuple[str, str]]:
     """
-    What stands under a frame, as (label, value).
+    The caption under a frame, as (label, value).
 
     Args:
         record: of the frame.
-        sample: time and cosine to dense of the last sampled frame; its time is shown if it is not this frame's.
-        short: the contact sheet's three columns instead of the video's five.
+        sample: time and cosine to dense of the last sampled frame; the time is shown if it is not this frame's.
+        short: three columns for the contact sheet, instead of five for the video.
     """
     share = record.active / record.patches
     value = "-"
@@ -236,11 +236,11 @@ def caption(record: FrameRecord, sample: tuple[float, float] | None, short: bool
 
 
 def gate_rule(gate: NeuroFlowGateConfig) -> str:
-    """By what patches are chosen, in words, and what they may cost."""
+    """How patches are chosen, and their cost budget, in words."""
     rule = f"{gate.token_budget} patches" if gate.token_budget else f"threshold {gate.threshold:g}"
     return rule if gate.cost_budget is None else f"{rule}, cost budget {gate.cost_budget:g}"
 
 
 def run_title(gate: NeuroFlowGateConfig, video: str, resolution: int) -> str:
-    """One line that says what was run."""
+    """The title of a run's pictures."""
     return f"{video} at {resolution} px, mode {gate.mode}, reference {gate.reference}, {gate_rule(gate)}"

@@ -193,6 +193,12 @@ def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess:
     }
 
 
+def require_comparison(dense_every: int | None):
+    """Raise a ValueError for a negative number of frames."""
+    if dense_every is not None and dense_every < 0:
+        raise ValueError(f"`dense_every` is {dense_every}; expected a number of frames, or 0 for no comparison.")
+
+
 def require_one_patch(preprocess: Preprocessor, patch_size: int):
     """Raise a ValueError for a resolution of less than one patch."""
     if preprocess.resolution < patch_size:
@@ -277,8 +283,7 @@ def run_video(
         NotADirectoryError, OSError: if `out` is a file or cannot be written to.
     """
     started = time.perf_counter()
-    if dense_every is not None and dense_every < 0:
-        raise ValueError(f"`dense_every` is {dense_every}; expected a number of frames, or 0 for no comparison.")
+    require_comparison(dense_every)
     require_one_patch(preprocess, model.config.patch_size)
     out = Path(out)
     stream = model.new_stream(**(gate_options or {}))

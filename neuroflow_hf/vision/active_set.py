@@ -2,24 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import torch
 
-Owner = TypeVar("Owner")
-Value = TypeVar("Value")
 
-
-class computed_once(Generic[Owner, Value]):
+class computed_once:
     """`functools.cached_property` without the lock that it has in Python 3.11 and that torch.compile cannot trace."""
 
-    def __init__(self, compute: Callable[[Owner], Value]):
+    def __init__(self, compute: Callable):
         self.compute = compute
 
-    def __set_name__(self, owner: type, name: str) -> None:
+    def __set_name__(self, owner: type, name: str):
         self.name = name
 
-    def __get__(self, instance: Owner, owner: type[Owner]) -> Value:
+    def __get__(self, instance, owner: type | None = None):
+        if instance is None:
+            return self
         if self.name not in instance.__dict__:
             instance.__dict__[self.name] = self.compute(instance)
         return instance.__dict__[self.name]
@@ -35,16 +33,16 @@ class ActiveSet:
         mask (`torch.BoolTensor` of shape `(B, N)`): the active patches.
         counts (`list[int]`): how many each stream has; known on the host, which skips a wait for the device.
         keyframes (`list[bool]`): whether this frame is a keyframe of the stream (then all its patches are active).
-        changed (`torch.BoolTensor` of shape `(B, N)`):
-            The patches that are above the threshold themselves, encoded or not. None where no surprise is computed.
-        changed_counts (`list[tuple[int, int]]`): how many of them each stream has, and how many of those are active.
+        changed (`torch.BoolTensor` of shape `(B, N)`, *optional*):
+            The patches that are above the threshold themselves, encoded or not. None where nobody has looked.
+        changed_counts (`list[tuple[int, int]]`, *optional*): how many of them each stream has, and how many active.
     """
 
     mask: torch.Tensor
     counts: list[int]
     keyframes: list[bool]
-    changed: torch.Tensor
-    changed_counts: list[tuple[int, int]]
+    changed: torch.Tensor | None = None
+    changed_counts: list[tuple[int, int]] | None = None
 
     @property
     def num_patches(self) -> int:
@@ -75,8 +73,6 @@ class ActiveSet:
             self.mask[self.live],
             [self.counts[stream] for stream in self.live],
             [self.keyframes[stream] for stream in self.live],
-            self.changed[self.live],
-            [self.changed_counts[stream] for stream in self.live],
         )
 
     def of_live(self, features: torch.Tensor) -> torch.Tensor:

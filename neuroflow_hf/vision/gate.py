@@ -18,9 +18,7 @@ from .stream import NeuroFlowStream
 from .stream_state import AGE, LAST_UPDATE
 
 
-def choose_active(
-    stream: NeuroFlowStream, signal: torch.Tensor, grid: tuple[int, int]
-) -> tuple[ActiveSet, torch.Tensor | None]:
+def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[ActiveSet, torch.Tensor | None]:
     """
     The active set of a frame whose signal is [B, N, D], and the surprise float32 [B, N] that it was chosen by; `None`
     where the options do not look at the frame (`dense`, `hold` by the clock). Patches of a stream's first frame have
@@ -42,7 +40,7 @@ def choose_active(
         # without references to compare with, the surprise would be finite for any signal
         looked_at = scores if stream.memory else signal
         mean_scores = scores.mean(-1)
-        changed, mask = apply_policies(stream, scores, grid)
+        changed, mask = apply_policies(stream, scores)
     else:
         scores, looked_at, mean_scores, changed, mask = None, signal, nothing.sum(-1), nothing, nothing.clone()
     waited = stream.memory[AGE].amin(-1) if AGE in stream.memory else nothing.sum(-1)
@@ -98,7 +96,7 @@ def fixed_count(gate: NeuroFlowGateConfig, num_patches: int) -> int | None:
     return min(num_patches, max(gate.token_budget, gate.least_active))
 
 
-def require_finite(finite_streams: list[float]) -> None:
+def require_finite(finite_streams: list[float]):
     """Raise a ValueError that names the first stream whose frame is not finite."""
     for index, finite in enumerate(finite_streams):
         if not finite:
@@ -137,11 +135,9 @@ def surprise_of(stream: NeuroFlowStream, signal: torch.Tensor) -> torch.Tensor:
     return scores
 
 
-def apply_policies(
-    stream: NeuroFlowStream, scores: torch.Tensor, grid: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def apply_policies(stream: NeuroFlowStream, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Surprise [B, N] to two masks [B, N]: the patches above the threshold, and those that the policies take."""
-    gate = stream.gate
+    gate, grid = stream.gate, stream.geometry.grid
     if gate.global_motion_norm:
         scores = without_global_motion(scores)
     changed = scores > gate.threshold
@@ -173,7 +169,7 @@ def refreshed_in_turn(
     return refreshed
 
 
-def update_references(stream: NeuroFlowStream, signal: torch.Tensor, active: ActiveSet) -> None:
+def update_references(stream: NeuroFlowStream, signal: torch.Tensor, active: ActiveSet):
     """Write a frame's signal [B, N, D] into the stream's references; a keyframe overwrites the running means."""
     gate, memory = stream.gate, stream.memory
     if not gate.needs_surprise:

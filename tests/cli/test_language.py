@@ -8,8 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from neuroflow_hf import loading
-from neuroflow_hf.cli.language import parse_layers
 from neuroflow_hf.cli.main import app
+from neuroflow_hf.cli.options import parse_layers
 from tests.cli.test_main import assert_clean_error, call
 from tests.phi3_models import make_ours, make_tokenizer
 
@@ -134,8 +134,8 @@ def test_unusable_models(folder, stock_folder, tmp_path, monkeypatch):
     assert_clean_error(call("generate", PROMPT, "--model", bare), "tokenizer", bare)
     (bare / "model.safetensors").write_bytes(b"\0" * 40)
     assert_clean_error(call("generate", PROMPT, "--model", bare), bare)
-    monkeypatch.setattr(loading, "NANO", "models/gone")
-    assert_clean_error(call("generate", PROMPT), "models/gone", "--model")
+    monkeypatch.setattr(loading, "EMBEDDED_LANGUAGE_MODEL", tmp_path / "none")
+    assert_clean_error(call("generate", PROMPT), "none", "--model")
 
 
 def test_layers_are_parsed():
@@ -206,7 +206,7 @@ def test_bad_files_of_prompts(folder, prompts, tmp_path, monkeypatch):
     assert_clean_error(result, "prompts.jsonl, line 7", "not JSON")
     prompts.write_text("")
     assert_clean_error(call("drift", "--model", folder, "--prompts", prompts), "no prompts")
-    monkeypatch.setattr(loading, "NANO_PROMPTS", "eval/prompts/gone.jsonl")
+    monkeypatch.setattr(loading, "EMBEDDED_PROMPTS", tmp_path / "gone.jsonl")
     assert_clean_error(call("drift", "--model", folder), "gone.jsonl", "--prompts")
 
 

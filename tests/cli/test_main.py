@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import neuroflow_hf.loading
 import neuroflow_hf.video.reader
-from neuroflow_hf.cli.main import app, control_note, fidelity_table, parse_gate
+from neuroflow_hf.cli.main import app
+from neuroflow_hf.cli.run import baseline_note, fidelity_table, parse_gate
 from neuroflow_hf.vision.gate_config import MODE_NAMES
 
 PROCESSOR = {
@@ -131,7 +132,13 @@ def test_the_table_says_what_the_summary_says(finished):
     summary = read_run(out)[0]
     assert f"{summary['cost']['median']:.3f}" in printed
     assert f"{summary['cosine_to_dense']['streamed']['mean']:.4f}" in printed
-    for words in ("skip rate", "milliseconds, dense", "control: first frame repeated", "held 4 frames", "Wall clock"):
+    for words in (
+        "skip rate",
+        "milliseconds, dense",
+        "baseline: first frame repeated",
+        "every 4 frames",
+        "Wall clock",
+    ):
         assert words in printed
     assert f"{summary['keyframes']} of 20 frames" in printed
 
@@ -286,7 +293,7 @@ def test_gate_settings_are_parsed():
     }
 
 
-def test_the_note_names_a_control_that_is_as_good():
+def test_the_note_names_a_baseline_that_is_as_good():
     def summary(ours, first, held, cost, held_at_cost=None):
         means = {"streamed": ours, "first_frame": first, "held": held}
         return {
@@ -296,13 +303,13 @@ def test_the_note_names_a_control_that_is_as_good():
             "held_at_cost": held_at_cost and {"every": 12, "cost": 0.083, "cosine": {"mean": held_at_cost}},
         }
 
-    assert control_note(summary(0.99, 0.95, 0.98, 0.1)) == ""
-    assert "first frame" in control_note(summary(0.95, 0.96, 0.94, 0.1))
-    assert "first frame" in control_note(summary(0.951, 0.95, 0.94, 0.1))
-    assert "every 4 frames" in control_note(summary(0.97, 0.96, 0.98, 0.3))
-    assert control_note(summary(0.97, 0.96, 0.98, 0.1)) == ""  # holding costs more here
-    assert "every 12 frames" in control_note(summary(0.97, 0.96, 0.98, 0.1, held_at_cost=0.975))
-    assert control_note(summary(0.97, 0.96, 0.98, 0.1, held_at_cost=0.96)) == ""
+    assert baseline_note(summary(0.99, 0.95, 0.98, 0.1)) == ""
+    assert "first frame" in baseline_note(summary(0.95, 0.96, 0.94, 0.1))
+    assert "first frame" in baseline_note(summary(0.951, 0.95, 0.94, 0.1))
+    assert "every 4 frames" in baseline_note(summary(0.97, 0.96, 0.98, 0.3))
+    assert baseline_note(summary(0.97, 0.96, 0.98, 0.1)) == ""  # holding costs more here
+    assert "every 12 frames" in baseline_note(summary(0.97, 0.96, 0.98, 0.1, held_at_cost=0.975))
+    assert baseline_note(summary(0.97, 0.96, 0.98, 0.1, held_at_cost=0.96)) == ""
 
 
 @pytest.mark.parametrize(

@@ -16,46 +16,44 @@ class Clock:
 
 def make(**options):
     clock, log = Clock(), io.StringIO()
-    return CommandProgress(console=Console(file=log, **options), clock=clock), clock, log
+    return CommandProgress("prompts", Console(file=log, **options), clock), clock, log
 
 
 def test_a_log_gets_a_line_now_and_then_with_the_time_left():
     progress, clock, log = make()
-    task = progress.add_task("prompts", total=100)
-    for done in range(1, 41):
-        clock.now += 3
-        progress.update(task, completed=done)
-    progress.close()
+    with progress:
+        for done in range(1, 41):
+            clock.now += 3
+            progress.show("dense", done, 100)
     assert log.getvalue().splitlines() == [
-        f"prompts: {done} of 100, about {(100 - done) * 3 // 60}:{(100 - done) * 3 % 60:02d} left"
+        f"dense: {done} of 100, about {(100 - done) * 3 // 60}:{(100 - done) * 3 % 60:02d} left"
         for done in range(5, 41, 5)
     ]
 
 
 def test_without_a_total_or_anything_done_a_line_says_what_is_known():
     progress, clock, log = make()
-    reading, waiting = progress.add_task("reading", total=None), progress.add_task("waiting [x]", total=9)
-    for task in (reading, waiting):
+    for description, total in (("reading", None), ("waiting [x]", 9)):
         clock.now += 20
-        progress.update(task, completed=0)
+        progress.show(description, 0, total)
     assert log.getvalue().splitlines() == ["reading: 0", "waiting [x]: 0 of 9"]
 
 
-def test_nothing_is_printed_before_the_first_update_and_short_work_prints_nothing_in_a_log():
+def test_nothing_is_printed_before_anything_is_shown_and_short_work_prints_nothing_in_a_log():
     for options in ({}, {"force_terminal": True}):
         progress, _, log = make(**options)
-        task = progress.add_task("frames", total=3)
-        progress.close()
+        with progress:
+            pass
         assert log.getvalue() == ""
     progress, clock, log = make()
-    task = progress.add_task("frames", total=3)
-    clock.now += 1
-    progress.update(task, advance=1)
+    with progress:
+        clock.now += 1
+        progress.show("dense", 1, 3)
     assert log.getvalue() == ""
 
 
 def test_a_terminal_gets_a_bar():
     progress, _, log = make(force_terminal=True)
-    progress.update(progress.add_task("frames", total=3), advance=1)
-    progress.close()
-    assert "frames" in log.getvalue()
+    with progress:
+        progress.show("dense [x]", 1, 3)
+    assert "dense [x]" in log.getvalue() and "prompts" in log.getvalue()

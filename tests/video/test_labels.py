@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import SiglipConfig, SiglipForImageClassification, SiglipModel, SiglipTextConfig, pipeline
 
 from neuroflow_hf import NeuroFlowSiglipModel
-from neuroflow_hf.cli.main import timeline_table
+from neuroflow_hf.cli.run import timeline_table
 from neuroflow_hf.loading import ModelLoadError, load_model, load_model_with_labels, load_text_model
 from neuroflow_hf.utils.provenance import fingerprint
 from neuroflow_hf.video.label_records import agreement, label_caption, label_line, percent, shortened, timeline
@@ -374,7 +374,7 @@ def test_what_is_printed_is_in_the_summary(finished):
         assert any(all(word in line for word in expected) for line in printed.splitlines())
     counted = found["agreement"]
     assert f"{counted['streamed']} of {counted['compared_frames']}" in printed
-    for words in ("best label", "share among 3", "best label as in dense", "first frame's label repeated"):
+    for words in ("best label", "share among 3", "best label as in dense", "baseline: first frame repeated"):
         assert words in printed
 
 
@@ -407,7 +407,7 @@ def test_a_template_of_one_s_own_and_no_comparison(clip, folder, tmp_path):
 
 
 def test_a_long_timeline_says_where_the_rest_is(clip, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("neuroflow_hf.cli.main.MOST_STRETCHES", 1)
+    monkeypatch.setattr("neuroflow_hf.cli.run.MOST_STRETCHES", 1)
     options = ("--labels", TEXT, "--no-overlay", "--device", "cpu")
     result = call("run", clip, "--model", folder, "--out", tmp_path, *options)
     assert len(read_run(tmp_path)[0]["labels"]["timeline"]) == 3

@@ -1,0 +1,155 @@
+"""`neuroflow drift`: measure what a bypass changes in a text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+from .errors import one_line_errors
+from .options import option
+from .output import command_line, figure_table, print_wide, print_written
+from .progress import CommandProgress
+
+
+def drift(
+    prompts: Annotated[
+        Path | None,
+        option(
+            'Texts to continue: .jsonl with lines such as {"prompt": "text", "task": "code"}, or .txt with one '
+            "text a line.",
+            default="those in the checkout",
+        ),
+    ] = None,
+    model: options.LanguageModel = None,
+    out: options.Out = Path("neuroflow-drift"),
+    new_tokens: Annotated[int, option("Generate N tokens after each prompt.", metavar="N")] = 64,
+    max_prompts: Annotated[
+        int | None, option("Use the first N prompts of each task.", metavar="N", default="all")
+    ] = None,
+    batch_size: Annotated[int, option("Prompts in a batch; use fewer if memory runs out.")] = 64,
+    quick: Annotated[
+        bool, option("Use 10 prompts of each task, 32 tokens and one pair of layers.", "--quick")
+    ] = False,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "auto",
+    gate_layer: options.GateLayer = None,
+    cache_layers: options.CacheLayers = None,
+    threshold: options.BypassThreshold = None,
+    target: options.Target = None,
+    max_consecutive: options.MaxConsecutive = None,
+    guard_entropy: options.GuardEntropy = None,
+    seed: options.BootstrapSeed = 0,
+    fresh: options.Fresh = False,
+    debug: options.Debug = False,
+):
+    """
+    Measure what a bypass changes in the text: token drift from the dense model, beside the noise floor.
+
+    With bypass options, measure that bypass. Without, measure a grid of them: the published layers, thresholds and
+    targets, in the model's proportions. After an interruption, the same command continues.
+    """
+    with one_line_errors(debug, nothing_done=f"what was measured is in {out}; the same command continues."):
+        own = options.given(
+            gate_layer=gate_layer,
+            cache_layers=options.parse_layers(cache_layers),
+            threshold=threshold,
+            target=target,
+            max_consecutive=max_consecutive,
+            guard_entropy=guard_entropy,
+        )
+        if quick:
+            new_tokens, max_prompts = 32, 10 if max_prompts is None else max_prompts
+        report = run_drift(
+            model=model,
+            prompts=prompts,
+            path=out / "drift.json",
+            settings={"new_tokens": new_tokens, "batch_size": batch_size, "seed": seed},
+            own=own or None,
+            max_prompts=max_prompts,
+            quick=quick,
+            fresh=fresh,
+            dtype=dtype,
+            device=device,
+            command=command_line(),
+        )
+        if report is None:
+            return
+        paths = {"table": out / "drift.md", "plot": out / "drift.png"}
+        if not own:
+            paths["reachable"] = out / "reachable.png"
+        write_drift(report, paths)
+    print_drift(report)
+    print_written(out, ["drift.json", *(path.name for path in paths.values())])
+
+
+def run_drift(
+    model: str | None,
+    prompts: Path | None,
+    path: Path,
+    settings: dict,
+    own: dict | None = None,
+    max_prompts: int | None = None,
+    quick: bool = False,
+    fresh: bool = False,
+    dtype: str = "float32",
+    device: str = "auto",
+    command: str = "",
+) -> dict | None:
+    """
+    Load a model and prompts and measure, with a progress bar.
+
+    Args:
+        model, prompts: None for those in the checkout.
+        path: the JSON file to write.
+        settings: options of `DriftSettings`.
+        own, quick, fresh: as in `DriftEvaluation`.
+        max_prompts: use the first so many prompts of each task.
+        dtype, device: of the model.
+        command: for the report.
+
+    Returns:
+        The report; None on all processes but the first.
+    """
+    from ..drift.prompts import first_of_each, read_prompts
+    from ..drift.run import DriftEvaluation, DriftSettings
+    from ..loading import default_language_model, default_prompts, dtype_named, load_language_model
+    from ..utils.files import prepare_folder
+    from ..utils.processes import Processes
+
+    # check what is quick to check before loading the model
+    weights_dtype, chosen = dtype_named(dtype), DriftSettings(**settings)
+    if max_prompts is not None and max_prompts < 1:
+        raise ValueError(f"--max-prompts is {max_prompts}; expected a whole number of at least 1.")
+    source, file = model or default_language_model(), prompts or default_prompts()
+    texts = first_of_each(read_prompts(file), max_prompts)
+    prepare_folder(path.parent)
+    processes = Processes()
+    loaded, tokenizer = load_language_model(source, weights_dtype, processes.device_for(device))
+    names = {"model": Path(source).name, "prompts": file.name, "command": command}
+    with CommandProgress("prompts") as progress:
+        how = (chosen, own, quick, fresh, progress.show, names)
+        report = DriftEvaluation(loaded, tokenizer, texts, path, *how).run()
+    return report if processes.is_main else None
+
+
+def write_drift(report: dict, paths: dict[str, Path], published: Sequence[dict] = ()):
+    """Write a report's `table` (Markdown), `plot` and `reachable` plot, as far as `paths` names them."""
+    from ..drift.plots import plot_drift, plot_reachable
+    from ..drift.tables import drift_markdown
+    from ..utils.files import write_whole
+    from ..video.plots import save_plot
+
+    write_whole(paths["table"], drift_markdown(report))
+    save_plot(plot_drift(report, published), paths["plot"])
+    if "reachable" in paths:
+        save_plot(plot_reachable(report), paths["reachable"])
+
+
+def print_drift(report: dict):
+    """Print a report as a table."""
+    from ..drift.tables import description, summary_table
+
+    typer.echo(description(report))
+    print_wide(figure_table(*summary_table(report)), width=150)

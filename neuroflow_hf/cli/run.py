@@ -1,0 +1,366 @@
+"""`neuroflow run`: stream a video through SigLIP and compare with dense."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import options
+from .errors import EXIT_DAMAGED, EXIT_INTERRUPTED, one_line_errors
+from .options import option
+from .output import command_line, figure_table, print_written
+from .progress import CommandProgress
+
+GATE = "Gate (defaults: the model's own, else those named here)"
+MOST_STRETCHES = 20  # printed of the labels' timeline
+
+
+def gate_option(help: str, default: str, *names: str, metavar: str | None = None) -> Any:
+    """An option of the gate. Without it, the model's own gate counts, else `default`."""
+    return option(help, *names, default=default, panel=GATE, metavar=metavar)
+
+
+def run(
+    video: Annotated[Path | None, typer.Argument(help="Video file.", show_default="the clip that ships here")] = None,
+    model: options.VisionModel = None,
+    out: options.Out = Path("neuroflow-run"),
+    resolution: options.Resolution = None,
+    stride: options.Stride = 1,
+    max_frames: options.MaxFrames = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "auto",
+    labels: options.Labels = None,
+    template: options.Template = None,
+    config: Annotated[
+        Path | None,
+        gate_option(
+            "Configuration (file or folder) with gate options, such as `neuroflow tune` writes; others override it.",
+            "none",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, gate_option("faithful, balanced or thrifty; other options override it.", "balanced")
+    ] = None,
+    mode: Annotated[
+        str | None,
+        gate_option(
+            "extrapolate, context, reconstruct, eliminate, mlp, hold or dense; drops the default preset.",
+            "extrapolate",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None, gate_option("Encode patches whose surprise is above this; -1: all.", "0.01")
+    ] = None,
+    reference: Annotated[
+        str | None, gate_option("Compare frames with last_update, ema or both.", "last_update")
+    ] = None,
+    signal: Annotated[str | None, gate_option("Compare patch, or token (with position embeddings).", "patch")] = None,
+    token_budget: Annotated[
+        int | None, gate_option("Encode exactly N patches, whatever the threshold.", "none", metavar="N")
+    ] = None,
+    dilate: Annotated[
+        int | None, gate_option("Also encode neighbours up to N patches away.", "0", metavar="N")
+    ] = None,
+    max_age: Annotated[
+        int | None, gate_option("Encode every patch at least once in N frames.", "none", metavar="N")
+    ] = None,
+    keyframe_interval: Annotated[
+        int | None, gate_option("Encode all patches every Nth frame.", "the preset's", metavar="N")
+    ] = None,
+    keyframe_fraction: Annotated[
+        float | None, gate_option("Encode all patches if more than this share changed.", "never")
+    ] = None,
+    cost_budget: Annotated[
+        float | None, gate_option("Keep the mean cost relative to dense below this.", "the preset's")
+    ] = None,
+    global_motion_norm: Annotated[
+        bool | None, gate_option("Subtract a frame's mean surprise first.", "no", "--global-motion-norm")
+    ] = None,
+    ema_rate: Annotated[float | None, gate_option("Rate of the running mean (ema, both).", "0.01")] = None,
+    gate: Annotated[
+        list[str] | None, option("Any other gate option; may be repeated.", metavar="NAME=VALUE", panel=GATE)
+    ] = None,
+    dense_every: Annotated[
+        int | None,
+        option(
+            "Compare with dense on every Nth frame; 0: never.",
+            metavar="N",
+            default="about 25 samples in all",
+            panel=options.OUTPUT,
+        ),
+    ] = None,
+    overlay: Annotated[bool, option("Write a video that marks encoded patches.", panel=options.OUTPUT)] = True,
+    objects: Annotated[
+        bool,
+        option(
+            "Find moving objects, and draw and store their boxes; with --labels, also their labels.",
+            "--objects",
+            panel=options.OUTPUT,
+        ),
+    ] = False,
+    debug: options.Debug = False,
+):
+    """
+    Stream a video through SigLIP, compare with dense, and write embeddings, figures and pictures.
+
+    Files of an earlier run in the output folder are replaced.
+    """
+    with one_line_errors(debug, nothing_done="nothing was written."):
+        gate_options = options.given(
+            preset=preset,
+            mode=mode,
+            threshold=threshold,
+            reference=reference,
+            signal=signal,
+            token_budget=token_budget,
+            dilate=dilate,
+            max_age=max_age,
+            keyframe_interval=keyframe_interval,
+            keyframe_fraction=keyframe_fraction,
+            cost_budget=cost_budget,
+            global_motion_norm=global_motion_norm,
+            ema_rate=ema_rate,
+        )
+        gate_options |= parse_gate(gate or [])
+
+        from ..loading import default_model, dtype_named, load_gate, load_model, load_model_with_labels, usable_device
+        from ..utils.files import prepare_folder
+        from ..video.labels import TEMPLATE, check_labels, parse_labels
+        from ..video.reader import VideoReader, bundled_clip
+        from ..video.run import require_comparison, run_video
+        from ..vision.gate_config import NeuroFlowGateConfig
+
+        # check what is quick to check before loading the model
+        weights_dtype = dtype_named(dtype)
+        names = None if labels is None else parse_labels(labels)
+        if names is None and template is not None:
+            raise ValueError("--template goes with --labels; name some.")
+        if names is not None:
+            template = TEMPLATE if template is None else template
+            check_labels(names, template)
+        reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
+        usable_device(device)
+        require_comparison(dense_every)
+        if config is not None:
+            if "preset" in gate_options:
+                raise ValueError("Give --config or --preset: each is a whole set of gate options.")
+            gate_options = load_gate(config) | gate_options
+        if model is None:  # the default model has no gate options of its own
+            NeuroFlowGateConfig.from_options(**gate_options)
+        prepare_folder(out)
+        source = model or default_model()
+        how = (weights_dtype, device, resolution)
+        if names is None:
+            (loaded, preprocess), embedded = load_model(source, *how), None
+        else:
+            loaded, preprocess, embedded = load_model_with_labels(source, names, template, *how)
+        with CommandProgress("frames") as progress:
+
+            def on_frame(record):
+                what = f"skip {record.skip_rate:.1%}, cost {record.cost:.3f}"
+                progress.show(what, record.index // stride + 1, reader.expected_frames)
+
+            result = run_video(
+                reader,
+                loaded,
+                preprocess,
+                out,
+                gate_options,
+                dense_every=dense_every,
+                overlay=overlay,
+                labels=embedded,
+                objects=objects,
+                model_name=model or source.name,
+                command=command_line(),
+                on_frame=on_frame,
+            )
+    print_run(result.summary, out)
+    if result.status != "complete":
+        kept = f"The {result.summary['frames']} frames before are kept."
+        typer.echo(f"Stopped early: {result.message}. {kept}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED if result.status == "interrupted" else EXIT_DAMAGED)
+
+
+def parse_gate(settings: list[str]) -> dict[str, Any]:
+    """
+    `["dilate=1", "max_age=none"]` to `{"dilate": 1, "max_age": None}`.
+
+    Raises:
+        ValueError: for a setting without `=`.
+    """
+    options = {}
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator:
+            raise ValueError(f"--gate {setting!r} has no value; expected NAME=VALUE, such as dilate=1.")
+        try:
+            value = None if text.lower() == "none" else json.loads(text.lower() if text in ("True", "False") else text)
+        except json.JSONDecodeError:
+            value = text
+        options[name.strip().replace("-", "_")] = value
+    return options
+
+
+# --- what is printed -----------------------------------------------------------------------------------------------
+
+
+def print_run(summary: dict, out: Path):
+    """Print what a run gave."""
+    from ..video.records import gate_rule
+    from ..vision.gate_config import NeuroFlowGateConfig
+
+    console = Console(highlight=False)
+    video, gate, grid = summary["video"], summary["gate"], summary["grid"]
+    console.print(
+        f"[bold]{escape(video['name'])}[/]  {video['width']}x{video['height']}, {summary['frames']} frames"
+        f"  |  {escape(str(summary['model']))}, {summary['resolution']} px, {grid[0]}x{grid[1]} patches"
+        f"  |  {gate['mode']}, {gate['reference']}, {gate_rule(NeuroFlowGateConfig(**gate))}"
+        f"  |  {summary['dtype']} on {summary['device']}, {summary['torch_threads']} threads"
+    )
+    console.print(per_frame_table(summary))
+    if summary["compared_frames"]:
+        console.print(fidelity_table(summary))
+        note = baseline_note(summary)
+        if note:
+            console.print(f"[yellow]{note}[/]")
+    if "labels" in summary:
+        print_labels(console, summary, out)
+    if "objects" in summary:
+        counts = summary["objects"]["per_frame"]
+        console.print(
+            f"Moving objects: on {summary['objects']['frames']} of {summary['frames']} frames, {counts['mean']:.1f} "
+            f"per frame on average, at most {counts['max']:.0f}."
+        )
+    if summary["speed_up"]:
+        speed_up = summary["speed_up"]
+        console.print(
+            f"Speed-up over dense: [bold]{speed_up['median']:.2f}x[/] (median of the sampled frames, each against its "
+            f"own dense forward), {speed_up['mean']:.2f}x by the means of all frames, keyframes included."
+        )
+    console.print(
+        f"Keyframes (all patches encoded): {summary['keyframes']} of {summary['frames']} frames, with the first; "
+        f"{summary['compared_keyframes']} of the {summary['compared_frames']} compared.  "
+        f"Stream memory: {summary['stream_bytes'] / 2**20:.1f} MiB."
+    )
+    console.print(
+        "Milliseconds are of the forward alone; decoding and preprocessing wait meanwhile.  "
+        f"Wall clock with everything: {summary['wall_clock_seconds']:.1f} s."
+    )
+    print_written(out, summary["files"])
+
+
+def per_frame_table(summary: dict) -> Table:
+    """Skip rate, cost and milliseconds per frame."""
+    times = summary["milliseconds_per_frame"]
+    measured = [
+        ("skip rate", summary["frames"], summary["skip_rate"], "{:.1%}"),
+        ("cost (dense = 1)", summary["frames"], summary["cost"], "{:.3f}"),
+        ("milliseconds, streamed", summary["frames"], times["streamed"], "{:.1f}"),
+        ("milliseconds, dense", summary["sampled_frames"], times["dense"], "{:.1f}"),
+    ]
+    columns = ("mean", "median", "p5", "p95")
+    rows = [
+        (label, str(frames), *(form.format(values[name]) for name in columns))
+        for label, frames, values, form in measured
+        if values
+    ]
+    return figure_table(("per frame", "frames", *columns), rows)
+
+
+def comparison_table(
+    headers: Sequence[str], summary: dict, cells: dict[str, Sequence[str]], held: dict | None
+) -> Table:
+    """
+    The stream and its baselines against dense.
+
+    Args:
+        headers: of the first column, and of the cells.
+        summary: of the run.
+        cells: for `streamed`, `first_frame`, `held` and, with `held`, `held_at_cost`.
+        held: the dense frames of the baseline at the stream's cost (`every`, `cost`); None if there is none.
+    """
+    every = summary["dense_every"]
+    rows = [
+        ("streamed", f"{summary['cost']['mean']:.3f}", *cells["streamed"]),
+        ("baseline: first frame repeated", "0", *cells["first_frame"]),
+        (f"baseline: dense every {every} frames, held between", f"{1 / every:.3f}", *cells["held"]),
+    ]
+    if held and held["every"] != every:
+        label = f"baseline: dense every {held['every']} frames, held between"
+        rows.append((label, f"{held['cost']:.3f}", *cells["held_at_cost"]))
+    return figure_table((headers[0], "cost", *headers[1:]), rows, stress_first=True)
+
+
+def fidelity_table(summary: dict) -> Table:
+    """
+    Cosine to dense of the stream and of the baselines, on the sampled frames after the first. A held embedding is
+    compared at its oldest, just before the next dense frame.
+    """
+    held, columns = summary["held_at_cost"], ("mean", "p5", "min")
+    cosines = summary["cosine_to_dense"] | ({"held_at_cost": held["cosine"]} if held else {})
+    cells = {name: [f"{values[column]:.4f}" for column in columns] for name, values in cosines.items()}
+    headers = (f"cosine to dense, {summary['compared_frames']} frames", *columns)
+    return comparison_table(headers, summary, cells, held)
+
+
+def baseline_note(summary: dict) -> str:
+    """A warning if a baseline of at most the stream's cost is about as close to dense by the mean; else empty."""
+    cosines, every = summary["cosine_to_dense"], summary["dense_every"]
+    # a stream that removes less than a tenth of a baseline's error is not worth its cost
+    allowed = (1 - cosines["streamed"]["mean"]) / 0.9
+    if 1 - cosines["first_frame"]["mean"] <= allowed:
+        return "Here, repeating the first frame's embedding is about as close to dense: these settings gain little."
+    held = summary["held_at_cost"]
+    as_good = [every] if 1 / every <= summary["cost"]["mean"] and 1 - cosines["held"]["mean"] <= allowed else []
+    if held and 1 - held["cosine"]["mean"] <= allowed:
+        as_good.append(held["every"])
+    if as_good:
+        return f"Here, dense every {as_good[0]} frames, held between, is about as close or closer and costs no more."
+    return ""
+
+
+def print_labels(console: Console, summary: dict, out: Path):
+    """Print the labels' timeline, and how often the best label is dense's."""
+    labels = summary["labels"]
+    console.print(timeline_table(labels))
+    more = len(labels["timeline"]) - MOST_STRETCHES
+    if more > 0:
+        console.print(f"and {more} more: all are under `labels`, `timeline` in {escape(str(out / 'summary.json'))}.")
+    if labels["agreement"]["compared_frames"]:
+        console.print(agreement_table(summary))
+
+
+def timeline_table(labels: dict) -> Table:
+    """The best label over time, at most `MOST_STRETCHES` rows."""
+    from ..video.label_records import percent
+
+    headers = ("best label", "seconds", "frames", "confidence", f"share among {len(labels['names'])}")
+    rows = [
+        (
+            stretch["label"],
+            f"{stretch['start']:.1f} to {stretch['end']:.1f}",
+            str(stretch["frames"]),
+            percent(stretch["confidence"]),
+            percent(stretch["share"]),
+        )
+        for stretch in labels["timeline"][:MOST_STRETCHES]
+    ]
+    return figure_table(headers, rows)
+
+
+def agreement_table(summary: dict) -> Table:
+    """
+    On how many sampled frames after the first the best label of the stream, and of the baselines, is dense's. A held
+    label is compared at its oldest, as the cosine is.
+    """
+    found = summary["labels"]["agreement"]
+    held, compared = found["held_at_cost"], found["compared_frames"]
+    cells = {name: [f"{found[name]} of {compared}"] for name in ("streamed", "first_frame", "held")}
+    if held:
+        cells["held_at_cost"] = [f"{held['agreed']} of {held['compared_frames']}"]
+    return comparison_table(("best label as in dense", "frames"), summary, cells, held)

@@ -1,0 +1,106 @@
+"""`neuroflow tune`: find gate settings for a checkpoint and a camera."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+from .errors import EXIT_INTERRUPTED, EXIT_UNREACHED, one_line_errors
+from .options import option
+from .output import command_line, figure_table, print_wide, print_written
+from .progress import CommandProgress
+
+
+def tune(
+    video: Annotated[
+        Path | None,
+        typer.Argument(help="Video like those the settings are for.", show_default="the clip that ships here"),
+    ] = None,
+    min_cosine: Annotated[
+        float | None,
+        option("Find the cheapest settings at least this close to dense, such as 0.99.", default="none"),
+    ] = None,
+    max_cost: Annotated[
+        float | None,
+        option("Find the settings closest to dense at this cost or less, such as 0.1.", default="none"),
+    ] = None,
+    statistic: Annotated[str, option("Statistic of the frames' cosines: p5 (5th percentile), mean or min.")] = "p5",
+    model: options.VisionModel = None,
+    out: options.Out = Path("neuroflow-tuned"),
+    frames: Annotated[int, option("Measure on N frames.", metavar="N")] = 120,
+    stretches: Annotated[
+        int, option("Take these frames from N stretches of the video, each with a keyframe.", metavar="N")
+    ] = 3,
+    resolution: options.Resolution = None,
+    stride: options.Stride = 1,
+    max_frames: options.MaxFrames = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "auto",
+    debug: options.Debug = False,
+):
+    """
+    Find gate settings for a checkpoint and a camera, compare them with baselines, and write a configuration.
+
+    Files of an earlier tuning in the output folder are replaced.
+    """
+    with one_line_errors(debug, nothing_done="nothing was written."):
+        from ..evaluation.equal_cost import Requirement
+        from ..evaluation.tuning import checkpoint_config, tune_video, write_tuning
+        from ..evaluation.tuning_report import figure_words, next_steps
+        from ..loading import default_model, dtype_named, load_model, usable_device
+        from ..utils.files import prepare_folder
+        from ..video.reader import VideoReader, bundled_clip
+
+        # check what is quick to check before loading the model
+        weights_dtype = dtype_named(dtype)
+        Requirement(min_cosine, max_cost, statistic)
+        reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
+        usable_device(device)
+        prepare_folder(out)
+        source = model or default_model()
+        loaded, preprocess = load_model(source, weights_dtype, device, resolution)
+        with CommandProgress("frames") as progress:
+
+            def on_step(what, done, total, point):
+                progress.show(what, done, total)
+                if point is not None:
+                    progress.console.print(figure_words(point, statistic), soft_wrap=True)
+
+            result = tune_video(
+                reader,
+                loaded,
+                preprocess,
+                min_cosine=min_cosine,
+                max_cost=max_cost,
+                statistic=statistic,
+                frames=frames,
+                stretches=stretches,
+                on_step=on_step,
+            )
+        config = checkpoint_config(source)
+        files = write_tuning(result, out, config, model_name=model or source.name, command=command_line())
+    print_tuning(result)
+    if result.chosen is not None:
+        used = {"model": model, "resolution": resolution, "stride": stride if stride > 1 else None, "config": out}
+        for line in next_steps(video, used, type(config).__name__, source):
+            typer.echo(line)
+    print_written(out, (file.name for file in files))
+    if result.note:
+        typer.echo(f"The video broke off: {result.note}. What was read before counts.", err=True)
+    if result.status == "interrupted":
+        typer.echo(f"Stopped by Ctrl-C; {len(result.points)} settings were measured before.", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if result.chosen is None:
+        raise typer.Exit(EXIT_UNREACHED)
+
+
+def print_tuning(result: Any):
+    """Print what a tuning found: a table and a few sentences."""
+    from ..evaluation.tuning_report import tuning_rows, tuning_sentences
+
+    headers = ("", "cost", "mean", "p5", "min", "worst stretch", "ms")
+    title = f"required: {result.requirement}"
+    print_wide(figure_table(headers, tuning_rows(result), title, stress_first=True), width=100)
+    for sentence in tuning_sentences(result):
+        typer.echo(sentence)
