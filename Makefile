@@ -29,6 +29,7 @@ test: $(READY)  ## run the tests (no network but for the set-up, no model hub)
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(READY)  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet

@@ -16,7 +16,10 @@ def are_plain(modules: Iterable[nn.Module], weights: Iterable[torch.Tensor | Non
     The caller makes sure of the modules' classes: adapters and quantised layers are modules of other ones.
     """
     return all(
-        type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta
+        weight is not None
+        and type(weight) in (torch.Tensor, nn.Parameter)
+        and weight.is_floating_point()
+        and not weight.is_meta
         for weight in weights
     ) and not any(
         hasattr(module, "_hf_hook")

@@ -2,22 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
+Owner = TypeVar("Owner")
+Value = TypeVar("Value")
 
-class computed_once:
+
+class computed_once(Generic[Owner, Value]):
     """`functools.cached_property` without the lock that it has in Python 3.11 and that torch.compile cannot trace."""
 
-    def __init__(self, compute: Callable):
+    def __init__(self, compute: Callable[[Owner], Value]):
         self.compute = compute
 
-    def __set_name__(self, owner: type, name: str):
+    def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, instance, owner: type | None = None):
-        if instance is None:
-            return self
+    def __get__(self, instance: Owner, owner: type[Owner]) -> Value:
         if self.name not in instance.__dict__:
             instance.__dict__[self.name] = self.compute(instance)
         return instance.__dict__[self.name]
@@ -33,16 +35,16 @@ class ActiveSet:
         mask (`torch.BoolTensor` of shape `(B, N)`): the active patches.
         counts (`list[int]`): how many each stream has; known on the host, which skips a wait for the device.
         keyframes (`list[bool]`): whether this frame is a keyframe of the stream (then all its patches are active).
-        changed (`torch.BoolTensor` of shape `(B, N)`, *optional*):
-            The patches that are above the threshold themselves, encoded or not. None where nobody has looked.
-        changed_counts (`list[tuple[int, int]]`, *optional*): how many of them each stream has, and how many active.
+        changed (`torch.BoolTensor` of shape `(B, N)`):
+            The patches that are above the threshold themselves, encoded or not. None where no surprise is computed.
+        changed_counts (`list[tuple[int, int]]`): how many of them each stream has, and how many of those are active.
     """
 
     mask: torch.Tensor
     counts: list[int]
     keyframes: list[bool]
-    changed: torch.Tensor | None = None
-    changed_counts: list[tuple[int, int]] | None = None
+    changed: torch.Tensor
+    changed_counts: list[tuple[int, int]]
 
     @property
     def num_patches(self) -> int:
@@ -73,6 +75,8 @@ class ActiveSet:
             self.mask[self.live],
             [self.counts[stream] for stream in self.live],
             [self.keyframes[stream] for stream in self.live],
+            self.changed[self.live],
+            [self.changed_counts[stream] for stream in self.live],
         )
 
     def of_live(self, features: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ def attend_batch(
 ) -> torch.Tensor:
     """`attend` for streams with equally many queries."""
 
-    def split_heads(rows):
+    def split_heads(rows: torch.Tensor) -> torch.Tensor:
         if rows.ndim == 4:
             return rows
         return rows.view(num_streams, -1, attention.num_heads, attention.head_dim).transpose(1, 2)

@@ -3,6 +3,10 @@
 import copy
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # which imports this module
+    from .gate_config import NeuroFlowGateConfig
 
 # A frame may overdraw by one dense frame, and a keyframe by its number by another one. More debt than that, as of a
 # stream whose options were changed on the way, is forgiven.
@@ -46,14 +50,14 @@ def least_cost(keyframe_interval: int | None, looking: float) -> float:
     return looking + (0 if keyframe_interval is None else (1 - looking) / keyframe_interval)
 
 
-def with_affordable_budget(gate, looking: float):
+def with_affordable_budget(gate: "NeuroFlowGateConfig", looking: float) -> "NeuroFlowGateConfig":
     """
     The gate with a `cost_budget` that pays for its `least_cost`; with a smaller one, debt would never end. A budget
     that comes from a preset is lifted, with a warning: on very small models, looking at a frame costs a large share of
     encoding it.
 
     Args:
-        gate: the [`NeuroFlowGateConfig`]; it is not changed.
+        gate: the options; not changed.
         looking: the cost of a frame with nothing active, over that of a dense frame.
 
     Raises:

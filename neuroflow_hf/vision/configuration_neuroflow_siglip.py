@@ -1,14 +1,18 @@
 """Configurations of the NeuroFlow SigLIP models: SigLIP's own, and the options of the gate."""
 
 import copy
+import os
 from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from huggingface_hub.dataclasses import strict
-from transformers import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from transformers import PreTrainedConfig, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
 from .gate_config import NeuroFlowGateConfig
 
 SIGLIP_MODEL_TYPES = {"siglip": "neuroflow_siglip", "siglip_vision_model": "neuroflow_siglip_vision_model"}
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
 def adopt_model_type(model_type: str | None) -> str | None:
@@ -18,7 +22,9 @@ def adopt_model_type(model_type: str | None) -> str | None:
     Raises:
         ValueError: for SigLIP 2 in its NaFlex variant, which packs patches of several images at native resolution.
     """
-    if model_type is not None and model_type.startswith("siglip2"):
+    if model_type is None:
+        return None
+    if model_type.startswith("siglip2"):
         raise ValueError(
             f"This checkpoint's model type is `{model_type}`, SigLIP 2 in its NaFlex variant (patches of varying "
             "resolution, packed). NeuroFlow needs a fixed patch grid: use a fixed-resolution SigLIP or SigLIP 2 "
@@ -31,9 +37,9 @@ class AdoptsSiglip:
     """Configuration classes that read SigLIP's `config.json` as their own."""
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
         """As transformers' method; SigLIP's model types come back as NeuroFlow's, NaFlex is refused."""
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         config_dict = dict(config_dict)
         for part in (config_dict, config_dict.get("vision_config")):
             if isinstance(part, dict) and "model_type" in part:
@@ -60,12 +66,13 @@ class NeuroFlowSiglipVisionConfig(AdoptsSiglip, SiglipVisionConfig):
 
     gate: dict | None = None
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "gate":
-            value = checked_gate(value)
+            NeuroFlowGateConfig.from_options(value)
+            value = dict(value or {})
         super().__setattr__(name, value)
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         adopt_model_type(kwargs.pop("model_type", None))
         refuse_flat_gate_options(kwargs)
         super().__post_init__(**kwargs)
@@ -83,11 +90,18 @@ class NeuroFlowSiglipConfig(AdoptsSiglip, SiglipConfig):
     """
 
     model_type = "neuroflow_siglip"
+    if TYPE_CHECKING:  # what `__post_init__` makes of transformers' fields, which also take dicts and None
+        vision_config: NeuroFlowSiglipVisionConfig
+        text_config: SiglipTextConfig
+
     # transformers 5.17 reads `sub_configs`, 5.23 `sub_configs_defaults`
-    sub_configs_defaults = {"vision_config": NeuroFlowSiglipVisionConfig, "text_config": SiglipTextConfig}
+    sub_configs_defaults = {
+        "vision_config": NeuroFlowSiglipVisionConfig,  # type: ignore[dict-item]  # transformers resolves classes
+        "text_config": SiglipTextConfig,  # type: ignore[dict-item]
+    }
     sub_configs = {"vision_config": NeuroFlowSiglipVisionConfig, "text_config": SiglipTextConfig}
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         adopt_model_type(kwargs.pop("model_type", None))
         gate = kwargs.pop("gate", None)
         refuse_flat_gate_options(kwargs)
@@ -101,22 +115,14 @@ class NeuroFlowSiglipConfig(AdoptsSiglip, SiglipConfig):
     @property
     def gate(self) -> dict:
         """The gate's options, those of the vision configuration."""
-        return self.vision_config.gate
+        return cast(dict, self.vision_config.gate)  # setting None stores an empty dict
 
     @gate.setter
-    def gate(self, options: dict | None):
+    def gate(self, options: dict | None) -> None:
         self.vision_config.gate = options
 
 
-def checked_gate(options: dict | None) -> dict:
-    """A copy of the gate's options, all known and in range; what is no dict is left to the type check."""
-    if options is not None and not isinstance(options, dict):
-        return options
-    NeuroFlowGateConfig.from_options(options)
-    return dict(options or {})
-
-
-def refuse_flat_gate_options(kwargs: dict):
+def refuse_flat_gate_options(kwargs: dict) -> None:
     """Raise for a gate option that stands outside `gate`, where it would have no effect."""
     for field in fields(NeuroFlowGateConfig):
         if field.name in kwargs:
@@ -125,22 +131,22 @@ def refuse_flat_gate_options(kwargs: dict):
             )
 
 
-def adopt_config(config_class, config):
+def adopt_config(config_class: type[Config], config: PreTrainedConfig) -> Config:
     """`config` if it is a `config_class` by its model type, else one made from a stock SigLIP configuration."""
     if config.model_type == config_class.model_type:
-        return config
+        return cast(Config, config)
     adopted = as_config(config_class, config)
     adopted._attn_implementation = config._attn_implementation
     return adopted
 
 
-def as_config(config_class, value):
+def as_config(config_class: type[Config], value: dict | PreTrainedConfig | None) -> Config:
     """`value` as a configuration: made with defaults for `None`, from a dict's entries, or from a stock SigLIP one."""
     if value is None:
         return config_class()
     if not isinstance(value, dict):
         if value.model_type == config_class.model_type:
-            return value
+            return cast(Config, value)
         adopt_model_type(value.model_type)
         value = value.to_dict()
     return config_class(**value)

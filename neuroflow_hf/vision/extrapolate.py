@@ -72,7 +72,7 @@ class Correction:
     sources: torch.Tensor
     places: torch.Tensor
 
-    def apply(self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor):
+    def apply(self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor) -> None:
         """
         Move the stale patches of `memory[name]`, [B, N, D], by the innovations of fresh rows [M, D]. Encoded patches
         are not written.

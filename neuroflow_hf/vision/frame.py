@@ -1,6 +1,7 @@
 """One frame of B streams through the vision tower: gate, encoder, read-out, references."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from .cost import patch_projection as projection_cost
 from .cost import pooling_head as head_cost
 from .extrapolate import build_corrections, weights_cost
 from .gate import choose_active, update_references
-from .layer_step import LayerOutput, LayerStep, ModeSpec
+from .gate_config import NeuroFlowGateConfig
+from .layer_step import LayerStep, ModeSpec, layers_of
 from .modes import MODES
 from .patches import active_position_embeddings, position_embeddings, project_patches
 from .shortcuts import can_fold_probe, pool_with_folded_probe
@@ -55,7 +57,7 @@ def encode_frame(
     mode = MODES[stream.gate.mode]
     with stream.unchanged_by_errors():
         stream.begin_frame(geometry)
-        looking = frame_cost(model, stream, mode, 0, 0, projected=True, folded=False)
+        looking = frame_cost(model, stream.gate, mode, geometry, 0, 0, projected=True, folded=False)
         stream.gate = with_affordable_budget(stream.gate, looking)
         projected = stream.gate.needs_surprise or any(stream.due_keyframes())
         if projected:
@@ -64,13 +66,12 @@ def encode_frame(
             signal = patches.detach()
             if stream.gate.signal == "token":
                 signal = signal + position_embeddings(model, patches, pixel_values, interpolate_pos_encoding).detach()
-            active, surprise = choose_active(stream, signal)
+            active, surprise = choose_active(stream, signal, geometry.grid)
         else:
-            mask = torch.zeros(geometry.batch_size, geometry.num_patches, dtype=torch.bool, device=geometry.device)
-            active, surprise = ActiveSet(mask, [0] * geometry.batch_size, [False] * geometry.batch_size), None
+            active, surprise = nothing_active(geometry), None
 
     stream.frame_in_progress = True
-    encoded = LayerOutput(None, [0] * geometry.batch_size)
+    fresh, spent = None, [0] * geometry.batch_size
     if active.live:
         if mode.encodes_all_patches:
             positions = position_embeddings(model, patches, pixel_values, interpolate_pos_encoding)
@@ -80,15 +81,15 @@ def encode_frame(
                 model, patches, pixel_values, interpolate_pos_encoding, active, geometry.grid
             )
             hidden = active.gather(patches) + positions
-        encoded = encode(model, hidden, active, stream, mode)
+        fresh, spent = encode(model, hidden, active, stream, mode)
     folded = model.use_head and stream.gate.mode != "dense" and can_fold_probe(model.head)
-    tokens, token_mask = read_out(stream, mode, encoded.hidden, active)
+    tokens, token_mask = read_out(stream, mode, geometry, fresh, active)
     pooled = pool(model, stream, tokens, token_mask, active, folded)
     if projected:
         update_references(stream, signal, active)
     costs = [
-        frame_cost(model, stream, mode, count, layers, projected, folded)
-        for count, layers in zip(active.counts, encoded.multiply_adds, strict=True)
+        frame_cost(model, stream.gate, mode, geometry, count, layers, projected, folded)
+        for count, layers in zip(active.counts, spent, strict=True)
     ]
     stream.credit = [
         stream.gate.budget.credit_after(*of_stream)
@@ -111,6 +112,13 @@ def encode_frame(
     )
 
 
+def nothing_active(geometry: StreamGeometry) -> ActiveSet:
+    """The active set of a frame that is not looked at."""
+    mask = torch.zeros(geometry.batch_size, geometry.num_patches, dtype=torch.bool, device=geometry.device)
+    streams = range(geometry.batch_size)
+    return ActiveSet(mask, [0 for _ in streams], [False for _ in streams], mask, [(0, 0) for _ in streams])
+
+
 def geometry_of(
     model: SiglipVisionModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
 ) -> StreamGeometry:
@@ -121,7 +129,9 @@ def geometry_of(
         ValueError: if the pixel values have a wrong number of dimensions or channels, are not floating point, or
             their resolution needs `interpolate_pos_encoding=True`; if the streams are to have different adapters.
     """
-    config, embeddings = model.config, model.embeddings
+    config = model.config
+    # SigLIP takes square images of square patches; transformers' annotations allow more
+    patch_size, image_size = cast(int, config.patch_size), cast(int, config.image_size)
     if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
         raise ValueError(
             f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (streams, {config.num_channels}, height, "
@@ -132,14 +142,14 @@ def geometry_of(
             f"`pixel_values` is {pixel_values.dtype}; expected floating point, normalised by the image processor."
         )
     height, width = pixel_values.shape[2:]
-    grid = (height // embeddings.patch_size, width // embeddings.patch_size)
+    grid = (height // patch_size, width // patch_size)
     if 0 in grid:
-        raise ValueError(f"A frame of {height}x{width} pixels holds no {embeddings.patch_size}-pixel patch.")
-    native = config.image_size // embeddings.patch_size
+        raise ValueError(f"A frame of {height}x{width} pixels holds no {patch_size}-pixel patch.")
+    native = image_size // patch_size
     if not interpolate_pos_encoding and grid != (native, native):
         raise ValueError(
             f"A frame of {height}x{width} pixels has {grid[0]}x{grid[1]} patches, the checkpoint has positions for "
-            f"{native}x{native} ({config.image_size} pixels). Pass `interpolate_pos_encoding=True` or resize."
+            f"{native}x{native} ({image_size} pixels). Pass `interpolate_pos_encoding=True` or resize."
         )
     if len(pixel_values) > 1:
         refuse_adapters_by_stream(model)
@@ -151,7 +161,7 @@ def geometry_of(
         hidden_size=config.hidden_size,
         num_layers=len(model.encoder.layers),
         num_heads=config.num_attention_heads,
-        dtype=torch.get_autocast_dtype(device_type) if autocast else embeddings.patch_embedding.weight.dtype,
+        dtype=torch.get_autocast_dtype(device_type) if autocast else model.embeddings.patch_embedding.weight.dtype,
         device=pixel_values.device,
     )
 
@@ -177,17 +187,16 @@ def refuse_adapters_by_stream(model: SiglipVisionModel):
 
 def encode(
     model: SiglipVisionModel, hidden: torch.Tensor, active: ActiveSet, stream: NeuroFlowStream, mode: ModeSpec
-) -> LayerOutput:
+) -> tuple[torch.Tensor, list[int]]:
     """
     All encoder layers and the final layer norm, for what the mode passes through them: the outputs, and each stream's
     multiply-adds in all layers.
     """
-    layers, spent = model.encoder.layers, [0] * len(active.counts)
-    dim = model.config.hidden_size
+    spent, dim = [0] * len(active.counts), model.config.hidden_size
     corrections = []
     if mode.corrects_stale and not all(active.keyframes):
         corrections = build_corrections(stream.memory[OUTPUT], active)
-    for layer, memory in zip(layers, stream.layer_memories, strict=True):
+    for layer, memory in zip(layers_of(model.encoder), stream.layer_memories, strict=True):
         # A checkpointed layer would run again in the backward pass, when its memory is that of a later frame. Outside
         # of training no layer is checkpointed, and threads that share the model must not see its flags change.
         checkpointed = layer.training and layer.gradient_checkpointing
@@ -199,16 +208,20 @@ def encode(
         finally:
             if checkpointed:
                 layer.gradient_checkpointing = True
-        spent = [before + added for before, added in zip(spent, step.output.multiply_adds, strict=True)]
+        spent = [before + added for before, added in zip(spent, step.multiply_adds, strict=True)]
     fresh = model.post_layernorm(hidden)
     for correction in corrections:
         correction.apply(stream.memory, OUTPUT, fresh)
         spent[correction.stream] += weights_cost(correction, dim) + correction.multiply_adds(dim)
-    return LayerOutput(fresh, spent)
+    return fresh, spent
 
 
 def read_out(
-    stream: NeuroFlowStream, mode: ModeSpec, fresh: torch.Tensor | None, active: ActiveSet
+    stream: NeuroFlowStream,
+    mode: ModeSpec,
+    geometry: StreamGeometry,
+    fresh: torch.Tensor | None,
+    active: ActiveSet,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     What the head sees of each stream, [B, N, D] and no mask, or [B, A, D] and its mask [B, A], from what the encoder
@@ -216,7 +229,7 @@ def read_out(
     """
     memory = stream.memory
     if not mode.pools_all_patches:
-        return pad_streams(fresh, active, stream.geometry)
+        return pad_streams(fresh, active, geometry)
     if fresh is None:
         return memory[OUTPUT], None
     if mode.encodes_all_patches:
@@ -262,7 +275,7 @@ def pool(
     if not model.use_head:
         return None
 
-    def head(batch):
+    def head(batch: torch.Tensor) -> torch.Tensor:
         return pool_with_folded_probe(model.head, batch) if folded else model.head(batch)
 
     if not active.live:
@@ -276,8 +289,9 @@ def pool(
 
 def frame_cost(
     model: SiglipVisionModel,
-    stream: NeuroFlowStream,
+    gate: NeuroFlowGateConfig,
     mode: ModeSpec,
+    geometry: StreamGeometry,
     active: int,
     layers: int,
     projected: bool,
@@ -287,9 +301,9 @@ def frame_cost(
     Multiply-adds spent on one stream's frame with `active` patches active, `layers` of them in the encoder's layers,
     over those of a dense frame.
     """
-    config, geometry, gate = model.config, stream.geometry, stream.gate
+    config = model.config
     patches, dim, inner = geometry.num_patches, config.hidden_size, config.intermediate_size
-    heads, patch_features = config.num_attention_heads, config.num_channels * model.embeddings.patch_size**2
+    heads, patch_features = config.num_attention_heads, config.num_channels * cast(int, config.patch_size) ** 2
     dense = dense_frame_cost(patches, geometry.num_layers, dim, inner, patch_features, heads, model.use_head)
 
     spent = projection_cost(patches, dim, patch_features) if projected else 0

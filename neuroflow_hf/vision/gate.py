@@ -18,7 +18,9 @@ from .stream import NeuroFlowStream
 from .stream_state import AGE, LAST_UPDATE
 
 
-def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[ActiveSet, torch.Tensor | None]:
+def choose_active(
+    stream: NeuroFlowStream, signal: torch.Tensor, grid: tuple[int, int]
+) -> tuple[ActiveSet, torch.Tensor | None]:
     """
     The active set of a frame whose signal is [B, N, D], and the surprise float32 [B, N] that it was chosen by; `None`
     where the options do not look at the frame (`dense`, `hold` by the clock). Patches of a stream's first frame have
@@ -40,7 +42,7 @@ def choose_active(stream: NeuroFlowStream, signal: torch.Tensor) -> tuple[Active
         # without references to compare with, the surprise would be finite for any signal
         looked_at = scores if stream.memory else signal
         mean_scores = scores.mean(-1)
-        changed, mask = apply_policies(stream, scores)
+        changed, mask = apply_policies(stream, scores, grid)
     else:
         scores, looked_at, mean_scores, changed, mask = None, signal, nothing.sum(-1), nothing, nothing.clone()
     waited = stream.memory[AGE].amin(-1) if AGE in stream.memory else nothing.sum(-1)
@@ -96,7 +98,7 @@ def fixed_count(gate: NeuroFlowGateConfig, num_patches: int) -> int | None:
     return min(num_patches, max(gate.token_budget, gate.least_active))
 
 
-def require_finite(finite_streams: list[float]):
+def require_finite(finite_streams: list[float]) -> None:
     """Raise a ValueError that names the first stream whose frame is not finite."""
     for index, finite in enumerate(finite_streams):
         if not finite:
@@ -135,9 +137,11 @@ def surprise_of(stream: NeuroFlowStream, signal: torch.Tensor) -> torch.Tensor:
     return scores
 
 
-def apply_policies(stream: NeuroFlowStream, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def apply_policies(
+    stream: NeuroFlowStream, scores: torch.Tensor, grid: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Surprise [B, N] to two masks [B, N]: the patches above the threshold, and those that the policies take."""
-    gate, grid = stream.gate, stream.geometry.grid
+    gate = stream.gate
     if gate.global_motion_norm:
         scores = without_global_motion(scores)
     changed = scores > gate.threshold
@@ -169,7 +173,7 @@ def refreshed_in_turn(
     return refreshed
 
 
-def update_references(stream: NeuroFlowStream, signal: torch.Tensor, active: ActiveSet):
+def update_references(stream: NeuroFlowStream, signal: torch.Tensor, active: ActiveSet) -> None:
     """Write a frame's signal [B, N, D] into the stream's references; a keyframe overwrites the running means."""
     gate, memory = stream.gate, stream.memory
     if not gate.needs_surprise:

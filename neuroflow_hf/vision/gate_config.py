@@ -1,16 +1,18 @@
 """The options of the gate: which patches of a frame are encoded again, and what the others reuse."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 
-from .budget import CostBudget, is_affordable, without_conflict
+from .budget import CostBudget, is_affordable, least_cost, without_conflict
 from .options import make_options
 
 ModeName = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate"]
 MODE_NAMES: tuple[str, ...] = get_args(ModeName)
+GateOption = bool | int | float | str | None
 
 DEFAULT_PRESET = "balanced"
 PRESETS: dict[str, dict] = {
@@ -191,22 +193,21 @@ class NeuroFlowGateConfig:
     memory_blend: float | int = 1.0
     on_change: Literal["error", "keyframe"] = "error"
 
-    # Not an option: the `cost_budget` if it comes from a preset. It may be lifted for a model that cannot keep
-    # it; a `cost_budget` that differs from it was set by the user.
-    preset_budget = None
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        # Not an option: the `cost_budget` if it comes from a preset. It may be lifted for a model that cannot keep
+        # it; a `cost_budget` that differs from it was set by the user.
+        self.preset_budget: float | int | None = None
         self.check()
 
-    def check(self):
+    def check(self) -> None:
         """Raise a ValueError for a value outside its range; asked anew for every frame, as options may be assigned."""
 
-        def require(name, holds, expected):
+        def require(name: str, holds: Callable[[float], bool], expected: str) -> None:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise ValueError(f"Gate option `{name}` is {value!r}; expected {expected}.")
 
-        def is_rate(value):
+        def is_rate(value: float) -> bool:
             return 0 < value <= 1
 
         require(
@@ -233,8 +234,8 @@ class NeuroFlowGateConfig:
         if not self.everything_active and not is_affordable(self.cost_budget, self.keyframe_interval):
             raise ValueError(
                 f"Gate option `keyframe_interval` {self.keyframe_interval} alone costs "
-                f"{1 / self.keyframe_interval:.3g} of dense, and `cost_budget` is {self.cost_budget}; raise one "
-                "of them, or lift the budget with None."
+                f"{least_cost(self.keyframe_interval, 0):.3g} of dense, and `cost_budget` is {self.cost_budget}; "
+                "raise one of them, or lift the budget with None."
             )
         if self.slow_ema_rate is not None and self.reference == "last_update":
             raise ValueError(
@@ -243,7 +244,7 @@ class NeuroFlowGateConfig:
             )
 
     @classmethod
-    def from_options(cls, base: dict | None = None, **options) -> "NeuroFlowGateConfig":
+    def from_options(cls, base: dict | None = None, **options: GateOption) -> "NeuroFlowGateConfig":
         """
         The options of `base` with `options` laid over them.
 
@@ -255,7 +256,7 @@ class NeuroFlowGateConfig:
         Raises:
             ValueError: for a preset or an option that does not exist, a value of the wrong type or outside its range.
         """
-        preset: str | None = DEFAULT_PRESET
+        preset: GateOption = DEFAULT_PRESET
         merged: dict = {}
         for layer in (base or {}, options):
             if "preset" in layer:
@@ -264,7 +265,7 @@ class NeuroFlowGateConfig:
                 preset = None
             merged |= {name: value for name, value in layer.items() if name != "preset"}
         if preset is not None:
-            if preset not in PRESETS:
+            if not isinstance(preset, str) or preset not in PRESETS:
                 raise ValueError(f"Unknown preset {preset!r}; expected one of {', '.join(PRESETS)}.")
             own_budget = "cost_budget" in merged
             merged = without_conflict(PRESETS[preset], merged) | merged

@@ -1,10 +1,11 @@
-"""How a mode encodes: its specification, what its layer function is given, and what that returns."""
+"""How a mode encodes: its specification, and what its layer function is given."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipEncoderLayer
 
 from .active_set import ActiveSet
 from .extrapolate import Correction
@@ -27,27 +28,12 @@ class PatchMemory:
 
 
 @dataclass(frozen=True)
-class LayerOutput:
-    """
-    What a layer function returns.
-
-    Args:
-        hidden: what the mode passes on to the next layer, rows [M, D] of the active patches or [B', N, D]; `None` of a
-            frame with nothing active, which is not encoded.
-        multiply_adds: what this layer cost each of the B streams; counted from numbers that the host knows.
-    """
-
-    hidden: torch.Tensor | None
-    multiply_adds: list[int]
-
-
-@dataclass(frozen=True)
 class ModeSpec:
     """
     How one mode encodes its active set.
 
     Args:
-        layer: what is done in an encoder layer, `(layer, hidden, step) -> LayerOutput`.
+        layer: what is done in an encoder layer, `(layer, hidden, step) -> hidden`; what it cost is left in the step.
         encodes_all_patches: whether all patches of a stream with an active one pass through the layers, [B', N, D],
             or only the active rows, [M, D].
         pools_all_patches: whether the head sees all N patches, or the active ones.
@@ -55,7 +41,7 @@ class ModeSpec:
         corrects_stale: whether patches that were not encoded learn from those that were.
     """
 
-    layer: Callable[[SiglipEncoderLayer, torch.Tensor, "LayerStep"], LayerOutput]
+    layer: Callable[[SiglipEncoderLayer, torch.Tensor, "LayerStep"], torch.Tensor]
     encodes_all_patches: bool = False
     pools_all_patches: bool = True
     layer_memories: dict[str, PatchMemory] = field(default_factory=dict)
@@ -74,18 +60,23 @@ class LayerStep:
         corrections: what patches that were not encoded learn from those that were (mode `extrapolate`).
 
     Attributes:
-        output: what the mode's layer function returned. The layer leaves it here, and itself returns the hidden
-            states alone, for that is what forward hooks of encoder layers expect.
+        multiply_adds: what the layer cost each of the B streams, left here by the layer function: forward hooks of
+            encoder layers expect that a layer returns the hidden states and nothing else.
     """
 
     mode: ModeSpec
     active: ActiveSet
     memory: LayerMemory
     corrections: list[Correction] = field(default_factory=list)
-    output: LayerOutput | None = None
+    multiply_adds: list[int] = field(default_factory=list)
 
 
 def widths(layer: SiglipEncoderLayer) -> tuple[int, int]:
     """The features of an encoder layer's rows, and those inside its MLP, whatever was put around its modules."""
     config = layer.self_attn.config
     return config.hidden_size, config.intermediate_size
+
+
+def layers_of(encoder: SiglipEncoder) -> list[SiglipEncoderLayer]:
+    """The encoder's layers, typed as what they are: torch's `ModuleList` is a list of any modules."""
+    return cast(list[SiglipEncoderLayer], list(encoder.layers))

@@ -6,10 +6,11 @@ What differs from transformers' SigLIP: every forward takes a `stream`. Without 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import SiglipModel, SiglipVisionModel
+from transformers import PreTrainedConfig, SiglipModel, SiglipVisionModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
@@ -28,8 +29,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig, adopt_config
 from .frame import FrameResult, encode_frame
-from .gate_config import NeuroFlowGateConfig
-from .layer_step import LayerStep
+from .gate_config import GateOption, NeuroFlowGateConfig
+from .layer_step import LayerStep, layers_of
 from .stream import NeuroFlowStream
 
 
@@ -72,6 +73,7 @@ class NeuroFlowSiglipImageClassifierOutput(ImageClassifierOutput):
 
 
 GATE_FIELDS = ("active_mask", "surprise", "skip_rate", "cost")
+Model = TypeVar("Model", bound="NeuroFlowSiglipPreTrainedModel")
 
 
 class NeuroFlowSiglipEncoderLayer(SiglipEncoderLayer):
@@ -91,8 +93,7 @@ class NeuroFlowSiglipEncoderLayer(SiglipEncoderLayer):
         """`hidden_states` [B, N, D] without a step; with one, what the mode passes through its layers."""
         if step is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        step.output = step.mode.layer(self, hidden_states, step)
-        return step.output.hidden
+        return step.mode.layer(self, hidden_states, step)
 
 
 class NeuroFlowSiglipEncoder(SiglipEncoder):
@@ -104,7 +105,7 @@ class NeuroFlowSiglipEncoder(SiglipEncoder):
 
     def __init__(self, config: NeuroFlowSiglipVisionConfig):
         nn.Module.__init__(self)
-        self.config = config
+        self.config = config  # type: ignore[assignment]  # transformers' own vision tower passes it a vision config, too
         self.layers = nn.ModuleList([NeuroFlowSiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
 
@@ -119,6 +120,7 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
     """
 
     config: NeuroFlowSiglipConfig
+    config_class: type[NeuroFlowSiglipConfig | NeuroFlowSiglipVisionConfig]
     _no_split_modules = [*SiglipPreTrainedModel._no_split_modules, "NeuroFlowSiglipEncoderLayer"]
 
     @classmethod
@@ -129,17 +131,17 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
         """
         return False
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As transformers' method; the configuration also names the classes for every auto class."""
         self.config.auto_map = dict(AUTO_MAPS[self.config.model_type])
         super().save_pretrained(*args, **kwargs)
 
-    def set_attn_implementation(self, *args, **kwargs):
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As transformers' method; modules shared with a model that was wrapped keep its configuration, and follow."""
         super().set_attn_implementation(*args, **kwargs)
         for tower in self.modules():
             if isinstance(tower, NeuroFlowSiglipVisionModel):
-                for layer in tower.encoder.layers:
+                for layer in layers_of(tower.encoder):
                     layer.self_attn.config._attn_implementation_internal = tower.config._attn_implementation
 
     @property
@@ -147,7 +149,7 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
         """The options that a new stream starts from: `gate` in the vision configuration."""
         return getattr(self.config, "vision_config", self.config).gate
 
-    def new_stream(self, batch_size: int = 1, **gate_options) -> NeuroFlowStream:
+    def new_stream(self, batch_size: int = 1, **gate_options: GateOption) -> NeuroFlowStream:
         """
         The memory of `batch_size` independent streams, to be passed as `stream=` with every frame.
 
@@ -160,7 +162,9 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
         """
         return NeuroFlowStream(NeuroFlowGateConfig.from_options(self.gate_options, **gate_options), batch_size)
 
-    def _forward_frame(self, pixel_values: torch.Tensor, stream: NeuroFlowStream, **kwargs):
+    def _forward_frame(
+        self, pixel_values: torch.Tensor, stream: NeuroFlowStream, **kwargs: bool
+    ) -> NeuroFlowSiglipVisionOutput | NeuroFlowSiglipImageClassifierOutput:
         return self(pixel_values=pixel_values, stream=stream, **kwargs)
 
     def stream_frames(
@@ -168,8 +172,8 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
         frames: Iterable[torch.Tensor],
         stream: NeuroFlowStream | None = None,
         interpolate_pos_encoding: bool = False,
-        **gate_options,
-    ) -> Iterator:
+        **gate_options: GateOption,
+    ) -> Iterator[NeuroFlowSiglipVisionOutput | NeuroFlowSiglipImageClassifierOutput]:
         """
         The model's output for each frame of an iterable, one after the other, as they come.
 
@@ -200,8 +204,9 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
         pixel_values_videos: torch.Tensor,
         stream: NeuroFlowStream | None = None,
         return_patches: bool = False,
-        **options,
-    ):
+        interpolate_pos_encoding: bool = False,
+        **gate_options: GateOption,
+    ) -> NeuroFlowSiglipVisionOutput | NeuroFlowSiglipImageClassifierOutput:
         """
         The output for B clips of T frames: the model's output class, each field with T as its second dimension.
 
@@ -211,7 +216,7 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
             return_patches (`bool`, defaults to `False`):
                 Also return `last_hidden_state` `(B, T, N, D)`, which is large; not in mode `eliminate`, where the
                 number of patches differs from frame to frame.
-            options: `interpolate_pos_encoding` and options of the gate, as in `stream_frames`.
+            interpolate_pos_encoding, gate_options: as in `stream_frames`.
 
         Raises:
             ValueError: if the clips are not 5-dimensional or have no frame.
@@ -223,13 +228,15 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
             )
         names = ("pooler_output", "logits", *GATE_FIELDS, *(("last_hidden_state",) if return_patches else ()))
         collected: dict[str, list[torch.Tensor]] = {}
-        for output in self.stream_frames(pixel_values_videos.unbind(1), stream, **options):
+        frames = pixel_values_videos.unbind(1)
+        for output in self.stream_frames(frames, stream, interpolate_pos_encoding, **gate_options):
             if return_patches and output.get("token_mask") is not None:
                 raise ValueError("Mode `eliminate` has no fixed set of patches to stack; use `return_patches=False`.")
             for name in names:
                 if output.get(name) is not None:
                     collected.setdefault(name, []).append(output[name])
-        return type(output)(**{name: torch.stack(tensors, dim=1) for name, tensors in collected.items()})
+        stacked = {name: torch.stack(tensors, dim=1) for name, tensors in collected.items()}
+        return type(output)(**stacked)  # type: ignore[arg-type]  # other fields are tuples, none of these
 
 
 class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionModel):
@@ -253,7 +260,7 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
     ```
     """
 
-    config: NeuroFlowSiglipVisionConfig
+    config: NeuroFlowSiglipVisionConfig  # type: ignore[assignment]  # as in transformers' own class
     config_class = NeuroFlowSiglipVisionConfig
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_(scale|bias)$", r"^classifier\."]
 
@@ -270,7 +277,7 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
         self.post_init()
 
     @classmethod
-    def from_siglip(cls, model: SiglipVisionModel, **gate_options) -> "NeuroFlowSiglipVisionModel":
+    def from_siglip(cls, model: SiglipVisionModel, **gate_options: GateOption) -> "NeuroFlowSiglipVisionModel":
         """
         A loaded SigLIP vision model, wrapped: modules and parameters are shared, nothing is copied. Adapters and
         quantised layers inside come along.
@@ -344,7 +351,7 @@ class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
         self.post_init()
 
     @classmethod
-    def from_siglip(cls, model: SiglipModel, **gate_options) -> "NeuroFlowSiglipModel":
+    def from_siglip(cls, model: SiglipModel, **gate_options: GateOption) -> "NeuroFlowSiglipModel":
         """A loaded `SiglipModel`, wrapped, as in [`NeuroFlowSiglipVisionModel.from_siglip`]."""
         require_model(model, SiglipModel)
         wrapper = empty_wrapper(cls, model, gate=gate_options)
@@ -364,7 +371,9 @@ class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
         """The vision tower's output, see [`NeuroFlowSiglipVisionModel.forward`]; the embedding is `pooler_output`."""
         return self.vision_model(pixel_values, interpolate_pos_encoding, stream=stream, return_dict=True, **kwargs)
 
-    def _forward_frame(self, pixel_values, stream, **kwargs):
+    def _forward_frame(
+        self, pixel_values: torch.Tensor, stream: NeuroFlowStream, **kwargs: bool
+    ) -> NeuroFlowSiglipVisionOutput:
         return self.get_image_features(pixel_values, stream=stream, **kwargs)
 
 
@@ -385,10 +394,10 @@ class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, Sigl
     def __init__(self, config: NeuroFlowSiglipConfig):
         config = adopt_config(NeuroFlowSiglipConfig, config)
         SiglipPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 0
         self.vision_model = NeuroFlowSiglipVisionModel._from_config(config.vision_config)
         hidden_size = config.vision_config.hidden_size
-        self.classifier = nn.Linear(hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = nn.Linear(hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()
         self.post_init()
 
     def forward(
@@ -426,7 +435,7 @@ class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, Sigl
 def vision_output(result: FrameResult) -> NeuroFlowSiglipVisionOutput:
     """The output class from a frame's results: flat patch maps [B, N] become [B, grid_h, grid_w]."""
 
-    def on_grid(patch_map):
+    def on_grid(patch_map: torch.Tensor | None) -> torch.Tensor | None:
         return None if patch_map is None else patch_map.unflatten(-1, result.grid)
 
     return NeuroFlowSiglipVisionOutput(
@@ -447,13 +456,13 @@ def mean_of_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | None)
     return (hidden_states * token_mask.unsqueeze(-1)).sum(dim=1) / token_mask.sum(dim=1, keepdim=True)
 
 
-def pop_return_dict(kwargs: TransformersKwargs, config) -> bool:
+def pop_return_dict(kwargs: TransformersKwargs, config: PreTrainedConfig) -> bool:
     """Take `return_dict` out of the keywords; None, as for transformers' own forwards, is what the config says."""
-    return_dict = kwargs.pop("return_dict", None)
-    return config.return_dict if return_dict is None else return_dict
+    return_dict = kwargs.pop("return_dict", None)  # type: ignore[typeddict-item]  # transformers' class lacks it
+    return bool(config.return_dict if return_dict is None else return_dict)
 
 
-def refuse_recording(config, kwargs: TransformersKwargs):
+def refuse_recording(config: PreTrainedConfig, kwargs: TransformersKwargs) -> None:
     """Raise if hidden states or attentions are asked for, by keyword or by the configuration."""
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.get(name, getattr(config, name, False)):
@@ -463,13 +472,13 @@ def refuse_recording(config, kwargs: TransformersKwargs):
             )
 
 
-def require_model(model, expected: type):
+def require_model(model: nn.Module, expected: type) -> None:
     """Raise a TypeError unless `model` is an `expected`."""
     if not isinstance(model, expected):
         raise TypeError(f"Cannot wrap a {type(model).__name__}; expected a loaded transformers `{expected.__name__}`.")
 
 
-def share_module(module: nn.Module, shared: nn.Module):
+def share_module(module: nn.Module, shared: nn.Module) -> None:
     """
     Make `module` hold what `shared` holds: children, parameters, hooks and flags. Not `forward`, which accelerate
     replaces where it dispatched a model over devices; its hook is attached anew.
@@ -484,7 +493,7 @@ def share_module(module: nn.Module, shared: nn.Module):
         add_hook_to_module(module, shared._hf_hook)
 
 
-def empty_wrapper(model_class: type, model, gate: dict):
+def empty_wrapper(model_class: type[Model], model: SiglipPreTrainedModel, gate: dict) -> Model:
     """A `model_class` of `model`'s configuration without any memory for parameters, to put `model`'s modules into."""
     config = model_class.config_class.from_dict(model.config.to_dict())
     config.gate = gate

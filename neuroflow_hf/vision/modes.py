@@ -9,22 +9,25 @@ from .active_set import ActiveSet
 from .attention import attend
 from .cost import attention as attention_cost
 from .cost import mlp as mlp_cost
-from .layer_step import LayerOutput, LayerStep, ModeSpec, PatchMemory, widths
+from .layer_step import LayerStep, ModeSpec, PatchMemory, widths
 from .stream_state import KEY, MLP, VALUE
 
+KeysAndValues = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-def layer_among_active(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
+
+def layer_among_active(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> torch.Tensor:
     """
     An encoder layer whose active patches attend to each other only (Architectures B and C of the paper): rows [M, D]
     to rows [M, D]. Keeps nothing. With everything active this is the dense layer.
     """
     active, (dim, inner) = step.active, widths(layer)
-    hidden = layer_on_rows(layer, hidden, active, lambda key, value: (key, value))
-    costs = [attention_cost(count, count, count, dim) + mlp_cost(count, dim, inner) for count in active.counts]
-    return LayerOutput(hidden, costs)
+    step.multiply_adds = [
+        attention_cost(count, count, count, dim) + mlp_cost(count, dim, inner) for count in active.counts
+    ]
+    return layer_on_rows(layer, hidden, active, lambda key, value: (key, value))
 
 
-def layer_in_context(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
+def layer_in_context(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> torch.Tensor:
     """
     An encoder layer whose active patches attend to all N patches: fresh keys and values for the active, those of
     their last update for the rest. Rows [M, D] to rows [M, D]; keeps `key` and `value`, laid out as the mode says.
@@ -34,26 +37,26 @@ def layer_in_context(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: Laye
     active, patches, (dim, inner) = step.active, step.active.num_patches, widths(layer)
     kept, heads = step.mode.layer_memories, layer.self_attn.num_heads
 
-    def with_stored(key, value):
-        stored = []
-        for name, fresh in ((KEY, key), (VALUE, value)):
-            for correction in step.corrections:
-                correction.apply(step.memory, name, fresh)
-            if kept[name].heads_first:
-                stored.append(active.remember_by_head(step.memory, name, fresh, heads))
-            else:
-                stored.append(active.remember(step.memory, name, fresh).unflatten(-1, (heads, -1)).transpose(1, 2))
-        return stored
+    def remembered(name: str, fresh: torch.Tensor) -> torch.Tensor:
+        for correction in step.corrections:
+            correction.apply(step.memory, name, fresh)
+        if kept[name].heads_first:
+            return active.remember_by_head(step.memory, name, fresh, heads)
+        return active.remember(step.memory, name, fresh).unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    hidden = layer_on_rows(layer, hidden, active, with_stored)
-    costs = [attention_cost(count, patches, count, dim) + mlp_cost(count, dim, inner) for count in active.counts]
+    def with_stored(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return remembered(KEY, key), remembered(VALUE, value)
+
+    step.multiply_adds = [
+        attention_cost(count, patches, count, dim) + mlp_cost(count, dim, inner) for count in active.counts
+    ]
     for correction in step.corrections:
-        costs[correction.stream] += 2 * correction.multiply_adds(dim)
-    return LayerOutput(hidden, costs)
+        step.multiply_adds[correction.stream] += 2 * correction.multiply_adds(dim)
+    return layer_on_rows(layer, hidden, active, with_stored)
 
 
 def layer_on_rows(
-    layer: SiglipEncoderLayer, hidden: torch.Tensor, active: ActiveSet, keys_and_values: Callable
+    layer: SiglipEncoderLayer, hidden: torch.Tensor, active: ActiveSet, keys_and_values: KeysAndValues
 ) -> torch.Tensor:
     """
     SigLIP's encoder layer for rows [M, D], attending to what `keys_and_values` makes of their keys and values, rows or
@@ -68,7 +71,7 @@ def layer_on_rows(
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
-def layer_with_stored_mlp(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> LayerOutput:
+def layer_with_stored_mlp(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> torch.Tensor:
     """
     An encoder layer with attention over all patches and the MLP for active ones only (Architecture A of the paper);
     the others reuse the MLP output of their last update. [B', N, D] to [B', N, D] for the B' streams with an active
@@ -79,8 +82,8 @@ def layer_with_stored_mlp(layer: SiglipEncoderLayer, hidden: torch.Tensor, step:
     rows = active.among_live.gather(hidden)
     outputs = active.remember(step.memory, MLP, layer.mlp(layer.layer_norm2(rows)))
     attention = attention_cost(patches, patches, patches, dim)
-    costs = [(attention if count else 0) + mlp_cost(count, dim, inner) for count in active.counts]
-    return LayerOutput(hidden + active.of_live(outputs), costs)
+    step.multiply_adds = [(attention if count else 0) + mlp_cost(count, dim, inner) for count in active.counts]
+    return hidden + active.of_live(outputs)
 
 
 MODES: dict[str, ModeSpec] = {

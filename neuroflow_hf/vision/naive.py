@@ -11,6 +11,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVi
 
 from .extrapolate import COMMON_SHARE, LIKENESS_WIDTH, NOISE
 from .gate_config import NeuroFlowGateConfig
+from .layer_step import layers_of
 from .selection import turns
 
 
@@ -68,7 +69,7 @@ def naive_correction_weights(
     return weights
 
 
-def naive_correct(stored: dict | list, fresh: dict[int, torch.Tensor], weights: dict[int, dict[int, float]]):
+def naive_correct(stored: dict | list, fresh: dict[int, torch.Tensor], weights: dict[int, dict[int, float]]) -> None:
     """Move what is stored of patches that were not encoded by the innovations of those that were."""
     innovations = {source: fresh[source] - stored[source] for source in fresh}
     for patch, shares in weights.items():
@@ -89,18 +90,18 @@ class NaiveStream:
         self.frame, self.credit = 0, float(gate.cost_reserve)
         self.references: dict[str, list[torch.Tensor]] = {}
         self.age: list[int] = []
-        self.outputs: list[torch.Tensor | None] = []
+        self.outputs: list[torch.Tensor] = []
         self.layers: list[dict[str, dict[int, torch.Tensor]]] = [
             {name: {} for name in ("key", "value", "mlp")} for _ in model.encoder.layers
         ]
-        self.pooled: torch.Tensor | None = None
+        self.pooled = torch.zeros(0)  # until the first frame, which is a keyframe
         self.changed: set[int] = set()
 
     def step(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """One frame [1, C, H, W]: the embedding [D], the outputs the head saw [A or N, D], the active patches."""
         embeddings = self.model.embeddings
         features = embeddings.patch_embedding(pixel_values)
-        grid = tuple(features.shape[2:])
+        grid = (features.shape[2], features.shape[3])
         patches = list(features[0].flatten(1).T)
         positions = list(embeddings.position_embedding(embeddings.position_ids)[0])
         tokens = [patch + position for patch, position in zip(patches, positions, strict=True)]
@@ -112,7 +113,7 @@ class NaiveStream:
             weights = naive_correction_weights(self.outputs, self.changed, active)
         fresh = self.encode(tokens, active, weights) if active else {}
         if not self.outputs:
-            self.outputs = [None] * len(patches)
+            self.outputs = [fresh[patch] for patch in range(len(patches))]
         if weights:
             naive_correct(self.outputs, fresh, weights)
         share = 1 if keyframe or self.gate.mode == "mlp" else self.gate.memory_blend
@@ -125,7 +126,7 @@ class NaiveStream:
         self.frame += 1
         return self.pooled, torch.stack(seen) if seen else torch.zeros(0, len(patches[0])), active
 
-    def pay(self, cost: float):
+    def pay(self, cost: float) -> None:
         """What the frame cost, of a dense one; multiply-adds are not counted here. For a `cost_budget`."""
         if self.gate.cost_budget is not None and self.frame > 1:
             self.credit = max(min(self.credit - cost + self.gate.cost_budget, self.gate.cost_reserve), -2.0)
@@ -185,7 +186,7 @@ class NaiveStream:
         mode = self.gate.mode
         travelling = range(len(tokens)) if mode == "mlp" else active
         hidden = {patch: tokens[patch] for patch in travelling}
-        for layer, memory in zip(self.model.encoder.layers, self.layers, strict=True):
+        for layer, memory in zip(layers_of(self.model.encoder), self.layers, strict=True):
             attention = layer.self_attn
             normed = {patch: layer.layer_norm1(vector) for patch, vector in hidden.items()}
             keys = {patch: attention.k_proj(vector) for patch, vector in normed.items()}
@@ -210,7 +211,7 @@ class NaiveStream:
             hidden = after
         return {patch: self.model.post_layernorm(vector) for patch, vector in hidden.items()}
 
-    def update(self, signal: list[torch.Tensor], active: list[int], keyframe: bool):
+    def update(self, signal: list[torch.Tensor], active: list[int], keyframe: bool) -> None:
         """Bring references and ages up to date after a frame."""
         gate = self.gate
         if gate.reference in ("last_update", "both"):

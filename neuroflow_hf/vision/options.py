@@ -2,9 +2,12 @@
 
 import difflib
 from dataclasses import fields
+from typing import TypeVar
+
+Options = TypeVar("Options")
 
 
-def make_options(options_class: type, kind: str, options: dict, also_known: tuple[str, ...] = ()):
+def make_options(options_class: type[Options], kind: str, options: dict, also_known: tuple[str, ...] = ()) -> Options:
     """
     An `options_class(**options)`.
 
@@ -18,7 +21,7 @@ def make_options(options_class: type, kind: str, options: dict, also_known: tupl
         ValueError: for an option that does not exist (with the nearest known one), and for a value of the wrong type
             or outside its range.
     """
-    own = [field.name for field in fields(options_class)]
+    own = [field.name for field in fields(options_class)]  # type: ignore[arg-type]  # a dataclass
     known = [*also_known, *own]
     for name in options:
         if name not in own:

@@ -52,13 +52,13 @@ class NeuroFlowStream:
         self.batch_size = batch_size
         self.forget()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(batch_size={self.batch_size}, mode={self.gate.mode!r}, frames={self.frames}, "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
 
-    def forget(self):
+    def forget(self) -> None:
         """Drop all memory; the next frame may have another shape, and is a keyframe of every stream."""
         self.frames = [0] * self.batch_size
         self.credit = [float(self.gate.cost_reserve)] * self.batch_size
@@ -68,7 +68,7 @@ class NeuroFlowStream:
         self.layer_memories: list[dict[str, torch.Tensor]] = []
         self.frame_in_progress = False
 
-    def reset(self, streams: int | Iterable[int] | None = None):
+    def reset(self, streams: int | Iterable[int] | None = None) -> None:
         """
         Start streams anew: their next frame is a keyframe, and their credit is the reserve again.
 
@@ -126,7 +126,7 @@ class NeuroFlowStream:
             vars(self).update(before)
             raise
 
-    def begin_frame(self, geometry: StreamGeometry):
+    def begin_frame(self, geometry: StreamGeometry) -> None:
         """
         Get ready for a frame of this geometry. A frame that was interrupted (an error, Ctrl-C, out of memory) may
         have written some memories and not others: every stream then starts again with a keyframe.
@@ -185,7 +185,7 @@ class NeuroFlowStream:
         whole = self._whole()
         return {**whole._header(), "memory": {name: tensor.clone() for name, tensor in whole.named_memory().items()}}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
         """
         Continue from `state_dict()`'s result; tensors keep the device they come with (see `to`).
 
@@ -231,7 +231,7 @@ class NeuroFlowStream:
         self.stores = None if geometry is None else ours
         self.frame_in_progress = False
 
-    def save(self, path: str | os.PathLike):
+    def save(self, path: str | os.PathLike) -> None:
         """Write the state to a safetensors file, whole or not at all."""
         path, whole = Path(path), self._whole()
         tensors = {name: tensor.contiguous() for name, tensor in whole.named_memory().items()}

@@ -107,7 +107,7 @@ def memory_layout(
     return layout
 
 
-def require_complete(state: dict, layout: dict[str, tuple[int, ...]]):
+def require_complete(state: dict, layout: dict[str, tuple[int, ...]]) -> None:
     """Raise a ValueError unless a state has frames for all streams and its memories are as `layout` says."""
     batch_size, geometry, memory = (state[key] for key in ("batch_size", "geometry", "memory"))
     counts = {len(state["frames"]), len(state["credit"]), batch_size if geometry is None else geometry["batch_size"]}
