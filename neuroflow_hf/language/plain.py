@@ -10,10 +10,10 @@ from torch.nn.utils import parametrize
 
 def are_plain(modules: Iterable[nn.Module], weights: Iterable[torch.Tensor | None]) -> bool:
     """
-    Whether the modules are called for nothing but their weights: neither hooked, offloaded, parametrised nor given
-    another `forward`, and the weights all there, floating point, not quantised and not of a class of their own.
+    Whether reading the weights does what calling the modules does: the modules are not hooked, offloaded, parametrised
+    or given another `forward`; the weights are all there, floating point, and plain tensors.
 
-    The caller makes sure of the modules' classes: adapters and quantised layers are modules of other ones.
+    The caller checks the modules' classes: adapters and quantised layers have classes of their own.
     """
     return all(
         weight is not None

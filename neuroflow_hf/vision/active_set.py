@@ -11,7 +11,7 @@ Value = TypeVar("Value")
 
 
 class computed_once(Generic[Owner, Value]):
-    """`functools.cached_property` without the lock that it has in Python 3.11 and that torch.compile cannot trace."""
+    """`functools.cached_property` without its lock, which torch.compile cannot trace in Python 3.11."""
 
     def __init__(self, compute: Callable[[Owner], Value]):
         self.compute = compute
@@ -48,7 +48,7 @@ class ActiveSet:
 
     @property
     def num_patches(self) -> int:
-        """N."""
+        """The number of patches, N."""
         return self.mask.shape[1]
 
     @computed_once
@@ -80,7 +80,7 @@ class ActiveSet:
         )
 
     def of_live(self, features: torch.Tensor) -> torch.Tensor:
-        """[B, ...] to [B', ...]: the entries of streams with an active patch; a view if that is all."""
+        """The entries of streams with an active patch: [B, ...] to [B', ...]."""
         return features if len(self.live) == len(self.counts) else features[self.live]
 
     def gather(self, features: torch.Tensor) -> torch.Tensor:
@@ -93,9 +93,7 @@ class ActiveSet:
         return features.index_select(0, self.rows.to(features.device) % self.num_patches)
 
     def remember(self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor) -> torch.Tensor:
-        """
-        Write fresh rows [M, D] into `memory[name]` and return all N patches of it, [B, N, D]. See `write_memory`.
-        """
+        """Write fresh rows [M, D] into `memory[name]` and return all of it, [B, N, D]. See `write_memory`."""
         if self.everything:
             return write_memory(memory, name, None, fresh.view(*self.mask.shape, -1))
         return write_memory(memory, name, self.rows, fresh)
@@ -103,8 +101,7 @@ class ActiveSet:
     def remember_by_head(
         self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor, heads: int
     ) -> torch.Tensor:
-        """`remember` for a memory that is laid out head by head, [B, H, N, D / H]: fresh rows [M, D], written in H
-        pieces each."""
+        """As `remember`, for a memory stored head by head, [B, H, N, D / H]: each row is written in H pieces."""
         streams, patches = self.mask.shape
         if self.everything:
             return write_memory(memory, name, None, fresh.view(streams, patches, heads, -1).transpose(1, 2))
@@ -126,9 +123,8 @@ def write_memory(
     Write `fresh` into `memory[name]`, at `places` along its leading dimensions or, with `None`, all of it; return
     what it holds now, with the gradient of `fresh`.
 
-    Later frames write a memory in place, so it never shares a tensor with other code: neither a module's output,
-    which hooks may have kept, nor, with gradients enabled, what is returned, which a graph may have kept. Torch
-    forbids writing in place what was made in inference mode outside of it.
+    Later frames write memories in place, so a memory never shares a tensor with other code: not with a module's
+    output, which hooks may have kept, nor, with gradients enabled, with the result, which autograd may have kept.
     """
     if places is None:
         current = fresh
@@ -158,7 +154,7 @@ def add_to_memory(
 
 
 def may_write_in_place(stored: torch.Tensor) -> bool:
-    """Whether torch, and a graph that may hold on to it, allow writing into a memory."""
-    if torch.compiler.is_compiling():  # inference mode cannot be asked for in a graph
+    """Whether a memory may be written in place: with no graph that needs its old values, and if torch allows it."""
+    if torch.compiler.is_compiling():  # a graph cannot ask for the inference mode
         return not torch.is_grad_enabled()
     return not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not stored.is_inference())

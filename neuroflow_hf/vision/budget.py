@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # which imports this module
     from .gate_config import NeuroFlowGateConfig
 
-# A frame may overdraw by one dense frame, and a keyframe by its number by another one. More debt than that, as of a
-# stream whose options were changed on the way, is forgiven.
+# A frame may overdraw the credit by the cost of one dense frame, and a keyframe by its number by one more. Debt beyond
+# that, which only a change of options can cause, is forgiven.
 MAX_DEBT = 2.0
-SPARE = 1.25  # a lifted budget, over what a stream costs whatever it shows: the rest is for patches that change
+SPARE = 1.25  # a lifted budget over the least cost: some is left for patches that change
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class CostBudget:
 
     def credit_after(self, credit: float, frame: int, cost: float) -> float:
         """
-        The credit after a frame of this number and cost. The first frame is free. Any stretch of T frames after it
-        spends at most `rate * T + burst + 1`, for one frame may overdraw, and 1 more with a `keyframe_interval`, whose
-        keyframe may come on top.
+        The credit after a frame of this number and cost. The first frame is free. Any T frames after it spend at most
+        `rate * T + burst + 1`, since one frame may overdraw, and 1 more with a `keyframe_interval`, whose keyframes
+        do not wait for credit.
         """
         if self.rate is None or frame == 0:
             return float(self.burst)
@@ -44,8 +44,8 @@ class CostBudget:
 
 def least_cost(keyframe_interval: int | None, looking: float) -> float:
     """
-    What a stream costs per frame whatever it shows: looking at every frame, which costs the share `looking` of a dense
-    one, and a keyframe every `keyframe_interval` frames.
+    What a stream costs per frame if nothing changes: looking at every frame, the share `looking` of a dense frame, and
+    a keyframe every `keyframe_interval` frames.
     """
     return looking + (0 if keyframe_interval is None else (1 - looking) / keyframe_interval)
 

@@ -1,10 +1,10 @@
 """
-Change carried over from the patches that were encoded to those that were not (mode `extrapolate`).
+Corrections of stored features by what the encoded patches show (mode `extrapolate`).
 
-When something moves, attention moves every other patch a little too, and patches that are alike by much the same
-amount. So a few patches that did *not* change, the sentinels, are encoded on every frame as well; how far they turn
-out from what was remembered of them, their innovation, is carried over to the patches like them. The estimate is that
-of a Gaussian process (simple kriging) whose covariance is the patches' likeness.
+When something moves, attention changes the features of all other patches a little, and those of similar patches by
+similar amounts. So a few patches that did *not* change, the sentinels, are encoded on every frame as well. The
+difference between their new and their stored features, the innovation, is carried over to the patches like them. The
+estimate is simple kriging: a Gaussian process whose covariance is the likeness of the patches.
 """
 
 from dataclasses import dataclass
@@ -34,18 +34,19 @@ def correction_weights(
     """
     How much of each source's innovation every patch takes over.
 
-    Patches that changed and patches that did not move for different reasons; nothing is carried between the two.
+    The features of patches that changed and of patches that did not change for different reasons, so nothing is
+    carried over from one group to the other.
 
     Args:
-        features: [N, D], what was remembered of the patches; only directions count.
-        sources: int64 [S], the encoded patches that others learn from.
-        changed: bool [N], patches that changed themselves.
-        encoded: bool [N], patches that were encoded; they learn nothing from others.
+        features: [N, D], what is stored of the patches; only their directions count.
+        sources: int64 [S], the encoded patches whose innovations are used.
+        changed: bool [N], patches above the threshold.
+        encoded: bool [N], patches that were encoded; they need no correction.
 
     Returns:
-        float32 [N, S]; rows of encoded patches are 0.
+        [N, S], in float32 or the features' type, whichever is wider; rows of encoded patches are 0.
     """
-    unit = F.normalize(features.float(), dim=-1)
+    unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
     source_unit, source_changed = unit[sources], changed[sources]
     to_all = likeness(unit, source_unit) * (changed.unsqueeze(1) == source_changed)
     among = likeness(source_unit, source_unit) * (source_changed.unsqueeze(1) == source_changed)
@@ -62,7 +63,7 @@ class Correction:
 
     Args:
         stream: its number.
-        weights: [N, S], as of `correction_weights`, in the type of the memories.
+        weights: [N, S], from `correction_weights`, in the type of the memories.
         sources: int64 [S], the sources' places among all encoded rows [M, D].
         places: int64 [S], their places in the stream.
     """
@@ -87,14 +88,15 @@ class Correction:
 
 def build_corrections(features: torch.Tensor, active: ActiveSet) -> list[Correction]:
     """
-    One correction for each stream that has both freshly encoded and stale patches of a group.
+    One correction for each stream with both encoded and stale patches, either among those that changed or among those
+    that did not.
 
     Args:
-        features: [B, N, D], the remembered outputs, before this frame's are written.
+        features: [B, N, D], the stored outputs, before this frame's are written.
     """
     corrections, first_row = [], 0
     for stream, count in enumerate(active.counts):
-        from_changed, from_still = groups_to_learn_from(active, stream)
+        from_changed, from_still = count_sources(active, stream)
         if from_changed or from_still:
             rows = active.rows[first_row : first_row + count] - stream * active.num_patches
             row_changed = active.changed[stream, rows]
@@ -107,16 +109,13 @@ def build_corrections(features: torch.Tensor, active: ActiveSet) -> list[Correct
     return corrections
 
 
-def groups_to_learn_from(active: ActiveSet, stream: int) -> tuple[int, int]:
-    """How many encoded patches changed, and how many did not; 0 for a group of which no patch is stale."""
+def count_sources(active: ActiveSet, stream: int) -> tuple[int, int]:
+    """How many encoded patches changed, and how many did not; 0 where no patch of the same group is stale."""
     if active.keyframes[stream]:
         return 0, 0
     changed, changed_encoded = active.changed_counts[stream]
     still, still_encoded = active.num_patches - changed, active.counts[stream] - changed_encoded
-    return (
-        changed_encoded if changed_encoded < changed else 0,
-        still_encoded if still_encoded < still else 0,
-    )
+    return changed_encoded if changed_encoded < changed else 0, still_encoded if still_encoded < still else 0
 
 
 def weights_cost(correction: Correction, dim: int) -> int:

@@ -1,10 +1,11 @@
-"""One frame of B streams through the vision tower: gate, encoder, read-out, references."""
+"""One frame of B streams through the vision tower: gate, encoder, head, references."""
 
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
 from .active_set import ActiveSet
@@ -25,33 +26,46 @@ from .stream_state import OUTPUT, POOLED, StreamGeometry
 
 
 @dataclass
-class FrameResult:
-    """What a frame gave: `active`, the set that entered the layers; `last_hidden_state` [B, N, D] (or [B, A, D] with
-    `token_mask` [B, A]), `pooled` [B, D], `surprise` [B, N], `skip_rate` and `cost` [B]."""
+class NeuroFlowSiglipVisionOutput(BaseModelOutputWithPooling):
+    """
+    Output of the vision tower for one frame of B streams.
 
-    active: ActiveSet
-    grid: tuple[int, int]
-    last_hidden_state: torch.Tensor
-    pooled: torch.Tensor | None
-    surprise: torch.Tensor | None
-    skip_rate: torch.Tensor
-    cost: torch.Tensor
-    token_mask: torch.Tensor | None
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, N, D)`):
+            All patches after the final layer norm, each as it was last encoded. In mode `eliminate` the active ones
+            only, `(B, A, D)`, padded with zeros to the largest count; `token_mask` says which are real.
+        pooler_output (`torch.FloatTensor` of shape `(B, D)`): the embedding. None if the model has no pooling head.
+        active_mask (`torch.BoolTensor` of shape `(B, grid_h, grid_w)`):
+            The patches that were encoded on this frame.
+        surprise (`torch.FloatTensor` of shape `(B, grid_h, grid_w)`, *optional*):
+            `1 - cos(signal, reference)`, float32; 1 on a stream's first frame. None if it was not computed (mode
+            `dense`, and `hold` without `keyframe_fraction` and `keyframe_surprise`).
+        skip_rate (`torch.FloatTensor` of shape `(B,)`): `1 - |active| / N`, at layer 0.
+        cost (`torch.FloatTensor` of shape `(B,)`):
+            Multiply-adds spent on this frame, gate and head included, over those of a dense frame.
+        token_mask (`torch.BoolTensor` of shape `(B, A)`, *optional*): in mode `eliminate`, see above.
+    """
+
+    active_mask: torch.Tensor | None = None
+    surprise: torch.Tensor | None = None
+    skip_rate: torch.Tensor | None = None
+    cost: torch.Tensor | None = None
+    token_mask: torch.Tensor | None = None
 
 
 def encode_frame(
     model: SiglipVisionModel, pixel_values: torch.Tensor, stream: NeuroFlowStream, interpolate_pos_encoding: bool
-) -> FrameResult:
+) -> NeuroFlowSiglipVisionOutput:
     """
     Advance `stream` by one frame of each of its B cameras.
 
-    Everything that can refuse a frame comes before the first write to the stream.
+    All checks come before the first write to the stream, so a refused frame changes nothing.
 
     Args:
-        model: the vision model, whose modules are called; their weights are read past them only if `are_plain`.
+        model: the vision model. Its modules are called, so adapters and hooks work; see `shortcuts.py` for exceptions.
         pixel_values: [B, C, H, W], normalised, floating point.
     """
-    if not hasattr(stream, "begin_frame"):  # by class, a stream made by code loaded from the Hub would be another one
+    if not hasattr(stream, "begin_frame"):  # code loaded from the Hub has a stream class of its own
         raise TypeError(f"`stream` is a {type(stream).__name__}; expected what `model.new_stream()` returns.")
     geometry = geometry_of(model, pixel_values, interpolate_pos_encoding)
     mode = MODES[stream.gate.mode]
@@ -99,13 +113,12 @@ def encode_frame(
     stream.frame_in_progress = False
 
     counts = torch.tensor(active.counts, dtype=torch.float32)
-    return FrameResult(
-        active=active,
-        grid=geometry.grid,
-        # copies, for the memories behind them are written again on the next frame
-        last_hidden_state=tokens.clone() if token_mask is None else tokens,
-        pooled=None if pooled is None else pooled.clone(),
-        surprise=surprise,
+    return NeuroFlowSiglipVisionOutput(
+        # copies, since the next frame writes into the memories behind them
+        last_hidden_state=tokens.clone() if token_mask is None else tokens,  # type: ignore[arg-type]
+        pooler_output=None if pooled is None else pooled.clone(),  # type: ignore[arg-type]
+        active_mask=active.mask.unflatten(-1, geometry.grid),
+        surprise=None if surprise is None else surprise.unflatten(-1, geometry.grid),
         skip_rate=(1 - counts / geometry.num_patches).to(geometry.device, non_blocking=True),
         cost=torch.tensor(costs, dtype=torch.float32).to(geometry.device, non_blocking=True),
         token_mask=token_mask,
@@ -113,7 +126,7 @@ def encode_frame(
 
 
 def nothing_active(geometry: StreamGeometry) -> ActiveSet:
-    """The active set of a frame that is not looked at."""
+    """The active set of a frame whose surprise is not computed."""
     mask = torch.zeros(geometry.batch_size, geometry.num_patches, dtype=torch.bool, device=geometry.device)
     streams = range(geometry.batch_size)
     return ActiveSet(mask, [0 for _ in streams], [False for _ in streams], mask, [(0, 0) for _ in streams])
@@ -123,7 +136,7 @@ def geometry_of(
     model: SiglipVisionModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
 ) -> StreamGeometry:
     """
-    What kind of frame this is.
+    Batch size, patch grid, type and device of a frame.
 
     Raises:
         ValueError: if the pixel values have a wrong number of dimensions or channels, are not floating point, or
@@ -166,7 +179,7 @@ def geometry_of(
     )
 
 
-def refuse_adapters_by_stream(model: SiglipVisionModel):
+def refuse_adapters_by_stream(model: SiglipVisionModel) -> None:
     """
     Raise a ValueError if each stream of a batch is to have an adapter of its own (PEFT's `adapter_names`). Active
     patches of all streams pass through the layers as rows of one matrix, in which adapters cannot be told apart.
@@ -189,16 +202,16 @@ def encode(
     model: SiglipVisionModel, hidden: torch.Tensor, active: ActiveSet, stream: NeuroFlowStream, mode: ModeSpec
 ) -> tuple[torch.Tensor, list[int]]:
     """
-    All encoder layers and the final layer norm, for what the mode passes through them: the outputs, and each stream's
-    multiply-adds in all layers.
+    Pass `hidden` through all encoder layers and the final layer norm: the outputs, and the multiply-adds that each
+    stream took.
     """
     spent, dim = [0] * len(active.counts), model.config.hidden_size
     corrections = []
     if mode.corrects_stale and not all(active.keyframes):
         corrections = build_corrections(stream.memory[OUTPUT], active)
     for layer, memory in zip(layers_of(model.encoder), stream.layer_memories, strict=True):
-        # A checkpointed layer would run again in the backward pass, when its memory is that of a later frame. Outside
-        # of training no layer is checkpointed, and threads that share the model must not see its flags change.
+        # A checkpointed layer would run again in the backward pass, with memories of a later frame. In evaluation no
+        # layer is checkpointed, and the flags stay as they are: threads may share the model.
         checkpointed = layer.training and layer.gradient_checkpointing
         try:
             if checkpointed:
@@ -224,8 +237,8 @@ def read_out(
     active: ActiveSet,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    What the head sees of each stream, [B, N, D] and no mask, or [B, A, D] and its mask [B, A], from what the encoder
-    returned (None if nothing was active). Fresh outputs are remembered for the frames to come.
+    Store the encoder's outputs (None if nothing was active) and return what the head pools: [B, N, D] and no mask, or
+    in mode `eliminate` [B, A, D] and its mask [B, A].
     """
     memory = stream.memory
     if not mode.pools_all_patches:
@@ -238,7 +251,7 @@ def read_out(
 
 
 def blend(stream: NeuroFlowStream, fresh: torch.Tensor, active: ActiveSet) -> torch.Tensor:
-    """`(1 - b) C + b z` for rows [M, D], the paper's alpha blending; keyframes are written plainly."""
+    """`(1 - b) C + b z` for rows [M, D], with b the `memory_blend`; rows of keyframes are returned as they are."""
     share = stream.gate.memory_blend
     if share == 1 or all(active.keyframes):
         return fresh
@@ -271,7 +284,7 @@ def pool(
     active: ActiveSet,
     folded: bool,
 ) -> torch.Tensor | None:
-    """The embeddings [B, D]: pooled anew for streams with an active patch, the stored ones for the rest."""
+    """The embeddings [B, D]: pooled for streams with an active patch, the stored ones for the others."""
     if not model.use_head:
         return None
 
@@ -298,8 +311,8 @@ def frame_cost(
     folded: bool,
 ) -> float:
     """
-    Multiply-adds spent on one stream's frame with `active` patches active, `layers` of them in the encoder's layers,
-    over those of a dense frame.
+    Multiply-adds of one stream's frame over those of a dense frame: with `active` active patches, and `layers`
+    multiply-adds in the encoder's layers.
     """
     config = model.config
     patches, dim, inner = geometry.num_patches, config.hidden_size, config.intermediate_size

@@ -14,20 +14,6 @@ LayerMemory = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class PatchMemory:
-    """
-    Features that a mode keeps of every patch in a layer, under one name, in the type that the model's modules return.
-
-    Args:
-        heads_first (`bool`, defaults to `False`):
-            Whether they are laid out head by head, [B, H, N, D / H], rather than [B, N, D]: attention reads one head
-            at a time.
-    """
-
-    heads_first: bool = False
-
-
-@dataclass(frozen=True)
 class ModeSpec:
     """
     How one mode encodes its active set.
@@ -37,14 +23,16 @@ class ModeSpec:
         encodes_all_patches: whether all patches of a stream with an active one pass through the layers, [B', N, D],
             or only the active rows, [M, D].
         pools_all_patches: whether the head sees all N patches, or the active ones.
-        layer_memories: what is kept for every layer, by name.
-        corrects_stale: whether patches that were not encoded learn from those that were.
+        layer_memories: names of the features that every layer keeps of all patches.
+        heads_first: whether they are stored head by head, [B, H, N, D / H], as attention reads them; else [B, N, D].
+        corrects_stale: whether what is stored of patches that were not encoded is corrected by those that were.
     """
 
     layer: Callable[[SiglipEncoderLayer, torch.Tensor, "LayerStep"], torch.Tensor]
     encodes_all_patches: bool = False
     pools_all_patches: bool = True
-    layer_memories: dict[str, PatchMemory] = field(default_factory=dict)
+    layer_memories: tuple[str, ...] = ()
+    heads_first: bool = False
     corrects_stale: bool = False
 
 
@@ -57,7 +45,7 @@ class LayerStep:
         mode: how the stream encodes its active set.
         active: the active set.
         memory: what is kept for this layer.
-        corrections: what patches that were not encoded learn from those that were (mode `extrapolate`).
+        corrections: of the stored keys and values, before they are used (mode `extrapolate`).
 
     Attributes:
         multiply_adds: what the layer cost each of the B streams, left here by the layer function: forward hooks of
@@ -72,7 +60,7 @@ class LayerStep:
 
 
 def widths(layer: SiglipEncoderLayer) -> tuple[int, int]:
-    """The features of an encoder layer's rows, and those inside its MLP, whatever was put around its modules."""
+    """D and the width inside the MLP; from the configuration, since adapters may have replaced the modules."""
     config = layer.self_attn.config
     return config.hidden_size, config.intermediate_size
 

@@ -28,38 +28,10 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig, adopt_config
-from .frame import FrameResult, encode_frame
+from .frame import NeuroFlowSiglipVisionOutput, encode_frame
 from .gate_config import GateOption, NeuroFlowGateConfig
 from .layer_step import LayerStep, layers_of
 from .stream import NeuroFlowStream
-
-
-@dataclass
-class NeuroFlowSiglipVisionOutput(BaseModelOutputWithPooling):
-    """
-    Output of the vision tower for one frame of B streams.
-
-    Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(B, N, D)`):
-            All patches after the final layer norm, each as it was last encoded. In mode `eliminate` the active ones
-            only, `(B, A, D)`, padded with zeros to the largest count; `token_mask` says which are real.
-        pooler_output (`torch.FloatTensor` of shape `(B, D)`): the embedding. None if the model has no pooling head.
-        active_mask (`torch.BoolTensor` of shape `(B, grid_h, grid_w)`):
-            The patches that were encoded on this frame.
-        surprise (`torch.FloatTensor` of shape `(B, grid_h, grid_w)`, *optional*):
-            `1 - cos(signal, reference)`, float32; 1 on a stream's first frame. None if the frame was not looked at
-            (mode `dense`, and `hold` without `keyframe_fraction`).
-        skip_rate (`torch.FloatTensor` of shape `(B,)`): `1 - |active| / N`, at layer 0.
-        cost (`torch.FloatTensor` of shape `(B,)`):
-            Multiply-adds spent on this frame, gate and head included, over those of a dense frame.
-        token_mask (`torch.BoolTensor` of shape `(B, A)`, *optional*): in mode `eliminate`, see above.
-    """
-
-    active_mask: torch.Tensor | None = None
-    surprise: torch.Tensor | None = None
-    skip_rate: torch.Tensor | None = None
-    cost: torch.Tensor | None = None
-    token_mask: torch.Tensor | None = None
 
 
 @dataclass
@@ -319,8 +291,7 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
             return super().forward(pixel_values, interpolate_pos_encoding, **kwargs)
         return_dict = pop_return_dict(kwargs, self.config)
         refuse_recording(self.config, kwargs)
-        result = encode_frame(self, pixel_values, stream, interpolate_pos_encoding)
-        output = vision_output(result)
+        output = encode_frame(self, pixel_values, stream, interpolate_pos_encoding)
         return output if return_dict else output.to_tuple()
 
 
@@ -430,23 +401,6 @@ class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, Sigl
         gate_fields = {name: vision[name] for name in GATE_FIELDS if name in vision}
         output = NeuroFlowSiglipImageClassifierOutput(loss=loss, logits=logits, **gate_fields)
         return output if return_dict else output.to_tuple()
-
-
-def vision_output(result: FrameResult) -> NeuroFlowSiglipVisionOutput:
-    """The output class from a frame's results: flat patch maps [B, N] become [B, grid_h, grid_w]."""
-
-    def on_grid(patch_map: torch.Tensor | None) -> torch.Tensor | None:
-        return None if patch_map is None else patch_map.unflatten(-1, result.grid)
-
-    return NeuroFlowSiglipVisionOutput(
-        last_hidden_state=result.last_hidden_state,
-        pooler_output=result.pooled,
-        active_mask=on_grid(result.active.mask),
-        surprise=on_grid(result.surprise),
-        skip_rate=result.skip_rate,
-        cost=result.cost,
-        token_mask=result.token_mask,
-    )
 
 
 def mean_of_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:

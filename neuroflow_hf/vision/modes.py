@@ -9,7 +9,7 @@ from .active_set import ActiveSet
 from .attention import attend
 from .cost import attention as attention_cost
 from .cost import mlp as mlp_cost
-from .layer_step import LayerStep, ModeSpec, PatchMemory, widths
+from .layer_step import LayerStep, ModeSpec, widths
 from .stream_state import KEY, MLP, VALUE
 
 KeysAndValues = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -17,8 +17,8 @@ KeysAndValues = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch
 
 def layer_among_active(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> torch.Tensor:
     """
-    An encoder layer whose active patches attend to each other only (Architectures B and C of the paper): rows [M, D]
-    to rows [M, D]. Keeps nothing. With everything active this is the dense layer.
+    An encoder layer whose active patches attend only to each other (Architectures B and C of the paper): rows [M, D]
+    to rows [M, D]. With everything active this is the dense layer.
     """
     active, (dim, inner) = step.active, widths(layer)
     step.multiply_adds = [
@@ -30,17 +30,15 @@ def layer_among_active(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: La
 def layer_in_context(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> torch.Tensor:
     """
     An encoder layer whose active patches attend to all N patches: fresh keys and values for the active, those of
-    their last update for the rest. Rows [M, D] to rows [M, D]; keeps `key` and `value`, laid out as the mode says.
-
-    In `extrapolate`, the stored keys and values are first brought up to date by what the active patches show.
+    their last update for the rest, corrected first in `extrapolate`. Rows [M, D] to rows [M, D].
     """
     active, patches, (dim, inner) = step.active, step.active.num_patches, widths(layer)
-    kept, heads = step.mode.layer_memories, layer.self_attn.num_heads
+    heads = layer.self_attn.num_heads
 
     def remembered(name: str, fresh: torch.Tensor) -> torch.Tensor:
         for correction in step.corrections:
             correction.apply(step.memory, name, fresh)
-        if kept[name].heads_first:
+        if step.mode.heads_first:
             return active.remember_by_head(step.memory, name, fresh, heads)
         return active.remember(step.memory, name, fresh).unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -75,7 +73,7 @@ def layer_with_stored_mlp(layer: SiglipEncoderLayer, hidden: torch.Tensor, step:
     """
     An encoder layer with attention over all patches and the MLP for active ones only (Architecture A of the paper);
     the others reuse the MLP output of their last update. [B', N, D] to [B', N, D] for the B' streams with an active
-    patch (one with none is not encoded at all); keeps `mlp`, [B, N, D].
+    patch; the others are not encoded.
     """
     active, patches, (dim, inner) = step.active, step.active.num_patches, widths(layer)
     hidden = hidden + layer.self_attn(layer.layer_norm1(hidden))[0]
@@ -89,11 +87,9 @@ def layer_with_stored_mlp(layer: SiglipEncoderLayer, hidden: torch.Tensor, step:
 MODES: dict[str, ModeSpec] = {
     "dense": ModeSpec(layer_among_active),
     "hold": ModeSpec(layer_among_active),
-    "mlp": ModeSpec(layer_with_stored_mlp, encodes_all_patches=True, layer_memories={MLP: PatchMemory()}),
+    "mlp": ModeSpec(layer_with_stored_mlp, encodes_all_patches=True, layer_memories=(MLP,)),
     "eliminate": ModeSpec(layer_among_active, pools_all_patches=False),
     "reconstruct": ModeSpec(layer_among_active),
-    "context": ModeSpec(layer_in_context, layer_memories=dict.fromkeys((KEY, VALUE), PatchMemory(heads_first=True))),
-    "extrapolate": ModeSpec(
-        layer_in_context, layer_memories=dict.fromkeys((KEY, VALUE), PatchMemory()), corrects_stale=True
-    ),
+    "context": ModeSpec(layer_in_context, layer_memories=(KEY, VALUE), heads_first=True),
+    "extrapolate": ModeSpec(layer_in_context, layer_memories=(KEY, VALUE), corrects_stale=True),
 }

@@ -5,6 +5,7 @@ Reading this file is the shortest way to learn what each mode does.
 """
 
 import math
+from functools import partial
 
 import torch
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionModel
@@ -57,14 +58,15 @@ def naive_correction_weights(
         cosine = torch.nn.functional.cosine_similarity(outputs[a], outputs[b], dim=0).item()
         return COMMON_SHARE + (1 - COMMON_SHARE) * math.exp((cosine - 1) / LIKENESS_WIDTH)
 
+    as_tensor = partial(torch.tensor, dtype=torch.float64)
     weights: dict[int, dict[int, float]] = {}
     for group in (changed, set(range(len(outputs))) - changed):
         sources = [patch for patch in encoded if patch in group]
         learners = sorted(group - set(encoded))
         if sources and learners:
-            among = torch.tensor([[likeness(a, b) + NOISE * (a == b) for b in sources] for a in sources])
+            among = as_tensor([[likeness(a, b) + NOISE * (a == b) for b in sources] for a in sources])
             for patch in learners:
-                solution = torch.linalg.solve(among, torch.tensor([likeness(patch, source) for source in sources]))
+                solution = torch.linalg.solve(among, as_tensor([likeness(patch, source) for source in sources]))
                 weights[patch] = dict(zip(sources, solution.tolist(), strict=True))
     return weights
 

@@ -12,8 +12,7 @@ def project_patches(model: SiglipVisionModel, pixel_values: torch.Tensor, as_pro
     [B, C, H, W] to the patch projections [B, N, D], contiguous: patches are gathered by row later.
 
     Args:
-        as_product: whether the convolution may be done as the matrix product that it is, which rounds differently;
-            it is done so if `can_project_as_product`.
+        as_product: whether the convolution may be computed as a matrix product: faster, but rounded differently.
     """
     projection = model.embeddings.patch_embedding
     pixel_values = pixel_values.to(projection.weight.dtype)
@@ -45,12 +44,13 @@ def active_position_embeddings(
     the whole grid it takes longer than the gate.
     """
     embeddings = model.embeddings
-    # who overrides it may do something else; a keyframe is as dense is, and the checkpoint's own grid as it is
+    # An overridden method may do something else, so it is called. A keyframe, and a frame of the checkpoint's own
+    # resolution, must equal dense bit for bit.
     stock = SiglipVisionEmbeddings.interpolate_pos_encoding
     is_stock = getattr(embeddings.interpolate_pos_encoding, "__func__", None) is stock
     if interpolate_pos_encoding and is_stock and not active.everything:
         own = embeddings.num_positions
-        # measured: the interpolation of one patch takes as long as 256 multiply-adds a feature
+        # measured: bicubic interpolation takes as long as 256 multiply-adds per patch and feature
         if active.num_patches != own and sum(active.counts) * own < 256 * active.num_patches:
             return interpolate_at(embeddings.position_embedding.weight, active.rows % active.num_patches, grid)
     return active.gather_shared(position_embeddings(model, patches, pixel_values, interpolate_pos_encoding))

@@ -5,7 +5,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-# Patches compared at a time on a CPU, where what is in between then stays in the cache: five times faster at many.
+# On a CPU, so many patches are compared at a time that intermediate results stay in the cache: for large N, five times
+# faster.
 PATCHES_AT_A_TIME = 256
 
 
@@ -48,8 +49,8 @@ def spread_to_neighbours(score: torch.Tensor, grid: tuple[int, int], radius: int
 
 def highest(score: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
     """
-    Mask of the `count` (at most N) highest scores of each stream: [B, N] to bool [B, N]. Ties go to the first. `count`
-    is one number, or one for each stream, [B].
+    Mask of the `count` highest scores of each stream: [B, N] to bool [B, N]. Ties go to the first. `count` is one
+    number, or one for each stream, [B].
     """
     order = score.sort(dim=-1, descending=True, stable=True).indices
     if isinstance(count, int):
@@ -59,14 +60,14 @@ def highest(score: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
 
 
 def refreshed_per_frame(num_patches: int, max_age: int) -> int:
-    """How many of the oldest patches have to be encoded anew on every frame so that none gets older than `max_age`."""
+    """How many patches, the oldest first, must be encoded on every frame so that none gets older than `max_age`."""
     return math.ceil(num_patches / max_age)
 
 
 def turns(grid: tuple[int, int]) -> list[float]:
     """
-    When each patch's turn comes among patches of equal age: N numbers in [0, 1), the highest first. Any stretch of
-    turns is spread evenly over the picture (a lattice of two irrational steps, as dithering masks are made).
+    The order among patches of equal age: N numbers in [0, 1), the highest first. Consecutive turns are spread evenly
+    over the picture (a lattice of two irrational steps, as in dithering masks).
     """
     return [
         (row * 0.7548776662466927 + column * 0.5698402909980532) % 1

@@ -43,7 +43,7 @@ def layer_name(layer: int, name: str) -> str:
 
 @dataclass(frozen=True)
 class StreamGeometry:
-    """What must not change while a stream runs, for its memory has this shape, type and place."""
+    """Shape, type and device of a stream's memory; they must not change while it runs."""
 
     batch_size: int
     grid: tuple[int, int]
@@ -55,7 +55,7 @@ class StreamGeometry:
 
     @property
     def num_patches(self) -> int:
-        """N."""
+        """The number of patches, N."""
         return self.grid[0] * self.grid[1]
 
     def differences(self, other: "StreamGeometry") -> str:
@@ -89,8 +89,8 @@ def memory_layout(
     gate: NeuroFlowGateConfig, mode: ModeSpec, geometry: StreamGeometry | None
 ) -> dict[str, tuple[int, ...]]:
     """
-    The shape of every memory after the first frame (before it, with no geometry yet, none), by name; but for `pooled`,
-    which a model without a pooling head does not make.
+    The shape of every memory after the first frame, by name; none before it, when there is no geometry yet. Without
+    `pooled`, which only models with a pooling head have.
     """
     if geometry is None:
         return {}
@@ -101,9 +101,9 @@ def memory_layout(
     if gate.keeps_age:
         layout[AGE] = (streams, patches)
     for layer in range(geometry.num_layers):
-        for name, kept in mode.layer_memories.items():
+        for name in mode.layer_memories:
             by_head = (streams, heads, patches, dim // heads)
-            layout[layer_name(layer, name)] = by_head if kept.heads_first else (streams, patches, dim)
+            layout[layer_name(layer, name)] = by_head if mode.heads_first else (streams, patches, dim)
     return layout
 
 
@@ -115,7 +115,7 @@ def require_complete(state: dict, layout: dict[str, tuple[int, ...]]) -> None:
         raise ValueError(f"The state's credits are {state['credit']!r}; expected a finite number for each stream.")
     if counts != {batch_size}:
         raise ValueError(
-            f"The state is of {batch_size} streams, and its frames, credits or memories are of another number."
+            f"The state is of {batch_size} streams, but its frames, credits or memories are of another number."
         )
     if geometry is not None and POOLED in memory:
         layout = {**layout, POOLED: (batch_size, geometry["hidden_size"])}

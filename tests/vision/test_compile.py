@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.conftest import FLOAT32_SOFTMAX, FLOAT64, assert_close_in_norm, random_video
+from tests.conftest import FLOAT64, assert_close_in_norm, random_video
 
 WITH_ONE_GRAPH = ("mlp", "eliminate", "reconstruct", "context")
 FIELDS = ("pooler_output", "last_hidden_state", "active_mask", "surprise", "skip_rate", "cost", "token_mask")
@@ -19,10 +19,7 @@ def no_compiled_code_before():
     torch._dynamo.reset()
 
 
-def rounding(name, tensor, interpolated):
-    """Positions are interpolated in float32, and the head's softmax is float32."""
-    if name.startswith("pool") or (interpolated and tensor.is_floating_point()):
-        return FLOAT32_SOFTMAX
+def rounding(tensor):
     return {torch.float64: FLOAT64, torch.float32: 1e-6}.get(tensor.dtype, 0)
 
 
@@ -37,9 +34,9 @@ def check(model, frames, compiled, batch_size=1, **options):
         )
         for name in FIELDS:
             if expected.get(name) is not None:
-                assert_close_in_norm(output[name], expected[name], rounding(name, expected[name], interpolated))
+                assert_close_in_norm(output[name], expected[name], rounding(expected[name]))
     for name, memory in streams[0].named_memory().items():
-        assert_close_in_norm(streams[1].named_memory()[name], memory, rounding(name, memory, interpolated))
+        assert_close_in_norm(streams[1].named_memory()[name], memory, rounding(memory))
     assert streams[0].frames == streams[1].frames
     return streams[1]
 

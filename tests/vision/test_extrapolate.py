@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.vision.active_set import ActiveSet
 from neuroflow_hf.vision.extrapolate import COMMON_SHARE, NOISE, build_corrections, correction_weights, likeness
-from tests.conftest import FLOAT32_IN_MODE, NUM_PATCHES, assert_close_in_norm, random_video
+from tests.conftest import NUM_PATCHES, assert_close_in_norm, random_video
 
 
 def picture(seed, changed, encoded, num_patches=12, dim=8):
@@ -32,8 +32,9 @@ def active_set(changed, encoded):
 def test_weights_are_those_of_a_gaussian_process(seed, encoded):
     features, changed, encoded = picture(seed, (), encoded)
     sources = encoded.nonzero().flatten()
+    features = features.double()
     weights = correction_weights(features, sources, changed, encoded)
-    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    unit = torch.nn.functional.normalize(features, dim=-1)
     covariance = likeness(unit, unit)
     for patch in range(12):
         if encoded[patch]:
@@ -41,7 +42,7 @@ def test_weights_are_those_of_a_gaussian_process(seed, encoded):
             continue
         among = covariance[sources][:, sources] + NOISE * torch.eye(len(sources), dtype=torch.float64)
         expected = torch.linalg.solve(among, covariance[sources, patch])
-        assert_close_in_norm(weights[patch].double(), expected, FLOAT32_IN_MODE["extrapolate"])
+        assert_close_in_norm(weights[patch], expected)
 
 
 def test_patches_learn_more_from_those_like_them():

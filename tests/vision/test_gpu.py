@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from neuroflow_hf import NeuroFlowSiglipVisionModel
-from tests.conftest import MODES, random_video
+from neuroflow_hf.vision.gate_config import MODE_NAMES
+from tests.conftest import random_video
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +20,7 @@ def cuda_model(stock_vision, request):
     return NeuroFlowSiglipVisionModel.from_siglip(stock.eval().to("cuda", request.param))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODE_NAMES)
 def test_everything_active_equals_dense(cuda_model, mode):
     stream = cuda_model.new_stream(2, mode=mode, threshold=-1)
     with torch.inference_mode():
@@ -30,7 +31,7 @@ def test_everything_active_equals_dense(cuda_model, mode):
             assert torch.cosine_similarity(streamed.float(), dense.float()).min() > 0.9998
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODE_NAMES)
 def test_a_still_scene_keeps_its_embedding_exactly(cuda_model, mode):
     frame = random_video(1)[0].to("cuda", cuda_model.dtype)
     stream = cuda_model.new_stream(mode=mode, threshold=0)
