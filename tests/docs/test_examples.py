@@ -10,7 +10,12 @@ import typer
 from neuroflow_hf.cli.main import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs/getting-started.md", *sorted((ROOT / "docs/guides").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs/index.md",
+    ROOT / "docs/getting-started.md",
+    *sorted((ROOT / "docs/guides").glob("*.md")),
+]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 ABSENT = "<!-- needs a checkpoint that is not here -->"
 BLOCK = re.compile(rf"({ABSENT}\n)?```(\w+)\n(.*?)```", re.DOTALL)
