@@ -98,16 +98,12 @@ def run_drift(
     command: str = "",
 ) -> dict | None:
     """
-    Load a model and prompts and measure, with a progress bar.
+    Load a model and prompts (default: those in the checkout), measure with a progress bar, and write a JSON file.
 
     Args:
-        model, prompts: None for those in the checkout.
-        path: the JSON file to write.
         settings: options of `DriftSettings`.
         own, quick, fresh: as in `DriftEvaluation`.
         max_prompts: use the first so many prompts of each task.
-        dtype, device: of the model.
-        command: for the report.
 
     Returns:
         The report; None on all processes but the first.

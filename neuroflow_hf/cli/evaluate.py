@@ -50,8 +50,7 @@ def evaluate(
     dtype: options.Dtype = "float32",
     device: options.Device = "auto",
     quick: Annotated[
-        bool,
-        option(f"Use {QUICK_FRAMES} frames of each video, and fewer settings of expensive baselines.", "--quick"),
+        bool, option(f"Use {QUICK_FRAMES} frames of each video, and fewer settings of expensive baselines.", "--quick")
     ] = False,
     seed: options.BootstrapSeed = 0,
     out: options.Out = Path("neuroflow-eval"),
@@ -99,15 +98,8 @@ def evaluate(
         source = model or default_model()
         before = existing_card(source) if card else None
         processes = Processes()
-        checkpoint = load_checkpoint(
-            source,
-            names,
-            template or TEMPLATE,
-            weights_dtype,
-            processes.device_for(device),
-            resolution,
-            must_read_text=labels is not None,
-        )
+        how = (template or TEMPLATE, weights_dtype, processes.device_for(device), resolution)
+        checkpoint = load_checkpoint(source, names, *how, must_read_text=labels is not None)
         chosen = None if methods is None else [name.strip() for name in methods.split(",")]
         with CommandProgress("videos") as progress:
 

@@ -10,12 +10,7 @@ from .generate import generate
 from .run import run
 from .tune import tune
 
-app = typer.Typer(
-    help="SigLIP over video without computing again what did not change.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def show_version(wanted: bool):

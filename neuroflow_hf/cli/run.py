@@ -181,19 +181,14 @@ def run(
             )
     print_run(result.summary, out)
     if result.status != "complete":
-        kept = f"The {result.summary['frames']} frames before are kept."
-        typer.echo(f"Stopped early: {result.message}. {kept}", err=True)
+        frames = result.summary["frames"]
+        typer.echo(f"Stopped early: {result.message}. The {frames} frames before are kept.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED if result.status == "interrupted" else EXIT_DAMAGED)
 
 
 def parse_gate(settings: list[str]) -> dict[str, Any]:
-    """
-    `["dilate=1", "max_age=none"]` to `{"dilate": 1, "max_age": None}`.
-
-    Raises:
-        ValueError: for a setting without `=`.
-    """
-    options = {}
+    """`["dilate=1", "max_age=none"]` to `{"dilate": 1, "max_age": None}`; ValueError without a `=`."""
+    parsed = {}
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator:
@@ -202,8 +197,8 @@ def parse_gate(settings: list[str]) -> dict[str, Any]:
             value = None if text.lower() == "none" else json.loads(text.lower() if text in ("True", "False") else text)
         except json.JSONDecodeError:
             value = text
-        options[name.strip().replace("-", "_")] = value
-    return options
+        parsed[name.strip().replace("-", "_")] = value
+    return parsed
 
 
 # --- what is printed -----------------------------------------------------------------------------------------------
@@ -229,7 +224,13 @@ def print_run(summary: dict, out: Path):
         if note:
             console.print(f"[yellow]{note}[/]")
     if "labels" in summary:
-        print_labels(console, summary, out)
+        labels = summary["labels"]
+        console.print(timeline_table(labels))
+        more = len(labels["timeline"]) - MOST_STRETCHES
+        if more > 0:
+            typer.echo(f"and {more} more: all are under `labels`, `timeline` in {out / 'summary.json'}.")
+        if labels["agreement"]["compared_frames"]:
+            console.print(agreement_table(summary))
     if "objects" in summary:
         counts = summary["objects"]["per_frame"]
         console.print(
@@ -272,18 +273,8 @@ def per_frame_table(summary: dict) -> Table:
     return figure_table(("per frame", "frames", *columns), rows)
 
 
-def comparison_table(
-    headers: Sequence[str], summary: dict, cells: dict[str, Sequence[str]], held: dict | None
-) -> Table:
-    """
-    The stream and its baselines against dense.
-
-    Args:
-        headers: of the first column, and of the cells.
-        summary: of the run.
-        cells: for `streamed`, `first_frame`, `held` and, with `held`, `held_at_cost`.
-        held: the dense frames of the baseline at the stream's cost (`every`, `cost`); None if there is none.
-    """
+def comparison_table(headers: Sequence[str], summary: dict, cells: dict[str, list[str]], held: dict | None) -> Table:
+    """The stream and its baselines, a row each; `held` is the baseline at the stream's cost, if there is one."""
     every = summary["dense_every"]
     rows = [
         ("streamed", f"{summary['cost']['mean']:.3f}", *cells["streamed"]),
@@ -297,10 +288,7 @@ def comparison_table(
 
 
 def fidelity_table(summary: dict) -> Table:
-    """
-    Cosine to dense of the stream and of the baselines, on the sampled frames after the first. A held embedding is
-    compared at its oldest, just before the next dense frame.
-    """
+    """Cosine to dense on the sampled frames after the first; a held embedding is compared at its oldest."""
     held, columns = summary["held_at_cost"], ("mean", "p5", "min")
     cosines = summary["cosine_to_dense"] | ({"held_at_cost": held["cosine"]} if held else {})
     cells = {name: [f"{values[column]:.4f}" for column in columns] for name, values in cosines.items()}
@@ -315,24 +303,13 @@ def baseline_note(summary: dict) -> str:
     allowed = (1 - cosines["streamed"]["mean"]) / 0.9
     if 1 - cosines["first_frame"]["mean"] <= allowed:
         return "Here, repeating the first frame's embedding is about as close to dense: these settings gain little."
-    held = summary["held_at_cost"]
-    as_good = [every] if 1 / every <= summary["cost"]["mean"] and 1 - cosines["held"]["mean"] <= allowed else []
-    if held and 1 - held["cosine"]["mean"] <= allowed:
-        as_good.append(held["every"])
-    if as_good:
-        return f"Here, dense every {as_good[0]} frames, held between, is about as close or closer and costs no more."
+    held = {every: cosines["held"]["mean"]} if 1 / every <= summary["cost"]["mean"] else {}
+    if summary["held_at_cost"]:
+        held[summary["held_at_cost"]["every"]] = summary["held_at_cost"]["cosine"]["mean"]
+    for interval, cosine in held.items():
+        if 1 - cosine <= allowed:
+            return f"Here, dense every {interval} frames, held between, is about as close or closer and costs no more."
     return ""
-
-
-def print_labels(console: Console, summary: dict, out: Path):
-    """Print the labels' timeline, and how often the best label is dense's."""
-    labels = summary["labels"]
-    console.print(timeline_table(labels))
-    more = len(labels["timeline"]) - MOST_STRETCHES
-    if more > 0:
-        console.print(f"and {more} more: all are under `labels`, `timeline` in {escape(str(out / 'summary.json'))}.")
-    if labels["agreement"]["compared_frames"]:
-        console.print(agreement_table(summary))
 
 
 def timeline_table(labels: dict) -> Table:
@@ -340,24 +317,16 @@ def timeline_table(labels: dict) -> Table:
     from ..video.label_records import percent
 
     headers = ("best label", "seconds", "frames", "confidence", f"share among {len(labels['names'])}")
-    rows = [
-        (
-            stretch["label"],
-            f"{stretch['start']:.1f} to {stretch['end']:.1f}",
-            str(stretch["frames"]),
-            percent(stretch["confidence"]),
-            percent(stretch["share"]),
-        )
-        for stretch in labels["timeline"][:MOST_STRETCHES]
-    ]
+    rows = []
+    for stretch in labels["timeline"][:MOST_STRETCHES]:
+        seconds = f"{stretch['start']:.1f} to {stretch['end']:.1f}"
+        figures = percent(stretch["confidence"]), percent(stretch["share"])
+        rows.append((stretch["label"], seconds, str(stretch["frames"]), *figures))
     return figure_table(headers, rows)
 
 
 def agreement_table(summary: dict) -> Table:
-    """
-    On how many sampled frames after the first the best label of the stream, and of the baselines, is dense's. A held
-    label is compared at its oldest, as the cosine is.
-    """
+    """How often the best label is dense's, on the sampled frames after the first; held ones at their oldest."""
     found = summary["labels"]["agreement"]
     held, compared = found["held_at_cost"], found["compared_frames"]
     cells = {name: [f"{found[name]} of {compared}"] for name in ("streamed", "first_frame", "held")}

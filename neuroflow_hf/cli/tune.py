@@ -18,12 +18,10 @@ def tune(
         typer.Argument(help="Video like those the settings are for.", show_default="the clip that ships here"),
     ] = None,
     min_cosine: Annotated[
-        float | None,
-        option("Find the cheapest settings at least this close to dense, such as 0.99.", default="none"),
+        float | None, option("Find the cheapest settings at least this close to dense, such as 0.99.", default="none")
     ] = None,
     max_cost: Annotated[
-        float | None,
-        option("Find the settings closest to dense at this cost or less, such as 0.1.", default="none"),
+        float | None, option("Find the settings closest to dense at this cost or less, such as 0.1.", default="none")
     ] = None,
     statistic: Annotated[str, option("Statistic of the frames' cosines: p5 (5th percentile), mean or min.")] = "p5",
     model: options.VisionModel = None,
@@ -54,7 +52,8 @@ def tune(
 
         # check what is quick to check before loading the model
         weights_dtype = dtype_named(dtype)
-        Requirement(min_cosine, max_cost, statistic)
+        required = {"min_cosine": min_cosine, "max_cost": max_cost, "statistic": statistic}
+        Requirement(**required)
         reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
         usable_device(device)
         prepare_folder(out)
@@ -67,17 +66,8 @@ def tune(
                 if point is not None:
                     progress.console.print(figure_words(point, statistic), soft_wrap=True)
 
-            result = tune_video(
-                reader,
-                loaded,
-                preprocess,
-                min_cosine=min_cosine,
-                max_cost=max_cost,
-                statistic=statistic,
-                frames=frames,
-                stretches=stretches,
-                on_step=on_step,
-            )
+            how = {"frames": frames, "stretches": stretches, "on_step": on_step}
+            result = tune_video(reader, loaded, preprocess, **required, **how)
         config = checkpoint_config(source)
         files = write_tuning(result, out, config, model_name=model or source.name, command=command_line())
     print_tuning(result)

@@ -29,7 +29,7 @@ from neuroflow_hf.evaluation.run import (
     whole_names,
 )
 from neuroflow_hf.evaluation.settings import DENSE, FIRST
-from tests.cli.test_main import PROCESSOR, assert_clean_error, call
+from tests.cli.test_run import PROCESSOR, assert_clean_error, call
 from tests.conftest import TINY_TEXT, TINY_VISION, lively
 from tests.vision.test_pipelines import PIPELINE_TEXT, make_processor
 

@@ -37,7 +37,7 @@ from neuroflow_hf.evaluation.tuning_report import setting_words, tuning_rows, tu
 from neuroflow_hf.loading import load_gate
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader
-from tests.cli.test_main import PROCESSOR, assert_clean_error, call, write_clip
+from tests.cli.test_run import PROCESSOR, assert_clean_error, call, write_clip
 
 SMALL = {
     "context": [

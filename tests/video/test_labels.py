@@ -23,7 +23,7 @@ from neuroflow_hf.video.plots import LABEL_COLOURS, plot_run
 from neuroflow_hf.video.reader import VideoReader
 from neuroflow_hf.video.records import FrameRecord
 from neuroflow_hf.video.run import run_video
-from tests.cli.test_main import ALL_FILES, PROCESSOR, assert_clean_error, call, count_frames, read_run
+from tests.cli.test_run import ALL_FILES, PROCESSOR, assert_clean_error, call, count_frames, read_run
 from tests.conftest import TINY_TEXT, TINY_VISION, lively
 from tests.vision.test_pipelines import LABELS, PIPELINE_TEXT, make_processor
 

@@ -26,7 +26,7 @@ from neuroflow_hf.video.overlay import MOVING, outline_objects
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader
 from neuroflow_hf.video.run import run_video
-from tests.cli.test_main import PROCESSOR, call, write_clip
+from tests.cli.test_run import PROCESSOR, call, write_clip
 from tests.conftest import GATED_MODES, GRID, IMAGE_SIZE, PATCH_SIZE
 
 

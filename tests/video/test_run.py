@@ -25,7 +25,7 @@ from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader
 from neuroflow_hf.video.records import FrameRecord, compare_with_dense, figures, held_at_cost
 from neuroflow_hf.video.run import run_video, sampling_step
-from tests.cli.test_main import PROCESSOR, write_clip
+from tests.cli.test_run import PROCESSOR, write_clip
 
 
 @pytest.fixture(scope="module")

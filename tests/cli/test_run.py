@@ -328,7 +328,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(wrong, clip, tmp_path, m
 
 def test_version_and_help():
     assert call("--version").stdout == f"neuroflow {neuroflow_hf.__version__}\n"
-    assert "run" in call("--help").stdout
+    assert {"run", "tune", "eval", "generate", "drift"} <= set(call("--help").stdout.split())
     printed = call("run", "--help").stdout
     for mode in MODE_NAMES:
         assert mode in printed
