@@ -52,8 +52,7 @@ evidence: $(READY)  ## labels, delays, fidelity, laws, masks on composed clips: 
 
 evidence-quick: $(READY)  ## the same with a clip of each motion, into neuroflow-evidence/: half an hour
 	for script in $(EVIDENCE); do \
-		case $$script in published_laws) plot="--plot $(QUICK)/$$script.png";; *) plot=;; esac; \
-		$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m eval.vision.$$script --quick --output $(QUICK)/$$script.json $$plot \
+		$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m eval.vision.$$script --quick --output $(QUICK)/$$script.json \
 			|| exit 1; \
 	done
 

@@ -1,6 +1,8 @@
 """
-Composed clips through the embedded SigLIP: loaded once, measured clip by clip, each clip's figures kept in the cache
-folder, so that a run goes on where it was left; over several processes if it was started so.
+What `published_laws.py` and `motion_masks.py` share: composed clips through the embedded SigLIP, one by one.
+
+Each clip's figures are kept in the cache folder (`NEUROFLOW_CACHE`), so that a run goes on where it was left; over
+several processes if it was started so.
 """
 
 import functools
@@ -11,16 +13,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 import neuroflow_hf
-from eval.report import provenance
-from eval.vision import composed_clips
-from eval.vision.composed_clips import MOTIONS, SIDE, ClipSpec, Truth, frame, specify
+from eval.report import RESULTS, provenance, publish
+from eval.vision import composed_clips, masks
+from eval.vision.composed_clips import FEWEST, MOTIONS, SIDE, ClipSpec, Truth, frame, specify
 from neuroflow_hf.loading import load_text_model
 from neuroflow_hf.utils.files import write_whole
 from neuroflow_hf.utils.processes import Processes
@@ -32,10 +37,9 @@ from recipes.siglip_small.compose import load_material
 from recipes.siglip_small.sources import things
 
 ROOT = Path(__file__).parents[2]
-
 CHECKPOINT = ROOT / "models" / "neuroflow-siglip-small"
 SPLIT = "held out"
-DENSE_AT_ONCE = 8
+SEED = 0
 
 Figures = dict[str, np.ndarray]
 
@@ -46,8 +50,8 @@ class ClipName:
 
     motion: str
     number: int
-    seed: int
     frames: int
+    seed: int = SEED
 
     def __str__(self) -> str:
         return f"{self.motion.replace(' ', '-')}-{self.number}-seed{self.seed}-{self.frames}"
@@ -89,8 +93,8 @@ class Bench:
 
     side = SIDE
 
-    def __init__(self, checkpoint: Path = CHECKPOINT, device: str = "cpu"):
-        self.model, self.preprocess, tokenizer = load_text_model(checkpoint, device=device)
+    def __init__(self, device: str = "cpu"):
+        self.model, self.preprocess, tokenizer = load_text_model(CHECKPOINT, device=device)
         self.labels: Labels = embed_labels(self.model, tokenizer, prompts("{}"))
         self.things = [thing.name for thing in things()]
         self.weights = fingerprint(self.model)
@@ -109,24 +113,9 @@ class Bench:
         return Clip(name, spec, np.stack(images), truths, pixels)
 
 
-def clip_names(
-    clips: int, frames: int, seed: int, motions: Sequence[str] = tuple(MOTIONS), first: int = 0
-) -> list[ClipName]:
+def clip_names(clips: int, frames: int, motions: Sequence[str] = tuple(MOTIONS)) -> list[ClipName]:
     """So many clips of each motion; number by number, so that a few processes get alike shares."""
-    return [ClipName(motion, number, seed, frames) for number in range(first, first + clips) for motion in motions]
-
-
-@torch.inference_mode()
-def dense_outputs(model, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Frames [T, 3, R, R] by themselves: embeddings float32 [T, D] and patches' features float32 [T, N, D]."""
-    outputs = [model.get_image_features(part) for part in pixels.split(DENSE_AT_ONCE)]
-    pooled = torch.cat([output.pooler_output for output in outputs])
-    return pooled.float(), torch.cat([output.last_hidden_state for output in outputs]).float()
-
-
-def label_places(clip: Clip, known: Sequence[str]) -> np.ndarray:
-    """The right label's place among `known` on each frame, int [T]; -1 where nothing is seen."""
-    return np.array([known.index(truth.label) if truth.label is not None else -1 for truth in clip.truths])
+    return [ClipName(motion, number, frames) for number in range(clips) for motion in motions]
 
 
 def measure_clips(
@@ -135,9 +124,6 @@ def measure_clips(
     measure: Callable[[Bench, Clip], Figures],
     options: dict,
     processes: Processes,
-    *,
-    fresh: bool = False,
-    on_clip: Callable[[int, int], None] | None = None,
     cache: Path | None = None,
 ) -> list[Figures]:
     """
@@ -147,83 +133,88 @@ def measure_clips(
     Args:
         measure: a function of a module in this folder, from the bench and a clip to arrays.
         options: whatever else the figures depend on; what JSON can hold.
-        fresh: measure again what is there.
-        on_clip: told how many clips of this process are done, of how many.
         cache: folder of the figures; by default beside the towers.
     """
     folder = (cache or default_tower_dir().parent / "eval") / measure.__name__
     version = measuring_version(measure)
-    places = processes.share(len(names))
     found: list[tuple[int, Figures]] = []
-    for done, place in enumerate(places):
-        if on_clip is not None:
-            on_clip(done, len(places))
+    bar = {"console": Console(stderr=True), "disable": not processes.is_main}
+    for place in track(processes.share(len(names)), "clips", **bar):
         name = names[place]
         key = key_of(clip=asdict(name), weights=bench.weights, code=version, options=options)
         path = folder / f"{name}-{key}.npz"
-        if fresh or not path.is_file():
+        if not path.is_file():
             buffer = io.BytesIO()
             with torch.inference_mode():
                 np.savez(buffer, **measure(bench, bench.clip(name)))
             write_whole(path, buffer.getvalue())
         with np.load(path, allow_pickle=False) as stored:
-            found.append((place, {part: stored[part] for part in stored.files}))
-    if on_clip is not None:
-        on_clip(len(places), len(places))
+            found.append((place, dict(stored)))
     by_place = dict(processes.gather(found))
     return [by_place[place] for place in range(len(names))]
-
-
-def measure_suite(
-    checkpoint: Path,
-    clips: int,
-    frames: int,
-    seed: int,
-    measure: Callable[[Bench, Clip], Figures],
-    options: dict,
-    fresh: bool,
-) -> tuple[Bench, Measured, dict] | None:
-    """
-    `measure_clips` of so many clips of each motion, with progress on stderr.
-
-    Returns:
-        The bench, each clip's name and figures, and what was measured with what, for JSON; None on all processes but
-        the main one.
-    """
-    processes, console, start = Processes(), Console(stderr=True), time.perf_counter()
-    bench = Bench(checkpoint, str(processes.device or "cpu"))
-    names = clip_names(clips, frames, seed)
-
-    def say(done, total):
-        if processes.is_main:
-            console.print(f"clips: {done} of {total} of this process")
-
-    found = measure_clips(bench, names, measure, options, processes, fresh=fresh, on_clip=say)
-    if not processes.is_main:
-        return None
-    about = {
-        **provenance(),
-        "commit": checkout_commit(),
-        "checkpoint": {"name": checkpoint.name, "weights": bench.weights},
-        "clips": {"of_each_motion": clips, "frames": frames, "seed": seed, "drawings": SPLIT, "in_all": len(names)},
-        "processes": processes.count,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    return bench, list(zip(names, found, strict=True)), about
 
 
 def measuring_version(measure: Callable) -> str:
     """What a clip's figures depend on of the code: what measures, what composes, what is drawn, the models."""
     package, recipe = Path(neuroflow_hf.__file__).parent, ROOT / "recipes" / "siglip_small"
     files = [
-        Path(inspect.getfile(measure)),
-        Path(__file__),
-        Path(composed_clips.__file__),
-        *(
-            package / name
-            for name in ("video/preprocess.py", "video/labels.py", "video/motion.py", "video/objects.py")
-        ),
+        *map(Path, (inspect.getfile(measure), __file__, composed_clips.__file__, masks.__file__)),
+        *(package / "video" / name for name in ("preprocess.py", "labels.py", "motion.py", "objects.py")),
         *(recipe / name for name in ("sources.py", "captions.py", "compose.py")),
     ]
     tables = "".join(path.read_text(encoding="utf-8") for path in sorted(recipe.glob("*.csv")))
     return key_of(code=code_version(files), model=model_version(), tables=re.sub(r"\r", "", tables))
+
+
+def command(
+    measure: Callable[[Bench, Clip], Figures],
+    options: dict,
+    report_of: Callable[[Bench, Measured], dict],
+    table_of: Callable[[dict], str],
+    name: str,
+    default_clips: int,
+    quick_frames: int,
+    draw: Callable | None = None,
+) -> Callable:
+    """
+    The command line of a script.
+
+    Args:
+        measure, options: as of `measure_clips`.
+        report_of: from all clips' figures to the report.
+        table_of: from the report to its table in Markdown.
+        name: of the JSON file.
+        default_clips, quick_frames: clips of each motion, and frames of each clip with `--quick`.
+        draw: from the report and all clips' figures to pictures by file name.
+    """
+
+    def main(
+        quick: Annotated[
+            bool, typer.Option("--quick", help=f"Use one clip of {quick_frames} frames of each motion.")
+        ] = False,
+        clips: Annotated[int, typer.Option(help="Clips of each motion.", min=1)] = default_clips,
+        frames: Annotated[int, typer.Option(help="Frames of each clip.", min=FEWEST)] = 48,
+        output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / f"{name}.json",
+    ):
+        """Measure what is missing, and write and show the report."""
+        if quick:
+            clips, frames = 1, quick_frames
+        processes, start = Processes(), time.perf_counter()
+        bench, names = Bench(str(processes.device or "cpu")), clip_names(clips, frames)
+        found = measure_clips(bench, names, measure, options, processes)
+        if not processes.is_main:
+            return
+        measured = list(zip(names, found, strict=True))
+        of_clips = {"of_each_motion": clips, "frames": frames, "seed": SEED, "drawings": SPLIT, "in_all": len(names)}
+        report = {
+            **provenance(),
+            "commit": checkout_commit(),
+            "checkpoint": {"name": CHECKPOINT.name, "weights": bench.weights},
+            "clips": of_clips,
+            "processes": processes.count,
+            "seconds": round(time.perf_counter() - start, 1),
+            **report_of(bench, measured),
+        }
+        publish(output, report, table_of(report), {} if draw is None else draw(report, measured))
+
+    return main

@@ -1,10 +1,9 @@
 """
 How well does what the gate sees change fit what moves: masks, boxes, and names of moving objects.
 
+    torchrun --nproc_per_node 2 -m eval.vision.motion_masks    # run again to continue
+    python -m eval.vision.motion_masks --clips 2
     python -m eval.vision.motion_masks --quick
-    python -m eval.vision.motion_masks
-    python -m eval.vision.motion_masks --pictures boxes      # also pictures of frames with boxes
-    torchrun --nproc_per_node 2 -m eval.vision.motion_masks
 
 Composed clips, of which every frame's things are known to the pixel. Masks are compared with *the thing*, the patches
 that a thing covers now, and with *the change*, those that it covers now or covered on the frame before. Only things
@@ -12,30 +11,24 @@ that moved since the frame before count; where the camera moves, everything has 
 picture. Frames of which nothing changed tell of false alarms only. Baselines: the difference of pixels to the frame
 before, by patch, at several levels; everything; nothing. Objects: connected regions whose box has an IoU of at least
 0.3 with that of a thing that moved; their labels among 165, beside the whole frame's label and that of the thing's
-true patches, through the same head. Intervals: 95 % of a bootstrap over clips. What was measured before is reused.
-Writes `eval/results/motion_masks.json`.
+true patches, through the same head. Intervals: 95 % of a bootstrap over clips. Writes
+`eval/results/motion_masks.json`, shown in `docs/results/motion-masks.md`.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from PIL import Image
-from rich.table import Table
 from torch import Tensor
 
-from eval.report import RESULTS, wide_console
+from eval.docs.tables import motion_table
 from eval.vision.clip_statistics import Estimate, estimate, mean, rounded
-from eval.vision.composed_bench import CHECKPOINT, Bench, Clip, ClipName, Figures, Measured, measure_suite
+from eval.vision.composed_bench import Bench, Clip, Figures, Measured, command
 from eval.vision.composed_clips import LEAST_VISIBLE, Truth
 from eval.vision.masks import mask_iou, patch_mask
-from neuroflow_hf.utils.files import report_text, write_whole
 from neuroflow_hf.video.motion import motion_mask, without_small_regions
-from neuroflow_hf.video.objects import MovingObject, connected_objects, pixel_box
-from neuroflow_hf.video.overlay import outline_objects
+from neuroflow_hf.video.objects import MovingObject, connected_objects
 
 REFERENCES = ("last_update", "ema", "both")
 STREAMS = {
@@ -82,24 +75,17 @@ def measure_motion(bench: Bench, clip: Clip) -> Figures:
     figures: Figures = {}
 
     def judge(way: str, masks: Sequence[Tensor]) -> list[list[tuple[MovingObject, int]]]:
-        figures[f"mask: {way}"] = np.array(
-            [mask_row(mask, thing, change) for mask, thing, change in zip(masks, things, changes, strict=True)]
-        )
-        found = [connected_objects(mask.unsqueeze(0))[0] for mask in masks]
-        matched = [
-            matches([item.box for item in items], [box for _, box in frame_boxes])
-            for items, frame_boxes in zip(found, boxes, strict=True)
-        ]
-        figures[f"objects: {way}"] = np.array(
-            [
-                (len(items), len(frame_boxes), len(pairs))
-                for items, frame_boxes, pairs in zip(found, boxes, matched, strict=True)
-            ]
-        )
-        return [
-            [(items[ours], frame_boxes[theirs][0]) for ours, theirs in pairs]
-            for items, frame_boxes, pairs in zip(found, boxes, matched, strict=True)
-        ]
+        """Store a way's figures; of each frame, the objects that match a thing, each with its actor."""
+        rows = zip(masks, things, changes, strict=True)
+        figures[f"mask: {way}"] = np.array([mask_row(*row) for row in rows])
+        counts, matched = [], []
+        for mask, frame_boxes in zip(masks, boxes, strict=True):
+            items = connected_objects(mask.unsqueeze(0))[0]
+            pairs = matches([item.box for item in items], [box for _, box in frame_boxes])
+            counts.append((len(items), len(frame_boxes), len(pairs)))
+            matched.append([(items[ours], frame_boxes[theirs][0]) for ours, theirs in pairs])
+        figures[f"objects: {way}"] = np.array(counts)
+        return matched
 
     for name, options in STREAMS.items():
         stream = bench.model.new_stream(**options)
@@ -125,21 +111,13 @@ def measure_motion(bench: Bench, clip: Clip) -> Figures:
 # --- what is right: pure functions -----------------------------------------------------------------------------------
 
 
-def moved(now: np.ndarray, before: np.ndarray) -> bool:
-    """Whether a thing's mask [H, W] is another one than before."""
-    return not np.array_equal(now, before)
-
-
 def expected(clip: Clip, number: int, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
     """The patches of the things that moved, and of what changed with them, bool [*grid]; None where nothing did."""
     now, before = clip.truths[number].masks, clip.truths[number - 1].masks
     if clip.name.motion == "moving camera":
         return patches_or_none(now.any(0), grid), torch.ones(grid, dtype=torch.bool)
-    moving = [place for place in range(len(now)) if moved(now[place], before[place])]
-    thing = np.logical_or.reduce([now[place] for place in moving], initial=False, axis=0) if moving else None
-    left = np.logical_or.reduce([before[place] for place in moving], initial=False, axis=0) if moving else None
-    if thing is None:
-        return None, None
+    moving = (now != before).any((1, 2))
+    thing, left = now[moving].any(0), before[moving].any(0)
     return patches_or_none(thing, grid), patches_or_none(thing | left, grid)
 
 
@@ -152,12 +130,11 @@ def patches_or_none(pixels: np.ndarray, grid: tuple[int, int]) -> Tensor | None:
 def moving_boxes(clip: Clip, number: int, grid: tuple[int, int]) -> list[tuple[int, Box]]:
     """Which actors of a frame moved and are seen, each with its box in patches."""
     now, before = clip.truths[number], clip.truths[number - 1]
-    found = []
-    for place, mask in enumerate(now.masks):
-        camera = clip.name.motion == "moving camera"
-        if now.visible[place] >= LEAST_VISIBLE and (camera or moved(mask, before.masks[place])):
-            found.append((place, box_of(patch_mask(torch.from_numpy(mask), grid))))
-    return found
+    moving = (now.masks != before.masks).any((1, 2)) | (clip.name.motion == "moving camera")
+    return [
+        (place, box_of(patch_mask(torch.from_numpy(now.masks[place]), grid)))
+        for place in np.flatnonzero(moving & (np.array(now.visible) >= LEAST_VISIBLE)).tolist()
+    ]
 
 
 def box_of(mask: Tensor) -> Box:
@@ -205,20 +182,15 @@ def pixel_differences(images: np.ndarray, grid: tuple[int, int]) -> Tensor:
 
 def label_row(
     bench: Bench, output, item: MovingObject, actor: int, truth: Truth, grid: tuple[int, int]
-) -> tuple[float, float, float]:
+) -> tuple[float, ...]:
     """Whether the label of an object, of the whole frame, and of the thing's true patches is the thing's."""
     head, hidden = bench.model.vision_model.head, output.last_hidden_state[0]
     true_patches = patch_mask(torch.from_numpy(truth.masks[actor]), grid, 0.5)
     if not true_patches.any():
         true_patches = patch_mask(torch.from_numpy(truth.masks[actor]), grid)
-    embeddings = [
-        head(hidden[item.mask.flatten().to(hidden.device)].unsqueeze(0))[0],
-        output.pooler_output[0],
-        head(hidden[true_patches.flatten().to(hidden.device)].unsqueeze(0))[0],
-    ]
-    name = truth.things[actor]
-    best = bench.labels.logits(torch.stack(embeddings)).argmax(-1).tolist()
-    return tuple(float(bench.things[place] == name) for place in best)
+    own, true = (head(hidden[mask.flatten().to(hidden.device)][None])[0] for mask in (item.mask, true_patches))
+    best = bench.labels.logits(torch.stack([own, output.pooler_output[0], true])).argmax(-1).tolist()
+    return tuple(float(bench.things[place] == truth.things[actor]) for place in best)
 
 
 # --- all clips -------------------------------------------------------------------------------------------------------
@@ -265,14 +237,10 @@ def labels_table(measured: Measured) -> dict[str, dict]:
     for motion, clips in by_motion(measured).items():
         table[motion] = {}
         for stream in STREAMS:
-            rows = [one[f"labels: {stream}"] for one in clips]
-            own, frame, oracle = ([clip[:, place] for clip in rows] for place in range(len(LABEL_COLUMNS)))
+            own, frame, oracle = ([one[f"labels: {stream}"][:, place] for one in clips] for place in range(3))
             table[motion][stream] = {
-                "objects": int(sum(len(clip) for clip in rows)),
-                **{
-                    name: rounded(mean(values))
-                    for name, values in zip(LABEL_COLUMNS, (own, frame, oracle), strict=True)
-                },
+                "objects": sum(map(len, own)),
+                **{name: rounded(mean(rows)) for name, rows in zip(LABEL_COLUMNS, (own, frame, oracle), strict=True)},
                 "object less whole frame": rounded(mean([a - b for a, b in zip(own, frame, strict=True)])),
                 "object less truth's mask": rounded(mean([a - b for a, b in zip(own, oracle, strict=True)])),
             }
@@ -286,59 +254,9 @@ def by_motion(measured: Measured) -> dict[str, list[Figures]]:
     return {ALL: [one for _, one in measured], **parts}
 
 
-def shown_table(report: dict) -> Table:
-    """All motions together: each way's masks and boxes."""
-    table = Table("mask", "thing", "change", "where nothing changed", "recall", "precision", title="all motions")
-
-    def cell(found):
-        return "" if found["value"] is None else f"{found['value']:.2f}"
-
-    for way in WAYS:
-        masks, objects = report["masks"][ALL][way], report["objects"][ALL][way]
-        cells = [cell(masks[name]) for name in MASK_COLUMNS]
-        cells += [cell(objects[name]) for name in ("recall", "precision")]
-        table.add_row(way, *cells)
-    return table
-
-
-def save_pictures(bench: Bench, names: Sequence[ClipName], folder: Path):
-    """Of each clip's stream with the default preset, six frames with the boxes of what moves, side by side."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        clip, stream = bench.clip(name), bench.model.new_stream()
-        chosen, pictures = set(np.linspace(1, name.frames - 1, 6).round().astype(int).tolist()), []
-        for number, pixels in enumerate(clip.pixels.split(1)):
-            output = bench.model.get_image_features(pixels, stream=stream)
-            if number in chosen:
-                (objects,) = connected_objects(motion_mask(output, stream.gate))
-                height, width = clip.images.shape[1:3]
-                boxes = [pixel_box(item, height, width) for item in objects]
-                pictures.append(outline_objects(clip.images[number], boxes, [""] * len(boxes)))
-        Image.fromarray(np.concatenate(pictures, axis=1)).save(folder / f"{name}.png")
-
-
-def main(
-    checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
-    quick: Annotated[bool, typer.Option(help="Use one clip of 20 frames of each motion.")] = False,
-    clips: Annotated[int, typer.Option(help="Clips of each motion.", min=1)] = 3,
-    frames: Annotated[int, typer.Option(help="Frames of each clip.", min=16)] = 48,
-    seed: Annotated[int, typer.Option(help="Random seed of the clips.")] = 0,
-    fresh: Annotated[bool, typer.Option(help="Ignore stored measurements.")] = False,
-    pictures: Annotated[Path | None, typer.Option(help="Write pictures of the first clips into this folder.")] = None,
-    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "motion_masks.json",
-):
-    """Measure what is missing, and write the report."""
-    if quick:
-        clips, frames = 1, 20
-    options = {"streams": STREAMS, "thresholds": THRESHOLDS, "levels": PIXEL_LEVELS}
-    found = measure_suite(checkpoint, clips, frames, seed, measure_motion, options, fresh)
-    if found is None:
-        return
-    bench, measured, about = found
-    if pictures is not None:
-        save_pictures(bench, [name for name, _ in measured if name.number == 0], pictures)
-    report = {
-        **about,
+def masks_report(bench: Bench, measured: Measured) -> dict:
+    """All figures."""
+    return {
         "labels_known": len(bench.things),
         "least_iou": LEAST_IOU,
         "options": STREAMS,
@@ -346,9 +264,17 @@ def main(
         "objects": objects_table(measured),
         "labels": labels_table(measured),
     }
-    write_whole(output, report_text(report))
-    wide_console(110).print(shown_table(report))
 
+
+main = command(
+    measure_motion,
+    {"streams": STREAMS, "thresholds": THRESHOLDS, "levels": PIXEL_LEVELS},
+    masks_report,
+    motion_table,
+    name="motion_masks",
+    default_clips=3,
+    quick_frames=20,
+)
 
 if __name__ == "__main__":
     typer.run(main)

@@ -1,44 +1,33 @@
 """
 Which of the paper's observations hold on the embedded checkpoint, on composed clips of which everything is known.
 
+    torchrun --nproc_per_node 2 -m eval.vision.published_laws    # run again to continue
+    python -m eval.vision.published_laws --clips 2 --frames 32
     python -m eval.vision.published_laws --quick
-    python -m eval.vision.published_laws
-    torchrun --nproc_per_node 2 -m eval.vision.published_laws    # over two processes
 
 Six observations about the published dual memory, mode `reconstruct` with a running mean of rate 0.01 as the gate's
 reference: accuracy hardly depends on the skip rate; it is lost where things travel; the pooling head's entropy tells
 of the loss; inactive patches' features are stable; shifted active patches cost more than stale inactive ones; the
 running mean keeps ghosts. A rule decides each, from figures with 95 % intervals of a bootstrap over clips, beside a
-baseline. It holds or does not hold only if an interval says so. Results that were measured before are reused. Writes
-`eval/results/published_laws.json` and `docs/laws.png`. T frames, N patches.
+baseline. It holds or does not hold only if an interval says so. Writes `eval/results/published_laws.json` and
+`docs/laws.png`, shown in `docs/results/published.md`. T frames, N patches.
 """
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import typer
 from matplotlib.figure import Figure
-from rich.table import Table
 from torch import Tensor, nn
 
+from eval.docs.tables import laws_table
 from eval.language.findings import finding
-from eval.report import RESULTS, tidy, wide_console, write_figure, write_whole
+from eval.report import tidy
 from eval.vision.clip_statistics import Estimate, correlation, difference, estimate, mean, rounded, share, shown
-from eval.vision.composed_bench import (
-    CHECKPOINT,
-    Bench,
-    Clip,
-    Figures,
-    Measured,
-    dense_outputs,
-    label_places,
-    measure_suite,
-)
+from eval.vision.composed_bench import Bench, Clip, Figures, Measured, command
 from eval.vision.composed_clips import LEAST_VISIBLE, Actor, ClipSpec, Truth, path_offset, view
 from neuroflow_hf.evaluation.equal_cost import shares_at
-from neuroflow_hf.utils.files import report_text
 from neuroflow_hf.vision.patches import project_patches
 from neuroflow_hf.vision.selection import surprise
 
@@ -55,8 +44,7 @@ SETTINGS = {
     "context": {**EMA, "mode": "context", "threshold": THRESHOLD},
 }
 DISTANCES = (1, 2, 4, 8, 16)
-GROUPS = ("active", "stored sparse", "stored dense")
-SWAPS = (*GROUPS, "all stored", "random as many as active")
+SWAPS = ("active", "stored sparse", "stored dense", "all stored", "random as many as active")
 
 
 TRAVELLING = ("crossing", "arc", "oscillating")
@@ -66,10 +54,23 @@ PUBLISHED_TOP1 = (0.6960, 0.7045, 0.7155)
 LEVEL_TOP1, LEVEL_COSINE, LEVEL_STABILITY = 0.03, 0.01, 0.05
 PUBLISHED_STABILITY = {"inactive": 0.83, "active": 0.41}
 PUBLISHED_SHIFT = 0.73
-FIRST_REPEATED = "control: first frame repeated"  # a key of the stored report
-COLOURS = {"holds": "green", "does not hold": "red"}
+FIRST = "control: first frame repeated"
+
+DENSE_AT_ONCE = 8
 
 # --- measuring a clip ------------------------------------------------------------------------------------------------
+
+
+def dense_outputs(model, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames [T, 3, R, R] by themselves: embeddings float32 [T, D] and patches' features float32 [T, N, D]."""
+    outputs = [model.get_image_features(part) for part in pixels.split(DENSE_AT_ONCE)]
+    pooled = torch.cat([output.pooler_output for output in outputs])
+    return pooled.float(), torch.cat([output.last_hidden_state for output in outputs]).float()
+
+
+def label_places(clip: Clip, known: Sequence[str]) -> np.ndarray:
+    """The right label's place among `known` on each frame, int [T]; -1 where nothing is seen."""
+    return np.array([known.index(truth.label) if truth.label is not None else -1 for truth in clip.truths])
 
 
 def measure_laws(bench: Bench, clip: Clip) -> Figures:
@@ -77,22 +78,29 @@ def measure_laws(bench: Bench, clip: Clip) -> Figures:
     All of a clip that a law is decided by.
 
     Returns:
-        `label` int [T], `gone` bool [T], `travelled` [T], as of the functions of these names; `dense pooled` [T, D],
-        `dense place` int [T], `dense entropy` [T]; of each setting S `S: skip`, `S: cost`, `S: cosine`, `S: place`,
-        `S: entropy` and `S: tokens` [T] (the patches that the head sees); of MEMORY also `swap: gain` [T, 5] and
-        `swap: shift` [T, 3], as of `swapped`; `stability` [1 + distances, 4], as of `stability_by_distance`, the first
-        row with the gate's own active set between neighbouring frames; `floor` [T], cosine of two patches of a frame.
+        `label` int [T], `gone` bool [T], `travelled` [T], as of the functions of these names; of each setting S, of
+        dense and of FIRST `S: skip`, `S: cost`, `S: cosine`, `S: place` and (not of FIRST) `S: entropy` [T]; of MEMORY
+        also `swap: gain` [T, 5], as of `swapped`; `stability` [1 + distances, 4], as of `stability_by_distance`, the
+        first row with the gate's own active set between neighbouring frames; `floor` [T], cosine of two patches of a
+        frame.
     """
     model, labels = bench.model, bench.labels
-    head = model.vision_model.head
+    head, frames = model.vision_model.head, clip.spec.frames
     pooled, patches = dense_outputs(model, clip.pixels)
+    places = labels.logits(pooled).argmax(-1).cpu().numpy()
     figures: Figures = {
         "label": label_places(clip, bench.things),
         "gone": gone(clip.truths),
-        "travelled": np.array([travelled(clip.spec, number) for number in range(clip.spec.frames)]),
-        "dense pooled": pooled.cpu().numpy(),
-        "dense place": labels.logits(pooled).argmax(-1).cpu().numpy(),
-        "dense entropy": torch.cat([head_entropy(head, part) for part in patches.split(16)]).cpu().numpy(),
+        "travelled": np.array([travelled(clip.spec, number) for number in range(frames)]),
+        "dense: skip": np.zeros(frames),
+        "dense: cost": np.ones(frames),
+        "dense: cosine": np.ones(frames),
+        "dense: place": places,
+        "dense: entropy": torch.cat([head_entropy(head, part) for part in patches.split(16)]).cpu().numpy(),
+        f"{FIRST}: skip": np.ones(frames),
+        f"{FIRST}: cost": np.zeros(frames),
+        f"{FIRST}: cosine": torch.cosine_similarity(pooled, pooled[:1], dim=-1).cpu().numpy(),
+        f"{FIRST}: place": places[:1].repeat(frames),
     }
     for name, options in SETTINGS.items():
         rows, masks = measure_setting(bench, clip, options, pooled, patches, with_swaps=name == MEMORY)
@@ -118,8 +126,8 @@ def measure_setting(
     """
     model, labels = bench.model, bench.labels
     head, stream = model.vision_model.head, model.new_stream(**options)
-    rows: dict[str, list] = {name: [] for name in ("skip", "cost", "cosine", "place", "entropy", "tokens")}
-    gains, shifts, masks = [], [], []
+    rows: dict[str, list] = {name: [] for name in ("skip", "cost", "cosine", "place", "entropy")}
+    gains, masks = [], []
     encoded_alone = torch.zeros(patches.shape[1], dtype=torch.bool, device=patches.device)
     for number, frame in enumerate(clip.pixels.split(1)):
         output = model.get_image_features(frame, stream=stream)
@@ -130,18 +138,15 @@ def measure_setting(
         rows["cosine"].append(torch.cosine_similarity(output.pooler_output[0], pooled[number], dim=-1).item())
         rows["place"].append(labels.logits(output.pooler_output[0]).argmax().item())
         rows["entropy"].append(head_entropy(head, hidden).item() if hidden.shape[1] else np.nan)
-        rows["tokens"].append(hidden.shape[1])
         masks.append(mask)
         if with_swaps:
             if number:
                 encoded_alone |= mask
             generator = torch.Generator().manual_seed(number)
-            gain, shift = swapped(head, hidden[0], patches[number], mask, encoded_alone, generator)
-            gains.append(gain)
-            shifts.append(shift)
+            gains.append(swapped(head, hidden[0], patches[number], mask, encoded_alone, generator))
     figures = {name: np.array(values) for name, values in rows.items()}
     if with_swaps:
-        figures |= {"swap: gain": np.array(gains), "swap: shift": np.array(shifts)}
+        figures["swap: gain"] = np.array(gains)
     return figures, torch.stack(masks)
 
 
@@ -154,10 +159,9 @@ def head_entropy(head: nn.Module, hidden: Tensor) -> Tensor:
 
 def swapped(
     head: nn.Module, hidden: Tensor, dense: Tensor, active: Tensor, encoded_alone: Tensor, generator: torch.Generator
-) -> tuple[list[float], list[float]]:
+) -> list[float]:
     """
-    By how much the pooled cosine to dense grows if one group of patches is replaced by dense's, and how far each
-    group's patches are from dense's.
+    By how much the pooled cosine to dense grows if one group of patches is replaced by dense's.
 
     Args:
         hidden, dense: [N, D], what the head sees, and the dense frame's.
@@ -166,7 +170,7 @@ def swapped(
         generator: of the random patches.
 
     Returns:
-        Gains of SWAPS, and mean `1 - cos` of GROUPS; NaN for a group without patches.
+        Gains of SWAPS; NaN for a group without patches.
     """
     some = torch.zeros_like(active)
     some[torch.randperm(len(active), generator=generator)[: int(active.sum())]] = True
@@ -174,16 +178,8 @@ def swapped(
     variants = [torch.where(group.unsqueeze(1), dense, hidden) for group in groups]
     pooled = head(torch.stack([dense, hidden, *variants]))
     cosines = torch.cosine_similarity(pooled[1:], pooled[:1], dim=-1)
-    present = [bool(group.any()) for group in groups]
-    gains = [
-        gain if there else np.nan for gain, there in zip((cosines[1:] - cosines[0]).tolist(), present, strict=True)
-    ]
-    distances = 1 - torch.cosine_similarity(hidden, dense, dim=-1)
-    shifts = [
-        distances[group].mean().item() if there else np.nan
-        for group, there in zip(groups[: len(GROUPS)], present, strict=False)
-    ]
-    return gains, shifts
+    gains = (cosines[1:] - cosines[0]).tolist()
+    return [gain if group.any() else np.nan for gain, group in zip(gains, groups, strict=True)]
 
 
 def stability(now: Tensor, before: Tensor, active: Tensor) -> np.ndarray:
@@ -240,51 +236,14 @@ def centre(spec: ClipSpec, actor: Actor, number: int) -> tuple[float, float]:
 
 
 def right(figures: Figures, setting: str) -> np.ndarray:
-    """Whether the best label is the right one, on the frames on which something is seen; `setting` may be dense."""
-    place = figures["dense place" if setting == "dense" else f"{setting}: place"]
-    return is_right(figures, place[1:])
-
-
-def right_of_first(figures: Figures) -> np.ndarray:
-    """As `right`, for the first frame's dense label repeated."""
-    return is_right(figures, figures["dense place"][0])
-
-
-def is_right(figures: Figures, places: np.ndarray) -> np.ndarray:
-    """Whether labels are the right ones, on the frames that have one."""
+    """Whether the best label is the right one, on the frames on which something is seen."""
     label = figures["label"][1:]
-    return (places == label)[label >= 0].astype(float)
+    return (figures[f"{setting}: place"][1:] == label)[label >= 0].astype(float)
 
 
 def loss(figures: Figures, setting: str) -> np.ndarray:
     """`1 - cos` to dense."""
     return 1 - figures[f"{setting}: cosine"][1:]
-
-
-def loss_of_first(figures: Figures) -> np.ndarray:
-    """As `loss`, for the first frame's dense embedding repeated."""
-    return 1 - cosine_rows(figures["dense pooled"], figures["dense pooled"][:1])[1:]
-
-
-def loss_held(figures: Figures, cost: float) -> np.ndarray:
-    """As `loss`, for dense every k frames, held between, at this cost: a mixture of the two nearest k."""
-    every = range(1000, 0, -1)
-    shares = shares_at([1 / k for k in every], cost)
-    return sum(share * loss_every(figures, every[place]) for share, place in shares if share)
-
-
-def loss_every(figures: Figures, every: int) -> np.ndarray:
-    """As `loss`, for dense every so many frames, held between; mean over phases."""
-    pooled = figures["dense pooled"]
-    index = np.arange(len(pooled))
-    keyframes = (index - np.arange(every)[:, None]) % every == 0
-    held = np.maximum.accumulate(np.where(keyframes, index, 0), axis=1)
-    return np.mean([1 - cosine_rows(pooled, pooled[run]) for run in held], axis=0)[1:]
-
-
-def cosine_rows(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosines of rows [T, D], or of one row with all: [T]."""
-    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
 def gain(figures: Figures, name: str) -> np.ndarray:
@@ -294,7 +253,12 @@ def gain(figures: Figures, name: str) -> np.ndarray:
 
 def entropy_change(figures: Figures, setting: str) -> np.ndarray:
     """The head's entropy less dense's on the same frame."""
-    return (figures[f"{setting}: entropy"] - figures["dense entropy"])[1:]
+    return (figures[f"{setting}: entropy"] - figures["dense: entropy"])[1:]
+
+
+def each(measured: Measured, figure: Callable, name: str) -> list[np.ndarray]:
+    """One of the figures above of every clip."""
+    return [figure(figures, name) for _, figures in measured]
 
 
 def over_clips(measured: Measured, name: str) -> float:
@@ -307,47 +271,15 @@ def over_clips(measured: Measured, name: str) -> float:
 
 def settings_table(measured: Measured) -> dict[str, dict]:
     """Each setting over all clips, beside dense and the first frame repeated."""
-    every = [figures for _, figures in measured]
-    table = {
-        "dense": {"skip": 0.0, "cost": 1.0, "top1": rounded(mean([right(one, "dense") for one in every]))},
-        FIRST_REPEATED: {
-            "skip": 1.0,
-            "cost": 0.0,
-            "loss": rounded(mean([loss_of_first(one) for one in every])),
-            "top1": rounded(mean([right_of_first(one) for one in every])),
-        },
-    }
-    for setting in SETTINGS:
-        cost = over_clips(measured, f"{setting}: cost")
-        table[setting] = {
+    return {
+        setting: {
             "skip": over_clips(measured, f"{setting}: skip"),
-            "cost": cost,
-            "loss": rounded(mean([loss(one, setting) for one in every])),
-            "loss of dense held at that cost": rounded(mean([loss_held(one, cost) for one in every])),
-            "top1": rounded(mean([right(one, setting) for one in every])),
-            "top1 less dense's": rounded(mean([right(one, setting) - right(one, "dense") for one in every])),
-            "entropy less dense's": rounded(mean([entropy_change(one, setting) for one in every])),
+            "cost": over_clips(measured, f"{setting}: cost"),
+            "loss": rounded(mean(each(measured, loss, setting))),
+            "top1": rounded(mean(each(measured, right, setting))),
         }
-    return table
-
-
-def motions_table(measured: Measured) -> dict[str, dict]:
-    """The published method by motion, beside the first frame repeated."""
-    table = {}
-    for motion in dict.fromkeys(name.motion for name, _ in measured):
-        some = [(name, figures) for name, figures in measured if name.motion == motion]
-        every = [figures for _, figures in some]
-        table[motion] = {
-            "clips": len(every),
-            "travelled": over_clips(some, "travelled"),
-            "skip": over_clips(some, f"{MEMORY}: skip"),
-            "loss": rounded(mean([loss(one, MEMORY) for one in every])),
-            "loss of first frame repeated": rounded(mean([loss_of_first(one) for one in every])),
-            "top1, dense": rounded(mean([right(one, "dense") for one in every])),
-            "top1": rounded(mean([right(one, MEMORY) for one in every])),
-            "entropy less dense's": rounded(mean([entropy_change(one, MEMORY) for one in every])),
-        }
-    return table
+        for setting in ("dense", FIRST, *SETTINGS)
+    }
 
 
 def stability_table(measured: Measured) -> dict[str, dict]:
@@ -369,15 +301,16 @@ def stability_of(measured: Measured, row: int, kind: str) -> Estimate:
 
 
 def swaps_table(measured: Measured) -> dict[str, dict]:
-    """By how much the pooled cosine grows with one group of patches dense, and how far these are from dense's."""
-    every = [figures for _, figures in measured]
-    table = {name: {"gain": rounded(mean([gain(one, name) for one in every]))} for name in SWAPS}
-    for place, name in enumerate(GROUPS):
-        table[name]["patches' 1 - cos"] = rounded(mean([one["swap: shift"][1:, place] for one in every]))
-    context = [loss(one, MEMORY) - loss(one, "context") for one in every]
-    table["everything"] = {"gain": rounded(mean([loss(one, MEMORY) for one in every]))}
-    table["control: active patches encoded in context"] = {"gain": rounded(mean(context))}
-    return table
+    """By how much the pooled cosine grows with one group of patches dense."""
+    gains = {name: each(measured, gain, name) for name in SWAPS}
+    gains["everything"] = each(measured, loss, MEMORY)
+    gains["control: active patches encoded in context"] = less(gains["everything"], each(measured, loss, "context"))
+    return {name: {"gain": rounded(mean(values))} for name, values in gains.items()}
+
+
+def less(values: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The differences, frame by frame, of each clip."""
+    return [one - other for one, other in zip(values, others, strict=True)]
 
 
 # --- laws ------------------------------------------------------------------------------------------------------------
@@ -410,31 +343,31 @@ def findings(measured: Measured) -> list[dict]:
 
 def saturation(measured: Measured) -> list[dict]:
     """Whether accuracy and fidelity hardly depend on how much is skipped."""
-    every = [figures for _, figures in measured]
     skips = {f"ema {threshold:g}": over_clips(measured, f"ema {threshold:g}: skip") for threshold in THRESHOLDS}
     least, most = (
         min(skips, key=lambda setting: abs(skips[setting] - published))
         for published in (PUBLISHED_SKIPS[0], PUBLISHED_SKIPS[-1])
     )
-    apart = "cannot be told of one setting"
-    top1 = mean([right(one, most) - right(one, least) for one in every])
-    fidelity = mean([loss(one, most) - loss(one, least) for one in every])
-    first = mean([right_of_first(one) - right(one, most) for one in every])
+    top1, fidelity = (
+        mean(less(each(measured, figure, most), each(measured, figure, least))) for figure in (right, loss)
+    )
+    first = mean(less(each(measured, right, FIRST), each(measured, right, most)))
     where = f"{least}: {skips[least]:.1%} skipped, {most}: {skips[most]:.1%}"
     baseline = f"first frame repeated, 100% skipped: {shown(first, '{:+.2f}', 100)} points to {most}"
+    apart, unknown = "cannot be told of one setting", (False, False)
     return [
         law(
             "accuracy hardly depends on the skip rate (69.6 / 70.45 / 71.55% at 55.5 / 66.3 / 84.0% skip)",
             f"holds if the interval of the difference lies within {LEVEL_TOP1:.0%}, not if beside it; {apart}",
             f"{shown(top1, '{:+.2f}', 100)} points of top-1 ({where})",
-            (False, False) if least == most else within(top1, 0, LEVEL_TOP1),
+            unknown if least == most else within(top1, 0, LEVEL_TOP1),
             baseline,
         ),
         law(
             "fidelity hardly depends on the skip rate",
             f"holds if the interval of the difference of `1 - cos` lies within {LEVEL_COSINE}, not if beside; {apart}",
             f"{shown(fidelity, '{:+.4f}')} ({where})",
-            (False, False) if least == most else within(fidelity, 0, LEVEL_COSINE),
+            unknown if least == most else within(fidelity, 0, LEVEL_COSINE),
             baseline,
         ),
     ]
@@ -442,25 +375,23 @@ def saturation(measured: Measured) -> list[dict]:
 
 def displacement(measured: Measured) -> list[dict]:
     """Whether the published method loses most where things travel."""
-    travelling = [figures for name, figures in measured if name.motion in TRAVELLING]
-    staying = [figures for name, figures in measured if name.motion in STAYING]
+    travelling = [one for one in measured if one[0].motion in TRAVELLING]
+    staying = [one for one in measured if one[0].motion in STAYING]
     if not travelling or not staying:
         return []
-    moved = [figures for name, figures in measured if name.motion in (*TRAVELLING, *STAYING)]
+    moved = [one for one in measured if one[0].motion in (*TRAVELLING, *STAYING)]
+    distances = [figures["travelled"][1:] for _, figures in moved]
 
-    def apart(of) -> Estimate:
-        return difference([*map(of, travelling)], [*map(of, staying)])
+    def points_lost(some: Measured, setting: str) -> list[np.ndarray]:
+        return less(each(some, right, "dense"), each(some, right, setting))
 
-    def along(of) -> Estimate:
-        return correlation([one["travelled"][1:] for one in moved], [of(one) for one in moved])
-
-    def loss_of_memory(figures):
-        return loss(figures, MEMORY)
-
-    points = apart(lambda one: right(one, "dense") - right(one, MEMORY))
-    points_first = apart(lambda one: right(one, "dense") - right_of_first(one))
-    error, error_first = apart(loss_of_memory), apart(loss_of_first)
-    rank, rank_first = along(loss_of_memory), along(loss_of_first)
+    points, points_first = (
+        difference(points_lost(travelling, setting), points_lost(staying, setting)) for setting in (MEMORY, FIRST)
+    )
+    error, error_first = (
+        difference(each(travelling, loss, setting), each(staying, loss, setting)) for setting in (MEMORY, FIRST)
+    )
+    rank, rank_first = (correlation(distances, each(moved, loss, setting)) for setting in (MEMORY, FIRST))
     groups = f"{', '.join(TRAVELLING)} to {', '.join(STAYING)}"
     rule = "holds if the interval is above 0, does not hold if it is below"
     return [
@@ -490,11 +421,11 @@ def displacement(measured: Measured) -> list[dict]:
 
 def entropy_follows_loss(measured: Measured) -> list[dict]:
     """Whether the pooling head's attention tells of what is lost."""
-    every, found = [figures for _, figures in measured], []
+    found = []
     for setting in (MEMORY, "eliminate"):
-        changes, losses = [entropy_change(one, setting) for one in every], [loss(one, setting) for one in every]
+        changes, losses = each(measured, entropy_change, setting), each(measured, loss, setting)
         along = correlation([np.abs(change) for change in changes], losses)
-        of_share = correlation([1 - one[f"{setting}: skip"][1:] for one in every], losses)
+        of_share = correlation([1 - figures[f"{setting}: skip"][1:] for _, figures in measured], losses)
         found.append(
             law(
                 f"the more the pooling head's entropy differs from dense's, the more is lost ({setting})",
@@ -542,17 +473,14 @@ def inactive_patches_are_stable(measured: Measured) -> list[dict]:
 
 def shift_costs_more(measured: Measured) -> list[dict]:
     """Whether encoding active patches without their surroundings costs more than that inactive ones are stale."""
-    every = [figures for _, figures in measured]
-    of_active, of_stored = ([gain(one, name) for one in every] for name in ("active", "all stored"))
+    of_active, of_echo, of_stale, of_stored, random = (each(measured, gain, name) for name in SWAPS)
     both = share(of_active, of_stored)
-    alone = [gain(one, "active") + gain(one, "stored sparse") for one in every]
-    with_echo = share(alone, [gain(one, "stored dense") for one in every])
-    random = mean([gain(one, "random as many as active") for one in every])
+    with_echo = share([a + b for a, b in zip(of_active, of_echo, strict=True)], of_stale)
     said = (
         f"{shown(both, '{:.0%}')} of the gain by swapping either for dense's; with what was encoded so on earlier "
         f"frames {shown(with_echo, '{:.0%}')}"
     )
-    baseline = f"gain by active patches {shown(mean(of_active))}, by as many random ones {shown(random)}"
+    baseline = f"gain by active patches {shown(mean(of_active))}, by as many random ones {shown(mean(random))}"
     return [
         law(
             "the shift of active patches costs more than the staleness of inactive ones",
@@ -573,28 +501,27 @@ def shift_costs_more(measured: Measured) -> list[dict]:
 
 def ghosts_cost(measured: Measured) -> list[dict]:
     """Whether the running mean leaves ghosts that a reference without a past would not, at the same cost."""
-    left = [(name, figures) for name, figures in measured if figures["gone"][1:].any()]
+    left = [one for one in measured if one[1]["gone"][1:].any()]
     if not left:
         return []
     mixed, weights, costs = equal_cost(left)
-    every = [figures for _, figures in left]
 
-    def agree(figures, setting):
-        return (figures[f"{setting}: place"] == figures["dense place"])[1:].astype(float)
+    def agree(figures: Figures, setting: str) -> np.ndarray:
+        return (figures[f"{setting}: place"] == figures["dense: place"])[1:].astype(float)
 
-    def cosine(figures, setting):
-        return figures[f"{setting}: cosine"][1:]
-
-    def gained(part, is_gone: bool) -> Estimate:
+    def gained(figure: Callable, is_gone: bool) -> Estimate:
         values = []
-        for one in every:
-            mixture = sum(weight * part(one, setting) for setting, weight in zip(mixed, weights, strict=True))
-            values.append((mixture - part(one, MEMORY))[one["gone"][1:] == is_gone])
+        for _, one in left:
+            mixture = sum(weight * figure(one, setting) for setting, weight in zip(mixed, weights, strict=True))
+            values.append((mixture - figure(one, MEMORY))[one["gone"][1:] == is_gone])
         return mean(values)
 
+    def cosine(figures: Figures, setting: str) -> np.ndarray:
+        return 1 - loss(figures, setting)
+
+    frames = sum(int(one["gone"][1:].sum()) for _, one in left)
     where = (
-        f"{len(left)} clips, {sum(int(one['gone'][1:].sum()) for one in every)} frames; {' and '.join(mixed)} at cost "
-        f"{costs[1]:.3f}, {MEMORY} at {costs[0]:.3f}"
+        f"{len(left)} clips, {frames} frames; {' and '.join(mixed)} at cost {costs[1]:.3f}, {MEMORY} at {costs[0]:.3f}"
     )
     rule = "holds if the interval of what `last_update` gains is above 0, does not hold if it is below"
     fidelity, labels = gained(cosine, True), gained(agree, True)
@@ -641,19 +568,20 @@ def plot_laws(report: dict, measured: Measured) -> Figure:
     skips = [settings[name]["skip"] for name in names]
     draw_estimates(top_left, skips, [settings[name]["top1"] for name in names], "#d97706", "dual memory, running mean")
     top_left.plot(PUBLISHED_SKIPS, PUBLISHED_TOP1, "o--", color="#9ca3af", label="published (UCF-101)")
-    for name, colour in (("dense", "#111827"), (FIRST_REPEATED, "#2563eb")):
-        top_left.axhline(
-            settings[name]["top1"]["value"], color=colour, linewidth=1, label=name.replace("control", "baseline")
-        )
+    for name, colour in (("dense", "#111827"), (FIRST, "#2563eb")):
+        top1 = settings[name]["top1"]["value"]
+        top_left.axhline(top1, color=colour, linewidth=1, label=name.replace("control", "baseline"))
     top_left.set_title("Zero-shot top-1 by skip rate", loc="left", fontsize=11)
     top_left.set_xlabel("share of patches skipped")
     top_left.legend(frameon=False, fontsize=9)
 
-    motions = sorted(report["motions"], key=lambda motion: report["motions"][motion]["loss"]["value"])
-    for offset, part, colour in ((0.15, loss, "#d97706"), (-0.15, None, "#2563eb")):
+    by_motion: dict[str, list] = {}
+    for one in measured:
+        by_motion.setdefault(one[0].motion, []).append(one)
+    motions = sorted(by_motion, key=lambda motion: mean(each(by_motion[motion], loss, MEMORY)).value)
+    for setting, offset, colour in ((MEMORY, 0.15, "#d97706"), (FIRST, -0.15, "#2563eb")):
         for place, motion in enumerate(motions):
-            clips = [figures for name, figures in measured if name.motion == motion]
-            values = [(loss(one, MEMORY) if part is not None else loss_of_first(one)).mean() for one in clips]
+            values = [values.mean() for values in each(by_motion[motion], loss, setting)]
             top_right.plot(values, [place + offset] * len(values), "o", color=colour, markersize=4, alpha=0.7)
     top_right.set_yticks(range(len(motions)), motions, fontsize=9)
     top_right.set_title("1 - cosine to dense by motion (blue: first frame repeated)", loc="left", fontsize=11)
@@ -690,47 +618,29 @@ def draw_estimates(panel, places: list[float], found: list[dict], colour: str, l
             panel.plot([place, place], one["interval"], color=colour, linewidth=1)
 
 
-def findings_table(found: list[dict]) -> Table:
-    """The laws with what was measured, the baseline and the verdict."""
-    table = Table("observation", "measured", "baseline", "verdict", title_justify="left", show_lines=True)
-    for one in found:
-        table.add_row(one["claim"], one["measured"], one["control"], one["verdict"], style=COLOURS.get(one["verdict"]))
-    return table
-
-
-def main(
-    checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
-    quick: Annotated[bool, typer.Option(help="Use one clip of 24 frames of each motion.")] = False,
-    clips: Annotated[int, typer.Option(help="Clips of each motion.", min=1)] = 4,
-    frames: Annotated[int, typer.Option(help="Frames of each clip.", min=16)] = 48,
-    seed: Annotated[int, typer.Option(help="Random seed of the clips.")] = 0,
-    fresh: Annotated[bool, typer.Option(help="Ignore stored measurements.")] = False,
-    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "published_laws.json",
-    plot: Annotated[Path, typer.Option(help="Write this picture.")] = RESULTS.parents[1] / "docs" / "laws.png",
-):
-    """Measure what is missing, decide, and write the report and the picture."""
-    if quick:
-        clips, frames = 1, 24
-    found = measure_suite(checkpoint, clips, frames, seed, measure_laws, {"settings": SETTINGS}, fresh)
-    if found is None:
-        return
-    bench, measured, about = found
-    report = {
-        **about,
+def laws_report(bench: Bench, measured: Measured) -> dict:
+    """All figures and verdicts."""
+    return {
         "labels": len(bench.things),
         "options": SETTINGS,
         "published_method": MEMORY,
         "settings": settings_table(measured),
-        "motions": motions_table(measured),
         "stability": stability_table(measured),
         "swaps": swaps_table(measured),
-        "frames_after_something_left": int(sum(one["gone"][1:].sum() for _, one in measured)),
         "findings": findings(measured),
     }
-    write_whole(output, report_text(report))
-    write_figure(plot, plot_laws(report, measured), dpi=110)
-    wide_console().print(findings_table(report["findings"]))
 
+
+main = command(
+    measure_laws,
+    {"settings": SETTINGS},
+    laws_report,
+    laws_table,
+    name="published_laws",
+    default_clips=4,
+    quick_frames=24,
+    draw=lambda report, measured: {"laws.png": plot_laws(report, measured)},
+)
 
 if __name__ == "__main__":
     typer.run(main)

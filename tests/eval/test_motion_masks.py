@@ -36,7 +36,7 @@ def square(top, left, side=8, of=24):
 def clip_of(*masks, motion="crossing"):
     """A clip of one actor with these masks [24, 24], one a frame."""
     truths = tuple(Truth(("cat",), mask[None], (mask.sum() / 64,)) for mask in masks)
-    return Clip(ClipName(motion, 0, 0, len(masks)), None, None, truths, None)
+    return Clip(ClipName(motion, 0, len(masks)), None, None, truths, None)
 
 
 def test_change_is_what_is_covered_now_or_was_before_and_what_stands_still_is_neither():
@@ -93,7 +93,7 @@ def test_pixel_differences_are_by_patch():
 
 
 def test_clips_are_measured_and_controls_do_what_they_must(model, tmp_path):
-    names = clip_names(1, 16, 0, ("crossing", "still", "several"))
+    names = clip_names(1, 16, ("crossing", "still", "several"))
     bench = TinyBench(model)
     measured = list(
         zip(names, measure_clips(bench, names, measure_motion, {}, Processes(), cache=tmp_path), strict=True)
@@ -118,7 +118,7 @@ def test_clips_are_measured_and_controls_do_what_they_must(model, tmp_path):
 def test_readmes_table_is_made_of_the_report(model, tmp_path):
     from eval.docs.tables import motion_table
 
-    names = clip_names(1, 16, 0, ("crossing", "still"))
+    names = clip_names(1, 16, ("crossing", "still"))
     measured = list(
         zip(
             names, measure_clips(TinyBench(model), names, measure_motion, {}, Processes(), cache=tmp_path), strict=True
