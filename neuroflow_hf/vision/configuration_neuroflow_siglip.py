@@ -79,6 +79,17 @@ class NeuroFlowSiglipVisionConfig(AdoptsSiglip, SiglipVisionConfig):
 
 
 @strict
+class NeuroFlowSiglipTextConfig(SiglipTextConfig):
+    """
+    SigLIP's text configuration, without its default special tokens: they lie outside of its default vocabulary, which
+    transformers would warn about on every load. SigLIP's text tower reads neither.
+    """
+
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+
+@strict
 class NeuroFlowSiglipConfig(AdoptsSiglip, SiglipConfig):
     r"""
     Configuration of [`NeuroFlowSiglipModel`] and [`NeuroFlowSiglipForImageClassification`]: all fields of
@@ -97,16 +108,16 @@ class NeuroFlowSiglipConfig(AdoptsSiglip, SiglipConfig):
     # transformers 5.17 reads `sub_configs`, 5.23 `sub_configs_defaults`
     sub_configs_defaults = {
         "vision_config": NeuroFlowSiglipVisionConfig,  # type: ignore[dict-item]  # transformers resolves classes
-        "text_config": SiglipTextConfig,  # type: ignore[dict-item]
+        "text_config": NeuroFlowSiglipTextConfig,  # type: ignore[dict-item]
     }
-    sub_configs = {"vision_config": NeuroFlowSiglipVisionConfig, "text_config": SiglipTextConfig}
+    sub_configs = {"vision_config": NeuroFlowSiglipVisionConfig, "text_config": NeuroFlowSiglipTextConfig}
 
     def __post_init__(self, **kwargs: Any) -> None:
         adopt_model_type(kwargs.pop("model_type", None))
         gate = kwargs.pop("gate", None)
         refuse_flat_gate_options(kwargs)
         self.vision_config = as_config(NeuroFlowSiglipVisionConfig, self.vision_config)
-        self.text_config = as_config(SiglipTextConfig, self.text_config)
+        self.text_config = as_config(NeuroFlowSiglipTextConfig, self.text_config)
         if gate is not None:
             self.vision_config = copy.deepcopy(self.vision_config)  # it may be the caller's
             self.gate = gate

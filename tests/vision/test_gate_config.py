@@ -17,6 +17,7 @@ from transformers import (
     SiglipTextConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
+    configuration_utils,
 )
 from transformers.utils import logging
 
@@ -545,3 +546,14 @@ def test_weights_of_another_size(model_class, tmp_path):
     stored.get("vision_config", stored)["intermediate_size"] = 48
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         model_class.from_pretrained(write_config(tmp_path, stored))
+
+
+def test_a_configuration_names_no_tokens_outside_of_its_vocabulary(monkeypatch):
+    """Transformers writes a configuration out as it loads one, and compares it with the defaults of its class."""
+    warned = []
+    monkeypatch.setattr(configuration_utils.logger, "warning_once", lambda text, *args: warned.append(text))
+    config = NeuroFlowSiglipConfig(text_config=TINY_TEXT, vision_config=TINY_VISION)
+    assert (
+        str(config) and str(NeuroFlowSiglipConfig()) and config.text_config.eos_token_id == TINY_TEXT["eos_token_id"]
+    )
+    assert not warned
