@@ -38,7 +38,7 @@ class AdoptsSiglip:
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
-        """As transformers' method; SigLIP's model types come back as NeuroFlow's, NaFlex is refused."""
+        """As transformers' method, but with NeuroFlow's model types for SigLIP's; NaFlex is refused."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         config_dict = dict(config_dict)
         for part in (config_dict, config_dict.get("vision_config")):
@@ -54,8 +54,8 @@ class NeuroFlowSiglipVisionConfig(AdoptsSiglip, SiglipVisionConfig):
 
     Args:
         gate (`dict`, *optional*):
-            Options of [`NeuroFlowGateConfig`] that differ from its defaults, such as `{"threshold": 0.02}`. They are
-            what `new_stream()` starts from. A stored model keeps them, so tune once and save.
+            Options of [`NeuroFlowGateConfig`] that differ from its defaults, such as `{"threshold": 0.02}`.
+            `new_stream()` starts from them, and they are saved with the model.
 
     Raises:
         ValueError: for a gate option that does not exist or is out of range, and for NaFlex checkpoints.
@@ -93,8 +93,7 @@ class NeuroFlowSiglipTextConfig(SiglipTextConfig):
 class NeuroFlowSiglipConfig(AdoptsSiglip, SiglipConfig):
     r"""
     Configuration of [`NeuroFlowSiglipModel`] and [`NeuroFlowSiglipForImageClassification`]: all fields of
-    [`~transformers.SiglipConfig`]. The gate's options stand in `vision_config.gate`; `config.gate` reads and sets
-    them.
+    [`~transformers.SiglipConfig`]. `config.gate` reads and sets `config.vision_config.gate`.
 
     Raises:
         ValueError: for a gate option that does not exist or is out of range, and for NaFlex checkpoints.
@@ -134,7 +133,7 @@ class NeuroFlowSiglipConfig(AdoptsSiglip, SiglipConfig):
 
 
 def refuse_flat_gate_options(kwargs: dict) -> None:
-    """Raise for a gate option that stands outside `gate`, where it would have no effect."""
+    """Raise a ValueError for a gate option outside `gate`, where it would have no effect."""
     for field in fields(NeuroFlowGateConfig):
         if field.name in kwargs:
             raise ValueError(
@@ -142,25 +141,16 @@ def refuse_flat_gate_options(kwargs: dict) -> None:
             )
 
 
-def adopt_config(config_class: type[Config], config: PreTrainedConfig) -> Config:
-    """`config` if it is a `config_class` by its model type, else one made from a stock SigLIP configuration."""
-    if config.model_type == config_class.model_type:
-        return cast(Config, config)
-    adopted = as_config(config_class, config)
-    adopted._attn_implementation = config._attn_implementation
-    return adopted
-
-
 def as_config(config_class: type[Config], value: dict | PreTrainedConfig | None) -> Config:
-    """`value` as a configuration: made with defaults for `None`, from a dict's entries, or from a stock SigLIP one."""
-    if value is None:
-        return config_class()
-    if not isinstance(value, dict):
-        if value.model_type == config_class.model_type:
-            return cast(Config, value)
-        adopt_model_type(value.model_type)
-        value = value.to_dict()
-    return config_class(**value)
+    """`value` as a `config_class`: the defaults for `None`, or made from a dict or a stock SigLIP configuration."""
+    if value is None or isinstance(value, dict):
+        return config_class(**(value or {}))
+    if value.model_type == config_class.model_type:  # classes differ if one is loaded from the Hub
+        return cast(Config, value)
+    adopt_model_type(value.model_type)
+    config = config_class(**value.to_dict())
+    config._attn_implementation = value._attn_implementation
+    return config
 
 
 NeuroFlowSiglipConfig.register_for_auto_class()

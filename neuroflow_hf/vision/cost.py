@@ -1,8 +1,8 @@
 """
 Multiply-adds of each part of a frame, counted. N patches, D features, I features inside the MLP, H heads.
 
-Matrix products and attention count as they are done; of the element-wise work only the gate's is counted, since in a
-frame with nothing active it is all that there is. `cost` is what a stream spent over what a dense frame spends.
+Matrix products and attention are counted; of the element-wise work only the gate's, since nothing else is done on a
+frame with nothing active. An output's `cost` is what a stream spent over what a dense frame spends.
 """
 
 
@@ -18,12 +18,7 @@ def gate(num_patches: int, dim: int, references: int) -> int:
 
 def attention(queries: int, keys: int, projected_keys: int, dim: int) -> int:
     """Projections of `queries` and `projected_keys`, scores and weighted sums over `keys`, output projection."""
-    return 2 * queries * dim * dim + 2 * projected_keys * dim * dim + attended(queries, keys, dim)
-
-
-def attended(queries: int, keys: int, dim: int) -> int:
-    """Scores and weighted sums: [n, D] x [D, K], and [n, K] x [K, D]."""
-    return 2 * queries * keys * dim
+    return 2 * queries * dim * dim + 2 * projected_keys * dim * dim + 2 * queries * keys * dim
 
 
 def mlp(tokens: int, dim: int, inner: int) -> int:

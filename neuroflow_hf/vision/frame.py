@@ -106,8 +106,8 @@ def encode_frame(
         for count, layers in zip(active.counts, spent, strict=True)
     ]
     stream.credit = [
-        stream.gate.budget.credit_after(*of_stream)
-        for of_stream in zip(stream.credit, stream.frames, costs, strict=True)
+        stream.gate.budget.credit_after(credit, frame, cost)
+        for credit, frame, cost in zip(stream.credit, stream.frames, costs, strict=True)
     ]
     stream.frames = [frame + 1 for frame in stream.frames]
     stream.frame_in_progress = False
@@ -268,11 +268,9 @@ def pad_streams(
     token_mask = torch.arange(most).unsqueeze(0) < torch.tensor(counts).unsqueeze(1)
     token_mask = token_mask.to(geometry.device, non_blocking=True)
     if rows is None:
-        return torch.zeros(
-            len(counts), 0, geometry.hidden_size, dtype=geometry.dtype, device=geometry.device
-        ), token_mask
+        rows = torch.zeros(0, geometry.hidden_size, dtype=geometry.dtype, device=geometry.device)
     if min(counts) == most:
-        return rows.view(len(counts), most, -1), token_mask
+        return rows.view(len(counts), most, geometry.hidden_size), token_mask
     return nn.utils.rnn.pad_sequence(rows.split(counts), batch_first=True), token_mask
 
 

@@ -1,4 +1,4 @@
-"""The gate at work: from a frame's signal and a stream's references to the active set, and back to the references."""
+"""The gate: compare a frame's signal with a stream's references, choose the active set, update the references."""
 
 import torch
 
@@ -22,14 +22,16 @@ def choose_active(
     stream: NeuroFlowStream, signal: torch.Tensor, grid: tuple[int, int]
 ) -> tuple[ActiveSet, torch.Tensor | None]:
     """
-    The active set of a frame whose signal is [B, N, D], and the surprise float32 [B, N] that it was chosen by; `None`
-    where the options do not look at the frame (`dense`, `hold` by the clock). Patches of a stream's first frame have
-    no reference; their surprise is 1, the cosine to nothing being 0. Nothing is written.
+    The active set of a frame whose signal is [B, N, D], and the surprise, float32 [B, N]; `None` if the options do not
+    need it. Patches of a stream's first frame have no reference; their surprise is 1. Nothing is written.
 
-    The order of the policies: surprise, global motion, dilation, threshold or token budget (with patches whose turn it
-    is taken first), the minimum, keyframes by number, holding what the cost budget does not allow, the other keyframe
-    rules (by the mean surprise and by the share of patches above the threshold before dilation), holding (by the same
-    share), encoding in full what nearly is.
+    `apply_policies` chooses patches. Then, for each stream, the first of these that applies decides:
+
+    1. a keyframe by number: everything is active;
+    2. the cost budget is overdrawn: nothing is;
+    3. a keyframe by what the frame shows (`asks_for_keyframe`): everything is;
+    4. more than `hold_fraction` of the patches changed: nothing is;
+    5. nearly all patches are active (`full_above`): the frame becomes a keyframe.
 
     Raises:
         ValueError: if a stream's pixels are not finite.
@@ -39,7 +41,7 @@ def choose_active(
     nothing = torch.zeros(batch_size, num_patches, dtype=torch.bool, device=signal.device)
     if gate.needs_surprise:
         scores = surprise_of(stream, signal)
-        # without references to compare with, the surprise would be finite for any signal
+        # on the first frame, the surprise is 1 for any signal
         looked_at = scores if stream.memory else signal
         mean_scores = scores.mean(-1)
         changed, mask = apply_policies(stream, scores, grid)
@@ -57,7 +59,7 @@ def choose_active(
     )
     count = fixed_count(gate, num_patches)
     if torch.compiler.is_compiling() and count is not None:
-        # a graph cannot wait for numbers; it can stop at one, if without a stream's name
+        # a compiled graph cannot read numbers from the device, so it cannot name the stream
         torch._assert_async(numbers[0].all(), "The frame of a stream has NaN or infinite pixel values.")
         per_stream = [(True, 0, 0, count, 0, 0)] * batch_size
     else:  # the one time in a frame that the host waits for the device
@@ -80,14 +82,14 @@ def choose_active(
         counts.append(int(num_active))
         changed_counts.append((int(num_changed), int(num_both)))
     for value, count in ((True, num_patches), (False, 0)):
-        of_all = [index for index in range(batch_size) if counts[index] == count]
-        if of_all:
-            mask[of_all] = value
+        streams = [index for index in range(batch_size) if counts[index] == count]
+        if streams:
+            mask[streams] = value
     return ActiveSet(mask, counts, keyframes, changed, changed_counts), scores
 
 
 def fixed_count(gate: NeuroFlowGateConfig, num_patches: int) -> int | None:
-    """How many patches are active in a frame that is no keyframe by its number, if that is known whatever it shows."""
+    """How many patches are active on a frame that is no keyframe by number, if that does not depend on the frame."""
     if gate.everything_active:
         return num_patches
     if not gate.needs_surprise:
@@ -112,12 +114,12 @@ def asks_for_keyframe(
     gate: NeuroFlowGateConfig, mean_surprise: float, changed_fraction: float, holds: bool, waited: float
 ) -> bool:
     """
-    Whether a stream's frame is a keyframe for what it shows. `holds`: whether it would be held else; `waited`: for how
+    Whether what a frame shows makes it a keyframe. `holds` says whether it would be held otherwise, `waited` for how
     many frames nothing was encoded.
     """
     if gate.keyframe_fraction is not None and changed_fraction > gate.keyframe_fraction:
         return True
-    # where the changed patches are encoded anyway, their surprise is no reason to encode the others
+    # with `hold_fraction`, a frame that is not held has its changed patches encoded: the rest is not surprising
     may_be_stale = holds or gate.hold_fraction is None
     if gate.keyframe_surprise is not None and may_be_stale and mean_surprise > gate.keyframe_surprise:
         return True
@@ -125,13 +127,13 @@ def asks_for_keyframe(
 
 
 def surprise_of(stream: NeuroFlowStream, signal: torch.Tensor) -> torch.Tensor:
-    """The largest surprise against the references that the stream keeps: [B, N, D] to float32 [B, N]."""
+    """The largest surprise against any of the stream's references: [B, N, D] to float32 [B, N]."""
     if not stream.memory:
         return torch.ones(signal.shape[:2], device=signal.device)
     references = [stream.memory[name] for name in stream.gate.references]
     scores = torch.stack([surprise(signal, reference) for reference in references]).amax(dim=0)
     first_frames = [index for index, frame in enumerate(stream.frames) if frame == 0]
-    if first_frames:  # what they hold is from before a reset
+    if first_frames:  # the references are from before a reset
         unknown = torch.where(scores[first_frames].isfinite(), 1.0, torch.nan)
         scores[first_frames] = unknown
     return scores
@@ -140,7 +142,7 @@ def surprise_of(stream: NeuroFlowStream, signal: torch.Tensor) -> torch.Tensor:
 def apply_policies(
     stream: NeuroFlowStream, scores: torch.Tensor, grid: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Surprise [B, N] to two masks [B, N]: the patches above the threshold, and those that the policies take."""
+    """Surprise [B, N] to two masks [B, N]: the patches above the threshold, and those that the options choose."""
     gate = stream.gate
     if gate.global_motion_norm:
         scores = without_global_motion(scores)
@@ -163,7 +165,7 @@ def apply_policies(
 def refreshed_in_turn(
     gate: NeuroFlowGateConfig, grid: tuple[int, int], age: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """The patches that are encoded because it is their turn: ages [B, N] and the mask of changed ones to a mask."""
+    """Mask of the patches that `max_age` and `sentinels` add to the mask of changed ones, by their ages [B, N]."""
     refreshed, num_patches = torch.zeros_like(mask), age.shape[-1]
     if gate.max_age is not None:
         refreshed = oldest(age, grid, refreshed_per_frame(num_patches, gate.max_age))
@@ -174,7 +176,7 @@ def refreshed_in_turn(
 
 
 def update_references(stream: NeuroFlowStream, signal: torch.Tensor, active: ActiveSet) -> None:
-    """Write a frame's signal [B, N, D] into the stream's references; a keyframe overwrites the running means."""
+    """Write a frame's signal [B, N, D] into the stream's references; a keyframe restarts the running means."""
     gate, memory = stream.gate, stream.memory
     if not gate.needs_surprise:
         return

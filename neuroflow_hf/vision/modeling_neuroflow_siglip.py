@@ -27,7 +27,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig, adopt_config
+from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig, as_config
 from .frame import NeuroFlowSiglipVisionOutput, encode_frame
 from .gate_config import GateOption, NeuroFlowGateConfig
 from .layer_step import LayerStep, layers_of
@@ -98,8 +98,8 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
     @classmethod
     def is_custom_code(cls) -> bool:
         """
-        False: the models initialise as transformers' own do, since they use its `_init_weights`. For custom code
-        transformers leaves out modules without parameters of their own, here every attention module.
+        False, so that weights are initialised as in transformers' own models: with custom code, transformers leaves
+        out modules without parameters of their own, here every attention module.
         """
         return False
 
@@ -109,7 +109,7 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
         super().save_pretrained(*args, **kwargs)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers' method; modules shared with a model that was wrapped keep its configuration, and follow."""
+        """As transformers' method. Modules shared with a wrapped model keep that model's config: set it there, too."""
         super().set_attn_implementation(*args, **kwargs)
         for tower in self.modules():
             if isinstance(tower, NeuroFlowSiglipVisionModel):
@@ -127,17 +127,12 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
 
         Args:
             batch_size (`int`, defaults to 1): B, the number of streams (cameras), one frame of each per call.
-            gate_options: options of [`NeuroFlowGateConfig`], such as `mode=` or `threshold=`, laid over the model's.
+            gate_options: options of [`NeuroFlowGateConfig`] that override the model's, such as `threshold=`.
 
         Raises:
             ValueError: for an option that does not exist or is out of range.
         """
         return NeuroFlowStream(NeuroFlowGateConfig.from_options(self.gate_options, **gate_options), batch_size)
-
-    def _forward_frame(
-        self, pixel_values: torch.Tensor, stream: NeuroFlowStream, **kwargs: bool
-    ) -> NeuroFlowSiglipVisionOutput | NeuroFlowSiglipImageClassifierOutput:
-        return self(pixel_values=pixel_values, stream=stream, **kwargs)
 
     def stream_frames(
         self,
@@ -147,7 +142,7 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
         **gate_options: GateOption,
     ) -> Iterator[NeuroFlowSiglipVisionOutput | NeuroFlowSiglipImageClassifierOutput]:
         """
-        The model's output for each frame of an iterable, one after the other, as they come.
+        Run the model on one frame after the other.
 
         Args:
             frames: pixel values, `(B, C, H, W)` each, or `(C, H, W)` for one stream.
@@ -156,19 +151,20 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
             gate_options: options of the gate for the new stream.
 
         Yields:
-            The model's output with a stream, for every frame; never as a tuple.
+            The model's output for every frame, never as a tuple.
         """
         if stream is not None and gate_options:
             raise ValueError(
                 f"Gate options ({', '.join(gate_options)}) go with a new stream; the one passed has its own, "
                 "`stream.gate`."
             )
+        forward = getattr(self, "get_image_features", self)  # the dual model's `forward` also needs a text
         for frame in frames:
             pixel_values = frame.unsqueeze(0) if frame.ndim == 3 else frame
             if stream is None:
                 stream = self.new_stream(batch_size=len(pixel_values), **gate_options)
-            yield self._forward_frame(
-                pixel_values, stream, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True
+            yield forward(
+                pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, stream=stream, return_dict=True
             )
 
     def get_video_features(
@@ -180,7 +176,7 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
         **gate_options: GateOption,
     ) -> NeuroFlowSiglipVisionOutput | NeuroFlowSiglipImageClassifierOutput:
         """
-        The output for B clips of T frames: the model's output class, each field with T as its second dimension.
+        The output for B clips of T frames, in the model's output class: each field has T as its second dimension.
 
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(B, T, C, H, W)`): B clips, each its own stream.
@@ -237,7 +233,7 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_(scale|bias)$", r"^classifier\."]
 
     def __init__(self, config: NeuroFlowSiglipVisionConfig):
-        config = adopt_config(NeuroFlowSiglipVisionConfig, config)
+        config = as_config(NeuroFlowSiglipVisionConfig, config)
         SiglipPreTrainedModel.__init__(self, config)
         self.config = config
         self.embeddings = SiglipVisionEmbeddings(config)
@@ -251,8 +247,8 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
     @classmethod
     def from_siglip(cls, model: SiglipVisionModel, **gate_options: GateOption) -> "NeuroFlowSiglipVisionModel":
         """
-        A loaded SigLIP vision model, wrapped: modules and parameters are shared, nothing is copied. Adapters and
-        quantised layers inside come along.
+        Wrap a loaded SigLIP vision model. Modules and parameters are shared, nothing is copied; adapters and quantised
+        layers stay in place.
 
         Args:
             model: a `SiglipVisionModel`.
@@ -284,8 +280,8 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
             stream ([`NeuroFlowStream`], *optional*): from `new_stream()`. Without one, this is SigLIP.
 
         Raises:
-            ValueError: with a stream, if the frame does not fit it, has pixels that are not finite, or hidden states
-                or attentions are asked for (layers see only part of the patches, and not the same on every frame).
+            ValueError: with a stream, if the frame does not fit it or has pixels that are not finite, or if hidden
+                states or attentions are requested.
         """
         if stream is None:
             return super().forward(pixel_values, interpolate_pos_encoding, **kwargs)
@@ -306,14 +302,14 @@ class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
     - `from_siglip` wraps a loaded model.
 
     `get_image_features(pixel_values=..., stream=stream)` gives the frame's embedding in `pooler_output`; `forward`
-    takes a stream too and compares the frame with texts.
+    compares the frame with texts.
     """
 
     config: NeuroFlowSiglipConfig
     config_class = NeuroFlowSiglipConfig
 
     def __init__(self, config: NeuroFlowSiglipConfig):
-        config = adopt_config(NeuroFlowSiglipConfig, config)
+        config = as_config(NeuroFlowSiglipConfig, config)
         SiglipPreTrainedModel.__init__(self, config)
         self.text_model = SiglipTextModel._from_config(config.text_config)
         self.vision_model = NeuroFlowSiglipVisionModel._from_config(config.vision_config)
@@ -323,7 +319,7 @@ class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
 
     @classmethod
     def from_siglip(cls, model: SiglipModel, **gate_options: GateOption) -> "NeuroFlowSiglipModel":
-        """A loaded `SiglipModel`, wrapped, as in [`NeuroFlowSiglipVisionModel.from_siglip`]."""
+        """Wrap a loaded `SiglipModel`, as [`NeuroFlowSiglipVisionModel.from_siglip`]."""
         require_model(model, SiglipModel)
         wrapper = empty_wrapper(cls, model, gate=gate_options)
         wrapper.vision_model = NeuroFlowSiglipVisionModel.from_siglip(model.vision_model, **gate_options)
@@ -342,11 +338,6 @@ class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
         """The vision tower's output, see [`NeuroFlowSiglipVisionModel.forward`]; the embedding is `pooler_output`."""
         return self.vision_model(pixel_values, interpolate_pos_encoding, stream=stream, return_dict=True, **kwargs)
 
-    def _forward_frame(
-        self, pixel_values: torch.Tensor, stream: NeuroFlowStream, **kwargs: bool
-    ) -> NeuroFlowSiglipVisionOutput:
-        return self.get_image_features(pixel_values, stream=stream, **kwargs)
-
 
 class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, SiglipForImageClassification):
     """
@@ -363,7 +354,7 @@ class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, Sigl
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_(scale|bias)$"]
 
     def __init__(self, config: NeuroFlowSiglipConfig):
-        config = adopt_config(NeuroFlowSiglipConfig, config)
+        config = as_config(NeuroFlowSiglipConfig, config)
         SiglipPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels or 0
         self.vision_model = NeuroFlowSiglipVisionModel._from_config(config.vision_config)
@@ -411,7 +402,7 @@ def mean_of_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | None)
 
 
 def pop_return_dict(kwargs: TransformersKwargs, config: PreTrainedConfig) -> bool:
-    """Take `return_dict` out of the keywords; None, as for transformers' own forwards, is what the config says."""
+    """Take `return_dict` out of the keywords; by default the configuration's, as in transformers."""
     return_dict = kwargs.pop("return_dict", None)  # type: ignore[typeddict-item]  # transformers' class lacks it
     return bool(config.return_dict if return_dict is None else return_dict)
 
@@ -421,8 +412,8 @@ def refuse_recording(config: PreTrainedConfig, kwargs: TransformersKwargs) -> No
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.get(name, getattr(config, name, False)):
             raise ValueError(
-                f"`{name}` is not supported with a stream: the layers see only the active patches, and other ones on "
-                "every frame. Leave the stream out to record a dense forward."
+                f"`{name}` is not supported with a stream: the layers see only the active patches, which differ from "
+                "frame to frame. Leave the stream out to record a dense forward."
             )
 
 
@@ -434,8 +425,8 @@ def require_model(model: nn.Module, expected: type) -> None:
 
 def share_module(module: nn.Module, shared: nn.Module) -> None:
     """
-    Make `module` hold what `shared` holds: children, parameters, hooks and flags. Not `forward`, which accelerate
-    replaces where it dispatched a model over devices; its hook is attached anew.
+    Make `module` share the children, parameters, hooks and flags of `shared`, but not its `forward`: accelerate
+    replaces it in models that it spreads over devices, so its hook is attached again.
     """
     forwards = {"forward", "_old_forward", "_hf_hook"}
     vars(module).update({name: value for name, value in vars(shared).items() if name not in forwards})
@@ -448,7 +439,7 @@ def share_module(module: nn.Module, shared: nn.Module) -> None:
 
 
 def empty_wrapper(model_class: type[Model], model: SiglipPreTrainedModel, gate: dict) -> Model:
-    """A `model_class` of `model`'s configuration without any memory for parameters, to put `model`'s modules into."""
+    """A `model_class` with `model`'s configuration and parameters without memory, to put `model`'s modules into."""
     config = model_class.config_class.from_dict(model.config.to_dict())
     config.gate = gate
     config._attn_implementation = model.config._attn_implementation
@@ -474,7 +465,7 @@ NeuroFlowSiglipModel.register_for_auto_class("AutoModel")
 NeuroFlowSiglipVisionModel.register_for_auto_class("AutoModel")
 NeuroFlowSiglipForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
-# Files of a vision tower alone carry the prefix, as those that transformers' own class writes and reads.
+# A vision tower's files have this prefix, as transformers' own.
 register_checkpoint_conversion_mapping(
     "NeuroFlowSiglipVisionModel", [PrefixChange(prefix_to_remove="vision_model")], overwrite=True
 )

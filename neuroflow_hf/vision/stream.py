@@ -29,20 +29,19 @@ from .stream_state import (
 class NeuroFlowStream:
     """
     The memory of B independent streams (cameras), one frame of each per call. Made by `model.new_stream()`, passed to
-    the model with every frame, never kept by the model: two streams interleaved on one model do not touch each other.
+    the model with every frame and never kept by it, so streams that share a model do not affect each other.
 
     Args:
-        gate ([`NeuroFlowGateConfig`]): the options of the gate. They may be changed between frames, but for `mode`,
-            `signal`, `reference`, and the presence of `slow_ema_rate`, `max_age`,
-            `max_hold` and, in `hold`, a keyframe trigger, which decide what is stored; a frame after such a change is
-            refused until the stream is reset.
+        gate ([`NeuroFlowGateConfig`]): the options of the gate. They may be changed between frames, except those that
+            decide what is stored: `mode`, `signal`, `reference`, and whether `slow_ema_rate`, `max_age`, `max_hold`
+            and, in `hold`, `keyframe_fraction` or `keyframe_surprise` are set. To change these, reset the stream.
         batch_size (`int`, defaults to 1): B.
 
     Attributes:
         frames (`list[int]`): how many frames each stream has seen since it was made or last reset.
         credit (`list[float]`):
-            What each stream may still spend under a `cost_budget`, in dense frames' worth. With 0 or less, nothing is
-            encoded until it is above 0 again.
+            What each stream may still spend under a `cost_budget`, in dense frames. At 0 or less, nothing is encoded
+            until it is above 0 again.
     """
 
     def __init__(self, gate: NeuroFlowGateConfig, batch_size: int = 1):
@@ -70,23 +69,23 @@ class NeuroFlowStream:
 
     def reset(self, streams: int | Iterable[int] | None = None) -> None:
         """
-        Start streams anew: their next frame is a keyframe, and their credit is the reserve again.
+        Restart streams: their next frame is a keyframe, and their credit is the reserve again.
 
         Args:
             streams: indices of the streams, one or several; by default all, and then all memory is freed.
 
         Raises:
-            IndexError: for a stream that is not among the B; nothing is reset then.
-            TypeError: for what is no index, such as the entries of a mask; likewise.
+            IndexError: for a stream that does not exist; nothing is reset then.
+            TypeError: for entries that are not indices, such as those of a mask; nothing is reset then.
         """
         if streams is None:
             self.forget()
             return
-        streams = streams.tolist() if hasattr(streams, "tolist") else streams  # of NumPy or torch
+        streams = streams.tolist() if hasattr(streams, "tolist") else streams  # NumPy and torch
         indices = [streams] if isinstance(streams, int) else list(streams)
         for index in indices:
             if not isinstance(index, int) or isinstance(index, bool):
-                raise TypeError(f"`streams` holds {index!r}; expected indices of streams, not a mask or other things.")
+                raise TypeError(f"`streams` holds {index!r}; expected indices of streams, not a mask.")
             if not 0 <= index < self.batch_size:
                 raise IndexError(f"There is no stream {index}; this object holds streams 0 to {self.batch_size - 1}.")
         for index in indices:
@@ -118,7 +117,7 @@ class NeuroFlowStream:
 
     @contextmanager
     def unchanged_by_errors(self) -> Iterator[None]:
-        """Whatever is raised inside leaves the stream as it was; what replaces its attributes is undone."""
+        """Restore the stream's attributes if the code inside raises."""
         before = dict(vars(self))
         try:
             yield
@@ -128,13 +127,13 @@ class NeuroFlowStream:
 
     def begin_frame(self, geometry: StreamGeometry) -> None:
         """
-        Get ready for a frame of this geometry. A frame that was interrupted (an error, Ctrl-C, out of memory) may
-        have written some memories and not others: every stream then starts again with a keyframe.
+        Prepare for a frame of this geometry. If the last frame was interrupted (an error, Ctrl-C, out of memory), some
+        memories may be written and others not: every stream then restarts with a keyframe.
 
         Raises:
             ValueError: if the geometry differs from the stream's and `on_change` is `"error"`; if an option of the
-                gate is out of range, or was changed that decides what is stored; if `max_age` asks for more patches a
-                frame than `token_budget` allows.
+                gate is out of range; if an option that decides what is stored was changed; if `max_age` needs more
+                patches per frame than `token_budget` allows.
         """
         self.gate.check()
         if self.geometry is None and geometry.batch_size != self.batch_size:
@@ -144,7 +143,7 @@ class NeuroFlowStream:
         changes = before.differences(geometry)
         if changes and self.gate.on_change == "error":
             raise ValueError(
-                f"This frame does not match its stream: {changes}. Call `stream.reset()` to start anew, make another "
+                f"This frame does not match its stream: {changes}. Call `stream.reset()` to restart it, make another "
                 'stream for it with `model.new_stream()`, or make the stream with `on_change="keyframe"`.'
             )
         everything_or_nothing = self.gate.everything_active or self.gate.mode == "hold"
@@ -152,8 +151,8 @@ class NeuroFlowStream:
             needed = refreshed_per_frame(geometry.num_patches, self.gate.max_age)
             if needed > self.gate.token_budget:
                 raise ValueError(
-                    f"`max_age={self.gate.max_age}` means encoding {needed} of {geometry.num_patches} patches anew on "
-                    f"every frame, and `token_budget={self.gate.token_budget}` allows fewer. Raise one of them."
+                    f"`max_age={self.gate.max_age}` needs {needed} of {geometry.num_patches} patches encoded on every "
+                    f"frame, and `token_budget={self.gate.token_budget}` allows fewer. Raise one of them."
                 )
         if changes:
             self.batch_size = geometry.batch_size
@@ -162,15 +161,16 @@ class NeuroFlowStream:
             self.reset()
         if self.stores is not None and self.stores != stored_by(self.gate):
             raise ValueError(
-                f"The gate was changed in what the stream stores: {changes_of(self.stores, stored_by(self.gate))}. "
-                "Call `stream.reset()` to start anew, or make another stream with `model.new_stream()`."
+                "Gate options that decide what the stream stores were changed: "
+                f"{changes_of(self.stores, stored_by(self.gate))}. Call `stream.reset()`, or make another stream with "
+                "`model.new_stream()`."
             )
         self.geometry, self.stores = geometry, stored_by(self.gate)
         if not self.layer_memories:
             self.layer_memories = [{} for _ in range(geometry.num_layers)]
 
     def due_keyframes(self) -> list[bool]:
-        """Whether the coming frame is a keyframe of each stream by its number alone, whatever it shows."""
+        """For each stream, whether its next frame is a keyframe by number, whatever it shows."""
         interval = self.gate.keyframe_interval
         return [
             self.gate.everything_active or frame == 0 or (interval is not None and frame % interval == 0)
@@ -190,14 +190,14 @@ class NeuroFlowStream:
         Continue from `state_dict()`'s result; tensors keep the device they come with (see `to`).
 
         Raises:
-            ValueError: if it is no such result, is incomplete, or was made with a gate whose memories differ; nothing
-                is changed.
+            ValueError: if it is something else, is incomplete, or comes from a stream that stores other things.
+                Nothing is changed then.
         """
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             found = state.get("format") if isinstance(state, dict) else None
             raise ValueError(
                 f"This is not the state of a stream in format {STATE_FORMAT} (found: {found}); expected what "
-                "`state_dict()` of this version returns. A stream saved by another version has to start anew."
+                "`state_dict()` of this version returns. Start a new stream instead."
             )
         missing = {"batch_size", "frames", "credit", "geometry", "gate", "memory"} - state.keys()
         if missing:
@@ -263,7 +263,7 @@ class NeuroFlowStream:
         return stream
 
     def _whole(self) -> "NeuroFlowStream":
-        """The stream, or a fresh one if a frame was interrupted: its memory must not be continued from."""
+        """The stream, or a fresh one if its last frame was interrupted: its memory is then incomplete."""
         return NeuroFlowStream(self.gate, self.batch_size) if self.frame_in_progress else self
 
     def _header(self) -> dict:

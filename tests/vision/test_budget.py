@@ -161,7 +161,7 @@ def test_without_a_budget_nothing_is_counted():
     [
         ({"cost_budget": 0}, "`cost_budget` is 0; expected a share above 0"),
         ({"cost_budget": 1.5}, "`cost_budget` is 1.5"),
-        ({"cost_reserve": 0.5}, "`cost_reserve` is 0.5; expected at least one dense frame"),
+        ({"cost_reserve": 0.5}, "`cost_reserve` is 0.5; expected at least 1 dense frame"),
         ({"cost_budget": 0.1, "keyframe_interval": 10}, "`keyframe_interval` 10 alone costs 0.1 of dense"),
     ],
 )

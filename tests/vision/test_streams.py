@@ -367,7 +367,7 @@ class TestRefusals:
 
     def test_a_budget_too_small_for_the_refresh(self, vision):
         stream = vision.new_stream(max_age=6, token_budget=5)
-        with pytest.raises(ValueError, match="encoding 6 of 36 patches anew"):
+        with pytest.raises(ValueError, match="needs 6 of 36 patches encoded on every frame"):
             vision(pixel_values=random_video(1)[0], stream=stream)
 
     def test_another_resolution(self, vision):
