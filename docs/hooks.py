@@ -13,12 +13,15 @@ def options_of(command) -> str:
     for parameter in command.params:
         if parameter.name == "help" or getattr(parameter, "hidden", False):
             continue
-        option = parameter.param_type_name == "option"
-        names = " ".join(f"`{name}`" for name in (parameter.opts if option else [parameter.name]))
+        is_option = parameter.param_type_name == "option"
+        names = parameter.opts + parameter.secondary_opts if is_option else [parameter.name]
         default = getattr(parameter, "show_default", "")
         default = default if isinstance(default, str) else parameter.default
-        default = "" if default is None or callable(default) else default
-        cells = [names, getattr(parameter, "help", None) or "", f"{default}"]
+        if default is None or default is False or callable(default):
+            default = ""
+        elif default is True:
+            default = parameter.opts[0]
+        cells = [" ".join(f"`{name}`" for name in names), getattr(parameter, "help", None) or "", f"{default}"]
         rows.append(f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(rows)
 

@@ -49,7 +49,7 @@ def run(
     mode: Annotated[
         str | None,
         gate_option(
-            "extrapolate, context, reconstruct, eliminate, mlp, hold or dense; drops the default preset.",
+            "extrapolate, context, reconstruct, eliminate, mlp, hold or dense; turns off the default preset.",
             "extrapolate",
         ),
     ] = None,

@@ -93,18 +93,22 @@ def test_the_repository_works_without_the_package(source, stock_vision, tmp_path
 
 
 def use_whole_repository(folder, labels):
-    """Runs elsewhere: an image of noise and labels, through the processor and the model."""
+    """Runs elsewhere: an image of noise and labels, through the processor and the model; transformers' questions."""
+    import builtins
+
     import numpy as np
     import torch
     from transformers import AutoModel, AutoProcessor
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    asked = []
+    builtins.input = lambda text="": asked.append(text) or "n"
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     inputs = processor(text=labels, images=image, padding="max_length", return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs, stream=model.new_stream()).logits_per_image
-    return {"logits": logits.tolist(), "classes": [type(model).__name__, type(processor).__name__]}
+    return {"logits": logits.tolist(), "classes": [type(model).__name__, type(processor).__name__], "asked": asked}
 
 
 @pytest.mark.parametrize("saved_as", ["processor", "parts"])
@@ -128,7 +132,7 @@ def test_a_whole_model_takes_its_tokenizer_along(tmp_path, saved_as):
     assert set(load_file(repository / "model.safetensors")) == set(stock.state_dict())
 
     found = call_elsewhere(use_whole_repository, tmp_path / "elsewhere", folder=repository, labels=list(LABELS))
-    assert found["classes"] == ["NeuroFlowSiglipModel", "SiglipProcessor"]
+    assert found["classes"] == ["NeuroFlowSiglipModel", "SiglipProcessor"] and not found["asked"]
     image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     inputs = make_processor()(text=list(LABELS), images=image, padding="max_length", return_tensors="pt")
     with torch.no_grad():

@@ -88,6 +88,25 @@ def test_the_repository_generates_without_the_package(source, stock, place, tmp_
     assert found == {"dtype": "torch.float16", "classes": 2 * ["NeuroFlowPhi3ForCausalLM"], "texts": 3 * [text]}
 
 
+def load_tokenizer(name, prompt):
+    """Runs elsewhere, without the package: load the tokenizer, and count transformers' questions."""
+    import builtins
+
+    from transformers import AutoTokenizer
+
+    asked = []
+    builtins.input = lambda text="": asked.append(text) or "n"
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return {"asked": asked, "ids": tokenizer(prompt)["input_ids"]}
+
+
+@pytest.mark.parametrize("stock", [False], indirect=True)
+def test_the_tokenizer_loads_without_a_question(source, tmp_path):
+    repository = hub.build_hub_repository(source, tmp_path / "out")
+    found = call_elsewhere(load_tokenizer, tmp_path / "elsewhere", name=repository, prompt=PROMPT)
+    assert found == {"asked": [], "ids": make_tokenizer()(PROMPT)["input_ids"]}
+
+
 def test_weights_and_options_are_kept(source, stock, tmp_path):
     config = json.loads((source / "config.json").read_text())
     bypass = {"cache_layers": [2], "threshold": 0.5}
