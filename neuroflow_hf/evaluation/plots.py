@@ -15,7 +15,7 @@ CONTROL_STYLES = ((0, ()), (0, (3, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)), (0, (6
 def plot_fidelity(report: dict) -> Figure:
     """Panels of 1 - cosine to dense over cost, logarithmic: mean, and 5th percentile; lower left is better."""
     figure = Figure(figsize=(11, 5.4), layout="constrained")
-    figure.suptitle(title_of(report), x=0.012, ha="left", fontsize=12, fontweight="bold")
+    figure.suptitle(title_of(report), x=0.012, ha="left", fontsize=12, fontweight="bold", parse_math=False)
     panels = figure.subplots(1, 2)
     for panel, name in zip(panels, ("mean", "p5"), strict=True):
         panel.set_yscale("log")
@@ -28,7 +28,7 @@ def plot_fidelity(report: dict) -> Figure:
 def plot_accuracy(report: dict) -> Figure:
     """Right labels of videos over cost, or where those are not known, frames with dense's label; higher is better."""
     figure = Figure(figsize=(8, 5.4), layout="constrained")
-    figure.suptitle(title_of(report), x=0.012, ha="left", fontsize=12, fontweight="bold")
+    figure.suptitle(title_of(report), x=0.012, ha="left", fontsize=12, fontweight="bold", parse_math=False)
     panel = figure.subplots()
     if report["labels"]["true"]:
         draw_over_cost(panel, report, lambda figures: figures["accuracy"]["top1"])
@@ -113,7 +113,7 @@ def plot_tuning(
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     panel = figure.subplots()
-    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", parse_math=False)
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.axhline(loss(first_frame), color=CONTROL_FIRST, linewidth=1.1, label=f"baseline: {first_frame.family}")

@@ -5,9 +5,18 @@ from typing import TYPE_CHECKING, Any
 from .preprocess import Preprocessor
 
 if TYPE_CHECKING:
-    from .reader import VideoReader, bundled_clip, labelled_clip, read_frames
+    from .reader import DamagedVideoError, Frame, VideoError, VideoReader, bundled_clip, labelled_clip, read_frames
 
-__all__ = ["Preprocessor", "VideoReader", "bundled_clip", "labelled_clip", "read_frames"]
+__all__ = [
+    "DamagedVideoError",
+    "Frame",
+    "Preprocessor",
+    "VideoError",
+    "VideoReader",
+    "bundled_clip",
+    "labelled_clip",
+    "read_frames",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,10 @@ from pathlib import Path
 import av
 import matplotlib
 import numpy as np
+from av.codec.context import Flags
 from PIL import Image, ImageDraw, ImageFont
+
+from .reader import ffmpeg_name
 
 ACCENT = (255, 176, 0)
 BACKGROUND = (17, 20, 24)
@@ -20,6 +23,8 @@ REUSED_BRIGHTNESS = 0.42
 LEGEND = "full colour, outlined: encoded on this frame      dark grey: reused from memory"
 OBJECTS_LEGEND = LEGEND + "      blue box: moves"
 
+# Seconds in an overlay's unit of time: a frame at all common rates is a whole number of it. MPEG-4 takes none shorter.
+TICK = Fraction(1, 60000)
 # Sides of an overlay frame in pixels: small clips are enlarged until a caption fits, large ones need not be larger.
 LEAST_WIDTH, MOST_SIDE = 480, 960
 
@@ -251,6 +256,7 @@ def contact_sheet(
 
 def sheet_header(width: int, title: str, legend: str, margin: int) -> Image.Image:
     """The title of a contact sheet and, in a second line, what colours and greys mean."""
+    title = "".join(sign if sign.isprintable() else "?" for sign in title)  # of a file's name, anything may be part
     room = width - 4 * margin
     title_font, legend_font = fitting_font([title], room, 30, bold=True), fitting_font([legend], room, 24)
     header = Image.new("RGB", (width, 112), BACKGROUND)
@@ -298,23 +304,27 @@ class SheetCells:
 
 class OverlayWriter:
     """
-    Writes overlay frames to an mp4 file as they come: H.264 where this FFmpeg has it, else MPEG-4.
+    Writes overlay frames to an mp4 file as they come, each shown when the video shows it: H.264 where this FFmpeg has
+    it, else MPEG-4.
 
     Args:
         path: the file; it is complete only after `close`.
-        fps: frames a second; None plays 10 a second.
     """
 
-    def __init__(self, path: Path, fps: float | None):
+    def __init__(self, path: Path):
         self.path = path
-        self.fps = Fraction(fps or 10).limit_denominator(1001)
         self.container = None
 
-    def write(self, frame: np.ndarray):
-        """Append uint8 RGB [H, W, 3] with even sides, the same for all frames."""
+    def write(self, picture: np.ndarray, seconds: float):
+        """Append uint8 RGB [H, W, 3] with even sides, the same for all pictures, which is shown at `seconds`."""
         if self.container is None:
-            self._open(*frame.shape[:2])
-        self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            self._open(*picture.shape[:2], seconds)
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        # no two frames at the same time; the last one stays as long as the one before it
+        frame.pts = max(round((seconds - self.begin) / TICK), self.last + 1)
+        frame.duration = frame.pts - self.last
+        frame.time_base, self.last = TICK, frame.pts
+        self.container.mux(self.stream.encode(frame))
 
     def close(self):
         """Finish the file. Nothing is written if there was no frame."""
@@ -323,13 +333,16 @@ class OverlayWriter:
             self.container.close()
             self.container = None
 
-    def _open(self, height: int, width: int):
-        self.container = av.open(str(self.path), "w", format="mp4", options={"movflags": "faststart"})
+    def _open(self, height: int, width: int, seconds: float):
+        self.begin, self.last = seconds, -TICK.denominator // 10  # a single frame stays for a tenth of a second
+        self.container = av.open(ffmpeg_name(self.path), "w", format="mp4", options={"movflags": "faststart"})
         # One thread: x264's own would go on encoding while the next frame's forward is being timed.
         if "libx264" in av.codecs_available:
-            self.stream = self.container.add_stream(
-                "libx264", rate=self.fps, options={"crf": "21", "preset": "veryfast", "threads": "1"}
-            )
+            # no B-frames: with uneven times, mp4 states the length of a track that has them too short
+            codec, options = "libx264", {"crf": "21", "preset": "veryfast", "threads": "1", "bf": "0"}
         else:
-            self.stream = self.container.add_stream("mpeg4", rate=self.fps, options={"qscale": "3"})
+            codec, options = "mpeg4", {"qscale": "3"}
+        self.stream = self.container.add_stream(codec, options=options)
         self.stream.height, self.stream.width, self.stream.pix_fmt = height, width, "yuv420p"
+        self.stream.codec_context.time_base = TICK
+        self.stream.codec_context.flags |= Flags.frame_duration

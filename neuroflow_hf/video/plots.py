@@ -51,7 +51,7 @@ def plot_run(
     size = 10, 3.2 + 2.4 * compared + 2.4 * labelled + legend_height
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1 + compared + labelled, 1, sharex=True, squeeze=False)[:, 0]
-    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", parse_math=False)
     draw_cost(panels[0], times, costs, keyframes)
     if compared:
         draw_fidelity(panels[1], sampled_times, fidelity)

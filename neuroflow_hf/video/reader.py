@@ -7,13 +7,20 @@ With `Preprocessor` and `prefetch`::
     for pixel_values in prefetch(preprocess(frame.image) for frame in reader):
         ...  # float32 [1, 3, R, R]
 
-A damaged file gives every frame before the damage and then raises `DamagedVideoError`.
+Frames that cannot be decoded are left out and counted. A file that is cut short gives all frames before the cut and
+then raises `DamagedVideoError`.
 """
 
 import contextlib
+import functools
 import importlib.resources
-from collections.abc import Iterable, Iterator
+import itertools
+import math
+import re
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +34,12 @@ __all__ = [
     "VideoError",
     "VideoReader",
     "bundled_clip",
+    "ffmpeg_name",
     "read_frames",
 ]
 
-# Containers assume this rate themselves where a raw stream states none.
-_DEFAULT_FPS = 25.0
+# FFmpeg assumes this rate, too, where a raw stream states none.
+_DEFAULT_RATE = Fraction(25)
 
 
 def bundled_clip() -> Path:
@@ -55,24 +63,7 @@ class VideoError(ValueError):
 
 
 class DamagedVideoError(VideoError):
-    """The file is cut short or broken inside. Raised after all frames before the damage were given out.
-
-    Attributes:
-        frames_read: how many frames the reader gave out before it stopped (after `start` and `stride`).
-        frame_index: index in the file of the first frame that could not be read.
-        seconds: time of the last good frame in the file, in seconds; None if there was none.
-    """
-
-    def __init__(self, message: str, frames_read: int, frame_index: int, seconds: float | None):
-        """Store where reading stopped."""
-        super().__init__(message)
-        self.frames_read = frames_read
-        self.frame_index = frame_index
-        self.seconds = seconds
-
-
-class _Damage(Exception):
-    """The reason why decoding stopped; `VideoReader` adds where."""
+    """The file is cut short. Raised after all frames before the cut were given out; the message says where it is."""
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -83,9 +74,9 @@ class Frame:
     """One decoded frame.
 
     Attributes:
-        index: position in the file, from 0, counted before `start` and `stride` are applied.
-        time: seconds since the first frame of the file.
-        image: uint8 RGB [H, W, 3], upright (the file's rotation is applied), C-contiguous.
+        index: number of decoded frames before it, counted before `start` and `stride` are applied.
+        time: seconds since the first frame; never less than the time of the frame before it.
+        image: uint8 RGB [H, W, 3], turned and mirrored as the file asks for, C-contiguous.
     """
 
     index: int
@@ -96,11 +87,16 @@ class Frame:
 class VideoReader:
     """Frames of a video file, in display order.
 
-    Building a reader opens the file and decodes its first frame, so an unusable file fails here and the properties
-    below are known up front. Each iteration opens the file anew: a reader holds no open file and can be used again.
+    Building a reader opens the file and decodes its first frame, so an unusable file fails here. Each iteration opens
+    the file anew: a reader holds no open file and can be used again.
+
+    The first frame is the first one that can be decoded: a recording that begins between keyframes begins with its
+    first keyframe. Packets that fail to decode, and pictures that the decoder had to patch up, are left out; a warning
+    says how many. Where time stamps are missing or go back, as in joined recordings, a frame follows the one before it
+    by 1 / `fps`.
 
     Args:
-        path: a local video file, in any format that PyAV (FFmpeg) decodes.
+        path: a local video file, in any format that PyAV (FFmpeg) decodes. A name with a colon is a file, too.
         start: index of the first frame to give out. Frames before it are decoded and dropped, never sought over, so
             that an index always means the same frame.
         stride: give out every `stride`-th frame. 1 (the default) is right for a fixed camera: neighbouring frames are
@@ -109,20 +105,20 @@ class VideoReader:
 
     Attributes:
         path: the file.
-        width, height: size of the frames given out, in pixels, after rotation.
-        fps: frames a second on average; None when the file does not say.
-        frame_count: frames in the file as its header states them, or duration times fps; an estimate, good enough
-            for a progress bar. None when unknown.
+        width, height: size of the frames given out, in pixels.
+        fps: frames a second on average, as the file states or its first frames suggest; None if unknown.
+        failed_frames: number of frames left out of the last iteration.
 
-    Damage is noticed where the decoder reports it or where the file ends before its header says (mp4, Matroska, WebM,
-    AVI). MPEG-TS, GIF and fragmented mp4 state no length: a cut can pass for the end, and the last frame be a broken
-    one. Changed bytes that still decode cannot be told from a picture.
+    A cut is noticed where a packet is incomplete, and where an MP4, Matroska, WebM or AVI file has fewer bytes than it
+    says. In MPEG-TS, GIF and fragmented MP4, a cut can pass for the end. Changed bytes that still decode pass for a
+    picture.
 
     Raises:
         FileNotFoundError: no such file.
-        VideoError: a directory, an empty file, not a video, no decoder for it, a rotation that is not a multiple of 90
-            degrees; while iterating also: frames change size, `start` is past the end.
-        DamagedVideoError: no frame can be decoded; while iterating: the file is cut short or broken (see the class).
+        VideoError: no regular file, an empty file, not a video, no decoder for it, no frame that can be decoded, a
+            rotation that is not a multiple of 90 degrees; while iterating also: frames change size, `start` is past
+            the end.
+        DamagedVideoError: while iterating: the file is cut short (see the class).
         ValueError: `start`, `stride` or `max_frames` out of range.
     """
 
@@ -138,60 +134,70 @@ class VideoReader:
         self.start = start
         self.stride = stride
         self.max_frames = max_frames
+        self.failed_frames = 0
         with _open(self.path) as (container, stream):
-            self.fps = _frames_per_second(stream)
-            self.frame_count = _frame_count(container, stream, self.fps)
+            rate = stream.average_rate or stream.guessed_rate
+            self.fps = float(rate) if rate else None
             try:
-                first = next(_decode(container, stream), None)
-            except _Damage as damage:
-                raise DamagedVideoError(f"{self.path}: no frame can be decoded: {damage}", 0, 0, None) from damage
-            if first is None:
-                message = f"{self.path}: no frame can be decoded: the file ends after its header"
-                raise DamagedVideoError(message, 0, 0, None)
-            quarter_turns = _quarter_turns(first, self.path)
-            self.height, self.width = _turned_size(first, quarter_turns)
+                frame = next(frame for frame in _decode(container, stream, self.path) if frame is not None)
+            except (StopIteration, EOFError) as error:
+                raise VideoError(
+                    f"{self.path}: no frame can be decoded. The file is damaged, or of a kind that FFmpeg's decoder "
+                    f"{stream.codec_context.name!r} does not know, such as animated WebP; re-encode it"
+                ) from error
+            self.height, self.width = _shown(frame, self.path).shape[:2]
 
-    @property
-    def expected_frames(self) -> int | None:
-        """How many frames an iteration should give out after `start`, `stride` and `max_frames`; None when unknown."""
-        if self.frame_count is None:
-            return self.max_frames
-        selected = len(range(self.start, self.frame_count, self.stride))
-        return selected if self.max_frames is None else min(selected, self.max_frames)
+    @functools.cached_property
+    def frame_count(self) -> int:
+        """Number of frames in the file, counted without decoding; failed frames are counted, too."""
+        return self._count(None)
+
+    @functools.cached_property
+    def expected_frames(self) -> int:
+        """How many frames an iteration should give out after `start`, `stride` and `max_frames`."""
+        end = None if self.max_frames is None else self.start + (self.max_frames - 1) * self.stride + 1
+        return len(range(self.start, self._count(end), self.stride))
+
+    def _count(self, end: int | None) -> int:
+        """Number of the file's packets with a frame, at most `end`: headers state none, or those of another track."""
+        count = 0
+        with contextlib.suppress(av.FFmpegError, EOFError, OSError), _open(self.path) as (container, stream):
+            for packet in itertools.islice(_packets(container, stream, self.path), end):
+                count += not packet.is_discard
+        return count
 
     def __iter__(self) -> Iterator[Frame]:
         """Decode from the beginning and give out the selected frames."""
-        frames_read = 0
-        decoded = 0
-        seconds = None
-        with _open(self.path) as (container, stream):
-            try:
-                for frame in _decode(container, stream):
-                    if frame.pts is None or not _has_stamps(container, stream):
-                        stamp = decoded / (self.fps or _DEFAULT_FPS)
-                    else:  # not frame.time, which is lost when the decoder is emptied
-                        stamp = frame.pts * stream.time_base
-                    if decoded == 0:
-                        first_stamp = stamp
-                    time = float(stamp - first_stamp)
-                    quarter_turns = _quarter_turns(frame, self.path)
-                    size = _turned_size(frame, quarter_turns)
-                    if size != (self.height, self.width):
-                        raise VideoError(
-                            f"{self.path}: frame {decoded} ({time:.2f} s) is {size[1]}x{size[0]}, those "
-                            f"before it are {self.width}x{self.height}; all must have one size: re-encode the file"
-                        )
+        self.failed_frames = given = decoded = 0
+        time = 0.0
+        try:
+            with _open(self.path) as (container, stream):
+                clock = _Clock(container, stream)
+                for frame in _decode(container, stream, self.path):
+                    if frame is None:
+                        self.failed_frames += 1
+                        continue
+                    time = clock.time(frame.pts)
                     if decoded >= self.start and (decoded - self.start) % self.stride == 0:
-                        yield Frame(decoded, time, _rgb(frame, quarter_turns))
-                        frames_read += 1
-                        if frames_read == self.max_frames:
+                        image = _shown(frame, self.path)
+                        height, width = image.shape[:2]
+                        if (height, width) != (self.height, self.width):
+                            raise VideoError(
+                                f"{self.path}: frame {decoded} ({time:.2f} s) is {width}x{height}, those before it are"
+                                f" {self.width}x{self.height}; all must have one size: re-encode the file"
+                            )
+                        yield Frame(decoded, time, image)
+                        given += 1
+                        if given == self.max_frames:
                             return
                     decoded += 1
-                    seconds = time
-            except _Damage as damage:
-                where = "before its first frame" if seconds is None else f"after frame {decoded - 1} ({seconds:.2f} s)"
-                message = f"{self.path}: the file is damaged or cut short {where}: {damage}"
-                raise DamagedVideoError(message, frames_read, decoded, seconds) from damage
+        except EOFError as cut:
+            message = f"{self.path}: the file is cut short after frame {decoded - 1} ({time:.2f} s): {cut}"
+            raise DamagedVideoError(message) from cut
+        finally:
+            if self.failed_frames:
+                message = f"{self.path}: {self.failed_frames} of its frames cannot be decoded and are left out."
+                warnings.warn(message, stacklevel=2)
         if decoded <= self.start:
             raise VideoError(f"{self.path}: start={self.start} is past the end: the file has {decoded} frames")
 
@@ -203,18 +209,31 @@ def read_frames(
     return iter(VideoReader(path, start=start, stride=stride, max_frames=max_frames))
 
 
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def ffmpeg_name(path: str | Path) -> str:
+    """The name by which FFmpeg opens a local file; without the prefix, it takes `cam-12:30.mp4` for a URL."""
+    return f"file:{path}"
+
+
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open `path` and close it at the end: (container, its video stream set to decode on several threads)."""
+    """Open `path` and close it at the end: (container, its video stream)."""
     if not path.exists():
+        if re.match(r"\w{2,}:/", str(path)):
+            raise FileNotFoundError(
+                f"{path} is no video file; URLs are not opened: record to a file first, or pass frames of your own to "
+                "the model's `stream_frames`"
+            )
         raise FileNotFoundError(f"no such video file: {path}")
     advice = "expected a video file that FFmpeg decodes, such as .mp4, .mkv, .webm or .avi"
-    if path.is_dir():
-        raise VideoError(f"{path} is a directory; {advice}")
+    if not path.is_file():
+        raise VideoError(f"{path} is a {'directory' if path.is_dir() else 'device or pipe'}; {advice}")
     if path.stat().st_size == 0:
         raise VideoError(f"{path} is empty; {advice}")
     try:
-        container = av.open(str(path))
+        container = av.open(ffmpeg_name(path))
     except (av.FFmpegError, UnicodeDecodeError) as error:
         message = f"{path} is not a video, or its beginning or index is missing ({error.__class__.__name__}); {advice}"
         raise VideoError(message) from error
@@ -226,145 +245,111 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
         stream = streams[0]
         if stream.codec_context is None:
             raise VideoError(f"{path}: there is no decoder for its video; re-encode it, for example as H.264")
-        stream.thread_type = "AUTO"
+        # Threads that decode whole frames would go on while a forward is timed, and report failures late or never.
+        stream.thread_type = "SLICE"
         yield container, stream
 
 
-def _decode(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
-    """Frames in display order without a gap; raises `_Damage` after the last good one if the file is damaged."""
-    packets = 0
-    last_dts = None
-    longest_gap = 0
-    end = 0
-    reason = None
-    try:
-        for packet in container.demux(stream):
-            if packet.size == 0:  # the end-of-stream marker; the decoder is emptied below
-                continue
-            if packets == 0 and not packet.is_keyframe:  # a recording cut out of a broadcast starts anywhere
-                continue
-            if packet.is_corrupt:
-                reason = "a packet is incomplete"
-                break
-            packets += 1
-            stamps = [stamp for stamp in (packet.pts, packet.dts) if stamp is not None]
-            end = max([end, *(stamp + (packet.duration or 0) for stamp in stamps)])
-            if packet.dts is not None:
-                if last_dts is not None:
-                    longest_gap = max(longest_gap, packet.dts - last_dts)
-                last_dts = packet.dts
-            yield from _checked(_decode_packet(stream, packet))
-    except av.FFmpegError as error:
-        reason = str(error)
-    reason = reason or _ends_early(container, stream, packets, end, longest_gap)
-    rest = _decode_packet(stream, None)
-    if reason is None:
-        yield from _checked(rest)
-        return
-    # Frames arrive out of display order. A packet that is missing shows no earlier than the last decode time, so
-    # only frames up to there are known to have all their predecessors.
-    if last_dts is not None and _has_stamps(container, stream):
-        yield from _checked(frame for frame in rest if frame.pts is not None and frame.pts <= last_dts)
-    raise _Damage(reason)
+def _packets(container: Any, stream: Any, path: Path) -> Iterator[Any]:
+    """The video's packets from the first keyframe on; raises `EOFError` where a file is cut short."""
+    begun = False
+    for packet in container.demux(stream):
+        # In transport streams, packets before a joint are flagged, too; the decoder tells whether they are whole.
+        if packet.is_corrupt and container.format.name != "mpegts":
+            raise EOFError("it ends inside a packet")
+        begun = begun or packet.is_keyframe
+        if begun and packet.size:  # an empty packet marks the end
+            yield packet
+    size, stated = path.stat().st_size, _stated_size(container, stream, path)
+    if size < stated:
+        raise EOFError(f"it has {size} of {stated} bytes")
 
 
-def _decode_packet(stream: Any, packet: Any) -> list[av.VideoFrame]:
-    """Frames that become ready with `packet`; None empties the decoder."""
-    try:
-        return stream.codec_context.decode(packet)
-    except av.FFmpegError as error:
-        # Frames that still wait in the decoder may be predicted from the broken one: they are given up.
-        raise _Damage(f"a frame cannot be decoded ({error.strerror})") from error
-
-
-def _checked(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """Give out `frames` up to the first that the decoder had to patch up."""
-    for frame in frames:
-        if frame.is_corrupt:
-            raise _Damage("a frame is broken inside")
-        yield frame
-
-
-def _ends_early(container: Any, stream: Any, packets: int, end: int, longest_gap: int) -> str | None:
-    """Say how far a stream that came to its end falls short of what the file promised; None if it does not.
-
-    Args:
-        container: the open file.
-        stream: its video stream.
-        packets: packets read.
-        end: where the last one ended, in units of the stream's time base.
-        longest_gap: longest step between two packets, in the same unit: as long as a frame lasted here.
-
-    Only formats whose header states a length are judged, and two frames are allowed to be missing: muxers count the
-    last frames differently, and in a stream of variable rate frames differ in length.
+def _stated_size(container: Any, stream: Any, path: Path) -> int:
     """
-    formats = container.format.name.split(",")
-    if "mp4" in formats:
-        promised = len(stream.index_entries)
-        return f"its index lists {promised} frames, {packets} are there" if packets < promised - 2 else None
-    if "avi" in formats:
-        promised_seconds = float(stream.frames * stream.time_base)
-    elif "matroska" in formats:
-        promised_seconds = _matroska_seconds(container, stream)
-    else:
-        return None
-    seconds = float(end * stream.time_base)
-    one_frame = max(float(longest_gap * stream.time_base), 1 / (_frames_per_second(stream) or _DEFAULT_FPS))
-    if seconds >= promised_seconds - 2 * one_frame:
-        return None
-    return f"its header states {promised_seconds:.2f} s, {seconds:.2f} s are there"
-
-
-def _has_stamps(container: Any, stream: Any) -> bool:
-    """Whether the file says when to show each frame.
-
-    AVI stores no such times. For codecs that reorder frames FFmpeg guesses them, out of order.
+    How many bytes an MP4, Matroska, WebM or AVI file has by its own account, where FFmpeg takes a cut for the end; 0
+    for other files, and if it does not say.
     """
-    return "avi" not in container.format.name.split(",") or not stream.codec_context.has_b_frames
+    if "mp4" in container.format.name:
+        return max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head[:4] == b"RIFF":
+        return 8 + int.from_bytes(head[4:8], "little")
+    start = head.find(b"\x18\x53\x80\x67") + 4  # the segment's size, in which leading zero bits state its length
+    if head[:4] != b"\x1a\x45\xdf\xa3" or start < 4:
+        return 0
+    length = 9 - head[start].bit_length()
+    unknown = (1 << 7 * length) - 1
+    size = int.from_bytes(head[start : start + length]) & unknown
+    return 0 if size == unknown else start + length + size
 
 
-def _matroska_seconds(container: Any, stream: Any) -> float:
-    """Length of the video in seconds as a Matroska or WebM header states it; 0.0 if it does not."""
-    clock = stream.metadata.get("DURATION", "").split(":")
-    if len(clock) == 3:
-        hours, minutes, seconds = (float(part) for part in clock)
-        return 3600 * hours + 60 * minutes + seconds
-    # The file's own length is that of its longest stream, which need not be the video.
-    alone = len(container.streams) == 1
-    return container.duration / av.time_base if alone and container.duration else 0.0
+def _decode(container: Any, stream: Any, path: Path) -> Iterator[av.VideoFrame | None]:
+    """
+    Frames in display order, and None for each one that fails to decode. Raises `EOFError` after the last frame if the
+    file is cut short.
+    """
+    packets, cut, packet = _packets(container, stream, path), None, True
+    while packet is not None:
+        try:
+            packet = next(packets, None)
+        except (av.FFmpegError, EOFError) as error:
+            cut, packet = error, None
+        try:
+            frames = stream.codec_context.decode(packet)  # None empties the decoder
+        except av.FFmpegError:
+            frames = [None]
+        yield from (None if frame is None or frame.is_corrupt else frame for frame in frames)
+    if cut is not None:
+        raise EOFError(str(cut)) from cut
 
 
-def _frames_per_second(stream: Any) -> float | None:
-    """Average frames a second of `stream`, else its guessed rate, else None."""
-    rate = stream.average_rate or stream.guessed_rate
-    return float(rate) if rate else None
+class _Clock:
+    """Seconds since the first frame, which never go back."""
+
+    def __init__(self, container: Any, stream: Any):
+        # AVI stores no times. Where frames are reordered, FFmpeg guesses them, out of order.
+        self.unit = None if container.format.name == "avi" and stream.codec_context.has_b_frames else stream.time_base
+        self.step = 1 / (stream.average_rate or stream.guessed_rate or _DEFAULT_RATE)
+        self.next, self.offset = Fraction(0), None
+
+    def time(self, pts: int | None) -> float:
+        """Time of the next frame, whose time stamp is `pts`."""
+        time = self.next
+        if pts is not None and self.unit is not None:
+            stamp = pts * self.unit
+            if self.offset is None or stamp + self.offset < self.next - self.step:
+                self.offset = self.next - stamp  # the first time stamp, or a clock that was set back
+            time = stamp + self.offset
+        self.next = time + self.step
+        return float(time)
 
 
-def _frame_count(container: Any, stream: Any, fps: float | None) -> int | None:
-    """Frames that the header states, else duration times rate, else None."""
-    if stream.frames > 0:
-        return stream.frames
-    if fps is None or not container.duration or container.duration < 0:
-        return None
-    return max(1, round(container.duration / av.time_base * fps))
+def _display_matrix(frame: av.VideoFrame) -> tuple[float, float, float, float]:
+    """a, b, c and d of a frame: the pixel at (x, y) is shown at (a x + c y, b x + d y), up to scale and shift."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know all kinds of side data, such as EXIF, but finds a rotation beside them
+        cosine, sine = math.cos(math.radians(frame.rotation)), math.sin(math.radians(frame.rotation))
+        return cosine, -sine, sine, cosine
+    if matrix is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+    return a, b, c, d
 
 
-def _quarter_turns(frame: av.VideoFrame, path: Path) -> int:
-    """Quarter turns counterclockwise that set `frame` upright, 0 to 3."""
-    if frame.rotation % 90:
+def _shown(frame: av.VideoFrame, path: Path) -> np.ndarray:
+    """uint8 RGB [H, W, 3] of a decoded frame of any pixel format, turned and mirrored by its display matrix."""
+    a, b, c, d = _display_matrix(frame)
+    swapped = abs(b) > abs(a)
+    (x, y), rest = ((c, b), (a, d)) if swapped else ((a, d), (b, c))
+    if max(map(abs, rest)) > 0.02 * max(abs(x), abs(y)):  # about a degree
         raise VideoError(
             f"{path}: the file asks for a rotation by {frame.rotation} degrees; only multiples of 90 are supported: "
-            f"re-encode it upright"
+            "re-encode it upright"
         )
-    return frame.rotation // 90 % 4
-
-
-def _turned_size(frame: av.VideoFrame, quarter_turns: int) -> tuple[int, int]:
-    """(height, width) of `frame` after `quarter_turns`."""
-    return (frame.width, frame.height) if quarter_turns % 2 else (frame.height, frame.width)
-
-
-def _rgb(frame: av.VideoFrame, quarter_turns: int) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of a decoded frame of any pixel format, upright."""
     image = frame.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(image, quarter_turns))
+    if swapped:
+        image = image.swapaxes(0, 1)
+    return np.ascontiguousarray(image[:: -1 if y < 0 else 1, :: -1 if x < 0 else 1])

@@ -181,6 +181,7 @@ def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess:
             "height": reader.height,
             "frames_per_second": reader.fps,
             "stride": reader.stride,
+            "failed_frames": reader.failed_frames,
         },
         "weights": fingerprint(model),
         "resolution": preprocess.resolution,
@@ -296,8 +297,7 @@ def run_video(
     cells = SheetCells()
     status, message = "complete", ""
     with staging_folder(out, RUN_FILES) as folder:
-        fps = reader.fps / reader.stride if reader.fps else None
-        writer = OverlayWriter(folder / "overlay.mp4", fps) if overlay else None
+        writer = OverlayWriter(folder / "overlay.mp4") if overlay else None
         try:
             sample = None
             with (
@@ -319,7 +319,8 @@ def run_video(
                         cells.offer(picture, [caption(record, sample, short=True), *label_rows])
                     if writer is not None:
                         rows = [caption(record, sample), *label_rows]
-                        writer.write(overlay_frame(frame.image, mask, rows, covered, boxes, names))
+                        picture = overlay_frame(frame.image, mask, rows, covered, boxes, names)
+                        writer.write(picture, record.time)
                     if on_frame is not None:
                         on_frame(record)
                     if stop.is_set():

@@ -167,6 +167,30 @@ def test_a_damaged_video_keeps_the_frames_before_the_damage(model_folder, tmp_pa
     assert f"after frame {lines[-1]['index']}" in result.stderr and f"{len(lines)} frames" in result.stderr
 
 
+def test_frames_that_cannot_be_decoded_are_counted(model_folder, tmp_path):
+    path = write_clip(tmp_path / "broken.mkv", frames=20)
+    with av.open(str(path)) as container:
+        packet = next(packet for packet in container.demux(video=0) if packet.pts == 1900)
+    path.write_bytes(path.read_bytes().replace(bytes(packet), bytes(255 - byte for byte in bytes(packet))))
+    with pytest.warns(UserWarning, match=r"broken\.mkv: 1 of its frames") as caught:
+        result = call("run", path, "--model", model_folder, "--out", tmp_path / "out")
+    assert result.exit_code == 0 and len(caught) == 1, result.output
+    summary, lines, _ = read_run(tmp_path / "out")
+    assert summary["status"] == "complete" and summary["video"]["failed_frames"] == 1
+    assert len(lines) == summary["frames"] == count_frames(tmp_path / "out" / "overlay.mp4") == 19
+
+
+@pytest.mark.parametrize("command", ["run", "tune", "eval"])
+def test_any_name_of_a_file_can_be_given(clip, model_folder, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    name = "-cam:2024-01-01T12:30\n#%03d?$a_{b$.mkv"
+    os.link(clip, name)
+    options = {"run": ["--dense-every", 4], "tune": ["--max-cost", 0.9, "--frames", 12], "eval": ["--frames", 6]}
+    result = call(command, "--model", model_folder, "--out", "out:%03d", *options[command], "--", name)
+    assert result.exit_code == 0, result.output
+    assert list((tmp_path / "out:%03d").iterdir())
+
+
 def test_ctrl_c_keeps_the_frames_before_it(model_folder, tmp_path):
     clip = write_clip(tmp_path / "long.mp4", frames=4000, codec="mpeg4")
     out = tmp_path / "out"

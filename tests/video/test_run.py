@@ -1,6 +1,8 @@
 import copy
 import json
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from neuroflow_hf.video.overlay import (
     patch_pixels,
 )
 from neuroflow_hf.video.preprocess import Preprocessor
-from neuroflow_hf.video.reader import VideoReader
+from neuroflow_hf.video.reader import VideoReader, ffmpeg_name
 from neuroflow_hf.video.records import FrameRecord, compare_with_dense, figures, held_at_cost
 from neuroflow_hf.video.run import run_video, sampling_step
 from tests.cli.test_run import PROCESSOR, write_clip
@@ -326,8 +328,47 @@ def test_the_contact_sheet_keeps_evenly_spaced_cells():
 
 
 def test_an_overlay_without_frames_writes_nothing(tmp_path):
-    OverlayWriter(tmp_path / "overlay.mp4", None).close()
+    OverlayWriter(tmp_path / "overlay.mp4").close()
     assert list(tmp_path.iterdir()) == []
+
+
+def written_times(path, times):
+    """When an overlay of plain pictures that are written for `times` shows them, and its length; in seconds."""
+    writer = OverlayWriter(path)
+    for place, seconds in enumerate(times):
+        writer.write(np.full((48, 64, 3), 10 * place % 256, dtype=np.uint8), seconds)
+    writer.close()
+    with av.open(ffmpeg_name(path)) as container:
+        stream = container.streams.video[0]
+        shown = [frame.pts * stream.time_base for frame in container.decode(stream)]
+        return [float(time) for time in shown], float(stream.duration * stream.time_base)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize(
+    "times, length",
+    [
+        ([0, 0.1, 0.2, 1.2, 5.0, 5.04], 5.08),
+        ([place * 1001 / 30000 for place in range(40)], 40 * 1001 / 30000),
+        ([7200.5, 7200.75], 0.5),  # the overlay begins with its first picture
+        ([3.0], 0.1),
+        ([0, 0, 0, 0.5], 1.0),  # pictures at one time are shown one after the other
+    ],
+    ids=["variable", "29.97 a second", "late", "one", "the same"],
+)
+def test_an_overlay_shows_a_picture_when_the_video_does(tmp_path, monkeypatch, codec, times, length):
+    if codec == "mpeg4":
+        monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
+    shown, seconds = written_times(tmp_path / "overlay.mp4", times)
+    assert shown == pytest.approx([time - times[0] for time in times], abs=1e-4)
+    assert shown == sorted(set(shown))
+    assert seconds == pytest.approx(length, abs=2e-4)
+
+
+def test_an_overlay_is_a_file_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written_times(Path("cam-12:30 %03d.mp4"), [0, 0.1])
+    assert [path.name for path in tmp_path.iterdir()] == ["cam-12:30 %03d.mp4"]
 
 
 def test_the_written_pictures_are_pictures(clip, vision, preprocess, tmp_path):
