@@ -1,10 +1,10 @@
 """
-What moves, as the gate sees it: masks of patches, and their connected regions.
+What moves, as the gate sees it: masks of patches and their connected regions.
 
     output = model(pixel_values=frame, stream=stream)
     moving = motion_mask(output, stream.gate)  # [B, grid_h, grid_w]
 
-Pure functions. They read a model's output and the gate's options; no stream is changed.
+Pure functions of a model's output and the gate's options.
 """
 
 from typing import Any
@@ -21,42 +21,42 @@ def motion_mask(
     output: Any, gate: NeuroFlowGateConfig, *, threshold: float | None = None, least_patches: int = 2
 ) -> Tensor:
     """
-    The patches that changed, from the surprise by which the gate chose what to encode.
+    The patches that changed, by the gate's surprise.
 
-    It is not `active_mask`, which also holds patches encoded for other reasons: all of them on keyframes, sentinels,
-    those whose turn it was, neighbours of changed ones; and which a budget cuts off.
+    It differs from `active_mask`, which also has patches encoded for other reasons (keyframes, sentinels, refreshing
+    by age, neighbours of changed patches), and lacks patches beyond a budget.
 
-    What *changed* depends on the gate's `reference`. Against `last_update` (the default), a patch that a thing has
-    just left is among them, as is one that changed on an earlier frame and was not encoded since; against `ema`, what
-    differs from the usual background: a thing that stands still stays in the mask until it belongs to the background.
+    What counts as changed depends on the gate's `reference`. With `last_update` (the default): patches that differ
+    from when they were last encoded, also those that an object has just left. With `ema`: patches that differ from the
+    usual background; an object that stops stays in the mask until it has become background.
 
     Args:
         output: of a model with a stream, for B streams; or of `get_video_features`, for B clips of T frames.
         gate: the stream's options, `stream.gate`.
-        threshold (`float`, defaults to the gate's): a patch moves if its surprise is above this. Raise it where noise
-            or flicker shows up in the mask.
-        least_patches (`int`, defaults to 2): regions of fewer patches, neighbours and diagonal ones together, are
-            left out; 1 keeps all. Most single patches are noise; things smaller than two patches are lost with them.
+        threshold (`float`, defaults to the gate's): a patch moves if its surprise is above this. Raise it if noise or
+            flicker shows up in the mask.
+        least_patches (`int`, defaults to 2): leave out connected regions of fewer patches; 1 keeps all. Most single
+            patches are noise, but objects smaller than two patches are lost too.
 
     Returns:
-        bool [B, grid_h, grid_w], or [B, T, grid_h, grid_w]. All False on a stream's first frame, which has nothing to
-        compare with.
+        bool [B, grid_h, grid_w], or [B, T, grid_h, grid_w]; all False on a stream's first frame, which has no
+        reference.
 
     Raises:
-        ValueError: if the frame was not looked at (mode `dense`, and `hold` by the clock); if there is no usable
-            threshold; if `least_patches` is below 1.
+        ValueError: for an output without surprise (mode `dense`, and `hold` without a trigger), a threshold of -1 or
+            less, and `least_patches` below 1.
     """
     surprise = output.surprise
     if surprise is None:
         raise ValueError(
-            f"The output has no `surprise`: mode {gate.mode!r} did not look at the frame. Use another mode, or give "
+            f"The output has no `surprise`: mode {gate.mode!r} did not compare the frame. Use another mode, or give "
             "`hold` a keyframe trigger, such as `keyframe_fraction`."
         )
     threshold = gate.threshold if threshold is None else threshold
     if not threshold > -1:
-        raise ValueError(f"The threshold is {threshold}, by which everything moves; pass `threshold`, such as 0.01.")
+        raise ValueError(f"The threshold is {threshold}, so everything moves; pass `threshold`, such as 0.01.")
     flat = surprise.flatten(-2)
-    first_frame = (flat == 1).all(-1, keepdim=True)  # exactly 1 is what the gate says of patches without a reference
+    first_frame = (flat == 1).all(-1, keepdim=True)  # the gate's surprise of patches without a reference
     if gate.global_motion_norm:
         flat = without_global_motion(flat)
     moving = ((flat > threshold) & ~first_frame).view(surprise.shape)
@@ -65,24 +65,24 @@ def motion_mask(
 
 def connected_regions(mask: Tensor) -> Tensor:
     """
-    Numbers the connected regions of masks; patches that touch, at a corner too, are of one region.
+    Number the connected regions of masks; patches that touch at a corner are connected.
 
-    Every patch takes the first place among its neighbours', and then the one that the patch at that place has taken,
-    until nothing changes; the second step leaps, so that long regions take few rounds.
+    Until nothing changes, every patch takes the first place among its neighbours', and then the place that the patch
+    there has taken, so that long regions take few rounds.
 
     Args:
         mask: bool [..., grid_h, grid_w].
 
     Returns:
-        int64 of the same shape: 0 outside, and 1, 2, ... in each grid by its own, in reading order of the regions'
-        first patches.
+        int64 of the same shape: 0 outside, else the region's number in its grid, 1, 2, ..., in reading order of first
+        patches.
     """
     if not mask.numel():
         return torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
     grids = mask.reshape(-1, *mask.shape[-2:])
     patches = grids[0].numel()
     inside = grids.flatten(1)
-    # the first place is the largest number, and 0 is outside; float32 holds whole numbers up to 2^24
+    # the first place has the highest rank, 0 is outside; float32 holds whole numbers up to 2^24
     ranks = (patches - torch.arange(patches, device=mask.device)).expand(len(grids), -1) * inside
     while True:
         pooled = functional.max_pool2d(ranks.view_as(grids).unsqueeze(1).float(), 3, stride=1, padding=1)
@@ -91,7 +91,7 @@ def connected_regions(mask: Tensor) -> Tensor:
         if torch.equal(spread, ranks):
             break
         ranks = spread
-    places = patches - ranks  # of each patch's region, that of its first patch; outside, `patches`
+    places = patches - ranks  # of the first patch in each patch's region; `patches` outside
     is_first = inside & (places == torch.arange(patches, device=mask.device))
     numbers = is_first.cumsum(1)
     numbered = numbers.gather(1, places.clamp(max=patches - 1)) * inside
@@ -100,7 +100,7 @@ def connected_regions(mask: Tensor) -> Tensor:
 
 def without_small_regions(mask: Tensor, least_patches: int) -> Tensor:
     """
-    `mask`, bool [..., grid_h, grid_w], without connected regions of fewer patches than `least_patches`.
+    A mask, bool [..., grid_h, grid_w], without connected regions of fewer than `least_patches` patches.
 
     Raises:
         ValueError: if `least_patches` is below 1.

@@ -1,11 +1,11 @@
 """
-Moving objects: connected regions of a motion mask, embedded by the pooling head, and what labels fit them.
+Moving objects: connected regions of a motion mask, with embeddings from the pooling head, and labels.
 
     (objects,) = connected_objects(motion_mask(output, stream.gate))
     objects = with_embeddings(model, output.last_hidden_state[0], objects)
-    with_labels(objects, labels)  # of `embed_labels`
+    with_labels(objects, labels)  # from `embed_labels`
 
-The patches' features come out of the frame's forward; all that is added is the head, once for each object.
+The frame's forward gives the patches' features; only the head runs again, once for each object.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ class MovingObject:
 
     Args:
         mask: bool [grid_h, grid_w], its patches.
-        box: first row, first column, last row + 1, last column + 1, in patches.
+        box: top, left, bottom, right in patches; bottom and right are the first ones outside.
         embedding: float32 [D], its patches pooled by the model's head; None before `with_embeddings`.
-        label, score: what fits best of the labels, and SigLIP's probability of it; None before `with_labels`.
+        label, score: the best label and its score; None before `with_labels`.
     """
 
     mask: Tensor
@@ -40,12 +40,12 @@ class MovingObject:
 
     @property
     def patches(self) -> int:
-        """How many."""
+        """The number of patches."""
         return int(self.mask.sum())
 
     @property
     def centre(self) -> tuple[float, float]:
-        """Mean row and column of its patches' middles, in patches."""
+        """Mean row and column of its patches' centres, in patches."""
         row, column = (self.mask.nonzero().float().mean(dim=0) + 0.5).tolist()
         return row, column
 
@@ -58,7 +58,7 @@ def connected_objects(mask: Tensor) -> list[list[MovingObject]]:
         mask: bool [B, grid_h, grid_w], from `motion_mask`.
 
     Returns:
-        For each stream its objects, the largest first; of equal ones, the one that comes first in reading order.
+        For each stream its objects, the largest first; equal ones in reading order.
 
     Raises:
         ValueError: if the mask is not 3-dimensional.
@@ -82,23 +82,22 @@ def objects_of(regions: Tensor) -> list[MovingObject]:
 @torch.no_grad()
 def with_embeddings(model: nn.Module, hidden_state: Tensor, objects: Sequence[MovingObject]) -> list[MovingObject]:
     """
-    Objects with their embeddings: the patches of each one pooled by the head, as if they were the whole picture.
+    Pool the patches of each object with the model's head, as if they were the whole image.
 
-    Patches have seen the whole frame, so an embedding tells of the surroundings too. The features are as they were
-    last encoded: on a frame that is held, or beyond a budget, they are of an earlier one.
+    Patches attend to the whole frame, so an embedding also depends on the surroundings. Features are as last encoded:
+    on a held frame, or beyond a budget, they are an earlier frame's.
 
     Args:
-        model: a vision model, or one with a text tower; with a pooling head.
-        hidden_state: [N, D], one stream's `last_hidden_state`; N the patches of the objects' grid.
+        model: with a pooling head, and with or without a text tower.
+        hidden_state: [N, D], one stream's `last_hidden_state` for all N patches.
         objects: of that stream.
 
     Raises:
-        ValueError: if the model has no pooling head; if there are not as many features as patches in the grid, as in
-            mode `eliminate`.
+        ValueError: for a model without pooling head, and features of some patches only, as in mode `eliminate`.
     """
     vision = getattr(model, "vision_model", model)
     if not getattr(vision, "use_head", False):
-        raise ValueError("The model has no pooling head, by which patches become embeddings; use one with a head.")
+        raise ValueError("The model has no pooling head, which makes embeddings of patches; use one with a head.")
     for item in objects[:1]:
         if hidden_state.ndim != 2 or len(hidden_state) != item.mask.numel():
             raise ValueError(
@@ -114,7 +113,7 @@ def with_embeddings(model: nn.Module, hidden_state: Tensor, objects: Sequence[Mo
 
 def with_labels(objects: Sequence[MovingObject], labels: Labels) -> list[MovingObject]:
     """
-    Objects with embeddings, and the label that fits each best.
+    Give each object its best label.
 
     Raises:
         ValueError: for an object without an embedding.
@@ -132,7 +131,7 @@ def find_objects(
     model: nn.Module, output: Any, gate: NeuroFlowGateConfig, labels: Labels | None = None
 ) -> list[list[MovingObject]]:
     """
-    All of the above for an output of B streams: each stream's objects; with `labels`, embedded and labelled.
+    Each stream's moving objects, from an output of B streams; with `labels`, they have embeddings and labels.
 
     Raises:
         ValueError: as in `motion_mask` and `with_embeddings`.
@@ -145,14 +144,14 @@ def find_objects(
 
 
 def require_objects_found(gate: NeuroFlowGateConfig, labelled: bool):
-    """Raise a ValueError if `find_objects` would refuse every output of a stream with this gate."""
+    """Raise a ValueError if `find_objects` refuses every output of a stream with this gate."""
     if not gate.needs_surprise or gate.everything_active:
         raise ValueError(
-            "Moving objects are what the gate sees change, and with these options it does not look: choose another "
-            "mode than `dense` and `hold`, and a threshold above -1."
+            "Moving objects are found where the gate sees change, and with these options it does not look: choose "
+            "a mode other than `dense` and `hold`, and a threshold above -1."
         )
     if labelled and gate.mode == "eliminate":
-        raise ValueError("Mode `eliminate` keeps no features of all patches; objects have labels in other modes only.")
+        raise ValueError("Labels of objects need the features of all patches, which mode `eliminate` does not keep.")
 
 
 def pixel_box(
@@ -164,7 +163,7 @@ def pixel_box(
     Args:
         item: the object.
         height, width: of the picture in pixels.
-        covered: shares of them that the patches cover, as in `patch_pixels`.
+        covered: the shares of height and width that the patches cover, as in `patch_pixels`.
 
     Returns:
         left, top, right, bottom in pixels; right and bottom are the first ones outside.
@@ -176,7 +175,7 @@ def pixel_box(
 
 
 def object_line(item: MovingObject, height: int, width: int, covered: tuple[float, float] = (1.0, 1.0)) -> dict:
-    """An object in a frame's line of `frames.jsonl`: `box` as `pixel_box`, `patches`, and `label`, `confidence`."""
+    """An object in a frame's line of `frames.jsonl`: `box`, `patches` and, if labelled, `label` and `confidence`."""
     line = {"box": list(pixel_box(item, height, width, covered)), "patches": item.patches}
     if item.label is not None:
         line |= {"label": item.label, "confidence": float(f"{item.score:.6g}")}

@@ -1,4 +1,4 @@
-"""Pictures of a run over time: what each frame cost and kept."""
+"""Plots of a run over time: cost, cosine to dense, and the labels' confidence."""
 
 import io
 import math
@@ -13,9 +13,9 @@ from .label_records import shortened
 OURS, CONTROL_FIRST, CONTROL_HELD, KEYFRAME = "#d97706", "#9ca3af", "#475569", "#b91c1c"
 FAMILY_COLOURS = (OURS, "#0f766e", "#7c3aed", "#be185d", "#65a30d", "#0369a1")
 LABEL_COLOURS = (*FAMILY_COLOURS, "#111827", "#22d3ee", "#78350f", "#f472b6")
-# Of a legend: characters of a label, characters that fit a row, inches that a row takes.
+# A legend: most characters of a label, characters in a row, height of a row in inches.
 LEGEND_LABEL, LEGEND_WIDTH, LEGEND_ROW = 50, 120, 0.22
-# What is lost is drawn on a logarithmic scale; less than this is no more than rounding.
+# The smallest `1 - cosine` on a logarithmic scale; less is rounding.
 LEAST_LOSS = 1e-6
 
 
@@ -29,21 +29,20 @@ def plot_run(
     labels: dict[str, Sequence[float]] | None = None,
 ) -> Figure:
     """
-    Panels over time: cost of every frame; cosine to dense on the sampled frames beside the controls; and each label's
-    confidence on every frame, if there are labels.
+    Panels over time: the cost of every frame; the cosine to dense on sampled frames, beside the baselines; and with
+    labels, their confidence on every frame.
 
     Args:
-        times: seconds, one for each frame.
-        costs: share of a dense frame's multiply-adds, one for each frame.
-        keyframes: whether all patches were encoded, one for each frame.
-        sampled_times: seconds, one for each frame that was compared with dense; may be empty, and then there is no
-            second panel.
-        fidelity: cosines to dense, one for each sampled frame, under `"streamed"`, `"first_frame"` and `"held"`.
-        title: in one line.
-        labels: confidences, one for each frame, under each label's name.
+        times: of the frames, in seconds.
+        costs: of the frames, relative to dense.
+        keyframes: whether all patches were encoded, for each frame.
+        sampled_times: of the frames that were compared with dense; without any, their panel is left out.
+        fidelity: cosines to dense on these frames: `"streamed"`, `"first_frame"` and `"held"`.
+        title: one line.
+        labels: by name, the confidence on each frame.
 
     Returns:
-        A figure of its own, outside pyplot, so that nothing has to be closed.
+        A figure outside pyplot, which need not be closed.
     """
     compared, labelled = len(sampled_times) > 0, bool(labels)
     columns = legend_columns(labels or {})
@@ -82,11 +81,11 @@ def draw_cost(panel, times: Sequence[float], costs: Sequence[float], keyframes: 
 
 
 def draw_fidelity(panel, times: Sequence[float], fidelity: dict[str, Sequence[float]]):
-    """Cosine to dense on the sampled frames; the controls as thin lines."""
+    """Cosine to dense on the sampled frames; the baselines as thin lines."""
     marks = {"marker": "o", "markersize": 3.5} if len(times) <= 120 else {}
     panel.plot(times, fidelity["streamed"], color=OURS, linewidth=1.8, label="streamed", zorder=3, **marks)
     panel.plot(
-        times, fidelity["first_frame"], color=CONTROL_FIRST, linewidth=1.1, label="control: first frame repeated"
+        times, fidelity["first_frame"], color=CONTROL_FIRST, linewidth=1.1, label="baseline: first frame repeated"
     )
     panel.plot(
         times,
@@ -94,13 +93,13 @@ def draw_fidelity(panel, times: Sequence[float], fidelity: dict[str, Sequence[fl
         color=CONTROL_HELD,
         linewidth=1.1,
         linestyle=(0, (3, 2)),
-        label="control: last dense sample held",
+        label="baseline: last dense sample held",
     )
     panel.set_ylabel("cosine to dense")
 
 
 def draw_labels(panel, times: Sequence[float], labels: dict[str, Sequence[float]]):
-    """Each label's confidence over the frames, in a colour of its own; of many, those that are never high in grey."""
+    """Each label's confidence over the frames; if there are many, the lowest in grey."""
     highest = sorted(labels, key=lambda name: -max(labels[name]))
     coloured = set(highest[: len(LABEL_COLOURS)])
     colours = iter(LABEL_COLOURS)
@@ -111,19 +110,19 @@ def draw_labels(panel, times: Sequence[float], labels: dict[str, Sequence[float]
     for place, confidences in enumerate(others):
         label = f"{len(others)} others, never as high" if place == 0 else None
         panel.plot(times, confidences, color=CONTROL_FIRST, linewidth=0.8, label=label)
-    # probabilities of labels that do not fit are far below 1, and still say which fits better
+    # probabilities of labels that do not fit are far below 1, and their order still matters
     panel.set_ylim(0, max(1e-6, 1.05 * max(labels[highest[0]])))
     panel.set_ylabel("label's confidence")
 
 
 def legend_text(name: str) -> str:
-    """A label as a legend shows it: shortened, and with nothing that matplotlib would set as a formula or hide."""
+    """A label for a legend: shortened, and without what matplotlib hides or sets as a formula."""
     text = shortened(name, LEGEND_LABEL)
     return " " * text.startswith("_") + text.replace("$", r"\$")
 
 
 def legend_columns(names: Iterable[str]) -> int:
-    """How many columns of the longest of `names`, 4 at most, fit a legend's row."""
+    """The number of columns of a legend, at most 4, that fit the longest of `names`."""
     longest = max((len(legend_text(name)) for name in names), default=0)
     return min(4, LEGEND_WIDTH // (longest + 8))
 

@@ -1,12 +1,10 @@
 """
-The main job: a video through a streamed model, compared with dense on sampled frames, written to a folder.
+Run a video through a streamed model, compare with dense on sampled frames, and write the results to a folder.
 
     reader = VideoReader("street.mp4")
     model, preprocess = load_model("path/to/siglip")
     result = run_video(reader, model, preprocess, "out", {"threshold": 0.01})
     result.summary["cost"]["mean"], result.summary["cosine_to_dense"]["streamed"]["p5"]
-
-Nothing is printed here; `on_frame` tells the caller how far it is.
 """
 
 import contextlib
@@ -19,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +27,7 @@ from ..utils.files import staging_folder
 from ..utils.jobs import stop_on_interrupt, timed
 from ..utils.provenance import fingerprint
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
+from ..vision.stream import NeuroFlowStream
 from .label_records import label_caption, label_figures, label_line, object_caption
 from .labels import Labels
 from .objects import find_objects, object_line, require_objects_found
@@ -50,7 +48,7 @@ from .records import (
     run_title,
 )
 
-# The summary goes last: where it is, all the others are of the same run.
+# the summary is moved last: where it exists, the other files are of the same run
 RUN_FILES = ("frames.jsonl", "embeddings.safetensors", "overlay.mp4", "contact_sheet.png", "plot.png", "summary.json")
 DENSE_SAMPLES = 25
 STORED_SETTINGS = ("model", "weights", "gate", "resolution", "dtype", "versions")
@@ -59,13 +57,13 @@ STORED_SETTINGS = ("model", "weights", "gate", "resolution", "dtype", "versions"
 @dataclass(frozen=True)
 class RunResult:
     """
-    How a run ended.
+    The result of a run.
 
     Args:
         status: `"complete"`, `"interrupted"` (Ctrl-C) or `"damaged"` (the video broke off).
         message: where and why it stopped; empty if complete.
         summary: the contents of `summary.json`.
-        files: what was written.
+        files: that were written.
     """
 
     status: str
@@ -81,24 +79,22 @@ def encode_video(
     reader: VideoReader,
     model: NeuroFlowSiglipVisionModel,
     preprocess: Preprocessor,
-    stream: Any,
+    stream: NeuroFlowStream,
     dense_every: int,
     labels: Labels | None = None,
     objects: bool = False,
 ) -> Iterator[tuple[Frame, np.ndarray, FrameRecord]]:
     """
-    Run the stream over the video, and a forward without a stream on every `dense_every`-th frame (0: on none). With
-    `labels`, both embeddings are compared with them; with `objects`, what moves is found, and labelled if there are
-    labels. Neither counts in the time that is measured, nor in the cost.
+    Encode a video with a stream, and every `dense_every`-th frame (0: none) also without. Compare both embeddings with
+    `labels`, and find moving `objects`. Milliseconds and costs are of the forwards alone.
 
-    A thread decodes and preprocesses ahead, but waits while a forward is timed: both forwards have the machine to
-    themselves, and get the same pixel values.
+    A thread decodes and preprocesses ahead, but waits while a forward is timed.
 
     Yields:
         The frame, its active mask bool [grid_h, grid_w], and its record.
     """
-    # at the checkpoint's own resolution there is nothing to interpolate, and the plain path is the common one
     interpolate = preprocess.resolution != model.config.image_size
+    covered = covered_share(model, preprocess)
     turn = threading.Lock()
 
     def forward(pixel_values, **kwargs):
@@ -118,7 +114,7 @@ def encode_video(
         for place, (frame, pixel_values) in enumerate(items):
             with turn, torch.inference_mode():
                 if place == 0:
-                    forward(pixel_values)  # kernels are chosen and memory is claimed before the clock runs
+                    forward(pixel_values)  # warm up: kernels are chosen and memory is allocated
                 output, milliseconds = timed(lambda x=pixel_values: forward(x, stream=stream), model.device)
                 dense, dense_milliseconds = None, None
                 if dense_every and place % dense_every == 0:
@@ -128,8 +124,8 @@ def encode_video(
             dense_embedding = None if dense is None else dense.pooler_output[0].float().cpu()
             moving = None
             if objects:
-                where = (*frame.image.shape[:2], covered_share(mask, model, preprocess))
-                moving = [object_line(item, *where) for item in find_objects(model, output, stream.gate, labels)[0]]
+                found = find_objects(model, output, stream.gate, labels)[0]
+                moving = [object_line(item, *frame.image.shape[:2], covered) for item in found]
             record = FrameRecord(
                 index=frame.index,
                 time=frame.time,
@@ -147,20 +143,17 @@ def encode_video(
             yield frame, mask, record
 
 
-def covered_share(
-    mask: np.ndarray, model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor
-) -> tuple[float, float]:
-    """Which shares of the frame's height and width its patches cover, those of `mask` [grid_h, grid_w]."""
-    down, across = (count * model.config.patch_size / preprocess.resolution for count in mask.shape)
-    return down, across
+def covered_share(model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor) -> tuple[float, float]:
+    """The shares of a frame's height and width that its patches cover."""
+    patch_size, side = model.config.patch_size, preprocess.resolution
+    share = side // patch_size * patch_size / side
+    return share, share
 
 
 def sampling_step(expected_frames: int | None, keyframe_interval: int | None) -> int:
     """
-    Every how many frames to compare with dense, for about 25 samples.
-
-    It shares no factor with the keyframe interval: in step with it, keyframes would be sampled more often than they
-    occur, and flatter the fidelity.
+    The interval of dense samples, for about 25 samples. It shares no factor with the keyframe interval: otherwise
+    keyframes would be sampled more often than they occur, and the fidelity would look better than it is.
     """
     step = max(1, round(expected_frames / DENSE_SAMPLES)) if expected_frames else 10
     while keyframe_interval and math.gcd(step, keyframe_interval) > 1:
@@ -172,7 +165,7 @@ def sampling_step(expected_frames: int | None, keyframe_interval: int | None) ->
 
 
 def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor) -> dict:
-    """What was run and on what machine, for the summary."""
+    """The video, the model and the machine, for the summary."""
     side = preprocess.resolution // model.config.patch_size
     return {
         "video": {
@@ -208,10 +201,51 @@ def require_one_patch(preprocess: Preprocessor, patch_size: int):
         )
 
 
-def write_records(
-    folder: Path, records: Sequence[FrameRecord], title: str, cells: SheetCells, labels: Labels | None = None
-):
-    """Write `frames.jsonl`, `contact_sheet.png` and `plot.png` into `folder`."""
+class RunPictures:
+    """
+    The overlay video and the contact sheet of a run, drawn frame by frame.
+
+    Args:
+        writer: of the overlay video; None for no overlay.
+        names: of the labels; None without labels.
+        covered: from `covered_share`.
+        only_sampled: whether the contact sheet has sampled frames only.
+    """
+
+    def __init__(
+        self,
+        writer: OverlayWriter | None,
+        names: Sequence[str] | None,
+        covered: tuple[float, float],
+        only_sampled: bool,
+    ):
+        self.writer, self.names, self.covered, self.only_sampled = writer, names, covered, only_sampled
+        self.cells = SheetCells()
+        self.sample: tuple[float, float] | None = None
+
+    def add(self, image: np.ndarray, mask: np.ndarray, record: FrameRecord):
+        """Draw a frame."""
+        is_sampled = record.dense_embedding is not None
+        if is_sampled:
+            self.sample = record.time, cosine(record.embedding, record.dense_embedding)
+        label_rows = [] if self.names is None else [label_caption(record, self.names)]
+        objects = record.objects or ()
+        boxes, texts = [line["box"] for line in objects], [object_caption(line) for line in objects]
+        if is_sampled or not self.only_sampled:
+            picture = marked_picture(image, mask, self.covered, boxes, texts)
+            self.cells.offer(picture, [caption(record, self.sample, short=True), *label_rows])
+        if self.writer is not None:
+            rows = [caption(record, self.sample), *label_rows]
+            self.writer.write(overlay_frame(image, mask, rows, self.covered, boxes, texts), record.time)
+
+    def close(self):
+        """End the overlay video."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def write_records(folder: Path, records: Sequence[FrameRecord], title: str, labels: Labels | None = None):
+    """Write `frames.jsonl` and `plot.png` into `folder`."""
     compared = compare_with_dense(records)
     lines = [frame_line(record, compared.get(place)) for place, record in enumerate(records)]
     confidences = None
@@ -233,10 +267,6 @@ def write_records(
         labels=confidences,
     )
     save_plot(figure, folder / "plot.png")
-    legend = LEGEND if records[0].objects is None else OBJECTS_LEGEND
-    Image.fromarray(contact_sheet(cells.evenly(), title, legend=legend)).save(
-        folder / "contact_sheet.png", optimize=True
-    )
 
 
 # --- the job -------------------------------------------------------------------------------------------------------
@@ -258,35 +288,33 @@ def run_video(
     on_frame: Callable[[FrameRecord], None] | None = None,
 ) -> RunResult:
     """
-    Stream a video through a model and write what came out to a folder.
+    Stream a video through a model, and write the results to a folder.
 
-    Written are `frames.jsonl`, `embeddings.safetensors`, `contact_sheet.png`, `plot.png`, `summary.json` and, with
-    `overlay`, `overlay.mp4`; files of an earlier run are replaced. Each appears whole or not at all, all at the end.
-    Ctrl-C stops after the frame in work, and a damaged video at the damage; what was computed is written then too.
+    Writes `frames.jsonl`, `embeddings.safetensors`, `contact_sheet.png`, `plot.png`, `summary.json` and, with
+    `overlay`, `overlay.mp4`. Files of an earlier run are replaced at the end, each whole. After Ctrl-C or damage in
+    the video, the results of the frames before are written.
 
     Args:
         reader: the video.
         model, preprocess: from `load_model`.
         out: folder to write to; made if missing.
-        gate_options: options of [`NeuroFlowGateConfig`], laid over the model's own.
-        dense_every: compare with dense on every so many frames; 0 never; None for about 25 samples in all.
-        overlay: also write the video that shows what was encoded.
-        labels: from `load_model_with_labels`; what the frames are compared with.
-        objects: also find what moves, box by box, with `labels` labelled: in `frames.jsonl`, the overlay and the
-            contact sheet.
+        gate_options: options of [`NeuroFlowGateConfig`] that override the model's.
+        dense_every: compare with dense on every Nth frame; 0: never; default: for about 25 samples.
+        overlay: also write a video that marks encoded patches.
+        labels: from `load_model_with_labels`, to compare the frames with.
+        objects: also find moving objects, label them if there are labels, and draw and store their boxes.
         model_name, command: for the summary.
         on_frame: called with each frame's record.
 
     Raises:
-        ValueError: for a gate option, `dense_every` or resolution out of range, or pixels that the model refuses; for
-            `objects` with a gate that does not look at frames.
-        VideoError: if not even the first frame can be read.
+        ValueError: for a gate option, `dense_every` or resolution out of range, for pixels that are not finite, and
+            for `objects` with a gate that does not compare frames.
+        VideoError: if the first frame cannot be read.
         NotADirectoryError, OSError: if `out` is a file or cannot be written to.
     """
     started = time.perf_counter()
     require_comparison(dense_every)
     require_one_patch(preprocess, model.config.patch_size)
-    out = Path(out)
     stream = model.new_stream(**(gate_options or {}))
     if objects:
         require_objects_found(stream.gate, labelled=labels is not None)
@@ -294,33 +322,17 @@ def run_video(
         dense_every = sampling_step(reader.expected_frames, stream.gate.keyframe_interval)
 
     records: list[FrameRecord] = []
-    cells = SheetCells()
     status, message = "complete", ""
     with staging_folder(out, RUN_FILES) as folder:
         writer = OverlayWriter(folder / "overlay.mp4") if overlay else None
+        names = None if labels is None else labels.names
+        pictures = RunPictures(writer, names, covered_share(model, preprocess), only_sampled=dense_every > 0)
+        frames = encode_video(reader, model, preprocess, stream, dense_every, labels, objects)
         try:
-            sample = None
-            with (
-                stop_on_interrupt() as stop,
-                contextlib.closing(
-                    encode_video(reader, model, preprocess, stream, dense_every, labels, objects)
-                ) as encoded,
-            ):
-                for frame, mask, record in encoded:
+            with stop_on_interrupt() as stop, contextlib.closing(pictures), contextlib.closing(frames):
+                for frame, mask, record in frames:
                     records.append(record)
-                    if record.dense_embedding is not None:
-                        sample = record.time, cosine(record.embedding, record.dense_embedding)
-                    label_rows = [] if labels is None else [label_caption(record, labels.names)]
-                    covered = covered_share(mask, model, preprocess)
-                    boxes = [line["box"] for line in record.objects or ()]
-                    names = [object_caption(line) for line in record.objects or ()]
-                    if not dense_every or record.dense_embedding is not None:
-                        picture = marked_picture(frame.image, mask, covered, boxes, names)
-                        cells.offer(picture, [caption(record, sample, short=True), *label_rows])
-                    if writer is not None:
-                        rows = [caption(record, sample), *label_rows]
-                        picture = overlay_frame(frame.image, mask, rows, covered, boxes, names)
-                        writer.write(picture, record.time)
+                    pictures.add(frame.image, mask, record)
                     if on_frame is not None:
                         on_frame(record)
                     if stop.is_set():
@@ -331,12 +343,11 @@ def run_video(
             if not records:
                 raise
             status, message = "damaged", str(error)
-        finally:
-            if writer is not None:
-                writer.close()
 
         title = run_title(stream.gate, reader.path.name, preprocess.resolution)
-        write_records(folder, records, title, cells, labels)
+        write_records(folder, records, title, labels)
+        sheet = contact_sheet(pictures.cells.evenly(), title, legend=OBJECTS_LEGEND if objects else LEGEND)
+        Image.fromarray(sheet).save(folder / "contact_sheet.png", optimize=True)
         summary = {
             "status": status,
             "message": message,
@@ -352,13 +363,13 @@ def run_video(
             summary["labels"] = label_figures(records, labels)
         if objects:
             summary["objects"] = object_figures(records)
-        # bytes, for `save_file` makes files that only their owner can read
         metadata = {name: json.dumps(summary[name]) for name in STORED_SETTINGS}
         if labels is not None:
             metadata |= {"labels": json.dumps(labels.names), "template": json.dumps(labels.template)}
+        # `save_file` would make a file that only its owner can read
         (folder / "embeddings.safetensors").write_bytes(save(embedding_tensors(records), metadata))
         summary["files"] = [name for name in RUN_FILES if (folder / name).exists() or name == "summary.json"]
-        # decoding, preprocessing, drawing and writing included; only the loading of the model is not
+        # all but loading the model
         summary["wall_clock_seconds"] = round(time.perf_counter() - started, 3)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return RunResult(status, message, summary, [out / name for name in summary["files"]])
+    return RunResult(status, message, summary, [Path(out) / name for name in summary["files"]])
