@@ -1,16 +1,16 @@
 """
-How much better than the embedded SigLIP any pooling of the frozen tower's features could be.
+How much better than the embedded SigLIP could any pooling of the frozen tower's features be?
 
     python -m eval.vision.zero_shot_bound    # after `make siglip-small`, whose features it reads
 
-Question: does the model miss pictures because its pooling head and text tower are poor, or because the features, from
-so few drawings of each thing, do not tell? Classifiers without a text tower are told where the drawing is: of each
-picture's patches only those that it covers are averaged, and the greatest of each feature taken; among the 165 things
-they choose by the nearest mean, by logistic regression, and by a network with a hidden layer. They are trained on the
+Does the model miss pictures because its pooling head and text tower are poor, or because the features, from so few
+drawings of each thing, do not tell? Classifiers without a text tower are told where the drawing is: of each picture's
+patches only those that it covers are averaged, and the greatest of each feature taken; among the 165 things they
+choose by the nearest mean, by logistic regression, and by a network with a hidden layer. They are trained on the
 training pictures, and asked for the held-out renderings and for new pictures of training drawings, beside the model
-itself, on the same pictures: those of a single thing that covers at least 15 % of the frame.
-
-And how much do more drawings help? The same, from pictures of a part of the drawings, with as many pictures each time.
+itself, on the same pictures: those of a single thing that covers at least 15 % of the frame. And how much do more
+drawings help? The same, from pictures of a part of the drawings, with as many pictures each time. Writes
+`eval/results/zero_shot_bound.json` and a table of the model card, `models/neuroflow-siglip-small/README.md`.
 """
 
 from collections import defaultdict
@@ -26,10 +26,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoProcessor, SiglipModel, SiglipVisionModel
 
-from eval.report import RESULTS, fill_block, provenance, write_json, write_whole
+from eval.docs.tables import table
+from eval.report import RESULTS, fill_block, provenance, publish, write_whole
 from eval.vision.composed_bench import CHECKPOINT
-from eval.vision.zero_shot_small import LEAST_SHARE, SEED, accuracy, text_embeddings, with_drawings
-from neuroflow_hf.evaluation.statistics import PairedCounts, paired_difference
+from eval.vision.zero_shot_small import (
+    BATCH,
+    SEED,
+    accuracy,
+    is_large,
+    one_thing,
+    share_cell,
+    text_embeddings,
+    with_drawings,
+)
+from neuroflow_hf.evaluation.statistics import paired_difference
+from neuroflow_hf.evaluation.zero_shot import paired_counts
 from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
 from recipes.siglip_dinov2_small.head import to_pixels
 from recipes.siglip_small.captions import HELD_OUT_PHRASINGS, prompts
@@ -39,10 +50,10 @@ from recipes.siglip_small.sources import things
 from recipes.siglip_small.train import Recipe, material_key
 
 COVERED = 0.3  # the share of a patch from which on it counts as the drawing's
-BATCH = 32
 PARTS = (0.25, 0.5, 0.75, 1.0)  # of each thing's drawing styles
 HIDDEN = 512
 EPOCHS, FEWEST_STEPS = 40, 800
+ASKED = {"held-out renderings": "held out", "training drawings": "training"}  # names and splits
 
 
 def under_mask(features: Tensor, covered: Tensor) -> Tensor:
@@ -50,11 +61,6 @@ def under_mask(features: Tensor, covered: Tensor) -> Tensor:
     inside = (covered > COVERED).unsqueeze(-1)
     mean = (features * inside).sum(1) / inside.sum(1).clamp(min=1)
     return torch.cat([mean, features.masked_fill(~inside, -torch.inf).amax(1)], dim=-1)
-
-
-def one_large_thing(placed) -> bool:
-    """Whether a picture holds drawings of one thing, and the largest is large."""
-    return bool(placed) and len({item.thing for item in placed}) == 1 and placed[0].share >= LEAST_SHARE
 
 
 def training_set(store: FeatureStore, numbers: dict[str, int]) -> tuple[Tensor, Tensor, list[str]]:
@@ -69,25 +75,20 @@ def training_set(store: FeatureStore, numbers: dict[str, int]) -> tuple[Tensor, 
         places = [place for place, _ in chosen[first : first + 256]]
         features, covered = (torch.from_numpy(array[places]).float() for array in (store.features, store.covered))
         pooled.append(under_mask(features, covered))
-    return (
-        torch.cat(pooled),
-        torch.tensor([numbers[item.thing] for _, item in chosen]),
-        [item.style for _, item in chosen],
-    )
+    named = torch.tensor([numbers[item.thing] for _, item in chosen])
+    return torch.cat(pooled), named, [item.style for _, item in chosen]
 
 
 def nearest_mean(known: Tensor, named: Tensor, count: int):
     """A classifier by the cosine to each class's mean: features to scores."""
-    means = functional.normalize(
-        torch.stack([known[named == number].mean(0) for number in range(count)]).nan_to_num(), dim=-1
-    )
-    return lambda features: functional.normalize(features, dim=-1) @ means.T
+    means = torch.stack([known[named == number].mean(0) for number in range(count)]).nan_to_num()
+    return lambda features: functional.normalize(features, dim=-1) @ functional.normalize(means, dim=-1).T
 
 
-def trained(network: nn.Module, known: Tensor, named: Tensor, decay: float):
+def trained(network: nn.Module, known: Tensor, named: Tensor):
     """A classifier by gradient descent on the cross entropy, with some noise on the features."""
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
     steps = max(FEWEST_STEPS, EPOCHS * len(known) // 256)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     network.train()
@@ -114,8 +115,8 @@ def classifiers(known: Tensor, named: Tensor, count: int) -> dict:
     linear = nn.Sequential(nn.Dropout(0.3), nn.Linear(width, count))
     found = {
         "nearest mean": nearest_mean(scaled, named, count),
-        "logistic regression": trained(linear, scaled, named, decay=0.05),
-        "hidden layer": trained(hidden, scaled, named, decay=0.05),
+        "logistic regression": trained(linear, scaled, named),
+        "hidden layer": trained(hidden, scaled, named),
     }
     return {name: lambda features, of=of: of((features - middle) / spread) for name, of in found.items()}
 
@@ -126,8 +127,7 @@ def of_pictures(model: SiglipModel, pictures: list[Picture]) -> tuple[Tensor, Te
     pooled, embeddings = [], []
     for first in track(range(0, len(pictures), BATCH), "asked pictures", console=Console(stderr=True)):
         part = pictures[first : first + BATCH]
-        pixels = to_pixels([picture.image for picture in part]).to(model.dtype)
-        output = model.vision_model(pixel_values=pixels)
+        output = model.vision_model(pixel_values=to_pixels([picture.image for picture in part]).to(model.dtype))
         features = output.last_hidden_state.float()
         covered = np.stack([patch_shares(picture.covered, features.shape[1]) for picture in part])
         pooled.append(under_mask(features, torch.from_numpy(covered)))
@@ -137,13 +137,10 @@ def of_pictures(model: SiglipModel, pictures: list[Picture]) -> tuple[Tensor, Te
 
 def beside(right: Tensor, of_model: Tensor) -> dict:
     """A classifier's accuracy, and by how much it is above the model's on the same pictures."""
-    pairs = [
-        int((a & b).sum()) for a, b in ((right, of_model), (right, ~of_model), (~right, of_model), (~right, ~of_model))
-    ]
     return {
         **accuracy(right.tolist()),
         "above_model": float(right.float().mean() - of_model.float().mean()),
-        "above_model_interval": list(paired_difference(PairedCounts(*pairs))),
+        "above_model_interval": list(paired_difference(paired_counts(right.numpy(), of_model.numpy()))),
     }
 
 
@@ -161,40 +158,31 @@ def part_of_styles(styles: list[str], named: Tensor, share: float) -> Tensor:
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
     pictures: Annotated[int, typer.Option(help="Number of composed pictures of each kind.")] = 1600,
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "zero_shot_bound.json",
     card: Annotated[bool, typer.Option(help="Fill the card's block.")] = True,
 ):
-    """Measure, print and write."""
+    """Measure, write and show."""
     names = [thing.name for thing in things()]
     numbers = {name: number for number, name in enumerate(names)}
-    tower = SiglipVisionModel.from_pretrained(build_tower(default_tower_dir())).eval()
-    recipe = Recipe()
+    tower, recipe = SiglipVisionModel.from_pretrained(build_tower(default_tower_dir())).eval(), Recipe()
     store = cached_features(tower, "training", recipe.pictures, recipe.seed, material_key(tower))
     known, named, styles = training_set(store, numbers)
-    model = SiglipModel.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
-    tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
+    model = SiglipModel.from_pretrained(CHECKPOINT, dtype=torch.bfloat16).eval()
+    tokenizer = AutoProcessor.from_pretrained(CHECKPOINT).tokenizer
     texts = sum(text_embeddings(model, tokenizer, prompts(phrasing)) for phrasing in HELD_OUT_PHRASINGS)
     material, asked = load_material(), {}
-    for offset, (name, split) in enumerate((("held-out renderings", "held out"), ("training drawings", "training"))):
+    for offset, (name, split) in enumerate(ASKED.items()):
         every = with_drawings(material[split], pictures, SEED + offset)
-        chosen = [picture for picture in every if one_large_thing(picture.placed)]
+        chosen = [picture for picture in every if one_thing(picture) and is_large(picture)]
         pooled, embeddings = of_pictures(model, chosen)
         truth = torch.tensor([numbers[picture.placed[0].thing] for picture in chosen])
         asked[name] = (pooled, truth, (embeddings @ texts.T).argmax(-1) == truth)
-
-    report = {
-        **provenance(),
-        "things": len(names),
-        "training_pictures": len(known),
-        "model": {name: accuracy(right.tolist()) for name, (_, _, right) in asked.items()},
-        "told where": {name: {} for name in asked},
-    }
+    told_where: dict[str, dict] = {name: {} for name in asked}
     for kind, scores in classifiers(known, named, len(names)).items():
         for name, (pooled, truth, right) in asked.items():
-            report["told where"][name][kind] = beside(scores(pooled).argmax(-1) == truth, right)
-    report["by styles"] = []
+            told_where[name][kind] = beside(scores(pooled).argmax(-1) == truth, right)
+    by_styles = []
     pooled, truth, _ = asked["held-out renderings"]
     least = len(part_of_styles(styles, named, min(PARTS)))
     for share in PARTS:
@@ -202,48 +190,42 @@ def main(
         those = those[torch.randperm(len(those), generator=torch.Generator().manual_seed(0))[:least]]
         distinct = len({(n, styles[p]) for p, n in zip(those.tolist(), named[those].tolist(), strict=True)})
         scores = classifiers(known[those], named[those], len(names))["hidden layer"]
-        report["by styles"].append(
-            {
-                "styles_per_thing": distinct / len(names),
-                "pictures": len(those),
-                **{"accuracy": accuracy((scores(pooled).argmax(-1) == truth).tolist())},
-            }
-        )
-    write_json(output, report)
+        found = accuracy((scores(pooled).argmax(-1) == truth).tolist())
+        by_styles.append({"styles_per_thing": distinct / len(names), "pictures": len(those), "accuracy": found})
+    report = {
+        **provenance(),
+        "things": len(names),
+        "training_pictures": len(known),
+        "model": {name: accuracy(right.tolist()) for name, (_, _, right) in asked.items()},
+        "told where": told_where,
+        "by styles": by_styles,
+    }
+    publish(output, report, card_table(report))
     if card:
-        path = checkpoint / "README.md"
+        path = CHECKPOINT / "README.md"
         write_whole(path, fill_block(path.read_text(encoding="utf-8"), "figures:bound", card_table(report)))
-    Console().print(card_table(report))
 
 
 def card_table(report: dict) -> str:
     """The figures in Markdown."""
-
-    def cell(found):
-        low, high = found["interval"]
-        return f"{found['top1']:.1%} ({low:.1%} to {high:.1%})"
-
-    kinds = list(report["told where"])
-    lines = [
-        f"| one thing, at least 15% of the frame | {' | '.join(kinds)} |",
-        f"|---|{'---|' * len(kinds)}",
-        f"| this model | {' | '.join(cell(report['model'][name]) for name in kinds)} |",
-    ]
-    for kind in report["told where"][kinds[0]]:
-        cells = [cell(report["told where"][name][kind]) for name in kinds]
-        lines.append(f"| told where the thing is: {kind} | {' | '.join(cells)} |")
+    told = report["told where"]
+    rows = {"this model": report["model"]}
+    for kind in told["held-out renderings"]:
+        rows[f"told where the thing is: {kind}"] = {name: told[name][kind] for name in told}
+    cells = ([name, *(share_cell(one) for one in found.values())] for name, found in rows.items())
+    columns = dict(zip(["one thing, at least 15% of the frame", *told], ("{0}", "{1}", "{2}"), strict=True))
     by_styles = "; ".join(
         f"{found['styles_per_thing']:.1f} styles a thing: {found['accuracy']['top1']:.1%}"
         for found in report["by styles"]
     )
-    lines += [
-        "",
+    return table(
+        cells,
+        columns,
         "With a hidden layer, told where, on held-out renderings, by how many styles of drawings each thing has in "
         f"training (as many pictures each time, {report['by styles'][0]['pictures']}): {by_styles}.",
         "",
         f"`{report['command']}`: classifiers without texts, from {report['training_pictures']} training pictures.",
-    ]
-    return "\n".join(lines)
+    )
 
 
 if __name__ == "__main__":

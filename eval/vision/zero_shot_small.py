@@ -1,21 +1,17 @@
 """
-What the embedded SigLIP recognises: zero-shot top-1 on composed pictures that it has not seen.
+What does the embedded SigLIP recognise? Zero-shot top-1 on composed pictures that it has not seen.
 
-    python -m eval.vision.zero_shot_small      # some minutes on two cores
-
-Question: asked for one of all the things that it was trained on, does the model name a picture's largest drawing?
-Pictures are composed as in training, of held-out renderings (for each thing, one family of drawings is in no training
-picture), before held-out photographs; and of a style of which nothing was in training (OpenMoji). Beside them the
-training's renderings, pictures in grey, pictures whose patches are shuffled, and chance. And, told what the largest
-drawing is: where is it, and of how many alike, beside the most frequent answer. Intervals are Wilson's, 95 %.
-Runs in bfloat16.
-Writes `eval/results/zero_shot_small.json` and fills the card's figures, in its head too.
-
+    python -m eval.vision.zero_shot_small                  # some minutes on two cores
     python -m eval.vision.zero_shot_small --card-only      # the card alone, from the JSON file
-
-Of a checkpoint that the recipe made again, to be put beside the first:
-
     python -m eval.vision.zero_shot_small --checkpoint AGAIN --no-card --output eval/results/zero_shot_small_again.json
+
+Asked for one of all the things that it was trained on, does the model name a picture's largest drawing? Pictures are
+composed as in training, of held-out renderings (for each thing, one family of drawings is in no training picture),
+before held-out photographs; and of a style of which nothing was in training (OpenMoji). Beside them the training's
+renderings, pictures in grey, pictures whose patches are shuffled, and chance. And, told what the largest drawing is:
+where is it, and of how many alike, beside the most frequent answer. Intervals are Wilson's, 95 %. Runs in bfloat16.
+The last command is for a checkpoint that the recipe made again, to be put beside the first. Writes
+`eval/results/zero_shot_small.json` and the figures of the model card, `models/neuroflow-siglip-small/README.md`.
 """
 
 import json
@@ -32,9 +28,11 @@ from huggingface_hub import EvalResult
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
+from torch.nn.functional import normalize
 from transformers import AutoProcessor, SiglipModel
 
-from eval.report import RESULTS, fill_block, provenance, write_json, write_whole
+from eval.docs.tables import table
+from eval.report import RESULTS, fill_block, provenance, publish, write_whole
 from eval.vision.composed_bench import CHECKPOINT
 from neuroflow_hf.evaluation.card import card_with_results, dataset_type
 from neuroflow_hf.evaluation.statistics import wilson
@@ -57,12 +55,9 @@ LEAST_SHARE = 0.15
 SIZES = ((0.0, 0.05), (0.05, 0.15), (0.15, 0.3), (0.3, 1.01))
 PIPELINE_PHRASING = "This is a photo of {name}."
 BATCH = 32
+HELD_OUT, STYLE = "held-out renderings, photographs and phrasings", "a style never seen"
 
-
-def accuracy(right: Sequence[bool]) -> dict:
-    """A share of right answers, its interval, and of how many."""
-    low, high = wilson(sum(right), len(right))
-    return {"top1": sum(right) / max(1, len(right)), "interval": [low, high], "pictures": len(right)}
+# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def with_drawings(material: Material, count: int, seed: int) -> list[Picture]:
@@ -85,28 +80,46 @@ def in_grey(image: Image.Image, _rng: np.random.Generator) -> Image.Image:
 def shuffled(image: Image.Image, rng: np.random.Generator, patch: int = 14) -> Image.Image:
     """The picture's patches in another order."""
     side = image.width // patch
-    patches = (
-        np.asarray(image).reshape(side, patch, side, patch, 3).transpose(0, 2, 1, 3, 4).reshape(-1, patch, patch, 3)
-    )
+    patches = np.asarray(image).reshape(side, patch, side, patch, 3).swapaxes(1, 2).reshape(-1, patch, patch, 3)
     patches = patches[rng.permutation(len(patches))].reshape(side, side, patch, patch, 3)
-    return Image.fromarray(
-        np.ascontiguousarray(patches.transpose(0, 2, 1, 3, 4)).reshape(image.height, image.width, 3)
-    )
+    return Image.fromarray(patches.swapaxes(1, 2).reshape(image.height, image.width, 3))
+
+
+def one_thing(picture: Picture) -> bool:
+    """Whether all drawings in a picture are of one thing."""
+    return len({item.thing for item in picture.placed}) == 1
+
+
+def is_large(picture: Picture) -> bool:
+    """Whether the largest drawing covers at least LEAST_SHARE."""
+    return picture.placed[0].share >= LEAST_SHARE
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def accuracy(right: Sequence[bool]) -> dict:
+    """A share of right answers, its interval, and of how many."""
+    low, high = wilson(sum(right), len(right))
+    return {"top1": sum(right) / max(1, len(right)), "interval": [low, high], "pictures": len(right)}
 
 
 @torch.inference_mode()
-def embed(encode: Callable, images: Sequence[Image.Image], title: str) -> torch.Tensor:
+def embed(model: SiglipModel, images: Sequence[Image.Image], title: str) -> torch.Tensor:
     """Unit embeddings float32 [P, D]."""
     parts = [images[first : first + BATCH] for first in range(0, len(images), BATCH)]
-    outputs = [encode(to_pixels(part)) for part in track(parts, title, console=Console(stderr=True))]
-    return torch.nn.functional.normalize(torch.cat(outputs), dim=-1)
+    outputs = [
+        model.get_image_features(pixel_values=to_pixels(part).to(model.dtype)).pooler_output.float()
+        for part in track(parts, title, console=Console(stderr=True))
+    ]
+    return normalize(torch.cat(outputs), dim=-1)
 
 
 @torch.inference_mode()
 def text_embeddings(model: SiglipModel, tokenizer, texts: list[str]) -> torch.Tensor:
     """Unit embeddings float32 [T, D]."""
     ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
-    return torch.nn.functional.normalize(model.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
+    return normalize(model.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
 
 
 def named(images: torch.Tensor, texts: torch.Tensor, names: list[str], count: int = 1) -> list[list[str]]:
@@ -119,30 +132,30 @@ def is_right(pictures: Sequence[Picture], answers: list[list[str]]) -> list[bool
     return [picture.placed[0].thing in answer for picture, answer in zip(pictures, answers, strict=True)]
 
 
-def large(pictures: Sequence[Picture], right: list[bool]) -> list[bool]:
-    """Of the pictures whose largest drawing covers at least LEAST_SHARE."""
-    return [ok for picture, ok in zip(pictures, right, strict=True) if picture.placed[0].share >= LEAST_SHARE]
+def accuracy_where(fits: Callable[[Picture], bool], pictures: Sequence[Picture], right: list[bool]) -> dict:
+    """The accuracy on some of the pictures."""
+    return accuracy([ok for picture, ok in zip(pictures, right, strict=True) if fits(picture)])
 
 
 def breakdown(pictures: Sequence[Picture], right: list[bool]) -> dict:
     """By size of the largest drawing; and, where it is large, by number of drawings."""
-    pairs = list(zip(pictures, right, strict=True))
-    sizes = {
-        f"{low:.0%} to {min(high, 1):.0%}": accuracy(
-            [ok for picture, ok in pairs if low <= picture.placed[0].share < high]
-        )
-        for low, high in SIZES
-    }
-    in_large = [(picture, ok) for picture, ok in pairs if picture.placed[0].share >= LEAST_SHARE]
     kinds = {
         "one drawing": lambda picture: len(picture.placed) == 1,
-        "several things": lambda picture: len({item.thing for item in picture.placed}) > 1,
-        "several of one thing": lambda picture: (
-            len(picture.placed) > 1 and len({item.thing for item in picture.placed}) == 1
-        ),
+        "several things": lambda picture: not one_thing(picture),
+        "several of one thing": lambda picture: len(picture.placed) > 1 and one_thing(picture),
     }
-    numbers = {name: accuracy([ok for picture, ok in in_large if fits(picture)]) for name, fits in kinds.items()}
-    return {"by size": sizes, "by number": numbers}
+    return {
+        "by size": {
+            f"{low:.0%} to {min(high, 1):.0%}": accuracy_where(
+                lambda picture, low=low, high=high: low <= picture.placed[0].share < high, pictures, right
+            )
+            for low, high in SIZES
+        },
+        "by number": {
+            name: accuracy_where(lambda picture, fits=fits: is_large(picture) and fits(picture), pictures, right)
+            for name, fits in kinds.items()
+        },
+    }
 
 
 def place_texts(thing) -> dict[str, str]:
@@ -150,9 +163,19 @@ def place_texts(thing) -> dict[str, str]:
     return {place: f"{with_article(thing.name, thing)} {words[0]}" for place, words in PLACE_WORDS.items()}
 
 
-def number_texts(thing) -> dict[str, str]:
+def number_texts(thing) -> dict[int, str]:
     """By number, a text of so many."""
     return {1: f"one {thing.name}", **{number: f"{word} {thing.plural}" for number, word in NUMBERS.items()}}
+
+
+def place_in(picture: Picture) -> str | None:
+    """Where a single drawing is, if it is clearly there."""
+    return place_of(picture.placed[0]) if len(picture.placed) == 1 else None
+
+
+def number_in(picture: Picture) -> int:
+    """How many drawings there are, three at most."""
+    return min(3, len(picture.placed))
 
 
 def details(pictures: Sequence[Picture], images: torch.Tensor, texts_of: Callable, truth_of: Callable, embed_texts):
@@ -167,138 +190,96 @@ def details(pictures: Sequence[Picture], images: torch.Tensor, texts_of: Callabl
     by_name = {thing.name: thing for thing in things()}
     right, truths = [], []
     for picture, image in zip(pictures, images, strict=True):
-        truth = truth_of(picture) if len({item.thing for item in picture.placed}) == 1 else None
-        if truth is None:
-            continue
-        texts = texts_of(by_name[picture.placed[0].thing])
-        answers = list(texts)
-        right.append(answers[int((embed_texts(list(texts.values())) @ image).argmax())] == truth)
-        truths.append(truth)
+        truth = truth_of(picture) if one_thing(picture) else None
+        if truth is not None:
+            texts = texts_of(by_name[picture.placed[0].thing])
+            right.append(list(texts)[int((embed_texts(list(texts.values())) @ image).argmax())] == truth)
+            truths.append(truth)
     most = max(Counter(truths).values(), default=0)
     return {**accuracy(right), "most frequent": most / max(1, len(truths))}
 
 
-def place_in(picture: Picture) -> str | None:
-    """Where a single drawing is, if it is clearly there."""
-    return place_of(picture.placed[0]) if len(picture.placed) == 1 else None
+def photographs(material: Material, model: SiglipModel, texts: torch.Tensor, names: list[str]) -> list[dict]:
+    """The held-out photographs that show a thing: what it is, and the five best names."""
+    unique = {photo.shows: photo for photo in material.photos if set(photo.shows) & set(names)}
+    images = [photo.picture.resize((224, 224), Image.Resampling.BICUBIC) for photo in unique.values()]
+    found = named(embed(model, images, "photographs"), texts, names, 5)
+    return [
+        {"shows": sorted(set(shows) & set(names)), "named": answer}
+        for shows, answer in zip(unique, found, strict=True)
+    ]
 
 
-def main(
-    checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
-    pictures: Annotated[int, typer.Option(help="Number of held-out pictures; half as many of the others.")] = 1600,
-    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "zero_shot_small.json",
-    card: Annotated[bool, typer.Option(help="Fill the card's figures.")] = True,
-    card_only: Annotated[bool, typer.Option("--card-only", help="Fill the card from the JSON file alone.")] = False,
-):
-    """Measure, print and write."""
-    if card_only:
-        write_card(checkpoint, json.loads(output.read_text(encoding="utf-8")))
-        return
-    model = SiglipModel.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
-    tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
+def measure(model: SiglipModel, tokenizer, material: dict[str, Material], pictures: int) -> dict:
+    """All figures, from so many held-out pictures, and half as many of the others."""
     names = [thing.name for thing in things()]
     texts = {
         phrasing: text_embeddings(model, tokenizer, prompts(phrasing))
         for phrasing in (*TRAINING_PHRASINGS, *HELD_OUT_PHRASINGS)
     }
-    ensemble = torch.nn.functional.normalize(sum(texts[phrasing] for phrasing in HELD_OUT_PHRASINGS), dim=-1)
-    material = load_material()
-
-    def encode(pixels):
-        return model.get_image_features(pixel_values=pixels.bfloat16()).pooler_output.float()
-
+    ensemble = normalize(sum(texts[phrasing] for phrasing in HELD_OUT_PHRASINGS), dim=-1)
     held_out = with_drawings(material["held out"], pictures, SEED)
-    embedded = embed(encode, [picture.image for picture in held_out], "held out")
-    by_phrasing = {phrasing: is_right(held_out, named(embedded, found, names)) for phrasing, found in texts.items()}
-    right = [ok for phrasing in HELD_OUT_PHRASINGS for ok in large(held_out, by_phrasing[phrasing])]
+    embedded = embed(model, [picture.image for picture in held_out], "held out")
     answers = named(embedded, ensemble, names)
-    of_ensemble = is_right(held_out, answers)
-    top5 = is_right(held_out, named(embedded, ensemble, names, 5))
-    report = {
-        **provenance(),
-        "things": len(names),
-        "pictures": len(held_out),
-        "held-out renderings, photographs and phrasings": {
-            **accuracy(large(held_out, of_ensemble)),
-            "top5": accuracy(large(held_out, top5))["top1"],
-        },
-        "one phrasing at a time, mean": sum(right) / len(right),
-        "phrasings": {
-            phrasing: {"held out": phrasing in HELD_OUT_PHRASINGS, **accuracy(large(held_out, found))}
-            for phrasing, found in by_phrasing.items()
-        },
-        **breakdown(held_out, of_ensemble),
+    right, top5 = is_right(held_out, answers), is_right(held_out, named(embedded, ensemble, names, 5))
+    phrasings = {
+        phrasing: {
+            "held out": phrasing in HELD_OUT_PHRASINGS,
+            **accuracy_where(is_large, held_out, is_right(held_out, named(embedded, found, names))),
+        }
+        for phrasing, found in texts.items()
     }
+    rng, some = np.random.default_rng(SEED), held_out[: pictures // 2]
     others = {
         "new pictures of training drawings": with_drawings(material["training"], pictures // 2, SEED + 1),
-        "a style never seen": with_drawings(material["unseen style"], pictures // 2, SEED + 2),
-    }
-    rng = np.random.default_rng(SEED)
-    some = held_out[: pictures // 2]
-    changed = {"the held-out pictures in grey": in_grey, "*control:* their patches shuffled": shuffled}
-    for name, change in changed.items():
-        others[name] = [replace(picture, image=change(picture.image, rng)) for picture in some]
-    report["others"] = {}
-    for name, found in others.items():
-        here = embed(encode, [picture.image for picture in found], name)
-        report["others"][name] = accuracy(large(found, is_right(found, named(here, ensemble, names))))
-    report["others"]["*control:* chance"] = {"top1": 1 / len(names)}
-
-    def embed_texts(found):
-        return text_embeddings(model, tokenizer, found)
-
-    report["details"] = {
-        "where it is, of five places": details(held_out, embedded, place_texts, place_in, embed_texts),
-        "whether there are one, two or three": details(
-            held_out, embedded, number_texts, lambda picture: min(3, len(picture.placed)), embed_texts
-        ),
+        STYLE: with_drawings(material["unseen style"], pictures // 2, SEED + 2),
+        "the held-out pictures in grey": [replace(one, image=in_grey(one.image, rng)) for one in some],
+        "*control:* their patches shuffled": [replace(one, image=shuffled(one.image, rng)) for one in some],
     }
     missed = Counter(
         (picture.placed[0].thing, answer[0])
-        for picture, answer, ok in zip(held_out, answers, of_ensemble, strict=True)
-        if not ok and picture.placed[0].share >= LEAST_SHARE
+        for picture, answer, ok in zip(held_out, answers, right, strict=True)
+        if not ok and is_large(picture)
     )
-    report["most confused"] = [[*pair, count] for pair, count in missed.most_common(20)]
-    report["photographs"] = photographs(material["held out"], encode, ensemble, names)
-    write_json(output, report)
-    if card:
-        write_card(checkpoint, report)
-    Console().print(card_tables(report))
+
+    def of_others(title: str, found: list[Picture]) -> dict:
+        images = embed(model, [picture.image for picture in found], title)
+        return accuracy_where(is_large, found, is_right(found, named(images, ensemble, names)))
+
+    def told(texts_of: Callable, truth_of: Callable) -> dict:
+        return details(held_out, embedded, texts_of, truth_of, lambda found: text_embeddings(model, tokenizer, found))
+
+    return {
+        "things": len(names),
+        "pictures": len(held_out),
+        HELD_OUT: {
+            **accuracy_where(is_large, held_out, right),
+            "top5": accuracy_where(is_large, held_out, top5)["top1"],
+        },
+        "phrasings": phrasings,
+        **breakdown(held_out, right),
+        "others": {
+            **{title: of_others(title, found) for title, found in others.items()},
+            "*control:* chance": {"top1": 1 / len(names)},
+        },
+        "details": {
+            "where it is, of five places": told(place_texts, place_in),
+            "whether there are one, two or three": told(number_texts, number_in),
+        },
+        "most confused": [[*pair, count] for pair, count in missed.most_common(20)],
+        "photographs": photographs(material["held out"], model, ensemble, names),
+    }
 
 
-def photographs(material: Material, encode, texts: torch.Tensor, names: list[str]) -> list[dict]:
-    """The held-out photographs that show a thing: what it is, and the five best names."""
-    shown = [photo for photo in material.photos if set(photo.shows) & set(names)]
-    unique = list({photo.shows: photo for photo in shown}.values())
-    images = [photo.picture.resize((224, 224), Image.Resampling.BICUBIC) for photo in unique]
-    found = named(embed(encode, images, "photographs"), texts, names, 5)
-    return [
-        {"shows": sorted(set(photo.shows) & set(names)), "named": answer}
-        for photo, answer in zip(unique, found, strict=True)
-    ]
-
-
-def held_out_again() -> list[dict]:
-    """The main figure of a checkpoint that the recipe made again, if it was measured."""
-    if not AGAIN.is_file():
-        return []
-    return [json.loads(AGAIN.read_text(encoding="utf-8"))["held-out renderings, photographs and phrasings"]]
-
-
-def write_card(checkpoint: Path, report: dict):
-    """Fill the card's tables and the figures in its head."""
-    path = checkpoint / "README.md"
-    text = fill_block(path.read_text(encoding="utf-8"), "figures", card_tables(report))
-    write_whole(path, card_with_results(text, CHECKPOINT.name, card_results(report)))
+# --- the card --------------------------------------------------------------------------------------------------------
 
 
 def card_results(report: dict) -> list[EvalResult]:
     """The figures of the card's head: top-1 and top-5 on held-out pictures, top-1 on a style never seen."""
-    held_out, style = "held-out renderings, photographs and phrasings", "a style never seen"
     figures = {
-        ("top-1 accuracy", held_out): report[held_out]["top1"],
-        ("top-5 accuracy", held_out): report[held_out]["top5"],
-        ("top-1 accuracy", style): report["others"][style]["top1"],
+        ("top-1 accuracy", HELD_OUT): report[HELD_OUT]["top1"],
+        ("top-5 accuracy", HELD_OUT): report[HELD_OUT]["top5"],
+        ("top-1 accuracy", STYLE): report["others"][STYLE]["top1"],
     }
     return [
         EvalResult(
@@ -315,56 +296,70 @@ def card_results(report: dict) -> list[EvalResult]:
     ]
 
 
+def share_cell(found: dict) -> str:
+    """An accuracy and its interval."""
+    between = " ({:.1%} to {:.1%})".format(*found["interval"]) if "interval" in found else ""
+    return f"{found['top1']:.1%}{between}"
+
+
 def card_tables(report: dict) -> str:
     """The figures in Markdown."""
 
-    def row(name, found):
-        low, high = found.get("interval", (None, None))
-        between = "" if low is None else f" ({low:.1%} to {high:.1%})"
-        return f"| {name} | {found['top1']:.1%}{between} | {found.get('pictures', '')} |"
+    def accuracies(of: str, head: str, found: dict[str, dict]) -> str:
+        rows = [(name, share_cell(one), one.get("pictures", "")) for name, one in found.items()]
+        return table(rows, {of: "{0}", head: "{1}", "pictures": "{2}"})
 
-    main = report["held-out renderings, photographs and phrasings"]
-    phrasings, versions = report["phrasings"], report["versions"]
-    held_out = [found["top1"] for found in phrasings.values() if found["held out"]]
-    known = [found["top1"] for found in phrasings.values() if not found["held out"]]
-    photographs_right = sum(found["named"][0] in found["shows"] for found in report["photographs"])
-    lines = [
-        f"| main thing at least 15% of the frame | top-1 among {report['things']} things (95 % interval) | pictures |",
-        "|---|---|---|",
-        row("**held-out renderings, photographs and phrasings**", main),
-        *(row(name, found) for name, found in report["others"].items()),
-        *(row("the first row, of the recipe run again from nothing", found) for found in held_out_again()),
-        "",
-        "| main thing covers | top-1 | pictures |",
-        "|---|---|---|",
-        *(row(name, found) for name, found in report["by size"].items()),
-        "",
-        "| in the picture | top-1 | pictures |",
-        "|---|---|---|",
-        *(row(name, found) for name, found in report["by number"].items()),
-        "",
-        "| held-out pictures, told what it is | right | most frequent answer | pictures |",
-        "|---|---|---|---|",
-        *(
-            f"| {name} | {found['top1']:.1%} ({found['interval'][0]:.1%} to {found['interval'][1]:.1%}) | "
-            f"{found['most frequent']:.1%} | {found['pictures']} |"
-            for name, found in report["details"].items()
-        ),
-        "",
-        f"Five held-out phrasings together; one at a time {min(held_out):.1%} to {max(held_out):.1%}, those of "
-        f"training {min(known):.1%} to {max(known):.1%}, `{PIPELINE_PHRASING}` (the pipeline's) "
-        f"{phrasings[PIPELINE_PHRASING]['top1']:.1%}. Top-5: {main['top5']:.1%}.",
-        "",
-        "Most confused: " + ", ".join(f"{a} taken for {b}" for a, b, _ in report["most confused"][:10]) + ".",
-        "",
-        f"Of {len(report['photographs'])} held-out photographs and scenes of footage that show one of the things, "
-        f"{photographs_right} were named right: "
-        + "; ".join(f"{' or '.join(found['shows'])}: {found['named'][0]}" for found in report["photographs"])
-        + ".",
-        "",
-        f"`{report['command']}`, bfloat16, torch {versions['torch']}, transformers {versions['transformers']}.",
-    ]
-    return "\n".join(lines)
+    rows = {f"**{HELD_OUT}**": report[HELD_OUT], **report["others"]}
+    if AGAIN.is_file():
+        again = json.loads(AGAIN.read_text(encoding="utf-8"))[HELD_OUT]
+        rows["the first row, of the recipe run again from nothing"] = again
+    head = f"top-1 among {report['things']} things (95 % interval)"
+    columns = {"held-out pictures, told what it is": "{0}", "right": "{1}", "most frequent answer": "{2:.1%}"}
+    details = [(name, share_cell(f), f["most frequent"], f["pictures"]) for name, f in report["details"].items()]
+    phrasings, photos = report["phrasings"], report["photographs"]
+    known, held_out = ([f["top1"] for f in phrasings.values() if f["held out"] == which] for which in (False, True))
+    photographs_right = sum(found["named"][0] in found["shows"] for found in photos)
+    return "\n\n".join(
+        [
+            accuracies(f"main thing at least {LEAST_SHARE:.0%} of the frame", head, rows),
+            accuracies("main thing covers", "top-1", report["by size"]),
+            accuracies("in the picture", "top-1", report["by number"]),
+            table(details, columns | {"pictures": "{3}"}),
+            f"Five held-out phrasings together; one at a time {min(held_out):.1%} to {max(held_out):.1%}, those of "
+            f"training {min(known):.1%} to {max(known):.1%}, `{PIPELINE_PHRASING}` (the pipeline's) "
+            f"{phrasings[PIPELINE_PHRASING]['top1']:.1%}. Top-5: {report[HELD_OUT]['top5']:.1%}.",
+            "Most confused: " + ", ".join(f"{a} taken for {b}" for a, b, _ in report["most confused"][:10]) + ".",
+            f"Of {len(photos)} held-out photographs and scenes of footage that show one of the things, "
+            f"{photographs_right} were named right: "
+            + "; ".join(f"{' or '.join(found['shows'])}: {found['named'][0]}" for found in photos)
+            + ".",
+            "`{command}`, bfloat16, torch {versions[torch]}, transformers {versions[transformers]}.".format(**report),
+        ]
+    )
+
+
+def write_card(checkpoint: Path, report: dict):
+    """Fill the card's tables and the figures in its head."""
+    path = checkpoint / "README.md"
+    text = fill_block(path.read_text(encoding="utf-8"), "figures", card_tables(report))
+    write_whole(path, card_with_results(text, CHECKPOINT.name, card_results(report)))
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
+    pictures: Annotated[int, typer.Option(help="Number of held-out pictures; half as many of the others.")] = 1600,
+    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "zero_shot_small.json",
+    card: Annotated[bool, typer.Option(help="Fill the card's figures.")] = True,
+    card_only: Annotated[bool, typer.Option("--card-only", help="Fill the card from the JSON file alone.")] = False,
+):
+    """Measure, write and show."""
+    if not card_only:
+        model = SiglipModel.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+        tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
+        report = {**provenance(), **measure(model, tokenizer, load_material(), pictures)}
+        publish(output, report, card_tables(report))
+    if card or card_only:
+        write_card(checkpoint, json.loads(output.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
 """The bound of the embedded SigLIP: pooling under masks, classifiers, parts of the drawings; nothing is downloaded."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from eval.vision.zero_shot_bound import beside, classifiers, one_large_thing, part_of_styles, under_mask
+from eval.report import RESULTS, fill_block
+from eval.vision.composed_bench import CHECKPOINT
+from eval.vision.zero_shot_bound import beside, card_table, classifiers, part_of_styles, under_mask
+from eval.vision.zero_shot_small import card_tables, is_large, one_thing
 from recipes.siglip_small.facts import Placed
 
 
@@ -14,13 +20,12 @@ def test_only_covered_patches_are_pooled():
 
 
 def test_pictures_of_one_large_thing():
-    def placed(thing, share):
-        return Placed(thing, "noto", 0.5, 0.5, share)
+    def picture(*placed):
+        return SimpleNamespace(placed=[Placed(thing, "noto", 0.5, 0.5, share) for thing, share in placed])
 
-    assert one_large_thing((placed("dog", 0.2), placed("dog", 0.1)))
-    assert not one_large_thing((placed("dog", 0.2), placed("cat", 0.1)))
-    assert not one_large_thing((placed("dog", 0.1),))
-    assert not one_large_thing(())
+    assert one_thing(picture(("dog", 0.2), ("dog", 0.1))) and is_large(picture(("dog", 0.2), ("dog", 0.1)))
+    assert not one_thing(picture(("dog", 0.2), ("cat", 0.1)))
+    assert not is_large(picture(("dog", 0.1)))
 
 
 def test_classifiers_tell_what_can_be_told_and_nothing_else():
@@ -49,3 +54,13 @@ def test_a_classifier_is_compared_with_the_model_picture_by_picture():
     assert found["top1"] == 0.75 and found["above_model"] == pytest.approx(0.5)
     low, high = found["above_model_interval"]
     assert low < 0.5 < high
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "make"),
+    [("zero_shot_small", "figures", card_tables), ("zero_shot_bound", "figures:bound", card_table)],
+)
+def test_the_cards_tables_are_those_of_the_json(name, block, make):
+    card = (CHECKPOINT / "README.md").read_text(encoding="utf-8")
+    report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert fill_block(card, block, make(report)) == card
