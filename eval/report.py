@@ -2,49 +2,32 @@
 
 import io
 import json
-import os
-import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
 
-import neuroflow_hf
 from neuroflow_hf.utils.files import fill_block, finite, report_text, write_whole
+from neuroflow_hf.utils.provenance import machine_and_versions
 
-__all__ = [
-    "RESULTS", "fill_block", "percentile", "provenance", "publish", "rounded", "tidy", "wide_console",
-    "with_interval", "write_figure", "write_json", "write_whole",
-]  # fmt: skip
+__all__ = ["RESULTS", "fill_block", "provenance", "publish", "rounded", "tidy", "write_json", "write_whole"]
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parents[1] / "docs"
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value below which a share of the values lies, interpolated."""
-    return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
 def provenance() -> dict:
     """The command, the machine and the versions behind a result."""
-    return {
-        "command": shlex.join(["python", f"eval/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "neuroflow_hf": neuroflow_hf.__version__,
-        },
-    }
+    script = Path(sys.argv[0]).resolve()
+    named = [script.name]
+    if script.is_relative_to(ROOT):
+        named = ["-m", ".".join(script.relative_to(ROOT).with_suffix("").parts)]
+    return {"command": shlex.join(["python", *named, *sys.argv[1:]]), **machine_and_versions()}
 
 
 def rounded(report: Any, digits: int = 6) -> Any:
@@ -74,7 +57,7 @@ def publish(output: Path, report: dict, table: str, pictures: Mapping[str, Figur
     for name, figure in (pictures or {}).items():
         picture = io.BytesIO()
         figure.savefig(picture, dpi=130, format="png")
-        folder = DOCS if output.resolve().parent == RESULTS else output.parent
+        folder = ROOT / "docs" if output.resolve().parent == RESULTS else output.parent
         write_whole(folder / name, picture.getvalue())
     Console(width=max(Console().width, 140)).print(Markdown(table))  # a pipe has 80 columns, and tables need more
 
@@ -84,25 +67,3 @@ def tidy(panel):
     panel.grid(color="#e5e7eb", linewidth=0.7)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def write_figure(path: Path, figure: Figure, dpi: int = 130):
-    """Write a picture as PNG, whole or not at all."""
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=dpi, format="png")
-    write_whole(path, picture.getvalue())
-
-
-def wide_console(width: int = 140) -> Console:
-    """A console with at least so many columns: a pipe has 80, and these tables need more."""
-    return Console(width=max(Console().width, width))
-
-
-def with_interval(
-    value: float | None, interval: Sequence[float] | None, form: str = "{:.2f}", scale: float = 1
-) -> str:
-    """A scaled value with its interval in brackets; `-` for None."""
-    if value is None:
-        return "-"
-    ends = "" if interval is None else f" [{', '.join(form.format(scale * end) for end in interval)}]"
-    return form.format(scale * value) + ends

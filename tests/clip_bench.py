@@ -26,12 +26,10 @@ class TinyBench(Bench):
         embeddings = torch.randn(len(THINGS), 32, generator=torch.Generator().manual_seed(0))
         self.labels = Labels(tuple(self.things), "{}", torch.nn.functional.normalize(embeddings, dim=-1), 10.0, -5.0)
         self.weights, self.device = "tiny", torch.device("cpu")
-        self.loads = 0
 
     @property
     def material(self):
-        """Drawings and grounds; counts how often it is asked for."""
-        self.loads += 1
+        """Drawings and grounds."""
         drawings = {
             name: [SimpleNamespace(picture=Image.new("RGBA", (60, 48), (*colour, 255)))]
             for name, colour in THINGS.items()

@@ -1,7 +1,7 @@
 """
 How well does what the gate sees change fit what moves: masks, boxes, and names of moving objects.
 
-    torchrun --nproc_per_node 2 -m eval.vision.motion_masks    # run again to continue
+    torchrun --nproc_per_node 2 -m eval.vision.motion_masks
     python -m eval.vision.motion_masks --clips 2
     python -m eval.vision.motion_masks --quick
 
@@ -114,7 +114,7 @@ def measure_motion(bench: Bench, clip: Clip) -> Figures:
 def expected(clip: Clip, number: int, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
     """The patches of the things that moved, and of what changed with them, bool [*grid]; None where nothing did."""
     now, before = clip.truths[number].masks, clip.truths[number - 1].masks
-    if clip.name.motion == "moving camera":
+    if clip.spec.motion == "moving camera":
         return patches_or_none(now.any(0), grid), torch.ones(grid, dtype=torch.bool)
     moving = (now != before).any((1, 2))
     thing, left = now[moving].any(0), before[moving].any(0)
@@ -130,7 +130,7 @@ def patches_or_none(pixels: np.ndarray, grid: tuple[int, int]) -> Tensor | None:
 def moving_boxes(clip: Clip, number: int, grid: tuple[int, int]) -> list[tuple[int, Box]]:
     """Which actors of a frame moved and are seen, each with its box in patches."""
     now, before = clip.truths[number], clip.truths[number - 1]
-    moving = (now.masks != before.masks).any((1, 2)) | (clip.name.motion == "moving camera")
+    moving = (now.masks != before.masks).any((1, 2)) | (clip.spec.motion == "moving camera")
     return [
         (place, box_of(patch_mask(torch.from_numpy(now.masks[place]), grid)))
         for place in np.flatnonzero(moving & (np.array(now.visible) >= LEAST_VISIBLE)).tolist()
@@ -249,9 +249,10 @@ def labels_table(measured: Measured) -> dict[str, dict]:
 
 def by_motion(measured: Measured) -> dict[str, list[Figures]]:
     """The clips of each motion, and of all."""
-    motions = dict.fromkeys(name.motion for name, _ in measured)
-    parts = {motion: [one for name, one in measured if name.motion == motion] for motion in motions}
-    return {ALL: [one for _, one in measured], **parts}
+    parts: dict[str, list[Figures]] = {ALL: [one for _, one in measured]}
+    for motion, one in measured:
+        parts.setdefault(motion, []).append(one)
+    return parts
 
 
 def masks_report(bench: Bench, measured: Measured) -> dict:
@@ -268,7 +269,6 @@ def masks_report(bench: Bench, measured: Measured) -> dict:
 
 main = command(
     measure_motion,
-    {"streams": STREAMS, "thresholds": THRESHOLDS, "levels": PIXEL_LEVELS},
     masks_report,
     motion_table,
     name="motion_masks",

@@ -1,7 +1,7 @@
 """
 Which of the paper's observations hold on the embedded checkpoint, on composed clips of which everything is known.
 
-    torchrun --nproc_per_node 2 -m eval.vision.published_laws    # run again to continue
+    torchrun --nproc_per_node 2 -m eval.vision.published_laws
     python -m eval.vision.published_laws --clips 2 --frames 32
     python -m eval.vision.published_laws --quick
 
@@ -375,11 +375,11 @@ def saturation(measured: Measured) -> list[dict]:
 
 def displacement(measured: Measured) -> list[dict]:
     """Whether the published method loses most where things travel."""
-    travelling = [one for one in measured if one[0].motion in TRAVELLING]
-    staying = [one for one in measured if one[0].motion in STAYING]
+    travelling = [one for one in measured if one[0] in TRAVELLING]
+    staying = [one for one in measured if one[0] in STAYING]
     if not travelling or not staying:
         return []
-    moved = [one for one in measured if one[0].motion in (*TRAVELLING, *STAYING)]
+    moved = [one for one in measured if one[0] in (*TRAVELLING, *STAYING)]
     distances = [figures["travelled"][1:] for _, figures in moved]
 
     def points_lost(some: Measured, setting: str) -> list[np.ndarray]:
@@ -577,7 +577,7 @@ def plot_laws(report: dict, measured: Measured) -> Figure:
 
     by_motion: dict[str, list] = {}
     for one in measured:
-        by_motion.setdefault(one[0].motion, []).append(one)
+        by_motion.setdefault(one[0], []).append(one)
     motions = sorted(by_motion, key=lambda motion: mean(each(by_motion[motion], loss, MEMORY)).value)
     for setting, offset, colour in ((MEMORY, 0.15, "#d97706"), (FIRST, -0.15, "#2563eb")):
         for place, motion in enumerate(motions):
@@ -633,7 +633,6 @@ def laws_report(bench: Bench, measured: Measured) -> dict:
 
 main = command(
     measure_laws,
-    {"settings": SETTINGS},
     laws_report,
     laws_table,
     name="published_laws",

@@ -1,10 +1,12 @@
 """How motion masks are judged: truth, boxes and controls on hand-made cases, and a tiny model's clips."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from eval.vision.composed_bench import Clip, ClipName, clip_names, measure_clips
+from eval.vision.composed_bench import Clip, measure_clips
 from eval.vision.composed_clips import Truth
 from eval.vision.motion_masks import (
     ALL,
@@ -36,7 +38,7 @@ def square(top, left, side=8, of=24):
 def clip_of(*masks, motion="crossing"):
     """A clip of one actor with these masks [24, 24], one a frame."""
     truths = tuple(Truth(("cat",), mask[None], (mask.sum() / 64,)) for mask in masks)
-    return Clip(ClipName(motion, 0, len(masks)), None, None, truths, None)
+    return Clip(SimpleNamespace(motion=motion), None, truths, None)
 
 
 def test_change_is_what_is_covered_now_or_was_before_and_what_stands_still_is_neither():
@@ -92,11 +94,9 @@ def test_pixel_differences_are_by_patch():
     assert found.shape == (1, *GRID) and found[0, 0, 1] == 60 and found.sum() == 60
 
 
-def test_clips_are_measured_and_controls_do_what_they_must(model, tmp_path):
-    names = clip_names(1, 16, ("crossing", "still", "several"))
-    bench = TinyBench(model)
-    measured = list(
-        zip(names, measure_clips(bench, names, measure_motion, {}, Processes(), cache=tmp_path), strict=True)
+def test_clips_are_measured_and_controls_do_what_they_must(model):
+    measured = measure_clips(
+        TinyBench(model), measure_motion, 1, 16, Processes(), motions=("crossing", "still", "several")
     )
     masks, objects, labels = masks_table(measured), objects_table(measured), labels_table(measured)
     nothing, everything = masks[ALL]["nothing"], masks[ALL]["everything"]
@@ -115,15 +115,10 @@ def test_clips_are_measured_and_controls_do_what_they_must(model, tmp_path):
     assert set(MASK_COLUMNS) <= set(own) and set(OBJECT_COLUMNS) <= set(objects[ALL]["nothing"])
 
 
-def test_readmes_table_is_made_of_the_report(model, tmp_path):
+def test_readmes_table_is_made_of_the_report(model):
     from eval.docs.tables import motion_table
 
-    names = clip_names(1, 16, ("crossing", "still"))
-    measured = list(
-        zip(
-            names, measure_clips(TinyBench(model), names, measure_motion, {}, Processes(), cache=tmp_path), strict=True
-        )
-    )
+    measured = measure_clips(TinyBench(model), measure_motion, 1, 16, Processes(), motions=("crossing", "still"))
     report = {
         "command": "python -m eval.vision.motion_masks",
         "clips": {"in_all": 2, "frames": 16},
