@@ -72,7 +72,8 @@ def evaluate(
     with one_line_errors(debug, nothing_done=f"what was measured is in {out}; the same command continues."):
         from ..evaluation.card import CARD, existing_card
         from ..evaluation.datasets import chosen_labels, find_videos
-        from ..evaluation.run import EvalSettings, evaluate_checkpoint, load_checkpoint
+        from ..evaluation.run import EvalSettings, Evaluation, load_checkpoint
+        from ..evaluation.settings import chosen_methods
         from ..loading import default_model, dtype_named, load_gate
         from ..utils.files import prepare_folder, write_whole
         from ..utils.processes import Processes
@@ -101,12 +102,13 @@ def evaluate(
         how = (template or TEMPLATE, weights_dtype, processes.device_for(device), resolution)
         checkpoint = load_checkpoint(source, names, *how, must_read_text=labels is not None)
         chosen = None if methods is None else [name.strip() for name in methods.split(",")]
+        specs = chosen_methods(checkpoint.model, checkpoint.preprocess.resolution, chosen, quick, gate)
         with CommandProgress("videos") as progress:
 
             def on_step(video, what, done, total):
                 progress.show(f"{video[-40:]}: {what}", done, total)
 
-            report = evaluate_checkpoint(checkpoint, found, out, settings, chosen, quick, fresh, on_step, gate)
+            report = Evaluation(checkpoint, found, out, specs, settings, fresh, on_step).run()
         if not processes.is_main:
             return
         report = {"command": command_line(), **report}

@@ -43,7 +43,7 @@ def tune(
     Files of an earlier tuning in the output folder are replaced.
     """
     with one_line_errors(debug, nothing_done="nothing was written."):
-        from ..evaluation.equal_cost import Requirement
+        from ..evaluation.points import Requirement
         from ..evaluation.tuning import checkpoint_config, tune_video, write_tuning
         from ..evaluation.tuning_report import figure_words, next_steps
         from ..loading import default_model, dtype_named, load_model, usable_device

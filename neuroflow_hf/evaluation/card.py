@@ -139,7 +139,7 @@ def evaluation_card(report: dict, tables: str, existing: str | None) -> str:
     end if they are missing.
 
     Args:
-        report: of `evaluate_checkpoint`.
+        report: of `Evaluation`.
         tables: Markdown.
         existing: the card; None for a new one.
     """

@@ -10,7 +10,7 @@ A cost is a share of a dense frame's multiply-adds at the resolution of the fram
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,71 +31,22 @@ HELD = ("every", "surprise", "pixels", "first")  # kinds that hold dense embeddi
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """
-    What a method gave for one frame of B videos.
+    """What a method gave for one frame of B videos."""
 
-    Attributes:
-        embeddings: float32 [B, D], the pooled output.
-        cost: float32 [B], multiply-adds spent on the frame over those of a dense one.
-        skip_rate: float32 [B], share of the patches that were not encoded; None where that means nothing.
-        active: bool [B, N], the patches that were encoded; None where that means nothing.
-    """
-
-    embeddings: Tensor
-    cost: Tensor
-    skip_rate: Tensor | None = None
-    active: Tensor | None = None
-
-
-class Method:
-    """
-    A way to get an embedding for every frame.
-
-    Attributes:
-        name: of the method and its setting.
-        follows: whether a frame's embedding depends on the frames before, so that it has to see them all.
-        nbytes: bytes that it remembers of the videos.
-    """
-
-    name: str
-    follows = False
-    nbytes = 0
-
-    def start(self, count: int):
-        """Begin anew with `count` videos, B."""
-
-    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        """
-        The next frame of each video.
-
-        Args:
-            pixel_values: [B, 3, H, W], as the checkpoint's preprocessing makes them, in the model's type.
-            wanted: bool [B], whose embeddings are needed; None for all. A method that does not follow may leave out
-                the others, whose rows are NaN then.
-        """
-        raise NotImplementedError
+    embeddings: Tensor  # float32 [B, D], the pooled output
+    cost: Tensor  # float32 [B], multiply-adds spent on the frame over those of a dense one
+    skip_rate: Tensor | None = None  # float32 [B], share of the patches not encoded; None where that means nothing
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """
-    A method by its description, which JSON can hold.
+    """A method by its description, which JSON can hold."""
 
-    Attributes:
-        name: unique among the methods that are compared.
-        family: the curve over cost that it is a point of.
-        kind: `dense`, `stream`, `every`, `surprise`, `pixels`, `first`, `smaller` or `merged`.
-        options: of `stream`, the gate's; of `every`, `k`; of `surprise` and `pixels`, `level`, of `surprise` also
-            `budget`, None for none; of `smaller`, `resolution`; of `merged`, `r` and `schedule`, `constant` or
-            `decreasing`.
-        control: whether it is a baseline.
-    """
-
-    name: str
-    family: str
-    kind: str
-    options: dict[str, Any] = field(default_factory=dict)
-    control: bool = False
+    name: str  # unique among the methods that are compared
+    family: str  # the curve over cost that it is a point of
+    kind: str  # a key of `MAKERS`
+    options: dict[str, Any] = field(default_factory=dict)  # of the kind's maker
+    control: bool = False  # whether it is a baseline
 
     def to_dict(self) -> dict:
         """The fields as plain values."""
@@ -107,21 +58,24 @@ class MethodSpec:
         return self.kind == "dense" or self.kind in HELD
 
 
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
 def tower_of(model: nn.Module) -> nn.Module:
     """The vision tower of a model with or without a text tower; its pooled output is the embedding."""
     return getattr(model, "vision_model", model)
 
 
-def grid_of(tower: nn.Module, pixel_values: Tensor) -> tuple[int, int]:
-    """Rows and columns of patches of frames [B, 3, H, W]."""
+def patches_of(tower: nn.Module, pixel_values: Tensor) -> int:
+    """How many patches each of the frames [B, 3, H, W] has."""
     height, width = pixel_values.shape[-2:]
-    return height // tower.config.patch_size, width // tower.config.patch_size
+    return (height // tower.config.patch_size) * (width // tower.config.patch_size)
 
 
 def is_native(tower: nn.Module, pixel_values: Tensor) -> bool:
     """Whether the checkpoint has positions for frames of this size, which need no interpolation then."""
-    native = tower.config.image_size // tower.config.patch_size
-    return grid_of(tower, pixel_values) == (native, native)
+    patch, native = tower.config.patch_size, tower.config.image_size // tower.config.patch_size
+    return all(side // patch == native for side in pixel_values.shape[-2:])
 
 
 def sizes_of(tower: nn.Module) -> dict[str, int]:
@@ -172,6 +126,38 @@ class DenseFrames:
         return torch.stack([self._rows[row] for row in rows])
 
 
+# --- methods -------------------------------------------------------------------------------------------------------
+
+
+class Method:
+    """
+    A way to get an embedding for every frame.
+
+    Attributes:
+        name: of the method and its setting.
+        follows: whether a frame's embedding depends on the frames before, so that it has to see them all.
+        nbytes: bytes that it remembers of the videos.
+    """
+
+    name = ""
+    follows = False
+    nbytes = 0
+
+    def start(self, count: int):
+        """Begin anew with `count` videos, B."""
+
+    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
+        """
+        The next frame of each video.
+
+        Args:
+            pixel_values: [B, 3, H, W], as the checkpoint's preprocessing makes them, in the model's type.
+            wanted: bool [B], whose embeddings are needed; None for all. A method that does not follow may leave out
+                the others, whose rows are NaN then.
+        """
+        raise NotImplementedError
+
+
 def wanted_rows(wanted: Tensor | None, count: int) -> list[int]:
     """The places that are true in bool [B]; all of them for None."""
     return list(range(count)) if wanted is None else wanted.nonzero()[:, 0].tolist()
@@ -187,19 +173,13 @@ def placed(embeddings: Tensor, rows: Sequence[int], count: int) -> Tensor:
 class Dense(Method):
     """Every frame in full: what all methods are compared with."""
 
-    def __init__(self, model: nn.Module, name: str = "dense", frames: DenseFrames | None = None):
-        self.name, self.frames = name, frames or DenseFrames(model)
+    def __init__(self, model: nn.Module, frames: DenseFrames | None = None):
+        self.frames = frames or DenseFrames(model)
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        """Encode the wanted frames."""
         count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
-        patches = math.prod(grid_of(self.frames.tower, pixel_values))
-        return Step(
-            placed(self.frames.of(pixel_values, rows), rows, count),
-            torch.ones(count),
-            torch.zeros(count),
-            torch.ones(count, patches, dtype=torch.bool),
-        )
+        embeddings = placed(self.frames.of(pixel_values, rows), rows, count)
+        return Step(embeddings, torch.ones(count), torch.zeros(count))
 
 
 class Streamed(Method):
@@ -207,29 +187,21 @@ class Streamed(Method):
 
     follows = True
 
-    def __init__(self, model: nn.Module, options: dict, name: str = "stream"):
-        self.name, self.tower = name, tower_of(model)
+    def __init__(self, model: nn.Module, options: dict):
+        self.tower = tower_of(model)
         self.gate = NeuroFlowGateConfig.from_options({}, **options)
         self.stream = None
 
     def start(self, count: int):
-        """Open a stream."""
         self.stream = self.tower.new_stream(batch_size=count, **self.gate.to_dict())
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        """Encode the next frame of the stream."""
         interpolate = not is_native(self.tower, pixel_values)
         output = self.tower(pixel_values, stream=self.stream, interpolate_pos_encoding=interpolate)
-        return Step(
-            output.pooler_output.float(),
-            output.cost.float(),
-            output.skip_rate.float(),
-            output.active_mask.flatten(1),
-        )
+        return Step(output.pooler_output.float(), output.cost.float(), output.skip_rate.float())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stream."""
         return self.stream.nbytes if self.stream is not None else 0
 
 
@@ -242,42 +214,34 @@ class Held(Method):
     follows = True
 
     def __init__(
-        self,
-        model: nn.Module,
-        trigger: "Trigger",
-        name: str = "held",
-        frames: DenseFrames | None = None,
-        budget: float | None = None,
+        self, model: nn.Module, trigger: "Trigger", frames: DenseFrames | None = None, budget: float | None = None
     ):
-        self.name, self.trigger, self.frames = name, trigger, frames or DenseFrames(model)
+        self.trigger, self.frames = trigger, frames or DenseFrames(model)
         self.gate = NeuroFlowGateConfig(mode="hold", cost_budget=budget)
-        self.count, self.number = 0, 0
+        self.number = 0
         self.credit: list[float] = []
         self.held: Tensor | None = None
 
     def start(self, count: int):
-        """Forget all embeddings, and save up the initial credit."""
-        self.count, self.number, self.held = count, 0, None
+        self.number, self.held = 0, None
         self.credit = [self.gate.cost_reserve] * count
         self.trigger.start(count)
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        """Encode keyframes, and repeat the last embeddings of the others."""
-        tower, count = self.frames.tower, self.count
-        patches = math.prod(grid_of(tower, pixel_values))
+        tower = self.frames.tower
         keyframes = self.trigger.fires(tower, pixel_values, self.number)
         if self.gate.cost_budget is not None:
             keyframes = keyframes & (torch.tensor(self.credit) > 0)
         if self.number == 0:
             keyframes = torch.ones_like(keyframes)
-        rows = wanted_rows(keyframes, count)
+        rows = wanted_rows(keyframes, len(pixel_values))
         fresh = self.frames.of(pixel_values, rows)
         if self.held is None:
             self.held = fresh.clone()
         else:
             self.held[rows] = fresh
         self.trigger.taken(rows)
-        whole = dense_cost(tower, patches)
+        whole = dense_cost(tower, patches_of(tower, pixel_values))
         spent = self.trigger.costs(tower, pixel_values, whole)
         costs = torch.where(keyframes.cpu(), *(torch.tensor(part / whole) for part in spent))
         self.credit = [
@@ -285,13 +249,54 @@ class Held(Method):
             for credit, cost in zip(self.credit, costs.tolist(), strict=True)
         ]
         self.number += 1
-        mask = keyframes[:, None].expand(-1, patches)
-        return Step(self.held.clone(), costs, 1 - keyframes.float(), mask)
+        return Step(self.held.clone(), costs, 1 - keyframes.float())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the held embeddings and of the trigger."""
         return (self.held.nbytes if self.held is not None else 0) + self.trigger.nbytes
+
+
+class Smaller(Method):
+    """
+    Every frame dense at fewer pixels, with interpolated positions. Resizing is not counted, because preprocessing can
+    resize to fewer pixels at no more cost.
+    """
+
+    def __init__(self, model: nn.Module, resolution: int):
+        self.tower, self.resolution = tower_of(model), resolution
+        patch = self.tower.config.patch_size
+        if resolution < patch or resolution % patch:
+            raise ValueError(f"`resolution` is {resolution}; expected a multiple of the patch size, {patch}.")
+
+    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
+        count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
+        side = (self.resolution, self.resolution)
+        pixels = functional.interpolate(
+            pixel_values[rows].float(), size=side, mode="bilinear", antialias=True, align_corners=False
+        ).to(pixel_values.dtype)
+        embeddings = self.tower(pixels, interpolate_pos_encoding=True).pooler_output.float()
+        spent, whole = (dense_cost(self.tower, patches_of(self.tower, some)) for some in (pixels, pixel_values))
+        return Step(placed(embeddings, rows, count), torch.full((count,), spent / whole))
+
+
+class Merged(Method):
+    """Every frame through [`token_merging`], with r pairs of tokens merged in a layer."""
+
+    def __init__(self, model: nn.Module, r: int, schedule: str = "constant"):
+        self.tower = tower_of(model)
+        self.schedule = token_merging.make_schedule(schedule, r, len(self.tower.encoder.layers))
+
+    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
+        count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
+        interpolate = not is_native(self.tower, pixel_values)
+        embeddings, _, _ = token_merging.encode(self.tower, pixel_values[rows], self.schedule, interpolate)
+        patches = patches_of(self.tower, pixel_values)
+        spent = token_merging.frame_cost(self.schedule, patches, **sizes_of(self.tower))
+        share = spent / dense_cost(self.tower, patches)
+        return Step(placed(embeddings.float(), rows, count), torch.full((count,), share))
+
+
+# --- triggers ------------------------------------------------------------------------------------------------------
 
 
 class Trigger:
@@ -331,17 +336,14 @@ class EveryFrames(Trigger):
         self.k, self.phases = k, torch.zeros(0)
 
     def start(self, count: int):
-        """Choose each video's phase."""
         self.phases = torch.tensor([int((video * GOLDEN % 1) * (self.k or 1)) for video in range(count)])
 
     def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
-        """By the frame's number alone."""
         if self.k is None:
             return torch.zeros(len(self.phases), dtype=torch.bool)
         return (self.phases + number) % self.k == 0
 
     def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
-        """Deciding costs nothing."""
         return whole, 0.0
 
 
@@ -356,11 +358,9 @@ class Difference(Trigger):
         self.now: Tensor | None = None
 
     def start(self, count: int):
-        """Forget the last keyframes."""
         self.reference = None
 
     def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
-        """Compare what is seen of the frames with the last keyframes."""
         self.now = self.seen(tower, pixel_values)
         if self.reference is None:
             self.reference = self.now.clone()
@@ -368,13 +368,11 @@ class Difference(Trigger):
         return (self.distance(self.now, self.reference) > self.level).cpu()
 
     def taken(self, rows: Sequence[int]):
-        """Compare with these frames from now on."""
         self.reference[rows] = self.now[rows]
         self.now = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the last keyframes."""
         return self.reference.nbytes if self.reference is not None else 0
 
     def seen(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
@@ -390,89 +388,47 @@ class PatchSurprise(Difference):
     """By the mean surprise of the patches, as mode `hold` with `keyframe_surprise`."""
 
     def seen(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
-        """Patch projections [B, N, D]."""
         return project_patches(tower, pixel_values, as_product=True)
 
     def distance(self, now: Tensor, reference: Tensor) -> Tensor:
-        """Mean surprise."""
         return surprise(now, reference).mean(-1)
 
     def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
-        """Looking projects the patches; a keyframe reuses that projection, and folds the head's probe."""
-        patches, sizes = math.prod(grid_of(tower, pixel_values)), sizes_of(tower)
-        looking = looking_cost(tower, patches)
-        projection = cost.patch_projection(patches, sizes["dim"], sizes["patch_features"])
-        of_head = {"tokens": patches, **{name: sizes[name] for name in ("dim", "inner", "num_heads")}}
-        saved = 0
+        patches, sizes = patches_of(tower, pixel_values), sizes_of(tower)
+        keyframe = whole + cost.gate(patches, sizes["dim"], 1)  # reuses the projection of the patches
         if can_fold_probe(tower.head):
-            saved = cost.pooling_head(**of_head, folded=False) - cost.pooling_head(**of_head, folded=True)
-        return whole - projection + looking - saved, looking
+            of_head = {"tokens": patches, **{name: sizes[name] for name in ("dim", "inner", "num_heads")}}
+            keyframe += cost.pooling_head(**of_head, folded=True) - cost.pooling_head(**of_head, folded=False)
+        return keyframe, looking_cost(tower, patches)
 
 
 class PixelDifference(Difference):
     """By the mean absolute difference of the pixel values, as the preprocessing makes them."""
 
     def seen(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
-        """The pixels themselves."""
         return pixel_values
 
     def distance(self, now: Tensor, reference: Tensor) -> Tensor:
-        """Mean absolute difference."""
         return (now.float() - reference.float()).abs().flatten(1).mean(-1)
 
     def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
-        """Looking is a subtraction for each pixel and channel."""
-        looking = pixel_values[0].numel()
+        looking = pixel_values[0].numel()  # a subtraction for each pixel and channel
         return whole + looking, looking
 
 
-class Smaller(Method):
-    """
-    Every frame dense at fewer pixels, with interpolated positions. Resizing is not counted, because preprocessing can
-    resize to fewer pixels at no more cost.
-    """
+# --- by their descriptions -----------------------------------------------------------------------------------------
 
-    def __init__(self, model: nn.Module, resolution: int, name: str = "smaller"):
-        self.name, self.tower, self.resolution = name, tower_of(model), resolution
-        patch = self.tower.config.patch_size
-        if resolution < patch or resolution % patch:
-            raise ValueError(f"`resolution` is {resolution}; expected a multiple of the patch size, {patch}.")
-
-    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        """Resize and encode the wanted frames."""
-        count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
-        side = (self.resolution, self.resolution)
-        pixels = functional.interpolate(
-            pixel_values[rows].float(), size=side, mode="bilinear", antialias=True, align_corners=False
-        ).to(pixel_values.dtype)
-        embeddings = self.tower(pixels, interpolate_pos_encoding=True).pooler_output.float()
-        spent = dense_cost(self.tower, math.prod(grid_of(self.tower, pixels)))
-        share = spent / dense_cost(self.tower, math.prod(grid_of(self.tower, pixel_values)))
-        return Step(placed(embeddings, rows, count), torch.full((count,), share))
-
-
-class Merged(Method):
-    """Every frame through [`token_merging`], with r pairs of tokens merged in a layer."""
-
-    def __init__(self, model: nn.Module, r: int, schedule: str = "constant", name: str = "merged"):
-        self.name, self.tower = name, tower_of(model)
-        schedules = {
-            "constant": token_merging.constant_schedule,
-            "decreasing": token_merging.decreasing_schedule,
-        }
-        if schedule not in schedules:
-            raise ValueError(f"`schedule` is {schedule!r}; expected one of {', '.join(schedules)}.")
-        self.schedule = schedules[schedule](r, len(self.tower.encoder.layers))
-
-    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        """Encode the wanted frames with merged tokens."""
-        count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
-        interpolate = not is_native(self.tower, pixel_values)
-        embeddings, _, _ = token_merging.encode(self.tower, pixel_values[rows], self.schedule, interpolate)
-        patches = math.prod(grid_of(self.tower, pixel_values))
-        spent = token_merging.frame_cost(self.schedule, patches, **sizes_of(self.tower))
-        share = spent / dense_cost(self.tower, patches)
-        return Step(placed(embeddings.float(), rows, count), torch.full((count,), share))
+# each kind of method, with its options
+MAKERS: dict[str, Callable[..., Method]] = {
+    "dense": lambda model, frames: Dense(model, frames),
+    "stream": lambda model, frames, **gate: Streamed(model, gate),
+    "first": lambda model, frames: Held(model, EveryFrames(None), frames),
+    "every": lambda model, frames, k: Held(model, EveryFrames(k), frames),
+    "surprise": lambda model, frames, level, budget=None: Held(model, PatchSurprise(level), frames, budget),
+    "pixels": lambda model, frames, level: Held(model, PixelDifference(level), frames),
+    "smaller": lambda model, frames, resolution: Smaller(model, resolution),
+    "merged": lambda model, frames, r, schedule="constant": Merged(model, r, schedule),
+}
 
 
 def make_methods(model: nn.Module, specs: Sequence[MethodSpec]) -> list[Method]:
@@ -482,18 +438,11 @@ def make_methods(model: nn.Module, specs: Sequence[MethodSpec]) -> list[Method]:
     Raises:
         ValueError: for a kind that there is not, and options out of range.
     """
-    frames = DenseFrames(model)
-    makers = {
-        "dense": lambda name, **options: Dense(model, name, frames, **options),
-        "stream": lambda name, **options: Streamed(model, options, name),
-        "first": lambda name: Held(model, EveryFrames(None), name, frames),
-        "every": lambda name, k: Held(model, EveryFrames(k), name, frames),
-        "surprise": lambda name, level, budget=None: Held(model, PatchSurprise(level), name, frames, budget),
-        "pixels": lambda name, level: Held(model, PixelDifference(level), name, frames),
-        "smaller": lambda name, resolution: Smaller(model, resolution, name),
-        "merged": lambda name, r, schedule="constant": Merged(model, r, schedule, name),
-    }
-    unknown = sorted({spec.kind for spec in specs} - set(makers))
-    if unknown:
-        raise ValueError(f"There is no kind of method {unknown[0]!r}; expected one of {', '.join(makers)}.")
-    return [makers[spec.kind](spec.name, **spec.options) for spec in specs]
+    frames, methods = DenseFrames(model), []
+    for spec in specs:
+        if spec.kind not in MAKERS:
+            raise ValueError(f"There is no kind of method {spec.kind!r}; expected one of {', '.join(MAKERS)}.")
+        method = MAKERS[spec.kind](model, frames, **spec.options)
+        method.name = spec.name
+        methods.append(method)
+    return methods

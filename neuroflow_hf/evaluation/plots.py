@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ..video.plots import CONTROL_FIRST, CONTROL_HELD, FAMILY_COLOURS, KEYFRAME, LEAST_LOSS
-from .equal_cost import HOLD_BY_THE_CLOCK, Point, Requirement
+from .points import HOLD_BY_THE_CLOCK, Point, Requirement
 
 ROUND_TICKS = [digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)]
 CONTROL_STYLES = ((0, ()), (0, (3, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)), (0, (6, 3)), (0, (1, 3)), (0, (8, 1)))

@@ -1,12 +1,16 @@
-"""A folder of recordings: what methods gave for videos, stored once under keys of all that it depends on."""
+"""Recordings: what methods gave for videos, stored once under keys of all that it depends on."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 
+from ..utils.files import write_whole
 from ..utils.provenance import fingerprint, key_of, model_version
 from ..video.preprocess import Preprocessor
 from ..vision.gate_config import NeuroFlowGateConfig
@@ -62,3 +66,32 @@ def passes_of(specs: Sequence[MethodSpec]) -> list[list[MethodSpec]]:
     """Which methods to record together: all that share dense frames; each other one alone, so that each is saved."""
     together = [spec for spec in specs if spec.shares_dense]
     return [*([together] if together else []), *([spec] for spec in specs if not spec.shares_dense)]
+
+
+@dataclass(frozen=True, eq=False)
+class VideoRecording:
+    """One method over one video of T frames."""
+
+    embeddings: torch.Tensor  # float32 [T, D]; [T, 0] of methods that hold dense embeddings, see `embeddings_of`
+    cost: torch.Tensor  # float32 [T]
+    skip: torch.Tensor  # float32 [T], share of patches not encoded; NaN where that means nothing
+    milliseconds: torch.Tensor  # float32 [T]; NaN where the method was not timed
+
+    @classmethod
+    def read(cls, path: Path) -> "VideoRecording | None":
+        """A recording from its file; None if there is none that can be read."""
+        try:
+            return cls(**load_file(path))
+        except (FileNotFoundError, SafetensorError, TypeError):
+            return None
+
+    def write(self, path: Path):
+        """Write the recording, whole or not at all."""
+        write_whole(path, save({name: value.contiguous() for name, value in vars(self).items()}))
+
+    def embeddings_of(self, dense: "VideoRecording") -> torch.Tensor:
+        """The embeddings, float32 [T, D]: its own, or dense's of the frame that was encoded last."""
+        if self.embeddings.shape[-1]:
+            return self.embeddings
+        places = torch.arange(len(self.skip))
+        return dense.embeddings[torch.where(self.skip == 0, places, 0).cummax(0).values]

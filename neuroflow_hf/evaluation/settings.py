@@ -4,7 +4,6 @@ Which methods are compared, at which settings: presets, modes, and the baselines
     specs = [DENSE, *preset_methods(), *mode_methods(few=True), FIRST, *hold_controls(), *smaller_controls(model)]
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,28 +13,17 @@ from ..vision.gate_config import PRESETS
 from .methods import MethodSpec, tower_of
 
 DENSE = MethodSpec("dense", "dense", "dense")
+TUNED = "own settings"  # those of a configuration file
 FIRST = MethodSpec("first frame repeated", "first frame", "first", control=True)
 
 EMA = {"reference": "ema", "ema_rate": 0.05}  # as the paper gates
-# family, the option that names a setting, and the options of each setting; the first is used alone with `few`
-MODE_SETTINGS: tuple[tuple[str, str, tuple[dict, ...]], ...] = (
-    ("extrapolate", "sentinels", tuple({"mode": "extrapolate", "sentinels": share} for share in (0.05, 0.02, 0.2))),
-    ("context", "threshold", tuple({"mode": "context", "threshold": level} for level in (0.01, 0.001, 0.05))),
-    (
-        "reconstruct (the paper's C)",
-        "threshold",
-        tuple({"mode": "reconstruct", "threshold": level, **EMA} for level in (0.01, 0.003, 0.05)),
-    ),
-    (
-        "eliminate (the paper's B, not distilled)",
-        "threshold",
-        tuple({"mode": "eliminate", "threshold": level, **EMA} for level in (0.01, 0.003, 0.05)),
-    ),
-    (
-        "mlp (the paper's A)",
-        "threshold",
-        tuple({"mode": "mlp", "threshold": level, **EMA} for level in (0.01, 0.05)),
-    ),
+# family, the option that differs between settings, its values (the first is used alone with `few`), other options
+MODE_SETTINGS: tuple[tuple[str, str, tuple[float, ...], dict], ...] = (
+    ("extrapolate", "sentinels", (0.05, 0.02, 0.2), {}),
+    ("context", "threshold", (0.01, 0.001, 0.05), {}),
+    ("reconstruct (the paper's C)", "threshold", (0.01, 0.003, 0.05), EMA),
+    ("eliminate (the paper's B, not distilled)", "threshold", (0.01, 0.003, 0.05), EMA),
+    ("mlp (the paper's A)", "threshold", (0.01, 0.05), EMA),
 )
 
 EVERY = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 48)
@@ -50,8 +38,8 @@ BUDGET_LEVELS = (0.02, 0.1)
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5)
 FEW_BUDGETS = (0.15, 0.25)
 SMALLER_SHARES = (0.5, 0.25, 0.375, 0.625, 0.75)  # of the side
-MERGED_SHARES = (0.25, 0.08, 0.04, 0.15)  # of the patches, in each layer
-MERGED_DECREASING = (0.08, 0.04, 0.15)
+# of the patches, in each layer; by schedule
+MERGED_SHARES = {"constant": (0.25, 0.08, 0.04, 0.15), "decreasing": (0.08, 0.04, 0.15)}
 
 
 def preset_methods() -> list[MethodSpec]:
@@ -59,14 +47,20 @@ def preset_methods() -> list[MethodSpec]:
     return [MethodSpec(name, "presets", "stream", dict(options)) for name, options in reversed(PRESETS.items())]
 
 
+def mode_of(family: str) -> str:
+    """The mode that a family of settings belongs to: `"reconstruct"` of `"reconstruct (the paper's C)"`."""
+    return family.split(" (")[0]
+
+
 def mode_methods(few: bool = False) -> list[MethodSpec]:
     """
     Every mode at several settings; with `few` at one, and none of `extrapolate`, which is the presets' mode.
     """
     return [
-        MethodSpec(f"{family}, {dial} {options[dial]:g}", family, "stream", options)
-        for family, dial, settings in MODE_SETTINGS
-        for options in (settings[: 0 if family == "extrapolate" else 1] if few else settings)
+        MethodSpec(f"{family}, {dial} {value:g}", family, "stream", {"mode": mode_of(family), dial: value, **others})
+        for family, dial, values, others in MODE_SETTINGS
+        if not (few and family == "extrapolate")
+        for value in (values[:1] if few else values)
     ]
 
 
@@ -98,32 +92,87 @@ def hold_controls(few: bool = False) -> list[MethodSpec]:
     ]
 
 
-def smaller_controls(model: nn.Module, few: bool = False) -> list[MethodSpec]:
+def smaller_controls(model: nn.Module, few: bool = False, resolution: int | None = None) -> list[MethodSpec]:
     """
     Baselines that encode every frame with fewer tokens: fewer pixels, and Token Merging.
 
     Args:
         model: its resolution sets the numbers of tokens.
         few: one or two settings each.
+        resolution: of the frames, to which these numbers are scaled; None for the model's.
     """
-    tower = tower_of(model)
-    side, patch = tower.config.image_size // tower.config.patch_size, tower.config.patch_size
-
-    def some(settings: Sequence, count: int) -> Sequence:
-        return settings[:count] if few else settings
-
-    smaller = {round(share * side) for share in some(SMALLER_SHARES, 2)} - {0, side}
-    merged = [
-        *((max(1, round(share * math.prod((side, side)))), "constant") for share in some(MERGED_SHARES, 1)),
-        *((max(1, round(share * math.prod((side, side)))), "decreasing") for share in some(MERGED_DECREASING, 1)),
-    ]
+    config = tower_of(model).config
+    patch, own = config.patch_size, config.image_size // config.patch_size
+    cells = own if resolution is None else resolution // patch
+    sides = {round(share * own) for share in (SMALLER_SHARES[:2] if few else SMALLER_SHARES)} - {0, own}
+    smaller = dict.fromkeys(max(1, min(cells - 1, round(side / own * cells))) * patch for side in sorted(sides))
+    merged = dict.fromkeys(
+        (max(1, round(max(1, round(share * own**2)) * cells**2 / own**2)), schedule)
+        for schedule, shares in MERGED_SHARES.items()
+        for share in (shares[:1] if few else shares)
+    )
     return [
+        *(MethodSpec(f"{side} px", "smaller input", "smaller", {"resolution": side}, True) for side in smaller),
         *(
-            MethodSpec(f"{cells * patch} px", "smaller input", "smaller", {"resolution": cells * patch}, True)
-            for cells in sorted(smaller)
-        ),
-        *(
-            MethodSpec(f"ToMe {r}, {how}", f"ToMe, {how}", "merged", {"r": r, "schedule": how}, True)
-            for r, how in dict.fromkeys(merged)
+            MethodSpec(f"ToMe {r}, {schedule}", f"ToMe, {schedule}", "merged", {"r": r, "schedule": schedule}, True)
+            for r, schedule in merged
         ),
     ]
+
+
+def chosen_methods(
+    model: nn.Module,
+    resolution: int,
+    names: Sequence[str] | None = None,
+    quick: bool = False,
+    gate: dict | None = None,
+) -> list[MethodSpec]:
+    """
+    Dense, some methods, and the baselines.
+
+    Args:
+        model: the vision tower.
+        resolution: side of the frames in pixels.
+        names: of methods or of their families, such as `"balanced"` or `"context"`, also split at the commas in a
+            setting's name; None for the presets.
+        quick: fewer settings of each baseline.
+        gate: gate options of one more method.
+
+    Raises:
+        ValueError: for a name that there is not.
+    """
+    methods = {spec.name: spec for spec in [*preset_methods(), *mode_methods()]}
+    groups = {name: [name] for name in methods}
+    for name, spec in methods.items():
+        groups.setdefault(mode_of(spec.family), []).append(name)
+    asked = list(PRESETS) if names is None else whole_names(names, list(groups))
+    wanted = {name for group in asked for name in groups[group]}
+    tuned = [] if gate is None else [MethodSpec(TUNED, TUNED, "stream", gate)]
+    smaller = [
+        spec
+        for spec in smaller_controls(model, quick, resolution)
+        if spec.options.get("schedule") != "decreasing"  # constant is the main schedule of the paper
+    ]
+    chosen = [spec for name, spec in methods.items() if name in wanted]
+    return [DENSE, *tuned, *chosen, FIRST, *hold_controls(), *smaller]
+
+
+def whole_names(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """
+    Join names of methods that were split at their own commas: `["context", "threshold 0.01"]` to
+    `["context, threshold 0.01"]`. The longest known name wins.
+
+    Raises:
+        ValueError: for a name that is not known.
+    """
+    found, place = [], 0
+    while place < len(names):
+        for end in range(len(names), place, -1):
+            name = ", ".join(names[place:end])
+            if name in known:
+                break
+        else:
+            raise ValueError(f"There is no method {names[place]!r}; expected some of {', '.join(map(repr, known))}.")
+        found.append(name)
+        place = end
+    return found

@@ -8,48 +8,33 @@ keys, mean over heads), the r best proposals are merged, by averages weighted wi
 (section 3). Attention counts a token as often as it stands for patches (proportional attention: the logarithm of the
 size is added to its scores). The paper has a class token; SigLIP pools by a probe instead, and there too the
 logarithms of the sizes are added to the scores, for the same reason. Section 4 also merges most in the first layers:
-`decreasing_schedule`.
+schedule `"decreasing"`.
 
 B frames, n tokens, D features, N patches.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from neuroflow_hf.vision import cost as cost
-
+from ..vision import cost
 from ..vision.patches import position_embeddings, project_patches
 
 
-@dataclass(frozen=True, eq=False)
-class Matching:
+def make_schedule(name: str, r: int, num_layers: int) -> list[int]:
     """
-    Which tokens are merged. The first set is every other token from the first on, the second set the rest.
+    How many pairs each layer merges: `"constant"`, r in every layer; `"decreasing"`, as many in all, from 2 r in the
+    first layer linearly to none in the last one.
 
-    Attributes:
-        kept: int64 [B, n_first - r], places in the first set of the tokens that stay, the least similar last.
-        merged: int64 [B, r], places in the first set of those that go.
-        into: int64 [B, r], places in the second set of those that they go into.
+    Raises:
+        ValueError: for another name.
     """
-
-    kept: Tensor
-    merged: Tensor
-    into: Tensor
-
-
-def constant_schedule(r: int, num_layers: int) -> list[int]:
-    """r merges in every layer."""
-    return [r] * num_layers
-
-
-def decreasing_schedule(r: int, num_layers: int) -> list[int]:
-    """As many merges as r in every layer, from 2 r in the first layer linearly to none in the last one."""
-    if num_layers == 1:
-        return [r]
+    if name not in ("constant", "decreasing"):
+        raise ValueError(f"`schedule` is {name!r}; expected constant or decreasing.")
+    if name == "constant" or num_layers == 1:
+        return [r] * num_layers
     return [int(2 * r - layer * 2 * r / (num_layers - 1)) for layer in range(num_layers)]
 
 
@@ -63,29 +48,31 @@ def merges(schedule: Sequence[int], num_tokens: int) -> list[tuple[int, int]]:
     return found
 
 
-def match(metric: Tensor, r: int) -> Matching:
-    """Bipartite soft matching by cosine: the metric [B, n, K] to the r best pairs, r at most n / 2."""
+def merge_pairs(tokens: Tensor, sizes: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """
+    Merge the r most similar pairs of tokens, r at most n / 2.
+
+    Args:
+        tokens: [B, n, D].
+        sizes: float32 [B, n], how many patches each stands for.
+        metric: [B, n, K]; pairs are compared by its cosine.
+
+    Returns:
+        Tokens [B, n - r, D] and their sizes [B, n - r]: what stays of the first set (every other token from the first
+        on), then the second set, with averages by size where tokens of the first set came in.
+    """
     unit = functional.normalize(metric, dim=-1)
-    similarity = unit[:, ::2] @ unit[:, 1::2].mT
-    best, place = similarity.max(dim=-1)
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    merged = order[:, :r]
-    return Matching(order[:, r:], merged, place.gather(1, merged))
-
-
-def merge(tokens: Tensor, sizes: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
-    """
-    Tokens [B, n, D] and sizes float32 [B, n], how many patches each stands for, to tokens [B, n - r, D] and sizes
-    [B, n - r]: first what stays of the first set, then the second set, with averages by size where tokens came in.
-    """
+    similarity, into = (unit[:, ::2] @ unit[:, 1::2].mT).max(dim=-1)
+    order = similarity.argsort(dim=-1, descending=True, stable=True)
     weighted = torch.cat([tokens.float() * sizes[..., None], sizes[..., None]], dim=-1)
     first, second = weighted[:, ::2], weighted[:, 1::2]
 
     def rows(places: Tensor) -> Tensor:
         return places[..., None].expand(-1, -1, weighted.shape[-1])
 
-    second = second.scatter_add(1, rows(matching.into), first.gather(1, rows(matching.merged)))
-    joined = torch.cat([first.gather(1, rows(matching.kept)), second], dim=1)
+    merged, kept = (first.gather(1, rows(places)) for places in (order[:, :r], order[:, r:]))
+    second = second.scatter_add(1, rows(into.gather(1, order[:, :r])), merged)
+    joined = torch.cat([kept, second], dim=1)
     sizes = joined[..., -1]
     return (joined[..., :-1] / sizes[..., None]).to(tokens.dtype), sizes
 
@@ -106,11 +93,11 @@ def attend(attention: nn.Module, hidden: Tensor, sizes: Tensor) -> tuple[Tensor,
 
 
 def encoder_layer(layer: nn.Module, hidden: Tensor, sizes: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """A `SiglipEncoderLayer` that merges r pairs between attention and MLP; tokens and sizes as in `merge`."""
+    """A `SiglipEncoderLayer` that merges r pairs between attention and MLP; tokens and sizes as in `merge_pairs`."""
     attended, metric = attend(layer.self_attn, layer.layer_norm1(hidden), sizes)
     hidden = hidden + attended
     if r:
-        hidden, sizes = merge(hidden, sizes, match(metric, r))
+        hidden, sizes = merge_pairs(hidden, sizes, metric, r)
     return hidden + layer.mlp(layer.layer_norm2(hidden)), sizes
 
 

@@ -31,7 +31,9 @@ from ..vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, Neuro
 from ..vision.gate_config import PRESETS, NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from ..vision.stream import NeuroFlowStream
-from .equal_cost import (
+from .methods import dense_cost, looking_cost
+from .plots import plot_tuning
+from .points import (
     STATISTICS,
     Point,
     Requirement,
@@ -43,8 +45,6 @@ from .equal_cost import (
     nearest,
     whole_periods,
 )
-from .methods import dense_cost, looking_cost
-from .plots import plot_tuning
 
 # config.json last: where it exists, the others are of the same tuning
 TUNE_FILES = ("curve.png", "tune.json", "config.json")

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .equal_cost import Point, best_baseline, choose, leave_one_out
+from .points import Point, best_baseline, choose, leave_one_out
 from .tuning import TuneResult
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -19,16 +20,8 @@ from neuroflow_hf.evaluation import recordings
 from neuroflow_hf.evaluation import run as eval_run
 from neuroflow_hf.evaluation.datasets import VideoSet, find_videos
 from neuroflow_hf.evaluation.methods import Dense, MethodSpec, Step
-from neuroflow_hf.evaluation.run import (
-    EvalJob,
-    EvalSettings,
-    embeddings_of,
-    for_resolution,
-    load_checkpoint,
-    nothing_of,
-    whole_names,
-)
-from neuroflow_hf.evaluation.settings import DENSE, FIRST
+from neuroflow_hf.evaluation.run import EvalSettings, Evaluation, load_checkpoint
+from neuroflow_hf.evaluation.settings import DENSE, FIRST, smaller_controls, whole_names
 from tests.cli.test_run import PROCESSOR, assert_clean_error, call
 from tests.conftest import TINY_TEXT, TINY_VISION, lively
 from tests.vision.test_pipelines import PIPELINE_TEXT, make_processor
@@ -225,33 +218,33 @@ def without_run(report):
 def test_what_was_recorded_is_not_made_again(finished, videos, folder, monkeypatch):
     _, out = finished
     before = report_of(out)
-    record, made = EvalJob.record, []
+    record, made = eval_run.record, []
 
-    def counted(self, reader, specs):
+    def counted(checkpoint, reader, specs):
         made.append(reader.path.name)
-        return record(self, reader, specs)
+        return record(checkpoint, reader, specs)
 
-    monkeypatch.setattr(EvalJob, "record", counted)
+    monkeypatch.setattr(eval_run, "record", counted)
     assert run(out, videos, folder).exit_code == 0
     assert set(made) == {"cut.mkv"}  # is tried again, and fails again
     assert without_run(report_of(out)) == without_run(before)
 
 
 def test_ctrl_c_keeps_what_is_done(videos, folder, finished, tmp_path, monkeypatch):
-    record, count = EvalJob.record, []
+    record, count = eval_run.record, []
 
-    def interrupted(self, reader, specs):
+    def interrupted(checkpoint, reader, specs):
         count.append(1)
         if len(count) == 4:
             raise KeyboardInterrupt
-        return record(self, reader, specs)
+        return record(checkpoint, reader, specs)
 
-    monkeypatch.setattr(EvalJob, "record", interrupted)
+    monkeypatch.setattr(eval_run, "record", interrupted)
     stopped = run(tmp_path, videos, folder)
     assert stopped.exit_code == 130 and "the same command continues" in stopped.stderr
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "records").iterdir()}
     assert kept and not (tmp_path / "report.json").exists()
-    monkeypatch.setattr(EvalJob, "record", record)
+    monkeypatch.setattr(eval_run, "record", record)
     assert run(tmp_path, videos, folder).exit_code == 0
     assert all((tmp_path / "records" / name).stat().st_mtime_ns == time for name, time in kept.items())
     timed = {"milliseconds"}
@@ -288,20 +281,20 @@ def test_what_is_held_is_stored_without_embeddings_and_is_denses_of_its_last_fra
     clip = find_videos(videos / "Dog" / "a.mkv").videos[0]
     checkpoint = load_checkpoint(folder, device="cpu")
     every = MethodSpec("every 2", "every k", "every", {"k": 2}, True)
-    job = EvalJob(checkpoint, VideoSet("one", (clip,)), tmp_path, [DENSE, every, FIRST], EvalSettings(), False, None)
-    recordings = job.record_video(clip, lambda what: None)
+    job = Evaluation(checkpoint, VideoSet("one", (clip,)), tmp_path, [DENSE, every, FIRST])
+    recordings = job.recordings_of(clip, lambda what: None)
     dense, held, first = (recordings[spec.name] for spec in (DENSE, every, FIRST))
     assert held.embeddings.numel() == 0 == first.embeddings.numel()
-    assert torch.equal(embeddings_of(held, dense), dense.embeddings[[0, 0, 2, 2, 4, 4]])
-    assert torch.equal(embeddings_of(first, dense), dense.embeddings[[0] * FRAMES])
-    assert embeddings_of(dense, dense) is dense.embeddings
-    again = job.record_video(clip, lambda what: None)
-    assert torch.equal(embeddings_of(again[every.name], again[DENSE.name]), embeddings_of(held, dense))
+    assert torch.equal(held.embeddings_of(dense), dense.embeddings[[0, 0, 2, 2, 4, 4]])
+    assert torch.equal(first.embeddings_of(dense), dense.embeddings[[0] * FRAMES])
+    assert dense.embeddings_of(dense) is dense.embeddings
+    again = job.recordings_of(clip, lambda what: None)
+    assert torch.equal(again[every.name].embeddings_of(again[DENSE.name]), held.embeddings_of(dense))
 
 
 def test_a_recording_is_of_the_libraries_that_the_report_names(videos, folder, tmp_path, monkeypatch):
     clip = find_videos(videos / "Dog" / "a.mkv")
-    job = EvalJob(load_checkpoint(folder, device="cpu"), clip, tmp_path, [DENSE], EvalSettings(), False, None)
+    job = Evaluation(load_checkpoint(folder, device="cpu"), clip, tmp_path, [DENSE])
     before = job.store.path("a", DENSE, video="abc")
     assert job.store.path("a", DENSE, video="abc") == before
     monkeypatch.setattr(recordings, "version", lambda name: "0.0")
@@ -312,7 +305,7 @@ def test_embeddings_that_are_not_finite_are_refused(videos, folder, tmp_path, mo
     clip = find_videos(videos / "Dog" / "a.mkv")
     checkpoint = load_checkpoint(folder, device="cpu")
     monkeypatch.setattr(Dense, "step", lambda self, pixels, wanted=None: Step(torch.full((1, 4), math.nan), pixels))
-    job = EvalJob(checkpoint, clip, tmp_path, [DENSE], EvalSettings(), False, None)
+    job = Evaluation(checkpoint, clip, tmp_path, [DENSE])
     with pytest.raises(ValueError, match=r"dense gives an embedding with NaN.*frame 0 of .*a\.mkv.*--dtype"):
         job.run()
 
@@ -362,11 +355,13 @@ def test_another_resolution_and_type(videos, folder, tmp_path):
 
 
 def test_controls_keep_their_proportions():
-    smaller = MethodSpec("112 px", "smaller input", "smaller", {"resolution": 112}, True)
-    assert for_resolution(smaller, 448, 224, 14).options == {"resolution": 224}
-    merged = MethodSpec("ToMe 20, constant", "ToMe", "merged", {"r": 20, "schedule": "constant"}, True)
-    assert for_resolution(merged, 448, 224, 14).options == {"r": 80, "schedule": "constant"}
-    assert for_resolution(merged, 224, 224, 14) == merged
+    tower = SimpleNamespace(config=SimpleNamespace(image_size=224, patch_size=14))
+    options, doubled = ([spec.options for spec in smaller_controls(tower, True, size)] for size in (None, 448))
+    assert options == [spec.options for spec in smaller_controls(tower, True, 224)]
+    assert [one["resolution"] for one in options[:2]] == [56, 112]
+    assert [one["resolution"] for one in doubled[:2]] == [112, 224]
+    assert options[2:] == [{"r": 64, "schedule": "constant"}, {"r": 20, "schedule": "decreasing"}]
+    assert doubled[2:] == [{"r": 256, "schedule": "constant"}, {"r": 80, "schedule": "decreasing"}]
 
 
 def test_names_with_commas_of_their_own_may_be_parted_at_them():
@@ -446,8 +441,3 @@ def test_two_processes_give_what_one_gives(videos, folder, finished, tmp_path):
     report = report_of(tmp_path / "two")
     assert report["processes"] == 2
     assert comparable(report, {"milliseconds"}) == comparable(report_of(finished[1]), {"milliseconds"})
-
-
-def test_what_is_not_kept_takes_no_memory():
-    kept = nothing_of(torch.ones(64))
-    assert kept.shape == (0,) and kept.untyped_storage().nbytes() == 0

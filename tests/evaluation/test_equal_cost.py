@@ -16,21 +16,27 @@ from neuroflow_hf.evaluation.equal_cost import (
     shares_at,
     verdict,
 )
+from neuroflow_hf.evaluation.methods import MethodSpec
 
 
-def outcome(name="x", cost=0.2, cosine=0.9, frames=40, control=False, family="x", **more):
-    """A method that costs and keeps the same on every frame."""
-    return Outcome(name, family, control, np.full(frames, cost), np.broadcast_to(cosine, frames).astype(float), **more)
+def outcome(name="x", cost=0.2, cosine=0.9, videos=2, frames=20, control=False, family="x", **more):
+    """A method that costs and keeps the same on every frame, or has these cosines in all videos together."""
+    cosines = np.broadcast_to(cosine, videos * frames).astype(float)
+    unknown = {"skip": [np.full(frames, np.nan)] * videos, "milliseconds": [1.0] * videos}
+    spec = MethodSpec(name, family, "every" if control else "stream", control=control)
+    return Outcome(spec, [np.full(frames, cost)] * videos, np.split(cosines, videos), **unknown, **more)
+
+
+MEAN, P5, _ = questions(outcome())
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
 def test_figures_of_a_method():
-    ours = outcome(
-        cosine=np.linspace(0, 1, 101), frames=101, agrees=np.array([True, False]), ranks=np.array([0, 1, 6, 0])
-    )
-    dense = outcome(frames=101, ranks=np.array([0, 0, 0, 0]))
+    labelled = {"agrees": [np.array([True, False])], "ranks": [0, 1, 6, 0]}
+    ours = outcome(cosine=np.linspace(0, 1, 101), videos=1, frames=101, **labelled)
+    dense = outcome(videos=1, frames=101, ranks=[0, 0, 0, 0])
     found = outcome_figures(ours, dense, labels=9)
     assert found["cost"] == pytest.approx(0.2) and found["skip_rate"] is None
     assert found["cosine"] == pytest.approx({"mean": 0.5, "p5": 0.05, "p1": 0.01, "min": 0})
@@ -54,7 +60,7 @@ def test_between_two_settings_is_their_mixture():
     ours, families = outcome(cost=0.15), {"every k": settings}
     mixture = affordable(families, 0.15, cost_of)[0]
     assert mixture.mean(cost_of) == pytest.approx(0.15) and mixture.family == "every k"
-    assert compare(ours, families, questions([20, 20], None, None)[0], samples=10)["best"] == "75% 0.1, 25% 0.3"
+    assert compare(ours, families, MEAN, samples=10)["best"] == "75% 0.1, 25% 0.3"
     assert affordable(families, 0.05, cost_of) == []  # nothing so cheap
     assert affordable(families, 0.5, cost_of)[0].parts == [(1.0, settings[1])]  # a baseline that costs less
 
@@ -67,36 +73,34 @@ def test_the_best_control_is_named_for_each_figure():
         "varying": [outcome("varying", 0.2, varying, control=True)],
         "dear": [outcome("dear", 0.9, 1.0, control=True)],
     }
-    mean, p5, _ = (compare(ours, families, one, samples=200) for one in questions([20, 20], None, None))
+    mean, p5 = (compare(ours, families, one, samples=200) for one in (MEAN, P5))
     assert set(mean["controls"]) == {"steady", "varying"}
     assert mean["family"] == "varying" and mean["control"] == pytest.approx(varying.mean())
     assert p5["family"] == "steady" and p5["difference"] == pytest.approx(0.05)
     assert p5["verdict"] == "above" and p5["interval"] == pytest.approx([0.05, 0.05])
     assert mean["interval"][0] < mean["difference"] < mean["interval"][1]
-    below = compare(outcome(cost=0.2, cosine=0.8), families, questions([20, 20], None, None)[0], samples=200)
+    below = compare(outcome(cost=0.2, cosine=0.8), families, MEAN, samples=200)
     assert below["verdict"] == "below"
-    assert compare(outcome(cost=0.01), families, questions([20, 20], None, None)[0]) is None
+    assert compare(outcome(cost=0.01), families, MEAN) is None
 
 
 def test_a_cheaper_control_that_is_better_is_not_passed_over():
     settings = [outcome("cheap", 0.1, 0.9, control=True), outcome("dear", 0.3, 0.8, control=True)]
-    found = compare(
-        outcome(cost=0.2, cosine=0.87), {"family": settings}, questions([20, 20], None, None)[0], samples=50
-    )
+    found = compare(outcome(cost=0.2, cosine=0.87), {"family": settings}, MEAN, samples=50)
     assert found["best"] == "cheap" and found["controls"] == {"family": pytest.approx(0.9)}
     assert found["verdict"] == "below"
 
 
 def test_a_method_against_itself_is_level():
     ours = outcome(cosine=np.random.default_rng(0).random(40))
-    for question in questions([20, 20], None, None):
+    for question in questions(ours):
         found = compare(ours, {"same": [ours]}, question, samples=50)
         assert found["difference"] == 0 and found["interval"] == [0, 0] and found["verdict"] == "level"
 
 
 def test_few_videos_say_nothing_about_labels():
-    ours, control = (outcome(ranks=np.array(ranks), control=bool(sum(ranks))) for ranks in ([0, 0], [1, 1]))
-    found = compare(ours, {"control": [control]}, questions([20, 20], None, 2, labels=3)[-1])
+    ours, control = (outcome(ranks=ranks, control=bool(sum(ranks))) for ranks in ([0, 0], [1, 1]))
+    found = compare(ours, {"control": [control]}, questions(ours, labels=3)[-1])
     assert found["difference"] == 1 and found["interval"] is None and found["verdict"] == "unknown"
     assert not enough_to_draw([1] * 4) and enough_to_draw([1] * 5) and enough_to_draw([20])
     assert verdict(1e-5, [1e-6, 2e-5]) == "level" and verdict(-0.1, [-0.2, -0.1]) == "below"

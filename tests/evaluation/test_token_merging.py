@@ -41,7 +41,7 @@ def test_merging_is_what_loops_give(count, r):
     generator = torch.Generator().manual_seed(count)
     tokens, metric = (torch.randn(2, count, dim, generator=generator) for dim in (8, 4))
     sizes = torch.randint(1, 5, (2, count), generator=generator).float()
-    found, found_sizes = tome.merge(tokens, sizes, tome.match(metric, r))
+    found, found_sizes = tome.merge_pairs(tokens, sizes, metric, r)
     for frame in range(2):
         expected, expected_sizes = merged_by_loops(tokens[frame], sizes[frame], metric[frame], r)
         assert_close_in_norm(found[frame], expected, FLOAT32_MERGED)
@@ -89,9 +89,9 @@ def test_tokens_become_fewer_and_stand_for_all_patches(vision64):
 
 
 def test_schedules():
-    assert tome.constant_schedule(8, 3) == [8, 8, 8]
-    assert tome.decreasing_schedule(8, 5) == [16, 12, 8, 4, 0]
-    assert tome.decreasing_schedule(8, 1) == [8]
+    assert tome.make_schedule("constant", 8, 3) == [8, 8, 8]
+    assert tome.make_schedule("decreasing", 8, 5) == [16, 12, 8, 4, 0]
+    assert tome.make_schedule("decreasing", 8, 1) == [8]
     assert tome.merges([40, 3, 40], 20) == [(20, 10), (10, 3), (7, 3)]
 
 

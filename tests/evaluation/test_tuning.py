@@ -10,7 +10,7 @@ from transformers import SiglipVisionModel
 
 import neuroflow_hf.evaluation.tuning
 from neuroflow_hf import NeuroFlowGateConfig, NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
-from neuroflow_hf.evaluation.equal_cost import (
+from neuroflow_hf.evaluation.points import (
     Point,
     Requirement,
     best_baseline,
