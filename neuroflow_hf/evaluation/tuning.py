@@ -167,16 +167,15 @@ def point_figures(point: Point) -> dict:
 # --- frames --------------------------------------------------------------------------------------------------------
 
 
-def plan_stretches(expected_frames: int | None, frames: int, stretches: int) -> list[range]:
+def plan_stretches(expected_frames: int, frames: int, stretches: int) -> list[range]:
     """
     Plan `stretches` stretches of equal length, `frames` frames in all, from the video's first frame to its last. Plan
-    fewer if they would be shorter than 12 frames, and one if the video's length is unknown.
+    fewer if they would be shorter than 12 frames.
     """
-    total = frames if expected_frames is None else expected_frames
-    frames = min(frames, total)
-    stretches = 1 if expected_frames is None else max(1, min(stretches, frames // SHORTEST_STRETCH))
+    frames = min(frames, expected_frames)
+    stretches = max(1, min(stretches, frames // SHORTEST_STRETCH))
     length = frames // stretches
-    last_start = total - length
+    last_start = expected_frames - length
     return [
         range(start, start + length)
         for start in (round(place * last_start / max(1, stretches - 1)) for place in range(stretches))
@@ -216,7 +215,7 @@ def read_stretches(
                     stretch.indices.append(frame.index)
                     stretch.images.append(preprocess.resize(frame.image))
             on_frame(place + 1, end)
-            if place + 1 == end:
+            if place + 1 == end < reader.expected_frames:  # at the end, the reader says whether the file is cut short
                 break
     except VideoError as error:
         if len(stretches[0].images) < 2:

@@ -207,7 +207,6 @@ def test_stretches_are_spread_over_the_video():
     assert plan_stretches(1000, 120, 3) == [range(0, 40), range(480, 520), range(960, 1000)]
     assert plan_stretches(100, 120, 3) == [range(0, 33), range(34, 67), range(67, 100)]
     assert plan_stretches(20, 120, 3) == [range(0, 20)]  # too short to be divided
-    assert plan_stretches(None, 120, 3) == [range(0, 120)]
     assert plan_stretches(500, 60, 1) == [range(0, 60)]
 
 
