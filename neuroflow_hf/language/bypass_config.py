@@ -1,15 +1,19 @@
 """The options of the bypass: which layers of a language model reuse their last output, and when."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from huggingface_hub.dataclasses import strict
 
 from .options import make_options
 
-ALWAYS = -1  # a cosine is never below it
-NEVER = 2  # nor ever above 1
+# thresholds: a cosine is from -1 to 1
+ALWAYS = -1
+NEVER = 2
+
+BypassOption = int | float | str | list[int] | tuple[int, ...] | range | None
 
 
 @strict
@@ -19,41 +23,39 @@ class NeuroFlowBypassConfig:
     Options of the similarity-gated bypass of a decoder's layers. They live under `bypass` in the model's configuration
     and can be overridden, one by one, in a call: `model.generate(..., bypass={"threshold": 0.7})`.
 
-    Per sequence and decode step t, the gate compares the gate layer's attention output (after the output projection)
-    with that of the step before: r = cos(a(t), a(t-1)), after a prefill with that of the prompt's last token. If
-    r >= `threshold`, the cache layers return what they returned when they last computed it. Prefill, and every step of
-    more than one new token, is dense. Keys and values are written on every step, bypassed or not.
+    On each decode step of a sequence, the gate compares the gate layer's attention output (after the output
+    projection) with that of the token before: r = cos(a(t), a(t-1)). If r >= `threshold`, the cache layers return the
+    output that they computed last. Steps of more than one new token, such as the prompt, are dense. Keys and values
+    are written on every step, bypassed or not.
 
     Source: Y. Schmitt, "EMA-Gated Temporal Sequence Compression in Vision Transformers" (2026), section on language.
 
     Args:
         gate_layer (`int`, defaults to 1):
-            The layer, counted from 0, whose attention output is compared. An early one, so that most layers can act
-            on what it says; layer 0 sees little but the token itself.
+            The layer, counted from 0, whose attention output is compared. Choose an early one, so that most layers
+            come after it, but not layer 0, which sees little but the token itself.
         cache_layers (`int` or `list[int]`, *optional*):
             The layers that reuse their outputs, all after the gate layer. By default the one at three quarters of the
-            depth, as layer 24 of Phi-3-mini's 32. Late layers change the text less than early ones, the last layer
-            excepted; each one more saves more and drifts more. If all lie at or before the gate layer, the gate is
-            inverted (a control: can a *later* layer say so?), and the similarity of the step before decides, since
-            that of this step is not known yet.
+            depth, as layer 24 of Phi-3-mini's 32. Late layers change the text less than early ones, except for the
+            last one; more layers save more and drift more. If none is after the gate layer, the gate is inverted, for
+            comparison: the similarity of the step before decides, since that of this step is not known yet.
         threshold (`float`, defaults to 0.65):
-            Bypass from this similarity on. 0.60 to 0.70 bypasses about a fifth of Phi-3-mini's steps; which values
-            mean anything depends on the checkpoint, so look at its similarities first (`model.bypass_statistics`).
-            Above 1: never. -1: on every step that has something to reuse, whatever the similarity.
+            Bypass at this similarity or above. 0.60 to 0.70 bypasses about a fifth of Phi-3-mini's steps. Good values
+            depend on the checkpoint, so look at its similarities first (`model.bypass_statistics`). Above 1: never.
+            -1: on every step that has an output to reuse, whatever the similarity.
         target (`str`, defaults to `"attention"`):
             What is skipped in a cache layer. `"attention"`: query, attention and output projection; keys and values
-            are projected all the same. `"mlp"`: the MLP, which holds about two thirds of a layer's weights and leaves
-            the cache alone. `"block"`: both.
+            are still projected. `"mlp"`: the MLP, which has about two thirds of a layer's weights. `"block"`: both.
         max_consecutive (`int`, *optional*):
-            After this many bypassed steps in a row the next one computes everything. 1 or 2 bounds how old a reused
-            output gets.
+            After this many bypassed steps in a row the next one computes everything, which limits the age of a reused
+            output. 1 or 2 are good values.
         guard_margin (`float`, *optional*):
-            Bypass only if the model was decided about the token that is now fed: the logit of its first choice was at
-            least this much above the second. Most of the drift comes from steps at which it was not. 2 is a good
-            start. Needs the language-model head.
+            Bypass only if the model was confident when it predicted the token that is fed now: its highest logit was
+            at least this much above the second. Most drift comes from steps at which it was not. 2 is a good start.
+            Needs the language-model head.
         guard_entropy (`float`, *optional*):
-            The same by the entropy of the distribution over the next token, in nats, which must be at most this. 1 is
-            a good start. Needs the language-model head.
+            Bypass only if the entropy of that prediction, in nats, was at most this. 1 is a good start. Needs the
+            language-model head.
 
     Raises:
         ValueError: for an unknown option (with the nearest known one), or a value outside its range.
@@ -67,13 +69,10 @@ class NeuroFlowBypassConfig:
     guard_margin: float | int | None = None
     guard_entropy: float | int | None = None
 
-    def __post_init__(self):
-        self.check()
+    def __post_init__(self) -> None:
+        """Raise a ValueError for a value outside its range; layers are checked by `resolve`."""
 
-    def check(self):
-        """Raise a ValueError for a value outside its range; which layers there are, `resolve` knows."""
-
-        def require(name, holds, expected):
+        def require(name: str, holds: Callable[[float], bool], expected: str) -> None:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise ValueError(f"Bypass option `{name}` is {value!r}; expected {expected}.")
@@ -88,9 +87,9 @@ class NeuroFlowBypassConfig:
             require(name, lambda value: math.isfinite(value) and value >= 0, "a finite number of at least 0, or None")
 
     @classmethod
-    def from_options(cls, base: dict | None = None, **options) -> "NeuroFlowBypassConfig":
+    def from_options(cls, base: dict | None = None, **options: BypassOption) -> "NeuroFlowBypassConfig":
         """
-        The options of `base` with `options` laid over them.
+        The options of `base`, overridden by `options`.
 
         Raises:
             ValueError: for an option that does not exist, a value of the wrong type or outside its range.
@@ -102,16 +101,16 @@ class NeuroFlowBypassConfig:
 
     def resolve(self, num_layers: int) -> "NeuroFlowBypassConfig":
         """
-        The options for a model of `num_layers` layers: `cache_layers` a sorted list, without repetitions.
+        The options for a model of `num_layers` layers: `cache_layers` becomes a sorted list without repetitions.
 
         Raises:
             ValueError: for a layer that the model does not have, for no cache layer, and for cache layers on both
                 sides of the gate layer.
         """
-        layers = self.cache_layers
-        if layers is None:
-            layers = max(3 * num_layers // 4, min(self.gate_layer + 1, num_layers - 1))
-        layers = sorted({layers} if isinstance(layers, int) else set(layers))
+        chosen = self.cache_layers
+        if chosen is None:
+            chosen = max(3 * num_layers // 4, min(self.gate_layer + 1, num_layers - 1))
+        layers = sorted({chosen} if isinstance(chosen, int) else set(chosen))
         if not layers:
             raise ValueError("Bypass option `cache_layers` is empty; name at least one layer, or set `bypass=False`.")
         for name, index in [("gate_layer", self.gate_layer), *(("cache_layers", index) for index in layers)]:
@@ -123,13 +122,18 @@ class NeuroFlowBypassConfig:
         if layers[0] <= self.gate_layer < layers[-1]:
             raise ValueError(
                 f"Bypass option `cache_layers` {layers} has layers on both sides of `gate_layer` {self.gate_layer}: "
-                "expected all after it, or, for the inverted control, none."
+                "expected all of them after it, or none (which inverts the gate)."
             )
         return NeuroFlowBypassConfig(**(self.to_dict() | {"cache_layers": layers}))
 
     def to_dict(self) -> dict:
         """All options as plain values."""
         return asdict(self)
+
+    @property
+    def layers(self) -> list[int]:
+        """`cache_layers` of resolved options."""
+        return cast(list[int], self.cache_layers)
 
     @property
     def skips_attention(self) -> bool:
@@ -143,16 +147,16 @@ class NeuroFlowBypassConfig:
 
     @property
     def is_guarded(self) -> bool:
-        """Whether the language-model head is asked too."""
+        """Whether the logits of the language-model head decide, too."""
         return self.guard_margin is not None or self.guard_entropy is not None
 
     @property
     def passes_over_layers(self) -> bool:
-        """Whether every step of one token reuses the outputs of whole layers, asking nobody; once resolved."""
-        asks = self.is_guarded or self.is_inverted or self.max_consecutive is not None
-        return self.target == "block" and self.threshold == ALWAYS and not asks
+        """Whether resolved options bypass whole layers on every step of one token, whatever gate and head say."""
+        depends = self.is_guarded or self.is_inverted or self.max_consecutive is not None
+        return self.target == "block" and self.threshold == ALWAYS and not depends
 
     @property
     def is_inverted(self) -> bool:
-        """Whether the gate layer comes after the layers it decides about, or is one of them; once resolved."""
-        return self.cache_layers[-1] <= self.gate_layer
+        """Whether, in resolved options, no cache layer comes after the gate layer."""
+        return self.layers[-1] <= self.gate_layer

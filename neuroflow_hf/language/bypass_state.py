@@ -1,12 +1,14 @@
-"""What a bypass remembers of one generation. It lives in the KV cache, as one more layer, and goes where that goes."""
+"""What a bypass stores of one generation: one more layer in the KV cache, cropped and reordered with the others."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-DENSE, COMPUTED, BYPASSED = 0, 1, 2  # outcomes: in a step of several tokens; in a step of one; one that was bypassed
+DENSE, COMPUTED, BYPASSED = 0, 1, 2  # outcomes of a position: in a step of several tokens; in a step of one; bypassed
 
 
 @dataclass
@@ -15,11 +17,10 @@ class BypassStatistics:
     What the gate did in one generation, of B sequences of T positions.
 
     Args:
-        steps (`torch.LongTensor` of shape `(B,)`): steps of one new token, the ones that could be bypassed.
-        bypassed (`torch.LongTensor` of shape `(B,)`): those that were.
+        steps (`torch.LongTensor` of shape `(B,)`): number of steps of one new token; only these can be bypassed.
+        bypassed (`torch.LongTensor` of shape `(B,)`): number of bypassed steps.
         similarity (`torch.FloatTensor` of shape `(B, T)`):
-            The gate layer's similarity at each position; NaN where there was none (in the prompt, and after it where
-            the gate had nothing to compare with).
+            The gate layer's similarity at each position; NaN in the prompt and where the gate had nothing to compare.
         bypassed_mask (`torch.BoolTensor` of shape `(B, T)`): the positions at which layers were bypassed.
     """
 
@@ -30,7 +31,7 @@ class BypassStatistics:
 
     @property
     def rate(self) -> torch.Tensor:
-        """The share of the steps that was bypassed, [B]; 0 without steps."""
+        """The share of bypassed steps, [B]; 0 without steps."""
         return self.bypassed / self.steps.clamp(min=1)
 
     def percentiles(self, *shares: float) -> list[float]:
@@ -41,26 +42,22 @@ class BypassStatistics:
 
 class BypassState:
     """
-    Records per position, in a place among the layers of a [`~transformers.Cache`], after the model's own.
+    Records of every position, in a place among the layers of a [`~transformers.Cache`], after the model's own.
 
-    Each record is a list of tensors [B, n, ...] whose n add up to the positions recorded, so that it can be cropped,
-    reordered and repeated as keys and values are. Appending copies nothing: a bypassed step's output *is* that of the
-    step before. `bypass.py` decides what is recorded, and names it.
+    Each record is a list of tensors [B, n, ...] whose n add up to the number of positions, so it can be cropped,
+    reordered and repeated like keys and values. A bypassed step appends the tensor of the step before, without a copy.
+    `bypass.py` names the records.
 
     Memory: at most B * T * D * (1 + parts * cache layers) numbers of the model's dtype, for B sequences of T positions
     and width D: the gate's output, and of each cache layer one part (`attention` or `mlp`) or two (`block`). The KV
     cache takes B * T * 2 * kv_width per layer, so one cache layer with `block` takes as much again as its keys and
-    values, and more with grouped heads. Bypassed steps share their tensors with the step before and take next to
-    nothing until rows are reordered. It cannot be less without breaking the promise that a cache cropped to *any*
-    length goes on as if it had never been longer: what a step reuses was last computed at a position that may be the
-    last one kept. Lossless drafts that skip whole layers keep none (`layer_skip.py`).
-
-    Args:
-        first_layer: the cache's first layer; with offloading, the one to be fetched after this.
+    values, and more with grouped heads. Bypassed steps take next to nothing until rows are reordered. All positions
+    are kept because the cache may be cropped to any length, and the next step reuses the output of the last position
+    that is left. Lossless drafts that skip whole layers store nothing (`layer_skip.py`).
     """
 
-    is_bypass_state = True  # to be known by; remote code may bring a second copy of this class
-    # what a `Cache` asks of its layers
+    is_bypass_state = True  # instead of `isinstance`: code loaded from the Hub has a class of its own
+    # what `Cache` reads of its layers
     is_compileable = False
     is_croppable = True
     is_sliding = False
@@ -68,51 +65,48 @@ class BypassState:
     is_initialized = True
     keys = values = None
 
-    def __init__(self, first_layer):
-        self.first_layer = first_layer
+    def __init__(self) -> None:
+        self.first_layer: CacheLayerMixin | None = None  # of the cache, once this is in one
         self.records: dict[str, list[torch.Tensor]] = {}
-        self.end = 0  # the cache's length as of the last record
+        self.end = 0  # the cache's length after the last record
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}(positions={self.positions})"
 
     @property
     def positions(self) -> int:
-        """How many positions are recorded, up to `end`."""
+        """Number of positions recorded, the last ones before `end`."""
         return sum(chunk.shape[1] for chunk in next(iter(self.records.values()), []))
 
     @property
     def batch_rows(self) -> int | None:
-        """How many sequences are recorded; None if nothing is. (A `batch_size` would be asked of by `Cache`.)"""
+        """Number of sequences recorded; None if there is no record. (`Cache` would read a `batch_size`.)"""
         return next((chunks[-1].shape[0] for chunks in self.records.values() if chunks), None)
 
-    def forget(self):
-        """Forget all records."""
-        self.records = {}
-        self.end = 0
-
-    def prepare(self, names: Iterable[str], cache_length: int):
+    def prepare(self, names: Iterable[str], cache_length: int) -> None:
         """
-        Make ready for a step with records of these names that starts at `cache_length`. What is recorded is kept only
-        if it is of these names and reaches up to there: the cache may have grown without a bypass, or with another.
+        Prepare for a step that starts at `cache_length` and makes records of these names. Earlier records are dropped
+        if a name is missing or they do not reach `cache_length`: the cache grew without a bypass, or with another.
         """
         names = set(names)
         if not names <= set(self.records) or self.end != cache_length:
             self.records = {name: [] for name in names}
         self.records = {name: chunks for name, chunks in self.records.items() if name in names}
 
-    def append(self, records: dict[str, torch.Tensor]):
-        """Add a step's records, [B, n, ...] each, all that `prepare` was told."""
+    def append(self, records: dict[str, torch.Tensor]) -> None:
+        """Add a step's records, [B, n, ...] each, of all names given to `prepare`."""
         for name, chunks in self.records.items():
             chunks.append(records[name])
 
-    def last(self, name: str, count: int = 1) -> torch.Tensor | None:
+    def last(self, name: str) -> torch.Tensor:
+        """The last position of a record, [B, 1, ...]."""
+        return self.records[name][-1][:, -1:]
+
+    def last_few(self, name: str, count: int) -> torch.Tensor | None:
         """The last `count` positions of a record, [B, count, ...]; None if there are fewer."""
-        chunks = self.records.get(name, ())
-        if count == 1:
-            return chunks[-1][:, -1:] if chunks else None
-        found, missing = [], count
-        for chunk in reversed(chunks):
+        found: list[torch.Tensor] = []
+        missing = count
+        for chunk in reversed(self.records[name]):
             found.insert(0, chunk[:, -missing:])
             missing -= found[0].shape[1]
             if missing == 0:
@@ -120,14 +114,14 @@ class BypassState:
         return None
 
     def whole(self, name: str) -> torch.Tensor:
-        """All positions of a record in one tensor, [B, T, ...]; kept so, for the next time."""
+        """All positions of a record in one tensor, [B, T, ...], which replaces its chunks."""
         chunks = self.records[name]
         if len(chunks) > 1:
             self.records[name] = chunks = [torch.cat(chunks, dim=1)]
         return chunks[0]
 
     def statistics(self) -> BypassStatistics:
-        """Counts and similarities of what is recorded."""
+        """Counts and similarities of all recorded positions."""
         if self.batch_rows is None:
             raise ValueError("The cache holds no steps with a bypass; generate with `bypass` options first.")
         outcome = self.whole("outcome")
@@ -140,8 +134,8 @@ class BypassState:
 
     # --- as a layer of the cache --------------------------------------------------------------------------------
 
-    def crop(self, tokens_to_remove: int):
-        """Remove as many positions as a negative number says; transformers 5.17 also knows the length to keep."""
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove `-tokens_to_remove` positions. A positive number is the length to keep, as in transformers 5.17."""
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.end - tokens_to_remove)
         for chunks in self.records.values():
             missing = remove
@@ -152,38 +146,41 @@ class BypassState:
                 missing -= min(missing, chunk.shape[1])
         self.end -= remove
 
-    def reorder_cache(self, beam_idx: torch.LongTensor):
-        """Row b becomes what row `beam_idx[b]` was."""
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Replace row b by row `beam_idx[b]`."""
         self.batch_select_indices(beam_idx)
 
-    def batch_select_indices(self, indices: torch.Tensor):
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows, in this order."""
         for name, chunks in self.records.items():
             if chunks:
                 whole = self.whole(name)
                 self.records[name] = [whole[torch.as_tensor(indices, device=whole.device)]]
 
-    def batch_repeat_interleave(self, repeats: int):
-        """Every row `repeats` times."""
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
         for name, chunks in self.records.items():
             self.records[name] = [chunk.repeat_interleave(repeats, dim=0) for chunk in chunks]
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget all records."""
-        self.forget()
+        self.records = {}
+        self.end = 0
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """-1, for no maximum."""
         return -1
 
-    def offload(self):
-        """Nothing to do: records stay on the device that they are needed on."""
+    def offload(self) -> None:
+        """Do nothing: records stay on the device that needs them."""
 
-    def prefetch(self):
-        """With offloading, this is called where the model's last layer asks for the next one: the first."""
-        self.first_layer.prefetch()
+    def prefetch(self) -> None:
+        """Prefetch the first layer: the last layer of the model asks for the layer after it, which is this one."""
+        if self.first_layer is not None:
+            self.first_layer.prefetch()
 
 
-def find_state(cache) -> BypassState | None:
+def find_state(cache: Cache) -> BypassState | None:
     """The bypass's state in a cache, if it has one."""
-    return next((layer for layer in cache.layers if getattr(layer, "is_bypass_state", False)), None)
+    found = next((layer for layer in cache.layers if hasattr(layer, "is_bypass_state")), None)
+    return cast(BypassState | None, found)

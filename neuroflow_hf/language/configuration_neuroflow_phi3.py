@@ -1,6 +1,8 @@
 """Configuration of the NeuroFlow Phi-3 models: Phi-3's own, and the options of the bypass."""
 
+import os
 from dataclasses import fields
+from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import Phi3Config
@@ -19,11 +21,11 @@ class NeuroFlowPhi3Config(Phi3Config):
         bypass (`dict`, *optional*):
             Options of [`NeuroFlowBypassConfig`] that differ from its defaults, such as
             `{"gate_layer": 1, "cache_layers": [24], "threshold": 0.65}`; `{}` for all defaults. None, the default: the
-            model is Phi-3. A stored model keeps them; a call can lay others over them, `generate(..., bypass={...})`.
+            model is Phi-3. They are saved with the model; a call can override them, `generate(..., bypass={...})`.
         lossless (`dict`, *optional*):
-            Options of [`NeuroFlowLosslessConfig`] that differ from its defaults, above all which layers this
-            checkpoint's drafts do without: `{"bypass": {"cache_layers": [8, 9, 10]}}`. Used by
-            `generate(..., lossless=True)`; a call can lay others over them, `generate(..., lossless={...})`.
+            Options of [`NeuroFlowLosslessConfig`] that differ from its defaults, such as the layers that drafts skip:
+            `{"bypass": {"cache_layers": [8, 9, 10]}}`. Used by `generate(..., lossless=True)`; a call can override
+            them, `generate(..., lossless={...})`.
 
     Raises:
         ValueError: for a bypass or lossless option that does not exist or is out of range, and for a layer that does
@@ -36,46 +38,40 @@ class NeuroFlowPhi3Config(Phi3Config):
     lossless: dict | None = None
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As transformers' method; model type `phi3` comes back as NeuroFlow's, without the code it may name."""
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
+        """As transformers' method, but with NeuroFlow's model type for Phi-3's, and without code that it may name."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         config_dict = dict(config_dict)
         if config_dict.get("model_type") == Phi3Config.model_type:
             config_dict["model_type"] = cls.model_type
-            config_dict.pop("auto_map", None)  # early Phi-3 checkpoints brought modeling files of their own
+            config_dict.pop("auto_map", None)  # early Phi-3 checkpoints have modeling files of their own
         return config_dict, kwargs
 
-    def __setattr__(self, name, value):
-        if name == "bypass":
-            value = checked_bypass(value, self.num_hidden_layers)
-        if name == "lossless":
-            value = checked_lossless(value, self.num_hidden_layers)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("bypass", "lossless") and value is not None:
+            value = (checked_bypass if name == "bypass" else checked_lossless)(value, self.num_hidden_layers)
         super().__setattr__(name, value)
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         refuse_flat_bypass_options(kwargs)
         super().__post_init__(**kwargs)
 
 
-def checked_bypass(options: dict | None, num_layers: int) -> dict | None:
-    """A copy of the bypass's options, all known and in range; what is no dict is left to the type check."""
-    if not isinstance(options, dict):
-        return options
+def checked_bypass(options: dict, num_layers: int) -> dict:
+    """A copy of the bypass's options. Raises a ValueError unless all are known and in range."""
     resolved = NeuroFlowBypassConfig.from_options(options).resolve(num_layers)
     return {name: getattr(resolved, name) for name in options}
 
 
-def checked_lossless(options: dict | None, num_layers: int) -> dict | None:
-    """A copy of the options of lossless generation, all known and in range; what is no dict is left to the check."""
-    if not isinstance(options, dict):
-        return options
+def checked_lossless(options: dict, num_layers: int) -> dict:
+    """A copy of the options of lossless generation. Raises a ValueError unless all are known and in range."""
     resolved = NeuroFlowLosslessConfig.from_options(options)
     resolved.draft_bypass(num_layers)
     return {name: getattr(resolved, name) for name in options}
 
 
-def refuse_flat_bypass_options(kwargs: dict):
-    """Raise for a bypass option that stands outside `bypass`, where it would have no effect."""
+def refuse_flat_bypass_options(kwargs: dict) -> None:
+    """Raise a ValueError for a bypass option outside `bypass`, where it would have no effect."""
     for field in fields(NeuroFlowBypassConfig):
         if field.name in kwargs:
             raise ValueError(
@@ -83,10 +79,10 @@ def refuse_flat_bypass_options(kwargs: dict):
             )
 
 
-def adopt_phi3_config(config: Phi3Config) -> Phi3Config:
-    """`config` if it is NeuroFlow's by its model type, else one made from a stock Phi-3 configuration."""
-    if config.model_type == NeuroFlowPhi3Config.model_type:
-        return config
+def adopt_phi3_config(config: Phi3Config) -> NeuroFlowPhi3Config:
+    """`config` itself if it is NeuroFlow's, else one made from a stock Phi-3 configuration."""
+    if config.model_type == NeuroFlowPhi3Config.model_type:  # classes differ if one is loaded from the Hub
+        return cast(NeuroFlowPhi3Config, config)
     if config.model_type != Phi3Config.model_type:
         raise ValueError(f"This is a configuration of `{config.model_type}`; expected `phi3` or `neuroflow_phi3`.")
     options = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "auto_map")}

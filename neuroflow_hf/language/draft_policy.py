@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from .lossless_config import NeuroFlowLosslessConfig
 
+DraftWithBypass = Callable[[int, int], list[int]]  # `(token, length) -> tokens`
 FIRST_LENGTH = 4  # tokens in a generation's first draft
 
 
@@ -47,7 +48,7 @@ class Drafts:
         draft_with_bypass: `(token, length) -> tokens`, the bypassed model's continuation.
     """
 
-    def __init__(self, options: NeuroFlowLosslessConfig, draft_with_bypass: Callable[[int, int], list[int]]):
+    def __init__(self, options: NeuroFlowLosslessConfig, draft_with_bypass: DraftWithBypass):
         self.options, self.draft_with_bypass = options, draft_with_bypass
         self.lookup = Lookup(options.max_ngram)
         self.max_length = options.max_lookup if options.drafter == "lookup" else options.max_draft
@@ -62,7 +63,7 @@ class Drafts:
             return self.lookup.propose(tokens, length)
         return self.draft_with_bypass(tokens[-1], length)
 
-    def learn(self, drafted: int, accepted: int):
+    def learn(self, drafted: int, accepted: int) -> None:
         """Adapt the length to a draft's outcome."""
         if drafted:
             longer = self.length + (2 if accepted == drafted else -1)

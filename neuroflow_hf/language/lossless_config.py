@@ -55,7 +55,7 @@ class NeuroFlowLosslessConfig:
     max_ngram: int = 3
     min_confidence: float | int = 0.3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("draft_length", "max_draft", "max_lookup", "max_ngram"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -7,10 +7,22 @@ the configuration may hold some. Without any, it is Phi-3, bit for bit.
 
 import copy
 import functools
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import DynamicCache, Phi3ForCausalLM, Phi3Model, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    Phi3ForCausalLM,
+    Phi3Model,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.utils import GenerateOutput
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.phi3.modeling_phi3 import (
     Phi3DecoderLayer,
@@ -25,44 +37,53 @@ from .bypass import BypassStep, begin_step, record_confidence
 from .bypass_config import NeuroFlowBypassConfig
 from .bypass_state import BypassStatistics, find_state
 from .configuration_neuroflow_phi3 import NeuroFlowPhi3Config, adopt_phi3_config
-from .layer_skip import LayerChanges
+from .layer_skip import LayerChanges, layer_index
 from .lossless_config import NeuroFlowLosslessConfig
 from .speculative_decoding import decode_losslessly
 
 
 class NeuroFlowPhi3DecoderLayer(Phi3DecoderLayer):
-    """Phi-3's decoder layer; with a `bypass_step`, that says what is done in the layers it applies to."""
+    """
+    Modifications:
 
-    def forward(
+    - `forward` takes a `bypass_step`, which runs the layers that it applies to.
+    """
+
+    def forward(  # type: ignore[override]  # what transformers' layer takes is passed on by keyword
         self,
         hidden_states: torch.Tensor,
         bypass_step: BypassStep | LayerChanges | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[FlashAttentionKwargs],
     ) -> torch.Tensor:
         """`hidden_states` [B, n, D] to [B, n, D]."""
-        if bypass_step is None or not bypass_step.applies_to(self.self_attn.layer_idx):
+        if bypass_step is None or not bypass_step.applies_to(layer_index(self)):
             return super().forward(hidden_states, **kwargs)
         return bypass_step.run(self, super().forward, hidden_states, **kwargs)
 
 
 class NeuroFlowPhi3PreTrainedModel(Phi3PreTrainedModel):
-    """What the NeuroFlow Phi-3 models share: how they are initialised and saved, and their bypass options."""
+    """
+    Modifications:
+
+    - `bypass_options` and `bypass_statistics` are added.
+    - `save_pretrained` names the classes for every auto class in the configuration.
+    """
 
     config: NeuroFlowPhi3Config
     config_class = NeuroFlowPhi3Config
     _no_split_modules = [*Phi3PreTrainedModel._no_split_modules, "NeuroFlowPhi3DecoderLayer"]
     _can_compile_fullgraph = False  # the host reads the gate's decision
-    _auto_classes = ("AutoModel",)
+    _auto_classes: tuple[str, ...] = ("AutoModel",)
 
     @classmethod
     def is_custom_code(cls) -> bool:
         """
-        False: the models initialise as transformers' own do, since they use its `_init_weights`. For custom code
-        transformers leaves out modules without parameters of their own, here the rotary embedding's frequencies.
+        False, so that weights are initialised as in transformers' own models: with custom code, transformers leaves
+        out modules without parameters of their own, here the rotary embedding.
         """
         return False
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As transformers' method; the configuration also names the classes for every auto class."""
         self.config.auto_map = {name: AUTO_MAP[name] for name in ("AutoConfig", *self._auto_classes)}
         super().save_pretrained(*args, **kwargs)
@@ -71,11 +92,11 @@ class NeuroFlowPhi3PreTrainedModel(Phi3PreTrainedModel):
         self, bypass: dict | bool | NeuroFlowBypassConfig | None = None
     ) -> NeuroFlowBypassConfig | None:
         """
-        The options in force: those of a call laid over the configuration's. None for no bypass.
+        The configuration's options, overridden by a call's, for the model's layers; None for no bypass.
 
         Args:
-            bypass: the call's options; None for the configuration's alone, False for no bypass. What this method
-                returned, for the same again.
+            bypass: the call's options; None for the configuration's alone, False for no bypass. A result of this
+                method is returned as it is.
 
         Raises:
             ValueError: for options that do not exist or are out of range, and layers that the model does not have.
@@ -83,22 +104,22 @@ class NeuroFlowPhi3PreTrainedModel(Phi3PreTrainedModel):
         """
         if bypass is False or (bypass is None and self.config.bypass is None):
             return None
-        if hasattr(bypass, "resolve"):  # not by its class, of which remote code may bring a second copy
-            return bypass
+        if hasattr(bypass, "resolve"):  # instead of `isinstance`: code loaded from the Hub has a class of its own
+            return cast(NeuroFlowBypassConfig, bypass)
         if bypass is not None and not isinstance(bypass, dict):
             raise TypeError(f"`bypass` is {bypass!r}; expected a dict of options, None or False.")
         asked = (self.config.bypass, bypass, self.config.num_hidden_layers)
-        known = vars(self).get("_resolved_bypass")  # asked again on every step
+        known = vars(self).get("_resolved_bypass")  # this is called on every step
         if known is None or known[0] != asked:
             options = NeuroFlowBypassConfig.from_options({**(asked[0] or {}), **(asked[1] or {})})
             known = self._resolved_bypass = (copy.deepcopy(asked), options.resolve(asked[2]))
         return known[1]
 
     @staticmethod
-    def bypass_statistics(cache) -> BypassStatistics:
+    def bypass_statistics(cache: Cache | None) -> BypassStatistics:
         """
-        How often layers were bypassed, and how similar the gate's outputs were, in the generation that a cache holds:
-        `output.past_key_values` of `generate(..., return_dict_in_generate=True)`, or of a forward.
+        How often layers were bypassed in a generation, and how similar the gate's outputs were. `cache` is
+        `output.past_key_values` of `generate(..., return_dict_in_generate=True)` or of a forward.
 
         Raises:
             ValueError: if there was no bypass.
@@ -112,7 +133,14 @@ class NeuroFlowPhi3PreTrainedModel(Phi3PreTrainedModel):
 
 
 class NeuroFlowPhi3Model(NeuroFlowPhi3PreTrainedModel, Phi3Model):
-    """Phi-3's decoder, without a head. A bypass cannot be guarded here: that takes the head's logits."""
+    """
+    Phi-3's decoder, without a head.
+
+    Modifications:
+
+    - `forward` takes `bypass`, except for guards, which need the head's logits.
+    - the layers are [`NeuroFlowPhi3DecoderLayer`]s; names and shapes of parameters stay.
+    """
 
     def __init__(self, config: NeuroFlowPhi3Config):
         config = adopt_phi3_config(config)
@@ -128,12 +156,12 @@ class NeuroFlowPhi3Model(NeuroFlowPhi3PreTrainedModel, Phi3Model):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc]  # transformers has `position_ids` among the keywords, too
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         bypass: dict | bool | NeuroFlowBypassConfig | None = None,
@@ -145,14 +173,13 @@ class NeuroFlowPhi3Model(NeuroFlowPhi3PreTrainedModel, Phi3Model):
 
         Args:
             bypass (`dict`, *optional*):
-                Options of [`NeuroFlowBypassConfig`], laid over those of the configuration; False for none. They act
-                on steps of one new token with a cache; everything else is dense, and training with gradient
-                checkpointing too, which does without a cache.
-            has_head (`bool`, defaults to `False`): whether a head will tell the guard how decided the model is.
+                Options of [`NeuroFlowBypassConfig`] that override those of the configuration; False for no bypass.
+                They act on steps of one new token with a cache; all other forwards are dense.
+            has_head (`bool`, defaults to `False`): whether a language-model head follows, whose logits guards need.
 
         Raises:
-            ValueError: for bad options, a guard, a cache of fixed size or of another number of sequences, and if
-                attentions are asked for (bypassed layers have none).
+            ValueError: for bad options, a guard without a head, a cache of fixed size or of another number of
+                sequences, and if attentions are requested (bypassed layers have none).
         """
         inputs = {
             "input_ids": input_ids,
@@ -163,7 +190,7 @@ class NeuroFlowPhi3Model(NeuroFlowPhi3PreTrainedModel, Phi3Model):
         options = self.bypass_options(bypass)
         if options is not None and options.is_guarded and not has_head:
             raise ValueError(
-                "The bypass options `guard_margin` and `guard_entropy` judge the logits of the language-model head, "
+                "The bypass options `guard_margin` and `guard_entropy` need the logits of the language-model head, "
                 "and this model has none. Use `NeuroFlowPhi3ForCausalLM`, or leave the guard out."
             )
         if use_cache is None:
@@ -182,7 +209,7 @@ class NeuroFlowPhi3Model(NeuroFlowPhi3PreTrainedModel, Phi3Model):
         given = inputs_embeds if input_ids is None else input_ids
         if given is None:
             raise ValueError("Neither `input_ids` nor `inputs_embeds` was given.")
-        step = begin_step(options, past_key_values, tuple(given.shape[:2]), given.device, attention_mask)
+        step = begin_step(options, past_key_values, (given.shape[0], given.shape[1]), given.device, attention_mask)
         output = super().forward(
             past_key_values=past_key_values, use_cache=use_cache, bypass_step=step, **inputs, **kwargs
         )
@@ -193,6 +220,11 @@ class NeuroFlowPhi3Model(NeuroFlowPhi3PreTrainedModel, Phi3Model):
 class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
     """
     Phi-3 with its language-model head. Loads any Phi-3 checkpoint (`model_type` `phi3`), no training needed.
+
+    Modifications:
+
+    - the decoder is a [`NeuroFlowPhi3Model`]; `forward` takes `bypass`, with guards.
+    - `generate` takes `lossless`.
 
     Example:
 
@@ -213,12 +245,12 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc]  # transformers has `position_ids` among the keywords, too
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -227,9 +259,8 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """
-        As transformers' method; `bypass` as in [`NeuroFlowPhi3Model.forward`], with a guard if wanted. A guard knows
-        the logits that were asked for: after a prompt whose logits were not kept, cropping back into the prompt leaves
-        it without any, and one step is computed.
+        As transformers' method, with `bypass` as in [`NeuroFlowPhi3Model.forward`]. Guards know only the logits of
+        `logits_to_keep`: after the cache is cropped to a position without logits, the next step is computed.
         """
         options = self.bypass_options(bypass)
         return_dict = kwargs.pop("return_dict", self.config.return_dict)
@@ -247,37 +278,43 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
             return_dict=True,
             **kwargs,
         )
-        if options is not None and options.is_guarded:
-            cache = past_key_values if output.past_key_values is None else output.past_key_values
-            state = None if cache is None else find_state(cache)
+        cache = past_key_values if output.past_key_values is None else output.past_key_values
+        if options is not None and options.is_guarded and cache is not None:
+            state = find_state(cache)
             if state is not None and state.end == cache.get_seq_length():
                 record_confidence(state, output.logits, logits_to_keep)
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
-    def generate(self, inputs=None, generation_config=None, *args, lossless: dict | bool | None = None, **kwargs):
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        lossless: dict | bool | None = None,
+        **kwargs: Any,
+    ) -> GenerateOutput | torch.LongTensor:
         """
         As transformers' method, with `bypass` among the keywords for the model, and
 
         Args:
             lossless (`dict` or `bool`, *optional*):
-                Options of [`NeuroFlowLosslessConfig`] that differ from the configuration's own, or True for these:
-                greedy generation whose next tokens are drafted and then verified by the dense model, all in one cache.
-                The text is that of dense greedy generation, but for steps at which the first two logits differ by no
-                more than rounding. With `return_dict_in_generate`, a [`NeuroFlowLosslessOutput`] with counts.
+                Options of [`NeuroFlowLosslessConfig`] that override the configuration's, or True for these. The next
+                tokens are drafted and then verified by the dense model, in one cache. The text is that of dense greedy
+                generation, except where the two highest logits differ only by rounding. With
+                `return_dict_in_generate`, the result is a [`NeuroFlowLosslessOutput`] with counts.
 
         Raises:
             ValueError: with `lossless`, for sampling, beams, several sequences, and caches that cannot be cropped;
                 for `stop_strings` without a tokenizer.
         """
         if lossless is None or lossless is False:
-            return super().generate(inputs, generation_config, *args, **kwargs)
+            return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]  # wants a Protocol
         options = NeuroFlowLosslessConfig.from_options(lossless, self.config.lossless)
         for name in ("custom_generate", "assistant_model"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` and `lossless` are two ways to decode; pass one of them.")
-        # transformers passes a decoding method from outside neither the streamer, which it gives the prompt, nor the
-        # tokenizer, which `stop_strings` need
+        # transformers gives a custom decoding method neither the streamer nor, for `stop_strings`, the tokenizer
         decode = functools.partial(decode_losslessly, options=options, streamer=kwargs.get("streamer"))
         strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
         defaults = self.generation_config if generation_config is None else generation_config
@@ -286,15 +323,18 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
             generation_config.stop_strings = None
         if strings is not None:
             if tokenizer is None:
-                raise ValueError("`stop_strings` need the tokenizer; pass `tokenizer=` too.")
+                raise ValueError("`stop_strings` need the tokenizer; pass `tokenizer=`, too.")
             criterion = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
             kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
-        return super().generate(inputs, generation_config, *args, custom_generate=decode, **kwargs)
+        return super().generate(  # type: ignore[misc]
+            inputs, generation_config, *args, custom_generate=decode, **kwargs
+        )
 
-    def _get_candidate_generator(self, *args, **kwargs):
-        """As transformers' method; an `assistant_model` is not given this model's bypass options, it has its own."""
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        """As transformers' method, without this model's bypass options: an `assistant_model` has its own."""
         model_kwargs = {name: value for name, value in kwargs["model_kwargs"].items() if name != "bypass"}
-        return super()._get_candidate_generator(*args, **(kwargs | {"model_kwargs": model_kwargs}))
+        kwargs |= {"model_kwargs": model_kwargs}
+        return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
 
 
 CONFIGURATION, MODELING = "configuration_neuroflow_phi3", "modeling_neuroflow_phi3"

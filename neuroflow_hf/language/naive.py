@@ -6,9 +6,10 @@ Reading this file is the shortest way to learn what the bypass does.
 """
 
 import math
+from typing import cast
 
 import torch
-from torch import nn
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCausalLM
 
 from .bypass_config import NeuroFlowBypassConfig
 
@@ -23,7 +24,7 @@ def naive_similarity(now: torch.Tensor | None, before: torch.Tensor | None) -> f
 
 
 def naive_turn(vector: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """A head's query or key [head_dim], turned by its position: its first entries, as many as there are angles."""
+    """A head's query or key [head_dim], rotated by its position: its first entries, as many as there are angles."""
     turned, half = vector.clone(), len(cosines) // 2
     for i in range(half):
         a, b = vector[i], vector[i + half]
@@ -37,24 +38,25 @@ class NaiveBypass:
     One sequence through a language model with a bypass.
 
     Args:
-        model: a `NeuroFlowPhi3ForCausalLM`.
+        model: the model, whose layers are called one by one.
         options: resolved.
     """
 
-    def __init__(self, model: nn.Module, options: NeuroFlowBypassConfig):
+    def __init__(self, model: Phi3ForCausalLM, options: NeuroFlowBypassConfig):
         self.model, self.options = model, options
-        num_layers = len(model.model.layers)
+        self.layers = cast(list[Phi3DecoderLayer], list(model.model.layers))
+        num_layers = len(self.layers)
         # all of these have one entry per position
         self.keys: list[list[list[torch.Tensor]]] = [[] for _ in range(num_layers)]  # by layer, position, head
         self.values: list[list[list[torch.Tensor]]] = [[] for _ in range(num_layers)]
         self.gate: list[torch.Tensor | None] = []
         self.similarity: list[float] = []
         self.bypassed: list[bool] = []
-        self.confidence: list[tuple[float, float]] = []  # margin and entropy of what the head said there
+        self.confidence: list[tuple[float, float]] = []  # margin and entropy of the head's prediction
         self.stored: dict[str, list[torch.Tensor]] = {}
 
     def feed(self, tokens: list[int]) -> torch.Tensor:
-        """Feed new tokens; the logits after each of them [n, V]."""
+        """Feed new tokens and return the logits after each of them, [n, V]."""
         start, options = len(self.gate), self.options
         may_bypass = len(tokens) == 1 and start > 0
         similarity, bypasses = math.nan, False
@@ -62,26 +64,23 @@ class NaiveBypass:
             similarity = naive_similarity(self.gate[-1], self.gate[-2] if start > 1 else None)
             bypasses = self.decides(similarity)
         hidden = [self.model.model.embed_tokens.weight[token] for token in tokens]
-        for index, layer in enumerate(self.model.model.layers):
-            is_cache_layer = index in options.cache_layers
+        for index, layer in enumerate(self.layers):
+            is_cache_layer = index in options.layers
             after = []
             for offset, vector in enumerate(hidden):
                 reuses = bypasses and is_cache_layer and options.skips_attention
-                attended = self.attend(index, layer, layer.input_layernorm(vector), start + offset, reuses)
-                if is_cache_layer and options.skips_attention:
-                    attended = self.keep(f"attention.{index}", attended)
+                computed = self.attend(index, layer.input_layernorm(vector), start + offset, reuses)
+                attended = self.keep(f"attention.{index}", computed)
                 if index == options.gate_layer:
                     if may_bypass and not options.is_inverted:
                         similarity = naive_similarity(attended, self.gate[-1])
                         bypasses = self.decides(similarity)
                     self.gate.append(None if reuses else attended)
                 vector = vector + attended
-                output = None
+                computed = None
                 if not (bypasses and is_cache_layer and options.skips_mlp):
-                    output = layer.mlp(layer.post_attention_layernorm(vector))
-                if is_cache_layer and options.skips_mlp:
-                    output = self.keep(f"mlp.{index}", output)
-                after.append(vector + output)
+                    computed = layer.mlp(layer.post_attention_layernorm(vector))
+                after.append(vector + self.keep(f"mlp.{index}", computed))
             hidden = after
         logits = [self.model.lm_head(self.model.model.norm(vector)) for vector in hidden]
         self.similarity += [similarity] * len(tokens)
@@ -95,7 +94,7 @@ class NaiveBypass:
     def decides(self, similarity: float) -> bool:
         """Whether the step that is being computed bypasses the cache layers."""
         options, (margin, entropy) = self.options, self.confidence[-1]
-        fires = options.threshold == -1 or similarity >= options.threshold  # NaN is not
+        fires = options.threshold == -1 or similarity >= options.threshold  # False for NaN
         if options.max_consecutive is not None:
             recent = self.bypassed[-options.max_consecutive :]
             fires = fires and not (len(recent) == options.max_consecutive and all(recent))
@@ -106,17 +105,16 @@ class NaiveBypass:
         return fires
 
     def keep(self, name: str, output: torch.Tensor | None) -> torch.Tensor:
-        """Store an output; if it was not computed, the one of the position before."""
+        """Store and return an output; if it was not computed, that of the position before."""
         positions = self.stored.setdefault(name, [])
         positions.append(positions[-1] if output is None else output)
         return positions[-1]
 
-    def attend(
-        self, index: int, layer: nn.Module, vector: torch.Tensor, position: int, reuses: bool
-    ) -> torch.Tensor | None:
-        """A position's attention output [D]; None if a stored one is reused. Its key and value are written anyhow."""
-        attention, config = layer.self_attn, self.model.config
-        size, num_heads, num_keys = attention.head_dim, config.num_attention_heads, config.num_key_value_heads
+    def attend(self, index: int, vector: torch.Tensor, position: int, reuses: bool) -> torch.Tensor | None:
+        """A position's attention output [D]; None if a stored one is reused. Key and value are written in any case."""
+        attention, config = self.layers[index].self_attn, self.model.config
+        size, num_heads = attention.head_dim, config.num_attention_heads
+        num_keys = config.num_key_value_heads or num_heads
         cosines, sines = self.model.model.rotary_emb(vector.view(1, 1, -1), torch.tensor([[position]]))
         projected = attention.qkv_proj(vector).view(-1, size)
         queries, keys, values = projected.split([num_heads, num_keys, num_keys])
@@ -137,15 +135,8 @@ class NaiveBypass:
             )
         return attention.o_proj(torch.cat(heads))
 
-    def crop(self, length: int):
+    def crop(self, length: int) -> None:
         """Forget all positions from `length` on."""
-        for positions in (
-            *self.keys,
-            *self.values,
-            self.gate,
-            self.similarity,
-            self.bypassed,
-            self.confidence,
-            *self.stored.values(),
-        ):
+        by_position: list[list] = [*self.keys, *self.values, *self.stored.values()]
+        for positions in (*by_position, self.gate, self.similarity, self.bypassed, self.confidence):
             del positions[length:]

@@ -4,18 +4,29 @@ Greedy generation that verifies drafts: one cache, one forward for many tokens, 
 The same loop decodes without drafts, so that the gain of drafts can be told from the gain of a lean loop.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria
+from transformers import (
+    Cache,
+    DynamicCache,
+    EosTokenCriteria,
+    GenerationConfig,
+    MaxLengthCriteria,
+    Phi3ForCausalLM,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import LogitsProcessorList, logits_process
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .bypass_config import NEVER
+from .bypass_config import NEVER, NeuroFlowBypassConfig
 from .bypass_state import find_state
-from .draft_policy import Drafts
+from .draft_policy import Drafts, DraftWithBypass
 from .layer_skip import LayerChanges
 from .lossless_config import NeuroFlowLosslessConfig
 
@@ -30,6 +41,8 @@ STATELESS_PROCESSORS = (
     logits_process.SequenceBiasLogitsProcessor,
     logits_process.SuppressTokensLogitsProcessor,
 )
+Bypass = NeuroFlowBypassConfig | bool  # False for none
+Choose = Callable[[torch.Tensor, list[int]], int]  # `(logits [1, V], drafted so far) -> token`
 
 
 @dataclass
@@ -77,29 +90,36 @@ class DecodingState:
         model_kwargs: arguments for the forward, from `generate`: cache, attention mask, positions, embeddings, others.
     """
 
-    def __init__(self, model, options: NeuroFlowLosslessConfig, input_ids: torch.Tensor, model_kwargs: dict):
+    def __init__(
+        self,
+        model: Phi3ForCausalLM,
+        options: NeuroFlowLosslessConfig,
+        input_ids: torch.Tensor,
+        model_kwargs: dict,
+    ):
         self.model, self.options, self.device = model, options, input_ids.device
         self.tokens: list[int] = input_ids[0].tolist()
         self.input_ids = input_ids
-        self.cache = model_kwargs["past_key_values"]
+        self.cache: Cache = model_kwargs["past_key_values"]
         self.model_kwargs = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}
         self.attention_mask: torch.Tensor | None = None  # [1, cache length after the prompt]; None without padding
         self.first_position: int | None = None  # of the cache's first entry, negative after padding; None: 0
         self.forward_kwargs: dict = {}
-        self.draft_bypass = self.check_bypass = False
-        self.changes = None
+        self.draft_bypass: Bypass = False
+        self.check_bypass: Bypass = False
+        self.changes: LayerChanges | None = None
         bypass = options.draft_bypass(model.config.num_hidden_layers)
         if options.drafter == "bypass":
             if bypass.passes_over_layers:
-                self.changes = LayerChanges(bypass.cache_layers, options.reuse)
+                self.changes = LayerChanges(bypass.layers, options.reuse)
             else:
                 self.draft_bypass = bypass
                 self.check_bypass = replace(bypass, threshold=NEVER)  # remembers what drafts will reuse
         # long RoPE: the number of positions up to which the frequencies are the short ones
-        is_long = model.config.rope_parameters["rope_type"] == "longrope"
+        is_long = cast(dict, model.config.rope_parameters)["rope_type"] == "longrope"
         self.switch = model.config.original_max_position_embeddings if is_long else None
 
-    def forward(self, inputs: dict, keep: int, bypass) -> torch.Tensor:
+    def forward(self, inputs: dict, keep: int, bypass: Bypass) -> torch.Tensor:
         """The logits of the last `keep` tokens fed, [keep, V]."""
         inputs |= {"use_cache": True, "logits_to_keep": keep, "bypass": bypass, "return_dict": True}
         if self.changes is not None:
@@ -149,7 +169,7 @@ class DecodingState:
         }
         return self.forward(inputs, 1, self.check_bypass)
 
-    def feed(self, tokens: list[int], keep: int, bypass) -> torch.Tensor:
+    def feed(self, tokens: list[int], keep: int, bypass: Bypass) -> torch.Tensor:
         """Feed tokens after what the cache holds; the logits after the last `keep` of them, [keep, V]."""
         end = self.cache.get_seq_length() + len(tokens)
         inputs = {
@@ -188,12 +208,12 @@ class DecodingState:
                     limit = min(limit, self.switch - fed)
         return limit
 
-    def draft(self, token: int, length: int, choose, ends: set[int]) -> list[int]:
+    def draft(self, token: int, length: int, choose: Choose, ends: set[int]) -> list[int]:
         """
         Up to `length` tokens that the bypassed model generates after `token`. The cache is left as it was.
 
         Args:
-            choose: `(logits [1, V], drafted so far) -> token`.
+            choose: chooses a token by its logits.
             ends: tokens that end a text.
         """
         drafted: list[int] = []
@@ -214,7 +234,7 @@ class DecodingState:
                 vars(layer).update(fields)
         if self.changes is not None:
             self.changes.is_drafting = False
-        else:
+        elif state is not None:
             state.crop(-len(drafted))
         return drafted
 
@@ -225,7 +245,7 @@ class DecodingState:
         record_past(self.cache, bool(drafted))
         return self.feed([self.tokens[-1], *drafted], len(drafted) + 1, self.check_bypass)
 
-    def take_back(self, length: int):
+    def take_back(self, length: int) -> None:
         """Remove the last positions from the cache, so that it holds all tokens but the last."""
         if self.changes is not None:
             self.changes.last = -1 - length
@@ -239,11 +259,11 @@ class Stop:
     Where a text ends. Maximum length and end tokens are compared on the host, other criteria are called.
 
     Args:
-        criteria: a `StoppingCriteriaList`.
+        criteria: those of `generate`.
         device: the device of the tensors for other criteria.
     """
 
-    def __init__(self, criteria, device: torch.device):
+    def __init__(self, criteria: StoppingCriteriaList, device: torch.device):
         self.device = device
         self.max_length = min(c.max_length for c in criteria if type(c) is MaxLengthCriteria)
         self.ends: set[int] = set()
@@ -264,7 +284,7 @@ class Stop:
         return ends or any(found)
 
 
-def record_past(cache, wanted: bool):
+def record_past(cache: Cache, wanted: bool) -> None:
     """Make sliding-window layers keep more than their window, so that they can be cropped; or stop that."""
     for layer in cache.layers:
         if hasattr(layer, "record_past"):
@@ -272,15 +292,15 @@ def record_past(cache, wanted: bool):
 
 
 def decode_losslessly(
-    model,
+    model: Phi3ForCausalLM,
     input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
-    stopping_criteria,
-    generation_config,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
     options: NeuroFlowLosslessConfig,
-    streamer=None,
-    make_drafts=Drafts,
-    **model_kwargs,
+    streamer: BaseStreamer | None = None,
+    make_drafts: Callable[[NeuroFlowLosslessConfig, DraftWithBypass], Drafts] = Drafts,
+    **model_kwargs: Any,
 ) -> torch.Tensor | NeuroFlowLosslessOutput:
     """
     The decoding method of `generate(..., lossless=...)`; arguments as those of transformers' own, and
@@ -302,7 +322,7 @@ def decode_losslessly(
     stateless = LogitsProcessorList([p for p in logits_processor if type(p) in STATELESS_PROCESSORS])
 
     def choose(logits: torch.Tensor, drafted: list[int]) -> int:
-        return score(logits, stateless, tokens + drafted).argmax(dim=-1).item()
+        return int(score(logits, stateless, tokens + drafted).argmax(dim=-1))
 
     def draft_with_bypass(token: int, length: int) -> list[int]:
         drafted = sequence.draft(token, length, choose, stop.ends)
@@ -311,15 +331,16 @@ def decode_losslessly(
 
     drafts = make_drafts(options, draft_with_bypass)
     wants = generation_config.return_dict_in_generate
-    kept_scores = [] if wants and generation_config.output_scores else None
-    kept_logits = [] if wants and generation_config.output_logits else None
-    logits, drafted = sequence.feed_prompt(length_to_feed(input_ids, generation_config, model_kwargs)), []
+    kept_scores: list[torch.Tensor] | None = [] if wants and generation_config.output_scores else None
+    kept_logits: list[torch.Tensor] | None = [] if wants and generation_config.output_logits else None
+    logits = sequence.feed_prompt(length_to_feed(input_ids, generation_config, model_kwargs))
+    drafted: list[int] = []
     while True:
         choices = None if logits_processor else logits.argmax(dim=-1).tolist()
         new, accepted, ended = 0, 0, False
         while accepted == new <= len(drafted) and not ended:  # row `new` is that of a kept token
             scores = score(logits[new : new + 1], logits_processor, tokens)
-            tokens.append(scores.argmax(dim=-1).item() if choices is None else choices[new])
+            tokens.append(int(scores.argmax(dim=-1)) if choices is None else choices[new])
             if kept_scores is not None:
                 kept_scores.append(scores.float())
             if kept_logits is not None:
@@ -347,9 +368,9 @@ def decode_losslessly(
     if not wants:
         return sequences
     return NeuroFlowLosslessOutput(
-        sequences=sequences,
-        scores=None if kept_scores is None else tuple(kept_scores),
-        logits=None if kept_logits is None else tuple(kept_logits),
+        sequences=sequences,  # type: ignore[arg-type]  # transformers' annotations: no tensor is a `LongTensor`,
+        scores=None if kept_scores is None else tuple(kept_scores),  # type: ignore[arg-type]  # and one score a text
+        logits=None if kept_logits is None else tuple(kept_logits),  # type: ignore[arg-type]
         past_key_values=sequence.cache,
         lossless=counts,
     )
@@ -360,10 +381,10 @@ def score(logits: torch.Tensor, processors: LogitsProcessorList, tokens: list[in
     if not processors:
         return logits
     ids = torch.tensor([tokens], device=logits.device)
-    return processors(ids, logits.to(torch.float32, copy=True))
+    return processors(ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]  # `LongTensor`
 
 
-def length_to_feed(input_ids: torch.Tensor, generation_config, model_kwargs: dict) -> int | None:
+def length_to_feed(input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> int | None:
     """
     How many of the last tokens or embeddings of the prompt the cache does not hold; None for all of them. With a
     continued cache, `generate` takes the whole text, or its new tokens with the mask of the whole text.
@@ -376,7 +397,7 @@ def length_to_feed(input_ids: torch.Tensor, generation_config, model_kwargs: dic
     return input_ids.shape[1] - held if mask_length == input_ids.shape[1] else None
 
 
-def refuse_unsupported(input_ids: torch.Tensor, generation_config, model_kwargs: dict):
+def refuse_unsupported(input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> None:
     """Raise a ValueError that says what to do instead for what lossless generation cannot do."""
     if generation_config.do_sample:
         raise ValueError(
@@ -412,7 +433,7 @@ def refuse_unsupported(input_ids: torch.Tensor, generation_config, model_kwargs:
     require_croppable(model_kwargs["past_key_values"])
 
 
-def require_croppable(cache):
+def require_croppable(cache: Cache) -> None:
     """Raise a ValueError for a cache from which positions cannot be removed."""
     croppable = (DynamicLayer, DynamicSlidingWindowLayer)
     if cache.offloading or not all(type(c) in croppable or hasattr(c, "is_bypass_state") for c in cache.layers):
