@@ -23,6 +23,8 @@ REUSED_BRIGHTNESS = 0.42
 LEGEND = "full colour, outlined: encoded on this frame      dark grey: reused from memory"
 OBJECTS_LEGEND = LEGEND + "      blue box: moves"
 
+Rows = Sequence[Sequence[tuple[str, str]]]  # of a caption, each with its columns, (label, value)
+
 # Seconds in an overlay's unit of time: a frame at all common rates is a whole number of it. MPEG-4 takes none shorter.
 TICK = Fraction(1, 60000)
 # Sides of an overlay frame in pixels: small clips are enlarged until a caption fits, large ones need not be larger.
@@ -34,7 +36,7 @@ LEAST_WIDTH, MOST_SIDE = 480, 960
 
 def patch_pixels(mask: np.ndarray, height: int, width: int, covered: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
     """
-    A patch mask, enlarged to the picture that the patches were cut from.
+    A patch mask at the size of the picture that the patches were cut from.
 
     Args:
         mask: bool [grid_h, grid_w].
@@ -170,37 +172,9 @@ def caption_strip(width: int, fields: Sequence[tuple[str, str]], size: int) -> n
     return np.asarray(strip)
 
 
-def captioned(picture: np.ndarray, rows: Sequence[Sequence[tuple[str, str]]], size: int) -> np.ndarray:
+def captioned(picture: np.ndarray, rows: Rows, size: int) -> np.ndarray:
     """A picture uint8 RGB [H, W, 3] above a `caption_strip` for each row of fields; uint8 RGB [H', W, 3]."""
     return np.concatenate([picture, *(caption_strip(picture.shape[1], fields, size) for fields in rows)])
-
-
-def overlay_frame(
-    image: np.ndarray,
-    mask: np.ndarray,
-    rows: Sequence[Sequence[tuple[str, str]]],
-    covered: tuple[float, float] = (1.0, 1.0),
-    boxes: Sequence[tuple[int, int, int, int]] = (),
-    captions: Sequence[str] = (),
-) -> np.ndarray:
-    """
-    A frame of the overlay video: the marked picture above its caption.
-
-    Args:
-        image: uint8 RGB [H, W, 3] as it came out of the video.
-        mask: bool [grid_h, grid_w], the patches that were encoded.
-        rows: of the caption, each with its columns, (label, value).
-        covered: as in `patch_pixels`.
-        boxes, captions: of what moves, as in `outline_objects`, in pixels of `image`.
-
-    Returns:
-        uint8 RGB [H', W', 3] with even sides, the same ones for all frames of a video that have as many rows.
-    """
-    width = overlay_size(*image.shape[:2])[1]
-    picture = marked_picture(image, mask, covered, boxes, captions)
-    missing = max(0, LEAST_WIDTH - width)  # a narrow video gets margins, so that its caption stays legible
-    picture = np.pad(picture, ((0, 0), (missing // 2, missing - missing // 2), (0, 0)))
-    return captioned(picture, rows, size=round(picture.shape[1] / 48))
 
 
 def marked_picture(
@@ -210,14 +184,35 @@ def marked_picture(
     boxes: Sequence[tuple[int, int, int, int]] = (),
     captions: Sequence[str] = (),
 ) -> np.ndarray:
-    """A frame at its `overlay_size` with what was encoded, and boxes around what moves; arguments as above."""
+    """
+    A frame at its `overlay_size` with what was encoded, and boxes around what moves.
+
+    Args:
+        image: uint8 RGB [H, W, 3] as it came out of the video.
+        mask: bool [grid_h, grid_w], the patches that were encoded.
+        covered: as in `patch_pixels`.
+        boxes, captions: of what moves, as in `outline_objects`, in pixels of `image`.
+
+    Returns:
+        uint8 RGB [H', W', 3].
+    """
     height, width = overlay_size(*image.shape[:2])
     picture = mark_encoded(resize(image, height, width), mask, covered)
     return outline_objects(picture, boxes, captions, width / image.shape[1]) if boxes else picture
 
 
+def overlay_frame(picture: np.ndarray, rows: Rows) -> np.ndarray:
+    """
+    A frame of the overlay video: a `marked_picture` above its caption; uint8 RGB [H, W, 3] with even sides, the same
+    ones for all frames of a video that have as many rows.
+    """
+    missing = max(0, LEAST_WIDTH - picture.shape[1])  # a narrow video gets margins, so that its caption stays legible
+    picture = np.pad(picture, ((0, 0), (missing // 2, missing - missing // 2), (0, 0)))
+    return captioned(picture, rows, size=round(picture.shape[1] / 48))
+
+
 def contact_sheet(
-    cells: Sequence[tuple[np.ndarray, Sequence[Sequence[tuple[str, str]]]]],
+    cells: Sequence[tuple[np.ndarray, Rows]],
     title: str,
     cell_width: int = 480,
     columns: int = 4,
@@ -273,8 +268,8 @@ def sheet_header(width: int, title: str, legend: str, margin: int) -> Image.Imag
 
 class SheetCells:
     """
-    Keeps about evenly spaced cells of a run whose length is not known, in bounded memory: whenever twice as many as
-    wanted are held, every second one is dropped and from then on only every second one offered is taken.
+    Keeps evenly spaced cells of a run of unknown length: whenever more than four times as many as wanted are held,
+    every second one is dropped, and from then on only every second one offered is taken.
 
     Args:
         wanted: how many cells `evenly` gives at most.
@@ -284,10 +279,10 @@ class SheetCells:
         self.wanted = wanted
         self.step = 1
         self.offered = 0
-        self.cells: list[tuple[np.ndarray, Sequence[Sequence[tuple[str, str]]]]] = []
+        self.cells: list[tuple[np.ndarray, Rows]] = []
 
-    def offer(self, picture: np.ndarray, rows: Sequence[Sequence[tuple[str, str]]]):
-        """A candidate: uint8 RGB [H, W, 3] and the rows of its caption."""
+    def offer(self, picture: np.ndarray, rows: Rows):
+        """Take or leave a cell: uint8 RGB [H, W, 3] and the rows of its caption."""
         if self.offered % self.step == 0:
             self.cells.append((picture, rows))
         self.offered += 1
@@ -295,7 +290,7 @@ class SheetCells:
             self.cells = self.cells[::2]
             self.step *= 2
 
-    def evenly(self) -> list[tuple[np.ndarray, Sequence[Sequence[tuple[str, str]]]]]:
+    def evenly(self) -> list[tuple[np.ndarray, Rows]]:
         """At most `wanted` of the kept cells, evenly spaced, the first and the last among them."""
         count = min(self.wanted, len(self.cells))
         places = np.round(np.linspace(0, len(self.cells) - 1, count)).astype(int)

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["Preprocessor"]
 
@@ -18,10 +21,9 @@ _RESAMPLE_MODES = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic
 class Preprocessor:
     """Turns RGB frames into SigLIP pixel values: resize, rescale, normalise.
 
-    Gives what Hugging Face's image processor gives for the same settings, without passing through PIL. The resized
-    image is rounded to whole grey levels as PIL rounds it; a few values in a thousand (2 in 100 for some bilinear
-    ratios) round to the next level, because torch keeps its filter weights in fewer bits. All frames go through the
-    same arithmetic, so unchanged input pixels give unchanged pixel values.
+    Gives what Hugging Face's image processor gives for the same settings, without PIL. The resized image is rounded to
+    whole grey levels as in PIL. A few values in a thousand (2 in 100 for some bilinear ratios) round to another level,
+    because torch keeps its filter weights in fewer bits. Unchanged input pixels give unchanged pixel values.
 
     The horizontal pass comes first, as in torchvision and Pillow up to 12. Pillow 13 starts with the vertical pass
     where the height shrinks more (tall frames), which rounds differently around hard edges.
@@ -103,14 +105,14 @@ class Preprocessor:
 
     def __call__(
         self,
-        image: np.ndarray | torch.Tensor,
+        image: "np.ndarray | torch.Tensor | Image",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> torch.Tensor:
         """Pixel values of one frame.
 
         Args:
-            image: uint8 RGB [H, W, 3].
+            image: uint8 RGB [H, W, 3], or a PIL image in mode RGB.
             dtype: of the result; the arithmetic is float32 before.
             device: of the result; None is the CPU. The resize runs on the CPU and bytes are what is copied.
 
@@ -138,9 +140,9 @@ class Preprocessor:
         offset = pixels.new_tensor(offset).view(1, 3, 1, 1)
         return torch.addcmul(offset, pixels, scale, out=pixels).to(dtype)
 
-    def resize(self, image: np.ndarray | torch.Tensor) -> torch.Tensor:
+    def resize(self, image: "np.ndarray | torch.Tensor | Image") -> torch.Tensor:
         """The first step alone: uint8 RGB [H, W, 3] to uint8 [1, 3, R, R] on the CPU, in any memory layout."""
-        if isinstance(image, np.ndarray):
+        if not isinstance(image, torch.Tensor):
             # from_numpy takes neither negative strides nor read-only memory
             image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:

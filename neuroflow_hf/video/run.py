@@ -231,12 +231,14 @@ class RunPictures:
         label_rows = [] if self.names is None else [label_caption(record, self.names)]
         objects = record.objects or ()
         boxes, texts = [line["box"] for line in objects], [object_caption(line) for line in objects]
-        if is_sampled or not self.only_sampled:
+        on_sheet = is_sampled or not self.only_sampled
+        if on_sheet or self.writer is not None:
             picture = marked_picture(image, mask, self.covered, boxes, texts)
+        if on_sheet:
             self.cells.offer(picture, [caption(record, self.sample, short=True), *label_rows])
         if self.writer is not None:
             rows = [caption(record, self.sample), *label_rows]
-            self.writer.write(overlay_frame(image, mask, rows, self.covered, boxes, texts), record.time)
+            self.writer.write(overlay_frame(picture, rows), record.time)
 
     def close(self):
         """End the overlay video."""

@@ -278,12 +278,12 @@ def test_small_probabilities_keep_their_digits_and_long_labels_their_beginning()
 
 
 def test_the_label_s_row_lies_under_the_caption_and_does_not_change_it():
-    image, mask = np.zeros((360, 480, 3), dtype=np.uint8), np.zeros((2, 2), dtype=bool)
+    picture = np.zeros((360, 480, 3), dtype=np.uint8)
     fields = [("FRAME", "1")] * 5
-    plain = overlay_frame(image, mask, [fields])
+    plain = overlay_frame(picture, [fields])
     sizes = set()
     for name in ("a", "a label with a great many words " * 4):
-        drawn = overlay_frame(image, mask, [fields, label_caption(record(0, (2.0,)), [name])])
+        drawn = overlay_frame(picture, [fields, label_caption(record(0, (2.0,)), [name])])
         np.testing.assert_array_equal(drawn[: len(plain)], plain)
         row = drawn[len(plain) :].astype(int)
         ink = (row - row[0, 0]).any(-1)

@@ -663,9 +663,11 @@ def test_all_kinds_of_arrays_give_the_same_pixels():
     assert torch.equal(preprocess(read_only), expected)
     assert torch.equal(preprocess(image[::-1].copy()[::-1]), expected)
     assert torch.equal(preprocess(torch.from_numpy(image)), expected)
+    assert torch.equal(preprocess(Image.fromarray(image)), expected)
     assert torch.equal(preprocess(image, dtype=torch.bfloat16), expected.bfloat16())
     assert preprocess(image, device="meta").device.type == "meta"
-    for wrong in (image.astype(np.float32), image[..., :1], image[None], image[:0]):
+    grey = Image.fromarray(image).convert("L")
+    for wrong in (image.astype(np.float32), image[..., :1], image[None], image[:0], grey):
         with pytest.raises(ValueError, match="uint8 RGB frame"):
             preprocess(wrong)
 

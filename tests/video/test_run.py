@@ -19,6 +19,7 @@ from neuroflow_hf.video.overlay import (
     caption_strip,
     contact_sheet,
     mark_encoded,
+    marked_picture,
     overlay_frame,
     overlay_size,
     patch_pixels,
@@ -297,8 +298,9 @@ def test_the_border_lies_inside_and_closes_at_the_edge():
 
 @pytest.mark.parametrize("size", [(576, 768), (32, 48), (2160, 3840), (999, 401), (48, 1000)])
 def test_overlay_frames_have_even_sides_and_one_size(size):
+    picture = marked_picture(np.zeros((*size, 3), dtype=np.uint8), np.zeros((2, 2), dtype=bool))
     frames = [
-        overlay_frame(np.zeros((*size, 3), dtype=np.uint8), np.zeros((2, 2), dtype=bool), [[("LABEL", text)] * 5])
+        overlay_frame(picture, [[("LABEL", text)] * 5])
         for text in ("1", "a value that is much too long for its column")
     ]
     assert frames[0].shape == frames[1].shape
