@@ -1,12 +1,13 @@
 """Labels of a run: per frame, over time, and compared with dense and the baselines. Pure functions."""
 
+import operator
 from collections.abc import Sequence
 from itertools import groupby
 
 import torch
 
 from .labels import Labels
-from .records import FrameRecord, held_pairs, mean_cost
+from .records import FrameRecord, compare_held, compare_with_dense, mean_cost
 
 MOST_CHARACTERS = 60  # of a label in pictures
 
@@ -43,28 +44,19 @@ def agreement(records: Sequence[FrameRecord], cost: float) -> dict:
     """
     How often the best label is dense's, on the sampled frames after the first (`compared_frames`): the label of the
     streamed embedding (`streamed`), of the first sample's dense embedding (`first_frame`), of the last sample's
-    (`held`), and of the baseline of at most `cost` (`held_at_cost`, see [`records.held_at_cost`]).
+    (`held`), and of the baseline of at most `cost` (`held_at_cost`, see `compare_held`).
     """
-    sampled = [record for record in records if record.dense_label_logits is not None]
-    dense = [int(record.dense_label_logits.argmax()) for record in sampled]
-    streamed = [top_label(record) for record in sampled]
-    found = {
-        "compared_frames": max(0, len(sampled) - 1),
-        "streamed": count_same(streamed[1:], dense[1:]),
-        "first_frame": count_same(dense[:1] * len(dense[1:]), dense[1:]),
-        "held": count_same(dense[:-1], dense[1:]),
-        "held_at_cost": None,
+    compared = list(compare_with_dense(records, best_labels, operator.eq).values())[1:]
+    found: dict = {"compared_frames": len(compared)}
+    for name in ("streamed", "first_frame", "held"):
+        found[name] = sum(one[name] for one in compared)
+    held = compare_held(records, cost, best_labels, operator.eq)
+    found["held_at_cost"] = held and {
+        "every": held[0],
+        "cost": 1 / held[0],
+        "compared_frames": len(held[1]),
+        "agreed": sum(held[1]),
     }
-    held = held_pairs(records, cost)
-    if held is not None:
-        every, pairs = held
-        old, new = ([int(record.dense_label_logits.argmax()) for record in side] for side in zip(*pairs, strict=True))
-        found["held_at_cost"] = {
-            "every": every,
-            "cost": 1 / every,
-            "compared_frames": len(pairs),
-            "agreed": count_same(old, new),
-        }
     return found
 
 
@@ -112,9 +104,10 @@ def top_label(record: FrameRecord) -> int:
     return int(record.label_logits.argmax())
 
 
-def count_same(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """The number of places in which two sequences agree."""
-    return sum(a == b for a, b in zip(ours, theirs, strict=True))
+def best_labels(record: FrameRecord) -> tuple[int, int | None]:
+    """The numbers of the streamed and the dense embedding's best label."""
+    dense = record.dense_label_logits
+    return top_label(record), None if dense is None else int(dense.argmax())
 
 
 def percent(value: float) -> str:

@@ -5,10 +5,12 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 from ..utils.files import write_whole
 from .label_records import shortened
+from .records import FrameRecord, compare_with_dense
 
 OURS, CONTROL_FIRST, CONTROL_HELD, KEYFRAME = "#d97706", "#9ca3af", "#475569", "#b91c1c"
 FAMILY_COLOURS = (OURS, "#0f766e", "#7c3aed", "#be185d", "#65a30d", "#0369a1")
@@ -19,43 +21,28 @@ LEGEND_LABEL, LEGEND_WIDTH, LEGEND_ROW = 50, 120, 0.22
 LEAST_LOSS = 1e-6
 
 
-def plot_run(
-    times: Sequence[float],
-    costs: Sequence[float],
-    keyframes: Sequence[bool],
-    sampled_times: Sequence[float],
-    fidelity: dict[str, Sequence[float]],
-    title: str,
-    labels: dict[str, Sequence[float]] | None = None,
-) -> Figure:
+def plot_run(records: Sequence[FrameRecord], title: str, names: Sequence[str] = ()) -> Figure:
     """
-    Panels over time: the cost of every frame; the cosine to dense on sampled frames, beside the baselines; and with
-    labels, their confidence on every frame.
-
-    Args:
-        times: of the frames, in seconds.
-        costs: of the frames, relative to dense.
-        keyframes: whether all patches were encoded, for each frame.
-        sampled_times: of the frames that were compared with dense; without any, their panel is left out.
-        fidelity: cosines to dense on these frames: `"streamed"`, `"first_frame"` and `"held"`.
-        title: one line.
-        labels: by name, the confidence on each frame.
+    Panels over time: the cost of every frame; the cosine to dense on sampled frames, beside the baselines; and each
+    label's confidence on every frame. Without samples or labels, their panel is left out.
 
     Returns:
         A figure outside pyplot, which need not be closed.
     """
-    compared, labelled = len(sampled_times) > 0, bool(labels)
-    columns = legend_columns(labels or {})
-    legend_height = LEGEND_ROW * math.ceil(min(len(labels), len(LABEL_COLOURS) + 1) / columns) if labelled else 0
-    size = 10, 3.2 + 2.4 * compared + 2.4 * labelled + legend_height
+    compared, labelled = compare_with_dense(records), len(names) > 0
+    columns = legend_columns(names)
+    legend_height = LEGEND_ROW * math.ceil(min(len(names), len(LABEL_COLOURS) + 1) / columns)
+    size = 10, 3.2 + 2.4 * bool(compared) + 2.4 * labelled + legend_height
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1 + compared + labelled, 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(1 + bool(compared) + labelled, 1, sharex=True, squeeze=False)[:, 0]
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", parse_math=False)
-    draw_cost(panels[0], times, costs, keyframes)
+    draw_cost(panels[0], records)
     if compared:
-        draw_fidelity(panels[1], sampled_times, fidelity)
+        draw_fidelity(panels[1], [records[place].time for place in compared], list(compared.values()))
     if labelled:
-        draw_labels(panels[-1], times, labels)
+        scores = torch.stack([record.label_logits for record in records]).sigmoid()
+        confidences = dict(zip(names, scores.T.tolist(), strict=True))
+        draw_labels(panels[-1], [record.time for record in records], confidences)
     for panel in panels:
         panel.grid(axis="y", color="#e5e7eb", linewidth=0.8)
         panel.set_axisbelow(True)
@@ -68,33 +55,30 @@ def plot_run(
     return figure
 
 
-def draw_cost(panel, times: Sequence[float], costs: Sequence[float], keyframes: Sequence[bool]):
+def draw_cost(panel, records: Sequence[FrameRecord]):
     """Cost of every frame as a filled curve, keyframes as points."""
+    times, costs = [record.time for record in records], [record.cost for record in records]
     panel.fill_between(times, costs, color=OURS, alpha=0.25, linewidth=0)
     panel.plot(times, costs, color=OURS, linewidth=1.6, label="cost of each frame")
-    at = [(time, cost) for time, cost, keyframe in zip(times, costs, keyframes, strict=True) if keyframe]
-    if at and len(at) < len(costs):
-        panel.plot(*zip(*at, strict=True), "o", color=KEYFRAME, markersize=5, label="keyframe", clip_on=False)
+    keyframes = [(record.time, record.cost) for record in records if record.keyframe]
+    if keyframes and len(keyframes) < len(records):
+        panel.plot(*zip(*keyframes, strict=True), "o", color=KEYFRAME, markersize=5, label="keyframe", clip_on=False)
     panel.axhline(1, color="#111827", linewidth=1, linestyle=(0, (4, 3)), label="dense")
     panel.set_ylim(0, max(1.08, 1.05 * max(costs)))
     panel.set_ylabel("cost (share of dense)")
 
 
-def draw_fidelity(panel, times: Sequence[float], fidelity: dict[str, Sequence[float]]):
+def draw_fidelity(panel, times: Sequence[float], cosines: Sequence[dict[str, float]]):
     """Cosine to dense on the sampled frames; the baselines as thin lines."""
     marks = {"marker": "o", "markersize": 3.5} if len(times) <= 120 else {}
-    panel.plot(times, fidelity["streamed"], color=OURS, linewidth=1.8, label="streamed", zorder=3, **marks)
-    panel.plot(
-        times, fidelity["first_frame"], color=CONTROL_FIRST, linewidth=1.1, label="baseline: first frame repeated"
-    )
-    panel.plot(
-        times,
-        fidelity["held"],
-        color=CONTROL_HELD,
-        linewidth=1.1,
-        linestyle=(0, (3, 2)),
-        label="baseline: last dense sample held",
-    )
+    styles = {
+        "streamed": {"color": OURS, "linewidth": 1.8, "label": "streamed", "zorder": 3, **marks},
+        "first_frame": {"color": CONTROL_FIRST, "linewidth": 1.1, "label": "baseline: first frame repeated"},
+        "held": {"color": CONTROL_HELD, "linewidth": 1.1, "label": "baseline: last dense sample held"},
+    }
+    styles["held"]["linestyle"] = (0, (3, 2))
+    for name, style in styles.items():
+        panel.plot(times, [values[name] for values in cosines], **style)
     panel.set_ylabel("cosine to dense")
 
 

@@ -1,11 +1,12 @@
 """The record of each frame of a run, and its figures and captions. Pure functions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from ..vision.gate_config import NeuroFlowGateConfig
@@ -36,11 +37,11 @@ class FrameRecord:
     patches: int
     cost: float
     milliseconds: float
-    embedding: torch.Tensor
-    dense_embedding: torch.Tensor | None = None
+    embedding: Tensor
+    dense_embedding: Tensor | None = None
     dense_milliseconds: float | None = None
-    label_logits: torch.Tensor | None = None
-    dense_label_logits: torch.Tensor | None = None
+    label_logits: Tensor | None = None
+    dense_label_logits: Tensor | None = None
     objects: list[dict] | None = None
 
     @property
@@ -57,52 +58,58 @@ class FrameRecord:
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
-def compare_with_dense(records: Sequence[FrameRecord]) -> dict[int, dict[str, float]]:
+def embeddings_of(record: FrameRecord) -> tuple[Tensor, Tensor | None]:
+    """The streamed and the dense output to compare."""
+    return record.embedding, record.dense_embedding
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine of two vectors [D], computed in float64."""
+    return functional.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+def compare_with_dense(
+    records: Sequence[FrameRecord], outputs: Callable = embeddings_of, similarity: Callable = cosine
+) -> dict[int, dict[str, float]]:
     """
-    Cosine to the dense embedding on each sampled frame, by the record's place: of the streamed embedding
-    (`"streamed"`), of the first sample's dense embedding (`"first_frame"`) and of the last sample's (`"held"`).
-    On the first sample, both baselines are 1.
+    Similarity to the dense output on each sampled frame, by the record's place: of the streamed output (`"streamed"`),
+    of the first sample's dense output (`"first_frame"`) and of the last sample's (`"held"`). On the first sample, both
+    baselines are dense's own.
     """
-    places = [place for place, record in enumerate(records) if record.dense_embedding is not None]
-    compared = {}
-    for before, place in zip([*places[:1], *places[:-1]], places, strict=True):
-        dense = records[place].dense_embedding
-        compared[place] = {
-            "streamed": cosine(records[place].embedding, dense),
-            "first_frame": cosine(records[places[0]].dense_embedding, dense),
-            "held": cosine(records[before].dense_embedding, dense),
-        }
+    compared, first, held = {}, None, None
+    for place, (streamed, dense) in enumerate(map(outputs, records)):
+        if dense is None:
+            continue
+        if not compared:
+            first = held = dense
+        pairs = {"streamed": streamed, "first_frame": first, "held": held}
+        compared[place] = {name: similarity(output, dense) for name, output in pairs.items()}
+        held = dense
     return compared
 
 
-def held_at_cost(records: Sequence[FrameRecord], cost: float) -> dict | None:
+def compare_held(
+    records: Sequence[FrameRecord], cost: float, outputs: Callable = embeddings_of, similarity: Callable = cosine
+) -> tuple[int, list[float]] | None:
     """
-    The baseline of at most a cost: dense on every `every`-th frame, held between. `cosine` is the spread on the
-    *oldest* frame of each hold, just before the next dense frame, so it understates the baseline. None if the video
-    is too short.
+    The baseline of at most a cost, dense on every Nth frame and held between: N, and the similarities to dense on the
+    *oldest* frame of each hold, just before the next dense frame, which understates the baseline. None if the video is
+    too short.
     """
-    held = held_pairs(records, cost)
-    if held is None:
+    sampled = {place: dense for place, (_, dense) in enumerate(map(outputs, records)) if dense is not None}
+    if len(sampled) < 2 or cost <= 0:
         return None
-    every, pairs = held
-    values = [cosine(old.dense_embedding, new.dense_embedding) for old, new in pairs]
-    return {"every": every, "cost": 1 / every, "cosine": spread(values)}
-
-
-def held_pairs(
-    records: Sequence[FrameRecord], cost: float
-) -> tuple[int, list[tuple[FrameRecord, FrameRecord]]] | None:
-    """
-    For the baseline in `held_at_cost`: the interval of its dense frames, and pairs of a sampled frame whose output is
-    held and the frame on which that output is oldest. None if the video is too short.
-    """
-    places = [place for place, record in enumerate(records) if record.dense_embedding is not None]
-    if len(places) < 2 or cost <= 0:
-        return None
+    places, dense = list(sampled), list(sampled.values())
     step = places[1] - places[0]
     samples = math.ceil(1 / (cost * step))  # from one dense frame to the next
-    pairs = [(records[old], records[new]) for old, new in zip(places[:-samples], places[samples:], strict=True)]
-    return (samples * step, pairs) if pairs else None
+    similarities = [similarity(old, new) for old, new in zip(dense[:-samples], dense[samples:], strict=True)]
+    return (samples * step, similarities) if similarities else None
+
+
+def held_at_cost(records: Sequence[FrameRecord], cost: float) -> dict | None:
+    """The baseline of `compare_held`: `every` Nth frame, its `cost`, and the spread of its `cosine`."""
+    held = compare_held(records, cost)
+    return held and {"every": held[0], "cost": 1 / held[0], "cosine": spread(held[1])}
 
 
 def mean_cost(records: Sequence[FrameRecord]) -> float:
@@ -110,24 +117,12 @@ def mean_cost(records: Sequence[FrameRecord]) -> float:
     return float(np.mean([record.cost for record in records]))
 
 
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Cosine of two vectors [D], computed in float64."""
-    return functional.cosine_similarity(a.double(), b.double(), dim=0).item()
-
-
 def spread(values: Sequence[float]) -> dict[str, float] | None:
     """Mean, median, 5th and 95th percentile, minimum and maximum; None without values."""
     if not len(values):
         return None
-    p5, median, p95 = np.percentile(values, (5, 50, 95)).tolist()
-    return {
-        "mean": float(np.mean(values)),
-        "median": median,
-        "p5": p5,
-        "p95": p95,
-        "min": float(min(values)),
-        "max": float(max(values)),
-    }
+    names, shares = ("median", "p5", "p95", "min", "max"), (50, 5, 95, 0, 100)
+    return {"mean": float(np.mean(values)), **dict(zip(names, np.percentile(values, shares).tolist(), strict=True))}
 
 
 def figures(records: Sequence[FrameRecord]) -> dict:
@@ -189,7 +184,7 @@ def frame_line(record: FrameRecord, cosines: dict[str, float] | None) -> dict:
     return line
 
 
-def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, torch.Tensor]:
+def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, Tensor]:
     """
     `embeddings` float32 [T, D], `frame_index` int64 [T] and `time` float64 [T] in seconds; with S sampled frames,
     also `dense_embeddings` [S, D] and `dense_frame_index` [S]; with L labels, also `label_scores` float32 [T, L].

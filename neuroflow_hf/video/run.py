@@ -246,29 +246,13 @@ class RunPictures:
             self.writer.close()
 
 
-def write_records(folder: Path, records: Sequence[FrameRecord], title: str, labels: Labels | None = None):
-    """Write `frames.jsonl` and `plot.png` into `folder`."""
+def write_frames(path: Path, records: Sequence[FrameRecord], labels: Labels | None = None):
+    """Write `frames.jsonl`."""
     compared = compare_with_dense(records)
     lines = [frame_line(record, compared.get(place)) for place, record in enumerate(records)]
-    confidences = None
     if labels is not None:
         lines = [line | label_line(record, labels.names) for line, record in zip(lines, records, strict=True)]
-        scores = torch.stack([record.label_logits for record in records]).sigmoid()
-        confidences = dict(zip(labels.names, scores.T.tolist(), strict=True))
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "frames.jsonl").write_text(text, encoding="utf-8")
-    figure = plot_run(
-        times=[record.time for record in records],
-        costs=[record.cost for record in records],
-        keyframes=[record.keyframe for record in records],
-        sampled_times=[records[place].time for place in compared],
-        fidelity={
-            name: [cosines[name] for cosines in compared.values()] for name in ("streamed", "first_frame", "held")
-        },
-        title=title,
-        labels=confidences,
-    )
-    save_plot(figure, folder / "plot.png")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 # --- the job -------------------------------------------------------------------------------------------------------
@@ -347,7 +331,8 @@ def run_video(
             status, message = "damaged", str(error)
 
         title = run_title(stream.gate, reader.path.name, preprocess.resolution)
-        write_records(folder, records, title, labels)
+        write_frames(folder / "frames.jsonl", records, labels)
+        save_plot(plot_run(records, title, names or ()), folder / "plot.png")
         sheet = contact_sheet(pictures.cells.evenly(), title, legend=OBJECTS_LEGEND if objects else LEGEND)
         Image.fromarray(sheet).save(folder / "contact_sheet.png", optimize=True)
         summary = {

@@ -294,11 +294,10 @@ def test_the_label_s_row_lies_under_the_caption_and_does_not_change_it():
 
 @pytest.mark.parametrize("compared", [True, False])
 def test_the_plot_has_a_panel_for_labels_only_if_there_are_some(compared):
-    times = [0.0, 0.1, 0.2]
-    fidelity = {name: times if compared else [] for name in ("streamed", "first_frame", "held")}
-    common = (times, [1, 0.2, 0.3], [True, False, False], times if compared else [], fidelity, "title")
-    assert len(plot_run(*common).axes) == 1 + compared
-    figure = plot_run(*common, labels={"costs $5": [0.1, 0.2, 0.3], "_": [0.01, 0.02, 0.0]})
+    scores = torch.tensor([(0.1, 0.01), (0.2, 0.02), (0.3, 0.001)])
+    records = [record(i, row, dense=row if compared else None) for i, row in enumerate(scores.logit().tolist())]
+    assert len(plot_run(records, "title").axes) == 1 + compared
+    figure = plot_run(records, "title", ["costs $5", "_"])
     assert len(figure.axes) == 2 + compared
     figure.canvas.draw()
     texts = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
@@ -307,8 +306,8 @@ def test_the_plot_has_a_panel_for_labels_only_if_there_are_some(compared):
 
 
 def test_of_many_labels_the_highest_are_coloured():
-    labels = {f"label {i}": [i / 100, 0.0] for i in range(30)}
-    figure = plot_run([0.0, 0.1], [1, 1], [True, False], [], {}, "title", labels)
+    records = [record(i, [factor * number for number in range(30)]) for i, factor in enumerate((0.1, 0.0))]
+    figure = plot_run(records, "title", [f"label {i}" for i in range(30)])
     figure.canvas.draw()
     panel = figure.axes[-1]
     texts = [text.get_text() for text in panel.get_legend().get_texts()]
