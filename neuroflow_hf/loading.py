@@ -96,14 +96,8 @@ def load_text_model(
     source: str | Path, dtype: torch.dtype = torch.float32, device: str = "auto", resolution: int | None = None
 ) -> tuple[NeuroFlowSiglipModel, Preprocessor, Any]:
     """
-    A model with its text tower, in evaluation mode, its preprocessing and its tokenizer.
-
-    Args:
-        source, dtype, device, resolution: as in `load_model`.
-
-    Raises:
-        ModelLoadError: as in `load_model`, and if there is no text tower or no tokenizer.
-        ValueError: as in `load_model`.
+    A model with its text tower, in evaluation mode, its preprocessing and its tokenizer. Arguments and errors are as
+    in `load_model`; also raises a ModelLoadError if there is no text tower or no tokenizer.
     """
     require_place(source)
     device = usable_device(device)
@@ -135,14 +129,8 @@ def load_model_with_labels(
     resolution: int | None = None,
 ) -> tuple[NeuroFlowSiglipVisionModel, Preprocessor, Labels]:
     """
-    As `load_model`, with labels that the checkpoint's text tower embedded. The text tower is not kept.
-
-    Args:
-        source, dtype, device, resolution: as in `load_model`.
-        names, template: as in `embed_labels`.
-
-    Raises:
-        ModelLoadError, ValueError: as in `load_text_model` and `embed_labels`.
+    As `load_model`, with labels that the checkpoint's text tower embedded. The text tower is not kept. Arguments and
+    errors are those of `load_text_model` and `embed_labels`.
     """
     check_labels(names, template)
     model, preprocess, tokenizer = load_text_model(source, dtype, device, resolution)
@@ -278,9 +266,6 @@ def load_gate(path: str | Path) -> dict:
         return NeuroFlowGateConfig.from_options(gates[0]).to_dict()
     except ValueError as error:
         raise ValueError(f"The gate in {file} cannot be used: {one_line(error)}") from error
-
-
-# --- small things --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

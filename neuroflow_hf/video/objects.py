@@ -43,12 +43,6 @@ class MovingObject:
         """The number of patches."""
         return int(self.mask.sum())
 
-    @property
-    def centre(self) -> tuple[float, float]:
-        """Mean row and column of its patches' centres, in patches."""
-        row, column = (self.mask.nonzero().float().mean(dim=0) + 0.5).tolist()
-        return row, column
-
 
 def connected_objects(mask: Tensor) -> list[list[MovingObject]]:
     """
@@ -65,18 +59,16 @@ def connected_objects(mask: Tensor) -> list[list[MovingObject]]:
     """
     if mask.ndim != 3:
         raise ValueError(f"The mask has shape {tuple(mask.shape)}; expected (streams, grid rows, grid columns).")
-    return [objects_of(regions) for regions in connected_regions(mask).cpu()]
-
-
-def objects_of(regions: Tensor) -> list[MovingObject]:
-    """The objects of one stream's numbered regions, int64 [grid_h, grid_w]."""
-    found = []
-    for number in range(1, int(regions.max()) + 1):
-        mask = regions == number
-        rows, columns = (mask.any(dim).nonzero() for dim in (1, 0))
-        box = (int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
-        found.append(MovingObject(mask, box))
-    return sorted(found, key=lambda item: -item.patches)
+    streams = []
+    for regions in connected_regions(mask).cpu():
+        objects = []
+        for number in range(1, int(regions.max()) + 1):
+            region = regions == number
+            rows, columns = (region.any(dim).nonzero() for dim in (1, 0))
+            box = (int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
+            objects.append(MovingObject(region, box))
+        streams.append(sorted(objects, key=lambda item: -item.patches))
+    return streams
 
 
 @torch.no_grad()
@@ -112,12 +104,7 @@ def with_embeddings(model: nn.Module, hidden_state: Tensor, objects: Sequence[Mo
 
 
 def with_labels(objects: Sequence[MovingObject], labels: Labels) -> list[MovingObject]:
-    """
-    Give each object its best label.
-
-    Raises:
-        ValueError: for an object without an embedding.
-    """
+    """Give each object its best label; ValueError for an object without an embedding."""
     labelled = []
     for item in objects:
         if item.embedding is None:
@@ -158,15 +145,8 @@ def pixel_box(
     item: MovingObject, height: int, width: int, covered: tuple[float, float] = (1.0, 1.0)
 ) -> tuple[int, int, int, int]:
     """
-    An object's box in a picture.
-
-    Args:
-        item: the object.
-        height, width: of the picture in pixels.
-        covered: the shares of height and width that the patches cover, as in `patch_pixels`.
-
-    Returns:
-        left, top, right, bottom in pixels; right and bottom are the first ones outside.
+    An object's box in a picture of `height` and `width` pixels: left, top, right, bottom; the last two are the first
+    ones outside. `covered` are the shares of height and width that the patches cover.
     """
     rows, columns = item.mask.shape
     down, across = covered[0] * height / rows, covered[1] * width / columns

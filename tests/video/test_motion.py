@@ -212,7 +212,6 @@ def test_objects_of_two_squares(vision):
     (objects,) = connected_objects(motion_mask(outputs[1], gate))
     assert [item.box for item in objects] == [(0, 0, 2, 2), (4, 3, 6, 5)]
     assert [item.patches for item in objects] == [4, 4]
-    assert [item.centre for item in objects] == [(1, 1), (5, 4)]
     assert torch.equal(objects[0].mask | objects[1].mask, truths[1])
 
 
