@@ -42,8 +42,8 @@ def plot_accuracy(report: dict) -> Figure:
 
 
 def title_of(report: dict) -> str:
-    """The model and the videos, as matplotlib takes them."""
-    return f"{report['model']['name']} on {report['videos']['name']}".replace("$", r"\$")
+    """The model and the videos."""
+    return f"{report['model']['name']} on {report['videos']['name']}"
 
 
 def draw_over_cost(panel, report: dict, value: Callable[[dict], float]):

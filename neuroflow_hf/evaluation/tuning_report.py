@@ -88,7 +88,8 @@ def next_steps(video: Path | None, given: dict[str, Any], config_class: str, sou
         config_class: the name of the checkpoint's configuration class.
         source: the checkpoint.
     """
-    named = [] if video is None else [str(video)]
+    # a name that begins with a dash is no option
+    named = [] if video is None else [f"./{video}" if str(video).startswith("-") else str(video)]
     options = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
     model_class = config_class.removesuffix("Config") + "Model"
     return [

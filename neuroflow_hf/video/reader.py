@@ -76,7 +76,8 @@ class Frame:
     Attributes:
         index: number of decoded frames before it, counted before `start` and `stride` are applied.
         time: seconds since the first frame; never less than the time of the frame before it.
-        image: uint8 RGB [H, W, 3], turned and mirrored as the file asks for, C-contiguous.
+        image: uint8 RGB [H, W, 3], turned and mirrored as the file asks for, C-contiguous. Alpha is dropped, and HDR
+            is not tone-mapped.
     """
 
     index: int

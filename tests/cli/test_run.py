@@ -189,6 +189,8 @@ def test_any_name_of_a_file_can_be_given(clip, model_folder, tmp_path, monkeypat
     result = call(command, "--model", model_folder, "--out", "out:%03d", *options[command], "--", name)
     assert result.exit_code == 0, result.output
     assert list((tmp_path / "out:%03d").iterdir())
+    if command == "tune":
+        assert "neuroflow run './-cam:2024" in result.stdout  # as it can be pasted
 
 
 def test_ctrl_c_keeps_the_frames_before_it(model_folder, tmp_path):
