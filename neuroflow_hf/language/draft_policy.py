@@ -23,8 +23,7 @@ class Lookup:
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:
         """
-        Up to `limit` tokens that followed the longest n-gram found, or none. Where the copied text reaches the end of
-        `tokens`, it repeats.
+        `limit` tokens that followed the longest n-gram found, or none. If they reach the end of `tokens`, they repeat.
         """
         for end in range(max(self.seen, 1), len(tokens)):
             for length in range(1, min(self.max_ngram, end) + 1):
@@ -41,7 +40,7 @@ class Lookup:
 class Drafts:
     """
     Drafts by the drafter that the options name. The length follows transformers' heuristic for assisted generation:
-    two tokens more after a draft that was wholly accepted, one less after another.
+    two tokens more after a draft that was accepted whole, one less after any other.
 
     Args:
         options: options of the lossless generation.

@@ -19,28 +19,27 @@ class NeuroFlowLosslessConfig:
 
     Args:
         drafter (`str`, defaults to `"lookup"`):
-            Who drafts. `"lookup"`: what followed the last few tokens when they occurred before, in the prompt or in
-            the text so far. `"bypass"`: the model itself, with layers bypassed; try it on a checkpoint that was
-            trained for that. `"none"`: nobody, greedy decoding in the same loop, as a baseline.
+            `"lookup"` drafts what followed the last few tokens when they occurred before, in the prompt or in the text
+            so far. `"bypass"` drafts with the model itself, with layers bypassed; try it on a checkpoint that was
+            trained for that. `"none"` drafts nothing: greedy decoding in the same loop, as a baseline.
         bypass (`dict`, *optional*):
-            What the bypassing drafter skips: options of [`NeuroFlowBypassConfig`], laid over
-            `{"target": "block", "threshold": -1}` and, for `cache_layers`, the second half of the layers but the last.
-            More layers make a draft cheaper and worse. Whole layers on every step, as by default, are passed over and
-            cost nothing; with other targets, thresholds or guards they still write keys and values, and on a small
-            model save next to nothing. The configuration's own `bypass` plays no part; its `lossless` may hold these
-            options, for a checkpoint that was trained to draft with few layers.
+            What the drafter `"bypass"` skips: options of [`NeuroFlowBypassConfig`] that override
+            `{"target": "block", "threshold": -1}` and, as `cache_layers`, the second half of the layers but the last.
+            More layers make a draft cheaper and worse. By default, whole layers are skipped on every step and cost
+            nothing. With other targets, thresholds or guards they still write keys and values, and on a small model
+            save next to nothing. The configuration's own `bypass` is not used here.
         reuse (`bool`, defaults to `True`):
-            Whether a draft changes the hidden states by as much as the layers passed over last changed them. False
-            leaves those layers out, as a model expects that was trained with layer dropout: try it there, above all
-            with layers apart (`"cache_layers": [1, 3, 5, ...]`). Matters only where whole layers are passed over.
+            Whether a draft adds to the hidden states what the skipped layers added last. False leaves the layers out;
+            try it on a model that was trained with layer dropout, with layers that are not neighbours
+            (`"cache_layers": [1, 3, 5, ...]`). Only for drafts that skip whole layers.
         draft_length (`int`, *optional*):
-            Draft always this many tokens. By default the length grows by two after a draft that was wholly accepted,
-            and shrinks by one after another.
+            Always draft this many tokens. By default, the length grows by two after a draft that was accepted whole,
+            and shrinks by one after any other.
         max_draft (`int`, defaults to 8): the most tokens that the bypassed model drafts at once.
-        max_lookup (`int`, defaults to 16): the most tokens that are copied from the text at once.
-        max_ngram (`int`, defaults to 3): the most last tokens whose earlier occurrence is looked up.
+        max_lookup (`int`, defaults to 16): the most tokens that a lookup drafts at once.
+        max_ngram (`int`, defaults to 3): a lookup searches for this many last tokens, then for fewer.
         min_confidence (`float`, defaults to 0.3):
-            A bypassed draft ends with the first token whose probability, by the drafter, is below this. 0: never.
+            A draft by the bypassed model ends with the first token to which it gives a lower probability. 0: never.
 
     Raises:
         ValueError: for an unknown option (with the nearest known one), or a value outside its range.
@@ -68,7 +67,7 @@ class NeuroFlowLosslessConfig:
     @classmethod
     def from_options(cls, options: dict | bool, own: dict | None = None) -> "NeuroFlowLosslessConfig":
         """
-        The options of a call, laid over a checkpoint's `own`; True for these alone.
+        A checkpoint's `own` options, overridden by those of a call; True for the checkpoint's alone.
 
         Raises:
             ValueError: for an option that does not exist, a value of the wrong type or outside its range.
@@ -85,7 +84,7 @@ class NeuroFlowLosslessConfig:
         return asdict(self)
 
     def draft_bypass(self, num_layers: int) -> NeuroFlowBypassConfig:
-        """What the drafter skips, in a model of so many layers."""
+        """What the drafter `"bypass"` skips in a model of `num_layers` layers."""
         defaults = {"target": "block", "threshold": ALWAYS, "gate_layer": 0}
         defaults["cache_layers"] = list(range(num_layers // 2, max(num_layers - 1, num_layers // 2 + 1)))
         return NeuroFlowBypassConfig.from_options(defaults, **(self.bypass or {})).resolve(num_layers)

@@ -1,7 +1,7 @@
 """
 Greedy generation that verifies drafts: one cache, one forward for many tokens, the text of dense greedy generation.
 
-The same loop decodes without drafts, so that the gain of drafts can be told from the gain of a lean loop.
+Without drafts, the same loop is a baseline: it shows how much of a speed-up is due to drafts.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from .draft_policy import Drafts, DraftWithBypass
 from .layer_skip import LayerChanges
 from .lossless_config import NeuroFlowLosslessConfig
 
-# their result depends on the arguments alone, so drafts may ask them about tokens that are never kept
+# these depend on their arguments alone, so they may be called with draft tokens that are rejected later
 STATELESS_PROCESSORS = (
     logits_process.ForcedEOSTokenLogitsProcessor,
     logits_process.MinLengthLogitsProcessor,
@@ -70,7 +70,7 @@ class LosslessCounts:
 @dataclass
 class NeuroFlowLosslessOutput(GenerateDecoderOnlyOutput):
     """
-    Output of a lossless generation: that of greedy generation, and
+    Output of a lossless generation: the fields of greedy generation, and
 
     Args:
         lossless ([`LosslessCounts`]): numbers of forwards, draft tokens and accepted draft tokens.
@@ -114,7 +114,7 @@ class DecodingState:
                 self.changes = LayerChanges(bypass.layers, options.reuse)
             else:
                 self.draft_bypass = bypass
-                self.check_bypass = replace(bypass, threshold=NEVER)  # remembers what drafts will reuse
+                self.check_bypass = replace(bypass, threshold=NEVER)  # dense, but records what drafts reuse
         # long RoPE: the number of positions up to which the frequencies are the short ones
         is_long = cast(dict, model.config.rope_parameters)["rope_type"] == "longrope"
         self.switch = model.config.original_max_position_embeddings if is_long else None
@@ -131,12 +131,11 @@ class DecodingState:
 
     def feed_prompt(self, next_sequence_length: int | None) -> torch.Tensor:
         """
-        Feed the prompt; the logits after it, [1, V]. `prepare_inputs_for_generation` makes the inputs, as in dense
-        generation: PEFT puts its own in the place of the model's, to insert virtual tokens. Later forwards continue
-        from these inputs.
+        Feed the prompt and return the logits after it, [1, V]. `prepare_inputs_for_generation` makes the inputs, as in
+        dense generation, since PEFT replaces this method to insert virtual tokens. Later forwards continue from them.
 
         Args:
-            next_sequence_length: number of last tokens or embeddings to feed; None for all.
+            next_sequence_length: number of tokens or embeddings to feed, from the end; None for all.
         """
         inputs = self.model.prepare_inputs_for_generation(
             self.input_ids,
@@ -156,7 +155,7 @@ class DecodingState:
         return logits
 
     def feed_again(self) -> torch.Tensor:
-        """Feed all tokens into a new cache; the logits after them, [1, V]."""
+        """Feed all tokens into a new cache and return the logits after them, [1, V]."""
         count = len(self.tokens)
         given = self.model_kwargs["position_ids"]
         more = torch.arange(1, count - given.shape[1] + 1, device=self.device) + given[0, -1]
@@ -170,7 +169,7 @@ class DecodingState:
         return self.forward(inputs, 1, self.check_bypass)
 
     def feed(self, tokens: list[int], keep: int, bypass: Bypass) -> torch.Tensor:
-        """Feed tokens after what the cache holds; the logits after the last `keep` of them, [keep, V]."""
+        """Feed tokens that follow those in the cache and return the logits after the last `keep`, [keep, V]."""
         end = self.cache.get_seq_length() + len(tokens)
         inputs = {
             "input_ids": torch.tensor([tokens], device=self.device),
@@ -184,7 +183,7 @@ class DecodingState:
         return self.forward(inputs, keep, bypass)
 
     def mask(self, length: int) -> dict[str, torch.Tensor]:
-        """The attention mask of a forward that ends at this length of the cache."""
+        """The attention mask of a forward after which the cache has this length, if one is needed."""
         if self.attention_mask is None:
             return {}
         ones = self.attention_mask.new_ones(1, length - self.attention_mask.shape[1])
@@ -192,17 +191,18 @@ class DecodingState:
 
     @property
     def must_feed_again(self) -> bool:
-        """Whether all tokens are fed again, as Phi-3 does once, when there are more than before long RoPE's switch."""
+        """Whether all tokens must be fed again, as Phi-3 does once when their number passes long RoPE's switch."""
         return self.switch is not None and self.cache.get_seq_length() <= self.switch < len(self.tokens)
 
     def most_drafted(self, max_length: int) -> int:
-        """How many tokens may be drafted: one more follows by itself, and all must have the same RoPE frequencies."""
+        """How many tokens may be drafted: a check gives one more, and all must have the same RoPE frequencies."""
         limit = max_length - len(self.tokens) - 1
         if self.must_feed_again:
             return 0
         if self.switch is not None:
             position = self.cache.get_seq_length() + (self.first_position or 0)  # of the next token to feed
-            # frequencies follow the last position, and feeding again the number of tokens: apart with padding
+            # the frequencies depend on the last position, `must_feed_again` on the number of tokens: padding tells
+            # them apart
             for fed in (position + 1, len(self.tokens)):
                 if fed <= self.switch:
                     limit = min(limit, self.switch - fed)
@@ -239,7 +239,7 @@ class DecodingState:
         return drafted
 
     def check(self, drafted: list[int]) -> torch.Tensor:
-        """Feed the last token and a draft densely; the logits after each of them, [1 + drafted, V]."""
+        """Feed the last token and a draft densely and return the logits after each of them, [1 + drafted, V]."""
         if self.must_feed_again:
             return self.feed_again()
         record_past(self.cache, bool(drafted))
@@ -279,13 +279,13 @@ class Stop:
             return ends
         ids = torch.tensor([tokens], device=self.device)
         given = None if scores is None else tuple(scores)
-        # all are called, as in dense generation: some keep count
+        # all are called, as in dense generation: some keep state
         found = [bool(torch.as_tensor(criterion(ids, given)).all()) for criterion in self.others]
         return ends or any(found)
 
 
 def record_past(cache: Cache, wanted: bool) -> None:
-    """Make sliding-window layers keep more than their window, so that they can be cropped; or stop that."""
+    """Choose whether sliding-window layers keep more than their window, so that they can be cropped."""
     for layer in cache.layers:
         if hasattr(layer, "record_past"):
             layer.record_past = wanted
@@ -306,14 +306,14 @@ def decode_losslessly(
     The decoding method of `generate(..., lossless=...)`; arguments as those of transformers' own, and
 
     Args:
-        options: who drafts, and how.
+        options: the drafter and its options.
         make_drafts: makes a [`Drafts`] from the options and the bypassed model's `(token, length) -> tokens`.
 
     Logits processors and stopping criteria are called once for every token that is kept, in the order of the text, as
     in dense generation. They may keep state, such as a grammar or a cache.
 
     Raises:
-        ValueError: for what it cannot do, with what to do instead.
+        ValueError: for what is not supported, with what to do instead.
     """
     refuse_unsupported(input_ids, generation_config, model_kwargs)
     sequence = DecodingState(model, options, input_ids, model_kwargs)
@@ -377,7 +377,7 @@ def decode_losslessly(
 
 
 def score(logits: torch.Tensor, processors: LogitsProcessorList, tokens: list[int]) -> torch.Tensor:
-    """Logits [1, V] after `tokens`, processed."""
+    """Process the logits [1, V] after `tokens`."""
     if not processors:
         return logits
     ids = torch.tensor([tokens], device=logits.device)
@@ -386,8 +386,8 @@ def score(logits: torch.Tensor, processors: LogitsProcessorList, tokens: list[in
 
 def length_to_feed(input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> int | None:
     """
-    How many of the last tokens or embeddings of the prompt the cache does not hold; None for all of them. With a
-    continued cache, `generate` takes the whole text, or its new tokens with the mask of the whole text.
+    Number of tokens or embeddings of the prompt that are not in the cache yet, from the end; None for all. To continue
+    with a cache, `generate` takes the whole text, or the new tokens with a mask for the whole text.
     """
     held, embeds = model_kwargs["past_key_values"].get_seq_length(), model_kwargs.get("inputs_embeds")
     if embeds is not None:
@@ -398,7 +398,7 @@ def length_to_feed(input_ids: torch.Tensor, generation_config: GenerationConfig,
 
 
 def refuse_unsupported(input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> None:
-    """Raise a ValueError that says what to do instead for what lossless generation cannot do."""
+    """Raise a ValueError for what lossless generation does not support."""
     if generation_config.do_sample:
         raise ValueError(
             "Lossless generation is greedy, and `do_sample` is True. Set it to False, or drop `lossless`."
@@ -409,20 +409,20 @@ def refuse_unsupported(input_ids: torch.Tensor, generation_config: GenerationCon
         )
     if generation_config.prompt_lookup_num_tokens:
         raise ValueError(
-            "`prompt_lookup_num_tokens` is for transformers' own loop; here, "
-            'lookups are `lossless={"drafter": "lookup"}`.'
+            "`prompt_lookup_num_tokens` is an option of transformers' own loop; use "
+            '`lossless={"drafter": "lookup"}` instead.'
         )
     mode = generation_config.get_generation_mode()
     if mode is not GenerationMode.GREEDY_SEARCH:
         raise ValueError(
-            f"Lossless generation is greedy search, and the generation configuration asks for {mode.value}. Drop the "
-            "options that ask for it, or `lossless`."
+            f"Lossless generation is greedy search, and the generation options mean {mode.value}. Drop these options, "
+            "or `lossless`."
         )
     if len(input_ids) > 1:
         raise ValueError(f"Lossless generation takes one sequence at a time, and the input has {len(input_ids)}.")
     if model_kwargs.get("bypass") not in (None, False):
         raise ValueError(
-            'Lossless generation has a bypass of its own; pass its options as `lossless={"bypass": {...}}`.'
+            'Lossless generation has bypass options of its own; pass them as `lossless={"bypass": {...}}`.'
         )
     if generation_config.return_dict_in_generate:
         for name in ("output_hidden_states", "output_attentions"):

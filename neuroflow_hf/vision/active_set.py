@@ -36,7 +36,7 @@ class ActiveSet:
         counts (`list[int]`): how many each stream has; known on the host, which skips a wait for the device.
         keyframes (`list[bool]`): whether this frame is a keyframe of the stream (then all its patches are active).
         changed (`torch.BoolTensor` of shape `(B, N)`):
-            The patches that are above the threshold themselves, encoded or not. None where no surprise is computed.
+            The patches that are above the threshold themselves, encoded or not; all False without a surprise.
         changed_counts (`list[tuple[int, int]]`): how many of them each stream has, and how many of those are active.
     """
 

@@ -694,7 +694,7 @@ def test_bad_options(options, message):
         ({"do_sample": True}, "do_sample"),
         ({"num_beams": 2}, "num_beams"),
         ({"inputs": random_ids(2)}, "one sequence at a time, and the input has 2"),
-        ({"prompt_lookup_num_tokens": 3}, "lookups are"),
+        ({"prompt_lookup_num_tokens": 3}, "option of transformers"),
         ({"use_cache": False}, "use_cache"),
         ({"cache_implementation": "static"}, "dynamic"),
         ({"bypass": {}}, 'lossless={"bypass"'),
