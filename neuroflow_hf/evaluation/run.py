@@ -30,7 +30,6 @@ from ..video.labels import TEMPLATE, Labels
 from ..video.prefetch import prefetch
 from ..video.preprocess import Preprocessor
 from ..video.reader import VideoError, VideoReader
-from ..video.run import require_one_patch
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .datasets import EvalVideo, VideoSet, file_digest
 from .equal_cost import Outcome, baseline_families, compare, outcome_figures, questions
@@ -213,7 +212,7 @@ class Evaluation:
         fresh: bool = False,
         on_step: OnStep | None = None,
     ):
-        require_one_patch(checkpoint.preprocess, checkpoint.model.config.patch_size)
+        checkpoint.preprocess.patches_per_side(checkpoint.model.config.patch_size)  # refuses too low a resolution
         self.checkpoint, self.videos, self.specs = checkpoint, videos, specs
         self.settings, self.fresh, self.on_step = settings or EvalSettings(), fresh, on_step
         self.processes = Processes()
@@ -271,7 +270,7 @@ class Evaluation:
     def report(self, measured: dict[int, list[Outcome]], skipped: dict[int, str]) -> dict:
         """The report, from the outcomes of the methods, or the reason why there are none, by the video's place."""
         checkpoint, labels, videos = self.checkpoint, self.checkpoint.labels, self.videos.videos
-        model, side = checkpoint.model, checkpoint.preprocess.resolution // checkpoint.model.config.patch_size
+        model, side = checkpoint.model, checkpoint.preprocess.patches_per_side(checkpoint.model.config.patch_size)
         names = [] if labels is None else list(labels.names)
         outcomes = [Outcome.joined(of_method) for of_method in zip(*measured.values(), strict=True)]
         dense = outcomes[0]

@@ -25,7 +25,7 @@ from ..utils.jobs import stop_on_interrupt, timed
 from ..video.plots import save_plot
 from ..video.preprocess import Preprocessor
 from ..video.reader import VideoError, VideoReader
-from ..video.run import require_one_patch, settings
+from ..video.run import settings
 from ..vision.budget import least_cost
 from ..vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
 from ..vision.gate_config import PRESETS, NeuroFlowGateConfig
@@ -273,7 +273,7 @@ class Bench:
     @property
     def looking(self) -> float:
         """Cost of comparing a frame with the reference, relative to dense."""
-        patches = (self.preprocess.resolution // self.model.config.patch_size) ** 2
+        patches = self.preprocess.patches_per_side(self.model.config.patch_size) ** 2
         return looking_cost(self.model, patches) / dense_cost(self.model, patches)
 
     def measure_dense(self):
@@ -413,7 +413,7 @@ def tune_video(
     for name, value, least in (("frames", frames, 2), ("stretches", stretches, 1)):
         if value < least:
             raise ValueError(f"`{name}` is {value}; expected a whole number of at least {least}.")
-    require_one_patch(preprocess, model.config.patch_size)
+    preprocess.patches_per_side(model.config.patch_size)  # refuses too low a resolution
     on_step = on_step or (lambda *_: None)
     with stop_on_interrupt() as stop:
 

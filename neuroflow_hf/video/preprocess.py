@@ -103,6 +103,12 @@ class Preprocessor:
         _refuse_other_steps(settings)
         return cls.from_image_processor(SiglipImageProcessorPil.from_dict(settings), resolution)
 
+    def patches_per_side(self, patch_size: int) -> int:
+        """The number of patches in a row or column of a frame; ValueError if not even one fits."""
+        if self.resolution < patch_size:
+            raise ValueError(f"The resolution is {self.resolution}; expected at least one patch, {patch_size} pixels.")
+        return self.resolution // patch_size
+
     def __call__(
         self,
         image: "np.ndarray | torch.Tensor | Image",

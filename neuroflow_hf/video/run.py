@@ -145,8 +145,8 @@ def encode_video(
 
 def covered_share(model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor) -> tuple[float, float]:
     """The shares of a frame's height and width that its patches cover."""
-    patch_size, side = model.config.patch_size, preprocess.resolution
-    share = side // patch_size * patch_size / side
+    patch_size = model.config.patch_size
+    share = preprocess.patches_per_side(patch_size) * patch_size / preprocess.resolution
     return share, share
 
 
@@ -166,7 +166,7 @@ def sampling_step(expected_frames: int | None, keyframe_interval: int | None) ->
 
 def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor) -> dict:
     """The video, the model and the machine, for the summary."""
-    side = preprocess.resolution // model.config.patch_size
+    side = preprocess.patches_per_side(model.config.patch_size)
     return {
         "video": {
             "name": reader.path.name,
@@ -191,14 +191,6 @@ def require_comparison(dense_every: int | None):
     """Raise a ValueError for a negative number of frames."""
     if dense_every is not None and dense_every < 0:
         raise ValueError(f"`dense_every` is {dense_every}; expected a number of frames, or 0 for no comparison.")
-
-
-def require_one_patch(preprocess: Preprocessor, patch_size: int):
-    """Raise a ValueError for a resolution of less than one patch."""
-    if preprocess.resolution < patch_size:
-        raise ValueError(
-            f"The resolution is {preprocess.resolution}; expected at least one patch, {patch_size} pixels."
-        )
 
 
 class RunPictures:
@@ -300,7 +292,7 @@ def run_video(
     """
     started = time.perf_counter()
     require_comparison(dense_every)
-    require_one_patch(preprocess, model.config.patch_size)
+    covered = covered_share(model, preprocess)
     stream = model.new_stream(**(gate_options or {}))
     if objects:
         require_objects_found(stream.gate, labelled=labels is not None)
@@ -312,7 +304,7 @@ def run_video(
     with staging_folder(out, RUN_FILES) as folder:
         writer = OverlayWriter(folder / "overlay.mp4") if overlay else None
         names = None if labels is None else labels.names
-        pictures = RunPictures(writer, names, covered_share(model, preprocess), only_sampled=dense_every > 0)
+        pictures = RunPictures(writer, names, covered, only_sampled=dense_every > 0)
         frames = encode_video(reader, model, preprocess, stream, dense_every, labels, objects)
         try:
             with stop_on_interrupt() as stop, contextlib.closing(pictures), contextlib.closing(frames):

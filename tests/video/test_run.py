@@ -188,12 +188,12 @@ def test_a_failure_in_the_middle_leaves_the_earlier_run_untouched(clip, vision, 
 
 
 def test_pixels_that_are_not_finite_are_refused(clip, vision, tmp_path):
-    def broken(image, dtype, device):
-        return torch.full((1, 3, 24, 24), torch.nan)
+    class Broken(Preprocessor):
+        def __call__(self, image, dtype, device):
+            return torch.full((1, 3, 24, 24), torch.nan)
 
-    broken.resolution = 24
     with pytest.raises(ValueError, match="NaN or infinite pixel values"):
-        run_video(VideoReader(clip), vision, broken, tmp_path / "out")
+        run_video(VideoReader(clip), vision, Broken(resolution=24), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
