@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eval.docs.tables import accuracy_table
-from eval.recordings import Scene
+from eval.recordings import Recording, Scene
 from eval.report import rounded, tidy
 from eval.vision.evidence import (
     Evidence,
@@ -60,13 +60,17 @@ def is_right(embeddings: Tensor, texts: Tensor, places: Tensor, k: int) -> Tenso
 def scene_accuracy(evidence: Evidence, name: str, scene: Scene, k: int) -> float:
     """Share of a scene's drawn frames with a thing in them on which a method is right; NaN if there are none."""
     recording = evidence.recordings[name][scene.name]
-    frames, embeddings = recording.of(scene.name, drawn=True)
-    labels = recording.labels_of(scene.name)
-    seen = [place for place, frame in enumerate(frames.tolist()) if labels[frame] is not None]
-    if not seen:
+    labels = labels_asked(recording, scene)
+    if not labels:
         return float("nan")
-    places = torch.tensor([evidence.names.index(labels[frame]) for frame in frames[seen].tolist()])
-    return is_right(embeddings[seen], evidence.texts, places, k).double().mean().item()
+    places = torch.tensor([evidence.names.index(label) for label in labels.values()])
+    return is_right(recording.embeddings[list(labels)], evidence.texts, places, k).double().mean().item()
+
+
+def labels_asked(recording: Recording, scene: Scene) -> dict[int, str]:
+    """The right labels of a scene's drawn frames with a thing in them, by place among the sampled frames."""
+    labels = ((place, scene.labels[recording.frames[place]]) for place in recording.drawn.nonzero()[:, 0].tolist())
+    return {place: label for place, label in labels if label is not None}
 
 
 def figures(values: dict[str, np.ndarray], name: str) -> dict:
@@ -109,11 +113,7 @@ def accuracy_report(evidence: Evidence) -> dict:
             }
         results.append(row)
     recordings = evidence.recordings[DENSE.name]
-    counted = sum(
-        recordings[scene.name].labels_of(scene.name)[frame] is not None
-        for scene in evidence.scenes
-        for frame in recordings[scene.name].of(scene.name, drawn=True)[0].tolist()
-    )
+    counted = sum(len(labels_asked(recordings[scene.name], scene)) for scene in evidence.scenes)
     return rounded({**evidence.about, "texts": len(evidence.names), "frames_counted": counted, "results": results})
 
 

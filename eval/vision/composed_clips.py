@@ -146,18 +146,14 @@ def frame(spec: ClipSpec, number: int) -> tuple[np.ndarray, Truth]:
     return filmed(spec, number, scene(spec, number)), truth(spec, number)
 
 
-def frames(spec: ClipSpec) -> Iterator[tuple[np.ndarray, Truth]]:
-    """All of a clip's frames in order, as a stream."""
-    return (frame(spec, number) for number in range(spec.frames))
+def frames(spec: ClipSpec) -> Iterator[np.ndarray]:
+    """All of a clip's frames in order, as a stream, uint8 RGB [side, side, 3]."""
+    return (filmed(spec, number, scene(spec, number)) for number in range(spec.frames))
 
 
-def label_changes(spec: ClipSpec) -> tuple[int, ...]:
-    """
-    The frames on which another label is right than on the frame before: where a measured label should change. Looks at
-    the truth of every frame, without drawing any.
-    """
-    labels = [truth(spec, number).label for number in range(spec.frames)]
-    return tuple(number for number in range(1, spec.frames) if labels[number] != labels[number - 1])
+def right_labels(spec: ClipSpec) -> tuple[str | None, ...]:
+    """The right label of each frame; no frame is drawn for it."""
+    return tuple(truth(spec, number).label for number in range(spec.frames))
 
 
 def scene(spec: ClipSpec, number: int) -> np.ndarray:

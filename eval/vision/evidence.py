@@ -122,9 +122,8 @@ def composed_scene(spec: composed_clips.ClipSpec) -> Scene:
     )
     return Scene(
         name=f"{spec.motion} {spec.number}, {spec.frames} frames",
-        count=spec.frames,
-        frames=lambda: ((image, known.label) for image, known in composed_clips.frames(spec)),
-        changes=composed_clips.label_changes(spec),
+        frames=lambda: composed_clips.frames(spec),
+        labels=composed_clips.right_labels(spec),
         identity=identity,
         group=spec.motion,
     )
@@ -190,7 +189,7 @@ class Evidence:
         """By method, its cost without the first frames, mean over the scenes at these places."""
         names = [self.scenes[place].name for place in places]
         return {
-            method: float(np.mean([found[name].cost_of(name)[1:].mean().item() for name in names]))
+            method: float(np.mean([found[name].cost[1:].mean().item() for name in names]))
             for method, found in self.recordings.items()
         }
 
@@ -208,12 +207,15 @@ def record_evidence(
     specs = plan.specs(model)
     recorder = Recorder(model, preprocess, folder, plan.settings, processes)
     recorder.run(batches, specs)
-    loaded = {spec.name: [recorder.load(scenes, spec) for scenes in batches] for spec in specs}
+    scenes = [scene for batch in batches for scene in batch]
     recordings = {
-        name: {scene.name: one for one, scenes in zip(some, batches, strict=True) for scene in scenes}
-        for name, some in loaded.items()
+        spec.name: {
+            scene.name: one for batch in batches for scene, one in zip(batch, recorder.load(batch, spec), strict=True)
+        }
+        for spec in specs
     }
-    of_all = [one.about for some in loaded.values() for one in some]
+    firsts = [batch[0].name for batch in batches]  # what is about a batch is in the recordings of all its scenes
+    of_all = [recordings[spec.name][name].about for spec in specs for name in firsts]
     machines = [one["machine"] for one in of_all]
     about = {
         **provenance(),
@@ -227,13 +229,13 @@ def record_evidence(
         "weights": recorder.store.weights,
         "seed": SEED,
         "frames": plan.lengths,
-        "scenes": [scene.name for batch in batches for scene in batch],
+        "scenes": [scene.name for scene in scenes],
         "methods": [
-            spec.to_dict() | {"seconds": round(sum(one.about["seconds"] for one in loaded[spec.name]), 1)}
+            spec.to_dict()
+            | {"seconds": round(sum(recordings[spec.name][name].about["seconds"] for name in firsts), 1)}
             for spec in specs
         ],
     }
-    scenes = [scene for batch in batches for scene in batch]
     return Evidence(scenes, specs, recordings, *texts, plan.settings, about)
 
 

@@ -43,10 +43,9 @@ FEWEST_BLOCKS = 5
 
 def drawn_frames(evidence: Evidence, name: str) -> tuple[np.ndarray, Tensor]:
     """Numbers of the frames of all clips that were drawn by chance, [S, m], and a method's embeddings, [S, m, D]."""
-    recordings = evidence.recordings[name]
-    pairs = [recordings[scene.name].of(scene.name, drawn=True) for scene in evidence.scenes]
-    frames, embeddings = zip(*pairs, strict=True)
-    return torch.stack(frames).numpy(), torch.stack(embeddings)
+    recordings = [evidence.recordings[name][scene.name] for scene in evidence.scenes]
+    frames = torch.stack([one.frames[one.drawn] for one in recordings])
+    return frames.numpy(), torch.stack([one.embeddings[one.drawn] for one in recordings])
 
 
 def fifth_percentile(cosines: np.ndarray) -> np.ndarray:
@@ -113,7 +112,7 @@ def fidelity_report(evidence: Evidence) -> dict:
             metric.add_batch(predictions=ours.numpy(), references=theirs.numpy())
         found = metric.compute()
         recordings = evidence.recordings[spec.name].values()
-        nbytes = sorted({size for one in recordings for size in (one.nbytes[1:] // len(one.scenes)).tolist()})
+        nbytes = sorted({size for one in recordings for size in one.nbytes[1:].tolist()})
         row = {
             "name": spec.name,
             "family": spec.family,

@@ -73,15 +73,15 @@ class Delay:
     already: bool
 
 
-def events_of(scene: Scene, labels: Sequence[str | None], settings: RecordSettings) -> list[Event]:
+def events_of(scene: Scene, settings: RecordSettings) -> list[Event]:
     """A scene's events that have LEAST_FRAMES for themselves before and after."""
     ends = [0, *scene.changes, scene.count]
     found = []
-    for change in chosen_changes(scene.changes, settings.most_changes):
+    for change in chosen_changes(scene, settings):
         place = ends.index(change, 1)
         before, after = change - ends[place - 1], ends[place + 1] - change
         if min(before, after) >= LEAST_FRAMES:
-            found.append(Event(change, labels[change] or NOTHING, min(after, settings.after + 1)))
+            found.append(Event(change, scene.labels[change] or NOTHING, min(after, settings.after + 1)))
     return found
 
 
@@ -97,11 +97,10 @@ def delay_after(event: Event, said: dict[int, str]) -> Delay:
 def best_labels(evidence: Evidence, name: str, scene: Scene) -> dict[int, str]:
     """A method's best label on each of a scene's sampled frames, out of the scene's own."""
     recording = evidence.recordings[name][scene.name]
-    frames, embeddings = recording.of(scene.name)
-    names = [*sorted(set(recording.labels_of(scene.name)) - {None}), NOTHING]
+    names = [*sorted(set(scene.labels) - {None}), NOTHING]
     texts = evidence.texts[[evidence.names.index(label) for label in names]]
-    best = (functional.normalize(embeddings, dim=-1) @ texts.T).argmax(-1)
-    return {frame: names[place] for frame, place in zip(frames.tolist(), best.tolist(), strict=True)}
+    best = (functional.normalize(recording.embeddings, dim=-1) @ texts.T).argmax(-1)
+    return {frame: names[place] for frame, place in zip(recording.frames.tolist(), best.tolist(), strict=True)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +126,7 @@ def measure_delays(evidence: Evidence) -> Delays:
     found: dict[str, list[list[Delay]]] = {name: [] for name in evidence.recordings}
     left_out = 0
     for scene in evidence.scenes:
-        labels = evidence.recordings[DENSE.name][scene.name].labels_of(scene.name)
-        events, said = events_of(scene, labels, evidence.settings), best_labels(evidence, DENSE.name, scene)
+        events, said = events_of(scene, evidence.settings), best_labels(evidence, DENSE.name, scene)
         of_dense = [delay_after(event, said) for event in events]
         counted = [event for event, own in zip(events, of_dense, strict=True) if not (own.censored or own.already)]
         left_out += len(events) - len(counted)

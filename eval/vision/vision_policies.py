@@ -84,11 +84,9 @@ CLIP_COLUMNS = ("value", "control", "family", "low", "high", "verdict")
 def clip_scene(clip: Clip, frames: int) -> Scene:
     """The first frames of a clip of the suite."""
     code = code_version(map(Path, (clips_module.__file__, footage.__file__, reader.__file__)))
-    count = min(frames, clip.count)
     identity = key_of(code=code, table=footage.TABLE.read_text(encoding="utf-8"))
-    return Scene(
-        clip.name, count, lambda: ((image, None) for image in itertools.islice(clip.frames(), count)), (), identity
-    )
+    count = min(frames, clip.count)
+    return Scene(clip.name, lambda: itertools.islice(clip.frames(), count), (None,) * count, identity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,11 +146,9 @@ class Measured:
 def measure(clip: Clip, scene: Scene, recorder: Recorder, methods: Sequence[MethodSpec]) -> Measured:
     """From what the recorder has of a clip."""
     events = [event for event in clip.events if event < scene.count]
-    found = {spec.name: recorder.load([scene], spec) for spec in (DENSE, FIRST, *TRIGGERED, *methods)}
-    first = found[FIRST.name].embeddings[:1].float()  # every method's first output
-    outputs = {
-        name: functional.normalize(torch.cat([first, one.embeddings.float()]), dim=-1) for name, one in found.items()
-    }
+    found = {spec.name: recorder.load([scene], spec)[0] for spec in (DENSE, FIRST, *TRIGGERED, *methods)}
+    first = found[FIRST.name].embeddings[:1]  # every method's first output
+    outputs = {name: functional.normalize(torch.cat([first, one.embeddings]), dim=-1) for name, one in found.items()}
     dense = outputs[DENSE.name]
     outcomes = {
         name: outcome(one.cost[1:].mean().item(), outputs[name][None], dense, events) for name, one in found.items()

@@ -16,9 +16,8 @@ from eval.recordings import (
     RecordSettings,
     Scene,
     drawn_frames,
-    frames_around_changes,
     passes_of,
-    record,
+    sampled_frames,
 )
 from neuroflow_hf.evaluation import recordings as stored
 from neuroflow_hf.evaluation.methods import MethodSpec
@@ -43,9 +42,10 @@ def make_scene(seed, count=COUNT, change=10):
         for number in range(count):
             image = still.copy()
             image[:, number % IMAGE_SIZE] = 255
-            yield image, None if number < change else "cat"
+            yield image
 
-    return Scene(f"scene {seed}", count, frames, (change,), identity=str(seed), group="stripe")
+    labels = (None,) * change + ("cat",) * (count - change)
+    return Scene(f"scene {seed}", frames, labels, identity=str(seed), group="stripe")
 
 
 SCENES = [make_scene(seed, change=8 + seed) for seed in range(3)]
@@ -67,47 +67,54 @@ def test_one_frame_of_every_few_is_drawn_and_never_the_first():
 
 
 def test_all_frames_around_changes_are_sampled():
-    around = frames_around_changes(make_scene(0, 100, 50), RecordSettings())
-    assert np.flatnonzero(around).tolist() == list(range(46, 91))
-    many = replace(make_scene(0, 1000), changes=tuple(range(20, 1000, 100)))
-    around = frames_around_changes(many, RecordSettings(before=1, after=0, most_changes=3))
-    assert np.flatnonzero(around).tolist() == [19, 20, 419, 420, 919, 920]
+    scene, settings = make_scene(0, 100, 50), RecordSettings()
+    around = sampled_frames(scene, settings) & ~drawn_frames(scene, settings)
+    assert sampled_frames(scene, settings)[46:91].all() and not around[:46].any() and not around[91:].any()
+    many = replace(scene, labels=tuple("ab"[frame // 100 % 2] for frame in range(1000)))
+    settings = RecordSettings(dense_every=1000, before=1, after=0, most_changes=3)
+    sampled = sampled_frames(many, settings) & ~drawn_frames(many, settings)
+    assert set(np.flatnonzero(sampled)) <= {99, 100, 499, 500, 899, 900} and sampled.sum() >= 5
 
 
-def test_a_recording_holds_what_methods_give(vision):
-    found = {recording.spec.name: recording for recording in record(vision, PREPROCESS, SCENES, SPECS, SETTINGS)}
+def recorded(vision, folder, scenes, specs):
+    """Record methods, and load them: by method, a recording for each scene."""
+    recorder = make_recorder(vision, folder)
+    recorder.run([scenes], specs)
+    return {spec.name: recorder.load(scenes, spec) for spec in specs}
+
+
+def test_a_recording_holds_what_methods_give(vision, tmp_path):
+    found = recorded(vision, tmp_path, SCENES, SPECS)
     frames = [list(scene.frames()) for scene in SCENES]
-    pixels = [torch.cat([PREPROCESS(frames[b][t][0]) for b in range(3)]) for t in range(COUNT)]
+    pixels = [torch.cat([PREPROCESS(frames[b][t]) for b in range(3)]) for t in range(COUNT)]
     with torch.inference_mode():
         dense = torch.stack([vision(pixel_values=frame).pooler_output for frame in pixels])
         stream = vision.new_stream(batch_size=3, **CONTEXT.options)
         outputs = [vision(pixel_values=frame, stream=stream) for frame in pixels]
     streamed = torch.stack([output.pooler_output for output in outputs])
+    costs = torch.stack([output.cost for output in outputs])
     for column, scene in enumerate(SCENES):
-        sampled = drawn_frames(scene, SETTINGS) | frames_around_changes(scene, SETTINGS)
         for name, expected in (("dense", dense), ("context", streamed)):
-            places, embeddings = found[name].of(scene.name)
-            assert places.tolist() == np.flatnonzero(sampled).tolist()
-            torch.testing.assert_close(embeddings, expected[places, column], atol=2e-3, rtol=2e-3)
-            places, embeddings = found[name].of(scene.name, drawn=True)
-            assert places.tolist() == np.flatnonzero(drawn_frames(scene, SETTINGS)).tolist()
-            torch.testing.assert_close(embeddings, expected[places, column], atol=2e-3, rtol=2e-3)
-        assert found["context"].labels_of(scene.name) == [label for _, label in frames[column]]
-        assert torch.equal(found["context"].cost_of(scene.name), torch.stack([one.cost for one in outputs])[:, column])
-        _, first = found[FIRST.name].of(scene.name)
+            one = found[name][column]
+            assert one.frames.tolist() == np.flatnonzero(sampled_frames(scene, SETTINGS)).tolist()
+            assert one.frames[one.drawn].tolist() == np.flatnonzero(drawn_frames(scene, SETTINGS)).tolist()
+            torch.testing.assert_close(one.embeddings, expected[one.frames, column], atol=2e-3, rtol=2e-3)
+        assert torch.equal(found["context"][column].cost, costs[:, column])
+        first = found[FIRST.name][column].embeddings
         assert torch.equal(first, first[:1].expand_as(first))
-    assert found["context"].nbytes[1:].unique().tolist() == [stream.nbytes]
-    assert found["dense"].cost.unique().tolist() == [1.0]
-    assert found["ToMe 4"].cost.shape == (COUNT, 3) and found["ToMe 4"].cost.unique().numel() == 1
-    assert found["context"].about["settings"]["dense_every"] == 4
+        assert found["context"][column].nbytes[1:].unique().tolist() == [stream.nbytes // 3]
+        assert found["dense"][column].cost.unique().tolist() == [1.0]
+        assert found["ToMe 4"][column].cost.shape == (COUNT,)
+        assert found["ToMe 4"][column].cost.unique().numel() == 1
+    assert found["context"][0].about["settings"]["dense_every"] == 4
 
 
-def test_scenes_of_one_batch_are_as_alone(vision):
-    together = record(vision, PREPROCESS, SCENES, [CONTEXT], SETTINGS)[0]
-    for scene in SCENES:
-        alone = record(vision, PREPROCESS, [scene], [CONTEXT], SETTINGS)[0]
-        torch.testing.assert_close(together.of(scene.name)[1], alone.of(scene.name)[1], atol=2e-3, rtol=2e-3)
-        torch.testing.assert_close(together.cost_of(scene.name), alone.cost_of(scene.name))
+def test_scenes_of_one_batch_are_as_alone(vision, tmp_path):
+    together = recorded(vision, tmp_path, SCENES, [CONTEXT])["context"]
+    for scene, one in zip(SCENES, together, strict=True):
+        (alone,) = recorded(vision, tmp_path, [scene], [CONTEXT])["context"]
+        torch.testing.assert_close(one.embeddings, alone.embeddings, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(one.cost, alone.cost)
 
 
 @pytest.fixture
@@ -137,10 +144,8 @@ def test_what_is_there_is_not_recorded_again(vision, tmp_path, passes):
     recorder.run([SCENES], SPECS)
     assert passes == [["context"]]
     for spec in SPECS:
-        after = recorder.load(SCENES, spec)
-        assert torch.equal(after.embeddings, before[spec.name].embeddings)
-        assert torch.equal(after.cost, before[spec.name].cost)
-        assert after.spec == spec and after.scenes == tuple(scene.name for scene in SCENES)
+        for after, one in zip(recorder.load(SCENES, spec), before[spec.name], strict=True):
+            assert torch.equal(after.embeddings, one.embeddings) and torch.equal(after.cost, one.cost)
 
 
 def test_what_was_recorded_with_something_else_is_not_used(vision, tmp_path, monkeypatch):
@@ -179,11 +184,9 @@ def test_scenes_that_cannot_be_recorded_together_are_refused(vision, tmp_path):
         recorder.run([[SCENES[0], make_scene(5, 30)]], [DENSE])
     with pytest.raises(ValueError, match="one name"):
         recorder.run([[SCENES[0], SCENES[0]]], [DENSE])
-    longer = replace(SCENES[0], count=20)
+    longer = replace(SCENES[0], labels=SCENES[0].labels[:20])
     with pytest.raises(ValueError, match="goes on after 20 frames"):
         recorder.run([[longer]], [DENSE])
-    with pytest.raises(ValueError, match="`dense_every` is 0"):
-        RecordSettings(dense_every=0)
 
 
 def test_methods_that_hold_dense_frames_are_recorded_together():
@@ -235,6 +238,6 @@ def test_two_processes_record_what_one_records(vision, tmp_path):
     assert not two.jobs(batches, SPECS)
     for scenes in batches:
         for spec in SPECS:
-            before, after = one.load(scenes, spec), two.load(scenes, spec)
-            torch.testing.assert_close(after.embeddings, before.embeddings, atol=2e-3, rtol=2e-3)
-            assert torch.equal(after.cost, before.cost) and torch.equal(after.labels, before.labels)
+            for before, after in zip(one.load(scenes, spec), two.load(scenes, spec), strict=True):
+                torch.testing.assert_close(after.embeddings, before.embeddings, atol=2e-3, rtol=2e-3)
+                assert torch.equal(after.cost, before.cost)
