@@ -245,7 +245,7 @@ class NeuroFlowGateConfig:
     @classmethod
     def from_options(cls, base: dict | None = None, **options: GateOption) -> "NeuroFlowGateConfig":
         """
-        The options of `base` with `options` laid over them.
+        The options of `base`, overridden by `options`.
 
         They start from a preset, `"balanced"` unless `preset` names another; with a `mode` and no `preset`, from the
         defaults of this class. A `preset` in `options` replaces all of `base`. A preset's `cost_budget` is dropped if

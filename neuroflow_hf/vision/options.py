@@ -1,21 +1,23 @@
-"""Options in dataclasses, made out of what a user wrote."""
+"""Option dataclasses from a user's keywords, with errors that help."""
 
 import difflib
 from dataclasses import fields
 from typing import TypeVar
+
+from huggingface_hub.errors import StrictDataclassError
 
 Options = TypeVar("Options")
 
 
 def make_options(options_class: type[Options], kind: str, options: dict, also_known: tuple[str, ...] = ()) -> Options:
     """
-    An `options_class(**options)`.
+    Make an `options_class(**options)`.
 
     Args:
         options_class: a strict dataclass.
         kind: what its options are called in errors, such as "gate".
         options: by name.
-        also_known: names that are taken elsewhere, for the hints.
+        also_known: other valid names, which errors may suggest.
 
     Raises:
         ValueError: for an option that does not exist (with the nearest known one), and for a value of the wrong type
@@ -30,7 +32,5 @@ def make_options(options_class: type[Options], kind: str, options: dict, also_kn
             raise ValueError(f"Unknown {kind} option `{name}`. {hint}")
     try:
         return options_class(**options)
-    except (TypeError, ValueError):
-        raise
-    except Exception as error:  # the strict dataclass has error types of its own that are not ValueErrors
+    except StrictDataclassError as error:
         raise ValueError(f"Bad {kind} option: {error.__cause__ or error}") from error

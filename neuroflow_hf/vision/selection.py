@@ -5,8 +5,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-# On a CPU, so many patches are compared at a time that intermediate results stay in the cache: for large N, five times
-# faster.
+# On a CPU, this many patches are compared at a time: intermediate results stay in the cache. For large N, that is five
+# times faster.
 PATCHES_AT_A_TIME = 256
 
 
