@@ -27,9 +27,14 @@ def attend(
 
 
 def attend_batch(
-    attention: SiglipAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_streams: int
+    attention: SiglipAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_streams: int,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`attend` for streams with equally many queries."""
+    """`attend` for streams with equally many queries, and equally many keys; `bias` [1, 1, 1, keys] adds to scores."""
 
     def split_heads(rows: torch.Tensor) -> torch.Tensor:
         if rows.ndim == 4:
@@ -44,7 +49,7 @@ def attend_batch(
         split_heads(query),
         split_heads(key),
         split_heads(value),
-        None,
+        bias,
         is_causal=False,
         scaling=attention.scale,
         dropout=attention.dropout if attention.training else 0.0,

@@ -23,6 +23,7 @@ from .patches import active_position_embeddings, position_embeddings, project_pa
 from .shortcuts import can_fold_probe, pool_with_folded_probe
 from .stream import NeuroFlowStream
 from .stream_state import OUTPUT, POOLED, StreamGeometry
+from .summary import SUMMARY_OUTPUT, SummaryGrid, pool_with_summary, remember_summary, whole_streams
 
 
 @dataclass
@@ -68,6 +69,7 @@ def encode_frame(
     if not hasattr(stream, "begin_frame"):  # code loaded from the Hub has a stream class of its own
         raise TypeError(f"`stream` is a {type(stream).__name__}; expected what `model.new_stream()` returns.")
     geometry = geometry_of(model, pixel_values, interpolate_pos_encoding)
+    summary = summary_grid(model, stream.gate, geometry)
     mode = MODES[stream.gate.mode]
     with stream.unchanged_by_errors():
         stream.begin_frame(geometry)
@@ -95,10 +97,10 @@ def encode_frame(
                 model, patches, pixel_values, interpolate_pos_encoding, active, geometry.grid
             )
             hidden = active.gather(patches) + positions
-        fresh, spent = encode(model, hidden, active, stream, mode)
+        fresh, spent = encode(model, hidden, active, stream, mode, summary)
     folded = model.use_head and stream.gate.mode != "dense" and can_fold_probe(model.head)
     tokens, token_mask = read_out(stream, mode, geometry, fresh, active)
-    pooled = pool(model, stream, tokens, token_mask, active, folded)
+    pooled = pool(model, stream, tokens, token_mask, active, folded, summary)
     if projected:
         update_references(stream, signal, active)
     costs = [
@@ -179,6 +181,29 @@ def geometry_of(
     )
 
 
+def summary_grid(model: SiglipVisionModel, gate: NeuroFlowGateConfig, geometry: StreamGeometry) -> SummaryGrid | None:
+    """
+    The cells of the summary tokens; None without any.
+
+    Raises:
+        ValueError: if a cell would have no patch, or the attention cannot add to scores.
+    """
+    if not gate.summary_tokens:
+        return None
+    summary, attention = SummaryGrid(geometry.grid, gate.summary_tokens), model.config._attn_implementation
+    if summary.side > min(geometry.grid):
+        raise ValueError(
+            f"Gate option `summary_tokens` {gate.summary_tokens} needs {summary.side}x{summary.side} patches or more, "
+            f"and a frame has {geometry.grid[0]}x{geometry.grid[1]}; choose at most {min(geometry.grid) ** 2}."
+        )
+    if attention not in ("eager", "sdpa"):
+        raise ValueError(
+            f"Gate option `summary_tokens` adds to attention scores, which `{attention}` cannot; call "
+            '`model.set_attn_implementation("sdpa")`.'
+        )
+    return summary
+
+
 def refuse_adapters_by_stream(model: SiglipVisionModel) -> None:
     """
     Raise a ValueError if each stream of a batch is to have an adapter of its own (PEFT's `adapter_names`). Active
@@ -199,7 +224,12 @@ def refuse_adapters_by_stream(model: SiglipVisionModel) -> None:
 
 
 def encode(
-    model: SiglipVisionModel, hidden: torch.Tensor, active: ActiveSet, stream: NeuroFlowStream, mode: ModeSpec
+    model: SiglipVisionModel,
+    hidden: torch.Tensor,
+    active: ActiveSet,
+    stream: NeuroFlowStream,
+    mode: ModeSpec,
+    summary: SummaryGrid | None,
 ) -> tuple[torch.Tensor, list[int]]:
     """
     Pass `hidden` through all encoder layers and the final layer norm: the outputs, and the multiply-adds that each
@@ -216,13 +246,15 @@ def encode(
         try:
             if checkpointed:
                 layer.gradient_checkpointing = False
-            step = LayerStep(mode, active, memory, corrections)
+            step = LayerStep(mode, active, memory, corrections, summary)
             hidden = layer(hidden, None, step=step)
         finally:
             if checkpointed:
                 layer.gradient_checkpointing = True
         spent = [before + added for before, added in zip(spent, step.multiply_adds, strict=True)]
     fresh = model.post_layernorm(hidden)
+    if summary is not None and not mode.pools_all_patches:
+        remember_summary(stream.memory, SUMMARY_OUTPUT, fresh, active, summary)
     for correction in corrections:
         correction.apply(stream.memory, OUTPUT, fresh)
         spent[correction.stream] += weights_cost(correction, dim) + correction.multiply_adds(dim)
@@ -281,6 +313,7 @@ def pool(
     token_mask: torch.Tensor | None,
     active: ActiveSet,
     folded: bool,
+    summary: SummaryGrid | None,
 ) -> torch.Tensor | None:
     """The embeddings [B, D]: pooled for streams with an active patch, the stored ones for the others."""
     if not model.use_head:
@@ -291,7 +324,19 @@ def pool(
 
     if not active.live:
         return stream.memory[POOLED]
-    if token_mask is None or len(set(active.counts)) == 1:
+    if token_mask is not None and summary is not None:
+        stored, whole = stream.memory[SUMMARY_OUTPUT], set(whole_streams(active))
+        fresh = torch.cat(
+            [
+                head(tokens[index : index + 1])
+                if index in whole
+                else pool_with_summary(
+                    model.head, tokens[index : index + 1, : active.counts[index]], stored[index : index + 1], summary
+                )
+                for index in active.live
+            ]
+        )
+    elif token_mask is None or len(set(active.counts)) == 1:
         fresh = head(active.of_live(tokens))
     else:
         fresh = torch.cat([head(tokens[index : index + 1, : active.counts[index]]) for index in active.live])
@@ -323,5 +368,7 @@ def frame_cost(
     if active:
         spent += layers
         if model.use_head:
-            spent += head_cost(patches if mode.pools_all_patches else active, dim, inner, heads, folded)
+            with_summary = gate.summary_tokens > 0 and not mode.pools_all_patches and active < patches
+            pooled = patches if mode.pools_all_patches else active + with_summary * gate.summary_tokens
+            spent += head_cost(pooled, dim, inner, heads, folded and not with_summary)
     return spent / dense

@@ -108,6 +108,10 @@ class NeuroFlowGateConfig:
             about half of the patches are above the threshold after a scene cut then; choose `keyframe_fraction` 0.3.
         dilate (`int`, defaults to 0):
             Also take the patches within this many rows and columns of an active one. 1 helps at object borders.
+        summary_tokens (`int`, defaults to 0):
+            Modes `eliminate` and `reconstruct`: active patches also attend to this many tokens, averages over the
+            cells of a square grid from the last keyframe, so that they know what they stand in; in `eliminate` the
+            head pools them, too. A square number. 64 is a good value, 16 is cheaper, and 0 is the paper.
         sentinels (`float`, defaults to 0.05):
             Mode `extrapolate`: the number of sentinels is the number of changed patches, but at most this share of
             all patches. Patches take turns. 0.03 is cheap, 0.1 faithful; with 0 there are none. With a `token_budget`
@@ -177,6 +181,7 @@ class NeuroFlowGateConfig:
     min_active_tokens: int | None = None
     global_motion_norm: bool = False
     dilate: int = 0
+    summary_tokens: int = 0
     sentinels: float | int = 0.05
     max_age: int | None = None
     keyframe_interval: int | None = None
@@ -215,7 +220,7 @@ class NeuroFlowGateConfig:
         )
         for name in ("token_budget", "max_age", "keyframe_interval", "max_hold"):
             require(name, lambda value: value >= 1, "a whole number of at least 1, or None for never")
-        for name in ("min_active_tokens", "dilate"):
+        for name in ("min_active_tokens", "dilate", "summary_tokens"):
             require(name, lambda value: value >= 0, "a whole number of at least 0")
         for name in ("keyframe_fraction", "hold_fraction"):
             require(name, lambda value: 0 <= value <= 1, "a fraction from 0 to 1, or None for never")
@@ -235,6 +240,15 @@ class NeuroFlowGateConfig:
                 f"Gate option `keyframe_interval` {self.keyframe_interval} alone costs "
                 f"{least_cost(self.keyframe_interval, 0):.3g} of dense, and `cost_budget` is {self.cost_budget}; "
                 "raise one of them, or lift the budget with None."
+            )
+        if math.isqrt(max(self.summary_tokens, 0)) ** 2 != self.summary_tokens:
+            raise ValueError(
+                f"Gate option `summary_tokens` is {self.summary_tokens}; expected a square number, such as 16 or 64."
+            )
+        if self.summary_tokens and self.mode not in ("eliminate", "reconstruct"):
+            raise ValueError(
+                f"Gate option `summary_tokens` is for modes `eliminate` and `reconstruct`; in `{self.mode}`, leave it "
+                "at 0."
             )
         if self.slow_ema_rate is not None and self.reference == "last_update":
             raise ValueError(

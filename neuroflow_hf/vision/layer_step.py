@@ -9,6 +9,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipEnco
 
 from .active_set import ActiveSet
 from .extrapolate import Correction
+from .summary import SummaryGrid
 
 LayerMemory = dict[str, torch.Tensor]
 
@@ -46,6 +47,7 @@ class LayerStep:
         active: the active set.
         memory: what is kept for this layer.
         corrections: of the stored keys and values, before they are used (mode `extrapolate`).
+        summary: the cells of the summary tokens; None without them.
 
     Attributes:
         multiply_adds: what the layer cost each of the B streams, left here by the layer function: forward hooks of
@@ -56,6 +58,7 @@ class LayerStep:
     active: ActiveSet
     memory: LayerMemory
     corrections: list[Correction] = field(default_factory=list)
+    summary: SummaryGrid | None = None
     multiply_adds: list[int] = field(default_factory=list)
 
 

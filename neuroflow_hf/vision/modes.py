@@ -2,32 +2,41 @@
 
 from collections.abc import Callable
 
-import torch
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+from torch import Tensor
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
 
-from .active_set import ActiveSet
 from .attention import attend
 from .cost import attention as attention_cost
 from .cost import mlp as mlp_cost
 from .layer_step import LayerStep, ModeSpec, widths
 from .stream_state import KEY, MLP, VALUE
+from .summary import attend_with_summary, whole_streams
 
-KeysAndValues = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+AttendTo = Callable[[SiglipAttention, Tensor, Tensor, Tensor], Tensor]
 
 
-def layer_among_active(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> torch.Tensor:
+def layer_among_active(layer: SiglipEncoderLayer, hidden: Tensor, step: LayerStep) -> Tensor:
     """
-    An encoder layer whose active patches attend only to each other (Architectures B and C of the paper): rows [M, D]
-    to rows [M, D]. With everything active this is the dense layer.
+    An encoder layer whose active patches attend only to each other (Architectures B and C of the paper), and to the
+    summary tokens: rows [M, D] to rows [M, D]. With everything active this is the dense layer.
     """
-    active, (dim, inner) = step.active, widths(layer)
+    active, (dim, inner), summary = step.active, widths(layer), step.summary
+
+    def attend_to(attention: SiglipAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if summary is None:
+            return attend(attention, query, key, value, active.counts)
+        return attend_with_summary(attention, query, key, value, active, summary, step.memory)
+
+    whole = set() if summary is None else set(whole_streams(active))
     step.multiply_adds = [
-        attention_cost(count, count, count, dim) + mlp_cost(count, dim, inner) for count in active.counts
+        attention_cost(count, count if summary is None or stream in whole else count + summary.tokens, count, dim)
+        + mlp_cost(count, dim, inner)
+        for stream, count in enumerate(active.counts)
     ]
-    return layer_on_rows(layer, hidden, active, lambda key, value: (key, value))
+    return layer_on_rows(layer, hidden, attend_to)
 
 
-def layer_in_context(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> torch.Tensor:
+def layer_in_context(layer: SiglipEncoderLayer, hidden: Tensor, step: LayerStep) -> Tensor:
     """
     An encoder layer whose active patches attend to all N patches: fresh keys and values for the active, those of
     their last update for the rest, corrected first in `extrapolate`. Rows [M, D] to rows [M, D].
@@ -35,41 +44,34 @@ def layer_in_context(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: Laye
     active, patches, (dim, inner) = step.active, step.active.num_patches, widths(layer)
     heads = layer.self_attn.num_heads
 
-    def remembered(name: str, fresh: torch.Tensor) -> torch.Tensor:
+    def remembered(name: str, fresh: Tensor) -> Tensor:
         for correction in step.corrections:
             correction.apply(step.memory, name, fresh)
         if step.mode.heads_first:
             return active.remember_by_head(step.memory, name, fresh, heads)
         return active.remember(step.memory, name, fresh).unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    def with_stored(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return remembered(KEY, key), remembered(VALUE, value)
+    def attend_to(attention: SiglipAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(attention, query, remembered(KEY, key), remembered(VALUE, value), active.counts)
 
     step.multiply_adds = [
         attention_cost(count, patches, count, dim) + mlp_cost(count, dim, inner) for count in active.counts
     ]
     for correction in step.corrections:
         step.multiply_adds[correction.stream] += 2 * correction.multiply_adds(dim)
-    return layer_on_rows(layer, hidden, active, with_stored)
+    return layer_on_rows(layer, hidden, attend_to)
 
 
-def layer_on_rows(
-    layer: SiglipEncoderLayer, hidden: torch.Tensor, active: ActiveSet, keys_and_values: KeysAndValues
-) -> torch.Tensor:
-    """
-    SigLIP's encoder layer for rows [M, D], attending to what `keys_and_values` makes of their keys and values, rows or
-    by head as in `attend`.
-    """
+def layer_on_rows(layer: SiglipEncoderLayer, hidden: Tensor, attend_to: AttendTo) -> Tensor:
+    """SigLIP's encoder layer for rows [M, D]; `attend_to` takes its attention, and queries, keys, values."""
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
-    query = attention.q_proj(normed)
-    keys, values = keys_and_values(attention.k_proj(normed), attention.v_proj(normed))
-    attended = attend(attention, query, keys, values, active.counts)
+    attended = attend_to(attention, attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
     hidden = hidden + attention.out_proj(attended)
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
-def layer_with_stored_mlp(layer: SiglipEncoderLayer, hidden: torch.Tensor, step: LayerStep) -> torch.Tensor:
+def layer_with_stored_mlp(layer: SiglipEncoderLayer, hidden: Tensor, step: LayerStep) -> Tensor:
     """
     An encoder layer with attention over all patches and the MLP for active ones only (Architecture A of the paper);
     the others reuse the MLP output of their last update. [B', N, D] to [B', N, D] for the B' streams with an active

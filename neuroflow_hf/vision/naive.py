@@ -35,14 +35,38 @@ def naive_neighbours(patch: int, grid: tuple[int, int], radius: int) -> list[int
     ]
 
 
-def naive_attention(attention: SiglipAttention, query: torch.Tensor, keys: list, values: list) -> torch.Tensor:
-    """One query [D] over lists of keys and values [D] each, head by head: [D], before the output projection."""
+def naive_mean(vectors: list[torch.Tensor]) -> torch.Tensor:
+    """The mean of vectors [D]."""
+    return sum(vectors[1:], vectors[0]) / len(vectors)
+
+
+def naive_cells(grid: tuple[int, int], tokens: int) -> list[list[int]]:
+    """The patches in each cell of the summary tokens' grid; cells share patches where sizes do not divide."""
+    side = math.isqrt(tokens)
+
+    def part(size: int, cell: int) -> range:
+        return range(math.floor(cell * size / side), math.ceil((cell + 1) * size / side))
+
+    return [
+        [row * grid[1] + column for row in part(grid[0], i) for column in part(grid[1], j)]
+        for i in range(side)
+        for j in range(side)
+    ]
+
+
+def naive_attention(
+    attention: SiglipAttention, query: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor, float]]
+) -> torch.Tensor:
+    """
+    One query [D] over keys and values [D] each, and what is added to their scores, head by head: [D], before the
+    output projection.
+    """
     heads = []
     for head in range(attention.num_heads):
         part = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
-        scores = torch.stack([query[part] @ key[part] * attention.scale for key in keys])
+        scores = torch.stack([query[part] @ key[part] * attention.scale + bias for key, _, bias in seen])
         weights = scores.softmax(dim=0)
-        heads.append(sum(weight * value[part] for weight, value in zip(weights, values, strict=True)))
+        heads.append(sum(weight * value[part] for weight, (_, value, _) in zip(weights, seen, strict=True)))
     return torch.cat(heads)
 
 
@@ -93,6 +117,7 @@ class NaiveStream:
         self.references: dict[str, list[torch.Tensor]] = {}
         self.age: list[int] = []
         self.outputs: list[torch.Tensor] = []
+        self.summaries: list[list] = [[] for _ in model.encoder.layers]
         self.layers: list[dict[str, dict[int, torch.Tensor]]] = [
             {name: {} for name in ("key", "value", "mlp")} for _ in model.encoder.layers
         ]
@@ -109,6 +134,7 @@ class NaiveStream:
         tokens = [patch + position for patch, position in zip(patches, positions, strict=True)]
         signal = patches if self.gate.signal == "patch" else tokens
 
+        self.cells = naive_cells(grid, self.gate.summary_tokens)
         active, keyframe = self.choose(signal, grid)
         weights = {}
         if self.gate.mode == "extrapolate" and not keyframe:
@@ -122,11 +148,25 @@ class NaiveStream:
         for patch, output in fresh.items():
             self.outputs[patch] = output if share == 1 else (1 - share) * self.outputs[patch] + share * output
         seen = [fresh[patch] for patch in active] if self.gate.mode == "eliminate" else self.outputs
-        if active:
+        if self.gate.mode == "eliminate" and self.gate.summary_tokens and active:
+            self.pooled = self.pool_with_summary(fresh, len(active) == len(patches))
+        elif active:
             self.pooled = self.model.head(torch.stack(seen).unsqueeze(0))[0]
         self.update(signal, active, keyframe)
         self.frame += 1
         return self.pooled, torch.stack(seen) if seen else torch.zeros(0, len(patches[0])), active
+
+    def pool_with_summary(self, fresh: dict[int, torch.Tensor], whole: bool) -> torch.Tensor:
+        """
+        The head's embedding [D] of active patches and summary tokens. A token of n patches counts as much as n equal
+        tokens, so the head pools n copies.
+        """
+        seen = [fresh[patch] for patch in sorted(fresh)]
+        if whole:
+            self.summary = [(naive_mean([fresh[patch] for patch in cell]), len(cell)) for cell in self.cells]
+        else:
+            seen += [mean for mean, count in self.summary for _ in range(count)]
+        return self.model.head(torch.stack(seen).unsqueeze(0))[0]
 
     def pay(self, cost: float) -> None:
         """What the frame cost, of a dense one; multiply-adds are not counted here. For a `cost_budget`."""
@@ -188,7 +228,7 @@ class NaiveStream:
         mode = self.gate.mode
         travelling = range(len(tokens)) if mode == "mlp" else active
         hidden = {patch: tokens[patch] for patch in travelling}
-        for layer, memory in zip(layers_of(self.model.encoder), self.layers, strict=True):
+        for index, (layer, memory) in enumerate(zip(layers_of(self.model.encoder), self.layers, strict=True)):
             attention = layer.self_attn
             normed = {patch: layer.layer_norm1(vector) for patch, vector in hidden.items()}
             keys = {patch: attention.k_proj(vector) for patch, vector in normed.items()}
@@ -200,12 +240,17 @@ class NaiveStream:
                 memory["key"].update(keys)
                 memory["value"].update(values)
                 keys, values = memory["key"], memory["value"]
-            order = sorted(keys)
+            seen = [(keys[patch], values[patch], 0.0) for patch in sorted(keys)]
+            if self.gate.summary_tokens and len(active) == len(tokens):
+                self.summaries[index] = [
+                    (naive_mean([keys[p] for p in cell]), naive_mean([values[p] for p in cell]), math.log(len(cell)))
+                    for cell in self.cells
+                ]
+            elif self.gate.summary_tokens:
+                seen += self.summaries[index]
             after: dict[int, torch.Tensor] = {}
             for patch, vector in hidden.items():
-                attended = naive_attention(
-                    attention, attention.q_proj(normed[patch]), [keys[p] for p in order], [values[p] for p in order]
-                )
+                attended = naive_attention(attention, attention.q_proj(normed[patch]), seen)
                 vector = vector + attention.out_proj(attended)
                 if mode != "mlp" or patch in active:
                     memory["mlp"][patch] = layer.mlp(layer.layer_norm2(vector))

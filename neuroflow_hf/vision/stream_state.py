@@ -12,6 +12,7 @@ unless another is given.
 | `last_update` | [B, N, D] | reference: each patch's signal when it was last encoded |
 | `ema`, `slow_ema` | [B, N, D], float32 | references: running means of each patch's signal |
 | `age` | [B, N], int64 | how many frames ago each patch was encoded; only with `keeps_age` |
+| `summary_output` | [B, K, D] | `output`, averaged over cells; only with `summary_tokens` in `eliminate` |
 
 `stream.layer_memories[l]` holds those of encoder layer l:
 
@@ -19,6 +20,7 @@ unless another is given.
 |---|---|---|
 | `key`, `value` | [B, N, D] in `extrapolate`, [B, H, N, D / H] in `context` | attention's, as last encoded |
 | `mlp` | [B, N, D] in `mlp` | the MLP's output, as last encoded |
+| `summary_key`, `summary_value` | [B, K, D] | attention's, averaged over cells; only with `summary_tokens` |
 """
 
 import math
@@ -28,6 +30,7 @@ import torch
 
 from .gate_config import NeuroFlowGateConfig
 from .layer_step import ModeSpec
+from .summary import SUMMARY_KEY, SUMMARY_OUTPUT, SUMMARY_VALUE
 
 STATE_FORMAT = 4
 
@@ -75,6 +78,7 @@ def stored_by(gate: NeuroFlowGateConfig) -> dict:
         "reference": gate.reference,
         "slow_ema_rate set": gate.slow_ema_rate is not None,
         "max_age or max_hold set": gate.keeps_age,
+        "summary_tokens": gate.summary_tokens,
         "keyframe_fraction or keyframe_surprise set": gate.mode == "hold" and gate.has_keyframe_trigger,
     }
 
@@ -104,6 +108,11 @@ def memory_layout(
         for name in mode.layer_memories:
             by_head = (streams, heads, patches, dim // heads)
             layout[layer_name(layer, name)] = by_head if mode.heads_first else (streams, patches, dim)
+        if gate.summary_tokens:
+            for name in (SUMMARY_KEY, SUMMARY_VALUE):
+                layout[layer_name(layer, name)] = (streams, gate.summary_tokens, dim)
+    if gate.summary_tokens and not mode.pools_all_patches:
+        layout[SUMMARY_OUTPUT] = (streams, gate.summary_tokens, dim)
     return layout
 
 

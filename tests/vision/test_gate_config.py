@@ -328,16 +328,24 @@ MEANS = st.one_of(
 )
 
 
+SUMMARIES = st.just({}) | st.fixed_dictionaries(
+    {
+        "mode": st.sampled_from(["eliminate", "reconstruct"]),
+        "summary_tokens": st.integers(0, 40).map(lambda side: side**2),
+    }
+)
+
+
 def test_the_strategies_cover_every_option():
-    assert {*OPTIONS, "reference", "slow_ema_rate", "hold_fraction", "cost_budget"} == {
+    assert {*OPTIONS, "reference", "slow_ema_rate", "hold_fraction", "cost_budget", "summary_tokens"} == {
         field.name for field in fields(NeuroFlowGateConfig)
     }
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.fixed_dictionaries({}, optional=OPTIONS), MEANS)
-def test_any_valid_options_survive_json(options, means):
-    options = {**options, **means}
+@given(st.fixed_dictionaries({}, optional=OPTIONS), MEANS, SUMMARIES)
+def test_any_valid_options_survive_json(options, means, summaries):
+    options = {**options, **means, **summaries}
     keyframes = ("max_hold", "keyframe_interval", "keyframe_fraction", "keyframe_surprise")
     # the preset's `hold_fraction` needs one of them
     assume("mode" in options or any((PRESETS["balanced"] | options).get(name) is not None for name in keyframes))

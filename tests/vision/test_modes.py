@@ -21,6 +21,12 @@ from tests.conftest import (
     random_video,
 )
 
+
+def only_where_there_are_any(options):
+    """Summary tokens are an option of two modes."""
+    return options if options["mode"] in ("eliminate", "reconstruct") else options | {"summary_tokens": 0}
+
+
 maybe = st.none()
 gate_options = st.fixed_dictionaries(
     {
@@ -43,8 +49,9 @@ gate_options = st.fixed_dictionaries(
         "sentinels": st.sampled_from([0, 0.1, 1]),
         "ema_rate": st.sampled_from([0.05, 0.5, 1.0]),
         "memory_blend": st.sampled_from([1.0, 0.5]),
+        "summary_tokens": st.sampled_from([0, 1, 4, 9]),
     }
-)
+).map(only_where_there_are_any)
 
 
 def assume_consistent(options, num_patches):
@@ -77,6 +84,8 @@ def smallest_vision():
 @example(options=in_debt("extrapolate"), seed=1)
 @example(options=in_debt("mlp"), seed=3)
 @example(options=in_debt("hold"), seed=4)
+@example(options=NeuroFlowGateConfig(mode="eliminate", threshold=0.3, summary_tokens=9).to_dict(), seed=0)
+@example(options=NeuroFlowGateConfig(mode="reconstruct", threshold=0.3, summary_tokens=9).to_dict(), seed=0)
 @settings(deadline=None, max_examples=60)
 def test_fast_path_equals_the_patch_by_patch_reference(smallest_vision, options, seed):
     assume_consistent(options, num_patches=16)
@@ -117,13 +126,71 @@ def test_everything_active_equals_dense_whatever_the_other_options_say(
     vision64, stock_vision64, mode, threshold, batch_size, seed, options
 ):
     assume_consistent(options, NUM_PATCHES)
-    stream = vision64.new_stream(batch_size, **{**options, "mode": mode, "threshold": threshold})
+    options = only_where_there_are_any({**options, "mode": mode, "threshold": threshold})
+    stream = vision64.new_stream(batch_size, **options)
     with torch.no_grad():
         for frame in random_video(3, batch_size, seed):
             output, dense = vision64(pixel_values=frame, stream=stream), stock_vision64(pixel_values=frame)
             assert_outputs_close(output, dense)
             assert output.active_mask.all()
             assert output.skip_rate.eq(0).all()
+
+
+@pytest.mark.parametrize("mode", ["eliminate", "reconstruct"])
+def test_each_stream_of_a_batch_has_its_own_summary(vision64, mode):
+    """Streams with other numbers of active patches, with none, and a keyframe of one of them, as each one alone."""
+    options = {"mode": mode, "threshold": 0.3, "summary_tokens": 4, "keyframe_fraction": 0.4}
+    videos = [random_video(5, seed=seed, changed=share) for seed, share in ((0, 0.2), (1, 0.3), (2, 0.0))]
+    videos[0][3] = torch.randn_like(videos[0][3])
+    together, alone = vision64.new_stream(3, **options), [vision64.new_stream(**options) for _ in videos]
+    keyframes = []
+    with torch.no_grad():
+        for frames in zip(*videos, strict=True):
+            output = vision64(pixel_values=torch.cat(frames), stream=together)
+            keyframes.append(output.skip_rate.eq(0).tolist())
+            for index, (frame, stream) in enumerate(zip(frames, alone, strict=True)):
+                assert_close_in_norm(output.pooler_output[index], vision64(pixel_values=frame, stream=stream)[1][0])
+    assert keyframes[3] == [True, False, False]
+
+
+@pytest.mark.parametrize("mode", ["eliminate", "reconstruct"])
+def test_a_saved_stream_has_its_summary(vision64, tmp_path, mode):
+    frames = random_video(3, changed=0.2)
+    stream = vision64.new_stream(mode=mode, threshold=0.3, summary_tokens=4)
+    with torch.no_grad():
+        for frame in frames[:2]:
+            vision64(pixel_values=frame, stream=stream)
+        stream.save(tmp_path / "stream.safetensors")
+        loaded = type(stream).load(tmp_path / "stream.safetensors")
+        outputs = [vision64(pixel_values=frames[2], stream=each) for each in (stream, loaded)]
+    assert torch.equal(outputs[0].pooler_output, outputs[1].pooler_output)
+    names = {"summary_key", "summary_value"} | ({"summary_output"} if mode == "eliminate" else set())
+    assert {name.rsplit(".", 1)[-1] for name in dict(loaded.named_memory()) if "summary" in name} == names
+
+
+def test_summary_tokens_cost_what_they_add(vision64):
+    frames, costs = random_video(2, changed=0.2), {}
+    for tokens in (0, 4, 9):
+        stream = vision64.new_stream(mode="reconstruct", token_budget=6, summary_tokens=tokens)
+        with torch.no_grad():
+            costs[tokens] = [vision64(pixel_values=frame, stream=stream).cost.item() for frame in frames]
+    assert costs[0][0] == costs[4][0] == costs[9][0]
+    assert costs[0][1] < costs[4][1] < costs[9][1]
+    assert (costs[9][1] - costs[0][1]) / (costs[4][1] - costs[0][1]) == pytest.approx(9 / 4, rel=1e-4)
+
+
+def test_summary_tokens_are_refused_where_they_cannot_be(vision64):
+    for options, message in (
+        ({"mode": "context", "summary_tokens": 4}, "`eliminate` and `reconstruct`"),
+        ({"mode": "eliminate", "summary_tokens": 5}, "a square number"),
+        ({"mode": "eliminate", "summary_tokens": -4}, "at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vision64.new_stream(**options)
+    stream = vision64.new_stream(mode="eliminate", summary_tokens=49)
+    with pytest.raises(ValueError, match="7x7 patches or more, and a frame has 6x6; choose at most 36"):
+        vision64(pixel_values=random_video(1)[0], stream=stream)
+    assert stream.frames == [0]
 
 
 def test_dense_mode_is_the_stock_model_bit_for_bit(vision, stock_vision):
