@@ -19,6 +19,7 @@ __all__ = ["RESULTS", "fill_block", "provenance", "publish", "rounded", "tidy", 
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told here"
 
 
 def provenance() -> dict:
@@ -60,6 +61,12 @@ def publish(output: Path, report: dict, table: str, pictures: Mapping[str, Figur
         folder = ROOT / "docs" if output.resolve().parent == RESULTS else output.parent
         write_whole(folder / name, picture.getvalue())
     Console(width=max(Console().width, 140)).print(Markdown(table))  # a pipe has 80 columns, and tables need more
+
+
+def finding(claim: str, rule: str, measured: str, holds: bool, fails: bool) -> dict:
+    """What was measured of a published claim, and the verdict by a rule."""
+    verdict = HOLDS if holds else FAILS if fails else UNKNOWN
+    return {"claim": claim, "measured": measured, "rule": rule, "verdict": verdict}
 
 
 def tidy(panel):

@@ -9,6 +9,7 @@ claims to test.
 import itertools
 from collections.abc import Sequence
 
+from eval.report import finding
 from neuroflow_hf.drift.grid import (
     FIRST,
     LAST,
@@ -28,7 +29,6 @@ from neuroflow_hf.evaluation.statistics import (
 )
 from neuroflow_hf.utils.tables import Table, markdown_table
 
-HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told here"
 PUBLISHED_DRIFT = {FIRST: {"code": 0.0, "structured": 0.12, "prose": 0.66}, LAST: {"code": 0.0, "prose": 0.83}}
 PUBLISHED_PERPLEXITY = 0.007 / 3.886  # relative
 SAME_TIME = (0.95, 1.05)
@@ -43,7 +43,7 @@ def drift_findings(report: dict, samples: int = 2000, seed: int = 0) -> list[dic
         samples, seed: of the bootstrap.
 
     Returns:
-        Dicts of texts: `claim`, `measured`, `rule`, `verdict` (one of `HOLDS`, `FAILS`, `UNKNOWN`).
+        Dicts of texts: `claim`, `measured`, `rule`, `verdict` (see `finding`).
     """
     options = {"samples": samples, "seed": seed}
     found = [
@@ -61,12 +61,6 @@ def drift_findings(report: dict, samples: int = 2000, seed: int = 0) -> list[dic
 
 
 # --- claims --------------------------------------------------------------------------------------------------------
-
-
-def finding(claim: str, rule: str, measured: str, holds: bool, fails: bool) -> dict:
-    """A finding. If it neither holds nor fails, the verdict is `UNKNOWN`."""
-    verdict = HOLDS if holds else FAILS if fails else UNKNOWN
-    return {"claim": claim, "measured": measured, "rule": rule, "verdict": verdict}
 
 
 def rate_at_published_threshold(report: dict) -> dict | None:

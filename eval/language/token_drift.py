@@ -1,5 +1,5 @@
 """
-Measure the token drift of the small Phi-3, and which published findings hold on it.
+What does a bypass change in the text of the small Phi-3, and which published findings hold on it?
 
     python -m eval.language.token_drift    # some 15 minutes on two cores
     torchrun --nproc_per_node 2 -m eval.language.token_drift
@@ -7,7 +7,8 @@ Measure the token drift of the small Phi-3, and which published findings hold on
 Prompts are texts that the model was not trained on, from `eval/prompts/phi3_nano.jsonl`. Dense and bypass have caches
 of their own. Every finished configuration is written to `eval/results/token_drift.json` at once. The same command
 continues an interrupted run, unless `--fresh` is given. Also writes `token_drift.md` beside it, and draws
-`docs/drift.png` and `docs/drift_reachable.png`. `neuroflow drift` measures your own checkpoint and prompts.
+`docs/drift.png` and `docs/drift_reachable.png`; shown in `docs/results/drift.md`. `neuroflow drift` measures your own
+checkpoint and prompts.
 """
 
 from pathlib import Path

@@ -214,8 +214,7 @@ def record_evidence(
         }
         for spec in specs
     }
-    firsts = [batch[0].name for batch in batches]  # what is about a batch is in the recordings of all its scenes
-    of_all = [recordings[spec.name][name].about for spec in specs for name in firsts]
+    of_all = [one.about for found in recordings.values() for one in found.values()]
     machines = [one["machine"] for one in of_all]
     about = {
         **provenance(),
@@ -230,11 +229,7 @@ def record_evidence(
         "seed": SEED,
         "frames": plan.lengths,
         "scenes": [scene.name for scene in scenes],
-        "methods": [
-            spec.to_dict()
-            | {"seconds": round(sum(recordings[spec.name][name].about["seconds"] for name in firsts), 1)}
-            for spec in specs
-        ],
+        "methods": [spec.to_dict() for spec in specs],
     }
     return Evidence(scenes, specs, recordings, *texts, plan.settings, about)
 

@@ -1,5 +1,5 @@
 """
-How well does what the gate sees change fit what moves: masks, boxes, and names of moving objects.
+How well does what the gate sees change fit what moves? Masks, boxes, and names of moving objects.
 
     torchrun --nproc_per_node 2 -m eval.vision.motion_masks
     python -m eval.vision.motion_masks --clips 2

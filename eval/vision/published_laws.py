@@ -1,5 +1,5 @@
 """
-Which of the paper's observations hold on the embedded checkpoint, on composed clips of which everything is known.
+Which of the paper's observations hold on the embedded checkpoint, and on clips of which everything is known?
 
     torchrun --nproc_per_node 2 -m eval.vision.published_laws
     python -m eval.vision.published_laws --clips 2 --frames 32
@@ -22,12 +22,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from eval.docs.tables import laws_table
-from eval.language.findings import finding
-from eval.report import tidy
+from eval.report import finding, tidy
 from eval.vision.clip_statistics import Estimate, correlation, difference, estimate, mean, rounded, share, shown
 from eval.vision.composed_bench import Bench, Clip, Figures, Measured, command
 from eval.vision.composed_clips import LEAST_VISIBLE, Actor, ClipSpec, Truth, path_offset, view
-from neuroflow_hf.evaluation.equal_cost import shares_at
+from neuroflow_hf.evaluation.equal_cost import Mixture, shares_at
 from neuroflow_hf.vision.patches import project_patches
 from neuroflow_hf.vision.selection import surprise
 
@@ -45,8 +44,6 @@ SETTINGS = {
 }
 DISTANCES = (1, 2, 4, 8, 16)
 SWAPS = ("active", "stored sparse", "stored dense", "all stored", "random as many as active")
-
-
 TRAVELLING = ("crossing", "arc", "oscillating")
 STAYING = ("still", "local")
 PUBLISHED_SKIPS = (0.555, 0.663, 0.84)
@@ -55,7 +52,6 @@ LEVEL_TOP1, LEVEL_COSINE, LEVEL_STABILITY = 0.03, 0.01, 0.05
 PUBLISHED_STABILITY = {"inactive": 0.83, "active": 0.41}
 PUBLISHED_SHIFT = 0.73
 FIRST = "control: first frame repeated"
-
 DENSE_AT_ONCE = 8
 
 # --- measuring a clip ------------------------------------------------------------------------------------------------
@@ -504,25 +500,24 @@ def ghosts_cost(measured: Measured) -> list[dict]:
     left = [one for one in measured if one[1]["gone"][1:].any()]
     if not left:
         return []
-    mixed, weights, costs = equal_cost(left)
+    mixture, costs = equal_cost(left)
 
     def agree(figures: Figures, setting: str) -> np.ndarray:
         return (figures[f"{setting}: place"] == figures["dense: place"])[1:].astype(float)
 
-    def gained(figure: Callable, is_gone: bool) -> Estimate:
-        values = []
-        for _, one in left:
-            mixture = sum(weight * figure(one, setting) for setting, weight in zip(mixed, weights, strict=True))
-            values.append((mixture - figure(one, MEMORY))[one["gone"][1:] == is_gone])
-        return mean(values)
-
     def cosine(figures: Figures, setting: str) -> np.ndarray:
         return 1 - loss(figures, setting)
 
+    def gained(figure: Callable, is_gone: bool) -> Estimate:
+        values = []
+        for _, one in left:
+            more = mixture.mean(lambda setting, one=one: figure(one, setting)) - figure(one, MEMORY)
+            values.append(more[one["gone"][1:] == is_gone])
+        return mean(values)
+
     frames = sum(int(one["gone"][1:].sum()) for _, one in left)
-    where = (
-        f"{len(left)} clips, {frames} frames; {' and '.join(mixed)} at cost {costs[1]:.3f}, {MEMORY} at {costs[0]:.3f}"
-    )
+    mixed = " and ".join(setting for _, setting in mixture.parts)
+    where = f"{len(left)} clips, {frames} frames; {mixed} at cost {costs[1]:.3f}, {MEMORY} at {costs[0]:.3f}"
     rule = "holds if the interval of what `last_update` gains is above 0, does not hold if it is below"
     fidelity, labels = gained(cosine, True), gained(agree, True)
     return [
@@ -543,17 +538,17 @@ def ghosts_cost(measured: Measured) -> list[dict]:
     ]
 
 
-def equal_cost(measured: Measured) -> tuple[list[str], list[float], tuple[float, float]]:
+def equal_cost(measured: Measured) -> tuple[Mixture, tuple[float, float]]:
     """
-    The `last_update` settings whose mixture costs what MEMORY costs: their names, weights, and both costs. If all cost
-    less, the dearest; if all cost more, the cheapest.
+    The `last_update` settings whose mixture costs what MEMORY costs, and both costs. If all cost less, the dearest; if
+    all cost more, the cheapest.
     """
     target = over_clips(measured, f"{MEMORY}: cost")
     settings = [f"last_update {level:g}" for level in LAST_UPDATE_THRESHOLDS]
     costs = [over_clips(measured, f"{setting}: cost") for setting in settings]
-    shares, places = zip(*shares_at(costs, target), strict=True)
-    reached = target if len(places) == 2 else costs[places[0]]
-    return [settings[place] for place in places], list(shares), (target, reached)
+    shares = shares_at(costs, target)
+    mixture = Mixture("last_update", [(share, settings[place]) for share, place in shares])
+    return mixture, (target, sum(share * costs[place] for share, place in shares))
 
 
 # --- showing ---------------------------------------------------------------------------------------------------------

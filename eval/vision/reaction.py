@@ -103,26 +103,11 @@ def best_labels(evidence: Evidence, name: str, scene: Scene) -> dict[int, str]:
     return {frame: names[place] for frame, place in zip(recording.frames.tolist(), best.tolist(), strict=True)}
 
 
-@dataclass(frozen=True, eq=False)
-class Delays:
+def measure_delays(evidence: Evidence) -> tuple[dict[str, list[list[Delay]]], int]:
     """
-    Delays of all methods after the events that count.
-
-    Attributes:
-        scenes: how many have an event.
-        found: by method, of each of those scenes, in order.
-        excess: by method [S, E] frames beyond dense's delay, NaN where a scene has fewer events.
-        left_out: how many events dense does not follow, or says before.
+    By method, the delays after the events that count, of each scene that has any; and how many events were left out,
+    because dense does not follow them, or says them before.
     """
-
-    scenes: int
-    found: dict[str, list[list[Delay]]]
-    excess: dict[str, np.ndarray]
-    left_out: int
-
-
-def measure_delays(evidence: Evidence) -> Delays:
-    """The delays of all methods."""
     found: dict[str, list[list[Delay]]] = {name: [] for name in evidence.recordings}
     left_out = 0
     for scene in evidence.scenes:
@@ -133,8 +118,7 @@ def measure_delays(evidence: Evidence) -> Delays:
         for name in found if counted else ():
             said = best_labels(evidence, name, scene)
             found[name].append([delay_after(event, said) for event in counted])
-    dense = padded(found[DENSE.name])
-    return Delays(len(dense), found, {name: padded(some) - dense for name, some in found.items()}, left_out)
+    return found, left_out
 
 
 def padded(rows: Sequence[Sequence[Delay]]) -> np.ndarray:
@@ -152,18 +136,20 @@ def sooner(values: np.ndarray) -> np.ndarray:
 
 def reaction_report(evidence: Evidence) -> dict:
     """All figures."""
-    delays = measure_delays(evidence)
-    of_dense = [delay.frames for row in delays.found[DENSE.name] for delay in row]
+    delays, left_out = measure_delays(evidence)
+    of_dense = [delay.frames for row in delays[DENSE.name] for delay in row]
     own = {
         "events": len(of_dense),
-        "scenes": delays.scenes,
-        "left_out": delays.left_out,
+        "scenes": len(delays[DENSE.name]),
+        "left_out": left_out,
         "dense_delay": float(np.mean(of_dense)) if of_dense else None,
         "results": [],
     }
+    # by method [S, E], frames beyond dense's delay, NaN where a scene has fewer events
+    excesses = {name: padded(rows) - padded(delays[DENSE.name]) for name, rows in delays.items()}
     costs, families = evidence.costs(range(len(evidence.scenes))), families_of(evidence.specs)
     for spec in evidence.specs if of_dense else ():
-        excess, found = delays.excess[spec.name], [delay for row in delays.found[spec.name] for delay in row]
+        excess, found = excesses[spec.name], [delay for row in delays[spec.name] for delay in row]
         row = {
             "name": spec.name,
             "family": spec.family,
@@ -176,7 +162,7 @@ def reaction_report(evidence: Evidence) -> dict:
             "already": sum(delay.already for delay in found),
         }
         if not spec.control and spec != DENSE:
-            compared = best_baseline(spec.name, delays.excess, costs, families, sooner)
+            compared = best_baseline(spec.name, excesses, costs, families, sooner)
             row["best control"] = None if compared is None else in_frames(compared)
         own["results"].append(row)
     return rounded({**evidence.about, "least_frames": LEAST_FRAMES, "own": own})

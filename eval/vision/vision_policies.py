@@ -1,15 +1,14 @@
 """
-Presets and modes against the best trivial baseline, on every clip of the suite, at equal cost.
+Are presets and modes closer to dense than the best trivial baseline of the same cost, on the suite of clips?
 
     python -m eval.vision.vision_policies --frames 60    # run again to continue
     python -m eval.vision.vision_policies --clips pan,webcam --methods balanced --frames 30
     torchrun --nproc_per_node 2 -m eval.vision.vision_policies
 
-Question: is what a method returns closer to the dense outputs than what holding dense outputs gives for the same
-expense? Baselines, which all return an earlier frame's dense output: a dense frame every k frames (all k, all phases),
-a dense frame when the mean surprise or the share of changed patches since the last one exceeds a level, and the first
-frame for ever. Between two levels anybody can mix, so a baseline at any cost is the mixture of its two neighbours in
-cost. The best baseline is chosen for each clip and each statistic after the fact, which favours the baselines.
+Baselines, which all return an earlier frame's dense output: a dense frame every k frames (all k, all phases), a dense
+frame when the mean surprise or the share of changed patches since the last one exceeds a level, and the first frame
+for ever. Between two levels anybody can mix, so a baseline at any cost is the mixture of its two neighbours in cost.
+The best baseline is chosen for each clip and each statistic after the fact, which favours the baselines.
 
 Measured frame by frame, against a dense forward of the same frame, without the first frame, which is dense in every
 method: cosine of the pooled output, mean and 5th percentile over frames. Intervals are 95 %, from a paired moving-

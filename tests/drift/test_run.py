@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from eval.language.findings import FAILS, HOLDS, UNKNOWN, drift_findings, readme_table
+from eval.language.findings import drift_findings, readme_table
+from eval.report import FAILS, HOLDS, UNKNOWN
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
 from neuroflow_hf.cli.drift import write_drift
 from neuroflow_hf.cli.main import app

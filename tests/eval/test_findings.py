@@ -2,7 +2,8 @@
 
 import pytest
 
-from eval.language.findings import FAILS, HOLDS, UNKNOWN, drift_findings, interpolate
+from eval.language.findings import drift_findings, interpolate
+from eval.report import FAILS, HOLDS, UNKNOWN
 from neuroflow_hf.drift.grid import published_configuration
 
 

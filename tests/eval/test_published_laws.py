@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.language.findings import FAILS, HOLDS, UNKNOWN
+from eval.report import FAILS, HOLDS, UNKNOWN
 from eval.vision.clip_statistics import correlation, difference, estimate, mean, ranks, share, shown
 from eval.vision.composed_bench import measure_clips
 from eval.vision.composed_clips import specify
@@ -192,15 +192,14 @@ def test_equal_cost_is_a_mixture_of_the_two_neighbours_or_the_nearest():
     for level, cost in zip(LAST_UPDATE_THRESHOLDS, costs, strict=True):
         figures[f"last_update {level:g}: cost"][:] = cost
     figures[f"{MEMORY}: cost"][:] = costs[1] + 0.25 * (costs[2] - costs[1])
-    mixed, weights, (ours, theirs) = equal_cost([(name, figures)])
-    assert mixed == [f"last_update {level:g}" for level in LAST_UPDATE_THRESHOLDS[1:3]]
-    assert weights == pytest.approx([0.75, 0.25]) and ours == theirs
+    mixture, (ours, theirs) = equal_cost([(name, figures)])
+    shares, settings = zip(*mixture.parts, strict=True)
+    assert list(settings) == [f"last_update {level:g}" for level in LAST_UPDATE_THRESHOLDS[1:3]]
+    assert shares == pytest.approx([0.75, 0.25]) and ours == pytest.approx(theirs)
     figures[f"{MEMORY}: cost"][:] = 0.9
-    assert equal_cost([(name, figures)]) == (
-        [f"last_update {LAST_UPDATE_THRESHOLDS[-1]:g}"],
-        [1.0],
-        (pytest.approx(0.9), pytest.approx(0.5)),
-    )
+    mixture, costs = equal_cost([(name, figures)])
+    assert mixture.parts == [(1.0, f"last_update {LAST_UPDATE_THRESHOLDS[-1]:g}")]
+    assert costs == (pytest.approx(0.9), pytest.approx(0.5))
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
