@@ -103,7 +103,7 @@ def run_drift(
     Args:
         settings: options of `DriftSettings`.
         own, quick, fresh: as in `DriftEvaluation`.
-        max_prompts: use the first so many prompts of each task.
+        max_prompts: of each task; default: all.
 
     Returns:
         The report; None on all processes but the first.

@@ -1,1 +1,1 @@
-"""Files written whole, provenance, processes."""
+"""Files written whole, long jobs, processes, provenance, tables."""

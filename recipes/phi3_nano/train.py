@@ -294,8 +294,8 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = OUTPUT,
     tokens: Annotated[int, typer.Option(help="Tokens until the learning rate has fallen.")] = Recipe.tokens,
     more: Annotated[int, typer.Option(help="Tokens after that, with a second fall.")] = Recipe.more,
-    seed: Annotated[int, typer.Option(help="Of the weights and of everything that is drawn.")] = Recipe.seed,
-    threads: Annotated[int, typer.Option(help="Of the processor; 0: as torch chooses.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the weights and the training.")] = Recipe.seed,
+    threads: Annotated[int, typer.Option(help="Number of CPU threads; 0: torch's default.")] = 0,
     compile: Annotated[bool, typer.Option(help="Compile, where there is a C++ compiler: twice as fast.")] = True,
     interim: Annotated[Path | None, typer.Option(help="A folder for the model as it is so far, to try.")] = None,
 ) -> None:

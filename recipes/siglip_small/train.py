@@ -415,9 +415,9 @@ def save_checkpoint(model: SiglipModel, tokenizer, folder: Path, record: dict) -
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = OUTPUT,
-    pictures: Annotated[int, typer.Option(help="How many pictures are composed for training.")] = Recipe.pictures,
-    epochs: Annotated[int, typer.Option(help="Passes over them.")] = Recipe.epochs,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = Recipe.seed,
+    pictures: Annotated[int, typer.Option(help="Compose N pictures for training.", metavar="N")] = Recipe.pictures,
+    epochs: Annotated[int, typer.Option(help="Number of passes over the pictures.")] = Recipe.epochs,
+    seed: Annotated[int, typer.Option(help="Random seed of pictures and training.")] = Recipe.seed,
 ) -> None:
     """Train the checkpoint, or continue."""
     started, recipe = time.perf_counter(), Recipe(pictures=pictures, epochs=epochs, seed=seed)
