@@ -1,4 +1,4 @@
-"""Long jobs: timed, and stopped by Ctrl-C without losing what was computed."""
+"""Long jobs: timed, and stopped by Ctrl-C or SIGTERM without losing what was computed."""
 
 import contextlib
 import signal
@@ -13,24 +13,30 @@ import torch
 @contextlib.contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
     """
-    Inside the block, the first Ctrl-C sets the event and interrupts nothing; the second does what it did before.
-    Python allows this in the main thread only; in other threads the event is never set.
+    Inside the block, the first Ctrl-C or SIGTERM, which batch systems and containers send, sets the event and
+    interrupts nothing; the second does what it did before. Python allows this in the main thread only; in other
+    threads the event is never set.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def handle(_signal, _frame):
         stop.set()
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    signal.signal(signal.SIGINT, handle)
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

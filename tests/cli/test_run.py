@@ -193,7 +193,8 @@ def test_any_name_of_a_file_can_be_given(clip, model_folder, tmp_path, monkeypat
         assert "neuroflow run './-cam:2024" in result.stdout  # as it can be pasted
 
 
-def test_ctrl_c_keeps_the_frames_before_it(model_folder, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_keep_the_frames_before_them(model_folder, tmp_path, number):
     clip = write_clip(tmp_path / "long.mp4", frames=4000, codec="mpeg4")
     out = tmp_path / "out"
     command = [sys.executable, "-c", "from neuroflow_hf.cli.main import app; app()", "run", clip, "--out", out]
@@ -205,7 +206,7 @@ def test_ctrl_c_keeps_the_frames_before_it(model_folder, tmp_path):
         deadline = time.monotonic() + 100
         while not list(out.glob(".partial-*/overlay.mp4")) and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         printed, errors = process.communicate(timeout=100)
     finally:
         process.kill()

@@ -1,17 +1,20 @@
 import signal
 import threading
 
+import pytest
+
 from neuroflow_hf.utils.jobs import stop_on_interrupt
 
 
-def test_the_first_interrupt_only_sets_the_event_and_the_handler_comes_back():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_interrupt_only_sets_the_event_and_the_handlers_come_back(number):
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with stop_on_interrupt() as stop:
         assert not stop.is_set()
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         assert stop.is_set()
-        assert signal.getsignal(signal.SIGINT) is before
-    assert signal.getsignal(signal.SIGINT) is before
+        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_other_threads_leave_the_handler_alone():
