@@ -182,10 +182,8 @@ def record(
         float32 [T, B]; `nbytes` int64 [T], of all scenes; and `about` of the recording.
 
     Raises:
-        ValueError: for scenes that do not have equally many frames, or not those that they say; for embeddings that
-            are not finite.
+        ValueError: for scenes that do not have as many frames as they say; for embeddings that are not finite.
     """
-    require_one_length(scenes)
     tower, methods = tower_of(model), make_methods(model, specs)
     for method in methods:
         method.start(len(scenes))
@@ -232,15 +230,6 @@ def record(
     ]
 
 
-def require_one_length(scenes: Sequence[Scene]):
-    """ValueError if there are no scenes, if they do not have equally many frames, or if two have one name."""
-    counts = sorted({scene.count for scene in scenes})
-    if len(counts) != 1:
-        raise ValueError(f"The scenes of a batch have {counts} frames; expected scenes with equally many.")
-    if len({scene.name for scene in scenes}) != len(scenes):
-        raise ValueError(f"Two scenes of a batch have one name: {sorted(scene.name for scene in scenes)}.")
-
-
 class Recorder:
     """
     Recordings of one model in one folder.
@@ -285,9 +274,16 @@ class Recorder:
         """
         Record what is missing, each batch as one, each pass written as soon as it is done. With several processes,
         each takes a share, and all return when all are done. Returns how many passes were this process's.
+
+        Raises:
+            ValueError: for a batch without scenes, of different lengths, or with two of one name; as of `record`.
         """
         for scenes in batches:
-            require_one_length(scenes)
+            counts, names = sorted({scene.count for scene in scenes}), [scene.name for scene in scenes]
+            if len(counts) != 1:
+                raise ValueError(f"The scenes of a batch have {counts} frames; expected scenes with equally many.")
+            if len(set(names)) != len(names):
+                raise ValueError(f"Two scenes of a batch have one name: {names}.")
         jobs = self.processes.broadcast(self.jobs(batches, specs))  # files that appear meanwhile would change the list
         mine = self.processes.share(len(jobs))
         for number, place in enumerate(mine, start=1):

@@ -13,6 +13,7 @@ from pathlib import Path
 from eval.language.findings import readme_table
 from eval.report import RESULTS, fill_block, write_whole
 from neuroflow_hf import PRESETS
+from neuroflow_hf.utils.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -59,8 +60,8 @@ def table(rows: Iterable[dict | tuple], columns: dict[str, str | Callable], *not
             return str(column(row))
         return column.format(**row) if isinstance(row, dict) else column.format(*row)
 
-    lines = [list(columns), ["---"] * len(columns), *([cell(row, c) for c in columns.values()] for row in rows)]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *(["", *notes] if notes else [])])
+    cells = [[cell(row, column) for column in columns.values()] for row in rows]
+    return "\n".join([markdown_table((list(columns), cells)), *(["", *notes] if notes else [])])
 
 
 def spread(value: float | None, interval: list[float] | None = None, scale: float = 1, form: str = "+.1f") -> str:

@@ -10,7 +10,7 @@ the same Pillow. Things are placed on whole pixels.
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -113,10 +113,6 @@ class Truth:
     things: tuple[str, ...]
     masks: np.ndarray
     visible: tuple[float, ...]
-    mask: np.ndarray = field(init=False)
-
-    def __post_init__(self):
-        object.__setattr__(self, "mask", self.masks.any(axis=0))
 
     @property
     def seen(self) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def middles(spec):
     """Row and column of the middle of what is visible, [frames, 2]; NaN where nothing is."""
     found = []
     for number in range(spec.frames):
-        rows, columns = np.nonzero(truth(spec, number).mask)
+        rows, columns = np.nonzero(truth(spec, number).masks.any(0))
         found.append((rows.mean(), columns.mean()) if len(rows) else (np.nan, np.nan))
     return np.array(found)
 
@@ -76,7 +76,7 @@ def test_the_mask_is_where_the_picture_is_not_the_ground(material, motion):
         for at in range(0, 64, 7):
             image, known = frame(spec, at)
             ground = frame(replace(spec, actors=()), at)[0]
-            np.testing.assert_array_equal(known.mask, (image != ground).any(-1))
+            np.testing.assert_array_equal(known.masks.any(0), (image != ground).any(-1))
             colours = [COLOURS[thing] for thing in known.things]
             for mask, colour in zip(known.masks, colours, strict=True):
                 assert (image[mask] == colour).all()
@@ -91,7 +91,7 @@ def test_half_of_the_opacity_counts_as_there(material):
     spec = clip(material, "still")
     known = truth(spec, 0)
     width = spec.actors[0].cut.shape[1]
-    columns = np.nonzero(known.mask.any(0))[0]
+    columns = np.nonzero(known.masks.any((0, 1)))[0]
     assert abs(columns.max() + 1 - columns.min() - width / 2) <= 1
     assert known.visible == (1.0,) and known.label == "apple"
 
@@ -186,7 +186,7 @@ def test_the_camera_moves_and_the_thing_stays_in_the_scene(material):
     assert (views + SIDE <= len(spec.ground)).all()
     corners = []
     for number in range(100):
-        rows, columns = np.nonzero(truth(spec, number).mask)
+        rows, columns = np.nonzero(truth(spec, number).masks.any(0))
         if truth(spec, number).visible[0] == 1:
             corners.append((rows.min() + views[number, 0], columns.min() + views[number, 1]))
     assert len(corners) > 20 and len(set(corners)) == 1
