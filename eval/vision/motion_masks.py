@@ -26,7 +26,6 @@ from eval.docs.tables import motion_table
 from eval.vision.clip_statistics import Estimate, estimate, mean, rounded
 from eval.vision.composed_bench import Bench, Clip, Figures, Measured, command
 from eval.vision.composed_clips import LEAST_VISIBLE, Truth
-from eval.vision.masks import mask_iou, patch_mask
 from neuroflow_hf.video.motion import motion_mask, without_small_regions
 from neuroflow_hf.video.objects import MovingObject, connected_objects
 
@@ -123,7 +122,7 @@ def expected(clip: Clip, number: int, grid: tuple[int, int]) -> tuple[Tensor | N
 
 def patches_or_none(pixels: np.ndarray, grid: tuple[int, int]) -> Tensor | None:
     """A mask of pixels on a grid of patches; None if it is empty."""
-    mask = patch_mask(torch.from_numpy(np.asarray(pixels)), grid)
+    mask = patch_mask(pixels, grid)
     return mask if mask.any() else None
 
 
@@ -132,7 +131,7 @@ def moving_boxes(clip: Clip, number: int, grid: tuple[int, int]) -> list[tuple[i
     now, before = clip.truths[number], clip.truths[number - 1]
     moving = (now.masks != before.masks).any((1, 2)) | (clip.spec.motion == "moving camera")
     return [
-        (place, box_of(patch_mask(torch.from_numpy(now.masks[place]), grid)))
+        (place, box_of(patch_mask(now.masks[place], grid)))
         for place in np.flatnonzero(moving & (np.array(now.visible) >= LEAST_VISIBLE)).tolist()
     ]
 
@@ -167,17 +166,31 @@ def matches(found: Sequence[Box], boxes: Sequence[Box]) -> list[tuple[int, int]]
 def mask_row(mask: Tensor, thing: Tensor | None, change: Tensor | None) -> tuple[float, float, float]:
     """A frame's MASK_COLUMNS."""
     return (
-        np.nan if thing is None else mask_iou(mask, thing).item(),
-        np.nan if change is None else mask_iou(mask, change).item(),
+        np.nan if thing is None else mask_iou(mask, thing),
+        np.nan if change is None else mask_iou(mask, change),
         mask.float().mean().item() if change is None else np.nan,
     )
 
 
+def patch_means(values: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Means of pixels' values [..., H, W] over each patch, float32 [..., *grid]."""
+    return values.unflatten(-1, (grid[1], -1)).unflatten(-3, (grid[0], -1)).float().mean(dim=(-3, -1))
+
+
+def patch_mask(pixels: np.ndarray, grid: tuple[int, int], least_share: float = 0.0) -> Tensor:
+    """The patches, bool [*grid], of which a mask of pixels bool [H, W] covers more than `least_share`."""
+    return patch_means(torch.from_numpy(pixels), grid) > least_share
+
+
+def mask_iou(mask: Tensor, truth: Tensor) -> float:
+    """Intersection over union of two masks, bool [h, w] each; 1 if both are empty."""
+    both, either = (mask & truth).sum(), (mask | truth).sum()
+    return (both / either).item() if either else 1.0
+
+
 def pixel_differences(images: np.ndarray, grid: tuple[int, int]) -> Tensor:
     """Mean absolute difference to the frame before, in grey levels: uint8 [T, H, W, 3] to float32 [T - 1, *grid]."""
-    levels = torch.from_numpy(images).float().mean(-1)
-    changed = (levels[1:] - levels[:-1]).abs()
-    return changed.unflatten(-1, (grid[1], -1)).unflatten(-3, (grid[0], -1)).mean(dim=(-3, -1))
+    return patch_means(torch.from_numpy(images).float().mean(-1).diff(dim=0).abs(), grid)
 
 
 def label_row(
@@ -185,9 +198,9 @@ def label_row(
 ) -> tuple[float, ...]:
     """Whether the label of an object, of the whole frame, and of the thing's true patches is the thing's."""
     head, hidden = bench.model.vision_model.head, output.last_hidden_state[0]
-    true_patches = patch_mask(torch.from_numpy(truth.masks[actor]), grid, 0.5)
+    true_patches = patch_mask(truth.masks[actor], grid, 0.5)
     if not true_patches.any():
-        true_patches = patch_mask(torch.from_numpy(truth.masks[actor]), grid)
+        true_patches = patch_mask(truth.masks[actor], grid)
     own, true = (head(hidden[mask.flatten().to(hidden.device)][None])[0] for mask in (item.mask, true_patches))
     best = bench.labels.logits(torch.stack([own, output.pooler_output[0], true])).argmax(-1).tolist()
     return tuple(float(bench.things[place] == truth.things[actor]) for place in best)

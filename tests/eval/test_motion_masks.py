@@ -16,12 +16,14 @@ from eval.vision.motion_masks import (
     box_of,
     expected,
     labels_table,
+    mask_iou,
     mask_row,
     masks_table,
     matches,
     measure_motion,
     moving_boxes,
     objects_table,
+    patch_mask,
     pixel_differences,
 )
 from neuroflow_hf.utils.processes import Processes
@@ -61,6 +63,23 @@ def test_only_things_that_moved_and_are_seen_have_boxes():
     assert moving_boxes(clip, 1, GRID) == [(0, (0, 2, 2, 4))]
     assert moving_boxes(clip, 2, GRID) == []
     assert moving_boxes(clip, 3, GRID) == []  # a quarter of it is left in the picture
+
+
+def test_masks_of_pixels_and_patches():
+    mask = np.random.default_rng(0).random((5, 6)) < 0.4
+    pixels = mask.repeat(4, axis=0).repeat(4, axis=1)
+    for least_share in (0.0, 0.5, 0.99):
+        assert np.array_equal(patch_mask(pixels, (5, 6), least_share), mask)
+    pixels = np.zeros((8, 8), dtype=bool)
+    pixels[3:5, 0:4] = True  # in two patches, half a row of pixels in each
+    assert patch_mask(pixels, (2, 2)).tolist() == [[True, False], [True, False]]
+    assert not patch_mask(pixels, (2, 2), 0.25).any()
+
+
+def test_intersection_over_union():
+    one, other, nothing = (torch.tensor([row], dtype=torch.bool) for row in ([1, 1, 0], [0, 1, 1], [0, 0, 0]))
+    assert mask_iou(one, other) == pytest.approx(1 / 3)
+    assert [mask_iou(one, one), mask_iou(nothing, nothing), mask_iou(one, nothing)] == [1, 1, 0]
 
 
 def test_boxes_and_their_overlap():
