@@ -26,13 +26,15 @@ MASKS = {
     "context, ema, 0.01": "`context`, reference `ema`",
     "everything": "baseline: everything",
 }
-MASK_COLUMNS = "thing: IoU with the thing|change: IoU with the change|false share: marked where nothing moved"
-BOX_COLUMNS = "recall: boxes: recall|precision: precision"
-NAME_COLUMNS = "object: named right: object|whole frame: whole frame|truth's mask: true patches"
-DRAFT_COLUMNS = {
-    "acceptance rate": ("acceptance", ".0%"),
-    "tokens drafted at once": ("draft_length", ".1f"),
-    "tokens per check": ("tokens_per_check", ".1f"),
+MASK_COLUMNS = {
+    "IoU with the thing": "thing",
+    "IoU with the change": "change",
+    "marked where nothing moved": "false share",
+    "boxes: recall": "recall",
+    "precision": "precision",
+    "named right: object": "object",
+    "whole frame": "whole frame",
+    "true patches": "truth's mask",
 }
 
 
@@ -82,29 +84,29 @@ def method_and_cost(head: str = "method") -> dict:
     return {head: name_of, "cost": "{cost:.3f}"}
 
 
-def beside(
-    form: str, scale: float = 1, signed: str = "+.1f", part: str | None = None, head: str = "", unit: str = ""
-) -> dict:
-    """Columns: the best baseline at a method's cost, and the difference to it."""
+def at(row: dict, path: str):
+    """What a row holds at a path such as `top1.difference`; None if there is nothing."""
+    for key in path.split("."):
+        row = row.get(key) if row else None
+    return row
 
-    def best(cell):
-        def of(row):
-            found = (row[part] if part else row).get("best control")
-            return cell(found) if found else ""
 
-        return of
+def estimate(value: str, interval: str = "", scale: float = 1, form: str = "+.1f") -> Callable:
+    """A column of values and their intervals at two paths; empty for dense, which the others are compared with."""
+    return lambda row: "" if row.get("name") == "dense" else spread(at(row, value), at(row, interval), scale, form)
+
+
+def beside(form: str, scale: float = 1, signed: str = "+.1f", part: str = "", head: str = "", unit: str = "") -> dict:
+    """Columns: the best baseline at a method's cost, found in a part of the row, and the difference to it."""
+    best = f"{part}best control"
+
+    def baseline(row):
+        return "{control:{form}} ({family})".format(form=form, **at(row, best)) if at(row, best) else ""
 
     return {
-        f"{head}best baseline at its cost": best(lambda found: f"{found['control']:{form}} ({found['family']})"),
-        f"{head}difference to it{unit}": best(
-            lambda found: spread(found["difference"], found["interval"], scale, signed)
-        ),
+        f"{head}best baseline at its cost": baseline,
+        f"{head}difference to it{unit}": estimate(f"{best}.difference", f"{best}.interval", scale, signed),
     }
-
-
-def unless_dense(cell: Callable) -> Callable:
-    """An empty cell for dense, which the others are compared with."""
-    return lambda row: "" if row["name"] == "dense" else cell(row)
 
 
 def rows_shown(rows: list[dict], default: str = "balanced") -> list[dict]:
@@ -210,7 +212,7 @@ def controls_table(report: dict) -> str:
         "cost": "{cost_after_first_frame:.3f}",
         "cosine to dense: mean": "{cosine_mean:.4f}",
         "5th percentile": "{cosine_p5:.4f}",
-        "patches' cosine": lambda row: spread(row["patch_cosine_mean"], form=".3f"),
+        "patches' cosine": estimate("patch_cosine_mean", form=".3f"),
     }
     rows = ({"name": name, **row} for name, row in report["methods"].items())
     return table(rows, columns, "`{command}`: {frames} frames of {clip}, {tower}.".format(**report))
@@ -297,15 +299,13 @@ def accuracy_table(report: dict) -> str:
     def worst(row):
         found = {name: of["top1"]["difference"] for name, of in row["motions"].items()}
         name = min((name for name in found if found[name] is not None), key=found.get)
-        return f"{spread(found[name], scale=100)} ({name})"
+        return "" if row["name"] == "dense" else f"{spread(found[name], scale=100)} ({name})"
 
     columns = {
         "top-1": "{top1[accuracy]:.1%}",
-        "less dense's, points": unless_dense(
-            lambda row: spread(row["top1"]["difference"], row["top1"]["interval"], 100)
-        ),
-        "largest loss in a motion": unless_dense(worst),
-        **beside(".1%", 100, part="top1", unit=", points"),
+        "less dense's, points": estimate("top1.difference", "top1.interval", 100),
+        "largest loss in a motion": worst,
+        **beside(".1%", 100, part="top1.", unit=", points"),
         "top-5": "{top5[accuracy]:.1%}",
     }
     note = "`{command}`: {0} clips, {frames_counted} frames counted, {texts} labels."
@@ -321,9 +321,8 @@ def motions_table(report: dict, default: str = "balanced") -> str:
     columns = {"motion": "{motion}", "top-1 of dense": "{ours[top1][dense]:.1%}"}
     for name, key in {f"`{default}`": "ours", f"*baseline:* {held['name']}": "held"}.items():
         columns[f"cost of {name}"] = f"{{{key}[cost]:.3f}}"
-        columns[f"{name}: top-1 less dense's, points"] = lambda row, key=key: spread(
-            row[key]["top1"]["difference"], row[key]["top1"]["interval"], 100
-        )
+        top1 = f"{key}.top1"
+        columns[f"{name}: top-1 less dense's, points"] = estimate(f"{top1}.difference", f"{top1}.interval", 100)
     rows = ({"motion": name, "ours": of, "held": held["motions"][name]} for name, of in ours["motions"].items())
     return table(rows, columns, f"{len(report['frames'])} clips of each kind of motion.")
 
@@ -331,7 +330,7 @@ def motions_table(report: dict, default: str = "balanced") -> str:
 def reaction_table(report: dict) -> str:
     """Frames between an event and the label's change."""
     columns = {
-        "delay beyond dense's, frames": unless_dense(lambda row: spread(row["delay"], row["interval"], form=".1f")),
+        "delay beyond dense's, frames": estimate("delay", "interval", form=".1f"),
         "not within the frames looked at": "{censored}",
         **beside(".1f", signed=".1f", unit=", frames"),
     }
@@ -352,10 +351,10 @@ def fidelity_table(report: dict) -> str:
         "cosine: mean": "{mean:.4f}",
         "p5": "{p5:.4f}",
         "p1": "{p1:.4f}",
-        "trend per 1,000 frames, thousandths": lambda row: spread(row["trend"], row["trend_interval"], 1e3),
+        "trend per 1,000 frames, thousandths": estimate("trend", "trend_interval", 1e3),
         "MB a stream": lambda row: f"{row['bytes'] / 1e6:.1f}{'' if row['bytes_constant'] else ', not constant'}",
         **beside(".3f", 1e3, head="p5: ", unit=", thousandths"),
-        **beside(".3f", 1e3, part="changing", head="p5 where labels change: ", unit=", thousandths"),
+        **beside(".3f", 1e3, part="changing.", head="p5 where labels change: ", unit=", thousandths"),
     }
     return table(rows_shown(report["results"]), method_and_cost() | columns, f"`{report['command']}`")
 
@@ -376,10 +375,8 @@ def motion_table(report: dict) -> str:
         {"name": ways[way], **masks[way], **objects[way], **labels.get(way.rpartition(", ")[0], {})} for way in ways
     ]
     columns = {"mask": "{name}"}
-    for column in "|".join((MASK_COLUMNS, BOX_COLUMNS, NAME_COLUMNS)).split("|"):
-        key, head = column.split(": ", 1)
-        form = ".2f" if "IoU" in head else ".0%"
-        columns[head] = lambda row, key=key, form=form: spread(row.get(key, {}).get("value"), form=form)
+    for head, key in MASK_COLUMNS.items():
+        columns[head] = estimate(f"{key}.value", form=".2f" if "IoU" in head else ".0%")
     note = "`{command}`: {clips[in_all]} composed clips of {clips[frames]} frames. A box is found if its IoU with a "
     note += "moving thing's is at least {least_iou}; {0[objects]} found in the first row, {labels_known} labels."
     return table(rows, columns, note.format(labels["balanced, last_update"], **report))
@@ -389,12 +386,13 @@ def lossless_table(report: dict) -> str:
     """Tokens per second with each drafter and with none."""
     settings, last = report["settings"], list(report["summary"].values())[-1]
     columns = {"task": "{task}", "drafts": "{drafts}", "tokens/s": "{tokens_per_second:.0f}"}
-    for key in ("times_dense", "times_lookup"):
-        columns[key.replace("_", " ")] = lambda row, key=key: (
-            spread(row[key]["median"], row[key]["interval"], form=".2f") if key in row else ""
-        )
-    for head, (key, form) in DRAFT_COLUMNS.items():
-        columns[head] = lambda row, key=key, form=form: spread(row.get(key), form=form)
+    columns |= {
+        "times dense": estimate("times_dense.median", "times_dense.interval", form=".2f"),
+        "times lookup": estimate("times_lookup.median", "times_lookup.interval", form=".2f"),
+        "acceptance rate": estimate("acceptance", form=".0%"),
+        "tokens drafted at once": estimate("draft_length", form=".1f"),
+        "tokens per check": estimate("tokens_per_check", form=".1f"),
+    }
     rows = (
         {"task": task, "drafts": name, **row} for task, of in report["summary"].items() for name, row in of.items()
     )
