@@ -388,7 +388,6 @@ def lossless_table(report: dict) -> str:
     columns = {"task": "{task}", "drafts": "{drafts}", "tokens/s": "{tokens_per_second:.0f}"}
     columns |= {
         "times dense": estimate("times_dense.median", "times_dense.interval", form=".2f"),
-        "times lookup": estimate("times_lookup.median", "times_lookup.interval", form=".2f"),
         "acceptance rate": estimate("acceptance", form=".0%"),
         "tokens drafted at once": estimate("draft_length", form=".1f"),
         "tokens per check": estimate("tokens_per_check", form=".1f"),
