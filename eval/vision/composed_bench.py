@@ -4,6 +4,8 @@ several processes if it was started so; and the command line.
 """
 
 import functools
+import inspect
+import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +20,14 @@ from rich.progress import track
 from torch import Tensor
 
 from eval.report import RESULTS, provenance, publish
+from eval.vision import composed_clips
 from eval.vision.composed_clips import FEWEST, MOTIONS, SIDE, ClipSpec, Truth, frame, specify
 from neuroflow_hf.loading import load_text_model
+from neuroflow_hf.utils.files import write_whole
 from neuroflow_hf.utils.processes import Processes
-from neuroflow_hf.utils.provenance import checkout_commit, fingerprint
+from neuroflow_hf.utils.provenance import checkout_commit, code_version, fingerprint, key_of, model_version
 from neuroflow_hf.video.labels import Labels, embed_labels
+from recipes.siglip_dinov2_small.build import default_tower_dir
 from recipes.siglip_small.captions import prompts
 from recipes.siglip_small.compose import load_material
 from recipes.siglip_small.sources import things
@@ -96,20 +101,38 @@ def measure_clips(
     clips: int,
     frames: int,
     processes: Processes,
+    folder: Path,
     motions: Sequence[str] = tuple(MOTIONS),
 ) -> Measured:
     """
     `measure`, a function from the bench and a clip to arrays, of so many clips of each motion. Each process measures
-    its share.
+    its share, and stores a clip's figures in `folder` as soon as it has them; figures of the same code, weights and
+    clip that are there already are read.
     """
     names = [(motion, number) for number in range(clips) for motion in motions]
-    found = []
+    found, version = [], measuring_version(measure)
     bar = {"console": Console(stderr=True), "disable": not processes.is_main}
     for place in track(processes.share(len(names)), "clips", **bar):
-        with torch.inference_mode():
-            found.append((place, measure(bench, bench.clip(*names[place], frames))))
+        clip = (*names[place], frames)
+        path = folder / f"{key_of(clip=clip, seed=SEED, side=bench.side, weights=bench.weights, code=version)}.npz"
+        if not path.is_file():
+            buffer = io.BytesIO()
+            with torch.inference_mode():
+                np.savez(buffer, **measure(bench, bench.clip(*clip)))
+            write_whole(path, buffer.getvalue())
+        with np.load(path, allow_pickle=False) as stored:
+            found.append((place, dict(stored)))
     by_place = dict(processes.gather(found))
     return [(motion, by_place[place]) for place, (motion, _) in enumerate(names)]
+
+
+def measuring_version(measure: Callable) -> str:
+    """What a clip's figures depend on of the code and of the drawings: what measures, what composes, the models."""
+    recipe = ROOT / "recipes" / "siglip_small"
+    files = [Path(inspect.getfile(measure)), Path(__file__), Path(composed_clips.__file__), *recipe.glob("*.py")]
+    video = [f"video/{name}.py" for name in ("preprocess", "labels", "motion", "objects")]
+    tables = [path.read_text(encoding="utf-8") for path in sorted(recipe.glob("*.csv"))]
+    return key_of(code=code_version(files), models=model_version(*video), tables=tables)
 
 
 def command(
@@ -146,7 +169,7 @@ def command(
             clips, frames = 1, quick_frames
         processes, start = Processes(), time.perf_counter()
         bench = Bench(str(processes.device or "cpu"))
-        measured = measure_clips(bench, measure, clips, frames, processes)
+        measured = measure_clips(bench, measure, clips, frames, processes, default_tower_dir().parent / "eval" / name)
         if not processes.is_main:
             return
         report = {

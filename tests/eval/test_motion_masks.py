@@ -113,9 +113,9 @@ def test_pixel_differences_are_by_patch():
     assert found.shape == (1, *GRID) and found[0, 0, 1] == 60 and found.sum() == 60
 
 
-def test_clips_are_measured_and_controls_do_what_they_must(model):
+def test_clips_are_measured_and_controls_do_what_they_must(model, tmp_path):
     measured = measure_clips(
-        TinyBench(model), measure_motion, 1, 16, Processes(), motions=("crossing", "still", "several")
+        TinyBench(model), measure_motion, 1, 16, Processes(), tmp_path, motions=("crossing", "still", "several")
     )
     masks, objects, labels = masks_table(measured), objects_table(measured), labels_table(measured)
     nothing, everything = masks[ALL]["nothing"], masks[ALL]["everything"]
@@ -134,10 +134,37 @@ def test_clips_are_measured_and_controls_do_what_they_must(model):
     assert set(MASK_COLUMNS) <= set(own) and set(OBJECT_COLUMNS) <= set(objects[ALL]["nothing"])
 
 
-def test_readmes_table_is_made_of_the_report(model):
+def test_an_interrupted_measurement_is_continued(model, tmp_path, monkeypatch):
+    bench, composed = TinyBench(model), []
+
+    def interrupted(motion, number, frames):
+        composed.append(motion)
+        if len(composed) == 2:
+            raise KeyboardInterrupt
+        return TinyBench.clip(bench, motion, number, frames)
+
+    monkeypatch.setattr(bench, "clip", interrupted)
+    arguments = (bench, measure_motion, 1, 16, Processes(), tmp_path, ("still", "crossing", "several"))
+    with pytest.raises(KeyboardInterrupt):
+        measure_clips(*arguments)
+    continued = measure_clips(*arguments)
+    assert composed == ["still", "crossing", "crossing", "several"]
+    again = measure_clips(*arguments)
+    assert len(composed) == 4
+    for (_, one), (_, other) in zip(continued, again, strict=True):
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[name], other[name], equal_nan=True) for name in one)
+    bench.weights = "others"  # and nothing is taken for what it is not
+    measure_clips(*arguments)
+    assert len(composed) == 7
+
+
+def test_readmes_table_is_made_of_the_report(model, tmp_path):
     from eval.docs.tables import motion_table
 
-    measured = measure_clips(TinyBench(model), measure_motion, 1, 16, Processes(), motions=("crossing", "still"))
+    measured = measure_clips(
+        TinyBench(model), measure_motion, 1, 16, Processes(), tmp_path, motions=("crossing", "still")
+    )
     report = {
         "command": "python -m eval.vision.motion_masks",
         "clips": {"in_all": 2, "frames": 16},

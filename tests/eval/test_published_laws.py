@@ -205,9 +205,9 @@ def test_equal_cost_is_a_mixture_of_the_two_neighbours_or_the_nearest():
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def test_clips_are_measured_and_every_law_is_decided(model):
+def test_clips_are_measured_and_every_law_is_decided(model, tmp_path):
     motions = ("still", "crossing", "leaving", "replaced")
-    measured = measure_clips(TinyBench(model), measure_laws, 1, 16, Processes(), motions)
+    measured = measure_clips(TinyBench(model), measure_laws, 1, 16, Processes(), tmp_path, motions)
     assert [motion for motion, _ in measured] == list(motions)
     still, leaving = measured[0][1], measured[2][1]
     np.testing.assert_allclose(still[f"{MEMORY}: cosine"], 1, atol=1e-5)
@@ -219,8 +219,8 @@ def test_clips_are_measured_and_every_law_is_decided(model):
     assert all(one["verdict"] in (HOLDS, FAILS, UNKNOWN) and one["control"] and one["rule"] for one in decided)
 
 
-def test_the_report_can_be_drawn(model):
-    measured = measure_clips(TinyBench(model), measure_laws, 1, 16, Processes(), ("still", "crossing"))
+def test_the_report_can_be_drawn(model, tmp_path):
+    measured = measure_clips(TinyBench(model), measure_laws, 1, 16, Processes(), tmp_path, ("still", "crossing"))
     report = {
         "settings": settings_table(measured),
         "stability": stability_table(measured),
