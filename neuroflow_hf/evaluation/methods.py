@@ -10,6 +10,7 @@ A cost is a share of a dense frame's multiply-adds at the resolution of the fram
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -129,7 +130,7 @@ class DenseFrames:
 # --- methods -------------------------------------------------------------------------------------------------------
 
 
-class Method:
+class Method(ABC):
     """
     A way to get an embedding for every frame.
 
@@ -143,9 +144,10 @@ class Method:
     follows = False
     nbytes = 0
 
-    def start(self, count: int):
+    def start(self, count: int):  # noqa: B027  # optional
         """Begin anew with `count` videos, B."""
 
+    @abstractmethod
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
         """
         The next frame of each video.
@@ -155,7 +157,6 @@ class Method:
             wanted: bool [B], whose embeddings are needed; None for all. A method that does not follow may leave out
                 the others, whose rows are NaN then.
         """
-        raise NotImplementedError
 
 
 def wanted_rows(wanted: Tensor | None, count: int) -> list[int]:
@@ -299,7 +300,7 @@ class Merged(Method):
 # --- triggers ------------------------------------------------------------------------------------------------------
 
 
-class Trigger:
+class Trigger(ABC):
     """
     Decides which frames are keyframes.
 
@@ -309,19 +310,19 @@ class Trigger:
 
     nbytes = 0
 
-    def start(self, count: int):
+    def start(self, count: int):  # noqa: B027  # optional
         """Begin anew with `count` videos."""
 
+    @abstractmethod
     def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
         """Whether frames [B, 3, H, W], the `number`-th from 0, are keyframes: bool [B]."""
-        raise NotImplementedError
 
-    def taken(self, rows: Sequence[int]):
+    def taken(self, rows: Sequence[int]):  # noqa: B027  # optional
         """Note that the frames of these videos became keyframes."""
 
+    @abstractmethod
     def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
         """Multiply-adds of a keyframe and of any other frame, where a dense frame has `whole`."""
-        raise NotImplementedError
 
 
 class EveryFrames(Trigger):
@@ -375,13 +376,13 @@ class Difference(Trigger):
     def nbytes(self) -> int:
         return self.reference.nbytes if self.reference is not None else 0
 
+    @abstractmethod
     def seen(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
         """What is compared of frames [B, 3, H, W]: [B, ...]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def distance(self, now: Tensor, reference: Tensor) -> Tensor:
         """The difference between what is seen and the reference, both [B, ...]: [B]."""
-        raise NotImplementedError
 
 
 class PatchSurprise(Difference):
