@@ -23,7 +23,7 @@ from .patches import active_position_embeddings, position_embeddings, project_pa
 from .shortcuts import can_fold_probe, pool_with_folded_probe
 from .stream import NeuroFlowStream
 from .stream_state import OUTPUT, POOLED, StreamGeometry
-from .summary import SUMMARY_OUTPUT, SummaryGrid, pool_with_summary, remember_summary, whole_streams
+from .summary import SUMMARY_OUTPUT, SummaryGrid, pool_with_summary, remember_summary
 
 
 @dataclass
@@ -190,7 +190,8 @@ def summary_grid(model: SiglipVisionModel, gate: NeuroFlowGateConfig, geometry: 
     """
     if not gate.summary_tokens:
         return None
-    summary, attention = SummaryGrid(geometry.grid, gate.summary_tokens), model.config._attn_implementation
+    summary = SummaryGrid(geometry.grid, gate.summary_tokens, geometry.dtype, geometry.device)
+    attention = model.config._attn_implementation
     if summary.side > min(geometry.grid):
         raise ValueError(
             f"Gate option `summary_tokens` {gate.summary_tokens} needs {summary.side}x{summary.side} patches or more, "
@@ -319,27 +320,17 @@ def pool(
     if not model.use_head:
         return None
 
-    def head(batch: torch.Tensor) -> torch.Tensor:
+    def head(batch: torch.Tensor, streams: list[int]) -> torch.Tensor:
+        if summary is not None and token_mask is not None and batch.shape[1] < active.num_patches:
+            return pool_with_summary(model.head, batch, stream.memory[SUMMARY_OUTPUT][streams], summary)
         return pool_with_folded_probe(model.head, batch) if folded else model.head(batch)
 
     if not active.live:
         return stream.memory[POOLED]
-    if token_mask is not None and summary is not None:
-        stored, whole = stream.memory[SUMMARY_OUTPUT], set(whole_streams(active))
-        fresh = torch.cat(
-            [
-                head(tokens[index : index + 1])
-                if index in whole
-                else pool_with_summary(
-                    model.head, tokens[index : index + 1, : active.counts[index]], stored[index : index + 1], summary
-                )
-                for index in active.live
-            ]
-        )
-    elif token_mask is None or len(set(active.counts)) == 1:
-        fresh = head(active.of_live(tokens))
+    if token_mask is None or len(set(active.counts)) == 1:
+        fresh = head(active.of_live(tokens), active.live)
     else:
-        fresh = torch.cat([head(tokens[index : index + 1, : active.counts[index]]) for index in active.live])
+        fresh = torch.cat([head(tokens[index : index + 1, : active.counts[index]], [index]) for index in active.live])
     return active.remember_streams(stream.memory, POOLED, fresh)
 
 

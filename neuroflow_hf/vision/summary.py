@@ -28,19 +28,22 @@ class SummaryGrid:
     Args:
         grid: rows and columns of patches.
         tokens: number of cells, K = s * s.
+        dtype, device: of the features.
     """
 
-    def __init__(self, grid: tuple[int, int], tokens: int):
+    def __init__(self, grid: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device):
         self.grid, self.tokens, self.side = grid, tokens, math.isqrt(tokens)
+        self.dtype, self.device = dtype, device
 
     @computed_once
     def log_counts(self) -> torch.Tensor:
-        """float64 [K]: the logarithm of each cell's number of patches."""
+        """[K]: the logarithm of each cell's number of patches; copied to the device once a frame."""
         rows, columns = (
             torch.tensor([-(-(cell + 1) * size // self.side) - cell * size // self.side for cell in range(self.side)])
             for size in self.grid
         )
-        return torch.outer(rows, columns).flatten().double().log()
+        counts = torch.outer(rows, columns).flatten().double()
+        return counts.log().to(self.device, self.dtype, non_blocking=True)
 
     def average(self, features: torch.Tensor) -> torch.Tensor:
         """The cells' averages [B, K, D] of features of all patches, [B, N, D]."""
@@ -64,9 +67,12 @@ def remember_summary(
     whole = whole_streams(active)
     if not whole:
         return
-    rows = fresh.split(active.counts)
-    averages = summary.average(torch.stack([rows[stream] for stream in whole]))
-    write_memory(memory, name, None if len(whole) == len(active.counts) else torch.tensor(whole), averages)
+    if len(whole) == len(active.counts):
+        write_memory(memory, name, None, summary.average(fresh.view(*active.mask.shape, -1)))
+    else:
+        rows = fresh.split(active.counts)
+        averages = summary.average(torch.stack([rows[stream] for stream in whole]))
+        write_memory(memory, name, torch.tensor(whole), averages)
 
 
 def attend_with_summary(
