@@ -21,6 +21,7 @@ from .layer_step import LayerStep, ModeSpec, layers_of
 from .modes import MODES
 from .patches import active_position_embeddings, position_embeddings, project_patches
 from .shortcuts import can_fold_probe, pool_with_folded_probe
+from .sparse_adapter import NO_ADAPTER, SparseAdapter
 from .stream import NeuroFlowStream
 from .stream_state import OUTPUT, POOLED, StreamGeometry
 from .summary import SUMMARY_OUTPUT, SummaryGrid, pool_with_summary, remember_summary
@@ -70,6 +71,9 @@ def encode_frame(
         raise TypeError(f"`stream` is a {type(stream).__name__}; expected what `model.new_stream()` returns.")
     geometry = geometry_of(model, pixel_values, interpolate_pos_encoding)
     summary = summary_grid(model, stream.gate, geometry)
+    adapter = getattr(model, "sparse_adapter", None)
+    if adapter is not None:
+        adapter.check(stream.gate)
     mode = MODES[stream.gate.mode]
     with stream.unchanged_by_errors():
         stream.begin_frame(geometry)
@@ -97,7 +101,7 @@ def encode_frame(
                 model, patches, pixel_values, interpolate_pos_encoding, active, geometry.grid
             )
             hidden = active.gather(patches) + positions
-        fresh, spent = encode(model, hidden, active, stream, mode, summary)
+        fresh, spent = encode(model, hidden, active, stream, mode, summary, adapter)
     folded = model.use_head and stream.gate.mode != "dense" and can_fold_probe(model.head)
     tokens, token_mask = read_out(stream, mode, geometry, fresh, active)
     pooled = pool(model, stream, tokens, token_mask, active, folded, summary)
@@ -231,6 +235,7 @@ def encode(
     stream: NeuroFlowStream,
     mode: ModeSpec,
     summary: SummaryGrid | None,
+    adapter: SparseAdapter | None,
 ) -> tuple[torch.Tensor, list[int]]:
     """
     Pass `hidden` through all encoder layers and the final layer norm: the outputs, and the multiply-adds that each
@@ -240,14 +245,16 @@ def encode(
     corrections = []
     if mode.corrects_stale and not all(active.keyframes):
         corrections = build_corrections(stream.memory[OUTPUT], active)
-    for layer, memory in zip(layers_of(model.encoder), stream.layer_memories, strict=True):
+    layers = layers_of(model.encoder)
+    adapters = [NO_ADAPTER] * len(layers) if adapter is None else adapter.of_layers(active)
+    for layer, memory, changes in zip(layers, stream.layer_memories, adapters, strict=True):
         # A checkpointed layer would run again in the backward pass, with memories of a later frame. In evaluation no
         # layer is checkpointed, and the flags stay as they are: threads may share the model.
         checkpointed = layer.training and layer.gradient_checkpointing
         try:
             if checkpointed:
                 layer.gradient_checkpointing = False
-            step = LayerStep(mode, active, memory, corrections, summary)
+            step = LayerStep(mode, active, memory, corrections, summary, changes)
             hidden = layer(hidden, None, step=step)
         finally:
             if checkpointed:

@@ -9,6 +9,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipEnco
 
 from .active_set import ActiveSet
 from .extrapolate import Correction
+from .sparse_adapter import NO_ADAPTER, LayerAdapter
 from .summary import SummaryGrid
 
 LayerMemory = dict[str, torch.Tensor]
@@ -48,6 +49,7 @@ class LayerStep:
         memory: what is kept for this layer.
         corrections: of the stored keys and values, before they are used (mode `extrapolate`).
         summary: the cells of the summary tokens; None without them.
+        adapter: the layer's part of the model's sparse adapter; without one, it changes nothing.
 
     Attributes:
         multiply_adds: what the layer cost each of the B streams, left here by the layer function: forward hooks of
@@ -59,6 +61,7 @@ class LayerStep:
     memory: LayerMemory
     corrections: list[Correction] = field(default_factory=list)
     summary: SummaryGrid | None = None
+    adapter: LayerAdapter = NO_ADAPTER
     multiply_adds: list[int] = field(default_factory=list)
 
 

@@ -4,9 +4,10 @@ SigLIP whose vision tower can follow a video: patches that did not change since 
 What differs from transformers' SigLIP: every forward takes a `stream`. Without one, it is SigLIP, bit for bit.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -27,10 +28,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .adapter_files import read_adapter, write_adapter
 from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig, as_config
 from .frame import NeuroFlowSiglipVisionOutput, encode_frame
 from .gate_config import GateOption, NeuroFlowGateConfig
 from .layer_step import LayerStep, layers_of
+from .sparse_adapter import SparseAdapter
 from .stream import NeuroFlowStream
 
 
@@ -44,6 +47,7 @@ class NeuroFlowSiglipImageClassifierOutput(ImageClassifierOutput):
     cost: torch.Tensor | None = None
 
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 GATE_FIELDS = ("active_mask", "surprise", "skip_rate", "cost")
 Model = TypeVar("Model", bound="NeuroFlowSiglipPreTrainedModel")
 
@@ -87,7 +91,8 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
     Modifications:
 
     - `new_stream`, `stream_frames` and `get_video_features` are added.
-    - `save_pretrained` names the classes for every auto class in the configuration.
+    - `from_pretrained` takes a `sparse_adapter`, and `save_sparse_adapter` is added.
+    - `save_pretrained` names the classes for every auto class in the configuration, and leaves a sparse adapter out.
     - `set_attn_implementation` also reaches modules shared with a model that was wrapped.
     """
 
@@ -103,10 +108,51 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
         """
         return False
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, sparse_adapter: str | os.PathLike | None = None, **kwargs: Any) -> Any:
+        """
+        As transformers' method.
+
+        Args:
+            sparse_adapter (`str` or `os.PathLike`, *optional*):
+                Folder or Hub repository of an adapter that `neuroflow distill` wrote for this checkpoint. It changes
+                what is computed on sparse frames, and `new_stream` then starts from the options it was trained for.
+
+        Raises:
+            OSError: if there is no adapter.
+            ValueError: if it is damaged, or was trained for another checkpoint.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        if sparse_adapter is not None:
+            tower = vision_tower(loaded[0] if isinstance(loaded, tuple) else loaded)
+            hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            tower.sparse_adapter = read_adapter(sparse_adapter, tower, **hub_options)
+        return loaded
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers' method; the configuration also names the classes for every auto class."""
+        """
+        As transformers' method; the configuration also names the classes for every auto class. A sparse adapter is
+        not saved, see `save_sparse_adapter`.
+        """
         self.config.auto_map = dict(AUTO_MAPS[self.config.model_type])
+        if vision_tower(self).sparse_adapter is not None and kwargs.get("state_dict") is None:
+            state = self.state_dict()
+            kwargs["state_dict"] = {name: state[name] for name in state if "sparse_adapter." not in name}
         super().save_pretrained(*args, **kwargs)
+
+    def save_sparse_adapter(self, folder: str | os.PathLike) -> None:
+        """
+        Write the model's sparse adapter to a folder, which `from_pretrained(..., sparse_adapter=folder)` reads.
+
+        Raises:
+            ValueError: if the model has none.
+        """
+        tower = vision_tower(self)
+        if tower.sparse_adapter is None:
+            raise ValueError(
+                "The model has no sparse adapter to save; `from_pretrained` takes one as `sparse_adapter=`."
+            )
+        write_adapter(tower.sparse_adapter, tower, folder)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As transformers' method. Modules shared with a wrapped model keep that model's config: set it there, too."""
@@ -118,8 +164,12 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
 
     @property
     def gate_options(self) -> dict:
-        """The options that a new stream starts from: `gate` in the vision configuration."""
-        return getattr(self.config, "vision_config", self.config).gate
+        """
+        The options that a new stream starts from: the sparse adapter's, if there is one, else `gate` in the vision
+        configuration.
+        """
+        adapter = vision_tower(self).sparse_adapter
+        return getattr(self.config, "vision_config", self.config).gate if adapter is None else adapter.gate.to_dict()
 
     def new_stream(self, batch_size: int = 1, **gate_options: GateOption) -> NeuroFlowStream:
         """
@@ -242,6 +292,7 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
         self.use_head = getattr(config, "vision_use_head", True)  # transformers 5.17 has no such field
         if self.use_head:
             self.head = SiglipMultiheadAttentionPoolingHead(config)
+        self.sparse_adapter: SparseAdapter | None = None
         self.post_init()
 
     @classmethod
@@ -392,6 +443,11 @@ class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, Sigl
         gate_fields = {name: vision[name] for name in GATE_FIELDS if name in vision}
         output = NeuroFlowSiglipImageClassifierOutput(loss=loss, logits=logits, **gate_fields)
         return output if return_dict else output.to_tuple()
+
+
+def vision_tower(model: nn.Module) -> NeuroFlowSiglipVisionModel:
+    """The vision tower of one of this module's models, or the model itself if it is one."""
+    return cast(NeuroFlowSiglipVisionModel, getattr(model, "vision_model", model))
 
 
 def mean_of_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:

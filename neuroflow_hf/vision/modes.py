@@ -9,6 +9,7 @@ from .attention import attend
 from .cost import attention as attention_cost
 from .cost import mlp as mlp_cost
 from .layer_step import LayerStep, ModeSpec, widths
+from .sparse_adapter import LayerAdapter
 from .stream_state import KEY, MLP, VALUE
 from .summary import attend_with_summary, whole_streams
 
@@ -31,9 +32,10 @@ def layer_among_active(layer: SiglipEncoderLayer, hidden: Tensor, step: LayerSte
     step.multiply_adds = [
         attention_cost(count, count if summary is None or stream in whole else count + summary.tokens, count, dim)
         + mlp_cost(count, dim, inner)
+        + step.adapter.multiply_adds(count, active.num_patches)
         for stream, count in enumerate(active.counts)
     ]
-    return layer_on_rows(layer, hidden, attend_to)
+    return layer_on_rows(layer, hidden, attend_to, step.adapter)
 
 
 def layer_in_context(layer: SiglipEncoderLayer, hidden: Tensor, step: LayerStep) -> Tensor:
@@ -55,20 +57,27 @@ def layer_in_context(layer: SiglipEncoderLayer, hidden: Tensor, step: LayerStep)
         return attend(attention, query, remembered(KEY, key), remembered(VALUE, value), active.counts)
 
     step.multiply_adds = [
-        attention_cost(count, patches, count, dim) + mlp_cost(count, dim, inner) for count in active.counts
+        attention_cost(count, patches, count, dim)
+        + mlp_cost(count, dim, inner)
+        + step.adapter.multiply_adds(count, patches)
+        for count in active.counts
     ]
     for correction in step.corrections:
         step.multiply_adds[correction.stream] += 2 * correction.multiply_adds(dim)
-    return layer_on_rows(layer, hidden, attend_to)
+    return layer_on_rows(layer, hidden, attend_to, step.adapter)
 
 
-def layer_on_rows(layer: SiglipEncoderLayer, hidden: Tensor, attend_to: AttendTo) -> Tensor:
+def layer_on_rows(layer: SiglipEncoderLayer, hidden: Tensor, attend_to: AttendTo, adapter: LayerAdapter) -> Tensor:
     """SigLIP's encoder layer for rows [M, D]; `attend_to` takes its attention, and queries, keys, values."""
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
-    attended = attend_to(attention, attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
-    hidden = hidden + attention.out_proj(attended)
-    return hidden + layer.mlp(layer.layer_norm2(hidden))
+    query, key, value = (
+        adapter.linear(f"self_attn.{name}", getattr(attention, name), normed)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    attended = attend_to(attention, query, key, value)
+    hidden = hidden + adapter.linear("self_attn.out_proj", attention.out_proj, attended)
+    return hidden + adapter.mlp(layer.mlp, layer.layer_norm2(hidden))
 
 
 def layer_with_stored_mlp(layer: SiglipEncoderLayer, hidden: Tensor, step: LayerStep) -> Tensor:
