@@ -14,6 +14,7 @@ LAYERS = [
     ("eval",),
     ("recipes",),
     ("neuroflow_hf.cli",),
+    ("neuroflow_hf.distill",),
     ("neuroflow_hf.evaluation", "neuroflow_hf.drift"),
     ("neuroflow_hf.loading",),
     ("neuroflow_hf.video",),

@@ -20,13 +20,13 @@ from rich.progress import track
 from torch import Tensor
 
 from eval.report import RESULTS, provenance, publish
-from eval.vision import composed_clips
-from eval.vision.composed_clips import FEWEST, MOTIONS, SIDE, ClipSpec, Truth, frame, specify
 from neuroflow_hf.loading import load_text_model
 from neuroflow_hf.utils.files import write_whole
 from neuroflow_hf.utils.processes import Processes
 from neuroflow_hf.utils.provenance import checkout_commit, code_version, fingerprint, key_of, model_version
 from neuroflow_hf.video.labels import Labels, embed_labels
+from recipes import composed_clips
+from recipes.composed_clips import FEWEST, MOTIONS, SIDE, ClipSpec, Truth, frame, specify
 from recipes.siglip_dinov2_small.build import default_tower_dir
 from recipes.siglip_small.captions import prompts
 from recipes.siglip_small.compose import load_material

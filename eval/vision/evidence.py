@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from eval.recordings import Recorder, Recording, RecordSettings, Scene
 from eval.report import RESULTS, provenance, publish
-from eval.vision import composed_clips
 from eval.vision.composed_bench import CHECKPOINT
 from neuroflow_hf.evaluation.equal_cost import ranked_at
 from neuroflow_hf.evaluation.methods import MethodSpec
@@ -39,6 +38,7 @@ from neuroflow_hf.utils.provenance import checkout_commit, code_version, key_of
 from neuroflow_hf.video.labels import tokenize
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.vision.modeling_neuroflow_siglip import NeuroFlowSiglipModel
+from recipes import composed_clips
 from recipes.siglip_dinov2_small.build import default_tower_dir
 from recipes.siglip_small.captions import EMPTY_PHRASES, HELD_OUT_PHRASINGS, prompts
 from recipes.siglip_small.compose import load_material

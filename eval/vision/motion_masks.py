@@ -25,9 +25,9 @@ from torch import Tensor
 from eval.docs.tables import motion_table
 from eval.vision.clip_statistics import Estimate, estimate, mean, rounded
 from eval.vision.composed_bench import Bench, Clip, Figures, Measured, command
-from eval.vision.composed_clips import LEAST_VISIBLE, Truth
 from neuroflow_hf.video.motion import motion_mask, without_small_regions
 from neuroflow_hf.video.objects import MovingObject, connected_objects
+from recipes.composed_clips import LEAST_VISIBLE, Truth
 
 REFERENCES = ("last_update", "ema", "both")
 STREAMS = {

@@ -25,10 +25,10 @@ from eval.docs.tables import laws_table
 from eval.report import finding, tidy
 from eval.vision.clip_statistics import Estimate, correlation, difference, estimate, mean, rounded, share, shown
 from eval.vision.composed_bench import Bench, Clip, Figures, Measured, command
-from eval.vision.composed_clips import LEAST_VISIBLE, Actor, ClipSpec, Truth, path_offset, view
 from neuroflow_hf.evaluation.equal_cost import Mixture, shares_at
 from neuroflow_hf.vision.patches import project_patches
 from neuroflow_hf.vision.selection import surprise
+from recipes.composed_clips import LEAST_VISIBLE, Actor, ClipSpec, Truth, path_offset, view
 
 EMA = {"mode": "reconstruct", "reference": "ema", "ema_rate": 0.01}
 LAST_UPDATE = {"mode": "reconstruct", "reference": "last_update"}

@@ -14,11 +14,11 @@ from torch.nn import functional
 from eval.docs.tables import accuracy_table, fidelity_table, reaction_table, rows_shown
 from eval.recordings import RecordSettings, Scene
 from eval.vision import accuracy, evidence, fidelity, reaction
-from eval.vision.composed_clips import MOTIONS, specify
 from neuroflow_hf.evaluation.methods import MethodSpec
 from neuroflow_hf.evaluation.settings import DENSE, FIRST
 from neuroflow_hf.utils.processes import Processes
 from neuroflow_hf.video.preprocess import Preprocessor
+from recipes.composed_clips import MOTIONS, specify
 from tests.conftest import IMAGE_SIZE
 
 COLOURS = {"apple": (250, 10, 10), "boat": (10, 250, 10), "cat": (10, 10, 250), "dog": (250, 250, 10)}

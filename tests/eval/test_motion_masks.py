@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from eval.vision.composed_bench import Clip, measure_clips
-from eval.vision.composed_clips import Truth
 from eval.vision.motion_masks import (
     ALL,
     MASK_COLUMNS,
@@ -27,6 +26,7 @@ from eval.vision.motion_masks import (
     pixel_differences,
 )
 from neuroflow_hf.utils.processes import Processes
+from recipes.composed_clips import Truth
 from tests.clip_bench import TinyBench
 from tests.conftest import GRID
 

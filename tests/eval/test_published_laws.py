@@ -9,7 +9,6 @@ import torch
 from eval.report import FAILS, HOLDS, UNKNOWN
 from eval.vision.clip_statistics import correlation, difference, estimate, mean, ranks, share, shown
 from eval.vision.composed_bench import measure_clips
-from eval.vision.composed_clips import specify
 from eval.vision.published_laws import (
     DISTANCES,
     FIRST,
@@ -33,6 +32,7 @@ from eval.vision.published_laws import (
     travelled,
 )
 from neuroflow_hf.utils.processes import Processes
+from recipes.composed_clips import specify
 from tests.clip_bench import TinyBench
 
 # --- statistics ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.vision.composed_clips import (
+from recipes.composed_clips import (
     LEAST_VISIBLE,
     MOTIONS,
     frame,

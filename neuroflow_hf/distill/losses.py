@@ -1,0 +1,36 @@
+"""What a student's output costs it. All are means, and 0 where it equals the teacher's."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def embedding_loss(student: Tensor, teacher: Tensor, mse: float, cosine: float) -> Tensor:
+    """
+    `mse` times the mean squared error, and `cosine` times 1 - cosine, of embeddings [B, D]: a scalar. With 1 and 0.5,
+    the loss of the paper's distillation.
+    """
+    distance = 1 - F.cosine_similarity(student, teacher, dim=-1)
+    return mse * F.mse_loss(student, teacher) + cosine * distance.mean()
+
+
+def patch_loss(student: Tensor, teacher: Tensor, active: Tensor) -> Tensor:
+    """1 - cosine of patches [B, N, D], averaged over the active ones, bool [B, N]: a scalar."""
+    distance = 1 - F.cosine_similarity(student, teacher, dim=-1)
+    return (distance * active).sum() / active.sum().clamp(min=1)
+
+
+def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """
+    The mean squared error of the cosine between each two of the embeddings [B, D] (Park et al., "Relational Knowledge
+    Distillation", 2019): a scalar. It keeps scenes apart that the teacher tells apart.
+    """
+    found, wanted = (F.normalize(embeddings, dim=-1) for embeddings in (student, teacher))
+    return F.mse_loss(found @ found.T, wanted @ wanted.T)
+
+
+def cosines(student: Tensor, teacher: Tensor) -> Tensor:
+    """The cosine of each embedding to the teacher's, [B, D] to float64 [B]."""
+    return F.cosine_similarity(student.detach().double(), teacher.double(), dim=-1)
+
+
+__all__ = ["cosines", "embedding_loss", "patch_loss", "relation_loss"]

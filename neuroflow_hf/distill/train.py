@@ -1,0 +1,318 @@
+"""The training loop: clips through streams, their embeddings towards the dense model's."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..utils.files import prepare_folder, write_whole
+from ..utils.jobs import stop_on_interrupt
+from ..utils.provenance import fingerprint
+from ..video.prefetch import prefetch
+from ..video.preprocess import Preprocessor
+from ..vision.gate_config import NeuroFlowGateConfig
+from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
+from .clips import Batch, ClipSet, needs_interpolation, patch_size_of
+from .losses import embedding_loss, patch_loss, relation_loss
+from .measure import HeldOut, given, measure
+from .settings import DistillSettings
+from .student import Student
+
+STATE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """
+    What a distillation found.
+
+    Attributes:
+        settings: what was asked for.
+        losses: of every step.
+        held_out: figures on held-out clips by step; those of step 0 are before training.
+        best_step: the step whose weights were written.
+        finished: False if it was interrupted; the same call goes on.
+        seconds: of training, without the teacher's embeddings.
+        training_clips, held_out_clips: how many.
+        short_videos: names of videos that are too short for a clip.
+    """
+
+    settings: DistillSettings
+    losses: list[float]
+    held_out: dict[int, HeldOut]
+    best_step: int
+    finished: bool
+    seconds: float
+    training_clips: int
+    held_out_clips: int
+    short_videos: list[str]
+
+
+@dataclass
+class State:
+    """Everything that a distillation goes on from."""
+
+    step: int
+    losses: list[float]
+    held_out: dict[int, HeldOut]
+    best_step: int
+    best: dict[str, Tensor]
+    seconds: float
+
+
+def distill(
+    videos: Sequence[Path],
+    model: NeuroFlowSiglipVisionModel,
+    preprocess: Preprocessor,
+    out: str | Path,
+    settings: DistillSettings | None = None,
+    held_out: Sequence[Path] | None = None,
+    base: str | None = None,
+    on_step: Callable[[str, int, int, HeldOut | None], None] = lambda what, done, total, figures: None,
+) -> DistillResult:
+    """
+    Train what a mode computes on sparse frames towards the dense model's embeddings, and write the weights that were
+    best on held-out clips.
+
+    An interrupted call leaves its state in the folder; the same call goes on from there. With several processes
+    (`accelerate launch`, `torchrun`), each computes a part of every step's gradient.
+
+    Args:
+        videos: paths of the training videos.
+        model: the dense model, in evaluation mode and float32; it is not changed.
+        preprocess: its preprocessing.
+        out: folder for the result, the state, and the cached frames and embeddings of the teacher.
+        settings: default: those of [`DistillSettings`].
+        held_out: paths of videos to measure on; default: a part of `videos`.
+        base: the checkpoint's name, which is written into the adapter.
+        on_step: called with what is done, how much of how much, and the figures if there are new ones.
+
+    Returns:
+        Losses and held-out figures; the same on every process.
+
+    Raises:
+        ValueError: if no video is long enough for a clip, if the model is not in float32, or if the folder holds the
+            state of a distillation with other settings, videos or weights.
+    """
+    settings = settings or DistillSettings()
+    if model.dtype != torch.float32:
+        raise ValueError(f"The model is in {model.dtype}; distillation needs float32 weights. Load it so.")
+    out = prepare_folder(out)
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    if settings.accumulate % accelerator.num_processes:
+        raise ValueError(
+            f"`accumulate` is {settings.accumulate}, and {accelerator.num_processes} processes share the batches of a "
+            "step; expected a multiple of them."
+        )
+    with accelerator.main_process_first():  # the others find the teacher's embeddings in the cache
+        clips = ClipSet(
+            videos,
+            held_out,
+            model,
+            preprocess,
+            settings,
+            out / "cache",
+            lambda done, total: on_step("videos", done, total, None),
+        )
+    grid = min(clips.preprocess_at(side).patches_per_side(patch_size_of(model)) for side in clips.resolutions)
+    summary_tokens = settings.summary_tokens_for(grid)
+    student = Student(model, settings, summary_tokens, base)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    key = settings.key(
+        videos=sorted(clips.digests), held_out=[] if held_out is None else len(held_out), weights=fingerprint(model)
+    )
+    state = read_state(out / STATE, key, student, optimizer)
+    if state is None:
+        figures = measure(student.model, clips, summary_tokens)
+        state = State(0, [], {0: figures}, 0, student.weights(), 0.0)
+        on_step("steps", 0, settings.steps, figures)
+    begun, saved = time.monotonic() - state.seconds, time.monotonic()
+
+    with stop_on_interrupt() as stop:
+        batches = prefetch(step_batches(clips, settings, accelerator, state.step), depth=2)
+        for batch_group in batches:
+            loss = train_step(
+                student, optimizer, batch_group, clips, settings, summary_tokens, accelerator, state.step
+            )
+            state.losses.append(loss)
+            state.step += 1
+            measured: HeldOut | None = None
+            if state.step % settings.evaluate_every == 0 or state.step == settings.steps:
+                measured = measure(student.model, clips, summary_tokens)
+                state.held_out[state.step] = measured
+                if measured.mean > state.held_out[state.best_step].mean:
+                    state.best_step, state.best = state.step, student.weights()
+            on_step("steps", state.step, settings.steps, measured)
+            state.seconds = time.monotonic() - begun
+            last = state.step == settings.steps or any_process(accelerator, stop.is_set())
+            if accelerator.is_main_process and (last or time.monotonic() - saved > settings.checkpoint_seconds):
+                write_state(out / STATE, key, state, student, optimizer)
+                saved = time.monotonic()
+            if last:
+                break
+    finished = state.step == settings.steps
+    student.set_weights(state.best)
+    if accelerator.is_main_process and finished:
+        student.save(out)
+    return DistillResult(
+        settings,
+        state.losses,
+        state.held_out,
+        state.best_step,
+        finished,
+        state.seconds,
+        len(clips.training),
+        len(clips.held_out),
+        clips.short_videos,
+    )
+
+
+def step_batches(
+    clips: ClipSet, settings: DistillSettings, accelerator: Accelerator, first: int
+) -> Iterator[list[tuple[int, Batch]]]:
+    """This process's batches of every step from `first` on, each with its number in the step."""
+    for step in range(first, settings.steps):
+        mine = range(accelerator.process_index, settings.accumulate, accelerator.num_processes)
+        yield [(number, clips.draw(np.random.default_rng((settings.seed, step, number)))) for number in mine]
+
+
+def train_step(
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[tuple[int, Batch]],
+    clips: ClipSet,
+    settings: DistillSettings,
+    summary_tokens: int,
+    accelerator: Accelerator,
+    step: int,
+) -> float:
+    """One optimizer step on this process's part of the step's batches; the mean loss of all processes."""
+    optimizer.zero_grad()
+    total = torch.zeros((), device=accelerator.device)
+    for number, batch in batches:
+        num_patches = (batch.frames.shape[-1] // patch_size_of(student.model)) ** 2
+        rng = np.random.default_rng((settings.seed, step, number, 1))
+        gate = settings.draw_gate(rng, num_patches, summary_tokens)
+        for loss in clip_losses(student.model, batch, clips, gate, settings):
+            share = loss * accelerator.num_processes / settings.accumulate
+            if share.requires_grad:
+                accelerator.backward(share, inputs=student.parameters())
+            total += share.detach()
+    average_gradients(student, accelerator)
+    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = settings.learning_rate_at(step)
+    optimizer.step()
+    return accelerator.reduce(total, "mean").item()
+
+
+def clip_losses(
+    model: NeuroFlowSiglipVisionModel,
+    batch: Batch,
+    clips: ClipSet,
+    gate: NeuroFlowGateConfig,
+    settings: DistillSettings,
+) -> Iterator[Tensor]:
+    """
+    The loss of each frame of a batch, which sum to the batch's. What a stream remembers carries no gradient, so each
+    frame's is complete when it is yielded, and memory stays that of one frame.
+    """
+    side = batch.frames.shape[-1]
+    preprocess, interpolate = clips.preprocess_at(side), needs_interpolation(model, side)
+    stream = model.new_stream(batch.frames.shape[1], **given(gate))
+    first = 0 if settings.method == "full" else 1  # a keyframe teaches an adapter nothing
+    for number in range(len(batch.frames)):
+        pixels = preprocess.normalise(batch.frames[number], model.dtype, model.device)
+        with torch.set_grad_enabled(number >= first):
+            output = model(pixels, interpolate_pos_encoding=interpolate, stream=stream)
+        if number < first:
+            continue
+        teacher = batch.teacher[number].to(model.device)
+        loss = embedding_loss(output.pooler_output, teacher, settings.mse, settings.cosine)
+        if settings.patches and batch.patches is not None:
+            active, wanted = output.active_mask.flatten(1), batch.patches[number].to(model.device)
+            loss = loss + settings.patches * patch_loss(output.last_hidden_state, wanted, active)
+        if settings.relations:
+            loss = loss + settings.relations * relation_loss(output.pooler_output, teacher)
+        yield loss / (len(batch.frames) - first)
+
+
+def average_gradients(student: Student, accelerator: Accelerator) -> None:
+    """Replace every gradient by its mean over the processes, in one exchange."""
+    if accelerator.num_processes == 1:
+        return
+    parameters = student.parameters()
+    gradients = [torch.zeros_like(item) if item.grad is None else item.grad for item in parameters]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    together = accelerator.reduce(together, "mean")
+    for parameter, part in zip(parameters, together.split([item.numel() for item in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is True on any process."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+def write_state(path: Path, key: str, state: State, student: Student, optimizer: torch.optim.Optimizer) -> None:
+    """Write everything to go on from, whole or not at all."""
+    about = {
+        "key": key,
+        "step": state.step,
+        "losses": state.losses,
+        "held_out": {step: asdict(figures) for step, figures in state.held_out.items()},
+        "best_step": state.best_step,
+        "seconds": state.seconds,
+    }
+    tensors = {f"weights.{name}": value for name, value in student.weights().items()}
+    tensors |= {f"best.{name}": value for name, value in state.best.items()}
+    for place, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{place}.{name}": value.cpu().contiguous() for name, value in moments.items()}
+    write_whole(path, save(tensors, metadata={"neuroflow_distill": json.dumps(about)}))
+
+
+def read_state(path: Path, key: str, student: Student, optimizer: torch.optim.Optimizer) -> State | None:
+    """
+    The state in a file, put into student and optimizer; None if there is none.
+
+    Raises:
+        ValueError: if it belongs to another distillation, or is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["neuroflow_distill"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to begin anew.") from error
+    if about["key"] != key:
+        raise ValueError(
+            f"{path.parent} holds a distillation with other settings, videos or weights. Choose another folder, or "
+            f"delete {path.name} in it to begin anew."
+        )
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    student.set_weights(part("weights."))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in part("optimizer.").items():
+        place, field = name.split(".")
+        moments.setdefault(int(place), {})[field] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    held_out = {int(step): HeldOut(**figures) for step, figures in about["held_out"].items()}
+    return State(about["step"], about["losses"], held_out, about["best_step"], part("best."), about["seconds"])
