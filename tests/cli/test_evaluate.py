@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -24,6 +20,7 @@ from neuroflow_hf.evaluation.run import EvalSettings, Evaluation, load_checkpoin
 from neuroflow_hf.evaluation.settings import DENSE, FIRST, smaller_controls, whole_names
 from tests.cli.test_run import PROCESSOR, assert_clean_error, call
 from tests.conftest import TINY_TEXT, TINY_VISION, lively
+from tests.processes import call_in_two, neuroflow
 from tests.vision.test_pipelines import PIPELINE_TEXT, make_processor
 
 FRAMES = 6
@@ -415,29 +412,11 @@ def test_settings_out_of_range(name):
 
 # --- several processes ---------------------------------------------------------------------------------------------
 
-SCRIPT = """
-import sys, torch
-torch.set_num_threads(1)
-from neuroflow_hf.cli.main import app
-app(sys.argv[1:])
-"""
-
 
 def test_two_processes_give_what_one_gives(videos, folder, finished, tmp_path):
-    script, root = tmp_path / "script.py", str(Path(eval_run.__file__).parents[2])
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     options = ["--model", folder, "--out", tmp_path / "two", "--device", "cpu", "--methods", "balanced", "--quick"]
-    ran = subprocess.run(
-        [*launch, "eval", str(videos), *map(str, options)],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("Written to") == 1
+    printed = call_in_two(neuroflow, "eval", videos, *options)
+    assert [text.count("Written to") for text in printed] == [1, 0]
     report = report_of(tmp_path / "two")
     assert report["processes"] == 2
     assert comparable(report, {"milliseconds"}) == comparable(report_of(finished[1]), {"milliseconds"})

@@ -1,8 +1,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import av
@@ -18,6 +16,7 @@ import neuroflow_hf.video.reader
 from neuroflow_hf.cli.main import app
 from neuroflow_hf.cli.run import baseline_note, fidelity_table, parse_gate
 from neuroflow_hf.vision.gate_config import MODE_NAMES
+from tests.processes import neuroflow, start
 
 PROCESSOR = {
     "image_processor_type": "SiglipImageProcessor",
@@ -197,20 +196,15 @@ def test_any_name_of_a_file_can_be_given(clip, model_folder, tmp_path, monkeypat
 def test_ctrl_c_and_sigterm_keep_the_frames_before_them(model_folder, tmp_path, number):
     clip = write_clip(tmp_path / "long.mp4", frames=4000, codec="mpeg4")
     out = tmp_path / "out"
-    command = [sys.executable, "-c", "from neuroflow_hf.cli.main import app; app()", "run", clip, "--out", out]
-    process = subprocess.Popen(
-        [*command, "--model", model_folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        # the run's own folder appears right before the first frame
-        deadline = time.monotonic() + 100
-        while not list(out.glob(".partial-*/overlay.mp4")) and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(number)
-        printed, errors = process.communicate(timeout=100)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
+    process, said = start(neuroflow, "run", clip, "--out", out, "--model", model_folder)
+    # the run's own folder appears right before the first frame
+    deadline = time.monotonic() + 100
+    while not list(out.glob(".partial-*/overlay.mp4")) and time.monotonic() < deadline and process.is_alive():
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    assert said.poll(100)
+    code, printed, errors = said.recv()
+    assert code == 130, errors
     assert {path.name for path in out.iterdir()} == ALL_FILES
     summary, lines, tensors = read_run(out)
     assert summary["status"] == "interrupted" and 0 < summary["frames"] < 4000

@@ -1,11 +1,6 @@
 """The drift evaluation on tiny models: dense against dense, batches, caches, what is continued, two processes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,14 +12,13 @@ from eval.report import FAILS, HOLDS, UNKNOWN
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
 from neuroflow_hf.cli.drift import write_drift
 from neuroflow_hf.cli.main import app
-from neuroflow_hf.drift import run as drift_run
 from neuroflow_hf.drift.decode import DriftBench, decode, make_batches
 from neuroflow_hf.drift.metrics import COLUMNS
 from neuroflow_hf.drift.prompts import Prompt
 from neuroflow_hf.drift.run import DriftEvaluation, DriftSettings
 from neuroflow_hf.drift.tables import summary_table
-from neuroflow_hf.utils.processes import Processes
 from tests.phi3_models import LONG_AFTER, make_ours, make_tokenizer, random_ids
+from tests.processes import call_in_two, neuroflow
 
 TEXTS = ["the quick brown fox", "hello", "a b", "one two three four five six seven", "x", "jumps over the lazy dog"]
 PROMPTS = [Prompt(text, task) for task in ("code", "structured", "prose") for text in TEXTS[:2]]
@@ -298,37 +292,18 @@ def test_long_prompts_are_cut(evaluate_here):
 
 # --- several processes ---------------------------------------------------------------------------------------------
 
-SCRIPT = """
-import sys, torch
-torch.set_num_threads(1)
-from neuroflow_hf.cli.main import app
-app(sys.argv[1:])
-"""
-
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    folder, prompts, script = tmp_path / "model", tmp_path / "prompts.jsonl", tmp_path / "script.py"
+    folder, prompts = tmp_path / "model", tmp_path / "prompts.jsonl"
     make_ours(**FIVE).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     prompts.write_text("\n".join(json.dumps({"prompt": p.text, "task": p.task}) for p in PROMPTS))
-    script.write_text(SCRIPT)
     options = ["--model", folder, "--prompts", prompts, "--new-tokens", 6, "--threshold", 0.2, "--target", "block"]
     options = [str(part) for part in ("drift", *options, "--cache-layers", "2-4", "--device", "cpu", "--out")]
     alone = CliRunner().invoke(app, [*options, str(tmp_path / "one")])
     assert alone.exit_code == 0, alone.output
-    # `accelerate launch` starts several processes for accelerators only
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    root = str(Path(drift_run.__file__).parents[2])
-    run = subprocess.run(
-        [*launch, *options, str(tmp_path / "two")],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("Written to") == 1
+    printed = call_in_two(neuroflow, *options, str(tmp_path / "two"))
+    assert [text.count("Written to") for text in printed] == [1, 0]
     one, two = (json.loads((tmp_path / name / "drift.json").read_text()) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
     pairs = [(report["noise"][0], report["configurations"][0]) for report in (one, two)]
@@ -339,12 +314,3 @@ def test_two_processes_give_what_one_gives(tmp_path):
             assert parts["nll"] == pytest.approx(after["prompts"][task]["nll"], rel=1e-4)
         assert before["tasks"]["all"]["drift_interval"] == pytest.approx(after["tasks"]["all"]["drift_interval"])
     assert one["configurations"][0]["tasks"]["all"]["bypass_rate"] > 0
-
-
-def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(
-        "accelerate.PartialState", lambda cpu: SimpleNamespace(process_index=0, num_processes=1, device="cpu")
-    )
-    with pytest.raises(RuntimeError, match="2 processes were started, and accelerate sees 1"):
-        Processes()

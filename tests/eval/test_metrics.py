@@ -5,7 +5,6 @@ import json
 import math
 import os
 import socket
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +25,7 @@ from neuroflow_hf.evaluation.statistics import (
     paired_ratio,
     wilson,
 )
+from tests.processes import call_in_two
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("embedding_fidelity", "zero_shot_accuracy", "skip_rate")
@@ -37,8 +37,12 @@ CAVO = PairedCounts(59, 6, 16, 80)
 def no_network_and_own_caches(tmp_path_factory):
     """`evaluate` copies module scripts and keeps inputs in files: both in a folder of these tests; no connections."""
 
-    def refuse(*_):
-        raise AssertionError("a metric asked for the network")
+    def refuse(connection, address):
+        if connection.family != socket.AF_UNIX:
+            raise AssertionError("a metric asked for the network")
+        return connect(connection, address)
+
+    connect = socket.socket.connect
 
     def forget_modules():
         for name in [name for name in sys.modules if name.split(".")[0] == "evaluate_modules"]:
@@ -278,40 +282,21 @@ def test_gradients_are_no_obstacle():
     assert found["cosine_p1"] == pytest.approx(1)
 
 
-WORKER = """
-import json, sys
-import evaluate
-from tests.eval.test_metrics import made_up
-root, cache, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
-metrics = {}
-for name, (configuration, columns) in made_up().items():
-    metric = evaluate.load(
-        f"{root}/eval/metrics/{name}", configuration, num_process=2, process_id=rank, cache_dir=cache,
-        experiment_id="two",
-    )
-    metric.add_batch(**{key: value[rank::2] for key, value in columns.items()})
-    metrics[name] = metric
-print(json.dumps({name: metric.compute() for name, metric in metrics.items()}))
-"""
+def compute_a_half(folder):
+    """What one of two processes does: every second row of every metric."""
+    for config in (evaluate.config, datasets.config):
+        config.HF_MODULES_CACHE = str(folder / "modules")
+    rank, options = int(os.environ["RANK"]), {"cache_dir": str(folder / "cache"), "experiment_id": "two"}
+    metrics = {}
+    for name, (configuration, columns) in made_up().items():
+        metrics[name] = load(name, configuration, num_process=2, process_id=rank, **options)
+        metrics[name].add_batch(**{key: value[rank::2] for key, value in columns.items()})
+    print(json.dumps({name: metric.compute() for name, metric in metrics.items()}))
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    arguments = [sys.executable, "-c", WORKER, str(ROOT), str(tmp_path / "cache")]
-    workers = [
-        subprocess.Popen([*arguments, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    outputs = [worker.communicate(timeout=600) for worker in workers]
-    for worker, (_, said) in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, said.decode()
-    first, second = (json.loads(printed.splitlines()[-1]) for printed, _ in outputs)
-    assert second == dict.fromkeys(NAMES)
-    assert first == {name: together(name) for name in NAMES}
+    printed = call_in_two(compute_a_half, tmp_path)
+    assert [json.loads(line) for line in printed] == [{name: together(name) for name in NAMES}, dict.fromkeys(NAMES)]
 
 
 # --- refusals and documentation ------------------------------------------------------------------------------------

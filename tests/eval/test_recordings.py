@@ -1,10 +1,6 @@
 """Recordings: what is sampled, what is kept, what is recorded anew, and by several processes."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +15,13 @@ from eval.recordings import (
     passes_of,
     sampled_frames,
 )
+from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.evaluation import recordings as stored
 from neuroflow_hf.evaluation.methods import MethodSpec
 from neuroflow_hf.evaluation.settings import DENSE, FIRST
 from neuroflow_hf.video.preprocess import Preprocessor
 from tests.conftest import IMAGE_SIZE
+from tests.processes import call_in_two
 
 PREPROCESS = Preprocessor(IMAGE_SIZE)
 SETTINGS = RecordSettings(dense_every=4, before=2, after=3)
@@ -197,46 +195,28 @@ def test_methods_that_hold_dense_frames_are_recorded_together():
     ]
 
 
-SCRIPT = """
-import sys
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from neuroflow_hf import NeuroFlowSiglipVisionModel
-from tests.eval.test_recordings import PREPROCESS, SCENES, SETTINGS, SPECS, make_scene
-from eval.recordings import Recorder
-model = NeuroFlowSiglipVisionModel.from_pretrained(sys.argv[1]).eval()
-recorder = Recorder(model, PREPROCESS, Path(sys.argv[2]), SETTINGS)
-mine = recorder.run([SCENES, [make_scene(7)]], SPECS)
-# one write, for the line of the other process must not come between
-sys.stdout.write(f"{{recorder.processes.index}} of {{recorder.processes.count}} did {{mine}}\\n")
-assert not recorder.missing(SCENES, SPECS)  # all of them wait for each other
-"""
+BATCHES = [SCENES, [make_scene(7)]]
+
+
+def record_a_share(model, folder):
+    """What one of two processes does."""
+    recorder = make_recorder(NeuroFlowSiglipVisionModel.from_pretrained(model).eval(), folder)
+    mine = recorder.run(BATCHES, SPECS)
+    print(recorder.processes.index, recorder.processes.count, mine)
+    assert not recorder.jobs(BATCHES, SPECS)  # they wait for each other
 
 
 def test_two_processes_record_what_one_records(vision, tmp_path):
-    folder, script, root = tmp_path / "model", tmp_path / "script.py", Path(__file__).parents[2]
-    vision.save_pretrained(folder)
-    script.write_text(SCRIPT.format())
+    vision.save_pretrained(tmp_path / "model")
     one = make_recorder(vision, tmp_path / "one")
-    batches = [SCENES, [make_scene(7)]]
-    one.run(batches, SPECS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    run = subprocess.run(
-        [*launch, str(folder), str(tmp_path / "two")],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr
-    done = [line.split() for line in run.stdout.splitlines()]
-    assert sorted(line[0] for line in done) == ["0", "1"]
-    assert sum(int(line[-1]) for line in done) == 6 and min(int(line[-1]) for line in done) >= 1
+    one.run(BATCHES, SPECS)
+    printed = call_in_two(record_a_share, tmp_path / "model", tmp_path / "two")
+    done = [[int(word) for word in line.split()] for line in printed]
+    assert [line[:2] for line in done] == [[0, 2], [1, 2]]
+    assert sum(line[2] for line in done) == 6 and min(line[2] for line in done) >= 1
     two = make_recorder(vision, tmp_path / "two")
-    assert not two.jobs(batches, SPECS)
-    for scenes in batches:
+    assert not two.jobs(BATCHES, SPECS)
+    for scenes in BATCHES:
         for spec in SPECS:
             for before, after in zip(one.load(scenes, spec), two.load(scenes, spec), strict=True):
                 torch.testing.assert_close(after.embeddings, before.embeddings, atol=2e-3, rtol=2e-3)
