@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from .distill import distill
 from .drift import drift
 from .evaluate import evaluate
 from .generate import generate
@@ -33,6 +34,7 @@ def main(
 
 app.command()(run)
 app.command()(tune)
+app.command()(distill)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(drift)

@@ -39,7 +39,7 @@ class DistillSettings:
         batch (`int`, defaults to 4): B, the clips that are encoded together. They share what is drawn.
         accumulate (`int`, defaults to 1): the batches of one optimizer step; a multiple of the number of processes.
         steps (`int`, defaults to 600): optimizer steps.
-        learning_rate (`float`, defaults to 1e-3): its largest value; it rises over the first twentieth of the steps
+        learning_rate (`float`, defaults to 5e-4): its largest value; it rises over the first twentieth of the steps
             and falls to 0 as a cosine. Constant in the paper's recipe.
         weight_decay (`float`, defaults to 0.0): of AdamW.
         mse, cosine, patches, relations: weights of the losses, see `losses.py`.
@@ -66,7 +66,7 @@ class DistillSettings:
     batch: int = 4
     accumulate: int = 1
     steps: int = 600
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     weight_decay: float = 0.0
     mse: float = 1.0
     cosine: float = 0.5

@@ -164,12 +164,8 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
 
     @property
     def gate_options(self) -> dict:
-        """
-        The options that a new stream starts from: the sparse adapter's, if there is one, else `gate` in the vision
-        configuration.
-        """
-        adapter = vision_tower(self).sparse_adapter
-        return getattr(self.config, "vision_config", self.config).gate if adapter is None else adapter.gate.to_dict()
+        """The options that a new stream starts from: `gate` in the vision configuration."""
+        return getattr(self.config, "vision_config", self.config).gate
 
     def new_stream(self, batch_size: int = 1, **gate_options: GateOption) -> NeuroFlowStream:
         """
@@ -177,12 +173,16 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
 
         Args:
             batch_size (`int`, defaults to 1): B, the number of streams (cameras), one frame of each per call.
-            gate_options: options of [`NeuroFlowGateConfig`] that override the model's, such as `threshold=`.
+            gate_options: options of [`NeuroFlowGateConfig`], such as `threshold=`. They override the model's; with a
+                sparse adapter, those that it was trained for, unless `mode` or `preset` is given.
 
         Raises:
             ValueError: for an option that does not exist or is out of range.
         """
-        return NeuroFlowStream(NeuroFlowGateConfig.from_options(self.gate_options, **gate_options), batch_size)
+        base, adapter = self.gate_options, vision_tower(self).sparse_adapter
+        if adapter is not None and not {"mode", "preset"} & gate_options.keys():
+            base = adapter.gate.to_dict()
+        return NeuroFlowStream(NeuroFlowGateConfig.from_options(base, **gate_options), batch_size)
 
     def stream_frames(
         self,

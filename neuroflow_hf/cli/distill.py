@@ -1,0 +1,162 @@
+"""`neuroflow distill`: train a sparse adapter for a checkpoint."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+from .errors import EXIT_INTERRUPTED, one_line_errors
+from .options import option
+from .output import command_line, figure_table, print_wide, print_written
+from .progress import CommandProgress
+
+TRAINING = "Training"
+QUICK = {"steps": 40, "clip_frames": 8, "keyframe_ages": (8, 8), "batch": 2, "evaluate_every": 10}
+
+
+def distill(
+    videos: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Videos to learn from: files, or folders of them.", show_default="the clips that ship here"
+        ),
+    ] = None,
+    model: options.VisionModel = None,
+    mode: Annotated[str, option("Mode to distill: eliminate, reconstruct, context or extrapolate.")] = "reconstruct",
+    out: options.Out = Path("neuroflow-distilled"),
+    method: Annotated[
+        str,
+        option("lora: an adapter that changes sparse frames only; full: all weights, as the paper, which forgets."),
+    ] = "lora",
+    held_out: Annotated[
+        Path | None,
+        option("Video or folder to measure on.", default="every fifth video, or the last quarter of each"),
+    ] = None,
+    summary_tokens: Annotated[
+        int | None,
+        option("Summary tokens of the stream, a square number.", default="64, in context and extrapolate 0"),
+    ] = None,
+    rank: Annotated[int, option("Rank of the adapter.")] = 16,
+    targets: Annotated[
+        str, option("What the adapter changes in every layer, separated by commas.")
+    ] = "q_proj,k_proj,v_proj,out_proj,fc1,fc2",
+    steps: Annotated[int | None, option("Optimizer steps.", default="600", panel=TRAINING)] = None,
+    learning_rate: Annotated[
+        float | None, option("Largest learning rate.", default="0.0005; full: 3e-05", panel=TRAINING)
+    ] = None,
+    batch: Annotated[
+        int | None, option("Clips encoded together.", metavar="N", default="4; full: 1", panel=TRAINING)
+    ] = None,
+    accumulate: Annotated[int | None, option("Batches of a step.", metavar="N", default="1", panel=TRAINING)] = None,
+    clip_frames: Annotated[int | None, option("Frames of a clip.", metavar="N", default="24", panel=TRAINING)] = None,
+    frame_stride: Annotated[
+        int | None, option("Use every Nth frame of the videos.", metavar="N", default="3", panel=TRAINING)
+    ] = None,
+    resolutions: Annotated[
+        str | None,
+        option(
+            "Sides of the frames in pixels, separated by commas; one is drawn for each batch.",
+            default="the model's",
+            panel=TRAINING,
+        ),
+    ] = None,
+    patches: Annotated[float, option("Weight of the loss on patches; not in mode eliminate.", panel=TRAINING)] = 0.0,
+    relations: Annotated[
+        float, option("Weight of the loss on similarities between the clips of a batch.", panel=TRAINING)
+    ] = 0.0,
+    seed: Annotated[int, option("Random seed of all that is drawn.", panel=TRAINING)] = 0,
+    quick: Annotated[bool, option("Train for a few minutes, to see it work.", "--quick")] = False,
+    device: options.Device = "auto",
+    debug: options.Debug = False,
+):
+    """
+    Train a sparse adapter: sparse frames come closer to dense, keyframes and the model stay as they are.
+
+    The weights that are best on held-out clips are written to the output folder. An interrupted command goes on when
+    it is started again.
+    """
+    with one_line_errors(debug, nothing_done="the same command goes on from the last checkpoint."):
+        import torch
+
+        from ..distill import distill as train
+        from ..distill.report import HEADERS, held_out_rows, write_report
+        from ..evaluation.datasets import find_videos
+        from ..loading import default_model, load_model
+        from ..utils.files import prepare_folder
+        from ..utils.processes import Processes
+
+        # check what is quick to check before loading the model
+        chosen: dict[str, Any] = {
+            "mode": mode,
+            "summary_tokens": summary_tokens,
+            "rank": rank,
+            "targets": parse_names(targets),
+            "patches": patches,
+            "relations": relations,
+            "seed": seed,
+            **(QUICK if quick else {}),
+            **options.given(
+                steps=steps,
+                learning_rate=learning_rate,
+                batch=batch,
+                accumulate=accumulate,
+                clip_frames=clip_frames,
+                frame_stride=frame_stride,
+                resolutions=None if resolutions is None else parse_sides(resolutions),
+            ),
+        }
+        settings = recipe(method, chosen)
+        training = [video.path for place in videos or [None] for video in find_videos(place, truth=False).videos]
+        measured = None if held_out is None else [item.path for item in find_videos(held_out, truth=False).videos]
+        prepare_folder(out)
+        processes = Processes()
+        source = model or default_model()
+        loaded, preprocess = load_model(source, torch.float32, processes.device_for(device))
+        base = str(source) if model else source.name
+        with CommandProgress("steps") as progress:
+
+            def on_step(what: str, done: int, total: int, figures: Any):
+                if processes.is_main:
+                    progress.show(what, done, total)
+                    if figures is not None:
+                        words = f"step {done}: held-out cosine {figures.mean:.4f}, p5 {figures.p5:.4f}"
+                        progress.console.print(words, soft_wrap=True)
+
+            result = train(training, loaded, preprocess, out, settings, measured, base, on_step)
+        if not processes.is_main:
+            return
+        for name in result.short_videos:
+            typer.echo(f"{name} is too short for a clip and was left out.", err=True)
+        if not result.finished:
+            typer.echo(
+                f"Stopped after {len(result.losses)} of {settings.steps} steps; the same command goes on.", err=True
+            )
+            raise typer.Exit(EXIT_INTERRUPTED)
+        files = write_report(result, out, base, command_line())
+    print_wide(figure_table(HEADERS, held_out_rows(result)), width=60)
+    print_written(out, files)
+    if method == "lora":
+        typer.echo(f'Use it: NeuroFlowSiglipModel.from_pretrained("{base}", sparse_adapter="{out}")')
+
+
+def recipe(method: str, chosen: dict[str, Any]) -> Any:
+    """The settings of a method: those of the class, or the paper's, with what was chosen."""
+    from ..distill import DistillSettings
+
+    if method == "full":
+        return DistillSettings.published(**{**chosen, "summary_tokens": chosen["summary_tokens"] or 0})
+    return DistillSettings(method=method, **chosen)
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """`"q_proj, fc1"` to `("q_proj", "fc1")`."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def parse_sides(text: str) -> tuple[int, ...]:
+    """`"224,448"` to `(224, 448)`; ValueError for anything else."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--resolutions {text!r} are no sides in pixels; expected such as 224,448.") from None

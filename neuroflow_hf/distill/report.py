@@ -1,0 +1,113 @@
+"""What a distillation writes beside the weights: a report in JSON, a plot, and a model card."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..utils.files import report_text, write_whole
+from ..utils.tables import markdown_table
+from ..video.plots import save_plot
+from .measure import HeldOut
+from .train import DistillResult
+
+LOSS, OURS, BASELINE = "#475569", "#d97706", "#9ca3af"
+HEADERS = ["held-out clips", "mean cosine to dense", "p5"]
+
+
+def write_report(result: DistillResult, folder: Path, base: str, command: str) -> list[str]:
+    """Write `distill.json`, `distill.png` and `README.md` to a folder; their names."""
+    report = {
+        "command": command,
+        "base_model": base,
+        "settings": asdict(result.settings),
+        "clips": {"training": result.training_clips, "held_out": result.held_out_clips},
+        "seconds": round(result.seconds),
+        "best_step": result.best_step,
+        "held_out": {step: asdict(figures) for step, figures in result.held_out.items()},
+        "losses": [round(loss, 6) for loss in result.losses],
+    }
+    write_whole(folder / "distill.json", report_text(report))
+    save_plot(plot_distillation(result), folder / "distill.png")
+    write_whole(folder / "README.md", card(result, base, command))
+    return ["distill.json", "distill.png", "README.md"]
+
+
+def held_out_rows(result: DistillResult) -> list[list[str]]:
+    """Rows for HEADERS: the keyframe repeated, before training, and the weights that were written."""
+    before, after = result.held_out[0], result.held_out[result.best_step]
+    rows = (
+        ("keyframe repeated", before.repeated_mean, before.repeated_p5),
+        ("before", before.mean, before.p5),
+        (f"after {result.best_step} steps", after.mean, after.p5),
+    )
+    return [[name, f"{mean:.4f}", f"{p5:.4f}"] for name, mean, p5 in rows]
+
+
+def plot_distillation(result: DistillResult) -> Figure:
+    """Two panels over the steps: the loss, and the cosine on held-out clips beside the keyframe repeated."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    losses, cosines = figure.subplots(2, 1, sharex=True)
+    steps = np.arange(1, len(result.losses) + 1)
+    losses.plot(steps, result.losses, color=LOSS, alpha=0.3, linewidth=0.8, label="each step")
+    width = max(1, len(steps) // 30)
+    smooth = np.convolve(result.losses, np.ones(width) / width, mode="valid")
+    losses.plot(steps[width - 1 :], smooth, color=LOSS, label=f"mean of {width} steps")
+    losses.set_ylabel("loss")
+    measured = dict(sorted(result.held_out.items()))
+    for name, style in (("mean", "-"), ("p5", "--")):
+        curve = [getattr(figures, name) for figures in measured.values()]
+        cosines.plot(list(measured), curve, style, color=OURS, label=f"distilled, {name}")
+        level = getattr(result.held_out[0], f"repeated_{name}")
+        cosines.axhline(level, linestyle=style, color=BASELINE, label=f"keyframe repeated, {name}")
+    cosines.axvline(result.best_step, color=LOSS, linewidth=0.8, label="written")
+    cosines.set_ylabel("held-out cosine to dense")
+    cosines.set_xlabel("step")
+    for panel in (losses, cosines):
+        panel.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def cost_words(figures: HeldOut) -> str:
+    """What a sparse frame cost in the measurement."""
+    return f"a sparse frame costs {figures.cost:.3f} of a dense one"
+
+
+def card(result: DistillResult, base: str, command: str) -> str:
+    """The card of the adapter, or of the model."""
+    settings, figures = result.settings, result.held_out[result.best_step]
+    about = {"base_model": base, "library_name": "transformers", "tags": ["neuroflow", "siglip", "video"]}
+    front = "\n".join(
+        f"{name}: {value if isinstance(value, str) else '[' + ', '.join(value) + ']'}" for name, value in about.items()
+    )
+    if settings.method == "lora":
+        what = (
+            f"A sparse adapter for `{base}` in mode `{settings.mode}`: low-rank weights (rank {settings.rank}, "
+            f"{', '.join(settings.targets)}) that apply on sparse frames of a video only. On keyframes, and without a "
+            "stream, the model computes what it computed before, to the bit."
+        )
+        use = (
+            "```python\nfrom neuroflow_hf import NeuroFlowSiglipModel\n\n"
+            f'model = NeuroFlowSiglipModel.from_pretrained("{base}", sparse_adapter="path/to/this/folder")\n'
+            "stream = model.new_stream(keyframe_interval=30)\n```"
+        )
+    else:
+        what = (
+            f"The vision tower of `{base}`, all of whose weights were trained for mode `{settings.mode}`. Zero-shot "
+            "accuracy is lost by this; compare with the original tower before using it."
+        )
+        use = (
+            "```python\nfrom neuroflow_hf import NeuroFlowSiglipVisionModel\n\n"
+            f'model = NeuroFlowSiglipVisionModel.from_pretrained("path/to/this/folder")\n'
+            f'stream = model.new_stream(mode="{settings.mode}", keyframe_interval=30)\n```'
+        )
+    table = markdown_table((HEADERS, held_out_rows(result)))
+    return (
+        f"---\n{front}\n---\n\n# {base}, distilled for `{settings.mode}`\n\n{what}\n\n{use}\n\n"
+        f"Measured on {result.held_out_clips} held-out clips of {settings.clip_frames} frames, each with a keyframe "
+        f"at its start; {cost_words(figures)}. Cosines are to the embeddings of the original model.\n\n{table}\n\n"
+        f"Trained on {result.training_clips} clips in {result.seconds / 60:.0f} minutes:\n\n```\n{command}\n```\n"
+    )
