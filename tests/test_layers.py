@@ -1,6 +1,7 @@
 """Imports run one way, and saved models need five packages and nothing else."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -95,37 +96,73 @@ def test_models_need_five_packages(family):
     assert roots - set(sys.stdlib_module_names) - {"neuroflow_hf"} - OPTIONAL <= MODEL_PACKAGES
 
 
-LOADING = (
-    "from neuroflow_hf.loading import *; load_language_model(default_language_model(), device='cpu'); "
-    "load_text_model(default_model(), device='cpu')"
-)
+# One process for all questions: a new Python takes nine seconds for torch and transformers.
+PROGRAM = """
+import json, socket, sys
+
+def refuse(*args, **kwargs):
+    raise AssertionError("a connection was opened")
+
+def tried(statement, missing):
+    sys.modules[missing] = None
+    try:
+        exec(statement)
+    except ImportError as error:
+        return str(error)
+
+answers = {}
+connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
+socket.socket.connect = socket.getaddrinfo = refuse
+import transformers
+before = set(sys.modules)  # transformers may bring some extras itself
+import neuroflow_hf
+answers["import"] = sorted(set(sys.modules) - before)
+socket.socket.connect, socket.getaddrinfo = connect, getaddrinfo
+
+from transformers import AutoModel, SiglipConfig
+answers["stock class"] = AutoModel._model_mapping[SiglipConfig].__name__
+before = set(sys.modules)
+from neuroflow_hf.loading import *
+load_language_model(default_language_model(), device="cpu")
+load_text_model(default_model(), device="cpu")
+answers["loading"] = sorted(set(sys.modules) - before)
+
+answers["without typer"] = tried("import neuroflow_hf.cli.main", "typer")
+answers["without av"] = tried("from neuroflow_hf.video import VideoReader", "av")
+del sys.modules["typer"], sys.modules["av"]
+import recipes.siglip_dinov2_small.build
+answers["building the tower"] = sorted(sys.modules)
+print(json.dumps(answers))
+"""
+EXTRAS = {"av", "PIL", "matplotlib", "typer", "rich", "onnx", "evaluate"}
 
 
-@pytest.mark.parametrize("statement", ["import neuroflow_hf", LOADING], ids=["import", "loading"])
-def test_models_import_no_extra(statement):
-    program = (
-        "import sys, transformers; before = set(sys.modules); "  # transformers may bring some itself
-        f"{statement}; extras = ('av', 'PIL', 'matplotlib', 'typer', 'rich', 'onnx', 'evaluate'); "
-        "print([name for name in extras if name in sys.modules and name not in before])"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
-    )
+@pytest.fixture(scope="module")
+def answers():
+    """What a process of its own found about imports."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.decode().strip() == "[]"
+    return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize(
-    "statement, missing, extra",
-    [
-        ("import neuroflow_hf.cli.main", "typer", "cli"),
-        ("from neuroflow_hf.video import VideoReader", "av", "video"),
-    ],
-)
-def test_a_missing_extra_is_named(statement, missing, extra):
-    program = f"import sys; sys.modules[{missing!r}] = None; {statement}"
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
-    )
-    assert run.returncode == 1
-    assert f'pip install "neuroflow-hf[{extra}]"' in run.stderr.decode()
+def test_importing_the_package_is_light_and_offline(answers):
+    """It opens no connection, loads none of the tools' libraries, and replaces no stock class."""
+    assert "neuroflow_hf" in answers["import"]
+    assert not (EXTRAS | {"peft", "datasets"}) & set(answers["import"])
+    assert answers["stock class"] == "SiglipModel"
+
+
+def test_loading_models_imports_no_extra(answers):
+    assert "neuroflow_hf.loading" in answers["loading"]
+    assert not EXTRAS & set(answers["loading"])
+
+
+@pytest.mark.parametrize("missing, extra", [("typer", "cli"), ("av", "video")])
+def test_a_missing_extra_is_named(answers, missing, extra):
+    assert f'pip install "neuroflow-hf[{extra}]"' in answers[f"without {missing}"]
+
+
+def test_building_the_tower_imports_onnx_late(answers):
+    assert "recipes.siglip_dinov2_small.build" in answers["building the tower"]
+    assert "onnx" not in answers["building the tower"]

@@ -23,35 +23,40 @@ def push(folder):
     return {}
 
 
-def use(name, bare, ids, output, lossless, new):
-    """Runs elsewhere, without the package: generate with the model of this name, save it, and load it once more."""
+def use(names, bare, ids, output, lossless, new):
+    """
+    Runs elsewhere, without the package: generate with each of the models, save it, and load it once more. `names` and
+    `bare` are names or folders by place, and the bare decoders'.
+    """
     import os
 
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    ids = load_file(ids)["ids"]
-    config = AutoConfig.from_pretrained(name, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
-    report = {
-        "bypass": config.bypass,
-        "modules": [type(model).__module__, type(config).__module__],
-        "bare": type(AutoModel.from_pretrained(bare or name, trust_remote_code=True)).__name__,
-    }
-    tensors = {}
-    for trip in ("first", "second"):
-        generated = model.generate(ids, max_new_tokens=new, return_dict_in_generate=True)
-        tensors[f"{trip}.bypassed"] = generated.sequences
-        tensors[f"{trip}.mask"] = model.bypass_statistics(generated.past_key_values).bypassed_mask
-        tensors[f"{trip}.lossless"] = model.generate(ids, max_new_tokens=new, lossless=lossless)
-        with torch.no_grad():
-            tensors[f"{trip}.logits"] = model(ids, bypass=False).logits
-        again = os.path.join(output, "again")
-        model.save_pretrained(again)
-        model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, os.path.join(output, "out.safetensors"))
-    return report
+    ids, reports = load_file(ids)["ids"], {}
+    for place, name in names.items():
+        config = AutoConfig.from_pretrained(name, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+        reports[place] = {
+            "bypass": config.bypass,
+            "modules": [type(model).__module__, type(config).__module__],
+            "bare": type(AutoModel.from_pretrained(bare[place], trust_remote_code=True)).__name__,
+        }
+        tensors = {}
+        for trip in ("first", "second"):
+            generated = model.generate(ids, max_new_tokens=new, return_dict_in_generate=True)
+            tensors[f"{trip}.bypassed"] = generated.sequences
+            tensors[f"{trip}.mask"] = model.bypass_statistics(generated.past_key_values).bypassed_mask
+            tensors[f"{trip}.lossless"] = model.generate(ids, max_new_tokens=new, lossless=lossless)
+            with torch.no_grad():
+                tensors[f"{trip}.logits"] = model(ids, bypass=False).logits
+            again = os.path.join(output, place)
+            model.save_pretrained(again)
+            model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, os.path.join(output, f"{place}.safetensors"))
+    return reports
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +79,34 @@ def saved(tmp_path_factory):
     return root, expected
 
 
-@pytest.fixture(scope="module", params=["folder", "hub"])
-def visit(request, saved, tmp_path_factory):
-    """The other process's report, its tensors, the files that it loaded, and the folder that it wrote."""
-    root, place = saved[0], tmp_path_factory.mktemp("elsewhere")
-    given = {"ids": root / "ids.safetensors", "output": place, "lossless": LOSSLESS, "new": NEW}
-    if request.param == "folder":
-        report = call_elsewhere(use, place, name=root / "model", bare=root / "bare", **given)
-        files = {path.name: path.read_bytes() for path in (root / "model").iterdir()}
-    else:
-        with LoopbackHub() as hub:
-            call_elsewhere(push, place / "push", package=True, hub=hub.url, folder=root / "model")
-            report = call_elsewhere(use, place, hub=hub.url, name="user/tiny-phi3", bare=None, **given)
-        files = hub.files("user/tiny-phi3")
-        assert [request for request in hub.unknown if "user/" in request] == []
-    return report, load_file(place / "out.safetensors"), files, place / "again"
+@pytest.fixture(scope="module")
+def visits(saved, tmp_path_factory):
+    """The other process's reports, the files that it loaded by place, and the folder that it wrote."""
+    root, output = saved[0], tmp_path_factory.mktemp("elsewhere")
+    with LoopbackHub() as hub:
+        call_elsewhere(push, output / "push", package=True, hub=hub.url, folder=root / "model")
+        reports = call_elsewhere(
+            use,
+            output,
+            hub=hub.url,
+            names={"folder": str(root / "model"), "hub": "user/tiny-phi3"},
+            bare={"folder": str(root / "bare"), "hub": "user/tiny-phi3"},
+            ids=root / "ids.safetensors",
+            output=output,
+            lossless=LOSSLESS,
+            new=NEW,
+        )
+    assert [request for request in hub.unknown if "user/" in request] == []
+    files = {path.name: path.read_bytes() for path in (root / "model").iterdir()}
+    return reports, {"folder": files, "hub": hub.files("user/tiny-phi3")}, output
+
+
+@pytest.fixture(params=["folder", "hub"])
+def visit(request, visits):
+    """Of one place: the report, the tensors, the files that were loaded, and the folder with the model saved again."""
+    reports, files, output = visits
+    place = request.param
+    return reports[place], load_file(output / f"{place}.safetensors"), files[place], output / place
 
 
 @pytest.mark.parametrize("trip", ["first", "second"])

@@ -92,7 +92,7 @@ def test_the_repository_works_without_the_package(source, stock_vision, tmp_path
     torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["pooled"], expected, rtol=0, atol=1e-6)
 
 
-def use_whole_repository(folder, labels):
+def use_whole_repositories(folders, labels):
     """Runs elsewhere: an image of noise and labels, through the processor and the model; transformers' questions."""
     import builtins
 
@@ -100,44 +100,51 @@ def use_whole_repository(folder, labels):
     import torch
     from transformers import AutoModel, AutoProcessor
 
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    asked = []
-    builtins.input = lambda text="": asked.append(text) or "n"
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    inputs = processor(text=labels, images=image, padding="max_length", return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**inputs, stream=model.new_stream()).logits_per_image
-    return {"logits": logits.tolist(), "classes": [type(model).__name__, type(processor).__name__], "asked": asked}
+    asked, found = [], []
+    ask = builtins.input
+    for folder in folders:
+        model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        builtins.input = lambda text="": asked.append(text) or "n"
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        builtins.input = ask
+        image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        inputs = processor(text=labels, images=image, padding="max_length", return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs, stream=model.new_stream()).logits_per_image
+        found.append({"logits": logits.tolist(), "classes": [type(model).__name__, type(processor).__name__]})
+    return {"found": found, "asked": asked}
 
 
-@pytest.mark.parametrize("saved_as", ["processor", "parts"])
-def test_a_whole_model_takes_its_tokenizer_along(tmp_path, saved_as):
-    source = tmp_path / "models" / "whole"
+def test_a_whole_model_takes_its_tokenizer_along(tmp_path):
+    """Saved with a processor, or with a tokenizer and an image processor."""
     text = SiglipTextConfig(**TINY_TEXT | PIPELINE_TEXT)
     torch.manual_seed(0)
     stock = lively(SiglipModel(SiglipConfig(text_config=text, vision_config=TINY_VISION)))
-    stock.save_pretrained(source)
-    processor = make_processor()
-    if saved_as == "processor":
-        processor.save_pretrained(source)
-    else:
-        processor.tokenizer.save_pretrained(source)
-        processor.image_processor.save_pretrained(source)
-    (source / "README.md").write_text("# Whole")
-    beside = {path.name for path in source.iterdir()}
-    repository = hub.build_hub_repository(source, tmp_path / "out")
-    assert beside <= {path.name for path in repository.iterdir()}
-    assert "tokenizer.json" in beside
-    assert set(load_file(repository / "model.safetensors")) == set(stock.state_dict())
+    processor, repositories = make_processor(), []
+    for name, parts in {
+        "processor": [processor],
+        "parts": [processor.tokenizer, processor.image_processor],
+    }.items():
+        source = tmp_path / "models" / name
+        for part in (stock, *parts):
+            part.save_pretrained(source)
+        (source / "README.md").write_text("# Whole")
+        beside = {path.name for path in source.iterdir()}
+        repository = hub.build_hub_repository(source, tmp_path / "out" / name)
+        assert beside <= {path.name for path in repository.iterdir()}
+        assert "tokenizer.json" in beside
+        assert set(load_file(repository / "model.safetensors")) == set(stock.state_dict())
+        repositories.append(str(repository))
 
-    found = call_elsewhere(use_whole_repository, tmp_path / "elsewhere", folder=repository, labels=list(LABELS))
-    assert found["classes"] == ["NeuroFlowSiglipModel", "SiglipProcessor"] and not found["asked"]
+    answer = call_elsewhere(use_whole_repositories, tmp_path / "elsewhere", folders=repositories, labels=list(LABELS))
     image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     inputs = make_processor()(text=list(LABELS), images=image, padding="max_length", return_tensors="pt")
     with torch.no_grad():
         expected = stock(**inputs).logits_per_image
-    torch.testing.assert_close(torch.tensor(found["logits"]), expected, rtol=0, atol=1e-5)
+    assert not answer["asked"] and len(answer["found"]) == 2
+    for found in answer["found"]:
+        assert found["classes"] == ["NeuroFlowSiglipModel", "SiglipProcessor"]
+        torch.testing.assert_close(torch.tensor(found["logits"]), expected, rtol=0, atol=1e-5)
 
 
 def test_a_recipe_fills_in_what_is_missing(source, tmp_path, monkeypatch):

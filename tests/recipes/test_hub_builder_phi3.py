@@ -20,6 +20,15 @@ def make_model(tied=False):
     return make_stock("window", vocab_size=len(make_tokenizer()), tie_word_embeddings=tied).half()
 
 
+def make_source(stock, folder):
+    """A folder as under `models/`, with a tiny stock language model, its tokenizer and a card."""
+    stock.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
+    return folder
+
+
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def stock(request):
     """Two heads: one of its own, and the embeddings."""
@@ -28,13 +37,8 @@ def stock(request):
 
 @pytest.fixture
 def source(stock, tmp_path):
-    """A folder as under `models/`, with a tiny stock language model, its tokenizer and a card."""
-    folder = tmp_path / "models" / "tiny"
-    stock.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
-    return folder
+    """The stock model's folder."""
+    return make_source(stock, tmp_path / "models" / "tiny")
 
 
 def upload(folder):
@@ -46,65 +50,54 @@ def upload(folder):
     return {}
 
 
-def use(name, prompt):
-    """Runs elsewhere, without the package: a pipeline, and generation of all kinds."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
-    kept = str(model.dtype)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    pipe = pipeline("text-generation", model=name, trust_remote_code=True, dtype="float32")
-    model = model.float()
-    return {
-        "dtype": kept,
-        "classes": [type(model).__name__, type(pipe.model).__name__],
-        "texts": [
-            pipe(prompt, do_sample=False)[0]["generated_text"],  # it samples unless told
-            tokenizer.decode(model.generate(ids)[0], skip_special_tokens=True),
-            tokenizer.decode(model.generate(ids, lossless=True)[0], skip_special_tokens=True),
-        ],
-    }
-
-
-@pytest.mark.parametrize("place", ["folder", "hub"])
-def test_the_repository_generates_without_the_package(source, stock, place, tmp_path):
-    repository = hub.build_hub_repository(source, tmp_path / "out" / "tiny")
-    written = {path.name for path in repository.iterdir()}
-    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-    assert written == files | {"README.md", "LICENSE", "THIRD_PARTY_NOTICES.md"} | copied_files(
-        "language/modeling_neuroflow_phi3.py"
-    )
-    if place == "folder":
-        found = call_elsewhere(use, tmp_path / "elsewhere", name=repository, prompt=PROMPT)
-    else:
-        with LoopbackHub() as served:
-            call_elsewhere(upload, tmp_path / "upload", hub=served.url, folder=repository)
-            found = call_elsewhere(use, tmp_path / "elsewhere", hub=served.url, name="user/tiny", prompt=PROMPT)
-        assert set(served.files("user/tiny")) >= written
-    tokenizer = make_tokenizer()
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    text = tokenizer.decode(stock.float().generate(ids, max_new_tokens=NEW)[0], skip_special_tokens=True)
-    assert found == {"dtype": "torch.float16", "classes": 2 * ["NeuroFlowPhi3ForCausalLM"], "texts": 3 * [text]}
-
-
-def load_tokenizer(name, prompt):
-    """Runs elsewhere, without the package: load the tokenizer, and count transformers' questions."""
+def use(names, prompt):
+    """Runs elsewhere, without the package: tokenizer, pipeline, and generation of all kinds, of each repository."""
     import builtins
 
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-    asked = []
-    builtins.input = lambda text="": asked.append(text) or "n"
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    return {"asked": asked, "ids": tokenizer(prompt)["input_ids"]}
+    asked, found = [], []
+    ask, builtins.input = input, lambda text="": asked.append(text) or "n"
+    for name in names:
+        AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # needs no code, and does not ask about it
+    builtins.input = ask
+    for name in names:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+        kept = str(model.dtype)
+        tokens = tokenizer(prompt, return_tensors="pt").input_ids
+        pipe = pipeline("text-generation", model=name, trust_remote_code=True, dtype="float32")
+        model = model.float()
+        texts = [
+            pipe(prompt, do_sample=False)[0]["generated_text"],  # it samples unless told
+            tokenizer.decode(model.generate(tokens)[0], skip_special_tokens=True),
+            tokenizer.decode(model.generate(tokens, lossless=True)[0], skip_special_tokens=True),
+        ]
+        classes = [type(model).__name__, type(pipe.model).__name__]
+        found.append({"dtype": kept, "classes": classes, "texts": texts, "ids": tokens[0].tolist()})
+    return {"asked": asked, "found": found}
 
 
-@pytest.mark.parametrize("stock", [False], indirect=True)
-def test_the_tokenizer_loads_without_a_question(source, tmp_path):
-    repository = hub.build_hub_repository(source, tmp_path / "out")
-    found = call_elsewhere(load_tokenizer, tmp_path / "elsewhere", name=repository, prompt=PROMPT)
-    assert found == {"asked": [], "ids": make_tokenizer()(PROMPT)["input_ids"]}
+def test_repositories_generate_without_the_package(tmp_path):
+    """One with a head of its own from a folder, one with tied embeddings from a hub."""
+    models, built = [make_model(tied) for tied in (False, True)], []
+    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    files |= {"README.md", "LICENSE", "THIRD_PARTY_NOTICES.md", *copied_files("language/modeling_neuroflow_phi3.py")}
+    for name, model in zip(("untied", "tied"), models, strict=True):
+        built.append(hub.build_hub_repository(make_source(model, tmp_path / name), tmp_path / "out" / name))
+        assert {path.name for path in built[-1].iterdir()} == files
+    with LoopbackHub() as served:
+        call_elsewhere(upload, tmp_path / "upload", hub=served.url, folder=built[1])
+        names = [str(built[0]), "user/tiny"]
+        answer = call_elsewhere(use, tmp_path / "elsewhere", hub=served.url, names=names, prompt=PROMPT)
+    assert set(served.files("user/tiny")) >= files
+    assert answer["asked"] == []
+    tokenizer = make_tokenizer()
+    tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
+    for model, found in zip(models, answer["found"], strict=True):
+        text = tokenizer.decode(model.float().generate(tokens, max_new_tokens=NEW)[0], skip_special_tokens=True)
+        classes = 2 * ["NeuroFlowPhi3ForCausalLM"]
+        assert found == {"dtype": "torch.float16", "classes": classes, "texts": 3 * [text], "ids": tokens[0].tolist()}
 
 
 def test_weights_and_options_are_kept(source, stock, tmp_path):
