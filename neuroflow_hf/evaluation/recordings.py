@@ -41,7 +41,8 @@ class RecordingStore:
         libraries: Sequence[str] = (),
     ):
         self.folder, self.tower, self.preprocess = Path(folder), tower_of(model), preprocess
-        self.code, self.libraries = (*CODE, *code), (*LIBRARIES, *libraries)
+        self.code = (*CODE, *code)
+        self.libraries = {library: version(library) for library in (*LIBRARIES, *libraries)}
         self.weights = fingerprint(self.tower)
 
     def path(self, name: str, spec: MethodSpec, **depends) -> Path:
@@ -54,7 +55,7 @@ class RecordingStore:
             dtype=str(self.tower.dtype),
             device=self.tower.device.type,
             code=model_version(*self.code),
-            libraries={library: version(library) for library in self.libraries},
+            libraries=self.libraries,
             preprocess=asdict(self.preprocess),
             method=[spec.kind, options],
             **depends,

@@ -291,11 +291,15 @@ def test_what_is_held_is_stored_without_embeddings_and_is_denses_of_its_last_fra
 
 def test_a_recording_is_of_the_libraries_that_the_report_names(videos, folder, tmp_path, monkeypatch):
     clip = find_videos(videos / "Dog" / "a.mkv")
-    job = Evaluation(load_checkpoint(folder, device="cpu"), clip, tmp_path, [DENSE])
-    before = job.store.path("a", DENSE, video="abc")
-    assert job.store.path("a", DENSE, video="abc") == before
+    checkpoint = load_checkpoint(folder, device="cpu")
+
+    def path():
+        return Evaluation(checkpoint, clip, tmp_path, [DENSE]).store.path("a", DENSE, video="abc")
+
+    before = path()
+    assert path() == before
     monkeypatch.setattr(recordings, "version", lambda name: "0.0")
-    assert job.store.path("a", DENSE, video="abc") != before
+    assert path() != before
 
 
 def test_embeddings_that_are_not_finite_are_refused(videos, folder, tmp_path, monkeypatch):

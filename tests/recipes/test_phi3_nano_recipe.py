@@ -1,5 +1,6 @@
 """The embedded Phi-3's recipe: texts, split, tokenizer, training, judging; nothing is downloaded."""
 
+import functools
 import itertools
 import json
 import tomllib
@@ -299,8 +300,14 @@ def test_the_loss_is_that_of_transformers():
     assert isinstance(model, Phi3ForCausalLM)
 
 
-@pytest.mark.skipif(not can_compile(), reason="compiling takes a C++ compiler")
-def test_the_compiled_loss_is_the_same_whatever_is_reused():
+GENERATED = [pytest.mark.slow, pytest.mark.skipif(not can_compile(), reason="compiling takes a C++ compiler")]
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=GENERATED)])
+def test_the_compiled_loss_is_the_same_whatever_is_reused(backend, monkeypatch):
+    """Of traced code, which must not keep what was reused before; slowly, of generated code too."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+
     def make(compiled):
         model = make_model(100, 0, 32, 4)
         torch.manual_seed(0)

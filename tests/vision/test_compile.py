@@ -4,11 +4,21 @@ import math
 
 import pytest
 import torch
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from tests.conftest import FLOAT64, assert_close_in_norm, random_video
+from neuroflow_hf import NeuroFlowSiglipVisionModel
+from tests.conftest import FLOAT64, TINY_VISION, assert_close_in_norm, lively, random_video
 
 WITH_ONE_GRAPH = ("mlp", "eliminate", "reconstruct", "context")
 FIELDS = ("pooler_output", "last_hidden_state", "active_mask", "surprise", "skip_rate", "cost", "token_mask")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny vision model in float64, of two layers: tracing takes its time for each layer and frame."""
+    torch.manual_seed(0)
+    stock = lively(SiglipVisionModel(SiglipVisionConfig(**TINY_VISION | {"num_hidden_layers": 2})))
+    return NeuroFlowSiglipVisionModel.from_siglip(stock.double(), mode="context")
 
 
 @pytest.fixture(autouse=True)
@@ -41,38 +51,15 @@ def check(model, frames, compiled, batch_size=1, **options):
     return streams[1]
 
 
-@pytest.mark.parametrize("mode", WITH_ONE_GRAPH)
 @torch.no_grad()
-def test_a_budget_makes_one_graph(vision64, mode):
-    compiled = torch.compile(vision64, fullgraph=True, backend="eager")
-    check(vision64, random_video(6, batch_size=2), compiled, 2, mode=mode, token_budget=5)
+def test_a_graph_refuses_pixels_that_are_not_finite_and_changes_nothing(model):
+    frames = random_video(5, batch_size=2)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    stream = check(model, frames[:4], compiled, 2, mode="context", token_budget=5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of a keyframe, and of all other frames
-
-
-@pytest.mark.parametrize(
-    "options, context",
-    [
-        ({"max_age": 20, "dilate": 1, "reference": "both"}, torch.inference_mode),
-        ({"keyframe_interval": 3, "signal": "token", "memory_blend": 0.5}, torch.no_grad),
-        ({"token_budget": None, "threshold": -1}, torch.enable_grad),
-        ({}, torch.enable_grad),
-    ],
-    ids=["refreshing", "keyframes and blending", "everything active", "with gradients"],
-)
-def test_other_options_in_one_graph(vision64, options, context):
-    compiled = torch.compile(vision64, fullgraph=True, backend="eager")
-    with context():
-        check(vision64, random_video(4, size=32), compiled, **{"mode": "context", "token_budget": 5, **options})
-
-
-@torch.no_grad()
-def test_a_graph_refuses_pixels_that_are_not_finite_and_changes_nothing(vision64):
-    frames = random_video(5)
-    compiled = torch.compile(vision64, fullgraph=True, backend="eager")
-    stream = check(vision64, frames[:3], compiled, mode="context", token_budget=5)
     before = stream.state_dict()
-    bad = frames[3].clone()
-    bad[0, 0, 0, 0] = math.nan
+    bad = frames[4].clone()
+    bad[1, 0, 0, 0] = math.nan
     with pytest.raises(RuntimeError, match="NaN or infinite"):
         compiled(pixel_values=bad, stream=stream)
     after = stream.state_dict()
@@ -80,14 +67,32 @@ def test_a_graph_refuses_pixels_that_are_not_finite_and_changes_nothing(vision64
     assert all(torch.equal(memory, before["memory"][name]) for name, memory in after["memory"].items())
 
 
+# each mode, each kind of option and each way to record gradients at least once; every case takes seconds
+@pytest.mark.parametrize(
+    "mode, options, context, graphs",
+    [
+        ("mlp", {"keyframe_interval": 3, "signal": "token", "memory_blend": 0.5}, torch.no_grad, 3),
+        ("eliminate", {"max_age": 20, "dilate": 1, "reference": "both"}, torch.inference_mode, 2),
+        ("reconstruct", {}, torch.enable_grad, 2),
+        ("context", {"token_budget": None, "threshold": -1}, torch.enable_grad, 2),
+    ],
+    ids=["keyframes and blending", "refreshing", "with gradients", "everything active"],
+)
+def test_other_options_in_one_graph(model, mode, options, context, graphs):
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with context():
+        check(model, random_video(4, size=32), compiled, **{"mode": mode, "token_budget": 5, **options})
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
 @torch.no_grad()
-def test_with_breaks_everything_else_runs_too(vision64):
-    check(vision64, random_video(3, changed=0.15), torch.compile(vision64, backend="eager"), preset="balanced")
+def test_with_breaks_everything_else_runs_too(model):
+    check(model, random_video(3, changed=0.15), torch.compile(model, backend="eager"), preset="balanced")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", WITH_ONE_GRAPH)
-def test_generated_code_gives_the_same_numbers(vision64, mode):
-    compiled = torch.compile(vision64, fullgraph=True)
+def test_generated_code_gives_the_same_numbers(model, mode):
+    compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
-        check(vision64, random_video(5, batch_size=2), compiled, 2, mode=mode, token_budget=5)
+        check(model, random_video(5, batch_size=2), compiled, 2, mode=mode, token_budget=5)
