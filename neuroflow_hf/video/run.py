@@ -326,7 +326,7 @@ def run_video(
         write_frames(folder / "frames.jsonl", records, labels)
         save_plot(plot_run(records, title, names or ()), folder / "plot.png")
         sheet = contact_sheet(pictures.cells.evenly(), title, legend=OBJECTS_LEGEND if objects else LEGEND)
-        Image.fromarray(sheet).save(folder / "contact_sheet.png", optimize=True)
+        Image.fromarray(sheet).save(folder / "contact_sheet.png")
         summary = {
             "status": status,
             "message": message,
