@@ -15,6 +15,7 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationConfig,
+    LlamaForCausalLM,
     Phi3ForCausalLM,
     Phi3Model,
     StoppingCriteriaList,
@@ -37,6 +38,7 @@ from .bypass import BypassStep, begin_step, record_confidence
 from .bypass_config import NeuroFlowBypassConfig
 from .bypass_state import BypassStatistics, find_state
 from .configuration_neuroflow_phi3 import NeuroFlowPhi3Config, adopt_phi3_config
+from .from_llama import phi3_config, phi3_weights
 from .layer_skip import LayerChanges, layer_index
 from .lossless_config import NeuroFlowLosslessConfig
 from .speculative_decoding import decode_losslessly
@@ -225,6 +227,7 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
 
     - the decoder is a [`NeuroFlowPhi3Model`]; `forward` takes `bypass`, with guards.
     - `generate` takes `lossless`.
+    - `from_llama` makes one of a loaded Llama.
 
     Example:
 
@@ -244,6 +247,35 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_llama(cls, model: LlamaForCausalLM) -> "NeuroFlowPhi3ForCausalLM":
+        """
+        The same model as a Phi-3, with the same logits. Weights are copied; dtype, device, attention implementation
+        and generation configuration are the Llama's.
+
+        Args:
+            model: a loaded `LlamaForCausalLM`.
+
+        Raises:
+            TypeError: if `model` is something else.
+            ValueError: for a Llama with biases, RoPE scaling or heads of another size than the width gives, and for
+                weights that are quantised, adapted, hooked, offloaded or on several devices.
+        """
+        if not isinstance(model, LlamaForCausalLM):
+            raise TypeError(
+                f"Cannot convert a {type(model).__name__}; expected a loaded transformers `LlamaForCausalLM`."
+            )
+        config, weights = phi3_config(model.config), phi3_weights(model)
+        with torch.device("meta"):  # no memory, and no random weights
+            converted = cls(config)
+        converted.load_state_dict(weights, assign=True)
+        converted.tie_weights()
+        converted.model.rotary_emb = Phi3RotaryEmbedding(config)
+        for name, frequencies in model.model.rotary_emb.named_buffers():  # which the state dict lacks
+            setattr(converted.model.rotary_emb, name, frequencies.clone())
+        converted.generation_config = copy.deepcopy(model.generation_config)
+        return converted.train(model.training)
 
     def forward(  # type: ignore[misc]  # transformers has `position_ids` among the keywords, too
         self,
