@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,10 @@ def load_language_model(
     require_place(source)
     device = usable_device(device)
     with quiet_transformers():
+        refuse_gguf(source)
         kind = read_config(NeuroFlowPhi3Config, "Phi-3 model", source).get("model_type")
+        if kind == "llama":
+            raise ModelLoadError(f"{source} holds a Llama. Convert it once: {convert_command(source)}.")
         if kind not in ("phi3", NeuroFlowPhi3Config.model_type):
             raise ModelLoadError(f"{source} holds a model of type {kind!r}; expected a Phi-3 checkpoint (`phi3`).")
         model, missing = read_model(NeuroFlowPhi3ForCausalLM, "Phi-3 model", source, dtype)
@@ -192,6 +196,19 @@ def load_errors(what: str, source: str | Path) -> Iterator[None]:
         else:
             advice = ""
         raise ModelLoadError(f"Cannot load a {what} from {source}: {one_line(error)}{advice}") from error
+
+
+def refuse_gguf(source: str | Path):
+    """Raise a ModelLoadError for a GGUF file, and for a folder that has GGUF files instead of a checkpoint."""
+    path = Path(source)
+    files = [path] if path.is_file() and path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if files and not (path / "config.json").exists():
+        raise ModelLoadError(f"{files[0]} is a GGUF file. Convert it once: {convert_command(files[0])}.")
+
+
+def convert_command(source: str | Path) -> str:
+    """The command that converts a checkpoint, for errors."""
+    return f"`neuroflow convert {shlex.quote(str(source))} OUT`"
 
 
 def require_place(source: str | Path):

@@ -17,6 +17,7 @@ LAYERS = [
     ("neuroflow_hf.cli",),
     ("neuroflow_hf.distill",),
     ("neuroflow_hf.evaluation", "neuroflow_hf.drift"),
+    ("neuroflow_hf.conversion",),
     ("neuroflow_hf.loading",),
     ("neuroflow_hf.video",),
     ("neuroflow_hf.vision", "neuroflow_hf.language"),
@@ -129,12 +130,13 @@ answers["loading"] = sorted(set(sys.modules) - before)
 
 answers["without typer"] = tried("import neuroflow_hf.cli.main", "typer")
 answers["without av"] = tried("from neuroflow_hf.video import VideoReader", "av")
-del sys.modules["typer"], sys.modules["av"]
+answers["without gguf"] = tried("import neuroflow_hf.conversion.gguf_file", "gguf")
+del sys.modules["typer"], sys.modules["av"], sys.modules["gguf"]
 import recipes.siglip_dinov2_small.build
 answers["building the tower"] = sorted(sys.modules)
 print(json.dumps(answers))
 """
-EXTRAS = {"av", "PIL", "matplotlib", "typer", "rich", "onnx", "evaluate"}
+EXTRAS = {"av", "PIL", "matplotlib", "typer", "rich", "onnx", "evaluate", "gguf"}
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,7 @@ def test_loading_models_imports_no_extra(answers):
     assert not EXTRAS & set(answers["loading"])
 
 
-@pytest.mark.parametrize("missing, extra", [("typer", "cli"), ("av", "video")])
+@pytest.mark.parametrize("missing, extra", [("typer", "cli"), ("av", "video"), ("gguf", "convert")])
 def test_a_missing_extra_is_named(answers, missing, extra):
     assert f'pip install "neuroflow-hf[{extra}]"' in answers[f"without {missing}"]
 

@@ -8,6 +8,7 @@ import typer
 
 from . import options
 from .errors import one_line_errors
+from .language_model import language_model
 from .options import option
 from .output import command_line, figure_table, print_wide, print_written
 from .progress import CommandProgress
@@ -110,7 +111,7 @@ def run_drift(
     """
     from ..drift.prompts import first_of_each, read_prompts
     from ..drift.run import DriftEvaluation, DriftSettings
-    from ..loading import default_language_model, default_prompts, dtype_named, load_language_model
+    from ..loading import default_prompts, dtype_named, load_language_model
     from ..utils.files import prepare_folder
     from ..utils.processes import Processes
 
@@ -118,10 +119,11 @@ def run_drift(
     weights_dtype, chosen = dtype_named(dtype), DriftSettings(**settings)
     if max_prompts is not None and max_prompts < 1:
         raise ValueError(f"--max-prompts is {max_prompts}; expected a whole number of at least 1.")
-    source, file = model or default_language_model(), prompts or default_prompts()
+    file = prompts or default_prompts()
     texts = first_of_each(read_prompts(file), max_prompts)
     prepare_folder(path.parent)
     processes = Processes()
+    source = language_model(model)
     loaded, tokenizer = load_language_model(source, weights_dtype, processes.device_for(device))
     names = {"model": Path(source).name, "prompts": file.name, "command": command}
     with CommandProgress("prompts") as progress:

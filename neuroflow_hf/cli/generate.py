@@ -8,6 +8,7 @@ import typer
 
 from . import options
 from .errors import one_line_errors
+from .language_model import language_model
 from .options import option
 
 
@@ -63,9 +64,10 @@ def generate(
         from transformers import TextStreamer
 
         from ..drift.continuation import comparison_in_words, continue_text, figures_in_words
-        from ..loading import default_language_model, dtype_named, load_language_model
+        from ..loading import dtype_named, load_language_model
 
-        loaded, tokenizer = load_language_model(model or default_language_model(), dtype_named(dtype), device)
+        weights_dtype = dtype_named(dtype)
+        loaded, tokenizer = load_language_model(language_model(model), weights_dtype, device)
         how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         bypass, drafts = False if dense else own, None
         if lossless:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from .convert import convert
 from .distill import distill
 from .drift import drift
 from .evaluate import evaluate
@@ -38,3 +39,4 @@ app.command()(distill)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(drift)
+app.command()(convert)

@@ -29,7 +29,10 @@ VisionModel = Annotated[
 ]
 LanguageModel = Annotated[
     str | None,
-    option("Folder or Hub name of a Phi-3 checkpoint with its tokenizer.", default="the small Phi-3 in the checkout"),
+    option(
+        "Folder or Hub name of a Phi-3 checkpoint with its tokenizer, or smollm2, which is fetched on first use.",
+        default="the small Phi-3 in the checkout",
+    ),
 ]
 Dtype = Annotated[str, option("float32, bfloat16 or float16.")]
 Device = Annotated[str, option("cpu, cuda, cuda:1 ...; auto: CUDA if available, else the CPU.")]

@@ -59,6 +59,39 @@ def staging_folder(out: str | Path, names: Sequence[str] = ()) -> Iterator[Path]
             path.replace(out / path.name)
 
 
+@contextlib.contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """
+    A temporary folder that becomes `out` at the end, in one step. If the block raises, there is no `out`.
+
+    Args:
+        out: a folder that does not exist, or is empty; its parents are made if missing.
+
+    Raises:
+        FileExistsError: if there is something at `out`.
+        NotADirectoryError, OSError: as in `prepare_folder`, for the parents.
+    """
+    out = Path(out).absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder; name a new one.")
+    prepare_folder(out.parent)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        folder = Path(temporary) / out.name  # a folder inside, with the usual permissions
+        folder.mkdir()
+        yield folder
+        if out.exists():
+            out.rmdir()
+        folder.replace(out)
+
+
+def user_cache() -> Path:
+    """The folder for what is downloaded once: `$NEUROFLOW_CACHE`, else `neuroflow` in the user's cache folder."""
+    named = os.environ.get("NEUROFLOW_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neuroflow"
+
+
 def write_whole(path: Path, content: str | bytes):
     """Write a file whole or not at all, even if several processes write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)

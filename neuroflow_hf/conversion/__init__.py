@@ -1,0 +1,1 @@
+"""Checkpoints of other forms as the package's own."""
