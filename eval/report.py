@@ -15,7 +15,7 @@ from rich.markdown import Markdown
 from neuroflow_hf.utils.files import fill_block, finite, report_text, write_whole
 from neuroflow_hf.utils.provenance import machine_and_versions
 
-__all__ = ["RESULTS", "fill_block", "provenance", "publish", "rounded", "tidy", "write_json", "write_whole"]
+__all__ = ["RESULTS", "fill_block", "provenance", "publish", "rounded", "show", "tidy", "write_json", "write_whole"]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -60,6 +60,11 @@ def publish(output: Path, report: dict, table: str, pictures: Mapping[str, Figur
         figure.savefig(picture, dpi=130, format="png")
         folder = ROOT / "docs" if output.resolve().parent == RESULTS else output.parent
         write_whole(folder / name, picture.getvalue())
+    show(table)
+
+
+def show(table: str):
+    """Print a table in Markdown."""
     Console(width=max(Console().width, 140)).print(Markdown(table))  # a pipe has 80 columns, and tables need more
 
 

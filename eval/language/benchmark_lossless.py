@@ -31,10 +31,10 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoTokenizer
 
-from eval.report import RESULTS, provenance, write_json
+from eval.docs.tables import lossless_table
+from eval.report import RESULTS, provenance, show, write_json
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
 from neuroflow_hf.drift.metrics import first_divergence
 from neuroflow_hf.drift.prompts import Prompt, read_prompts
@@ -156,24 +156,6 @@ def digest_of(*files: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def table(found: dict) -> Table:
-    """The table of all summaries."""
-    shown = Table("task", "variant", "tokens/s", "to dense", "95 %", "acceptance", "draft", "tokens/check", "differ")
-    for task, rows in found.items():
-        for variant, row in rows.items():
-            ratio = row.get("times_dense")
-            low, high = ratio["interval"] if ratio else (1, 1)
-            cells = (row.get(name) for name in ("acceptance", "draft_length", "tokens_per_check"))
-            differ = row["divergences"]
-            shown.add_row(
-                *(task, variant, f"{row['tokens_per_second']:.0f}", f"{ratio['median'] if ratio else 1:.2f}"),
-                f"{low:.2f} to {high:.2f}",
-                *("" if cell is None else f"{cell:.2f}" for cell in cells),
-                f"{differ['within_rounding']} + {differ['others']}",
-            )
-    return shown
-
-
 @torch.inference_mode()
 def main(
     model: Annotated[Path, typer.Option(help="Folder with a Phi-3 checkpoint and its tokenizer.")] = ROOT
@@ -232,9 +214,10 @@ def main(
     if not summaries(report):
         console.print("Nothing was measured.")
         raise typer.Exit(1)
-    write_json(output, {**provenance(), "commit": checkout_commit(), **report, "summary": summaries(report)})
+    report = {**provenance(), "commit": checkout_commit(), **report}
+    write_json(output, {**report, "summary": summaries(report)})
     found = summaries(report, "processor_seconds" if processor else "seconds")
-    Console(width=max(console.width, 120)).print(table(found))
+    show(lossless_table({**report, "summary": found}))
     if any(row["divergences"]["others"] for row in found[WHOLE].values()):
         console.print("Some texts differ from the stock model's by more than rounding: see `divergences`.")
         raise typer.Exit(1)

@@ -5,6 +5,7 @@ Clips are drawn, not frames, for the frames of one clip are alike. A clip gives 
 mean is over all frames of all clips.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,15 @@ import numpy as np
 from scipy.stats import rankdata
 
 from neuroflow_hf.evaluation.statistics import bootstrap_interval
+
+
+def drawn_blocks(rng: np.random.Generator, rows: int, count: int, block: int) -> np.ndarray:
+    """
+    Indices [rows, count] of a moving-block bootstrap over `count` frames: neighbouring frames are alike, so blocks of
+    frames are drawn. Blocks go round at the end, or the first and last frames would be drawn less often.
+    """
+    starts = rng.integers(count, size=(rows, math.ceil(count / block)))
+    return ((starts[..., None] + np.arange(block)) % count).reshape(rows, -1)[:, :count]
 
 
 class Estimate(NamedTuple):

@@ -35,7 +35,7 @@ from neuroflow_hf.evaluation.statistics import Interval, middle, resamples
 from neuroflow_hf.loading import load_text_model
 from neuroflow_hf.utils.processes import Processes
 from neuroflow_hf.utils.provenance import checkout_commit, code_version, key_of
-from neuroflow_hf.video.labels import tokenize
+from neuroflow_hf.video.labels import embed_labels
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.vision.modeling_neuroflow_siglip import NeuroFlowSiglipModel
 from recipes import composed_clips
@@ -140,20 +140,17 @@ def composed_batches(material: Any, plan: Plan, side: int = composed_clips.SIDE)
     ]
 
 
-@torch.no_grad()
 def text_embeddings(model: NeuroFlowSiglipModel, tokenizer: Any) -> tuple[list[str], Tensor]:
     """
-    All things that the embedded checkpoint was trained on, and `nothing`: names, and unit embeddings float32 [L, D],
-    each the mean over phrasings; those of things were in no training caption.
+    Names and unit embeddings float32 [L, D] of all things that the embedded checkpoint was trained on, and of
+    `nothing`. Each embedding is the mean over several phrasings; no training caption used those of things.
     """
 
-    def unit(texts: list[str]) -> Tensor:
-        tokens = tokenize(tokenizer, texts, model.config.text_config)
-        output = model.text_model(**{name: ids.to(model.device) for name, ids in tokens.items()})
-        return functional.normalize(output.pooler_output.float(), dim=-1).cpu()
+    def unit(texts: Sequence[str]) -> Tensor:
+        return embed_labels(model, tokenizer, texts, "{}").text_embeddings
 
     of_things = sum(unit(prompts(phrasing)) for phrasing in HELD_OUT_PHRASINGS)
-    together = torch.cat([of_things, unit(list(EMPTY_PHRASES)).sum(0, keepdim=True)])
+    together = torch.cat([of_things, unit(EMPTY_PHRASES).sum(0, keepdim=True)])
     return [*(thing.name for thing in things()), NOTHING], functional.normalize(together, dim=-1)
 
 

@@ -16,7 +16,6 @@ in float16, which hides differences below about 1e-6. Writes `eval/results/fidel
 clips.md`.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from torch.nn import functional
 
 from eval.docs.tables import fidelity_table
 from eval.report import rounded
+from eval.vision.clip_statistics import drawn_blocks
 from eval.vision.evidence import QUICK_FRAMES, Evidence, Plan, best_baseline, command, families_of
 from neuroflow_hf import PRESETS
 from neuroflow_hf.evaluation.settings import DENSE
@@ -74,8 +74,7 @@ def slope_interval(
     rng = np.random.default_rng(seed)
     draws = np.empty(resamples)
     for place in range(resamples):
-        starts = rng.integers(count, size=(scenes, math.ceil(count / BLOCK)))
-        drawn = ((starts[..., None] + np.arange(BLOCK)) % count).reshape(scenes, -1)[:, :count]
+        drawn = drawn_blocks(rng, scenes, count, BLOCK)
         draws[place] = slope(np.take_along_axis(frames, drawn, 1), np.take_along_axis(cosines, drawn, 1))
     return middle(draws)
 

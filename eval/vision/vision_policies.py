@@ -37,6 +37,7 @@ from eval.docs.tables import delays_table, policies_table
 from eval.recordings import Recorder, RecordSettings, Scene
 from eval.report import RESULTS, provenance, publish, rounded, tidy
 from eval.vision import clips as clips_module
+from eval.vision.clip_statistics import drawn_blocks
 from eval.vision.clips import NAMES, Clip, load_clips
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.evaluation.equal_cost import LEVEL, Mixture, shares_at, verdict
@@ -177,18 +178,13 @@ def measure(clip: Clip, scene: Scene, recorder: Recorder, methods: Sequence[Meth
         {spec.name: outcomes[spec.name] for spec in methods},
         {spec.name: seconds[spec.name] / seconds[DENSE.name] for spec in methods},
         families,
-        block_resamples(scene.count - 1, seed=zlib.crc32(clip.name.encode())),
+        resampled_frames(scene.count - 1, seed=zlib.crc32(clip.name.encode())),
     )
 
 
-def block_resamples(frames: int, seed: int, block: int = BLOCK, resamples: int = RESAMPLES) -> np.ndarray:
-    """
-    Indices [resamples, frames] of a moving-block bootstrap: neighbouring frames are alike, so blocks are drawn. They
-    go round at the end, or the first and last frames would be drawn less often.
-    """
-    block = min(block, frames)
-    starts = np.random.default_rng(seed).integers(frames, size=(resamples, math.ceil(frames / block)))
-    return ((starts[..., None] + np.arange(block)) % frames).reshape(resamples, -1)[:, :frames]
+def resampled_frames(frames: int, seed: int) -> np.ndarray:
+    """The resamples int [RESAMPLES, frames] of a clip's frames."""
+    return drawn_blocks(np.random.default_rng(seed), RESAMPLES, frames, min(BLOCK, frames))
 
 
 def statistic(name: str, cosines: np.ndarray, drawn: np.ndarray | None = None) -> np.ndarray:

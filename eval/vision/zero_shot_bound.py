@@ -33,10 +33,10 @@ from eval.vision.zero_shot_small import (
     BATCH,
     SEED,
     accuracy,
+    embed_texts,
     is_large,
     one_thing,
     share_cell,
-    text_embeddings,
     with_drawings,
 )
 from neuroflow_hf.evaluation.statistics import paired_difference
@@ -170,7 +170,7 @@ def main(
     known, named, styles = training_set(store, numbers)
     model = SiglipModel.from_pretrained(CHECKPOINT, dtype=torch.bfloat16).eval()
     tokenizer = AutoProcessor.from_pretrained(CHECKPOINT).tokenizer
-    texts = sum(text_embeddings(model, tokenizer, prompts(phrasing)) for phrasing in HELD_OUT_PHRASINGS)
+    texts = sum(embed_texts(model, tokenizer, prompts(phrasing)) for phrasing in HELD_OUT_PHRASINGS)
     material, asked = load_material(), {}
     for offset, (name, split) in enumerate(ASKED.items()):
         every = with_drawings(material[split], pictures, SEED + offset)

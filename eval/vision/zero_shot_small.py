@@ -14,6 +14,7 @@ The last command is for a checkpoint that the recipe made again, to be put besid
 `eval/results/zero_shot_small.json` and the figures of the model card, `models/neuroflow-siglip-small/README.md`.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from eval.report import RESULTS, fill_block, provenance, publish, write_whole
 from eval.vision.composed_bench import CHECKPOINT
 from neuroflow_hf.evaluation.card import card_with_results, dataset_type
 from neuroflow_hf.evaluation.statistics import wilson
+from neuroflow_hf.video.labels import embed_labels
 from recipes.siglip_dinov2_small.head import to_pixels
 from recipes.siglip_small.captions import (
     HELD_OUT_PHRASINGS,
@@ -61,15 +63,9 @@ HELD_OUT, STYLE = "held-out renderings, photographs and phrasings", "a style nev
 
 
 def with_drawings(material: Material, count: int, seed: int) -> list[Picture]:
-    """So many composed pictures that hold a drawing."""
-    found: list[Picture] = []
-    number = 0
-    while len(found) < count:
-        picture = compose(material, np.random.default_rng((seed, number)))
-        number += 1
-        if picture.placed:
-            found.append(picture)
-    return found
+    """The first `count` composed pictures that hold a drawing."""
+    composed = (compose(material, np.random.default_rng((seed, number))) for number in itertools.count())
+    return list(itertools.islice((picture for picture in composed if picture.placed), count))
 
 
 def in_grey(image: Image.Image, _rng: np.random.Generator) -> Image.Image:
@@ -115,11 +111,9 @@ def embed(model: SiglipModel, images: Sequence[Image.Image], title: str) -> torc
     return normalize(torch.cat(outputs), dim=-1)
 
 
-@torch.inference_mode()
-def text_embeddings(model: SiglipModel, tokenizer, texts: list[str]) -> torch.Tensor:
+def embed_texts(model: SiglipModel, tokenizer, texts: list[str]) -> torch.Tensor:
     """Unit embeddings float32 [T, D]."""
-    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
-    return normalize(model.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
+    return embed_labels(model, tokenizer, texts, "{}").text_embeddings
 
 
 def named(images: torch.Tensor, texts: torch.Tensor, names: list[str], count: int = 1) -> list[list[str]]:
@@ -214,7 +208,7 @@ def measure(model: SiglipModel, tokenizer, material: dict[str, Material], pictur
     """All figures, from so many held-out pictures, and half as many of the others."""
     names = [thing.name for thing in things()]
     texts = {
-        phrasing: text_embeddings(model, tokenizer, prompts(phrasing))
+        phrasing: embed_texts(model, tokenizer, prompts(phrasing))
         for phrasing in (*TRAINING_PHRASINGS, *HELD_OUT_PHRASINGS)
     }
     ensemble = normalize(sum(texts[phrasing] for phrasing in HELD_OUT_PHRASINGS), dim=-1)
@@ -247,7 +241,7 @@ def measure(model: SiglipModel, tokenizer, material: dict[str, Material], pictur
         return accuracy_where(is_large, found, is_right(found, named(images, ensemble, names)))
 
     def told(texts_of: Callable, truth_of: Callable) -> dict:
-        return details(held_out, embedded, texts_of, truth_of, lambda found: text_embeddings(model, tokenizer, found))
+        return details(held_out, embedded, texts_of, truth_of, lambda found: embed_texts(model, tokenizer, found))
 
     return {
         "things": len(names),

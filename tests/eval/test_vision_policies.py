@@ -7,6 +7,7 @@ import typer
 from torch.nn import functional
 
 from eval.vision import vision_policies as policies
+from eval.vision.clip_statistics import drawn_blocks
 from eval.vision.clips import Clip
 from neuroflow_hf.evaluation.statistics import middle
 from neuroflow_hf.video.preprocess import Preprocessor
@@ -62,13 +63,13 @@ def test_a_statistic_is_taken_within_each_run():
 
 
 def test_blocks_are_of_neighbouring_frames_and_the_same_for_the_same_seed():
-    drawn = policies.block_resamples(40, seed=1, block=10, resamples=50)
-    assert drawn.shape == (50, 40)
-    blocks = drawn.reshape(50, 4, 10)
+    drawn = policies.resampled_frames(40, seed=1)
+    assert drawn.shape == (policies.RESAMPLES, 40)
+    blocks = drawn.reshape(-1, 4, policies.BLOCK)
     assert ((np.diff(blocks, axis=-1) % 40) == 1).all()
-    assert (drawn == policies.block_resamples(40, seed=1, block=10, resamples=50)).all()
-    assert (drawn != policies.block_resamples(40, seed=2, block=10, resamples=50)).any()
-    assert policies.block_resamples(3, seed=1).max() == 2
+    assert (drawn == policies.resampled_frames(40, seed=1)).all()
+    assert (drawn != policies.resampled_frames(40, seed=2)).any()
+    assert policies.resampled_frames(3, seed=1).max() == 2
 
 
 def test_the_interval_covers_a_known_difference_about_as_often_as_it_says():
@@ -77,7 +78,7 @@ def test_the_interval_covers_a_known_difference_about_as_often_as_it_says():
         rng = np.random.default_rng(seed)
         baseline = rng.normal(0.9, 0.01, 100)
         method = baseline + rng.normal(0.003, 0.01, 100)
-        drawn = policies.block_resamples(100, seed, resamples=300)
+        drawn = drawn_blocks(np.random.default_rng(seed), 300, 100, policies.BLOCK)
         low, high = middle(
             policies.statistic("pooled_mean", method[None], drawn)
             - policies.statistic("pooled_mean", baseline[None], drawn)
@@ -89,7 +90,7 @@ def test_the_interval_covers_a_known_difference_about_as_often_as_it_says():
 def made_up(method, baselines, name="clip"):
     """A clip with a method's outcome, a family of baselines, and dense."""
     dense = policies.Outcome(1.0, np.ones((1, 40)), np.zeros(0))
-    drawn = policies.block_resamples(40, seed=0)
+    drawn = policies.resampled_frames(40, seed=0)
     clip = Clip(name, "", True, "", lambda: iter(()))
     return policies.Measured(clip, dense, {"ours": method}, {"ours": 0.5}, {"every k": baselines}, drawn)
 
