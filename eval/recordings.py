@@ -1,17 +1,17 @@
 """
-Recordings: what methods give for scenes, stored once, so that many questions can be asked of them.
+Recordings: what methods return for scenes, stored once, so that many questions can be answered from them.
 
     recorder = Recorder(model, preprocess, folder, RecordSettings(dense_every=8))
-    recorder.run(batches, specs)  # what is missing; with several processes, each does a part
+    recorder.run(batches, specs)  # records what is missing; several processes share the work
     recordings = recorder.load(batches[0], specs[0])  # one for each scene
 
-A batch of scenes is recorded as B videos in one call for each frame. There is one file for each batch and method,
-under a key of all that it depends on: weights, code, libraries, preprocessing, scenes, settings, options. What is
-there is not recorded again, and what was recorded with something else is not used.
+A batch of B scenes is recorded with one call for each frame. Each batch and method has one file, whose name holds a
+key of everything it depends on: weights, code, libraries, preprocessing, scenes, settings, options. A file that exists
+is not recorded again; if anything that it depends on changes, it is not used.
 
-Embeddings are kept of *sampled* frames, the same for all methods: one of every `dense_every` frames, drawn by chance
-(at a fixed distance, methods with a period would be looked at in the same phase always), and all around the frames
-where another label becomes right. Methods for which a frame stands for itself compute only these.
+Embeddings are kept of *sampled* frames, which are the same for all methods: one random frame of every `dense_every`
+(at fixed distances, a method with a period would always be seen in the same phase), and all frames around those where
+the right label changes. Methods whose frames do not depend on earlier frames compute only these.
 """
 
 import hashlib
@@ -42,14 +42,14 @@ from neuroflow_hf.video.preprocess import Preprocessor
 @dataclass(frozen=True, eq=False)
 class Scene:
     """
-    A video and what is true of it.
+    A video and its right labels.
 
     Attributes:
         name: unique among the scenes.
-        frames: gives them anew from the first on, uint8 RGB [H, W, 3].
-        labels: the right label of each of the T frames, None where none is.
-        identity: changes with what the scene shows.
-        group: what scenes are summed up by, such as a kind of motion.
+        frames: a function that returns an iterator over all frames, uint8 RGB [H, W, 3].
+        labels: the right label of each of the T frames; None for a frame without one.
+        identity: a key that changes with what the scene shows.
+        group: the group in which results are reported, such as a kind of motion.
     """
 
     name: str
@@ -60,12 +60,12 @@ class Scene:
 
     @property
     def count(self) -> int:
-        """How many frames."""
+        """Number of frames."""
         return len(self.labels)
 
     @property
     def changes(self) -> list[int]:
-        """The frames on which another label is right than on the frame before."""
+        """The frames whose right label differs from that of the frame before."""
         return [number for number in range(1, self.count) if self.labels[number] != self.labels[number - 1]]
 
 
@@ -75,9 +75,10 @@ class RecordSettings:
     Which frames are sampled.
 
     Attributes:
-        dense_every: one frame of every so many, drawn by chance; 1 for all.
-        before, after: and all from so many frames before a change of the label to so many after it.
-        most_changes: around so many changes of a scene at most, at least one, evenly chosen; None for all.
+        dense_every: one random frame of every `dense_every` is sampled; 1 for all frames.
+        before, after: around a change of the label, all frames from `before` frames before to `after` frames after it
+            are sampled as well.
+        most_changes: maximum number of such changes in a scene, at least 1, evenly chosen; None for all.
     """
 
     dense_every: int = 8
@@ -87,7 +88,7 @@ class RecordSettings:
 
 
 def chosen_changes(scene: Scene, settings: RecordSettings) -> list[int]:
-    """The changes around which all frames are sampled, evenly chosen from the first to the last."""
+    """The changes of the label around which all frames are sampled, evenly chosen from the first to the last."""
     changes, most = scene.changes, settings.most_changes
     if most is None or len(changes) <= most:
         return changes
@@ -96,8 +97,8 @@ def chosen_changes(scene: Scene, settings: RecordSettings) -> list[int]:
 
 def drawn_frames(scene: Scene, settings: RecordSettings) -> np.ndarray:
     """
-    One frame of every `dense_every`, bool [T], for figures over time; never the first frame, which all methods encode
-    in full.
+    One random frame of every `dense_every`, bool [T], for figures over time. The first frame is never drawn, because
+    all methods encode it in full.
     """
     digest = hashlib.blake2b(scene.name.encode(), digest_size=8).digest()
     rng = np.random.default_rng((0, int.from_bytes(digest)))
@@ -110,7 +111,7 @@ def drawn_frames(scene: Scene, settings: RecordSettings) -> np.ndarray:
 
 
 def sampled_frames(scene: Scene, settings: RecordSettings) -> np.ndarray:
-    """The drawn frames, and those around changes of the label, to see when a method follows: bool [T]."""
+    """The drawn frames, and those around changes of the label, which show when a method follows: bool [T]."""
     sampled = drawn_frames(scene, settings)
     for change in chosen_changes(scene, settings):
         sampled[max(0, change - settings.before) : change + settings.after + 1] = True
@@ -120,15 +121,15 @@ def sampled_frames(scene: Scene, settings: RecordSettings) -> np.ndarray:
 @dataclass(frozen=True, eq=False)
 class Recording:
     """
-    What a method gave for a scene of T frames, m of them sampled.
+    What a method returned for a scene of T frames, of which m are sampled.
 
     Attributes:
-        frames: int64 [m], the sampled frames.
-        drawn: bool [m], those that were drawn by chance; figures over time are of these.
-        embeddings: float32 [m, D], kept in half precision.
-        cost: float32 [T], of every frame; the first is a keyframe of every method.
-        nbytes: int64 [T], what the method remembered after each frame; 0 where it was not asked.
-        about: seconds, versions, machine, commit, and the settings, of the whole batch.
+        frames: int64 [m], numbers of the sampled frames.
+        drawn: bool [m], which of these were drawn at random; figures over time use only these.
+        embeddings: float32 [m, D], stored in half precision.
+        cost: float32 [T], cost of every frame; every method encodes the first one in full.
+        nbytes: int64 [T], bytes in the method's memory after each frame; 0 where the method did not see the frame.
+        about: seconds, versions, machine, commit and settings of the whole batch.
     """
 
     frames: Tensor
@@ -141,10 +142,10 @@ class Recording:
 
 def frames_of(scenes: Sequence[Scene]) -> Iterator[list[np.ndarray]]:
     """
-    A frame of each scene, again and again.
+    For each frame number, the frames of all scenes.
 
     Raises:
-        ValueError: if a scene has fewer or more frames than it says.
+        ValueError: if a scene has fewer or more frames than `count`.
     """
     iterators = [scene.frames() for scene in scenes]
     for number in range(scenes[0].count):
@@ -168,28 +169,28 @@ def record(
     title: str | None = None,
 ) -> list[tuple[dict[str, Tensor], dict]]:
     """
-    Several methods over one batch of B scenes with T frames each, in one pass over these.
+    Run several methods over one batch of B scenes with T frames each, in one pass over the frames.
 
     Args:
         model: in evaluation mode, with or without a text tower.
-        preprocess: the checkpoint's.
-        scenes, settings: M frames are sampled in all.
-        specs: what to record. Those that return dense frames compute them once for all.
-        title: of the progress bar on stderr; None for no bar.
+        preprocess: the checkpoint's preprocessing.
+        scenes, settings: together they say which M frames are sampled.
+        specs: the methods. Those that return dense frames share the computation of these.
+        title: title of the progress bar on stderr; None for no bar.
 
     Returns:
-        For each method `embeddings` float16 [M, D], frame after frame, and scene after scene within a frame; `cost`
-        float32 [T, B]; `nbytes` int64 [T], of all scenes; and `about` of the recording.
+        For each method `embeddings` float16 [M, D], ordered by frame and then by scene; `cost` float32 [T, B];
+        `nbytes` int64 [T], the sum over scenes; and the recording's `about`.
 
     Raises:
-        ValueError: for scenes that do not have as many frames as they say; for embeddings that are not finite.
+        ValueError: if a scene does not have `count` frames, or if embeddings are not finite.
     """
     tower, methods = tower_of(model), make_methods(model, specs)
     for method in methods:
         method.start(len(scenes))
     sampled = torch.from_numpy(np.stack([sampled_frames(scene, settings) for scene in scenes], axis=1))
-    # Whole from the start: many small tensors that stay, made between large ones that go, leave no room for the next
-    # large ones, and over a thousand frames memory is full.
+    # Allocated at once: many small tensors that stay, allocated between large ones that are freed, would fragment the
+    # memory until it is full after a thousand frames.
     embeddings = torch.empty(len(specs), int(sampled.sum()), tower.config.hidden_size, dtype=torch.float16)
     filled, spent = [0] * len(specs), [0.0] * len(specs)
     costs = torch.full((len(specs), *sampled.shape), math.nan)
@@ -235,11 +236,11 @@ class Recorder:
     Recordings of one model in one folder.
 
     Args:
-        model: in evaluation mode, with or without a text tower; its dtype and device are what is recorded with.
-        preprocess: the checkpoint's.
-        folder: where recordings lie.
+        model: in evaluation mode, with or without a text tower; recordings are made in its dtype and on its device.
+        preprocess: the checkpoint's preprocessing.
+        folder: folder of the recordings.
         settings: which frames are sampled.
-        processes: those that share the work; None for this one alone, or as they were started.
+        processes: the processes that share the work; by default those that torchrun started, or this one alone.
     """
 
     def __init__(
@@ -255,28 +256,28 @@ class Recorder:
         self.processes = processes or Processes()
 
     def path(self, scenes: Sequence[Scene], spec: MethodSpec) -> Path:
-        """Where the file of a batch and a method lies, or will."""
+        """Path of the file of a batch and a method, whether it exists or not."""
         readable = "".join(sign if sign.isalnum() or sign == "." else " " for sign in spec.name.lower())
         known = [(scene.name, scene.count, scene.changes, scene.identity) for scene in scenes]
         return self.store.path("-".join(readable.split()), spec, settings=asdict(self.settings), scenes=known)
 
     def missing(self, scenes: Sequence[Scene], specs: Iterable[MethodSpec]) -> list[MethodSpec]:
-        """Which methods are not recorded yet."""
+        """The methods that are not recorded yet."""
         return [spec for spec in specs if not self.path(scenes, spec).is_file()]
 
     def jobs(self, batches: Sequence[Sequence[Scene]], specs: Sequence[MethodSpec]) -> list[tuple[int, list]]:
-        """The passes that are missing: which batch, and which methods. Alike passes follow each other."""
+        """The passes that are missing: batch and methods. Passes of the same methods follow each other."""
         passes = [passes_of(self.missing(scenes, specs)) for scenes in batches]
         together = zip_longest(*passes)
         return [(batch, some) for row in together for batch, some in enumerate(row) if some is not None]
 
     def run(self, batches: Sequence[Sequence[Scene]], specs: Sequence[MethodSpec]) -> int:
         """
-        Record what is missing, each batch as one, each pass written as soon as it is done. With several processes,
-        each takes a share, and all return when all are done. Returns how many passes were this process's.
+        Record what is missing, and write each pass as soon as it is done. Several processes share the passes, and each
+        returns when all are done. Returns the number of passes that this process made.
 
         Raises:
-            ValueError: for a batch without scenes, of different lengths, or with two of one name; as of `record`.
+            ValueError: if a batch is empty, or its scenes differ in length or share a name; also as `record`.
         """
         for scenes in batches:
             counts, names = sorted({scene.count for scene in scenes}), [scene.name for scene in scenes]
@@ -303,7 +304,7 @@ class Recorder:
         A method's recordings of the scenes of a batch.
 
         Raises:
-            FileNotFoundError: if they are not there.
+            FileNotFoundError: if they were not made yet.
         """
         path = self.path(scenes, spec)
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: where a figure comes from, and how reports, pictures and tables get out."""
+"""What the scripts of this folder share: the provenance of figures, and writing reports, pictures and tables."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def provenance() -> dict:
 
 
 def rounded(report: Any, digits: int = 6) -> Any:
-    """A report with its numbers to so many digits after the point, and None for what is no number."""
+    """A report with its numbers rounded to `digits` decimal places, and None in place of NaN and infinity."""
     if isinstance(report, dict):
         return {name: rounded(part, digits) for name, part in report.items()}
     if isinstance(report, list | tuple):
@@ -41,7 +41,7 @@ def rounded(report: Any, digits: int = 6) -> Any:
 
 
 def write_json(path: Path, report: dict):
-    """Write a report, whole or not at all."""
+    """Write a report; if the process is interrupted, the old file stays."""
     write_whole(path, json.dumps(report, indent=2) + "\n")
 
 
@@ -69,7 +69,7 @@ def show(table: str):
 
 
 def finding(claim: str, rule: str, measured: str, holds: bool, fails: bool) -> dict:
-    """What was measured of a published claim, and the verdict by a rule."""
+    """A published claim, what was measured, and the verdict by a rule."""
     verdict = HOLDS if holds else FAILS if fails else UNKNOWN
     return {"claim": claim, "measured": measured, "rule": rule, "verdict": verdict}
 

@@ -29,12 +29,12 @@ MASKS = {
 MASK_COLUMNS = {
     "IoU with the thing": "thing",
     "IoU with the change": "change",
-    "marked where nothing moved": "false share",
+    "patches marked where nothing moved": "false share",
     "boxes: recall": "recall",
     "precision": "precision",
-    "named right: object": "object",
-    "whole frame": "whole frame",
-    "true patches": "truth's mask",
+    "label right: of the object": "object",
+    "of the whole frame": "whole frame",
+    "of the true patches": "truth's mask",
 }
 
 
@@ -67,7 +67,7 @@ def table(rows: Iterable[dict | tuple], columns: dict[str, str | Callable], *not
 
 
 def spread(value: float | None, interval: list[float] | None = None, scale: float = 1, form: str = "+.1f") -> str:
-    """A value and its interval, multiplied by `scale`."""
+    """A value and its interval, both multiplied by `scale`."""
     if value is None:
         return ""
     between = f" ({' to '.join(format(scale * end, form) for end in interval)})" if interval else ""
@@ -75,7 +75,7 @@ def spread(value: float | None, interval: list[float] | None = None, scale: floa
 
 
 def method_and_cost(head: str = "method") -> dict:
-    """The columns that most tables begin with: presets are code, baselines are marked."""
+    """The first columns of most tables. Names of presets are set as code, and baselines are marked."""
 
     def name_of(row):
         name = row.get("name", row.get("method"))
@@ -85,19 +85,19 @@ def method_and_cost(head: str = "method") -> dict:
 
 
 def at(row: dict, path: str):
-    """What a row holds at a path such as `top1.difference`; None if there is nothing."""
+    """The value in a row at a path such as `top1.difference`; None if the row has none."""
     for key in path.split("."):
         row = row.get(key) if row else None
     return row
 
 
 def estimate(value: str, interval: str = "", scale: float = 1, form: str = "+.1f") -> Callable:
-    """A column of values and their intervals at two paths; empty for dense, which the others are compared with."""
+    """A column of values and intervals, given by two paths. It is empty for dense, the reference."""
     return lambda row: "" if row.get("name") == "dense" else spread(at(row, value), at(row, interval), scale, form)
 
 
 def beside(form: str, scale: float = 1, signed: str = "+.1f", part: str = "", head: str = "", unit: str = "") -> dict:
-    """Columns: the best baseline at a method's cost, found in a part of the row, and the difference to it."""
+    """Two columns: the best baseline at a method's cost, and the difference to it, from `part` of a row."""
     best = f"{part}best control"
 
     def baseline(row):
@@ -110,7 +110,7 @@ def beside(form: str, scale: float = 1, signed: str = "+.1f", part: str = "", he
 
 
 def rows_shown(rows: list[dict], default: str = "balanced") -> list[dict]:
-    """Dense, the presets, the first setting of each mode, and of each baseline the setting nearest in cost."""
+    """Dense, the presets, the first setting of each mode, and each baseline's setting that is nearest in cost."""
     cost = next((row["cost"] for row in rows if row["name"] == default), 0)
     families: dict[str, list[dict]] = {}
     for row in rows:
@@ -141,7 +141,7 @@ def presets_table(report: dict) -> str:
 
 
 def glance_table(accuracy: dict, reaction: dict, fidelity: dict, vision: dict, lossless: dict) -> str:
-    """README's results at a glance: one row a question, for the default preset."""
+    """README's results at a glance for the default preset: one row for each question."""
     results = (accuracy["results"], reaction["own"]["results"], fidelity["results"])
     labels, delay, cosine = (next(row for row in rows if row["name"] == "balanced") for rows in results)
     top1, lookup = labels["top1"], lossless["summary"]["all"]["lookup"]["times_dense"]
@@ -154,7 +154,7 @@ def glance_table(accuracy: dict, reaction: dict, fidelity: dict, vision: dict, l
             f"{top1['best control']['control']:.1%}",
         ),
         (
-            f"Frames until the label changes, beyond dense's, {reaction['own']['events']} events",
+            f"Frames by which the label changes later than dense's, {reaction['own']['events']} events",
             spread(delay["delay"], delay["interval"], form=".1f"),
             f"{delay['best control']['control']:.1f}",
         ),
@@ -198,7 +198,7 @@ def policies_table(report: dict) -> str:
 
 
 def delays_table(report: dict) -> str:
-    """By how many frames outputs lag behind events."""
+    """How many frames pass between an event and the output's change."""
     rows = pooled(report)
     columns = method_and_cost() | {"its delay": "{delay[method]:.1f}"}
     columns |= {name: f"{{delay[{name}]:.1f}}" for name in rows[0]["delay"] if name not in ("events", "method")}
@@ -239,7 +239,7 @@ def run_table(summary: dict) -> str:
 
 
 def labels_table(summary: dict) -> str:
-    """A run's labels over time, and how often dense and the baselines say the same."""
+    """A run's labels over time, and how often dense and the baselines agree with them."""
     columns = {"seconds": "{start:.1f} to {end:.1f}", "best label": "{label}", "confidence": "{confidence:.0%}"}
     note = "{frames} frames, mean cost {cost[mean]:.2f} of dense. The best label is dense's on {0[streamed]} of "
     note += "{0[compared_frames]} sampled frames; with the first frame's label repeated on {0[first_frame]}, with one "
@@ -251,14 +251,14 @@ def labels_table(summary: dict) -> str:
 
 
 def ratios(report: dict) -> list[tuple[dict, dict, float]]:
-    """Every case with the dense entry that it is compared with, and how many times faster it is."""
+    """Every case, the dense entry that it is compared with, and the ratio of their speeds."""
     dense = {(entry["dtype"], entry["resolution"]): entry for entry in report["dense"]}
     pairs = [(case, dense[case["dtype"], case["resolution"]]) for case in report["cases"]]
     return [(case, entry, entry["milliseconds"]["median"] / case["streamed"]["median"]) for case, entry in pairs]
 
 
 def speed_table(report: dict) -> str:
-    """The sparsest cases, and the span of the full ones."""
+    """The cases with fewest active patches, and in the note the range of those with all patches active."""
     found, least = ratios(report), min(case["active"] for case in report["cases"])
     rows: dict[tuple, dict] = {}
     for entry in sorted(report["dense"], key=lambda entry: entry["resolution"]):
@@ -303,8 +303,8 @@ def accuracy_table(report: dict) -> str:
 
     columns = {
         "top-1": "{top1[accuracy]:.1%}",
-        "less dense's, points": estimate("top1.difference", "top1.interval", 100),
-        "largest loss in a motion": worst,
+        "difference to dense, points": estimate("top1.difference", "top1.interval", 100),
+        "largest loss by kind of motion, points": worst,
         **beside(".1%", 100, part="top1.", unit=", points"),
         "top-5": "{top5[accuracy]:.1%}",
     }
@@ -322,7 +322,7 @@ def motions_table(report: dict, default: str = "balanced") -> str:
     for name, key in {f"`{default}`": "ours", f"*baseline:* {held['name']}": "held"}.items():
         columns[f"cost of {name}"] = f"{{{key}[cost]:.3f}}"
         top1 = f"{key}.top1"
-        columns[f"{name}: top-1 less dense's, points"] = estimate(f"{top1}.difference", f"{top1}.interval", 100)
+        columns[f"{name}: top-1 less dense, points"] = estimate(f"{top1}.difference", f"{top1}.interval", 100)
     rows = ({"motion": name, "ours": of, "held": held["motions"][name]} for name, of in ours["motions"].items())
     return table(rows, columns, f"{len(report['frames'])} clips of each kind of motion.")
 
@@ -330,17 +330,18 @@ def motions_table(report: dict, default: str = "balanced") -> str:
 def reaction_table(report: dict) -> str:
     """Frames between an event and the label's change."""
     columns = {
-        "delay beyond dense's, frames": estimate("delay", "interval", form=".1f"),
-        "not within the frames looked at": "{censored}",
+        "delay after dense, frames": estimate("delay", "interval", form=".1f"),
+        "events not followed in time": "{censored}",
         **beside(".1f", signed=".1f", unit=", frames"),
     }
     note = (
-        "`{command}`: {own[events]} events in {own[scenes]} clips; dense itself takes {own[dense_delay]:.1f} frames; "
+        "`{command}`: {own[events]} events in {own[scenes]} clips; dense itself takes {own[dense_delay]:.1f} frames. "
     )
     note += (
-        "{own[left_out]} events that dense does not follow, or says before, are left out. Looked at are {0} frames "
+        "{own[left_out]} events that dense does not follow, or whose label it gives before them, are left out. Labels "
+        "are compared on {0} frames from an event on, or until the next event: where a method follows later or not at "
+        "all, its delay is a lower bound."
     )
-    note += "from an event on, or those until the next one: delays are lower bounds where some are longer."
     note = note.format(report["recorded"]["settings"]["after"] + 1, **report)
     return table(rows_shown(report["own"]["results"]), method_and_cost() | columns, note)
 
@@ -352,7 +353,7 @@ def fidelity_table(report: dict) -> str:
         "p5": "{p5:.4f}",
         "p1": "{p1:.4f}",
         "trend per 1,000 frames, thousandths": estimate("trend", "trend_interval", 1e3),
-        "MB a stream": lambda row: f"{row['bytes'] / 1e6:.1f}{'' if row['bytes_constant'] else ', not constant'}",
+        "MB per stream": lambda row: f"{row['bytes'] / 1e6:.1f}{'' if row['bytes_constant'] else ', not constant'}",
         **beside(".3f", 1e3, head="p5: ", unit=", thousandths"),
         **beside(".3f", 1e3, part="changing.", head="p5 where labels change: ", unit=", thousandths"),
     }
@@ -360,14 +361,14 @@ def fidelity_table(report: dict) -> str:
 
 
 def laws_table(report: dict) -> str:
-    """What of the published observations holds."""
+    """Which of the published observations hold."""
     columns = {"published observation": "{claim}", "measured": "{measured}", "baseline": "{control}"}
     note = "`{command}`: {clips[in_all]} composed clips of {clips[frames]} frames, {labels} labels.".format(**report)
     return table(report["findings"], columns | {"verdict": "{verdict}"}, note)
 
 
 def motion_table(report: dict) -> str:
-    """How well masks, boxes and names of what moves fit, over all motions."""
+    """How well masks, boxes and labels fit the things that move, over all kinds of motion."""
     masks, objects, labels = (report[part]["all motions"] for part in ("masks", "objects", "labels"))
     pixels = max((way for way in masks if way.startswith("pixels")), key=lambda way: masks[way]["change"]["value"])
     ways = MASKS | {pixels: "baseline: difference of pixels, best level"}
@@ -378,7 +379,7 @@ def motion_table(report: dict) -> str:
     for head, key in MASK_COLUMNS.items():
         columns[head] = estimate(f"{key}.value", form=".2f" if "IoU" in head else ".0%")
     note = "`{command}`: {clips[in_all]} composed clips of {clips[frames]} frames. A box is found if its IoU with a "
-    note += "moving thing's is at least {least_iou}; {0[objects]} found in the first row, {labels_known} labels."
+    note += "moving thing's is at least {least_iou}; the first row found {0[objects]} of them. {labels_known} labels."
     return table(rows, columns, note.format(labels["balanced, last_update"], **report))
 
 
@@ -387,10 +388,10 @@ def lossless_table(report: dict) -> str:
     settings, last = report["settings"], list(report["summary"].values())[-1]
     columns = {"task": "{task}", "drafts": "{drafts}", "tokens/s": "{tokens_per_second:.0f}"}
     columns |= {
-        "times dense": estimate("times_dense.median", "times_dense.interval", form=".2f"),
+        "speed (dense = 1)": estimate("times_dense.median", "times_dense.interval", form=".2f"),
         "acceptance rate": estimate("acceptance", form=".0%"),
-        "tokens drafted at once": estimate("draft_length", form=".1f"),
-        "tokens per check": estimate("tokens_per_check", form=".1f"),
+        "draft length, tokens": estimate("draft_length", form=".1f"),
+        "tokens per verification": estimate("tokens_per_check", form=".1f"),
     }
     rows = (
         {"task": task, "drafts": name, **row} for task, of in report["summary"].items() for name, row in of.items()
@@ -399,9 +400,9 @@ def lossless_table(report: dict) -> str:
     measured = sum(case["tokens"] >= settings["least_tokens"] for case in report["cases"])
     note = (
         "`{0}`: {model}, {1} held-out prompts with texts of {least_tokens} to {new_tokens} tokens, {dtype}, {turns} "
+        "turns, {machine[threads]} thread(s). Texts that differ from the stock model's: {2} where its two highest "
+        "logits are within rounding, {3} elsewhere."
     )
-    note += "turns, {machine[threads]} thread(s). Texts unlike the stock model's: {2} where its first two logits are "
-    note += "level, {3} elsewhere."
     return table(rows, columns, note.format(report["command"], measured, *differ, **settings))
 
 

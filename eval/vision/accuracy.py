@@ -1,19 +1,19 @@
 """
-Does a method name what is seen as often as dense does? Zero-shot top-1 and top-5, by kind of motion, over cost.
+Does a method recognise as much as dense? Zero-shot top-1 and top-5, by kind of motion, over cost.
 
     torchrun --nproc_per_node 2 -m eval.vision.accuracy                     # everything; run again to continue
     python -m eval.vision.accuracy --quick                                  # 1,000 frames of each motion
     python -m eval.vision.accuracy --quick --methods "balanced|every|surprise"
 
-Frames of composed clips, of held-out drawings before held-out photographs, asked for one of all the things that the
-checkpoint was trained on or `nothing`. Counted are frames on which a thing is seen, drawn by chance, without the first
-of each clip; every method, dense too, is asked about the same frames. Each clip counts as much as any other. Intervals
-are 95 %, from drawing clips with all their frames, paired: frames of one clip are no independent answers, and the
-number of clips, not of frames, is what an interval's width goes by. Of fewer than three clips none is given.
-Baselines: the first frame repeated, dense every k frames, dense when the mean surprise or the pixels' difference since
-the last dense frame exceeds a level, fewer pixels, token merging (ToMe); between two settings of a family anybody can
-mix, so each has a value at a method's own cost. Writes `eval/results/accuracy.json` and `docs/accuracy.png`, shown in
-`docs/results/labels.md`.
+Composed clips show held-out drawings on held-out photographs. The labels are all things that the checkpoint was
+trained on, and `nothing`. Random frames on which a thing is seen are counted, never the first of a clip, and the same
+for every method and dense. All clips have the same weight. Intervals are 95 %, from a paired bootstrap over clips:
+frames of one clip are not independent, so the width of an interval depends on the number of clips. Fewer than three
+clips give no interval. Baselines: the first frame repeated, dense every k frames, dense when the mean surprise or the
+difference of pixels since the last dense frame exceeds a level, fewer pixels, token merging (ToMe). A baseline can
+switch between two settings of its family, so it has a value at any cost.
+
+Writes `eval/results/accuracy.json` and `docs/accuracy.png`, shown in `docs/results/labels.md`.
 """
 
 import itertools
@@ -40,17 +40,17 @@ from eval.vision.evidence import (
 from neuroflow_hf.evaluation.settings import DENSE
 
 TOP = (1, 5)
-CLOSE, CLOSE_COST = (0.9, 1.05), 0.03  # of the close-up's axes
+CLOSE, CLOSE_COST = (0.9, 1.05), 0.03  # limits of the close-up's axes
 COLOURS = ("#d97706", "#2563eb", "#7c3aed", "#0d9488", "#be185d", "#65a30d", "#854d0e")
 BASELINE_COLOURS = ("#111827", "#6b7280", "#9ca3af", "#374151", "#4b5563", "#a8a29e", "#78716c", "#1f2937", "#94a3b8")
 BASELINE_MARKERS = ("s", "^", "v", "D", "x", "+", "P", "1", "p")
-LEAST_COST = 0.01  # of the axis; what costs nothing is drawn here
+LEAST_COST = 0.01  # where the axis begins; methods without cost are drawn here
 
 
 def is_right(embeddings: Tensor, texts: Tensor, places: Tensor, k: int) -> Tensor:
     """
-    Whether the right text is among the k that fit best: embeddings [M, D], unit texts [L, D] and the right ones'
-    places [M] to bool [M]. A text that fits as well as the right one counts as before it.
+    Whether the right text is among the k best: from embeddings [M, D], unit texts [L, D] and the indices of the right
+    texts [M] to bool [M]. A text with the same score as the right one counts as better.
     """
     scores = functional.normalize(embeddings.float(), dim=-1) @ texts.T
     own = scores.gather(1, places[:, None])
@@ -58,7 +58,7 @@ def is_right(embeddings: Tensor, texts: Tensor, places: Tensor, k: int) -> Tenso
 
 
 def scene_accuracy(evidence: Evidence, name: str, scene: Scene, k: int) -> float:
-    """Share of a scene's drawn frames with a thing in them on which a method is right; NaN if there are none."""
+    """A method's accuracy on a scene's drawn frames on which a thing is seen; NaN if there are none."""
     recording = evidence.recordings[name][scene.name]
     labels = labels_asked(recording, scene)
     if not labels:
@@ -68,7 +68,7 @@ def scene_accuracy(evidence: Evidence, name: str, scene: Scene, k: int) -> float
 
 
 def labels_asked(recording: Recording, scene: Scene) -> dict[int, str]:
-    """The right labels of a scene's drawn frames with a thing in them, by place among the sampled frames."""
+    """The right labels of a scene's drawn frames on which a thing is seen, by index among the sampled frames."""
     labels = ((place, scene.labels[recording.frames[place]]) for place in recording.drawn.nonzero()[:, 0].tolist())
     return {place: label for place, label in labels if label is not None}
 
@@ -88,7 +88,7 @@ def figures(values: dict[str, np.ndarray], name: str) -> dict:
 
 
 def accuracy_report(evidence: Evidence) -> dict:
-    """All figures: of every method, pooled, by motion, and beside the best baselines at its cost."""
+    """All figures of every method: over all clips, by motion, and compared with the best baselines at its cost."""
     values = {
         k: {
             name: np.array([[scene_accuracy(evidence, name, scene, k)] for scene in evidence.scenes])
@@ -122,9 +122,9 @@ def draw_retained(panel, rows: list[dict], found: dict[str, dict]):
     Draw top-1 relative to dense's over cost; settings of one family are joined.
 
     Args:
-        panel: of matplotlib.
-        rows: of the report's results.
-        found: by method, `cost` and `top1`; without a value it is left out.
+        panel: matplotlib axes.
+        rows: the report's results.
+        found: `cost` and `top1` by method; a method without a value is left out.
     """
     families: dict[str, list[dict]] = {}
     for row in rows:
@@ -154,7 +154,7 @@ def draw_retained(panel, rows: list[dict], found: dict[str, dict]):
 
 
 def plot_accuracy(evidence: Evidence, report: dict) -> Figure:
-    """Top-1 over cost, relative to dense: all clips above, whole and close up, and a panel for each motion."""
+    """Top-1 over cost, relative to dense: all clips in the upper row, with a close-up, and a panel for each motion."""
     rows = report["results"]
     motions, columns = list(rows[0]["motions"]), 5
     lines = -(-len(motions) // columns)

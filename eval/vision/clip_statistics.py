@@ -1,8 +1,8 @@
 """
-Figures over clips: means, differences and correlations with 95 % intervals of a bootstrap over clips. Pure functions.
+Means, differences and correlations over clips, with 95 % intervals from a bootstrap over clips. Pure functions.
 
-Clips are drawn, not frames, for the frames of one clip are alike. A clip gives the values of some of its frames; a
-mean is over all frames of all clips.
+The bootstrap draws clips and not frames, because the frames of one clip are alike. Each clip contributes values of
+some of its frames; a mean is over the frames of all clips.
 """
 
 import math
@@ -25,7 +25,7 @@ def drawn_blocks(rng: np.random.Generator, rows: int, count: int, block: int) ->
 
 
 class Estimate(NamedTuple):
-    """A figure, its interval, and of how many clips it is; None where there is nothing to tell it by."""
+    """A figure, its interval, and the number of clips; None where the clips give no value."""
 
     value: float | None
     low: float | None
@@ -42,7 +42,7 @@ NOTHING = Estimate(None, None, None, 0)
 
 
 def estimate(rows: Sequence[tuple[float, ...]], statistic) -> Estimate:
-    """A statistic [S, K] to [S] of sums over clips, and its interval; no interval from fewer than three clips."""
+    """A statistic of sums over clips, from [S, K] to [S], and its interval; None from fewer than three clips."""
     if not rows:
         return NOTHING
     with np.errstate(all="ignore"):
@@ -55,7 +55,7 @@ def estimate(rows: Sequence[tuple[float, ...]], statistic) -> Estimate:
 
 
 def sums(values: np.ndarray) -> tuple[float, float]:
-    """Sum and number of the values that are there."""
+    """Sum and number of the values that are not NaN."""
     values = np.asarray(values, dtype=np.float64)
     values = values[~np.isnan(values)]
     return float(values.sum()), float(len(values))
@@ -75,13 +75,13 @@ def difference(clips: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> Est
 
 
 def share(parts: Sequence[np.ndarray], rests: Sequence[np.ndarray]) -> Estimate:
-    """Which share of both sums the first is, over the same clips."""
+    """The share of the first sum in the total of both, over the same clips."""
     rows = [(sums(part)[0], sums(rest)[0]) for part, rest in zip(parts, rests, strict=True)]
     return estimate(rows, lambda total: total[:, 0] / total.sum(-1))
 
 
 def correlation(xs: Sequence[np.ndarray], ys: Sequence[np.ndarray]) -> Estimate:
-    """Spearman's correlation of two values of each frame, over all frames of all clips; clips are drawn."""
+    """Spearman's correlation of two values of each frame, over all frames; the bootstrap draws clips."""
     lengths = [len(x) for x in xs]
     flat_x, flat_y = np.concatenate(xs), np.concatenate(ys)
     if len(flat_x) < 3:
@@ -101,12 +101,12 @@ def pearson_of_sums(total: np.ndarray) -> np.ndarray:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks scaled to 0 to 1; equal values share the mean of theirs."""
+    """Ranks scaled to 0 to 1; equal values get the mean of their ranks."""
     return (rankdata(values) - 1) / max(1, len(values) - 1)
 
 
 def shown(found: Estimate, form: str = "{:.4f}", scale: float = 1.0) -> str:
-    """An estimate in words, with its interval."""
+    """An estimate with its interval, as text."""
     if found.value is None:
         return "no frames"
     value = form.format(scale * found.value)

@@ -1,8 +1,8 @@
 """
-Short clips of many kinds, on which methods are compared with their trivial baselines (`vision_policies.py`).
+Short clips of many kinds, on which `vision_policies.py` compares methods with baselines.
 
-Recorded clips come out of pinned wheels, composed ones are rendered over the photographs of the tower's wheels, frame
-by frame and the same at every call. Nothing is committed.
+Recorded clips come from pinned wheels. Composed clips are rendered from photographs in the wheels that the tower is
+built from; their frames are the same at every call. No clip is stored in the repository.
 """
 
 import math
@@ -26,16 +26,17 @@ FRAMES_PER_SECOND = 30.0
 
 
 def load_clips(names: Sequence[str] | None = None, folder: Path | None = None) -> list[Clip]:
-    """The clips named, or all of them, in the suite's order.
+    """
+    The clips with these names, in the suite's order.
 
     Args:
-        names: as in NAMES; None takes all.
-        folder: where wheels (`wheels`) and videos (`clips`) are kept, and downloaded to as far as these clips need
-            them; default the folder in which the tower lies.
+        names: some of NAMES; None for all.
+        folder: folder with the subfolders `wheels` and `clips`, into which missing files are downloaded; by default
+            the folder of the tower.
 
     Raises:
-        ValueError: a name that the suite does not have, or a wheel with another hash than its pin.
-        RuntimeError: a wheel could not be downloaded.
+        ValueError: for an unknown name, or a wheel whose hash is not the pinned one.
+        RuntimeError: if a wheel cannot be downloaded.
     """
     unknown = sorted(set(names or ()) - set(NAMES))
     if unknown:
@@ -49,7 +50,7 @@ def load_clips(names: Sequence[str] | None = None, folder: Path | None = None) -
 
 
 def fit(photo: np.ndarray, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """The middle of a photograph uint8 [H, W, 3] at a given size: float32 [*size, 3]."""
+    """The centre of a photograph uint8 [H, W, 3], cropped and resized: float32 [*size, 3]."""
     height, width = size
     scale = max(height / photo.shape[0], width / photo.shape[1])
     top = (photo.shape[0] - height / scale) / 2
@@ -60,7 +61,7 @@ def fit(photo: np.ndarray, size: tuple[int, int] = SIZE) -> np.ndarray:
 
 
 def sample(picture: np.ndarray, rows: np.ndarray, columns: np.ndarray, outside: str = "reflection") -> np.ndarray:
-    """Bicubic values of a float32 picture [H, W, C] at float positions [h, w]: [h, w, C]."""
+    """A float32 picture [H, W, C] interpolated bicubically at float positions [h, w]: [h, w, C]."""
     height, width = picture.shape[:2]
     places = np.stack((2 * columns / (width - 1) - 1, 2 * rows / (height - 1) - 1), axis=-1)
     sampled = torch.nn.functional.grid_sample(
@@ -75,8 +76,8 @@ def sample(picture: np.ndarray, rows: np.ndarray, columns: np.ndarray, outside: 
 
 def noisy(pictures: Iterable[np.ndarray], sigma: float, seed: int) -> Iterator[np.ndarray]:
     """
-    Float pictures as a sensor gives them: shot and read noise, then rounded to uint8. `sigma` is the noise's standard
-    deviation at mid grey, in grey levels; a fifth of its variance is read noise, the rest grows with the light.
+    Pictures with the noise of a sensor, rounded to uint8. `sigma` is the noise's standard deviation at mid grey, in
+    grey levels. A fifth of its variance is read noise; the rest is shot noise, which grows with the light.
     """
     rng = np.random.default_rng(seed)
     for picture in pictures:
@@ -86,7 +87,7 @@ def noisy(pictures: Iterable[np.ndarray], sigma: float, seed: int) -> Iterator[n
 
 
 def lit(scene: np.ndarray, gains: Iterable[np.ndarray | float]) -> Iterator[np.ndarray]:
-    """A scene [H, W, 3] under changing light: one picture per gain, which may be one number, [3] or [H, 1, 1]."""
+    """A scene [H, W, 3] under changing light: one picture for each gain, a number, [3] or [H, 1, 1]."""
     return ((scene * gain).astype(np.float32) for gain in gains)
 
 
@@ -95,40 +96,40 @@ def mains_flicker(amplitude: float, rows: int = 1, readout: float = 0.0) -> np.n
     Gains [FRAMES, rows, 1, 1] of lamps on 50 Hz mains, which pulse 100 times a second, filmed at 29.97 frames.
 
     Args:
-        amplitude: how far the gain goes from 1.
-        rows: the frame's height; 1 where all rows see the same light.
-        readout: seconds from the first row's exposure to the last one's. A rolling shutter has bands, which drift.
+        amplitude: largest difference of the gain from 1.
+        rows: height of the frame; 1 if all rows see the same light.
+        readout: seconds from the exposure of the first row to that of the last. A rolling shutter gives moving bands.
     """
     seconds = np.arange(FRAMES)[:, None] / 29.97 + np.linspace(0, readout, rows)
     return (1 + amplitude * np.sin(2 * math.pi * 100 * seconds))[:, :, None, None]
 
 
 def evening_light(amount: float) -> np.ndarray:
-    """Gains [FRAMES, 3] that fall to 1 - `amount` while red gains as much on blue: evening light."""
+    """Gains [FRAMES, 3] of evening light: they fall to 1 - `amount`, and red rises by `amount` relative to blue."""
     part = (1 - np.cos(np.linspace(0, math.pi, FRAMES)))[:, None] / 2
     warmth = np.array([amount / 2, 0, -amount / 2])
     return (1 - amount * part) * (1 + warmth * part)
 
 
 def switched(gain: float, off: int, on: int) -> np.ndarray:
-    """Gains [FRAMES]: `gain` from frame `off` until before frame `on`, else 1."""
+    """Gains [FRAMES]: `gain` from frame `off` up to, and without, frame `on`; 1 on all others."""
     index = np.arange(FRAMES)
     return np.where((index >= off) & (index < on), gain, 1.0)
 
 
 def swaying(scene: np.ndarray, amplitude: float, seed: int) -> Iterator[np.ndarray]:
     """
-    A scene [H, W, 3] of leaves in the wind: waves of several lengths and rates run through it, in gusts.
+    A scene [H, W, 3] that sways like leaves in the wind: waves of several lengths run through it, in gusts.
 
     Args:
-        scene: what sways, from edge to edge.
-        amplitude: how far a point moves from where it grows, at most, in pixels.
-        seed: of the waves' phases and directions.
+        scene: the picture that sways.
+        amplitude: maximum distance of a point from its position at rest, in pixels.
+        seed: random seed of the waves' phases and directions.
     """
     rng = np.random.default_rng(seed)
     height, width = scene.shape[:2]
     rows, columns = np.mgrid[:height, :width].astype(np.float32)
-    # long waves are slow and far, short ones quick and small: length as a share of the width, period in frames, share
+    # length relative to the width, period in frames, share of the amplitude: long waves are slow and large
     waves = [(0.9, 31, 0.4), (0.45, 19, 0.3), (0.22, 11, 0.2), (0.11, 7, 0.1)]
     angles = rng.uniform(-0.6, 0.6, len(waves))
     phases = rng.uniform(0, 2 * math.pi, len(waves))
@@ -148,12 +149,12 @@ def swaying(scene: np.ndarray, amplitude: float, seed: int) -> Iterator[np.ndarr
 
 def glide(waypoints: Sequence[tuple[float, ...]], eased: bool = True, frames: int = FRAMES) -> np.ndarray:
     """
-    A path [frames, values] through waypoints, at rest before the first and after the last.
+    A path [frames, values] through waypoints. It stands still before the first and after the last.
 
     Args:
-        waypoints: (frame, value, value, ...) each, frames rising.
-        eased: set off and arrive gently at each; else at constant speed.
-        frames: how many.
+        waypoints: (frame, value, value, ...) for each, in order of frames.
+        eased: start and stop gently at each waypoint, rather than move at constant speed.
+        frames: number of frames.
     """
     times, *values = np.array(waypoints, dtype=np.float64).T
     stations = np.arange(len(times))
@@ -166,12 +167,12 @@ def glide(waypoints: Sequence[tuple[float, ...]], eased: bool = True, frames: in
 
 def hand_shake(row: float, column: float, sway: float, seed: int) -> np.ndarray:
     """
-    Poses [FRAMES, 4] for `filmed` of a camera held by hand: slow sway, quick tremor, a little roll.
+    Poses [FRAMES, 4] for `filmed` of a camera held by hand, with slow sway, quick tremor and a little roll.
 
     Args:
         row, column: centre of the view in the photograph.
-        sway: about how far the view wanders from there, in pixels.
-        seed: of the phases.
+        sway: approximate distance of the view from this centre, in pixels.
+        seed: random seed of the phases.
     """
     rng = np.random.default_rng(seed)
     hertz = np.array([0.3, 0.7, 1.3, 2.9, 6.1])
@@ -208,9 +209,9 @@ def cut_out(
     An ellipse of a photograph uint8 [H, W, 3], soft at its edge: float32 [height, w, 4], RGB times alpha, and alpha.
 
     Args:
-        centre, radii: of the ellipse, down and across.
-        height: of what comes back.
-        feather: how many pixels of it the edge takes to fade.
+        centre, radii: centre and radii of the ellipse, vertical and horizontal.
+        height: height of the result in pixels.
+        feather: width of the soft edge in pixels of the result.
     """
     width = round(height * radii[1] / radii[0])
     box = (centre[1] - radii[1], centre[0] - radii[0], centre[1] + radii[1], centre[0] + radii[0])
@@ -223,7 +224,7 @@ def cut_out(
 
 
 def pasted(scene: np.ndarray, thing: np.ndarray, places: np.ndarray) -> Iterator[np.ndarray]:
-    """A scene [H, W, 3] with a cut-out [h, w, 4] at `places` [frames, 2], row and column of its centre; NaN hides."""
+    """A scene [H, W, 3] with a cut-out [h, w, 4] whose centre is at `places` [frames, 2]; NaN hides it."""
     rows, columns = np.mgrid[: scene.shape[0], : scene.shape[1]].astype(np.float32)
     middle = ((thing.shape[0] - 1) / 2, (thing.shape[1] - 1) / 2)
     for row, column in places:
@@ -235,7 +236,7 @@ def pasted(scene: np.ndarray, thing: np.ndarray, places: np.ndarray) -> Iterator
 
 
 def appearing(row: float, column: float, first: int, gone: int) -> np.ndarray:
-    """Places [FRAMES, 2] of a thing that stands at (row, column) from frame `first` until before `gone`."""
+    """Places [FRAMES, 2] of a thing at (row, column) from frame `first` up to, and without, frame `gone`."""
     index = np.arange(FRAMES)[:, None]
     return np.where((index >= first) & (index < gone), [row, column], np.nan)
 
@@ -251,8 +252,8 @@ class Composition:
     Attributes:
         name, kind, note, events: as in Clip.
         photos: names of the photographs, as `read_photos` takes them.
-        noise: standard deviation at mid grey, in grey levels; see `noisy`.
-        pictures: from the photographs, uint8 [H, W, 3] each, to float32 pictures [*SIZE, 3], without noise.
+        noise: standard deviation of the noise at mid grey, in grey levels; see `noisy`.
+        pictures: a function from the photographs, uint8 [H, W, 3] each, to float32 pictures [*SIZE, 3] without noise.
     """
 
     name: str
@@ -264,13 +265,13 @@ class Composition:
     pictures: Callable[..., Iterable[np.ndarray]]
 
     def load(self, home: Path, console: Console) -> Clip:
-        """The clip, over photographs from the wheels under `home` (downloaded if they are not there)."""
+        """The clip with the photographs of the wheels under `home`, which are downloaded if they are missing."""
         for wheel in (SKIMAGE_WHEEL, SKLEARN_WHEEL):
             fetch_wheel(wheel, home / "wheels", console.print)
         return self.compose([np.asarray(photo) for photo in read_photos(home / "wheels", self.photos)])
 
     def compose(self, photos: Sequence[np.ndarray]) -> Clip:
-        """The clip over the photographs given, uint8 [H, W, 3] each."""
+        """The clip with these photographs, uint8 [H, W, 3] each."""
 
         def frames() -> Iterator[np.ndarray]:
             return noisy(self.pictures(*photos), self.noise, seed=zlib.crc32(self.name.encode()))
@@ -291,7 +292,7 @@ FLOWER = "sklearn/datasets/images/flower.jpg"
 
 
 def composition(kind: str, note: str, *photos: str, noise: float, events: tuple[int, ...] = ()) -> Callable:
-    """Add a clip to the suite, by a function of its photographs that is called as the clip."""
+    """Decorator that adds a clip to the suite; the function has its name and makes its pictures from photographs."""
 
     def add(pictures: Callable) -> Callable:
         name = pictures.__name__.replace("_", "-")

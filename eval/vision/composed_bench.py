@@ -1,6 +1,6 @@
 """
-What `published_laws.py` and `motion_masks.py` share: composed clips through the embedded SigLIP, one by one, over
-several processes if it was started so; and the command line.
+What `published_laws.py` and `motion_masks.py` share: running composed clips through the embedded SigLIP one by one, in
+one process or several, and the command line.
 """
 
 import functools
@@ -49,9 +49,9 @@ class Clip:
     A clip with its frames.
 
     Attributes:
-        spec: which one.
+        spec: what the clip shows.
         images: uint8 [T, side, side, 3].
-        truths: of each frame.
+        truths: what is in each frame.
         pixels: float32 [T, 3, R, R], on the model's device.
     """
 
@@ -67,10 +67,10 @@ class Bench:
 
     Attributes:
         model, preprocess: the checkpoint's.
-        labels: all things that the checkpoint knows, by their phrases ("a dog").
-        things: their names ("dog"), in the labels' order.
+        labels: all things that the checkpoint knows, as phrases ("a dog").
+        things: their names ("dog"), in the order of the labels.
         weights: the model's fingerprint.
-        side: of the frames in pixels.
+        side: height and width of the frames in pixels.
     """
 
     side = SIDE
@@ -105,9 +105,9 @@ def measure_clips(
     motions: Sequence[str] = tuple(MOTIONS),
 ) -> Measured:
     """
-    `measure`, a function from the bench and a clip to arrays, of so many clips of each motion. Each process measures
-    its share, and stores a clip's figures in `folder` as soon as it has them; figures of the same code, weights and
-    clip that are there already are read.
+    Call `measure`, a function from the bench and a clip to arrays, for `clips` clips of each motion. Each process
+    measures its share and stores the figures of each clip in `folder` at once. Figures of the same code, weights and
+    clip that are already there are read instead.
     """
     names = [(motion, number) for number in range(clips) for motion in motions]
     found, version = [], measuring_version(measure)
@@ -127,7 +127,7 @@ def measure_clips(
 
 
 def measuring_version(measure: Callable) -> str:
-    """What a clip's figures depend on of the code and of the drawings: what measures, what composes, the models."""
+    """A key of the code and drawings that figures depend on: what measures, what composes, the models."""
     recipe = ROOT / "recipes" / "siglip_small"
     files = [Path(inspect.getfile(measure)), Path(__file__), Path(composed_clips.__file__), *recipe.glob("*.py")]
     video = [f"video/{name}.py" for name in ("preprocess", "labels", "motion", "objects")]
@@ -151,9 +151,10 @@ def command(
         measure: as of `measure_clips`.
         report_of: from all clips' figures to the report.
         table_of: from the report to its table in Markdown.
-        name: of the JSON file.
-        default_clips, quick_frames: clips of each motion, and frames of each clip with `--quick`.
-        draw: from the report and all clips' figures to pictures by file name.
+        name: name of the JSON file.
+        default_clips: number of clips of each motion.
+        quick_frames: number of frames of each clip with `--quick`.
+        draw: from the report and all clips' figures to pictures, by file name.
     """
 
     def main(

@@ -1,9 +1,9 @@
 """
 What `accuracy.py`, `reaction.py` and `fidelity.py` share: composed clips, methods, recordings, the command line, and
-baselines at a method's own cost.
+comparison with baselines at a method's own cost.
 
-Recordings are made once, kept in the cache folder (`NEUROFLOW_CACHE`), and continued by whichever of the three runs
-next. Clips are those of `composed_clips.py`, drawings and photographs that were in no training picture.
+Recordings are made once and kept in the cache folder (`NEUROFLOW_CACHE`). Each of the three scripts uses what the
+others recorded. Clips are those of `composed_clips.py`, drawings and photographs that were in no training picture.
 """
 
 import math
@@ -49,8 +49,8 @@ NOTHING = "nothing"
 FRAMES = 125
 QUICK_FRAMES = 1000
 SLOW_MODES = ("mlp",)
-MOST_CHANGES = 8  # of a clip; of those whose label changes all the time, some will do
-FEWEST_SCENES = 3  # with fewer, an interval says nothing
+MOST_CHANGES = 8  # events looked at in one clip; in some clips the label changes all the time
+FEWEST_SCENES = 3  # an interval from fewer means nothing
 Statistic = Callable[[np.ndarray], np.ndarray]  # values of drawn scenes [R, S, m] to [R]
 
 # --- what is recorded ------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # values of drawn scenes [R, S, 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to record: `clips` of each motion, of so many `frames` each, by default FRAMES or QUICK_FRAMES."""
+    """What to record: `clips` clips of each motion with `frames` frames each, by default FRAMES or QUICK_FRAMES."""
 
     clips: int = 5
     frames: int | None = None
@@ -74,15 +74,15 @@ class Plan:
 
     @property
     def lengths(self) -> list[int]:
-        """How many frames the clips of a motion have."""
+        """The number of frames of each clip of a motion."""
         if self.quick:
             return [self.frames or QUICK_FRAMES]
         return [self.frames or FRAMES] * self.clips
 
     def specs(self, model: torch.nn.Module) -> list[MethodSpec]:
         """
-        What to record. A quick run leaves out the mode that takes longest on a processor, and takes two
-        settings of each hold: with many, most frames would be dense ones of some.
+        The methods to record. A quick run leaves out the mode that takes longest on a processor, and has two settings
+        of each baseline that holds dense frames: with many, almost every frame would be a dense one of some setting.
         """
         few = self.quick or self.few_settings
         modes = [spec for spec in mode_methods(few) if not (self.quick and spec.options["mode"] in SLOW_MODES)]
@@ -92,11 +92,11 @@ class Plan:
 
 def chosen(specs: Sequence[MethodSpec], names: str | None) -> list[MethodSpec]:
     """
-    Those whose name or family begins with one of the names, `|` between them, and dense and the first frame, which
-    everything is compared with.
+    The methods whose name or family begins with one of `names`, which are separated by `|`. Dense and the first frame
+    repeated are always among them, because everything is compared with these.
 
     Raises:
-        typer.BadParameter: for a name that none begins with.
+        typer.BadParameter: if no method begins with one of the names.
     """
     if names is None:
         return list(specs)
@@ -130,7 +130,7 @@ def composed_scene(spec: composed_clips.ClipSpec) -> Scene:
 
 
 def composed_batches(material: Any, plan: Plan, side: int = composed_clips.SIDE) -> list[list[Scene]]:
-    """A batch for each number: that clip of every motion, all of one length."""
+    """One batch for each clip number, with that clip of every motion; all clips of a batch have the same length."""
     return [
         [
             composed_scene(composed_clips.specify(material, motion, number, frames=frames, seed=SEED, side=side))
@@ -160,12 +160,12 @@ class Evidence:
     Everything that was recorded.
 
     Attributes:
-        scenes: all of them, S.
-        specs: the methods, dense among them.
-        recordings: by method's name and scene's name.
+        scenes: all S scenes.
+        specs: the methods, including dense.
+        recordings: by the method's name and the scene's name.
         names, texts: labels and their unit embeddings, float32 [L, D].
         settings: which frames were sampled.
-        about: what was recorded, with what and on what, for JSON.
+        about: the code, machine and settings of the recordings, for JSON.
     """
 
     scenes: list[Scene]
@@ -178,12 +178,12 @@ class Evidence:
 
     @property
     def motions(self) -> dict[str, list[int]]:
-        """By kind of motion, the places of its scenes."""
+        """By kind of motion, the indices of its scenes."""
         motions = dict.fromkeys(scene.group for scene in self.scenes)
         return {motion: [at for at, scene in enumerate(self.scenes) if scene.group == motion] for motion in motions}
 
     def costs(self, places: Sequence[int]) -> dict[str, float]:
-        """By method, its cost without the first frames, mean over the scenes at these places."""
+        """By method, the mean cost over the scenes with these indices, without the first frames."""
         names = [self.scenes[place].name for place in places]
         return {
             method: float(np.mean([found[name].cost[1:].mean().item() for name in names]))
@@ -200,7 +200,7 @@ def record_evidence(
     folder: Path,
     processes: Processes,
 ) -> Evidence:
-    """Record what is missing, and read all of it."""
+    """Record what is missing, and load all recordings."""
     specs = plan.specs(model)
     recorder = Recorder(model, preprocess, folder, plan.settings, processes)
     recorder.run(batches, specs)
@@ -242,7 +242,7 @@ def command(report_of: Callable, table_of: Callable, default: Plan, name: str, d
         report_of: from evidence to the report.
         table_of: from the report to its table in Markdown.
         default: what is recorded unless options say otherwise.
-        name: of the files.
+        name: name of the JSON file and the picture.
         draw: from evidence and the report to a picture.
     """
 
@@ -251,7 +251,10 @@ def command(report_of: Callable, table_of: Callable, default: Plan, name: str, d
             bool, typer.Option("--quick", help="Use one clip of each motion and fewer settings.")
         ] = False,
         few_settings: Annotated[
-            bool, typer.Option("--few-settings", help="Use one or two settings of each mode and smaller input.")
+            bool,
+            typer.Option(
+                "--few-settings", help="Use one or two settings of each mode, and of the baselines with smaller input."
+            ),
         ] = False,
         clips: Annotated[int, typer.Option(help="Clips of each motion.", min=1)] = default.clips,
         frames: Annotated[
@@ -259,7 +262,8 @@ def command(report_of: Callable, table_of: Callable, default: Plan, name: str, d
             typer.Option(help="Frames of each clip.", min=composed_clips.FEWEST, show_default="125; --quick 1000"),
         ] = default.frames,
         methods: Annotated[
-            str | None, typer.Option(help="Use only methods whose name or family begins so; separate with |.")
+            str | None,
+            typer.Option(help="Use only methods whose name or family begins with one of these; separate by |."),
         ] = default.methods,
         output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / f"{name}.json",
     ):
@@ -281,13 +285,14 @@ def command(report_of: Callable, table_of: Callable, default: Plan, name: str, d
 
 
 # --- baselines at a method's own cost --------------------------------------------------------------------------------
-# Values are scene by scene, the same scenes for the method and for the baselines: differences are paired. Intervals
-# come from drawing scenes, because the frames of one scene are no independent answers.
+# Methods and baselines have values of the same scenes, so differences are paired. Intervals come from a bootstrap over
+# scenes, because the frames of one scene are not independent.
 
 
 def families_of(specs: Sequence[MethodSpec]) -> dict[str, list[str]]:
     """
-    The baselines' names by family. Each family goes from the first frame repeated, which costs nothing, to dense.
+    The baselines' names by family. Each family begins with the first frame repeated, which costs nothing, and ends
+    with dense.
     """
     families: dict[str, list[str]] = {}
     for spec in specs:
@@ -297,7 +302,7 @@ def families_of(specs: Sequence[MethodSpec]) -> dict[str, list[str]]:
 
 
 def mean_of_scenes(values: np.ndarray) -> np.ndarray:
-    """Mean of [R, S, m], NaN left out: [R]."""
+    """Mean of [R, S, m] without NaN: [R]."""
     with np.errstate(invalid="ignore"):
         return np.nansum(values, axis=(1, 2)) / (~np.isnan(values)).sum((1, 2))
 
@@ -306,8 +311,9 @@ def statistic_interval(
     values: np.ndarray, statistic: Statistic, baseline: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> Interval | None:
     """
-    A 95 % interval of a statistic of S scenes' values [S, m], or of its difference to a baseline's; None of fewer than
-    FEWEST_SCENES. `baseline` takes the drawn scenes' places [R, S] to the baseline's statistic [R].
+    A 95 % interval of a statistic of S scenes' values [S, m], or of the difference between it and a baseline's
+    statistic; None for fewer than FEWEST_SCENES scenes. `baseline` is a function from the indices of the drawn scenes
+    [R, S] to the baseline's statistic [R].
     """
     if len(values) < FEWEST_SCENES:
         return None
@@ -327,12 +333,12 @@ def best_baseline(
     A method against the best family of baselines at no more than its own cost (see `ranked_at`), pooled over S scenes.
 
     Args:
-        name: of the method.
-        values: of each method and baseline, [S, m].
-        costs: of each, mean over all.
-        families: as of `families_of`.
-        statistic: of drawn scenes, larger is better. Of a mixture of two baselines it is the mean of theirs, by their
-            shares: a user has one of them.
+        name: the method's name.
+        values: [S, m] for each method and baseline.
+        costs: mean cost of each method and baseline.
+        families: as returned by `families_of`.
+        statistic: statistic of drawn scenes; larger is better. For a mixture of two baselines it is the mean of their
+            statistics, weighted by their shares.
 
     Returns:
         `value` and `control`, the statistic of the method and of the best baseline; `family` of that baseline;

@@ -1,18 +1,18 @@
 """
-Does a stream stay close to dense over thousands of frames? Cosine over time, its trend, and what is remembered.
+Does a stream stay close to dense over thousands of frames? Cosine over time, its trend, and the memory used.
 
     torchrun --nproc_per_node 2 -m eval.vision.fidelity --few-settings    # run again to continue
     python -m eval.vision.fidelity --quick                                # fewer baselines, as in the other quick runs
     python -m eval.vision.fidelity --frames 10000 --methods balanced
 
-One composed clip of 1,000 frames of each motion; compared are frames drawn by chance, one of every eight, without the
-first. Mean, 5th and 1st percentile of the cosine to dense by `eval/metrics/embedding_fidelity`, over all clips. Trend:
-the cosine's slope over time, per 1,000 frames, each clip around its own mean, with a 95 % interval by a moving-block
-bootstrap over the frames of each clip (neighbours are alike): a stream that drifts away has one below zero. Memory:
-the stream's bytes on every frame after the first, which must be one number. Beside each method, the best baseline at
-its own cost as in `accuracy.py`, by the 5th percentile, with intervals from drawing clips; of all clips, and of those
-whose label changes alone, at the cost on those. Dense itself is recorded in the same arithmetic; embeddings are kept
-in float16, which hides differences below about 1e-6. Writes `eval/results/fidelity.json`, shown in `docs/results/long-
+There is one composed clip of 1,000 frames for each motion. One random frame of every eight is compared, never the
+first. Cosine to dense: mean, 5th and 1st percentile over all clips, by `eval/metrics/embedding_fidelity`. Trend: the
+slope of the cosine over time, per 1,000 frames, each clip around its own mean, with a 95 % interval from a bootstrap
+over blocks of frames of each clip (neighbouring frames are alike). It is below zero if a stream drifts away from
+dense. Memory: the stream's bytes, which must be the same on every frame after the first. Each method is compared with
+the best baseline at its own cost as in `accuracy.py`, by the 5th percentile, with intervals from a bootstrap over
+clips: on all clips, and on those whose label changes. Dense is recorded in the same arithmetic. Embeddings are kept in
+float16, which hides differences below about 1e-6. Writes `eval/results/fidelity.json`, shown in `docs/results/long-
 clips.md`.
 """
 
@@ -37,24 +37,24 @@ from neuroflow_hf.evaluation.statistics import Interval, middle
 METRIC = Path(__file__).parents[1] / "metrics" / "embedding_fidelity"
 METHODS = "|".join([*PRESETS, "every", "surprise", "pixels", "smaller", "ToMe"])  # the presets, and all baselines
 RESAMPLES = 2000
-BLOCK = 20  # of compared frames
+BLOCK = 20  # compared frames
 FEWEST_BLOCKS = 5
 
 
 def drawn_frames(evidence: Evidence, name: str) -> tuple[np.ndarray, Tensor]:
-    """Numbers of the frames of all clips that were drawn by chance, [S, m], and a method's embeddings, [S, m, D]."""
+    """Numbers of the randomly drawn frames of all clips, [S, m], and a method's embeddings of these, [S, m, D]."""
     recordings = [evidence.recordings[name][scene.name] for scene in evidence.scenes]
     frames = torch.stack([one.frames[one.drawn] for one in recordings])
     return frames.numpy(), torch.stack([one.embeddings[one.drawn] for one in recordings])
 
 
 def fifth_percentile(cosines: np.ndarray) -> np.ndarray:
-    """Over all frames of [R, S, m], interpolated: [R]."""
+    """The 5th percentile over all frames of [R, S, m], interpolated: [R]."""
     return np.quantile(cosines.reshape(len(cosines), -1), 0.05, axis=1)
 
 
 def slope(frames: np.ndarray, cosines: np.ndarray) -> np.ndarray:
-    """Slope per 1,000 frames, by least squares with each scene around its own means: [..., S, m] each to [...]."""
+    """Least-squares slope per 1,000 frames, each scene around its own means: from [..., S, m] to [...]."""
     time = frames / 1000
     time = time - time.mean(-1, keepdims=True)
     centred = cosines - cosines.mean(-1, keepdims=True)
@@ -65,8 +65,8 @@ def slope_interval(
     frames: np.ndarray, cosines: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval | None:
     """
-    A 95 % interval of the slope, from drawing blocks of BLOCK compared frames within each scene; [S, m] each. None of
-    fewer than FEWEST_BLOCKS: drawing them says nothing.
+    A 95 % interval of the slope of [S, m], from a bootstrap over blocks of BLOCK compared frames within each scene.
+    None from fewer than FEWEST_BLOCKS blocks, whose interval would mean nothing.
     """
     scenes, count = cosines.shape
     if count < FEWEST_BLOCKS * BLOCK:
@@ -80,7 +80,7 @@ def slope_interval(
 
 
 def beside_baselines(evidence: Evidence, cosines: dict[str, np.ndarray], places: Sequence[int]) -> dict[str, dict]:
-    """By method, on the clips at these places: cost, 5th percentile of `cosines` [S, m], the best baseline's."""
+    """By method, on the clips with these indices: cost, 5th percentile of `cosines` [S, m], and the best baseline."""
     values = {name: found[places] for name, found in cosines.items()}
     costs, families, rows = evidence.costs(places), families_of(evidence.specs), {}
     for spec in evidence.specs:

@@ -1,17 +1,17 @@
 """
-How well does what the gate sees change fit what moves? Masks, boxes, and names of moving objects.
+How well do the patches that the gate marks as changed fit what moves? Masks, boxes, and labels of moving objects.
 
     torchrun --nproc_per_node 2 -m eval.vision.motion_masks
     python -m eval.vision.motion_masks --clips 2
     python -m eval.vision.motion_masks --quick
 
-Composed clips, of which every frame's things are known to the pixel. Masks are compared with *the thing*, the patches
-that a thing covers now, and with *the change*, those that it covers now or covered on the frame before. Only things
-that moved since the frame before count; where the camera moves, everything has changed and things are what is in the
-picture. Frames of which nothing changed tell of false alarms only. Baselines: the difference of pixels to the frame
-before, by patch, at several levels; everything; nothing. Objects: connected regions whose box has an IoU of at least
-0.3 with that of a thing that moved; their labels among 165, beside the whole frame's label and that of the thing's
-true patches, through the same head. Intervals: 95 % of a bootstrap over clips. Writes
+In composed clips, the pixels of every thing are known. Masks are compared with *the thing*, the patches that a thing
+covers now, and with *the change*, the patches that it covers now or covered on the frame before. Only things that
+moved since the frame before count. If the camera moves, everything has changed, and all things in the picture count.
+Frames without change measure false alarms only. Baselines: the difference of pixels to the frame before, by patch, at
+several levels; all patches; no patches. Objects are connected regions; one is right if its box has an IoU of at least
+0.3 with that of a thing that moved. Their labels, among 165, are compared with those of the whole frame and of the
+thing's true patches, through the same head. Intervals are 95 %, from a bootstrap over clips. Writes
 `eval/results/motion_masks.json`, shown in `docs/results/motion-masks.md`.
 """
 
@@ -46,7 +46,7 @@ Box = tuple[int, int, int, int]
 
 
 def way_name(stream: str, threshold: float) -> str:
-    """What a mask of a stream at a threshold is called."""
+    """The name of a stream's mask at a threshold."""
     return f"{stream}, {threshold:g}"
 
 
@@ -61,10 +61,11 @@ WAYS = (
 
 def measure_motion(bench: Bench, clip: Clip) -> Figures:
     """
-    For each way W to make a mask (a stream and a threshold, or a baseline) `mask: W` [T - 1, 3], MASK_COLUMNS: IoU
-    with the thing, IoU with the change, and where nothing changed, the share of patches in the mask; NaN where it does
-    not apply. `objects: W` int [T - 1, 3], OBJECT_COLUMNS. For streams at their own threshold `labels: W` [matched
-    objects, 3], LABEL_COLUMNS: whether each names the matched thing right. The first frame is left out.
+    Figures of each way W to make a mask, which is a stream with a threshold or a baseline. `mask: W` [T - 1, 3] has
+    MASK_COLUMNS: IoU with the thing, IoU with the change and, where nothing changed, the share of patches in the mask;
+    NaN where a figure does not apply. `objects: W` int [T - 1, 3] has OBJECT_COLUMNS. For streams at their own
+    threshold, `labels: W` [matched objects, 3] has LABEL_COLUMNS: whether each label is the matched thing's. The first
+    frame is left out.
     """
     vision = bench.model.config.vision_config
     side = vision.image_size // vision.patch_size
@@ -74,7 +75,7 @@ def measure_motion(bench: Bench, clip: Clip) -> Figures:
     figures: Figures = {}
 
     def judge(way: str, masks: Sequence[Tensor]) -> list[list[tuple[MovingObject, int]]]:
-        """Store a way's figures; of each frame, the objects that match a thing, each with its actor."""
+        """Store a way's figures. Returns for each frame the objects that match a thing, with its actor."""
         rows = zip(masks, things, changes, strict=True)
         figures[f"mask: {way}"] = np.array([mask_row(*row) for row in rows])
         counts, matched = [], []
@@ -107,11 +108,11 @@ def measure_motion(bench: Bench, clip: Clip) -> Figures:
     return figures
 
 
-# --- what is right: pure functions -----------------------------------------------------------------------------------
+# --- the truth: pure functions ---------------------------------------------------------------------------------------
 
 
 def expected(clip: Clip, number: int, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
-    """The patches of the things that moved, and of what changed with them, bool [*grid]; None where nothing did."""
+    """The patches of the things that moved, and those that they changed, bool [*grid]; None if there are none."""
     now, before = clip.truths[number].masks, clip.truths[number - 1].masks
     if clip.spec.motion == "moving camera":
         return patches_or_none(now.any(0), grid), torch.ones(grid, dtype=torch.bool)
@@ -127,7 +128,7 @@ def patches_or_none(pixels: np.ndarray, grid: tuple[int, int]) -> Tensor | None:
 
 
 def moving_boxes(clip: Clip, number: int, grid: tuple[int, int]) -> list[tuple[int, Box]]:
-    """Which actors of a frame moved and are seen, each with its box in patches."""
+    """The indices of a frame's actors that moved and are seen, each with its box in patches."""
     now, before = clip.truths[number], clip.truths[number - 1]
     moving = (now.masks != before.masks).any((1, 2)) | (clip.spec.motion == "moving camera")
     return [
@@ -137,7 +138,7 @@ def moving_boxes(clip: Clip, number: int, grid: tuple[int, int]) -> list[tuple[i
 
 
 def box_of(mask: Tensor) -> Box:
-    """First row, first column, last row + 1, last column + 1 of a mask that is not empty."""
+    """First row, first column, last row + 1 and last column + 1 of a mask, which must not be empty."""
     rows, columns = (mask.any(dim).nonzero() for dim in (1, 0))
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
@@ -152,7 +153,7 @@ def box_iou(a: Box, b: Box) -> float:
 
 
 def matches(found: Sequence[Box], boxes: Sequence[Box]) -> list[tuple[int, int]]:
-    """Pairs of found and right boxes with an IoU of at least LEAST_IOU, each in one pair, the best ones first."""
+    """Pairs of found and true boxes with an IoU of at least LEAST_IOU, best first; each box is in at most one pair."""
     pairs = sorted(
         ((-box_iou(ours, theirs), i, j) for i, ours in enumerate(found) for j, theirs in enumerate(boxes)),
     )
@@ -178,7 +179,7 @@ def patch_means(values: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def patch_mask(pixels: np.ndarray, grid: tuple[int, int], least_share: float = 0.0) -> Tensor:
-    """The patches, bool [*grid], of which a mask of pixels bool [H, W] covers more than `least_share`."""
+    """The patches, bool [*grid], of which a mask of pixels, bool [H, W], covers more than `least_share`."""
     return patch_means(torch.from_numpy(pixels), grid) > least_share
 
 
@@ -239,13 +240,13 @@ def objects_table(measured: Measured) -> dict[str, dict]:
 
 
 def ratio(rows: list[tuple[float, ...]], of: str) -> Estimate:
-    """Matched objects over the things, or over the objects found."""
+    """Matched objects relative to the things, or to the objects found."""
     place, matched = OBJECT_COLUMNS.index(of), OBJECT_COLUMNS.index("matched")
     return estimate([row for row in rows if row[place]], lambda total: total[:, matched] / total[:, place])
 
 
 def labels_table(measured: Measured) -> dict[str, dict]:
-    """By motion and stream: how often the matched objects are named right, beside the baselines, and differences."""
+    """By motion and stream: how often labels of matched objects and of baselines are right, and differences."""
     table: dict[str, dict] = {}
     for motion, clips in by_motion(measured).items():
         table[motion] = {}
@@ -261,7 +262,7 @@ def labels_table(measured: Measured) -> dict[str, dict]:
 
 
 def by_motion(measured: Measured) -> dict[str, list[Figures]]:
-    """The clips of each motion, and of all."""
+    """The figures of all clips, and of those of each motion."""
     parts: dict[str, list[Figures]] = {ALL: [one for _, one in measured]}
     for motion, one in measured:
         parts.setdefault(motion, []).append(one)

@@ -1,16 +1,17 @@
 """
-Which of the paper's observations hold on the embedded checkpoint, and on clips of which everything is known?
+Which of the paper's observations hold for the embedded checkpoint, on composed clips?
 
     torchrun --nproc_per_node 2 -m eval.vision.published_laws
     python -m eval.vision.published_laws --clips 2 --frames 32
     python -m eval.vision.published_laws --quick
 
-Six observations about the published dual memory, mode `reconstruct` with a running mean of rate 0.01 as the gate's
-reference: accuracy hardly depends on the skip rate; it is lost where things travel; the pooling head's entropy tells
-of the loss; inactive patches' features are stable; shifted active patches cost more than stale inactive ones; the
-running mean keeps ghosts. A rule decides each, from figures with 95 % intervals of a bootstrap over clips, beside a
-baseline. It holds or does not hold only if an interval says so. Writes `eval/results/published_laws.json` and
-`docs/laws.png`, shown in `docs/results/published.md`. T frames, N patches.
+Six observations concern the published dual memory: mode `reconstruct` with a running mean of rate 0.01 as the gate's
+reference. Accuracy hardly depends on the skip rate; it is lost where things travel; the entropy of the pooling head's
+attention grows with the loss; features of inactive patches are stable; the shift of active patches costs more than
+the staleness of inactive ones; the running mean keeps ghosts of what has left. Each is decided by a rule, from figures
+with 95 % intervals of a bootstrap over clips, and shown with a baseline. If the interval does not decide, the verdict
+is open. Writes `eval/results/published_laws.json` and `docs/laws.png`, shown in `docs/results/published.md`. T is the
+number of frames, N of patches.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,27 +59,27 @@ DENSE_AT_ONCE = 8
 
 
 def dense_outputs(model, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Frames [T, 3, R, R] by themselves: embeddings float32 [T, D] and patches' features float32 [T, N, D]."""
+    """Dense outputs of frames [T, 3, R, R]: embeddings float32 [T, D] and patches' features float32 [T, N, D]."""
     outputs = [model.get_image_features(part) for part in pixels.split(DENSE_AT_ONCE)]
     pooled = torch.cat([output.pooler_output for output in outputs])
     return pooled.float(), torch.cat([output.last_hidden_state for output in outputs]).float()
 
 
 def label_places(clip: Clip, known: Sequence[str]) -> np.ndarray:
-    """The right label's place among `known` on each frame, int [T]; -1 where nothing is seen."""
+    """The index of the right label among `known` on each frame, int [T]; -1 where nothing is seen."""
     return np.array([known.index(truth.label) if truth.label is not None else -1 for truth in clip.truths])
 
 
 def measure_laws(bench: Bench, clip: Clip) -> Figures:
     """
-    All of a clip that a law is decided by.
+    All figures of a clip from which laws are decided.
 
     Returns:
-        `label` int [T], `gone` bool [T], `travelled` [T], as of the functions of these names; of each setting S, of
-        dense and of FIRST `S: skip`, `S: cost`, `S: cosine`, `S: place` and (not of FIRST) `S: entropy` [T]; of MEMORY
-        also `swap: gain` [T, 5], as of `swapped`; `stability` [1 + distances, 4], as of `stability_by_distance`, the
-        first row with the gate's own active set between neighbouring frames; `floor` [T], cosine of two patches of a
-        frame.
+        `label` int [T] from `label_places`, `gone` bool [T] and `travelled` [T] from the functions of these names. For
+        each setting S, dense and FIRST: `S: skip`, `S: cost`, `S: cosine`, `S: place` (of the best label) and, except
+        for FIRST, `S: entropy`, [T] each. For MEMORY also `swap: gain` [T, 5] from `swapped`. `stability`
+        [1 + distances, 4] from `stability_by_distance`, after a row with the gate's own active patches between
+        neighbouring frames. `floor` [T]: cosine of two patches of one frame.
     """
     model, labels = bench.model, bench.labels
     head, frames = model.vision_model.head, clip.spec.frames
@@ -115,10 +116,10 @@ def measure_setting(
     bench: Bench, clip: Clip, options: dict, pooled: Tensor, patches: Tensor, with_swaps: bool
 ) -> tuple[Figures, Tensor]:
     """
-    A clip through one stream, beside the dense `pooled` [T, D] and `patches` [T, N, D].
+    Run a clip through one stream and compare it with dense, `pooled` [T, D] and `patches` [T, N, D].
 
     Returns:
-        Figures of each frame, as in `measure_laws`; and the active masks bool [T, N].
+        Figures of each frame, as in `measure_laws`, and the active masks bool [T, N].
     """
     model, labels = bench.model, bench.labels
     head, stream = model.vision_model.head, model.new_stream(**options)
@@ -147,7 +148,7 @@ def measure_setting(
 
 
 def head_entropy(head: nn.Module, hidden: Tensor) -> Tensor:
-    """Entropy in nats of the pooling head's attention over the patches [B, N, D], mean over heads: [B]."""
+    """Entropy in nats of the pooling head's attention over patches [B, N, D], mean over attention heads: [B]."""
     probe = head.probe.expand(len(hidden), -1, -1)
     weights = head.attention(probe, hidden, hidden, need_weights=True, average_attn_weights=False)[1][:, :, 0]
     return torch.special.entr(weights.float()).sum(-1).mean(-1)
@@ -157,16 +158,16 @@ def swapped(
     head: nn.Module, hidden: Tensor, dense: Tensor, active: Tensor, encoded_alone: Tensor, generator: torch.Generator
 ) -> list[float]:
     """
-    By how much the pooled cosine to dense grows if one group of patches is replaced by dense's.
+    How much the pooled cosine to dense grows if one group of patches is replaced by the dense frame's.
 
     Args:
-        hidden, dense: [N, D], what the head sees, and the dense frame's.
-        active: bool [N], encoded on this frame, without their surroundings.
-        encoded_alone: bool [N], encoded since the first frame, on this one or an earlier one.
-        generator: of the random patches.
+        hidden, dense: [N, D], what the head reads in the stream and in the dense frame.
+        active: bool [N], patches encoded on this frame, without their surroundings.
+        encoded_alone: bool [N], patches encoded so on this frame or an earlier one, except the first.
+        generator: generator for the random patches.
 
     Returns:
-        Gains of SWAPS; NaN for a group without patches.
+        Gains in the order of SWAPS; NaN for a group without patches.
     """
     some = torch.zeros_like(active)
     some[torch.randperm(len(active), generator=generator)[: int(active.sum())]] = True
@@ -180,10 +181,10 @@ def swapped(
 
 def stability(now: Tensor, before: Tensor, active: Tensor) -> np.ndarray:
     """
-    Cosines of patches [T, N, D] at two times, apart for active ones bool [T, N] and the others.
+    Cosines of patches [T, N, D] at two times, separately for active patches, bool [T, N], and inactive ones.
 
     Returns:
-        Sum and number of the inactive, sum and number of the active: [4].
+        Sum and number of the cosines of inactive patches, then of active ones: [4].
     """
     cosines = torch.cosine_similarity(now, before, dim=-1)
     parts = [(cosines[mask].sum().item(), int(mask.sum())) for mask in (~active, active)]
@@ -191,7 +192,7 @@ def stability(now: Tensor, before: Tensor, active: Tensor) -> np.ndarray:
 
 
 def stability_by_distance(patches: Tensor, signals: Tensor) -> list[np.ndarray]:
-    """`stability` of features [T, N, D] for each of DISTANCES; active is whose signal [T, N, F] changed meanwhile."""
+    """`stability` of features [T, N, D] for each of DISTANCES. Active patches have a changed signal [T, N, F]."""
     rows = []
     for distance in DISTANCES:
         if distance >= len(patches):
@@ -203,14 +204,14 @@ def stability_by_distance(patches: Tensor, signals: Tensor) -> list[np.ndarray]:
 
 
 def gone(truths: tuple[Truth, ...]) -> np.ndarray:
-    """On which frames a thing is nowhere in the picture that was seen in it before, bool [T]."""
+    """The frames without a thing that was seen before, bool [T]."""
     visible = np.array([truth.visible for truth in truths])
     seen_before = np.maximum.accumulate(visible >= LEAST_VISIBLE, axis=0)
     return (seen_before & (visible == 0)).any(axis=1)
 
 
 def travelled(spec: ClipSpec, number: int) -> float:
-    """How far things are from where they were on the first frame, mean over things, in shares of the picture."""
+    """Mean distance of things from their positions on the first frame, relative to the side of the picture."""
     distances = [
         np.hypot(*np.subtract(centre(spec, actor, number), centre(spec, actor, 0))) / spec.side
         for actor in spec.actors
@@ -219,7 +220,7 @@ def travelled(spec: ClipSpec, number: int) -> float:
 
 
 def centre(spec: ClipSpec, actor: Actor, number: int) -> tuple[float, float]:
-    """Row and column of a thing's middle in the picture, also outside of it."""
+    """Row and column of a thing's centre in the picture; it may lie outside."""
     offsets, first, now = path_offset(actor, number), view(spec, 0), view(spec, number)
     row, column = (
         middle + reach * offset + start - at
@@ -228,11 +229,11 @@ def centre(spec: ClipSpec, actor: Actor, number: int) -> tuple[float, float]:
     return row, column
 
 
-# --- figures of a clip, after the first frame, which is dense in every method ----------------------------------------
+# --- figures of a clip, without the first frame, which is dense in every method --------------------------------------
 
 
 def right(figures: Figures, setting: str) -> np.ndarray:
-    """Whether the best label is the right one, on the frames on which something is seen."""
+    """1 where the best label is right, else 0, on the frames on which a thing is seen."""
     label = figures["label"][1:]
     return (figures[f"{setting}: place"][1:] == label)[label >= 0].astype(float)
 
@@ -248,17 +249,17 @@ def gain(figures: Figures, name: str) -> np.ndarray:
 
 
 def entropy_change(figures: Figures, setting: str) -> np.ndarray:
-    """The head's entropy less dense's on the same frame."""
+    """The entropy of the head's attention less dense's on the same frame."""
     return (figures[f"{setting}: entropy"] - figures["dense: entropy"])[1:]
 
 
 def each(measured: Measured, figure: Callable, name: str) -> list[np.ndarray]:
-    """One of the figures above of every clip."""
+    """One of the figures above for every clip."""
     return [figure(figures, name) for _, figures in measured]
 
 
 def over_clips(measured: Measured, name: str) -> float:
-    """Mean of one figure over all frames of all clips but the first ones, such as `"context: cost"`."""
+    """Mean of a figure such as `"context: cost"` over all clips and all frames but the first."""
     return float(np.concatenate([figures[name][1:] for _, figures in measured]).mean())
 
 
@@ -266,7 +267,7 @@ def over_clips(measured: Measured, name: str) -> float:
 
 
 def settings_table(measured: Measured) -> dict[str, dict]:
-    """Each setting over all clips, beside dense and the first frame repeated."""
+    """Figures of each setting, dense and the first frame repeated over all clips."""
     return {
         setting: {
             "skip": over_clips(measured, f"{setting}: skip"),
@@ -279,7 +280,7 @@ def settings_table(measured: Measured) -> dict[str, dict]:
 
 
 def stability_table(measured: Measured) -> dict[str, dict]:
-    """Cosines of the last layer's features between frames, by what says a patch is active and by distance."""
+    """Cosines of the last layer's features between frames, by distance and by what defines active patches."""
     rows = ["gate, 1", *(f"change, {distance}" for distance in DISTANCES)]
     table: dict[str, dict] = {
         row: {kind: rounded(stability_of(measured, place, kind)) for kind in PUBLISHED_STABILITY}
@@ -297,7 +298,7 @@ def stability_of(measured: Measured, row: int, kind: str) -> Estimate:
 
 
 def swaps_table(measured: Measured) -> dict[str, dict]:
-    """By how much the pooled cosine grows with one group of patches dense."""
+    """How much the pooled cosine grows if one group of patches is dense."""
     gains = {name: each(measured, gain, name) for name in SWAPS}
     gains["everything"] = each(measured, loss, MEMORY)
     gains["control: active patches encoded in context"] = less(gains["everything"], each(measured, loss, "context"))
@@ -305,7 +306,7 @@ def swaps_table(measured: Measured) -> dict[str, dict]:
 
 
 def less(values: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The differences, frame by frame, of each clip."""
+    """The differences of each clip, frame by frame."""
     return [one - other for one, other in zip(values, others, strict=True)]
 
 
@@ -313,24 +314,24 @@ def less(values: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> list[np.
 
 
 def clear_of(found: Estimate, level: float = 0.0) -> tuple[bool, bool]:
-    """Whether the interval lies above a level, and whether below."""
+    """Whether the interval lies above a level, and whether it lies below."""
     return found.known and found.low > level, found.known and found.high < level
 
 
 def within(found: Estimate, middle: float, reach: float) -> tuple[bool, bool]:
-    """Whether the interval lies within a reach of a value, and whether beside that on one side."""
+    """Whether the interval lies within `middle` plus or minus `reach`, and whether it lies outside."""
     low, high = middle - reach, middle + reach
     inside = found.known and low <= found.low and found.high <= high
     return inside, found.known and (found.high < low or found.low > high)
 
 
 def law(claim: str, rule: str, measured: str, decided: tuple[bool, bool], baseline: str) -> dict:
-    """A law with its verdict and what the baseline gives; `decided` is whether it holds, and whether it fails."""
+    """A law with its verdict and the baseline's figure. `decided`: whether it holds, and whether it does not."""
     return {**finding(claim, rule, measured, *decided), "control": baseline}
 
 
 def findings(measured: Measured) -> list[dict]:
-    """All laws that these clips can speak of."""
+    """All laws that these clips can decide."""
     laws = (
         saturation, displacement, entropy_follows_loss, inactive_patches_are_stable, shift_costs_more, ghosts_cost,
     )  # fmt: skip
@@ -416,7 +417,7 @@ def displacement(measured: Measured) -> list[dict]:
 
 
 def entropy_follows_loss(measured: Measured) -> list[dict]:
-    """Whether the pooling head's attention tells of what is lost."""
+    """Whether the entropy of the pooling head's attention follows the loss."""
     found = []
     for setting in (MEMORY, "eliminate"):
         changes, losses = each(measured, entropy_change, setting), each(measured, loss, setting)
@@ -435,7 +436,7 @@ def entropy_follows_loss(measured: Measured) -> list[dict]:
 
 
 def inactive_patches_are_stable(measured: Measured) -> list[dict]:
-    """Whether the last layer's features stay where the gate sees no change."""
+    """Whether the last layer's features are stable where the gate sees no change."""
     floor = mean([one["floor"] for _, one in measured])
     rows = [tuple(one["stability"][0]) for _, one in measured if one["stability"][0][1] and one["stability"][0][3]]
     apart = estimate(rows, lambda total: total[:, 0] / total[:, 1] - total[:, 2] / total[:, 3])
@@ -468,7 +469,7 @@ def inactive_patches_are_stable(measured: Measured) -> list[dict]:
 
 
 def shift_costs_more(measured: Measured) -> list[dict]:
-    """Whether encoding active patches without their surroundings costs more than that inactive ones are stale."""
+    """Whether encoding active patches without their surroundings costs more than keeping stale inactive ones."""
     of_active, of_echo, of_stale, of_stored, random = (each(measured, gain, name) for name in SWAPS)
     both = share(of_active, of_stored)
     with_echo = share([a + b for a, b in zip(of_active, of_echo, strict=True)], of_stale)
@@ -496,7 +497,7 @@ def shift_costs_more(measured: Measured) -> list[dict]:
 
 
 def ghosts_cost(measured: Measured) -> list[dict]:
-    """Whether the running mean leaves ghosts that a reference without a past would not, at the same cost."""
+    """Whether the running mean keeps ghosts that the reference `last_update` does not keep, at the same cost."""
     left = [one for one in measured if one[1]["gone"][1:].any()]
     if not left:
         return []
@@ -540,8 +541,8 @@ def ghosts_cost(measured: Measured) -> list[dict]:
 
 def equal_cost(measured: Measured) -> tuple[Mixture, tuple[float, float]]:
     """
-    The `last_update` settings whose mixture costs what MEMORY costs, and both costs. If all cost less, the dearest; if
-    all cost more, the cheapest.
+    A mixture of `last_update` settings that costs as much as MEMORY, and both costs. If all settings cost less, it is
+    the most expensive one; if all cost more, the cheapest.
     """
     target = over_clips(measured, f"{MEMORY}: cost")
     settings = [f"last_update {level:g}" for level in LAST_UPDATE_THRESHOLDS]
@@ -555,7 +556,7 @@ def equal_cost(measured: Measured) -> tuple[Mixture, tuple[float, float]]:
 
 
 def plot_laws(report: dict, measured: Measured) -> Figure:
-    """Top-1 over skip rate, loss by motion, stability by distance, what each group of patches costs."""
+    """Top-1 by skip rate, loss by motion, stability by distance, and the gain by each group of patches."""
     figure = Figure(figsize=(13, 9), layout="constrained")
     (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
     settings = report["settings"]

@@ -1,19 +1,19 @@
 """
-How late does a method notice? Frames from an event until the best label is the new right one, beyond dense's delay.
+How late does a method notice an event? Frames until its best label is the new right one, compared with dense.
 
     torchrun --nproc_per_node 2 -m eval.vision.reaction         # everything; run again to continue
     python -m eval.vision.reaction --quick                      # 1,000 frames of each motion
 
-Events are the frames of composed clips on which another label becomes right: a thing comes, goes, is replaced, or
-another one is seen best; where nothing is seen, `nothing` is right. Labels that compete are the clip's own things and
-`nothing`, as who watches for something would name them. An event is counted if dense follows it within its frames, and
-did not say the new label on the frame before; events before which, or after which, another one follows within
-LEAST_FRAMES are not. A delay ends with the frames that are looked at, 40 or those until the next event, and is
-*censored* then: it counts as that long, so means are lower bounds where any is. A method that said the new label
-before the event, wrongly, counts as without delay, which favours what is held.
+Events are the frames of composed clips on which the right label changes: a thing comes, goes, is replaced, or another
+thing covers most pixels. If no thing is seen, `nothing` is right. The labels are the clip's own things and `nothing`.
+An event is counted if dense follows it in time and did not give the new label on the frame before. Events with another
+event within LEAST_FRAMES before or after them are left out. A delay is measured on the 40 frames after the event, or
+until the next event. If the method has not followed by then, the delay is *censored* and counts as that long; means
+with censored delays are lower bounds. A method that gave the new label before the event, wrongly, has no delay, which
+favours methods that hold old outputs.
 
-Means are over events; intervals are 95 %, from drawing clips with all their events. Baselines at a method's own cost
-as in `accuracy.py`. Writes `eval/results/reaction.json`, shown in `docs/results/delay.md`.
+Means are over events. Intervals are 95 %, from a bootstrap over clips with all their events. Baselines at a method's
+own cost are as in `accuracy.py`. Writes `eval/results/reaction.json`, shown in `docs/results/delay.md`.
 """
 
 from collections.abc import Sequence
@@ -47,9 +47,9 @@ class Event:
     A change of the right label.
 
     Attributes:
-        frame: the first on which `label` is right.
-        label: the new one.
-        frames: how many are looked at from there on; at most 1 + `after` of the settings.
+        frame: the first frame on which `label` is right.
+        label: the new label.
+        frames: number of frames compared from there on; at most 1 + `after` of the settings.
     """
 
     frame: int
@@ -63,9 +63,9 @@ class Delay:
     What a method did after an event.
 
     Attributes:
-        frames: until its best label was the new one, or all that were looked at.
-        censored: whether it was not within those.
-        already: whether it said so on the frame before.
+        frames: number of frames until its best label was the new one, or of all compared frames.
+        censored: whether its best label was not the new one on any of these.
+        already: whether it gave the new label on the frame before the event.
     """
 
     frames: int
@@ -74,7 +74,7 @@ class Delay:
 
 
 def events_of(scene: Scene, settings: RecordSettings) -> list[Event]:
-    """A scene's events that have LEAST_FRAMES for themselves before and after."""
+    """A scene's events without another event within LEAST_FRAMES before or after."""
     ends = [0, *scene.changes, scene.count]
     found = []
     for change in chosen_changes(scene, settings):
@@ -95,7 +95,7 @@ def delay_after(event: Event, said: dict[int, str]) -> Delay:
 
 
 def best_labels(evidence: Evidence, name: str, scene: Scene) -> dict[int, str]:
-    """A method's best label on each of a scene's sampled frames, out of the scene's own."""
+    """A method's best label on each sampled frame of a scene, among the scene's own labels and `nothing`."""
     recording = evidence.recordings[name][scene.name]
     names = [*sorted(set(scene.labels) - {None}), NOTHING]
     texts = evidence.texts[[evidence.names.index(label) for label in names]]
@@ -105,8 +105,8 @@ def best_labels(evidence: Evidence, name: str, scene: Scene) -> dict[int, str]:
 
 def measure_delays(evidence: Evidence) -> tuple[dict[str, list[list[Delay]]], int]:
     """
-    By method, the delays after the events that count, of each scene that has any; and how many events were left out,
-    because dense does not follow them, or says them before.
+    By method, the delays after the counted events, for each scene that has any; and the number of events left out
+    because dense does not follow them or gave the new label before.
     """
     found: dict[str, list[list[Delay]]] = {name: [] for name in evidence.recordings}
     left_out = 0
@@ -122,7 +122,7 @@ def measure_delays(evidence: Evidence) -> tuple[dict[str, list[list[Delay]]], in
 
 
 def padded(rows: Sequence[Sequence[Delay]]) -> np.ndarray:
-    """Frames of delays, in rows of different lengths, as [S, E], NaN after each row's end."""
+    """Frames of delays in rows of different lengths, as an array [S, E] padded with NaN."""
     table = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
     for place, row in enumerate(rows):
         table[place, : len(row)] = [delay.frames for delay in row]
@@ -130,7 +130,7 @@ def padded(rows: Sequence[Sequence[Delay]]) -> np.ndarray:
 
 
 def sooner(values: np.ndarray) -> np.ndarray:
-    """The mean with its sign turned, so that more is better."""
+    """The negative mean, so that larger is better."""
     return -mean_of_scenes(values)
 
 
@@ -169,7 +169,7 @@ def reaction_report(evidence: Evidence) -> dict:
 
 
 def in_frames(compared: dict) -> dict:
-    """A comparison of what is better when larger, as delays again: below zero where the method is sooner."""
+    """A comparison of negative delays as delays: the difference is below zero if the method is sooner."""
     interval = compared["interval"]
     return {
         "family": compared["family"],

@@ -5,16 +5,16 @@ Are presets and modes closer to dense than the best trivial baseline of the same
     python -m eval.vision.vision_policies --clips pan,webcam --methods balanced --frames 30
     torchrun --nproc_per_node 2 -m eval.vision.vision_policies
 
-Baselines, which all return an earlier frame's dense output: a dense frame every k frames (all k, all phases), a dense
-frame when the mean surprise or the share of changed patches since the last one exceeds a level, and the first frame
-for ever. Between two levels anybody can mix, so a baseline at any cost is the mixture of its two neighbours in cost.
-The best baseline is chosen for each clip and each statistic after the fact, which favours the baselines.
+All baselines return the dense output of an earlier frame. They encode a frame every k frames (all k, all phases), or
+when the mean surprise or the share of changed patches since the last dense frame exceeds a level, or only the first
+frame. A baseline can also switch between two settings, so its value at any cost is the mixture of the two settings
+nearest in cost. For each clip and each statistic, the best baseline is chosen afterwards, which favours the baselines.
 
-Measured frame by frame, against a dense forward of the same frame, without the first frame, which is dense in every
-method: cosine of the pooled output, mean and 5th percentile over frames. Intervals are 95 %, from a paired moving-
-block bootstrap over frames, and over clips where clips are pooled; with 31 clips about one in 40 of the intervals lies
-beside the truth on each side. Recordings hold embeddings in float16, which hides differences below about 1e-6. Writes
-`eval/results/vision_policies.json` and `docs/policies.png`, shown in `docs/results/fidelity.md` and README.
+Every frame is compared with a dense forward of the same frame, except the first, which every method encodes in full:
+cosine of the pooled output, mean and 5th percentile over frames. Intervals are 95 %, from a paired moving-block
+bootstrap over frames, and over clips where results of clips are pooled; about one in 40 of the intervals lies above
+the truth and one in 40 below it. Recordings hold embeddings in float16, which hides differences below about 1e-6.
+Writes `eval/results/vision_policies.json` and `docs/policies.png`, shown in `docs/results/fidelity.md` and README.
 """
 
 import itertools
@@ -92,12 +92,13 @@ def clip_scene(clip: Clip, frames: int) -> Scene:
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """
-    V equally likely runs of a method over a clip; what they stand for is the expectation over them.
+    V equally likely runs of a method over a clip, such as the phases of a dense frame every k frames. Figures are
+    means over the runs.
 
     Attributes:
-        cost: over dense's, mean of the frames after the first.
-        cosines: of the output to dense's, of those F frames, [V, F].
-        delays: [E], frames from each event until the output follows it, mean over the runs.
+        cost: cost relative to dense, mean over the F frames after the first.
+        cosines: cosine of the output to dense's on these frames, [V, F].
+        delays: [E], frames from each event until the output follows it.
     """
 
     cost: float
@@ -106,7 +107,7 @@ class Outcome:
 
 
 def outcome(cost: float, outputs: Tensor, dense: Tensor, events: Sequence[int]) -> Outcome:
-    """From unit outputs [V, T, D], and dense's [T, D]."""
+    """The outcome of unit outputs [V, T, D], with dense's [T, D]."""
     cosines = (outputs * dense).sum(-1)
     delays = []
     for event in events:
@@ -117,7 +118,7 @@ def outcome(cost: float, outputs: Tensor, dense: Tensor, events: Sequence[int]) 
 
 
 def held_every(interval: int, dense: Tensor) -> Tensor:
-    """Outputs [interval, T, D] of which every `interval`-th is dense and held, a run for each phase."""
+    """Outputs [interval, T, D] of a dense frame every `interval` frames, one run for each phase."""
     index = torch.arange(len(dense))
     return dense[(index - (index - torch.arange(interval)[:, None]) % interval).clamp(min=0)]
 
@@ -125,14 +126,15 @@ def held_every(interval: int, dense: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class Measured:
     """
-    A clip with dense's, the methods' and the baselines' outcomes.
+    A clip with the outcomes of dense, the methods and the baselines.
 
     Attributes:
-        clip: which one.
-        dense: every frame dense.
-        methods: by name; `walls` are their times over dense's, on all frames.
-        families: the baselines; member i of a family has the same settings on every clip.
-        drawn: int [RESAMPLES, F], the resamples of its frames that all comparisons share.
+        clip: the clip.
+        dense: outcome with every frame dense.
+        methods: outcomes by method.
+        walls: by method, the time for all frames relative to dense.
+        families: outcomes of the baselines; member i of a family has the same settings on every clip.
+        drawn: int [RESAMPLES, F], the resamples of the frames, which all comparisons share.
     """
 
     clip: Clip
@@ -144,7 +146,7 @@ class Measured:
 
 
 def measure(clip: Clip, scene: Scene, recorder: Recorder, methods: Sequence[MethodSpec]) -> Measured:
-    """From what the recorder has of a clip."""
+    """The outcomes of a clip, from its recordings."""
     events = [event for event in clip.events if event < scene.count]
     found = {spec.name: recorder.load([scene], spec)[0] for spec in (DENSE, FIRST, *TRIGGERED, *methods)}
     first = found[FIRST.name].embeddings[:1]  # every method's first output
@@ -189,8 +191,8 @@ def resampled_frames(frames: int, seed: int) -> np.ndarray:
 
 def statistic(name: str, cosines: np.ndarray, drawn: np.ndarray | None = None) -> np.ndarray:
     """
-    One of STATISTICS of runs [V, F], for each of R resamples of the frames: int [R, F] to [R]; by default of the
-    frames as they are. A percentile is taken within each run and averaged then: a user has one run.
+    One of STATISTICS of runs [V, F], for each of R resamples of the frames `drawn`, int [R, F]: [R]. Without `drawn`,
+    of the frames themselves. A percentile is taken within each run and then averaged, because a user has one run.
     """
     if drawn is None:
         drawn = np.arange(cosines.shape[1])[None]
@@ -201,10 +203,10 @@ def statistic(name: str, cosines: np.ndarray, drawn: np.ndarray | None = None) -
 
 def judge(method: str, measured: Measured) -> tuple[dict, dict[str, np.ndarray]]:
     """
-    A method on one clip beside the best baselines at its cost.
+    Compare a method with the best baselines at its cost, on one clip.
 
     Returns:
-        A row for the report, with a list for each of STATISTICS as CLIP_COLUMNS says; and by statistic the resampled
+        A row for the report, with a list of CLIP_COLUMNS for each of STATISTICS; and by statistic the resampled
         differences [RESAMPLES].
     """
     own = measured.methods[method]
@@ -237,8 +239,8 @@ def judge(method: str, measured: Measured) -> tuple[dict, dict[str, np.ndarray]]
 
 def pooled_draws(draws: np.ndarray, seed: int = 0) -> np.ndarray:
     """
-    Resampled means over clips: [clips, R] resampled differences to [R]. Clips are drawn, and for each that is drawn
-    one of its own resamples; what is drawn twice comes with two resamples.
+    Resampled means over clips, from resampled differences [clips, R] to [R]. Each sample draws clips, and for each
+    drawn clip one of its own resamples.
     """
     clips, resamples = draws.shape
     rng = np.random.default_rng(seed)
@@ -247,7 +249,7 @@ def pooled_draws(draws: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def pooled_row(method: str, rows: Sequence[dict], draws: Sequence[dict[str, np.ndarray]]) -> dict:
-    """A method over all clips: means, intervals, verdicts; delays are means over events."""
+    """A method over all clips: means, intervals and verdicts. Delays are means over events."""
     pooled: dict = {"method": method, "clips": "all", "equal": "cost"}
     pooled |= {name: float(np.mean([row[name] for row in rows])) for name in ("cost", "wall")}
     for name in STATISTICS:
@@ -271,7 +273,7 @@ def pooled_row(method: str, rows: Sequence[dict], draws: Sequence[dict[str, np.n
 
 
 def policies_report(measured: Sequence[Measured]) -> dict:
-    """The figures of all methods, over all clips and clip by clip."""
+    """The figures of all methods, over all clips and for each clip."""
     report: dict = {"clip_columns": CLIP_COLUMNS, "pooled": [], "clips": []}
     for method in measured[0].methods:
         rows, draws = zip(*(judge(method, one) for one in measured), strict=True)
@@ -290,8 +292,9 @@ LEAST_ERROR = 1e-5
 
 def plot_policies(report: dict, measured: Sequence[Measured], detailed: str) -> Figure:
     """
-    Above, error of the pooled output over cost, mean over clips: baselines with one setting for all clips as lines,
-    methods as points, each with its best baselines at its own cost on each clip. Below, one method clip by clip.
+    In the upper row, error of the pooled output over cost, mean over clips: lines for baselines with one setting for
+    all clips, and points for methods, each with the best baselines at its own cost on each clip. In the lower row, the
+    method `detailed` on each clip.
     """
     figure = Figure(figsize=(13, 14), layout="constrained")
     above, below = figure.subplots(2, 2, height_ratios=(1, 1.35))
@@ -339,7 +342,7 @@ def draw_error_over_cost(panel, rows: Sequence[dict], measured: Sequence[Measure
 
 
 def draw_differences(panel, compared: Sequence[list]):
-    """Each clip's difference and interval, from lists as CLIP_COLUMNS says."""
+    """Each clip's difference and interval, from lists of CLIP_COLUMNS."""
     for place, (value, control, _, low, high, judged) in enumerate(compared):
         panel.plot((low, high), (place, place), color=VERDICT_COLOURS[judged], linewidth=2)
         panel.plot(value - control, place, "o", color=VERDICT_COLOURS[judged], markersize=5)
@@ -354,7 +357,7 @@ def draw_differences(panel, compared: Sequence[list]):
 
 
 def chosen_methods(names: str | None) -> list[MethodSpec]:
-    """The methods named, with commas between them; None takes all."""
+    """The methods with these names, separated by commas; all if `names` is None."""
     wanted = list(METHODS) if names is None else [name.strip() for name in names.split(",")]
     unknown = sorted(set(wanted) - set(METHODS))
     if unknown:
@@ -368,7 +371,7 @@ def main(
     frames: Annotated[int, typer.Option(help="Use the first N frames of each clip.", min=3)] = 100,
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "vision_policies.json",
 ):
-    """Record what is missing, compare, and write the report and the picture."""
+    """Record what is missing, compare methods with baselines, and write the report and the picture."""
     chosen = chosen_methods(methods)
     folder = build_tower(default_tower_dir())
     model = NeuroFlowSiglipVisionModel.from_pretrained(folder).eval()

@@ -1,16 +1,17 @@
 """
-What does the embedded SigLIP recognise? Zero-shot top-1 on composed pictures that it has not seen.
+What does the embedded SigLIP recognise? Zero-shot top-1 on composed pictures that it was not trained on.
 
     python -m eval.vision.zero_shot_small                  # some minutes on two cores
     python -m eval.vision.zero_shot_small --card-only      # the card alone, from the JSON file
     python -m eval.vision.zero_shot_small --checkpoint AGAIN --no-card --output eval/results/zero_shot_small_again.json
 
-Asked for one of all the things that it was trained on, does the model name a picture's largest drawing? Pictures are
-composed as in training, of held-out renderings (for each thing, one family of drawings is in no training picture),
-before held-out photographs; and of a style of which nothing was in training (OpenMoji). Beside them the training's
-renderings, pictures in grey, pictures whose patches are shuffled, and chance. And, told what the largest drawing is:
-where is it, and of how many alike, beside the most frequent answer. Intervals are Wilson's, 95 %. Runs in bfloat16.
-The last command is for a checkpoint that the recipe made again, to be put beside the first. Writes
+The labels are all things that the model was trained on. An answer is right if it names the largest drawing. Pictures
+are composed as in training, but from held-out renderings (for each thing, one family of drawings is in no training
+picture) on held-out photographs, and from a style that training did not have (OpenMoji). They are compared with
+pictures of training renderings, grey pictures, pictures with shuffled patches, and chance. Two more questions give the
+name of the largest drawing and ask where it is, and how many there are; their baseline is the most frequent answer.
+Intervals are Wilson's, 95 %. The model runs in bfloat16. The last command measures a second checkpoint that the recipe
+made, for comparison with the first. Writes
 `eval/results/zero_shot_small.json` and the figures of the model card, `models/neuroflow-siglip-small/README.md`.
 """
 
@@ -52,7 +53,7 @@ from recipes.siglip_small.facts import place_of
 from recipes.siglip_small.sources import things
 
 AGAIN = RESULTS / "zero_shot_small_again.json"
-SEED = 1_000_000  # far from the training's numbers
+SEED = 1_000_000  # training uses small seeds
 LEAST_SHARE = 0.15
 SIZES = ((0.0, 0.05), (0.05, 0.15), (0.15, 0.3), (0.3, 1.01))
 PIPELINE_PHRASING = "This is a photo of {name}."
@@ -74,7 +75,7 @@ def in_grey(image: Image.Image, _rng: np.random.Generator) -> Image.Image:
 
 
 def shuffled(image: Image.Image, rng: np.random.Generator, patch: int = 14) -> Image.Image:
-    """The picture's patches in another order."""
+    """The picture with its patches in random order."""
     side = image.width // patch
     patches = np.asarray(image).reshape(side, patch, side, patch, 3).swapaxes(1, 2).reshape(-1, patch, patch, 3)
     patches = patches[rng.permutation(len(patches))].reshape(side, side, patch, patch, 3)
@@ -95,7 +96,7 @@ def is_large(picture: Picture) -> bool:
 
 
 def accuracy(right: Sequence[bool]) -> dict:
-    """A share of right answers, its interval, and of how many."""
+    """The share of right answers, its interval, and the number of pictures."""
     low, high = wilson(sum(right), len(right))
     return {"top1": sum(right) / max(1, len(right)), "interval": [low, high], "pictures": len(right)}
 
@@ -117,22 +118,22 @@ def embed_texts(model: SiglipModel, tokenizer, texts: list[str]) -> torch.Tensor
 
 
 def named(images: torch.Tensor, texts: torch.Tensor, names: list[str], count: int = 1) -> list[list[str]]:
-    """The `count` best names of every picture."""
+    """The `count` best names for each picture."""
     return [[names[place] for place in row] for row in (images @ texts.T).topk(count).indices.tolist()]
 
 
 def is_right(pictures: Sequence[Picture], answers: list[list[str]]) -> list[bool]:
-    """Whether the largest drawing's name is among the answers."""
+    """For each picture, whether the largest drawing's name is among the answers."""
     return [picture.placed[0].thing in answer for picture, answer in zip(pictures, answers, strict=True)]
 
 
 def accuracy_where(fits: Callable[[Picture], bool], pictures: Sequence[Picture], right: list[bool]) -> dict:
-    """The accuracy on some of the pictures."""
+    """The accuracy on the pictures that `fits` accepts."""
     return accuracy([ok for picture, ok in zip(pictures, right, strict=True) if fits(picture)])
 
 
 def breakdown(pictures: Sequence[Picture], right: list[bool]) -> dict:
-    """By size of the largest drawing; and, where it is large, by number of drawings."""
+    """The accuracy by size of the largest drawing and, where this is large, by number of drawings."""
     kinds = {
         "one drawing": lambda picture: len(picture.placed) == 1,
         "several things": lambda picture: not one_thing(picture),
@@ -153,33 +154,36 @@ def breakdown(pictures: Sequence[Picture], right: list[bool]) -> dict:
 
 
 def place_texts(thing) -> dict[str, str]:
-    """By place, a text that puts a thing there."""
+    """For each place, a text that says that a thing is there."""
     return {place: f"{with_article(thing.name, thing)} {words[0]}" for place, words in PLACE_WORDS.items()}
 
 
 def number_texts(thing) -> dict[int, str]:
-    """By number, a text of so many."""
+    """For each number, a text that says that there are so many."""
     return {1: f"one {thing.name}", **{number: f"{word} {thing.plural}" for number, word in NUMBERS.items()}}
 
 
 def place_in(picture: Picture) -> str | None:
-    """Where a single drawing is, if it is clearly there."""
+    """The place of a single drawing; None if it is not clearly at one of the places, or there are several drawings."""
     return place_of(picture.placed[0]) if len(picture.placed) == 1 else None
 
 
 def number_in(picture: Picture) -> int:
-    """How many drawings there are, three at most."""
+    """The number of drawings; 3 for three or more."""
     return min(3, len(picture.placed))
 
 
-def details(pictures: Sequence[Picture], images: torch.Tensor, texts_of: Callable, truth_of: Callable, embed_texts):
+def details(
+    pictures: Sequence[Picture], images: torch.Tensor, texts_of: Callable, truth_of: Callable, embed: Callable
+):
     """
-    Of the pictures of one thing, of how many the detail is told right that `truth_of(picture)` says (None: not asked),
-    out of `texts_of(thing)`; and the baseline, the most frequent one always.
+    How often the best of the texts `texts_of(thing)` is the right one, on pictures with drawings of one thing; and the
+    baseline, which always gives the most frequent answer.
 
     Args:
-        images: unit embeddings [P, D].
-        embed_texts: list of texts to unit embeddings.
+        images: unit embeddings of the pictures [P, D].
+        truth_of: a function from a picture to the right answer, or None if the picture is not used.
+        embed: a function from a list of texts to unit embeddings.
     """
     by_name = {thing.name: thing for thing in things()}
     right, truths = [], []
@@ -187,14 +191,14 @@ def details(pictures: Sequence[Picture], images: torch.Tensor, texts_of: Callabl
         truth = truth_of(picture) if one_thing(picture) else None
         if truth is not None:
             texts = texts_of(by_name[picture.placed[0].thing])
-            right.append(list(texts)[int((embed_texts(list(texts.values())) @ image).argmax())] == truth)
+            right.append(list(texts)[int((embed(list(texts.values())) @ image).argmax())] == truth)
             truths.append(truth)
     most = max(Counter(truths).values(), default=0)
     return {**accuracy(right), "most frequent": most / max(1, len(truths))}
 
 
 def photographs(material: Material, model: SiglipModel, texts: torch.Tensor, names: list[str]) -> list[dict]:
-    """The held-out photographs that show a thing: what it is, and the five best names."""
+    """For each held-out photograph that shows a thing: the thing, and the five best names."""
     unique = {photo.shows: photo for photo in material.photos if set(photo.shows) & set(names)}
     images = [photo.picture.resize((224, 224), Image.Resampling.BICUBIC) for photo in unique.values()]
     found = named(embed(model, images, "photographs"), texts, names, 5)
@@ -205,7 +209,7 @@ def photographs(material: Material, model: SiglipModel, texts: torch.Tensor, nam
 
 
 def measure(model: SiglipModel, tokenizer, material: dict[str, Material], pictures: int) -> dict:
-    """All figures, from so many held-out pictures, and half as many of the others."""
+    """All figures, from `pictures` held-out pictures and half as many of each other kind."""
     names = [thing.name for thing in things()]
     texts = {
         phrasing: embed_texts(model, tokenizer, prompts(phrasing))
@@ -269,7 +273,7 @@ def measure(model: SiglipModel, tokenizer, material: dict[str, Material], pictur
 
 
 def card_results(report: dict) -> list[EvalResult]:
-    """The figures of the card's head: top-1 and top-5 on held-out pictures, top-1 on a style never seen."""
+    """The figures in the card's metadata: top-1 and top-5 on held-out pictures, top-1 on a new style."""
     figures = {
         ("top-1 accuracy", HELD_OUT): report[HELD_OUT]["top1"],
         ("top-5 accuracy", HELD_OUT): report[HELD_OUT]["top5"],
@@ -333,7 +337,7 @@ def card_tables(report: dict) -> str:
 
 
 def write_card(checkpoint: Path, report: dict):
-    """Fill the card's tables and the figures in its head."""
+    """Write the card's tables and the figures in its metadata."""
     path = checkpoint / "README.md"
     text = fill_block(path.read_text(encoding="utf-8"), "figures", card_tables(report))
     write_whole(path, card_with_results(text, CHECKPOINT.name, card_results(report)))
@@ -341,10 +345,15 @@ def write_card(checkpoint: Path, report: dict):
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
-    pictures: Annotated[int, typer.Option(help="Number of held-out pictures; half as many of the others.")] = 1600,
+    pictures: Annotated[
+        int, typer.Option(help="Number of held-out pictures; half as many of each other kind.")
+    ] = 1600,
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "zero_shot_small.json",
-    card: Annotated[bool, typer.Option(help="Fill the card's figures.")] = True,
-    card_only: Annotated[bool, typer.Option("--card-only", help="Fill the card from the JSON file alone.")] = False,
+    card: Annotated[bool, typer.Option(help="Write the figures into the model card.")] = True,
+    card_only: Annotated[
+        bool,
+        typer.Option("--card-only", help="Measure nothing; write the figures of the JSON file into the model card."),
+    ] = False,
 ):
     """Measure, write and show."""
     if not card_only:

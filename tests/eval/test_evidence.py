@@ -291,8 +291,8 @@ def test_readmes_table_of_delays_says_what_is_looked_at():
         }
     )
     assert "| *baseline:* every 4 | 0.250 | 3.0 | 2 |  |  |" in table
-    assert "not within the frames looked at" in table and "41 frames from an event on" in table
-    assert "lower bounds" in table and "{" not in table
+    assert "events not followed in time" in table and "41 frames from an event on" in table
+    assert "lower bound" in table and "{" not in table
 
 
 def test_a_table_shows_the_defaults_and_the_controls_at_their_cost():
