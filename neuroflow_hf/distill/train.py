@@ -77,6 +77,7 @@ def distill(
     held_out: Sequence[Path] | None = None,
     base: str | None = None,
     on_step: Callable[[str, int, int, HeldOut | None], None] = lambda what, done, total, figures: None,
+    cache: Path | None = None,
 ) -> DistillResult:
     """
     Train what a mode computes on sparse frames towards the dense model's embeddings, and write the weights that were
@@ -89,11 +90,13 @@ def distill(
         videos: paths of the training videos.
         model: the dense model, in evaluation mode and float32; it is not changed.
         preprocess: its preprocessing.
-        out: folder for the result, the state, and the cached frames and embeddings of the teacher.
+        out: folder for the result and the state.
         settings: default: those of [`DistillSettings`].
         held_out: paths of videos to measure on; default: a part of `videos`.
         base: the checkpoint's name, which is written into the adapter.
         on_step: called with what is done, how much of how much, and the figures if there are new ones.
+        cache: folder for frames and the teacher's embeddings, which several distillations may share; default: `cache`
+            in `out`.
 
     Returns:
         Losses and held-out figures; the same on every process.
@@ -119,7 +122,7 @@ def distill(
             model,
             preprocess,
             settings,
-            out / "cache",
+            cache or out / "cache",
             lambda done, total: on_step("videos", done, total, None),
         )
     grid = min(clips.preprocess_at(side).patches_per_side(patch_size_of(model)) for side in clips.resolutions)

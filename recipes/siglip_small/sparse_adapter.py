@@ -9,25 +9,49 @@ footage. They lie in the recipe's cache.
 """
 
 import csv
+import dataclasses
+import shutil
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
 
 import av
 import numpy as np
+import typer
 from rich.console import Console
 
-from neuroflow_hf.distill import DistillSettings
+from neuroflow_hf.cli.progress import CommandProgress
+from neuroflow_hf.distill import DistillSettings, distill
+from neuroflow_hf.distill.measure import HeldOut
+from neuroflow_hf.distill.report import write_report
+from neuroflow_hf.loading import load_model
+from neuroflow_hf.utils.files import staging_folder
 from recipes.composed_clips import MOTIONS, frames, specify
 from recipes.recordings import RECORDINGS
 from recipes.siglip_dinov2_small.build import default_tower_dir
 from recipes.siglip_small.compose import load_material
 
+MODELS = Path(__file__).parents[2] / "models"
+CHECKPOINT, ADAPTER = MODELS / "neuroflow-siglip-small", MODELS / "neuroflow-siglip-small-sparse"
+SHIPPED_FILES = (
+    *("adapter_config.json", "adapter_model.safetensors", "sparse_adapter.json"),
+    *("README.md", "distill.json", "distill.png"),
+)
 FOOTAGE = Path(__file__).with_name("footage.csv")
 SIDE, COMPOSED_FRAMES, FRAMES_PER_SECOND = 448, 96, 30
 SPLITS = {"training": (8, 101), "held out": (2, 102)}  # clips of each motion, seed
 
-SETTINGS = DistillSettings(clip_frames=12, keyframe_ages=(4, 12))
+COMMON = {"clip_frames": 12, "keyframe_ages": (4, 12), "evaluate_every": 40}
+# What `eval/vision/headline.py` compares. The first one ships.
+VARIANTS = {
+    "reconstruct": DistillSettings(**COMMON, mode="reconstruct", summary_tokens=64),
+    "eliminate-summary": DistillSettings(**COMMON, mode="eliminate", summary_tokens=64),
+    "eliminate": DistillSettings(**COMMON, mode="eliminate", summary_tokens=0),
+    "extrapolate": DistillSettings(**COMMON, mode="extrapolate", summary_tokens=0),
+    "published": DistillSettings.published(clip_frames=12, evaluate_every=40, steps=300),
+}
+SHIPS = "reconstruct"
 
 
 def write_clips(folder: Path, console: Console) -> dict[str, list[Path]]:
@@ -70,3 +94,51 @@ def write_video(path: Path, pictures: Iterable[np.ndarray]) -> None:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
     partial.replace(path)
+
+
+def variant_folder(name: str) -> Path:
+    """Where a variant is trained; the one that ships is copied from there."""
+    return default_tower_dir().parent / "distilled" / name
+
+
+def main(
+    variant: Annotated[str, typer.Argument(help=f"One of {', '.join(VARIANTS)}.")] = SHIPS,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="the recipe's")] = None,
+):
+    """Train a variant, or go on where it was stopped, and write the one that ships to models/."""
+    if variant not in VARIANTS:
+        raise typer.BadParameter(f"{variant!r} is none of {', '.join(VARIANTS)}.")
+    console = Console(stderr=True)
+    paths = write_clips(default_tower_dir().parent / "sparse-clips", console)
+    settings = VARIANTS[variant] if steps is None else dataclasses.replace(VARIANTS[variant], steps=steps)
+    model, preprocess = load_model(CHECKPOINT)
+    folder = variant_folder(variant)
+    with CommandProgress("steps", console) as progress:
+
+        def on_step(what: str, done: int, total: int, figures: HeldOut | None) -> None:
+            progress.show(what, done, total)
+            if figures is not None:
+                console.print(f"step {done}: held-out cosine {figures.mean:.4f}, p5 {figures.p5:.4f}")
+
+        result = distill(
+            paths["training"],
+            model,
+            preprocess,
+            folder,
+            settings,
+            paths["held out"],
+            CHECKPOINT.name,
+            on_step,
+            cache=default_tower_dir().parent / "distilled" / "cache",
+        )
+    if not result.finished:
+        raise typer.Exit(130)
+    write_report(result, folder, CHECKPOINT.name, f"python -m recipes.siglip_small.sparse_adapter {variant}")
+    if variant == SHIPS:
+        with staging_folder(ADAPTER) as staged:
+            for name in SHIPPED_FILES:
+                shutil.copy(folder / name, staged)
+
+
+if __name__ == "__main__":
+    typer.run(main)
