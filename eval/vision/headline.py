@@ -1,0 +1,411 @@
+"""
+Speed and fidelity in one row: how fast is a sparse frame, and how close to dense, from 224 to 1792 pixels?
+
+    python -m eval.vision.headline                   # an hour on two idle cores; run again to continue
+    python -m eval.vision.headline --sides 224,448
+
+The small SigLIP on held-out clips: composed ones over photographs that have the pixels, and recorded ones where theirs
+suffice. Every third frame is used, the first one is a keyframe. Two activities: 3% of the patches are encoded on every
+sparse frame, or those above the threshold. Each method meets the same frames in one run, dense frames first. The
+adapters are those of `python -m recipes.siglip_small.sparse_adapter VARIANT`; variants that were not trained are left
+out. Fidelity is the cosine to the original dense model, also of the tower that was trained whole.
+
+Writes `eval/results/headline.json`, shown in `docs/results/distillation.md`.
+"""
+
+import dataclasses
+import functools
+import io
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+from eval.report import RESULTS, provenance, publish, rounded
+from neuroflow_hf.evaluation.statistics import paired_interval
+from neuroflow_hf.loading import load_text_model
+from neuroflow_hf.utils.files import write_whole
+from neuroflow_hf.utils.jobs import timed
+from neuroflow_hf.utils.provenance import checkout_commit, fingerprint, key_of, model_version
+from neuroflow_hf.utils.tables import markdown_table
+from neuroflow_hf.video.labels import embed_labels
+from neuroflow_hf.vision.adapter_files import read_adapter
+from neuroflow_hf.vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
+from recipes.composed_clips import frame, specify
+from recipes.recordings import RECORDINGS
+from recipes.siglip_dinov2_small.build import default_tower_dir
+from recipes.siglip_small.captions import prompts
+from recipes.siglip_small.compose import load_material
+from recipes.siglip_small.sources import photos, things
+from recipes.siglip_small.sparse_adapter import CHECKPOINT, VARIANTS, variant_folder
+
+STRIDE, KEYFRAME_EVERY, SKIPPED, THRESHOLD, SEED = 3, 30, 0.97, 0.02, 7
+LOCAL = ("local", "crossing", "arc", "oscillating", "several", "entering")
+# by side: motions of composed clips, names of recorded ones, frames of each
+PLAN: dict[int, tuple[tuple[str, ...], tuple[str, ...], int]] = {
+    224: ((*LOCAL, "moving camera", "noise", "compression"), ("pedestrians", "pavement", "carphone"), 30),
+    448: (("crossing", "several", "moving camera"), ("pedestrians",), 30),
+    896: (("crossing", "moving camera"), (), 6),
+    1792: (("crossing",), (), 3),
+}
+ACTIVITIES = {"97% skipped": "budget", "own activity": "threshold"}
+FULL = "published"  # the variant that is a whole tower
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    A way to encode sparse frames.
+
+    Attributes:
+        options: of the gate.
+        variant: of the recipe, whose adapter or tower is used; None for the checkpoint as it is.
+        activities: in which of ACTIVITIES it is measured.
+    """
+
+    options: dict = field(default_factory=dict)
+    variant: str | None = None
+    activities: tuple[str, ...] = tuple(ACTIVITIES)
+
+
+def summary(mode: str) -> dict:
+    """Options of a mode with summary tokens."""
+    return {"mode": mode, "summary_tokens": 64}
+
+
+METHODS = {
+    "eliminate": Method({"mode": "eliminate"}),
+    "eliminate, distilled as published": Method({"mode": "eliminate"}, FULL),
+    "eliminate, distilled by LoRA": Method({"mode": "eliminate"}, "eliminate"),
+    "eliminate with summary": Method(summary("eliminate")),
+    "eliminate with summary, distilled": Method(summary("eliminate"), "eliminate-summary"),
+    "reconstruct": Method({"mode": "reconstruct"}),
+    "reconstruct with summary": Method(summary("reconstruct")),
+    "reconstruct with summary, distilled": Method(summary("reconstruct"), "reconstruct"),
+    "context": Method({"mode": "context"}),
+    "extrapolate": Method({"mode": "extrapolate"}),
+    "extrapolate, distilled": Method({"mode": "extrapolate"}, "extrapolate"),
+    "balanced": Method({"preset": "balanced"}, None, ("own activity",)),
+    "balanced, distilled": Method({"preset": "balanced"}, "extrapolate", ("own activity",)),
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Pixel values [T, 1, 3, R, R], and the place of the right label of each frame, -1 where there is none."""
+
+    pixels: list[Tensor]
+    truth: np.ndarray
+
+
+class Bench:
+    """The checkpoint, its labels, the variants that were trained, and the clips."""
+
+    def __init__(self, console: Console):
+        self.model, self.preprocess, tokenizer = load_text_model(CHECKPOINT, device="cpu")
+        self.tower: NeuroFlowSiglipVisionModel = self.model.vision_model
+        self.labels = embed_labels(self.model, tokenizer, prompts("{}"))
+        self.names = [thing.name for thing in things()]
+        self.adapters, self.full, self.console = {}, None, console
+        for name in VARIANTS:
+            folder = variant_folder(name)
+            if name == FULL and (folder / "model.safetensors").is_file():
+                self.full = NeuroFlowSiglipVisionModel.from_pretrained(folder).eval()
+            elif (folder / "sparse_adapter.json").is_file():
+                self.adapters[name] = read_adapter(folder, self.tower)
+
+    @functools.cached_property
+    def material(self):
+        """Held-out drawings, and photographs that show no thing, in their own resolution."""
+        held_out = load_material()["held out"]
+        grounds = [photo for photo in photos(longest=4096) if photo.held_out and photo.empty]
+        large = [photo for photo in grounds if min(photo.picture.size) >= 1800]
+        return dataclasses.replace(held_out, grounds=large)
+
+    def clip(self, side: int, name: str, count: int) -> Clip:
+        """A composed or recorded clip at a side."""
+        preprocess = dataclasses.replace(self.preprocess, resolution=side)
+        recorded = {footage.name: footage for footage in RECORDINGS}
+        if name in recorded:
+            images = list(recorded[name].load(default_tower_dir().parent, self.console).frames())[: count * STRIDE]
+            pixels = [preprocess(image) for image in images[::STRIDE]]
+            return Clip(pixels, np.full(len(pixels), -1))
+        spec = specify(self.material, name, 0, frames=max(16, count * STRIDE), seed=SEED, side=side)
+        shown = [frame(spec, number * STRIDE) for number in range(count)]
+        truth = [-1 if what.label is None else self.names.index(what.label) for _, what in shown]
+        return Clip([preprocess(image) for image, _ in shown], np.array(truth))
+
+    def tower_of(self, method: Method) -> NeuroFlowSiglipVisionModel | None:
+        """The tower of a method, with its adapter; None if it was not trained."""
+        if method.variant == FULL:
+            return self.full
+        if method.variant is not None and method.variant not in self.adapters:
+            return None
+        self.tower.sparse_adapter = self.adapters.get(method.variant)
+        return self.tower
+
+
+# --- what one clip gives ---------------------------------------------------------------------------------------------
+
+
+def measure_clip(bench: Bench, clip: Clip, side: int) -> dict[str, np.ndarray]:
+    """
+    Arrays by `METHOD|ACTIVITY|WHAT`: `embeddings` [T, D], `ms` [T], `cost` [T]. Dense, architecture D and pruning have
+    no activity, or that of the masks they were given.
+    """
+    interpolate = {"interpolate_pos_encoding": side != bench.tower.config.image_size}
+    found: dict[str, np.ndarray] = {"truth": clip.truth}
+
+    def keep(name: str, activity: str, rows: list[tuple[Tensor, float, float]]):
+        embeddings, milliseconds, costs = zip(*rows, strict=True)
+        found[f"{name}|{activity}|embeddings"] = torch.stack(embeddings).squeeze(1).numpy()
+        found[f"{name}|{activity}|ms"], found[f"{name}|{activity}|cost"] = np.array(milliseconds), np.array(costs)
+
+    def dense(tower: nn.Module) -> list[tuple[Tensor, float, float]]:
+        rows = (timed(lambda: tower(pixels, **interpolate).pooler_output, pixels.device) for pixels in clip.pixels)  # noqa: B023
+        return [(output, milliseconds, 1.0) for output, milliseconds in rows]
+
+    bench.tower.sparse_adapter = None
+    keep("dense", "", dense(bench.tower))
+    if bench.full is not None and side <= 448:
+        keep(f"dense of {FULL}", "", dense(bench.full))
+    num_patches, states, masks = (side // bench.tower.config.patch_size) ** 2, {}, []
+    for activity, rule in ACTIVITIES.items():
+        limit = {"token_budget": math.ceil((1 - SKIPPED) * num_patches)} if rule == "budget" else {}
+        for name, method in METHODS.items():
+            tower = bench.tower_of(method)
+            if tower is None or activity not in method.activities:
+                continue
+            options = (
+                method.options if "preset" in method.options else {"threshold": THRESHOLD, **limit, **method.options}
+            )
+            stream, rows = tower.new_stream(**options), []
+            kept = (tower is bench.full, stream.gate.mode, stream.gate.summary_tokens, "preset" in method.options)
+            for number, pixels in enumerate(clip.pixels):
+                if number == 0 and kept in states:  # a keyframe is the same with an adapter and without
+                    state, output = states[kept]
+                    stream.load_state_dict(state)
+                    rows.append((output, math.nan, 1.0))
+                    continue
+                output, milliseconds = timed(lambda: tower(pixels, **interpolate, stream=stream), pixels.device)  # noqa: B023
+                rows.append((output.pooler_output, milliseconds, output.cost.item()))
+                if number == 0:
+                    states[kept] = stream.state_dict(), output.pooler_output
+                elif name == "context" and rule == "budget":
+                    masks.append(output.active_mask.flatten())
+            keep(name, activity, rows)
+    bench.tower.sparse_adapter = None
+    for name, encode in (("first half dense (D)", half_dense), ("pruned by attention", pruned)):
+        masks_of = [torch.ones(num_patches, dtype=torch.bool), *masks]
+        rows = []
+        for pixels, mask in zip(clip.pixels, masks_of, strict=True):
+            call: Callable[[], Tensor] = functools.partial(encode, bench.tower, pixels, mask, side)
+            output, milliseconds = timed(call, pixels.device)
+            rows.append((output, milliseconds, math.nan))
+        keep(name, "97% skipped", rows)
+    return found
+
+
+def embed(tower: NeuroFlowSiglipVisionModel, pixels: Tensor, side: int) -> Tensor:
+    """Patch embeddings with positions [1, N, D]."""
+    return tower.embeddings(pixels, interpolate_pos_encoding=side != tower.config.image_size)
+
+
+def half_dense(tower: NeuroFlowSiglipVisionModel, pixels: Tensor, active: Tensor, side: int) -> Tensor:
+    """Architecture D of the paper: half of the layers over all patches, the others over active ones alone: [1, D]."""
+    hidden, layers = embed(tower, pixels, side), list(tower.encoder.layers)
+    for number, layer in enumerate(layers):
+        if number == len(layers) // 2:
+            hidden = hidden[:, active]
+        hidden = layer(hidden)
+    return tower.head(tower.post_layernorm(hidden))
+
+
+def pruned(tower: NeuroFlowSiglipVisionModel, pixels: Tensor, active: Tensor, side: int) -> Tensor:
+    """
+    A baseline in the manner of DynamicViT (Rao et al., 2021), without its training and without a video: after a
+    quarter, a half and three quarters of the layers, the 70% of the patches stay that the pooling head's probe attends
+    to most: [1, D].
+    """
+    hidden, layers = embed(tower, pixels, side), list(tower.encoder.layers)
+    for number, layer in enumerate(layers):
+        if number and number % (len(layers) // 4) == 0:
+            normed = tower.post_layernorm(hidden)
+            weights = tower.head.attention(tower.head.probe, normed, normed)[1][0, 0]
+            hidden = hidden[:, weights.topk(round(0.7 * len(weights))).indices]
+        hidden = layer(hidden)
+    return tower.head(tower.post_layernorm(hidden))
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def cosines(embeddings: np.ndarray, dense: np.ndarray) -> np.ndarray:
+    """The cosine of each row [T, D] to dense: [T]."""
+    ours, theirs = (torch.from_numpy(array).double() for array in (embeddings, dense))
+    return torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).numpy()
+
+
+def held(dense: np.ndarray, every: int) -> np.ndarray:
+    """Dense embeddings [T, D] of which every `every`-th is computed and repeated."""
+    places = np.arange(len(dense))
+    return dense[places - places % every]
+
+
+def rows_of(bench: Bench, side: int, measured: list[dict[str, np.ndarray]]) -> Iterator[dict]:
+    """A row for each method and activity at a side; figures are of sparse frames."""
+    dense_ms = statistics.median(value for clip in measured for value in clip["dense||ms"])
+    sparse = [slice(1, None)] * len(measured)
+
+    def figures(name: str, activity: str, embeddings: list[np.ndarray], ms: float | None, cost: float | None) -> dict:
+        found = [
+            cosines(ours[1:], clip["dense||embeddings"][1:]) for ours, clip in zip(embeddings, measured, strict=True)
+        ]
+        per_frame = None if cost is None else 1 / KEYFRAME_EVERY + (1 - 1 / KEYFRAME_EVERY) * cost
+        row = {
+            "side": side,
+            "method": name,
+            "activity": activity,
+            "frames": sum(map(len, found)),
+            "sparse_cost": cost,
+            "cost": per_frame,
+            "ms": ms,
+            "speed_up": None if not ms else dense_ms / ms,
+            "mean": float(np.concatenate(found).mean()),
+            "p5": float(np.quantile(np.concatenate(found), 0.05)),
+            "top1": top1(bench, embeddings, measured),
+        }
+        every = None if not per_frame else math.floor(1 / per_frame)
+        if every is not None and every < min(len(clip["truth"]) for clip in measured):
+            holds = [
+                cosines(held(clip["dense||embeddings"], every), clip["dense||embeddings"])[1:] for clip in measured
+            ]
+            above = paired_interval([item.mean() for item in found], [item.mean() for item in holds])
+            row |= {
+                "hold_every": every,
+                "hold_mean": float(np.concatenate(holds).mean()),
+                "hold_p5": float(np.quantile(np.concatenate(holds), 0.05)),
+                "above_hold": None if above is None else list(above),
+            }
+        return row
+
+    every_dense = [clip["dense||embeddings"] for clip in measured]
+    yield figures("dense", "", every_dense, dense_ms, 1.0)
+    yield figures("keyframe repeated", "", [held(array, len(array)) for array in every_dense], None, 0.0)
+    names = {tuple(key.split("|")[:2]) for clip in measured for key in clip if "|" in key} - {("dense", "")}
+    order = [f"dense of {FULL}", *METHODS]
+    for name, activity in sorted(names, key=lambda pair: (pair[1], order.index(pair[0]) if pair[0] in order else 99)):
+        if any(f"{name}|{activity}|ms" not in clip for clip in measured):
+            continue
+        parts = {
+            what: [clip[f"{name}|{activity}|{what}"] for clip in measured] for what in ("embeddings", "ms", "cost")
+        }
+        ms = float(np.median(np.concatenate([part[places] for part, places in zip(parts["ms"], sparse, strict=True)])))
+        cost = float(np.concatenate([part[1:] for part in parts["cost"]]).mean())
+        yield figures(name, activity, parts["embeddings"], ms, None if math.isnan(cost) else cost)
+
+
+def top1(bench: Bench, embeddings: list[np.ndarray], measured: list[dict[str, np.ndarray]]) -> float | None:
+    """The share of sparse frames that show a thing whose label is the best one."""
+    right, count = 0, 0
+    for ours, clip in zip(embeddings, measured, strict=True):
+        shown = clip["truth"] >= 0
+        shown[0] = False
+        if shown.any():
+            best = bench.labels.logits(torch.from_numpy(ours[shown])).argmax(-1).numpy()
+            right, count = right + int((best == clip["truth"][shown]).sum()), count + int(shown.sum())
+    return right / count if count else None
+
+
+COLUMNS = [
+    "side",
+    "method",
+    "skipped",
+    "cost of a sparse frame",
+    "ms",
+    "speed-up",
+    "mean",
+    "p5",
+    "top-1",
+    "hold at equal cost",
+]
+
+
+def headline_table(report: dict, sides: list[int] | None = None) -> str:
+    """The rows of a report in Markdown."""
+    lines = []
+    for row in report["rows"]:
+        if sides is not None and row["side"] not in sides:
+            continue
+        held_figures = f"{row['hold_mean']:.4f} / {row['hold_p5']:.4f}" if "hold_mean" in row else "-"
+        shown = {"97% skipped": "97%", "own activity": "own"}.get(row["activity"], "-")
+        lines.append(
+            [
+                str(row["side"]),
+                row["method"],
+                shown,
+                "-" if row["sparse_cost"] is None else f"{row['sparse_cost']:.3f}",
+                "-" if row["ms"] is None else f"{row['ms']:.0f}",
+                "-" if row["speed_up"] is None else f"{row['speed_up']:.1f}x",
+                f"{row['mean']:.4f}",
+                f"{row['p5']:.4f}",
+                "-" if row["top1"] is None else f"{row['top1']:.1%}",
+                held_figures,
+            ]
+        )
+    return markdown_table((COLUMNS, lines))
+
+
+def main(
+    sides: Annotated[
+        str, typer.Option(help="Sides of the frames in pixels, separated by commas.")
+    ] = "224,448,896,1792",
+    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "headline.json",
+):
+    """Measure what is missing, and write and show the report."""
+    console = Console(stderr=True)
+    bench, rows = Bench(console), []
+    weights = key_of(
+        tower=fingerprint(bench.tower),
+        variants={name: fingerprint(adapter) for name, adapter in bench.adapters.items()},
+        full=None if bench.full is None else fingerprint(bench.full),
+        code=model_version(),
+        methods={name: dataclasses.asdict(method) for name, method in METHODS.items()},
+    )
+    folder = default_tower_dir().parent / "eval" / "headline"
+    for side in map(int, sides.split(",")):
+        motions, recorded, count = PLAN[side]
+        measured = []
+        for name in (*motions, *recorded):
+            path = folder / f"{side}-{name.replace(' ', '-')}-{count}-{weights}.npz"
+            if not path.is_file():
+                console.print(f"{side} px: {name}")
+                buffer = io.BytesIO()
+                with torch.inference_mode():
+                    np.savez(buffer, **measure_clip(bench, bench.clip(side, name, count), side))
+                write_whole(path, buffer.getvalue())
+            with np.load(path, allow_pickle=False) as stored:
+                measured.append(dict(stored))
+        rows += rows_of(bench, side, measured)
+    report = {
+        **provenance(),
+        "commit": checkout_commit(),
+        "checkpoint": CHECKPOINT.name,
+        "keyframe_every": KEYFRAME_EVERY,
+        "stride": STRIDE,
+        "clips": {str(side): [*PLAN[side][0], *PLAN[side][1]] for side in map(int, sides.split(","))},
+        "rows": rounded(rows),
+    }
+    publish(output, report, headline_table(report))
+
+
+if __name__ == "__main__":
+    typer.run(main)
