@@ -236,8 +236,9 @@ def pruned(tower: NeuroFlowSiglipVisionModel, pixels: Tensor, active: Tensor, si
     to most: [1, D].
     """
     hidden, layers = embed(tower, pixels, side), list(tower.encoder.layers)
+    stages = {len(layers) * quarter // 4 for quarter in (1, 2, 3)}
     for number, layer in enumerate(layers):
-        if number and number % (len(layers) // 4) == 0:
+        if number in stages:
             normed = tower.post_layernorm(hidden)
             weights = tower.head.attention(tower.head.probe, normed, normed)[1][0, 0]
             hidden = hidden[:, weights.topk(round(0.7 * len(weights))).indices]

@@ -10,7 +10,7 @@ from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .clips import ClipSet, needs_interpolation, patch_size_of
 from .losses import cosines
 
-MEASURED_SHARE = 0.08  # of the patches, encoded on a sparse frame
+MEASURED_SHARE = 0.05  # of the patches, encoded on a sparse frame
 
 
 @dataclass(frozen=True)
