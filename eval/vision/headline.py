@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ PLAN: dict[int, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     1792: (("crossing",), (), 3),
 }
 ACTIVITIES = {"97% skipped": "budget", "own activity": "threshold"}
+ORACLE = "dense outputs of the active patches (bound)"
 FULL = "published"  # the variant that is a whole tower
 
 
@@ -158,8 +159,8 @@ class Bench:
 
 def measure_clip(bench: Bench, clip: Clip, side: int) -> dict[str, np.ndarray]:
     """
-    Arrays by `METHOD|ACTIVITY|WHAT`: `embeddings` [T, D], `ms` [T], `cost` [T]. Dense, architecture D and pruning have
-    no activity, or that of the masks they were given.
+    Arrays by `METHOD|ACTIVITY|WHAT`: `embeddings` [T, D], `ms` [T], `cost` [T]. ORACLE is the bound of all modes that
+    pool what is stored of the patches: it takes the active ones out of the dense model's output.
     """
     interpolate = {"interpolate_pos_encoding": side != bench.tower.config.image_size}
     found: dict[str, np.ndarray] = {"truth": clip.truth}
@@ -169,14 +170,14 @@ def measure_clip(bench: Bench, clip: Clip, side: int) -> dict[str, np.ndarray]:
         found[f"{name}|{activity}|embeddings"] = torch.stack(embeddings).squeeze(1).numpy()
         found[f"{name}|{activity}|ms"], found[f"{name}|{activity}|cost"] = np.array(milliseconds), np.array(costs)
 
-    def dense(tower: nn.Module) -> list[tuple[Tensor, float, float]]:
-        rows = (timed(lambda: tower(pixels, **interpolate).pooler_output, pixels.device) for pixels in clip.pixels)  # noqa: B023
-        return [(output, milliseconds, 1.0) for output, milliseconds in rows]
+    def dense(tower: nn.Module) -> list[tuple[Any, float]]:
+        return [timed(lambda: tower(pixels, **interpolate), pixels.device) for pixels in clip.pixels]  # noqa: B023
 
     bench.tower.sparse_adapter = None
-    keep("dense", "", dense(bench.tower))
+    outputs = dense(bench.tower)
+    keep("dense", "", [(output.pooler_output, ms, 1.0) for output, ms in outputs])
     if bench.full is not None and side <= 448:
-        keep(f"dense of {FULL}", "", dense(bench.full))
+        keep(f"dense of {FULL}", "", [(output.pooler_output, ms, 1.0) for output, ms in dense(bench.full)])
     num_patches, states, masks = (side // bench.tower.config.patch_size) ** 2, {}, []
     for activity, rule in ACTIVITIES.items():
         limit = {"token_budget": math.ceil((1 - SKIPPED) * num_patches)} if rule == "budget" else {}
@@ -203,6 +204,11 @@ def measure_clip(bench: Bench, clip: Clip, side: int) -> dict[str, np.ndarray]:
                     masks.append(output.active_mask.flatten())
             keep(name, activity, rows)
     bench.tower.sparse_adapter = None
+    stored, rows = outputs[0][0].last_hidden_state.clone(), [(outputs[0][0].pooler_output, math.nan, math.nan)]
+    for (output, _), mask in zip(outputs[1:], masks, strict=True):
+        stored[:, mask] = output.last_hidden_state[:, mask]
+        rows.append((bench.tower.head(stored), math.nan, math.nan))
+    keep(ORACLE, "97% skipped", rows)
     for name, encode in (("first half dense (D)", half_dense), ("pruned by attention", pruned)):
         masks_of = [torch.ones(num_patches, dtype=torch.bool), *masks]
         rows = []
@@ -264,7 +270,6 @@ def held(dense: np.ndarray, every: int) -> np.ndarray:
 def rows_of(bench: Bench, side: int, measured: list[dict[str, np.ndarray]]) -> Iterator[dict]:
     """A row for each method and activity at a side; figures are of sparse frames."""
     dense_ms = statistics.median(value for clip in measured for value in clip["dense||ms"])
-    sparse = [slice(1, None)] * len(measured)
 
     def figures(name: str, activity: str, embeddings: list[np.ndarray], ms: float | None, cost: float | None) -> dict:
         found = [
@@ -309,9 +314,11 @@ def rows_of(bench: Bench, side: int, measured: list[dict[str, np.ndarray]]) -> I
         parts = {
             what: [clip[f"{name}|{activity}|{what}"] for clip in measured] for what in ("embeddings", "ms", "cost")
         }
-        ms = float(np.median(np.concatenate([part[places] for part, places in zip(parts["ms"], sparse, strict=True)])))
+        ms = float(np.median(np.concatenate([part[1:] for part in parts["ms"]])))
         cost = float(np.concatenate([part[1:] for part in parts["cost"]]).mean())
-        yield figures(name, activity, parts["embeddings"], ms, None if math.isnan(cost) else cost)
+        yield figures(
+            name, activity, parts["embeddings"], None if math.isnan(ms) else ms, None if math.isnan(cost) else cost
+        )
 
 
 def top1(bench: Bench, embeddings: list[np.ndarray], measured: list[dict[str, np.ndarray]]) -> float | None:

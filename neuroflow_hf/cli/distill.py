@@ -43,7 +43,7 @@ def distill(
     ] = "q_proj,k_proj,v_proj,out_proj,fc1,fc2",
     steps: Annotated[int | None, option("Optimizer steps.", default="600", panel=TRAINING)] = None,
     learning_rate: Annotated[
-        float | None, option("Largest learning rate.", default="0.0005; full: 3e-05", panel=TRAINING)
+        float | None, option("Largest learning rate.", default="0.0002; full: 3e-05", panel=TRAINING)
     ] = None,
     batch: Annotated[
         int | None, option("Clips encoded together.", metavar="N", default="4; full: 1", panel=TRAINING)

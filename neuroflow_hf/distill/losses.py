@@ -1,5 +1,6 @@
 """What a student's output costs it. All are means, and 0 where it equals the teacher's."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,6 +12,15 @@ def embedding_loss(student: Tensor, teacher: Tensor, mse: float, cosine: float) 
     """
     distance = 1 - F.cosine_similarity(student, teacher, dim=-1)
     return mse * F.mse_loss(student, teacher) + cosine * distance.mean()
+
+
+def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """
+    The angle between embeddings [B, D], in radians, averaged: a scalar. Its gradient has the same size for near and
+    far embeddings, so that clips in which everything changes do not outweigh the others, as in squared errors.
+    """
+    cosine = F.cosine_similarity(student, teacher, dim=-1)
+    return torch.acos(cosine.clamp(-1 + 1e-5, 1 - 1e-5)).mean()
 
 
 def patch_loss(student: Tensor, teacher: Tensor, active: Tensor) -> Tensor:
@@ -33,4 +43,4 @@ def cosines(student: Tensor, teacher: Tensor) -> Tensor:
     return F.cosine_similarity(student.detach().double(), teacher.double(), dim=-1)
 
 
-__all__ = ["cosines", "embedding_loss", "patch_loss", "relation_loss"]
+__all__ = ["angle_loss", "cosines", "embedding_loss", "patch_loss", "relation_loss"]

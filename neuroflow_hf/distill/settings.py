@@ -39,10 +39,10 @@ class DistillSettings:
         batch (`int`, defaults to 4): B, the clips that are encoded together. They share what is drawn.
         accumulate (`int`, defaults to 1): the batches of one optimizer step; a multiple of the number of processes.
         steps (`int`, defaults to 600): optimizer steps.
-        learning_rate (`float`, defaults to 5e-4): its largest value; it rises over the first twentieth of the steps
+        learning_rate (`float`, defaults to 2e-4): its largest value; it rises over the first twentieth of the steps
             and falls to 0 as a cosine. Constant in the paper's recipe.
         weight_decay (`float`, defaults to 0.0): of AdamW.
-        mse, cosine, patches, relations: weights of the losses, see `losses.py`.
+        angle, mse, cosine, patches, relations: weights of the losses, see `losses.py`.
         evaluate_every (`int`, defaults to 50): steps between measurements on held-out clips.
         checkpoint_seconds (`float`, defaults to 120): time between checkpoints.
         seed (`int`, defaults to 0): of everything that is drawn.
@@ -66,10 +66,11 @@ class DistillSettings:
     batch: int = 4
     accumulate: int = 1
     steps: int = 600
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
     weight_decay: float = 0.0
-    mse: float = 1.0
-    cosine: float = 0.5
+    angle: float = 1.0
+    mse: float = 0.0
+    cosine: float = 0.0
     patches: float = 0.0
     relations: float = 0.0
     evaluate_every: int = 50
@@ -110,6 +111,9 @@ class DistillSettings:
             "keyframe_ages": (10_000, 10_000),
             "most_active": 1.0,
             "batch": 1,
+            "angle": 0.0,
+            "mse": 1.0,
+            "cosine": 0.5,
             "learning_rate": 3e-5,
             "weight_decay": 0.01,
         }

@@ -21,7 +21,7 @@ from ..video.preprocess import Preprocessor
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .clips import Batch, ClipSet, needs_interpolation, patch_size_of
-from .losses import embedding_loss, patch_loss, relation_loss
+from .losses import angle_loss, embedding_loss, patch_loss, relation_loss
 from .measure import HeldOut, given, measure
 from .settings import DistillSettings
 from .student import Student
@@ -240,6 +240,8 @@ def clip_losses(
             continue
         teacher = batch.teacher[number].to(model.device)
         loss = embedding_loss(output.pooler_output, teacher, settings.mse, settings.cosine)
+        if settings.angle:
+            loss = loss + settings.angle * angle_loss(output.pooler_output, teacher)
         if settings.patches and batch.patches is not None:
             active, wanted = output.active_mask.flatten(1), batch.patches[number].to(model.device)
             loss = loss + settings.patches * patch_loss(output.last_hidden_state, wanted, active)

@@ -16,7 +16,7 @@ import neuroflow_hf.distill.train as loop
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.distill import DistillSettings, distill
 from neuroflow_hf.distill.clips import Clip, ClipSet, split_clips
-from neuroflow_hf.distill.losses import cosines, embedding_loss, patch_loss, relation_loss
+from neuroflow_hf.distill.losses import angle_loss, cosines, embedding_loss, patch_loss, relation_loss
 from neuroflow_hf.distill.report import write_report
 from neuroflow_hf.video.preprocess import Preprocessor
 from tests.cli.test_run import write_clip
@@ -62,7 +62,9 @@ def test_sparse_frames_come_closer_to_dense_and_the_model_stays(vision, videos, 
 
 
 def test_what_is_written_is_what_was_measured(vision, videos, tmp_path):
-    result = run(vision, videos, tmp_path)
+    wild = dataclasses.replace(TINY, learning_rate=3.0, evaluate_every=1)
+    result = run(vision, videos, tmp_path, wild)
+    assert result.best_step < wild.steps  # such steps lead away again
     vision.save_pretrained(tmp_path / "base")
     loaded = NeuroFlowSiglipVisionModel.from_pretrained(tmp_path / "base", sparse_adapter=tmp_path)
     clips = ClipSet(videos, None, vision, PREPROCESS, TINY, tmp_path / "cache")
@@ -215,6 +217,8 @@ def test_losses_are_0_at_the_teacher_and_above_elsewhere():
     assert embedding_loss(teacher, teacher, 1, 0.5).abs() < 1e-12 and relation_loss(teacher, teacher).abs() < 1e-12
     expected = (away - teacher).square().mean() + 0.5 * (1 - cosines(away, teacher)).mean()
     torch.testing.assert_close(embedding_loss(away, teacher, 1, 0.5), expected)
+    assert angle_loss(2 * teacher, teacher) < 0.01 < angle_loss(away, teacher)
+    torch.testing.assert_close(angle_loss(away, teacher), cosines(away, teacher).acos().mean())
     assert relation_loss(2 * teacher, teacher).abs() < 1e-12 < relation_loss(away, teacher)
     changed = torch.where(active.unsqueeze(-1), patches, torch.randn_like(patches))
     assert patch_loss(changed, patches, active).abs() < 1e-12 < patch_loss(changed, patches, ~active)

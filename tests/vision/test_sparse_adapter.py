@@ -74,20 +74,22 @@ def test_only_its_targets_are_changed(vision, targets):
     assert {name for changes in adapter.layers for name in changes} == set(targets)
 
 
-def test_it_is_counted(vision):
-    adapted, frames = with_adapter(vision), random_video(2)
-    costs = [
-        play(model, frames, stream)[1].cost.item()
+@pytest.mark.parametrize("mode", DISTILLABLE_MODES)
+def test_it_is_counted(vision, mode):
+    adapted, frames = with_adapter(vision, mode), random_video(2)
+    ours, theirs = (
+        play(model, frames, stream)[1]
         for model, stream in (
-            (adapted, adapted.new_stream(token_budget=9)),
-            (vision, vision.new_stream(mode="reconstruct", token_budget=9, **OPTIONS["reconstruct"])),
+            (adapted, adapted.new_stream(token_budget=8)),
+            (vision, vision.new_stream(mode=mode, token_budget=8, **OPTIONS[mode])),
         )
-    ]
+    )
     weights = sum(parameter.numel() for parameter in adapted.sparse_adapter.parameters())
     dim, inner, layers = 32, 64, 3
     per_layer = 4 * dim * dim + 2 * NUM_PATCHES * dim + 2 * dim * inner
     dense = NUM_PATCHES * (layers * per_layer + 48 * dim)
-    assert costs[0] - costs[1] == pytest.approx(9 * weights / dense, rel=0.2)  # of dense, without the head
+    active = ours.active_mask.sum().item()
+    assert (ours.cost - theirs.cost).item() == pytest.approx(active * weights / dense, rel=0.2)  # without the head
 
 
 def test_streams_start_from_its_options_and_others_are_refused(vision):
