@@ -205,7 +205,8 @@ def bootstrap_interval(
     if not len(rows):
         return None
     table = np.array(sorted(map(tuple, rows)), dtype=np.float64)
-    times = np.apply_along_axis(np.bincount, 1, resamples(len(table), samples, seed), minlength=len(table))
+    drawn = resamples(len(table), samples, seed) + len(table) * np.arange(samples)[:, None]  # each sample counts apart
+    times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
     with np.errstate(all="ignore"):
         return middle(statistic(times @ table), level)
 
