@@ -243,10 +243,10 @@ def load_preprocess(source: str | Path, resolution: int | None) -> Preprocessor:
         ) from error
 
 
-def load_tokenizer(source: str | Path) -> Any:
+def load_tokenizer(source: str | Path, tokenizer_class: type = AutoTokenizer) -> Any:
     """The tokenizer in `source`; ModelLoadError if there is none that can be used."""
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return tokenizer_class.from_pretrained(source)
     except Exception as error:  # damaged files raise all kinds of errors, and missing packages ImportError
         raise ModelLoadError(
             f"Cannot load a tokenizer from {source}: {one_line(error)} Save one beside the model: "

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from ..language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
@@ -90,11 +90,23 @@ def load_llama(
         phi3_config(LlamaConfig.from_dict(settings))
     except ValueError as error:
         raise ModelLoadError(f"Cannot convert {source}: {one_line(error)}") from error
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer_as_stored(source)
     on_step("Reading weights", 0, None)
     model, missing = read_model(LlamaForCausalLM, "Llama", source, "auto" if dtype is None else dtype)
     require_weights("Llama", source, missing)
     return model, tokenizer
+
+
+def load_tokenizer_as_stored(source: str | Path) -> Any:
+    """
+    The tokenizer that splits texts as its `tokenizer.json` says, which some classes of transformers 5 ignore, such as
+    `GPT2Tokenizer` (https://github.com/huggingface/transformers/issues/45920). ModelLoadError if there is none.
+    """
+    try:
+        cached_file(source, "tokenizer.json")
+    except OSError:
+        return load_tokenizer(source)
+    return load_tokenizer(source, PreTrainedTokenizerFast)
 
 
 def gguf_in(source: str | Path, name: str) -> Path:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from neuroflow_hf.conversion.checkpoint import convert
+from neuroflow_hf.conversion.gguf_file import read_gguf
 from neuroflow_hf.loading import ModelLoadError, load_language_model
 from tests.cli.test_run import assert_clean_error, call
 from tests.gguf_files import make_gguf_llama, write_gguf
@@ -44,6 +45,18 @@ def test_a_checkpoint_is_converted_with_its_tokenizer(llama_folder, tmp_path):
     assert tokenizer("hello")["input_ids"] == AutoTokenizer.from_pretrained(llama_folder)("hello")["input_ids"]
     result = call("generate", "hello", "--model", out, "--max-new-tokens", 4)
     assert result.exit_code == 0, result.output
+
+
+def test_texts_are_split_as_the_tokenizers_file_says(llama_folder, tmp_path):
+    _, tokenizer = read_gguf(write_gguf(tmp_path / "model.gguf", make_gguf_llama()))
+    tokenizer.save_pretrained(llama_folder)
+    path = llama_folder / "tokenizer_config.json"  # as SmolLM2's repository has it; this class splits as GPT-2
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}))
+    convert(llama_folder, tmp_path / "ours")
+    again = load_language_model(tmp_path / "ours")[1]
+    assert again("\n  12 the")["input_ids"] == tokenizer("\n  12 the")["input_ids"]
+    assert again.chat_template == tokenizer.chat_template and again.eos_token == tokenizer.eos_token
+    assert again.model_max_length == tokenizer.model_max_length
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
