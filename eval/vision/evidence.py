@@ -26,10 +26,10 @@ from neuroflow_hf.evaluation.methods import MethodSpec
 from neuroflow_hf.evaluation.settings import (
     DENSE,
     FIRST,
-    hold_controls,
+    hold_baselines,
     mode_methods,
     preset_methods,
-    smaller_controls,
+    smaller_baselines,
 )
 from neuroflow_hf.evaluation.statistics import Interval, middle, resamples
 from neuroflow_hf.loading import load_text_model
@@ -86,7 +86,7 @@ class Plan:
         """
         few = self.quick or self.few_settings
         modes = [spec for spec in mode_methods(few) if not (self.quick and spec.options["mode"] in SLOW_MODES)]
-        controls = [FIRST, *hold_controls(few=self.quick), *smaller_controls(model, few)]
+        controls = [FIRST, *hold_baselines(few=self.quick), *smaller_baselines(model, few)]
         return chosen([DENSE, *preset_methods(), *modes, *controls], self.methods)
 
 

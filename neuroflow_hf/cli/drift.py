@@ -137,7 +137,7 @@ def write_drift(report: dict, paths: dict[str, Path], published: Sequence[dict] 
     from ..drift.plots import plot_drift, plot_reachable
     from ..drift.tables import drift_markdown
     from ..utils.files import write_whole
-    from ..video.plots import save_plot
+    from ..utils.plots import save_plot
 
     write_whole(paths["table"], drift_markdown(report))
     save_plot(plot_drift(report, published), paths["plot"])

@@ -127,7 +127,7 @@ def write_evaluation(report: dict, out: Path, existing_card: str | None, card: b
     from ..evaluation.plots import plot_accuracy, plot_fidelity
     from ..evaluation.report import card_markdown, report_markdown
     from ..utils.files import report_text, write_whole
-    from ..video.plots import save_plot
+    from ..utils.plots import save_plot
 
     plots = {"fidelity_over_cost.png": plot_fidelity}
     if report["labels"]["names"]:

@@ -44,8 +44,8 @@ def tune(
     """
     with one_line_errors(debug, nothing_done="nothing was written."):
         from ..evaluation.points import Requirement
-        from ..evaluation.tuning import checkpoint_config, tune_video, write_tuning
-        from ..evaluation.tuning_report import figure_words, next_steps
+        from ..evaluation.tuning import tune_video
+        from ..evaluation.tuning_report import checkpoint_config, figure_words, next_steps, write_tuning
         from ..loading import default_model, dtype_named, load_model, usable_device
         from ..utils.files import prepare_folder
         from ..video.reader import VideoReader, bundled_clip
@@ -77,7 +77,7 @@ def tune(
             typer.echo(line)
     print_written(out, (file.name for file in files))
     if result.note:
-        typer.echo(f"The video broke off: {result.note}. What was read before counts.", err=True)
+        typer.echo(f"The video broke off: {result.note}. The frames before count.", err=True)
     if result.status == "interrupted":
         typer.echo(f"Stopped by Ctrl-C; {len(result.points)} settings were measured before.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ..video.plots import CONTROL_HELD, FAMILY_COLOURS
+from ..evaluation.statistics import zero_failure_bound
+from ..utils.plots import BASELINE_HELD, DARK, FAMILY_COLOURS, legend_below, tidy, titled_figure
 from .grid import LAST, PUBLISHED_RATE
 from .metrics import beyond_rounding, rate_of
 from .tables import tasks_of
 
-PUBLISHED_COLOUR = "#111827"
 NOISE_LINES = {"batch": (0, (1, 2)), "dtype": (0, (5, 1))}
 
 
@@ -27,7 +27,7 @@ def style_of(entries: list[dict]) -> dict:
     first = entries[0]
     kinds = ["attention", "mlp", "block", "guarded", "inverted"]
     kind = "guarded" if first["guarded"] else "inverted" if first["inverted"] else first["options"]["target"]
-    colour = CONTROL_HELD if kind == "inverted" else FAMILY_COLOURS[kinds.index(kind)]
+    colour = BASELINE_HELD if kind == "inverted" else FAMILY_COLOURS[kinds.index(kind)]
     dashed = {"linestyle": (0, (4, 2)), "marker": "s"} if first["pair"] == LAST else {"marker": "o"}
     return {"color": colour, "linewidth": 1.5, "markersize": 4.5, **dashed}
 
@@ -40,14 +40,10 @@ def plot_drift(report: dict, published: Sequence[dict[str, float]] = ()) -> Figu
     Args:
         report: of `DriftEvaluation`.
         published: published drifts to mark, by task.
-
-    Returns:
-        A figure outside pyplot, which need not be closed.
     """
     tasks = tasks_of(report)
-    figure = Figure(figsize=(4.2 * len(tasks) + 1, 5.4), layout="constrained")
+    figure = titled_figure("Token drift by share of steps bypassed", 4.2 * len(tasks) + 1, 5.4)
     panels = figure.subplots(1, len(tasks), sharex=True, sharey=True, squeeze=False)[0]
-    figure.suptitle("Token drift by share of steps bypassed", x=0.01, ha="left", fontsize=12, fontweight="bold")
     for panel, task in zip(panels, tasks, strict=True):
         for name, entries in families(report).items():
             points = sorted((rate_of(entry, task), entry["tasks"][task]["drift"]) for entry in entries)
@@ -57,16 +53,15 @@ def plot_drift(report: dict, published: Sequence[dict[str, float]] = ()) -> Figu
             panel.axhline(entry["tasks"][task]["drift"], label=entry["name"], **line)
         for drifts in published:
             if task in drifts:
-                cross = {"color": PUBLISHED_COLOUR, "markersize": 8, "clip_on": False, "zorder": 4}
+                cross = {"color": DARK, "markersize": 8, "clip_on": False, "zorder": 4}
                 panel.plot(PUBLISHED_RATE, drifts[task], "x", label="published (Phi-3-mini)", **cross)
-        finish(panel, task)
+        panel.set_title(task, loc="left", fontsize=11)
+        tidy(panel, "y")
         panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="steps bypassed")
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_formatter(PercentFormatter(1))
-    panels[0].set_ylabel("drift (positions with another token)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    panels[0].set_ylabel("drift (share of positions with another token)")
+    legend_below(figure, panels[0])
     return figure
 
 
@@ -82,11 +77,11 @@ def reachable(report: dict, task: str) -> dict[str, float]:
 
 
 def plot_reachable(report: dict) -> Figure:
-    """A bar chart of `reachable` by task and family, as a figure outside pyplot."""
+    """A bar chart of `reachable` by task and family."""
     tasks, found = tasks_of(report), families(report)
-    figure = Figure(figsize=(9, 0.9 + (0.26 * len(found) + 0.5) * len(tasks)), layout="constrained")
+    height = 0.9 + (0.26 * len(found) + 0.5) * len(tasks)
+    figure = titled_figure("Steps bypassed while no prompt's text changes", 9, height)
     panels = figure.subplots(len(tasks), 1, sharex=True, squeeze=False)[:, 0]
-    figure.suptitle("Steps bypassed while no prompt's text changes", x=0.01, ha="left", fontsize=12, fontweight="bold")
     for panel, task in zip(panels, tasks, strict=True):
         names = list(found)[::-1]
         rates = reachable(report, task)
@@ -95,19 +90,13 @@ def plot_reachable(report: dict) -> Figure:
         labels = [f"{rates[name]:.1%}" if rates[name] else "every threshold tried changes a text" for name in names]
         panel.bar_label(bars, labels, padding=3, fontsize=8)
         prompts = report["prompts"]["of_task"][task]
-        finish(panel, f"{task}: none of {prompts} prompts changes, so at most {min(1, 3 / prompts):.0%} of such do")
-        panel.grid(axis="x", color="#e5e7eb", linewidth=0.8)
+        bound = zero_failure_bound(prompts)
+        title = f"{task}: none of {prompts} prompts changes, so at most {bound:.0%} of such prompts do"
+        panel.set_title(title, loc="left", fontsize=11)
+        tidy(panel)
         panel.tick_params(axis="y", labelsize=8)
         panel.margins(x=0.12)
         panel.set_xlim(left=0)
     panels[-1].xaxis.set_major_formatter(PercentFormatter(1))
-    panels[-1].set_xlabel("steps bypassed, the most of the thresholds tried")
+    panels[-1].set_xlabel("highest share of steps bypassed among the thresholds tried")
     return figure
-
-
-def finish(panel, title: str):
-    """Title, grid and spines."""
-    panel.set_title(title, loc="left", fontsize=11)
-    panel.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)

@@ -1,12 +1,12 @@
 """
-Ways to get an embedding for every frame of B videos, behind one interface: streams and baselines.
+Methods that give an embedding for every frame of B videos: dense, streams and baselines, behind one interface.
 
     (method,) = make_methods(model, [MethodSpec("every 8", "every k", "every", {"k": 8}, control=True)])
     method.start(2)
     for pixel_values in frames:  # [2, 3, H, W] each
         step = method.step(pixel_values)
 
-A cost is a share of a dense frame's multiply-adds at the resolution of the frames that are given.
+Costs are multiply-adds relative to a dense frame of the same resolution.
 """
 
 import math
@@ -35,16 +35,16 @@ class Step:
     """What a method gave for one frame of B videos."""
 
     embeddings: Tensor  # float32 [B, D], the pooled output
-    cost: Tensor  # float32 [B], multiply-adds spent on the frame over those of a dense one
-    skip_rate: Tensor | None = None  # float32 [B], share of the patches not encoded; None where that means nothing
+    cost: Tensor  # float32 [B], relative to dense
+    skip_rate: Tensor | None = None  # float32 [B], share of patches not encoded; None if the method has no such share
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method by its description, which JSON can hold."""
+    """Description of a method, as JSON can hold it."""
 
-    name: str  # unique among the methods that are compared
-    family: str  # the curve over cost that it is a point of
+    name: str  # unique among the methods compared
+    family: str  # the curve over cost to which it belongs
     kind: str  # a key of `MAKERS`
     options: dict[str, Any] = field(default_factory=dict)  # of the kind's maker
     control: bool = False  # whether it is a baseline
@@ -55,7 +55,7 @@ class MethodSpec:
 
     @property
     def shares_dense(self) -> bool:
-        """Whether it returns dense frames, which one pass over the videos computes once for all such methods."""
+        """Whether it returns dense embeddings, which can be computed once for all such methods."""
         return self.kind == "dense" or self.kind in HELD
 
 
@@ -63,24 +63,24 @@ class MethodSpec:
 
 
 def tower_of(model: nn.Module) -> nn.Module:
-    """The vision tower of a model with or without a text tower; its pooled output is the embedding."""
+    """The vision tower of a model with or without a text tower."""
     return getattr(model, "vision_model", model)
 
 
 def patches_of(tower: nn.Module, pixel_values: Tensor) -> int:
-    """How many patches each of the frames [B, 3, H, W] has."""
+    """Number of patches of each frame in [B, 3, H, W]."""
     height, width = pixel_values.shape[-2:]
     return (height // tower.config.patch_size) * (width // tower.config.patch_size)
 
 
 def is_native(tower: nn.Module, pixel_values: Tensor) -> bool:
-    """Whether the checkpoint has positions for frames of this size, which need no interpolation then."""
+    """Whether frames [B, 3, H, W] have the checkpoint's own size, so that positions need no interpolation."""
     patch, native = tower.config.patch_size, tower.config.image_size // tower.config.patch_size
     return all(side // patch == native for side in pixel_values.shape[-2:])
 
 
 def sizes_of(tower: nn.Module) -> dict[str, int]:
-    """The model's sizes, as the cost functions name them."""
+    """The model's sizes as arguments of the functions in `vision/cost.py`."""
     config = tower.config
     return {
         "dim": config.hidden_size,
@@ -91,7 +91,7 @@ def sizes_of(tower: nn.Module) -> dict[str, int]:
 
 
 def dense_cost(tower: nn.Module, num_patches: int) -> int:
-    """Multiply-adds of a dense frame of so many patches."""
+    """Multiply-adds of a dense frame of `num_patches` patches."""
     return cost.dense_frame(num_patches, len(tower.encoder.layers), **sizes_of(tower), pooled=True)
 
 
@@ -104,8 +104,8 @@ def looking_cost(tower: nn.Module, num_patches: int) -> int:
 
 class DenseFrames:
     """
-    Dense embeddings of frames, each computed when it is first asked for. Several methods that are given the same
-    `pixel_values` object share them.
+    Dense embeddings, computed when they are first asked for, and shared by methods that are given the same
+    `pixel_values` object.
     """
 
     def __init__(self, model: nn.Module):
@@ -114,7 +114,7 @@ class DenseFrames:
         self._rows: dict[int, Tensor] = {}
 
     def of(self, pixel_values: Tensor, rows: Sequence[int]) -> Tensor:
-        """Embeddings float32 [len(rows), D] of some of the frames [B, 3, H, W]."""
+        """Embeddings float32 [len(rows), D] of the frames [B, 3, H, W] at these places."""
         if pixel_values is not self._frame:
             self._frame, self._rows = pixel_values, {}
         missing = [row for row in rows if row not in self._rows]
@@ -132,16 +132,16 @@ class DenseFrames:
 
 class Method(ABC):
     """
-    A way to get an embedding for every frame.
+    Gives an embedding for every frame.
 
     Attributes:
         name: of the method and its setting.
-        follows: whether a frame's embedding depends on the frames before, so that it has to see them all.
-        nbytes: bytes that it remembers of the videos.
+        follows: whether an embedding depends on earlier frames, so that the method has to see them all.
+        nbytes: bytes that the method remembers of the videos.
     """
 
     name = ""
-    follows = False
+    follows = True
     nbytes = 0
 
     def start(self, count: int):  # noqa: B027  # optional
@@ -150,43 +150,92 @@ class Method(ABC):
     @abstractmethod
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
         """
-        The next frame of each video.
+        Take the next frame of each video.
 
         Args:
-            pixel_values: [B, 3, H, W], as the checkpoint's preprocessing makes them, in the model's type.
-            wanted: bool [B], whose embeddings are needed; None for all. A method that does not follow may leave out
-                the others, whose rows are NaN then.
+            pixel_values: [B, 3, H, W], as the checkpoint's preprocessing makes them, in the model's dtype.
+            wanted: bool [B], which embeddings are needed; None for all. A method that does not follow leaves out the
+                others: their rows are NaN.
         """
 
 
-def wanted_rows(wanted: Tensor | None, count: int) -> list[int]:
-    """The places that are true in bool [B]; all of them for None."""
-    return list(range(count)) if wanted is None else wanted.nonzero()[:, 0].tolist()
+def true_rows(mask: Tensor | None, count: int) -> list[int]:
+    """The places that are true in a mask, bool [count]; all places for None."""
+    return list(range(count)) if mask is None else mask.nonzero()[:, 0].tolist()
 
 
-def placed(embeddings: Tensor, rows: Sequence[int], count: int) -> Tensor:
-    """Rows [len(rows), D] at their places in [count, D], NaN elsewhere."""
-    everything = embeddings.new_full((count, embeddings.shape[-1]), math.nan)
-    everything[list(rows)] = embeddings
-    return everything
+class EachFrame(Method):
+    """Encodes each frame by itself, at the same cost."""
+
+    follows = False
+    skip_rate: float | None = None
+
+    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
+        count, rows = len(pixel_values), true_rows(wanted, len(pixel_values))
+        found, cost = self.encode(pixel_values, rows)
+        embeddings = found.new_full((count, found.shape[-1]), math.nan, dtype=torch.float32)
+        embeddings[rows] = found.float()
+        skip_rate = None if self.skip_rate is None else torch.full((count,), self.skip_rate)
+        return Step(embeddings, torch.full((count,), cost), skip_rate)
+
+    @abstractmethod
+    def encode(self, pixel_values: Tensor, rows: Sequence[int]) -> tuple[Tensor, float]:
+        """Embeddings [len(rows), D] of the frames [B, 3, H, W] at these places, and the cost of a frame."""
 
 
-class Dense(Method):
-    """Every frame in full: what all methods are compared with."""
+class Dense(EachFrame):
+    """Every frame in full."""
+
+    skip_rate = 0.0
 
     def __init__(self, model: nn.Module, frames: DenseFrames | None = None):
         self.frames = frames or DenseFrames(model)
 
-    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
-        embeddings = placed(self.frames.of(pixel_values, rows), rows, count)
-        return Step(embeddings, torch.ones(count), torch.zeros(count))
+    def encode(self, pixel_values: Tensor, rows: Sequence[int]) -> tuple[Tensor, float]:
+        return self.frames.of(pixel_values, rows), 1.0
+
+
+class Smaller(EachFrame):
+    """
+    Every frame dense at `resolution` pixels a side, with interpolated positions. Resizing is not counted, because
+    preprocessing can resize to fewer pixels at no more cost.
+
+    Raises:
+        ValueError: if `resolution` is no multiple of the patch size.
+    """
+
+    def __init__(self, model: nn.Module, resolution: int):
+        self.tower, self.resolution = tower_of(model), resolution
+        patch = self.tower.config.patch_size
+        if resolution < patch or resolution % patch:
+            raise ValueError(f"`resolution` is {resolution}; expected a multiple of the patch size, {patch}.")
+
+    def encode(self, pixel_values: Tensor, rows: Sequence[int]) -> tuple[Tensor, float]:
+        side = (self.resolution, self.resolution)
+        pixels = functional.interpolate(
+            pixel_values[rows].float(), size=side, mode="bilinear", antialias=True, align_corners=False
+        ).to(pixel_values.dtype)
+        spent, whole = (dense_cost(self.tower, patches_of(self.tower, some)) for some in (pixels, pixel_values))
+        return self.tower(pixels, interpolate_pos_encoding=True).pooler_output, spent / whole
+
+
+class Merged(EachFrame):
+    """Every frame with [`token_merging`]; options as of `make_schedule`."""
+
+    def __init__(self, model: nn.Module, r: int, schedule: str = "constant"):
+        self.tower = tower_of(model)
+        self.schedule = token_merging.make_schedule(schedule, r, len(self.tower.encoder.layers))
+
+    def encode(self, pixel_values: Tensor, rows: Sequence[int]) -> tuple[Tensor, float]:
+        interpolate = not is_native(self.tower, pixel_values)
+        embeddings, _, _ = token_merging.encode(self.tower, pixel_values[rows], self.schedule, interpolate)
+        patches = patches_of(self.tower, pixel_values)
+        spent = token_merging.frame_cost(self.schedule, patches, **sizes_of(self.tower))
+        return embeddings, spent / dense_cost(self.tower, patches)
 
 
 class Streamed(Method):
-    """A NeuroFlow stream; `options` are the gate's, laid over the defaults of the package, not of the checkpoint."""
-
-    follows = True
+    """A NeuroFlow stream. `options` of the gate override the package's defaults; the checkpoint's play no part."""
 
     def __init__(self, model: nn.Module, options: dict):
         self.tower = tower_of(model)
@@ -208,11 +257,9 @@ class Streamed(Method):
 
 class Held(Method):
     """
-    Dense embeddings of some frames, the keyframes, held in between. The first frame of each video is one; which others
-    are is up to the trigger and, where there is one, to the gate's `cost_budget`.
+    Dense embeddings of keyframes, held in between. Keyframes are the first frame of each video, and those for which
+    the trigger fires, as far as the `budget`, a `cost_budget` of the gate, allows.
     """
-
-    follows = True
 
     def __init__(
         self, model: nn.Module, trigger: "Trigger", frames: DenseFrames | None = None, budget: float | None = None
@@ -235,7 +282,7 @@ class Held(Method):
             keyframes = keyframes & (torch.tensor(self.credit) > 0)
         if self.number == 0:
             keyframes = torch.ones_like(keyframes)
-        rows = wanted_rows(keyframes, len(pixel_values))
+        rows = true_rows(keyframes, len(pixel_values))
         fresh = self.frames.of(pixel_values, rows)
         if self.held is None:
             self.held = fresh.clone()
@@ -257,46 +304,6 @@ class Held(Method):
         return (self.held.nbytes if self.held is not None else 0) + self.trigger.nbytes
 
 
-class Smaller(Method):
-    """
-    Every frame dense at fewer pixels, with interpolated positions. Resizing is not counted, because preprocessing can
-    resize to fewer pixels at no more cost.
-    """
-
-    def __init__(self, model: nn.Module, resolution: int):
-        self.tower, self.resolution = tower_of(model), resolution
-        patch = self.tower.config.patch_size
-        if resolution < patch or resolution % patch:
-            raise ValueError(f"`resolution` is {resolution}; expected a multiple of the patch size, {patch}.")
-
-    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
-        side = (self.resolution, self.resolution)
-        pixels = functional.interpolate(
-            pixel_values[rows].float(), size=side, mode="bilinear", antialias=True, align_corners=False
-        ).to(pixel_values.dtype)
-        embeddings = self.tower(pixels, interpolate_pos_encoding=True).pooler_output.float()
-        spent, whole = (dense_cost(self.tower, patches_of(self.tower, some)) for some in (pixels, pixel_values))
-        return Step(placed(embeddings, rows, count), torch.full((count,), spent / whole))
-
-
-class Merged(Method):
-    """Every frame through [`token_merging`], with r pairs of tokens merged in a layer."""
-
-    def __init__(self, model: nn.Module, r: int, schedule: str = "constant"):
-        self.tower = tower_of(model)
-        self.schedule = token_merging.make_schedule(schedule, r, len(self.tower.encoder.layers))
-
-    def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        count, rows = len(pixel_values), wanted_rows(wanted, len(pixel_values))
-        interpolate = not is_native(self.tower, pixel_values)
-        embeddings, _, _ = token_merging.encode(self.tower, pixel_values[rows], self.schedule, interpolate)
-        patches = patches_of(self.tower, pixel_values)
-        spent = token_merging.frame_cost(self.schedule, patches, **sizes_of(self.tower))
-        share = spent / dense_cost(self.tower, patches)
-        return Step(placed(embeddings.float(), rows, count), torch.full((count,), share))
-
-
 # --- triggers ------------------------------------------------------------------------------------------------------
 
 
@@ -305,30 +312,30 @@ class Trigger(ABC):
     Decides which frames are keyframes.
 
     Attributes:
-        nbytes: bytes that it remembers.
+        nbytes: bytes that the trigger remembers of the videos.
     """
 
     nbytes = 0
 
     def start(self, count: int):  # noqa: B027  # optional
-        """Begin anew with `count` videos."""
+        """Begin anew with `count` videos, B."""
 
     @abstractmethod
     def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
-        """Whether frames [B, 3, H, W], the `number`-th from 0, are keyframes: bool [B]."""
+        """Whether frames [B, 3, H, W], number `number` of their videos from 0, should be keyframes: bool [B]."""
 
     def taken(self, rows: Sequence[int]):  # noqa: B027  # optional
-        """Note that the frames of these videos became keyframes."""
+        """Note which frames of the last call of `fires` became keyframes."""
 
     @abstractmethod
     def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
-        """Multiply-adds of a keyframe and of any other frame, where a dense frame has `whole`."""
+        """Multiply-adds of a keyframe and of any other frame, if a dense frame takes `whole`."""
 
 
 class EveryFrames(Trigger):
     """
-    A keyframe every k frames; None for only the first. The keyframes of several videos fall on different frames, so
-    that sampling frames at regular intervals favours none.
+    Fires every k frames; never for None. The keyframes of several videos fall on different frames, so that figures of
+    frames sampled at regular intervals favour no k.
     """
 
     def __init__(self, k: int | None):
@@ -349,7 +356,7 @@ class EveryFrames(Trigger):
 
 
 class Difference(Trigger):
-    """A keyframe when the frame differs from the last keyframe by more than `level`."""
+    """Fires when a frame differs from the last keyframe by more than `level`."""
 
     def __init__(self, level: float):
         if not level >= 0:
@@ -362,10 +369,9 @@ class Difference(Trigger):
         self.reference = None
 
     def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
-        self.now = self.seen(tower, pixel_values)
+        self.now = self.observe(tower, pixel_values)
         if self.reference is None:
             self.reference = self.now.clone()
-            return torch.ones(len(pixel_values), dtype=torch.bool)
         return (self.distance(self.now, self.reference) > self.level).cpu()
 
     def taken(self, rows: Sequence[int]):
@@ -377,18 +383,18 @@ class Difference(Trigger):
         return self.reference.nbytes if self.reference is not None else 0
 
     @abstractmethod
-    def seen(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
-        """What is compared of frames [B, 3, H, W]: [B, ...]."""
+    def observe(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+        """What to compare of frames [B, 3, H, W]: [B, ...]."""
 
     @abstractmethod
     def distance(self, now: Tensor, reference: Tensor) -> Tensor:
-        """The difference between what is seen and the reference, both [B, ...]: [B]."""
+        """The difference between two observations [B, ...]: [B]."""
 
 
 class PatchSurprise(Difference):
-    """By the mean surprise of the patches, as mode `hold` with `keyframe_surprise`."""
+    """By the mean surprise of the patches, as in mode `hold` with `keyframe_surprise`."""
 
-    def seen(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+    def observe(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
         return project_patches(tower, pixel_values, as_product=True)
 
     def distance(self, now: Tensor, reference: Tensor) -> Tensor:
@@ -404,9 +410,9 @@ class PatchSurprise(Difference):
 
 
 class PixelDifference(Difference):
-    """By the mean absolute difference of the pixel values, as the preprocessing makes them."""
+    """By the mean absolute difference of the preprocessed pixel values."""
 
-    def seen(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+    def observe(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
         return pixel_values
 
     def distance(self, now: Tensor, reference: Tensor) -> Tensor:
@@ -417,9 +423,9 @@ class PixelDifference(Difference):
         return whole + looking, looking
 
 
-# --- by their descriptions -----------------------------------------------------------------------------------------
+# --- made from descriptions ----------------------------------------------------------------------------------------
 
-# each kind of method, with its options
+# by kind; the arguments after `frames` are the options of a `MethodSpec`
 MAKERS: dict[str, Callable[..., Method]] = {
     "dense": lambda model, frames: Dense(model, frames),
     "stream": lambda model, frames, **gate: Streamed(model, gate),
@@ -434,10 +440,10 @@ MAKERS: dict[str, Callable[..., Method]] = {
 
 def make_methods(model: nn.Module, specs: Sequence[MethodSpec]) -> list[Method]:
     """
-    The methods of these descriptions; those that return dense frames share them.
+    Make methods from their descriptions; those that return dense embeddings share them.
 
     Raises:
-        ValueError: for a kind that there is not, and options out of range.
+        ValueError: for an unknown kind, and options out of range.
     """
     frames, methods = DenseFrames(model), []
     for spec in specs:

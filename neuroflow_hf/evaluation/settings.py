@@ -1,7 +1,7 @@
 """
 Which methods are compared, at which settings: presets, modes, and the baselines that each has to beat.
 
-    specs = [DENSE, *preset_methods(), *mode_methods(few=True), FIRST, *hold_controls(), *smaller_controls(model)]
+    specs = [DENSE, *preset_methods(), *mode_methods(few=True), FIRST, *hold_baselines(), *smaller_baselines(model)]
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ DENSE = MethodSpec("dense", "dense", "dense")
 TUNED = "own settings"  # those of a configuration file
 FIRST = MethodSpec("first frame repeated", "first frame", "first", control=True)
 
-EMA = {"reference": "ema", "ema_rate": 0.05}  # as the paper gates
+EMA = {"reference": "ema", "ema_rate": 0.05}  # the paper's gate
 # family, the option that differs between settings, its values (the first is used alone with `few`), other options
 MODE_SETTINGS: tuple[tuple[str, str, tuple[float, ...], dict], ...] = (
     ("extrapolate", "sentinels", (0.05, 0.02, 0.2), {}),
@@ -26,17 +26,12 @@ MODE_SETTINGS: tuple[tuple[str, str, tuple[float, ...], dict], ...] = (
     ("mlp (the paper's A)", "threshold", (0.01, 0.05), EMA),
 )
 
-EVERY = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 48)
-FEW_EVERY = (4, 8)
+EVERY, FEW_EVERY = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 48), (4, 8)
 # from near 0 to near 1 of dense's cost on any footage
-SURPRISE_LEVELS = tuple(float(f"{level:.3g}") for level in np.geomspace(0.002, 0.4, 14))
-FEW_SURPRISE_LEVELS = (0.05, 0.1)
-PIXEL_LEVELS = tuple(float(f"{level:.3g}") for level in np.geomspace(0.005, 0.7, 14))
-FEW_PIXEL_LEVELS = (0.1, 0.2)
-# one level at which any motion asks for a keyframe, and one that ignores small changes
-BUDGET_LEVELS = (0.02, 0.1)
-BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5)
-FEW_BUDGETS = (0.15, 0.25)
+SURPRISE_LEVELS, FEW_SURPRISE_LEVELS = np.geomspace(0.002, 0.4, 14), (0.05, 0.1)
+PIXEL_LEVELS, FEW_PIXEL_LEVELS = np.geomspace(0.005, 0.7, 14), (0.1, 0.2)
+BUDGET_LEVELS = (0.02, 0.1)  # the first asks for a keyframe at any motion, the second ignores small changes
+BUDGETS, FEW_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5), (0.15, 0.25)
 SMALLER_SHARES = (0.5, 0.25, 0.375, 0.625, 0.75)  # of the side
 # of the patches, in each layer; by schedule
 MERGED_SHARES = {"constant": (0.25, 0.08, 0.04, 0.15), "decreasing": (0.08, 0.04, 0.15)}
@@ -53,9 +48,7 @@ def mode_of(family: str) -> str:
 
 
 def mode_methods(few: bool = False) -> list[MethodSpec]:
-    """
-    Every mode at several settings; with `few` at one, and none of `extrapolate`, which is the presets' mode.
-    """
+    """Every mode at several settings; with `few`, at one, and without `extrapolate`, which is the presets' mode."""
     return [
         MethodSpec(f"{family}, {dial} {value:g}", family, "stream", {"mode": mode_of(family), dial: value, **others})
         for family, dial, values, others in MODE_SETTINGS
@@ -64,15 +57,16 @@ def mode_methods(few: bool = False) -> list[MethodSpec]:
     ]
 
 
-def hold_controls(few: bool = False) -> list[MethodSpec]:
+def hold_baselines(few: bool = False) -> list[MethodSpec]:
     """
-    Baselines that hold dense embeddings: every k frames, by surprise, by surprise within a budget, by the
-    difference of pixels. They have many settings, which cost little to measure, because a mixture of two distant ones
-    is worse than a setting between them. With `few`, two each, so that many frames are dense in none of them.
+    Baselines that hold dense embeddings: every k frames, by surprise, by surprise within a budget, and by the
+    difference of pixels. There are many settings, because a mixture of two distant settings is worse than a setting
+    between them, and each costs little to measure; with `few`, two of each.
     """
 
     def over(kind: str, family: str, levels: Sequence[float]) -> list[MethodSpec]:
-        return [MethodSpec(f"{kind} over {level:.3g}", family, kind, {"level": level}, True) for level in levels]
+        rounded = [float(f"{level:.3g}") for level in levels]
+        return [MethodSpec(f"{kind} over {level:g}", family, kind, {"level": level}, True) for level in rounded]
 
     return [
         *(MethodSpec(f"every {k}", "every k", "every", {"k": k}, True) for k in (FEW_EVERY if few else EVERY)),
@@ -92,14 +86,14 @@ def hold_controls(few: bool = False) -> list[MethodSpec]:
     ]
 
 
-def smaller_controls(model: nn.Module, few: bool = False, resolution: int | None = None) -> list[MethodSpec]:
+def smaller_baselines(model: nn.Module, few: bool = False, resolution: int | None = None) -> list[MethodSpec]:
     """
     Baselines that encode every frame with fewer tokens: fewer pixels, and Token Merging.
 
     Args:
         model: its resolution sets the numbers of tokens.
         few: one or two settings each.
-        resolution: of the frames, to which these numbers are scaled; None for the model's.
+        resolution: side of the frames in pixels, to which the numbers of tokens are scaled; None for the model's.
     """
     config = tower_of(model).config
     patch, own = config.patch_size, config.image_size // config.patch_size
@@ -128,18 +122,18 @@ def chosen_methods(
     gate: dict | None = None,
 ) -> list[MethodSpec]:
     """
-    Dense, some methods, and the baselines.
+    Dense, the methods asked for, and the baselines.
 
     Args:
         model: the vision tower.
         resolution: side of the frames in pixels.
-        names: of methods or of their families, such as `"balanced"` or `"context"`, also split at the commas in a
-            setting's name; None for the presets.
-        quick: fewer settings of each baseline.
-        gate: gate options of one more method.
+        names: methods or their families, such as `"balanced"` or `"context"`; None for the presets. Names of settings
+            may be split at their commas.
+        quick: fewer settings of the baselines that encode every frame.
+        gate: gate options of one more method, `TUNED`.
 
     Raises:
-        ValueError: for a name that there is not.
+        ValueError: for an unknown name.
     """
     methods = {spec.name: spec for spec in [*preset_methods(), *mode_methods()]}
     groups = {name: [name] for name in methods}
@@ -150,11 +144,11 @@ def chosen_methods(
     tuned = [] if gate is None else [MethodSpec(TUNED, TUNED, "stream", gate)]
     smaller = [
         spec
-        for spec in smaller_controls(model, quick, resolution)
+        for spec in smaller_baselines(model, quick, resolution)
         if spec.options.get("schedule") != "decreasing"  # constant is the main schedule of the paper
     ]
     chosen = [spec for name, spec in methods.items() if name in wanted]
-    return [DENSE, *tuned, *chosen, FIRST, *hold_controls(), *smaller]
+    return [DENSE, *tuned, *chosen, FIRST, *hold_baselines(), *smaller]
 
 
 def whole_names(names: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -163,7 +157,7 @@ def whole_names(names: Sequence[str], known: Sequence[str]) -> list[str]:
     `["context, threshold 0.01"]`. The longest known name wins.
 
     Raises:
-        ValueError: for a name that is not known.
+        ValueError: for an unknown name.
     """
     found, place = [], 0
     while place < len(names):

@@ -1,53 +1,42 @@
 """
-Find settings of the gate for a checkpoint and a camera: run candidates and baselines over stretches of a video, and
-choose the cheapest that stays close enough to dense, or the closest that is cheap enough.
+Find gate settings for a checkpoint and a camera: measure candidates and baselines on stretches of a video, and choose
+the cheapest that stays close enough to dense, or the closest that is cheap enough.
 
     model, preprocess = load_model("path/to/siglip")
     result = tune_video(VideoReader("street.mp4"), model, preprocess, min_cosine=0.99)
     result.chosen.options, result.chosen.cost(), result.chosen.fidelity("p5")
-    write_tuning(result, "neuroflow-tuned", checkpoint_config("path/to/siglip"))
+    write_tuning(result, "neuroflow-tuned", checkpoint_config("path/to/siglip"))  # of `tuning_report`
 """
 
-import copy
-import json
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..utils.files import staging_folder
 from ..utils.jobs import stop_on_interrupt, timed
-from ..video.plots import save_plot
 from ..video.preprocess import Preprocessor
 from ..video.reader import VideoError, VideoReader
 from ..video.run import settings
 from ..vision.budget import least_cost
-from ..vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
 from ..vision.gate_config import PRESETS, NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from ..vision.stream import NeuroFlowStream
 from .methods import dense_cost, looking_cost
-from .plots import plot_tuning
 from .points import (
-    STATISTICS,
     Point,
     Requirement,
     choose,
     first_frame_repeated,
     fitting_interval,
     hold_by_the_clock,
-    leave_one_out,
     nearest,
     whole_periods,
 )
 
-# config.json last: where it exists, the others are of the same tuning
-TUNE_FILES = ("curve.png", "tune.json", "config.json")
 SHORTEST_STRETCH = 12
 REFINEMENTS = 3
 
@@ -58,8 +47,8 @@ def ladder(mode: str, **options: Sequence) -> list[dict]:
     return [{"mode": mode, **dict(zip(options, values, strict=True))} for values in columns]
 
 
-# Candidates of each family, from cheap to faithful. `Bench.climb` interpolates between two of them.
-# A `keyframe_interval` is made to fit the stretches, and defaults to their length.
+# Candidates of each family, from cheap to faithful. `Bench.climb` interpolates between neighbours.
+# `keyframe_interval` is adjusted to the length of the stretches, which is its default.
 FAMILIES: dict[str, list[dict]] = {
     "extrapolate": ladder(
         "extrapolate",
@@ -72,7 +61,7 @@ FAMILIES: dict[str, list[dict]] = {
         sentinels=(0.02, 0.02, 0.03, 0.05, 0.1),
         keyframe_interval=(20, 14, 10, 6, 4),
     ),
-    # for moving cameras: while much changes, hold the embedding until enough or enough time has passed
+    # for moving cameras: while much changes, hold the embedding up to `max_hold` frames
     "extrapolate, held while much changes": ladder(
         "extrapolate",
         threshold=(0.05, 0.03, 0.02, 0.01, 0.006),
@@ -97,19 +86,19 @@ OnStep = Callable[[str, int, int, Point | None], None]
 @dataclass(frozen=True, eq=False)
 class TuneResult:
     """
-    What a tuning found.
+    The result of a tuning.
 
     Args:
         status: `"complete"`, or `"interrupted"` (Ctrl-C); then `points` holds what was measured before.
-        requirement: of the settings.
-        points: all measured settings, baselines included.
+        requirement: what was asked for.
+        points: all measured settings, including baselines.
         chosen: the point that meets the requirement best; None if none does.
         nearest: `chosen`, or the point nearest to the requirement.
         first_frame: the baseline that repeats each stretch's first frame.
-        frames: for each stretch, the indices in the file of its frames.
-        dense_milliseconds: of a dense forward, mean.
-        provenance: what was run and on what machine.
-        note: why the video broke off; else empty.
+        frames: the indices in the file of each stretch's frames.
+        dense_milliseconds: mean of a dense forward.
+        provenance: the video, the model and the machine.
+        note: why the video broke off; empty if it did not.
     """
 
     status: str
@@ -128,49 +117,14 @@ class TuneResult:
         """Number of frames in all stretches."""
         return sum(len(indices) for indices in self.frames)
 
-    def summary(self) -> dict:
-        """The contents of `tune.json`."""
-        return {
-            "status": self.status,
-            "note": self.note,
-            "requirement": asdict(self.requirement),
-            "chosen": None if self.chosen is None else self.points.index(self.chosen),
-            "nearest": None if self.nearest is None else self.points.index(self.nearest),
-            "stretches": [
-                {"first": indices[0], "last": indices[-1], "frames": len(indices)} for indices in self.frames
-            ],
-            "measured_frames": self.measured_frames,
-            "leave_one_out": leave_one_out(self.points, self.requirement),
-            "dense_milliseconds": self.dense_milliseconds,
-            **self.provenance,
-            "first_frame_repeated": point_figures(self.first_frame),
-            "points": [point_figures(point) for point in self.points],
-        }
-
-
-def point_figures(point: Point) -> dict:
-    """A point as plain values."""
-    return {
-        "family": point.family,
-        "control": point.control,
-        "options": point.options,
-        "cost": point.cost(),
-        "cosine_to_dense": {name: point.fidelity(name) for name in STATISTICS},
-        "milliseconds": point.milliseconds,
-        "stretches": [
-            {"cost": point.cost([place]), **{name: point.fidelity(name, [place]) for name in STATISTICS}}
-            for place in point.stretches
-        ],
-    }
-
 
 # --- frames --------------------------------------------------------------------------------------------------------
 
 
 def plan_stretches(expected_frames: int, frames: int, stretches: int) -> list[range]:
     """
-    Plan `stretches` stretches of equal length, `frames` frames in all, from the video's first frame to its last. Plan
-    fewer if they would be shorter than 12 frames.
+    Spread `stretches` stretches of equal length, `frames` frames in all, evenly over the video; fewer, if they would
+    be shorter than 12 frames.
     """
     frames = min(frames, expected_frames)
     stretches = max(1, min(stretches, frames // SHORTEST_STRETCH))
@@ -188,8 +142,8 @@ class Stretch:
     Consecutive frames of a video.
 
     Args:
-        indices: in the file, from 0.
-        images: uint8 [1, 3, R, R] each, resized and not yet normalised, which takes a quarter of the memory.
+        indices: of the frames in the file, from 0.
+        images: uint8 [1, 3, R, R] of each frame, resized but not yet normalised, to save memory.
     """
 
     indices: list[int]
@@ -200,11 +154,14 @@ def read_stretches(
     reader: VideoReader, preprocess: Preprocessor, plan: Sequence[range], on_frame: Callable[[int, int], None]
 ) -> tuple[list[Stretch], str]:
     """
-    Read the planned stretches that the video has; the note says why reading ended early (else empty).
+    Read the planned stretches, as far as the video goes.
+
+    Returns:
+        The stretches, and why reading ended early; empty if it did not.
 
     Raises:
         VideoError: if the video breaks off before the second frame.
-        ValueError: if it has one frame only.
+        ValueError: if the video has a single frame.
     """
     stretches, note = [Stretch([], []) for _ in plan], ""
     end = plan[-1].stop
@@ -234,10 +191,6 @@ def read_stretches(
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
-    """Ctrl-C was pressed, and the current candidate is dropped."""
-
-
 @dataclass(eq=False)
 class Bench:
     """
@@ -246,8 +199,8 @@ class Bench:
     Args:
         model, preprocess: from `load_model`.
         stretches: of equal length.
-        stop: set to end measuring.
-        on_step: see `tune_video`.
+        stop: set to stop measuring with a KeyboardInterrupt.
+        on_step: as in `tune_video`.
         points: measured so far.
     """
 
@@ -259,9 +212,9 @@ class Bench:
     points: list[Point]
 
     def forward(self, image: torch.Tensor, stream: NeuroFlowStream | None = None) -> tuple[Any, float]:
-        """The model's output for one frame, uint8 [1, 3, R, R], and its milliseconds."""
+        """The model's output for one frame, uint8 [1, 3, R, R], and the milliseconds it took."""
         if self.stop.is_set():
-            raise Interrupted
+            raise KeyboardInterrupt
         model, kwargs = self.model, {} if stream is None else {"stream": stream}
         pixel_values = self.preprocess.normalise(image, model.dtype, model.device)
         interpolate = self.preprocess.resolution != model.config.image_size
@@ -292,8 +245,8 @@ class Bench:
 
     def measure(self, family: str, options: dict, control: bool = False) -> Point:
         """
-        Run one setting over all stretches, a new stream for each, and add its point. A stretch stands for the middle
-        of a longer video, so under a `cost_budget` it starts without credit and is charged for its keyframe.
+        Measure one setting with a new stream for each stretch, and add its point. A stretch stands for the middle of a
+        longer video, so under a `cost_budget` it starts without credit, and its first keyframe is charged.
         """
         length = len(self.stretches[0].images)
         if "mode" not in options or "preset" in options:
@@ -301,8 +254,8 @@ class Bench:
         interval = fitting_interval(options.get("keyframe_interval"), length)
         options = {**options, "keyframe_interval": interval}
         budget = options.get("cost_budget")
-        if budget is not None and budget <= least_cost(interval, self.looking):  # of a very short stretch
-            options["cost_budget"] = None
+        if budget is not None and budget <= least_cost(interval, self.looking):
+            options["cost_budget"] = None  # no gate can keep it on so short a stretch
         gate, counted = NeuroFlowGateConfig.from_options(options), whole_periods(length, interval)
         costs, cosines, milliseconds = [], [], []
         for place, stretch in enumerate(self.stretches):
@@ -326,8 +279,8 @@ class Bench:
 
     def climb(self, family: str, ladder: Sequence[dict], requirement: Requirement, control: bool = False):
         """
-        Measure settings from cheap to faithful until one passes the requirement or can no longer win, then halve the
-        gap around the requirement a few times.
+        Measure settings from cheap to faithful until one passes the requirement or none can win any more, then bisect
+        between the last two.
         """
         below = above = None
         for options in ladder:
@@ -338,7 +291,7 @@ class Bench:
                 break
             below = point
             if requirement.max_cost is None and best is not None and point.cost() >= best.cost():
-                return  # another setting is good enough and cheaper, and the rest cost more
+                return  # a cheaper setting meets the requirement, and the rest of the ladder costs more
         for _ in range(REFINEMENTS):
             if below is None or above is None:
                 return
@@ -350,14 +303,14 @@ class Bench:
 
 
 def spelt_out(options: dict) -> dict:
-    """Options of a preset as options of its mode: all that differ from the mode's defaults."""
+    """A preset's options as options of its mode: those that differ from the mode's defaults."""
     gate = NeuroFlowGateConfig.from_options(options)
     plain = NeuroFlowGateConfig(mode=gate.mode).to_dict()
     return {"mode": gate.mode} | {name: value for name, value in gate.to_dict().items() if value != plain[name]}
 
 
 def between(frugal: dict, faithful: dict) -> dict:
-    """Options half-way between two settings, by the geometric mean; others as in `faithful`."""
+    """Geometric means of the positive numbers in two settings; other options as in `faithful`."""
     halfway = dict(faithful)
     for name, value in faithful.items():
         other = frugal.get(name)
@@ -388,26 +341,26 @@ def tune_video(
     """
     Find settings of the gate for a model and a video. The model's own gate options play no part.
 
-    Dense and the baselines (`hold`) run over a few stretches of consecutive frames, then each family of candidates,
-    from cheap to faithful, as long as it can still win. Baselines can be chosen, too. The `keyframe_interval` is at
-    most a stretch's length, because longer intervals were not measured. Ctrl-C drops the current candidate and chooses
-    among those before it.
+    Dense and the baselines (mode `hold`) run over a few stretches of consecutive frames, then each family of
+    candidates, from cheap to faithful, as long as it can still win. A baseline may be chosen. `keyframe_interval` is
+    at most the length of a stretch, because longer intervals were not measured. After Ctrl-C, the choice is among the
+    settings measured before.
 
     Args:
         reader: the video, with the stride that the settings are for.
         model, preprocess: from `load_model`.
         min_cosine, max_cost, statistic: exactly one of the bounds, see [`Requirement`]. A `min_cosine` of 0.99 suits
             search and labels, 0.999 a classifier trained on dense embeddings.
-        frames: number of frames in all stretches. 120 take a minute or two on a CPU with a small tower.
+        frames: number of frames in all stretches. 120 take one or two minutes on a CPU with a small tower.
         stretches: number of stretches. More cover more of the video; fewer allow longer keyframe intervals.
-        candidates: gate options from cheap to faithful, by the family's name; default `FAMILIES`.
-        on_step: called after each frame with the step, the number of frames done and of all in this step, and the
-            [`Point`] after its last frame, else None.
+        candidates: gate options from cheap to faithful, by the family's name; default: `FAMILIES`.
+        on_step: called after each frame with the name of the step, the number of frames done, the number of frames in
+            the step, and, after the last one, the [`Point`], else None.
 
     Raises:
         ValueError: for bounds, numbers, gate options or a resolution out of range, and videos of a single frame.
         VideoError: if the video cannot be read.
-        KeyboardInterrupt: for Ctrl-C before dense was measured.
+        KeyboardInterrupt: for Ctrl-C before dense is measured.
     """
     requirement = Requirement(min_cosine, max_cost, statistic)
     for name, value, least in (("frames", frames, 2), ("stretches", stretches, 1)):
@@ -425,17 +378,14 @@ def tune_video(
         plan = plan_stretches(reader.expected_frames, frames, stretches)
         read, note = read_stretches(reader, preprocess, plan, on_frame)
         bench = Bench(model, preprocess, read, stop, on_step, points=[])
-        try:
-            bench.measure_dense()
-        except Interrupted:
-            raise KeyboardInterrupt from None
+        bench.measure_dense()
         bench.points += hold_by_the_clock(bench.dense, bench.dense_milliseconds)
         status = "complete"
         try:
             bench.climb(TRIGGERED_HOLD, TRIGGERED_HOLDS, requirement, control=True)
             for family, ladder in (FAMILIES if candidates is None else candidates).items():
                 bench.climb(family, ladder, requirement)
-        except Interrupted:
+        except KeyboardInterrupt:
             status = "interrupted"
     chosen = choose(bench.points, requirement)
     return TuneResult(
@@ -450,47 +400,3 @@ def tune_video(
         provenance=settings(reader, model, preprocess),
         note=note,
     )
-
-
-# --- writing -------------------------------------------------------------------------------------------------------
-
-
-def checkpoint_config(source: str | Path) -> NeuroFlowSiglipConfig | NeuroFlowSiglipVisionConfig:
-    """The NeuroFlow configuration of a checkpoint, with or without its text tower."""
-    config_dict, _ = NeuroFlowSiglipConfig.get_config_dict(source)
-    vision_only = config_dict.get("model_type") == NeuroFlowSiglipVisionConfig.model_type
-    return (NeuroFlowSiglipVisionConfig if vision_only else NeuroFlowSiglipConfig).from_pretrained(source)
-
-
-def write_tuning(
-    result: TuneResult, out: str | Path, config: Any, *, model_name: str = "", command: str = ""
-) -> list[Path]:
-    """
-    Write `curve.png`, `tune.json` and, if a setting was chosen, `config.json`, replacing those of an earlier tuning.
-
-    Args:
-        result: from `tune_video`.
-        out: folder to write to; made if missing.
-        config: the checkpoint's, from `checkpoint_config`; written with the chosen gate.
-        model_name, command: for `tune.json`.
-
-    Returns:
-        The files.
-
-    Raises:
-        NotADirectoryError, OSError: if `out` is a file or cannot be written to.
-    """
-    summary = {"command": command, "model": model_name or config.name_or_path, **result.summary()}
-    with staging_folder(out, TUNE_FILES) as folder:
-        title = f"{summary['video']['name']} at {summary['resolution']} px, {result.measured_frames} frames"
-        save_plot(
-            plot_tuning(result.points, result.requirement, result.chosen, result.first_frame, title),
-            folder / "curve.png",
-        )
-        (folder / "tune.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        if result.chosen is not None:
-            # `save_pretrained` would copy code beside it
-            tuned = copy.deepcopy(config)
-            tuned.gate = result.chosen.options
-            tuned.to_json_file(folder / "config.json")
-    return [Path(out) / name for name in TUNE_FILES if (Path(out) / name).exists()]

@@ -1,32 +1,114 @@
-"""A tuning's result as the rows of a table, sentences and next steps. Pure functions."""
+"""The result of a tuning as files, a table, sentences and next steps."""
 
+import copy
+import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .points import Point, best_baseline, choose, leave_one_out
+from ..utils.files import staging_folder
+from ..utils.plots import save_plot
+from ..vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
+from .plots import plot_tuning
+from .points import STATISTICS, Point, best_baseline, choose, leave_one_out
 from .tuning import TuneResult
+
+# config.json last: where it exists, the others are of the same tuning
+TUNE_FILES = ("curve.png", "tune.json", "config.json")
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def point_figures(point: Point) -> dict:
+    """A point in `tune.json`."""
+    return {
+        "family": point.family,
+        "control": point.control,
+        "options": point.options,
+        "cost": point.cost(),
+        "cosine_to_dense": {name: point.fidelity(name) for name in STATISTICS},
+        "milliseconds": point.milliseconds,
+        "stretches": [
+            {"cost": point.cost([place]), **{name: point.fidelity(name, [place]) for name in STATISTICS}}
+            for place in point.stretches
+        ],
+    }
+
+
+def tuning_summary(result: TuneResult) -> dict:
+    """The contents of `tune.json`, but the command and the model; `chosen` and `nearest` are places in `points`."""
+    return {
+        "status": result.status,
+        "note": result.note,
+        "requirement": asdict(result.requirement),
+        "chosen": None if result.chosen is None else result.points.index(result.chosen),
+        "nearest": None if result.nearest is None else result.points.index(result.nearest),
+        "stretches": [{"first": indices[0], "last": indices[-1], "frames": len(indices)} for indices in result.frames],
+        "measured_frames": result.measured_frames,
+        "leave_one_out": leave_one_out(result.points, result.requirement),
+        "dense_milliseconds": result.dense_milliseconds,
+        **result.provenance,
+        "first_frame_repeated": point_figures(result.first_frame),
+        "points": [point_figures(point) for point in result.points],
+    }
+
+
+def checkpoint_config(source: str | Path) -> NeuroFlowSiglipConfig | NeuroFlowSiglipVisionConfig:
+    """The NeuroFlow configuration of a checkpoint with or without a text tower."""
+    config_dict, _ = NeuroFlowSiglipConfig.get_config_dict(source)
+    vision_only = config_dict.get("model_type") == NeuroFlowSiglipVisionConfig.model_type
+    return (NeuroFlowSiglipVisionConfig if vision_only else NeuroFlowSiglipConfig).from_pretrained(source)
+
+
+def write_tuning(
+    result: TuneResult, out: str | Path, config: Any, *, model_name: str = "", command: str = ""
+) -> list[Path]:
+    """
+    Write `curve.png`, `tune.json` and, if a setting was chosen, `config.json`, replacing those of an earlier tuning.
+
+    Args:
+        result: from `tune_video`.
+        out: folder to write to; made if missing.
+        config: of the checkpoint, from `checkpoint_config`; written with the chosen gate.
+        model_name, command: for `tune.json`.
+
+    Returns:
+        The files.
+
+    Raises:
+        NotADirectoryError, OSError: if `out` is a file or cannot be written to.
+    """
+    summary = {"command": command, "model": model_name or config.name_or_path, **tuning_summary(result)}
+    with staging_folder(out, TUNE_FILES) as folder:
+        title = f"{summary['video']['name']} at {summary['resolution']} px, {result.measured_frames} frames"
+        figure = plot_tuning(result.points, result.requirement, result.chosen, result.first_frame, title)
+        save_plot(figure, folder / "curve.png")
+        (folder / "tune.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        if result.chosen is not None:
+            # `save_pretrained` would copy code beside it
+            tuned = copy.deepcopy(config)
+            tuned.gate = result.chosen.options
+            tuned.to_json_file(folder / "config.json")
+    return [Path(out) / name for name in TUNE_FILES if (Path(out) / name).exists()]
+
+
+# --- table and text ------------------------------------------------------------------------------------------------
 
 
 def setting_words(options: dict) -> str:
-    """Gate options as one phrase: `extrapolate, threshold 0.01`."""
+    """Gate options as a phrase: `extrapolate, threshold 0.01`."""
     return ", ".join([options["mode"], *(f"{name} {value}" for name, value in options.items() if name != "mode")])
 
 
 def figure_words(point: Point, statistic: str) -> str:
-    """A point's figures and its settings as one phrase."""
+    """A point's figures and settings as a phrase."""
     return f"cost {point.cost():.3f}, {statistic} {point.fidelity(statistic):.4f}: {setting_words(point.options)}"
 
 
-def point_cells(point: Point, statistic: str) -> list[str]:
-    """A point's cost, mean, p5 and minimum, its statistic in the worst stretch, and its milliseconds."""
-    worst = min(point.fidelity(statistic, [place]) for place in point.stretches)
-    cosines = (*(point.fidelity(name) for name in ("mean", "p5", "min")), worst)
-    return [f"{point.cost():.3f}", *(f"{value:.4f}" for value in cosines), f"{point.milliseconds:.1f}"]
-
-
 def compared_points(result: TuneResult) -> list[tuple[str, Point]]:
-    """The chosen (or nearest) point and the baselines beside it, each once, with a label."""
+    """The chosen (or nearest) point and those to compare it with, each once, with a label."""
     requirement, points, found = result.requirement, result.points, result.nearest
     candidates = [
         ("nearest" if result.chosen is None else "chosen", found),
@@ -42,13 +124,20 @@ def compared_points(result: TuneResult) -> list[tuple[str, Point]]:
 
 
 def tuning_rows(result: TuneResult) -> list[list[str]]:
-    """The table: the points compared, and dense."""
-    rows = [[label, *point_cells(point, result.requirement.statistic)] for label, point in compared_points(result)]
+    """
+    The table of `compared_points` and dense: cost, mean, p5 and minimum of the cosine, the statistic in the worst
+    stretch, and milliseconds.
+    """
+    statistic, rows = result.requirement.statistic, []
+    for label, point in compared_points(result):
+        worst = min(point.fidelity(statistic, [place]) for place in point.stretches)
+        cosines = [f"{value:.4f}" for value in (*(point.fidelity(name) for name in ("mean", "p5", "min")), worst)]
+        rows.append([label, f"{point.cost():.3f}", *cosines, f"{point.milliseconds:.1f}"])
     return [*rows, ["dense", "1", "1", "1", "1", "1", f"{result.dense_milliseconds:.1f}"]]
 
 
 def tuning_sentences(result: TuneResult) -> list[str]:
-    """The settings, whether a baseline won, the check on frames left out, and how many frames were measured."""
+    """The settings, whether a baseline won, the check on stretches left out, and how much was measured."""
     requirement, points, statistic = result.requirement, result.points, result.requirement.statistic
     sentences = [f"{label}: {setting_words(point.options)}" for label, point in compared_points(result)[:-1]]
     if result.chosen is None:
@@ -60,39 +149,39 @@ def tuning_sentences(result: TuneResult) -> list[str]:
         ours = choose([point for point in points if not point.control], requirement)
         best = "none meets it" if ours is None else f"the best has {figure_words(ours, statistic)}"
         sentences.append(
-            "A baseline wins: on this footage, no measured setting does better than holding embeddings, so that is "
-            f"what was written. Of the other settings, {best}."
+            "A baseline wins: on this footage, no measured setting does better than holding embeddings, so the "
+            f"baseline was written. Of the other settings, {best}."
         )
     checks = leave_one_out(points, requirement)
     if checks:
         met = sum(check["met"] for check in checks)
         values = ", ".join(f"{check['fidelity']:.4f} at cost {check['cost']:.3f}" for check in checks)
         sentences.append(
-            "Check on frames left out: settings chosen without one of the stretches meet the requirement on it in "
+            "Check on footage left out: settings chosen without one of the stretches meet the requirement on it in "
             f"{met} of {len(checks)} cases ({statistic} {values})."
         )
     sentences.append(
-        f"Measured: {len(points)} settings on {result.measured_frames} frames, {len(result.frames)} stretches of "
-        f"{len(result.frames[0])}. No setting goes longer than a stretch without a keyframe."
+        f"Measured: {len(points)} settings on {result.measured_frames} frames, in {len(result.frames)} stretches of "
+        f"{len(result.frames[0])} frames. No setting goes longer than a stretch without a keyframe."
     )
     return sentences
 
 
-def next_steps(video: Path | None, given: dict[str, Any], config_class: str, source: str) -> list[str]:
+def next_steps(video: Path | None, given: dict[str, Any], config_class: str, source: str | Path) -> list[str]:
     """
     The command and the line of Python that use the settings.
 
     Args:
         video: the file; None for the bundled clip.
-        given: options for `neuroflow run` by name, `config` among them; None is left out.
+        given: options of `neuroflow run` by name, including `config`; those that are None are left out.
         config_class: the name of the checkpoint's configuration class.
         source: the checkpoint.
     """
-    # a name that begins with a dash is no option
+    # a name that begins with a dash would be read as an option
     named = [] if video is None else [f"./{video}" if str(video).startswith("-") else str(video)]
     options = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
     model_class = config_class.removesuffix("Config") + "Model"
     return [
         f"Next: {shlex.join(['neuroflow', 'run', *named, *options])}",
-        f"  or: {model_class}.from_pretrained({source!r}, config={str(given['config'])!r})",
+        f"  or: {model_class}.from_pretrained({str(source)!r}, config={str(given['config'])!r})",
     ]

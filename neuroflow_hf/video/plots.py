@@ -1,41 +1,31 @@
 """Plots of a run over time: cost, cosine to dense, and the labels' confidence."""
 
-import io
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..utils.files import write_whole
+from ..utils.plots import BASELINE_FIRST, BASELINE_HELD, DARK, FAMILY_COLOURS, KEYFRAME, OURS, tidy, titled_figure
 from .label_records import shortened
 from .records import FrameRecord, compare_with_dense
 
-OURS, CONTROL_FIRST, CONTROL_HELD, KEYFRAME = "#d97706", "#9ca3af", "#475569", "#b91c1c"
-FAMILY_COLOURS = (OURS, "#0f766e", "#7c3aed", "#be185d", "#65a30d", "#0369a1")
-LABEL_COLOURS = (*FAMILY_COLOURS, "#111827", "#22d3ee", "#78350f", "#f472b6")
-# A legend: most characters of a label, characters in a row, height of a row in inches.
+LABEL_COLOURS = (*FAMILY_COLOURS, DARK, "#22d3ee", "#78350f", "#f472b6")
+# of a legend: characters of a label, characters in a row, height of a row in inches
 LEGEND_LABEL, LEGEND_WIDTH, LEGEND_ROW = 50, 120, 0.22
-# The smallest `1 - cosine` on a logarithmic scale; less is rounding.
-LEAST_LOSS = 1e-6
 
 
 def plot_run(records: Sequence[FrameRecord], title: str, names: Sequence[str] = ()) -> Figure:
     """
     Panels over time: the cost of every frame; the cosine to dense on sampled frames, beside the baselines; and each
     label's confidence on every frame. Without samples or labels, their panel is left out.
-
-    Returns:
-        A figure outside pyplot, which need not be closed.
     """
     compared, labelled = compare_with_dense(records), len(names) > 0
     columns = legend_columns(names)
     legend_height = LEGEND_ROW * math.ceil(min(len(names), len(LABEL_COLOURS) + 1) / columns)
-    size = 10, 3.2 + 2.4 * bool(compared) + 2.4 * labelled + legend_height
-    figure = Figure(figsize=size, layout="constrained")
+    figure = titled_figure(title, 10, 3.2 + 2.4 * bool(compared) + 2.4 * labelled + legend_height)
     panels = figure.subplots(1 + bool(compared) + labelled, 1, sharex=True, squeeze=False)[:, 0]
-    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", parse_math=False)
     draw_cost(panels[0], records)
     if compared:
         draw_fidelity(panels[1], [records[place].time for place in compared], list(compared.values()))
@@ -44,9 +34,7 @@ def plot_run(records: Sequence[FrameRecord], title: str, names: Sequence[str] = 
         confidences = dict(zip(names, scores.T.tolist(), strict=True))
         draw_labels(panels[-1], [record.time for record in records], confidences)
     for panel in panels:
-        panel.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
+        tidy(panel, "y")
         panel.margins(x=0.01)
         beside = columns if labelled and panel is panels[-1] else 3
         panel.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=beside, frameon=False, fontsize=10)
@@ -55,7 +43,7 @@ def plot_run(records: Sequence[FrameRecord], title: str, names: Sequence[str] = 
     return figure
 
 
-def draw_cost(panel, records: Sequence[FrameRecord]):
+def draw_cost(panel: Axes, records: Sequence[FrameRecord]):
     """Cost of every frame as a filled curve, keyframes as points."""
     times, costs = [record.time for record in records], [record.cost for record in records]
     panel.fill_between(times, costs, color=OURS, alpha=0.25, linewidth=0)
@@ -63,18 +51,18 @@ def draw_cost(panel, records: Sequence[FrameRecord]):
     keyframes = [(record.time, record.cost) for record in records if record.keyframe]
     if keyframes and len(keyframes) < len(records):
         panel.plot(*zip(*keyframes, strict=True), "o", color=KEYFRAME, markersize=5, label="keyframe", clip_on=False)
-    panel.axhline(1, color="#111827", linewidth=1, linestyle=(0, (4, 3)), label="dense")
+    panel.axhline(1, color=DARK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
     panel.set_ylim(0, max(1.08, 1.05 * max(costs)))
-    panel.set_ylabel("cost (share of dense)")
+    panel.set_ylabel("cost relative to dense")
 
 
-def draw_fidelity(panel, times: Sequence[float], cosines: Sequence[dict[str, float]]):
+def draw_fidelity(panel: Axes, times: Sequence[float], cosines: Sequence[dict[str, float]]):
     """Cosine to dense on the sampled frames; the baselines as thin lines."""
     marks = {"marker": "o", "markersize": 3.5} if len(times) <= 120 else {}
     styles = {
         "streamed": {"color": OURS, "linewidth": 1.8, "label": "streamed", "zorder": 3, **marks},
-        "first_frame": {"color": CONTROL_FIRST, "linewidth": 1.1, "label": "baseline: first frame repeated"},
-        "held": {"color": CONTROL_HELD, "linewidth": 1.1, "label": "baseline: last dense sample held"},
+        "first_frame": {"color": BASELINE_FIRST, "linewidth": 1.1, "label": "baseline: first frame repeated"},
+        "held": {"color": BASELINE_HELD, "linewidth": 1.1, "label": "baseline: last dense sample held"},
     }
     styles["held"]["linestyle"] = (0, (3, 2))
     for name, style in styles.items():
@@ -82,7 +70,7 @@ def draw_fidelity(panel, times: Sequence[float], cosines: Sequence[dict[str, flo
     panel.set_ylabel("cosine to dense")
 
 
-def draw_labels(panel, times: Sequence[float], labels: dict[str, Sequence[float]]):
+def draw_labels(panel: Axes, times: Sequence[float], labels: dict[str, Sequence[float]]):
     """Each label's confidence over the frames; if there are many, the lowest in grey."""
     highest = sorted(labels, key=lambda name: -max(labels[name]))
     coloured = set(highest[: len(LABEL_COLOURS)])
@@ -93,7 +81,7 @@ def draw_labels(panel, times: Sequence[float], labels: dict[str, Sequence[float]
     others = [labels[name] for name in highest[len(LABEL_COLOURS) :]]
     for place, confidences in enumerate(others):
         label = f"{len(others)} others, never as high" if place == 0 else None
-        panel.plot(times, confidences, color=CONTROL_FIRST, linewidth=0.8, label=label)
+        panel.plot(times, confidences, color=BASELINE_FIRST, linewidth=0.8, label=label)
     # probabilities of labels that do not fit are far below 1, and their order still matters
     panel.set_ylim(0, max(1e-6, 1.05 * max(labels[highest[0]])))
     panel.set_ylabel("label's confidence")
@@ -109,10 +97,3 @@ def legend_columns(names: Iterable[str]) -> int:
     """The number of columns of a legend, at most 4, that fit the longest of `names`."""
     longest = max((len(legend_text(name)) for name in names), default=0)
     return min(4, LEGEND_WIDTH // (longest + 8))
-
-
-def save_plot(figure: Figure, path: Path):
-    """Write `figure` as a PNG file, whole or not at all."""
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=160, format="png")
-    write_whole(path, picture.getvalue())

@@ -25,6 +25,7 @@ from safetensors.torch import save
 
 from ..utils.files import staging_folder
 from ..utils.jobs import stop_on_interrupt, timed
+from ..utils.plots import save_plot
 from ..utils.provenance import fingerprint
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from ..vision.stream import NeuroFlowStream
@@ -32,7 +33,7 @@ from .label_records import label_caption, label_figures, label_line, object_capt
 from .labels import Labels
 from .objects import find_objects, object_line, require_objects_found
 from .overlay import LEGEND, OBJECTS_LEGEND, OverlayWriter, SheetCells, contact_sheet, marked_picture, overlay_frame
-from .plots import plot_run, save_plot
+from .plots import plot_run
 from .prefetch import prefetch
 from .preprocess import Preprocessor
 from .reader import Frame, VideoError, VideoReader

@@ -17,7 +17,7 @@ from neuroflow_hf.evaluation import run as eval_run
 from neuroflow_hf.evaluation.datasets import VideoSet, find_videos
 from neuroflow_hf.evaluation.methods import Dense, MethodSpec, Step
 from neuroflow_hf.evaluation.run import EvalSettings, Evaluation, load_checkpoint
-from neuroflow_hf.evaluation.settings import DENSE, FIRST, smaller_controls, whole_names
+from neuroflow_hf.evaluation.settings import DENSE, FIRST, smaller_baselines, whole_names
 from tests.cli.test_run import PROCESSOR, assert_clean_error, call
 from tests.conftest import TINY_TEXT, TINY_VISION, lively
 from tests.processes import call_in_two, neuroflow
@@ -357,8 +357,8 @@ def test_another_resolution_and_type(videos, folder, tmp_path):
 
 def test_controls_keep_their_proportions():
     tower = SimpleNamespace(config=SimpleNamespace(image_size=224, patch_size=14))
-    options, doubled = ([spec.options for spec in smaller_controls(tower, True, size)] for size in (None, 448))
-    assert options == [spec.options for spec in smaller_controls(tower, True, 224)]
+    options, doubled = ([spec.options for spec in smaller_baselines(tower, True, size)] for size in (None, 448))
+    assert options == [spec.options for spec in smaller_baselines(tower, True, 224)]
     assert [one["resolution"] for one in options[:2]] == [56, 112]
     assert [one["resolution"] for one in doubled[:2]] == [112, 224]
     assert options[2:] == [{"r": 64, "schedule": "constant"}, {"r": 20, "schedule": "decreasing"}]

@@ -20,10 +20,10 @@ from neuroflow_hf.evaluation.methods import (
 from neuroflow_hf.evaluation.settings import (
     DENSE,
     FIRST,
-    hold_controls,
+    hold_baselines,
     mode_methods,
     preset_methods,
-    smaller_controls,
+    smaller_baselines,
 )
 from tests.conftest import NUM_PATCHES, assert_close_in_norm, random_video
 
@@ -170,7 +170,7 @@ def test_dense_frames_are_computed_once_for_all_that_return_them(vision):
 def test_the_standard_methods_can_be_made_and_told_apart(model, vision):
     for few in (False, True):
         methods = [DENSE, *preset_methods(), *mode_methods(few)]
-        specs = [*methods, FIRST, *hold_controls(few), *smaller_controls(model, few)]
+        specs = [*methods, FIRST, *hold_baselines(few), *smaller_baselines(model, few)]
         assert len({spec.name for spec in specs}) == len(specs)
         assert {spec.kind for spec in specs} == {
             "dense",

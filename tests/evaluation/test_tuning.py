@@ -29,11 +29,10 @@ from neuroflow_hf.evaluation.tuning import (
     FAMILIES,
     TRIGGERED_HOLDS,
     between,
-    checkpoint_config,
     plan_stretches,
     tune_video,
 )
-from neuroflow_hf.evaluation.tuning_report import setting_words, tuning_rows, tuning_sentences
+from neuroflow_hf.evaluation.tuning_report import checkpoint_config, setting_words, tuning_rows, tuning_sentences
 from neuroflow_hf.loading import load_gate
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader
@@ -77,7 +76,7 @@ def point(cost, *cosines, control=False, **options):
     return Point("any", {"mode": "context", **options}, [cost] * len(values), values, 1.0, control)
 
 
-# --- controls ------------------------------------------------------------------------------------------------------
+# --- baselines -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("every", [1, 2, 5, 11])
@@ -104,16 +103,16 @@ def test_holding_is_what_mode_hold_does(vision):
     np.testing.assert_allclose(held_cosines(similarities(dense), 3)[0], expected, atol=1e-5)
 
 
-def test_controls_by_the_clock_cost_one_frame_of_each_hold():
+def test_baselines_by_the_clock_cost_one_frame_of_each_hold():
     dense = [torch.randn(10, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
-    controls = hold_by_the_clock(dense, dense_milliseconds=10.0)
-    assert [control.options["keyframe_interval"] for control in controls] == list(range(2, 11))
-    assert [control.cost() for control in controls] == pytest.approx([1 / every for every in range(2, 11)])
-    assert all(control.control and len(control.cosines) == 2 for control in controls)
-    assert controls[0].milliseconds == 5
+    baselines = hold_by_the_clock(dense, dense_milliseconds=10.0)
+    assert [one.options["keyframe_interval"] for one in baselines] == list(range(2, 11))
+    assert [one.cost() for one in baselines] == pytest.approx([1 / every for every in range(2, 11)])
+    assert all(one.control and len(one.cosines) == 2 for one in baselines)
+    assert baselines[0].milliseconds == 5
     # a hold as long as the stretch, begun with it, is the first frame repeated
     first = first_frame_repeated(dense)
-    np.testing.assert_allclose(controls[-1].cosines[1][0], first.cosines[1][0])
+    np.testing.assert_allclose(baselines[-1].cosines[1][0], first.cosines[1][0])
     assert first.cost() == 0
 
 
@@ -158,7 +157,7 @@ def test_the_most_faithful_that_is_cheap_enough():
     assert nearest(points, Requirement(max_cost=0.05)) is points[0]
 
 
-def test_controls_compete_and_dense_does_not_count_as_saving():
+def test_baselines_compete_and_dense_does_not_count_as_saving():
     ours, control, dense = point(0.2, [0.991]), point(0.1, [0.992], control=True), point(1.0, [1.0])
     assert choose([ours, control, dense], Requirement(min_cosine=0.99)) is control
     assert choose([ours, dense], Requirement(min_cosine=0.99)) is ours
@@ -411,7 +410,7 @@ def test_ctrl_c_names_the_best_so_far(clip, checkpoints, few_candidates, tmp_pat
 
 def test_ctrl_c_before_there_is_anything_writes_nothing(clip, checkpoints, tmp_path, monkeypatch):
     def interrupted(bench):
-        raise neuroflow_hf.evaluation.tuning.Interrupted
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(neuroflow_hf.evaluation.tuning.Bench, "measure_dense", interrupted)
     result = call("tune", clip, "--model", checkpoints["vision"], "--out", tmp_path / "out", "--max-cost", 0.5)
