@@ -7,12 +7,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..utils.files import report_text, write_whole
+from ..utils.plots import BASELINE_FIRST, BASELINE_HELD, OURS, save_plot, tidy
 from ..utils.tables import markdown_table
-from ..video.plots import save_plot
 from .measure import HeldOut
 from .train import DistillResult
 
-LOSS, OURS, BASELINE = "#475569", "#d97706", "#9ca3af"
+LOSS, BASELINE = BASELINE_HELD, BASELINE_FIRST
 HEADERS = ["held-out clips", "mean cosine to dense", "p5"]
 
 
@@ -65,8 +65,7 @@ def plot_distillation(result: DistillResult) -> Figure:
     cosines.set_ylabel("held-out cosine to dense")
     cosines.set_xlabel("step")
     for panel in (losses, cosines):
-        panel.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-        panel.spines[["top", "right"]].set_visible(False)
+        tidy(panel, "y")
         panel.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, frameon=False, fontsize=9)
     return figure
 
