@@ -1,4 +1,4 @@
-"""Labels of a run: per frame, over time, and compared with dense and the baselines. Pure functions."""
+"""Labels of a run: by frame, over time, and compared with dense and baselines. Pure functions."""
 
 import operator
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ MOST_CHARACTERS = 60  # of a label in pictures
 
 def timeline(records: Sequence[FrameRecord], names: Sequence[str]) -> list[dict]:
     """
-    The best label over time: a stretch for each run of consecutive frames with the same label, without smoothing.
+    The best label over time, without smoothing: consecutive frames with the same label are one stretch.
 
     Returns:
         For each stretch: `start`, the time of its first frame in seconds; `end`, the time of the next stretch's first
-        frame, or of the last frame; `frames`, their number; `label`; `confidence` and `share`, the means of the
-        label's score and share.
+        frame, or of the video's last frame; `frames`, their number; `label`; `confidence` and `share`, the means of
+        the label's score and share.
     """
     stretches = []
     for place, group in groupby(records, key=top_label):
@@ -42,9 +42,9 @@ def timeline(records: Sequence[FrameRecord], names: Sequence[str]) -> list[dict]
 
 def agreement(records: Sequence[FrameRecord], cost: float) -> dict:
     """
-    How often the best label is dense's, on the sampled frames after the first (`compared_frames`): the label of the
-    streamed embedding (`streamed`), of the first sample's dense embedding (`first_frame`), of the last sample's
-    (`held`), and of the baseline of at most `cost` (`held_at_cost`, see `compare_held`).
+    On how many of the sampled frames after the first (`compared_frames`) the best label is dense's: with the streamed
+    embedding (`streamed`), with the first sample's dense embedding (`first_frame`), with the last sample's (`held`),
+    and with the baseline at no more than `cost` (`held_at_cost`, see `compare_held`).
     """
     compared = list(compare_with_dense(records, best_labels, operator.eq).values())[1:]
     found: dict = {"compared_frames": len(compared)}
@@ -71,7 +71,7 @@ def label_figures(records: Sequence[FrameRecord], labels: Labels) -> dict:
 
 
 def label_line(record: FrameRecord, names: Sequence[str]) -> dict:
-    """Labels in a frame's line of `frames.jsonl`: the best one, its confidence and share, and all scores."""
+    """Labels in a frame's line of `frames.jsonl`: the best one with its confidence and share, and all scores."""
     place = top_label(record)
     scores = [significant(score) for score in record.label_logits.sigmoid().tolist()]
     line = {
@@ -86,39 +86,39 @@ def label_line(record: FrameRecord, names: Sequence[str]) -> dict:
 
 
 def label_caption(record: FrameRecord, names: Sequence[str]) -> list[tuple[str, str]]:
-    """The caption's row for the best label, as (label, value)."""
+    """The caption's row, one column (label, value), for the best label."""
     place = top_label(record)
     confidence = percent(record.label_logits[place].sigmoid().item())
     return [("LABEL, CONFIDENCE", f"{shortened(names[place], MOST_CHARACTERS)}   {confidence}")]
 
 
 def object_caption(line: dict) -> str:
-    """The text at a moving object's box: its label and confidence; empty without labels."""
+    """The text at an object's box, from its `object_line`: label and confidence; empty without labels."""
     if "label" not in line:
         return ""
     return f"{shortened(line['label'], MOST_CHARACTERS // 2)} {percent(line['confidence'])}"
 
 
 def top_label(record: FrameRecord) -> int:
-    """The number of the best label; by logits, because two scores can both round to 1."""
+    """The place of the best label, by logits, because two scores can both round to 1."""
     return int(record.label_logits.argmax())
 
 
 def best_labels(record: FrameRecord) -> tuple[int, int | None]:
-    """The numbers of the streamed and the dense embedding's best label."""
+    """The places of the best label for the streamed and for the dense embedding."""
     dense = record.dense_label_logits
     return top_label(record), None if dense is None else int(dense.argmax())
 
 
 def percent(value: float) -> str:
-    """A share as a percentage, with enough digits for small ones: SigLIP's probabilities are often small."""
+    """A share as a percentage, with enough digits for the small probabilities that SigLIP often gives."""
     if value < 0.0001:
         return "<0.01%"
     return f"{value:.1%}" if value >= 0.01 else f"{value:.2%}"
 
 
 def shortened(text: str, most: int) -> str:
-    """`text`, cut to `most` characters."""
+    """A text cut to `most` characters."""
     return text if len(text) <= most else text[: most - 3].rstrip() + "..."
 
 

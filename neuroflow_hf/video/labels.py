@@ -1,5 +1,5 @@
 """
-Zero-shot labels: embedded by a SigLIP model's text tower, and compared with the embeddings of frames.
+Zero-shot labels: embedded by a SigLIP model's text tower, and compared with embeddings of frames.
 
     model, preprocess, tokenizer = load_text_model("path/to/siglip")
     labels = embed_labels(model, tokenizer, ["a dog", "a cat"])
@@ -25,9 +25,9 @@ class Labels:
     """
     L labels, embedded by a model's text tower.
 
-    A label's *score* is SigLIP's probability, `sigmoid(logit)`. It does not depend on the other labels; if none fits,
-    all are low. Transformers' zero-shot pipeline gives it, and runs show it as confidence. A label's *share* is
-    `softmax(logits)`; shares add up to 1 even if no label fits. Both order the labels alike.
+    A label's *score* is SigLIP's probability, `sigmoid(logit)`, as in transformers' zero-shot pipeline; runs show it
+    as confidence. It does not depend on the other labels; if no label fits, all scores are low. A label's *share* is
+    its part of `softmax(logits)`; shares add up to 1 even if no label fits. Both rank the labels alike.
 
     Args:
         names: the labels as given.
@@ -43,20 +43,20 @@ class Labels:
     logit_bias: float
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Logits of embeddings of frames [..., D], float32 [..., L]: `SiglipModel`'s `logits_per_image`."""
+        """Logits, float32 [..., L], of embeddings [..., D], equal to `logits_per_image` of `SiglipModel`."""
         texts = self.text_embeddings.to(embeddings.device)
         return functional.normalize(embeddings.float(), dim=-1) @ texts.T * self.logit_scale + self.logit_bias
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        """Scores of embeddings of frames [..., D], float32 [..., L]."""
+        """Scores, float32 [..., L], of embeddings [..., D]."""
         return self.logits(embeddings).sigmoid()
 
     def shares(self, embeddings: Tensor) -> Tensor:
-        """Shares of embeddings of frames [..., D], float32 [..., L]."""
+        """Shares, float32 [..., L], of embeddings [..., D]."""
         return self.logits(embeddings).softmax(dim=-1)
 
     def best(self, embedding: Tensor) -> tuple[str, float]:
-        """The best label for a frame's embedding [D], and its score."""
+        """The best label for an embedding [D], and its score."""
         logits = self.logits(embedding)
         place = int(logits.argmax())
         return self.names[place], logits[place].sigmoid().item()
@@ -75,7 +75,7 @@ def check_labels(names: Sequence[str], template: str = TEMPLATE):
         if not name.strip():
             raise ValueError(f"Label {place + 1} of {len(names)} is empty; expected a text, such as `a dog`.")
         if name in names[:place]:
-            raise ValueError(f"The label {name!r} is there twice; name each one once.")
+            raise ValueError(f"The label {name!r} is given twice; give each label once.")
     if template.count("{}") != 1:
         raise ValueError(f"The template is {template!r}; expected a text with one {{}} for the label: {TEMPLATE!r}.")
 
@@ -112,22 +112,24 @@ def embed_labels(
 
 def needs_lower_case(tokenizer: Any) -> bool:
     """
-    Whether texts must be lower-cased for this tokenizer. SigLIP 2 was trained on lower-case text, but its tokenizer,
-    Gemma's, keeps capitals. SigLIP 1's tokenizer lower-cases.
+    Whether texts must be lower-cased before this tokenizer. SigLIP 2 was trained on lower-case text, but its
+    tokenizer, Gemma's, keeps capitals; SigLIP 1's tokenizer lower-cases.
     """
-    return any(
-        "gemma" in kind.__name__.lower() or "siglip2" in kind.__name__.lower() for kind in type(tokenizer).mro()
-    )
+    names = [kind.__name__.lower() for kind in type(tokenizer).mro()]
+    return any("gemma" in name or "siglip2" in name for name in names)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], text_config: Any) -> dict[str, Tensor]:
     """
-    `input_ids` int64 [L, P] of the texts, padded to the P positions of the text tower, as in SigLIP's training; and
-    `attention_mask`, if the tokenizer gives one (SigLIP's do not).
+    Tokenize texts as in SigLIP's training.
+
+    Returns:
+        `input_ids` int64 [L, P], padded to the P positions of the text tower, and `attention_mask`, if the tokenizer
+        gives one (SigLIP's do not).
 
     Raises:
-        ValueError: for a text of more than P tokens, a tokenizer that cannot pad, and tokens that the text tower does
-            not know.
+        ValueError: for a text of more than P tokens, a tokenizer that cannot pad, and tokens beyond the text tower's
+            vocabulary.
     """
     length = text_config.max_position_embeddings
     if needs_lower_case(tokenizer):
@@ -138,8 +140,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str], text_config: Any) -> dict[str
             raise ValueError(f"{text!r} has {len(ids)} tokens, and the text tower reads {length}; shorten the label.")
         if max(ids) >= text_config.vocab_size:
             raise ValueError(
-                f"The tokenizer gives token {max(ids)}, and the text tower knows {text_config.vocab_size} tokens: the "
-                "tokenizer is another model's. Save the model's own beside it."
+                f"The tokenizer gives token {max(ids)}, and the text tower has {text_config.vocab_size} tokens: the "
+                "tokenizer belongs to another model. Save the model's own tokenizer in its folder."
             )
     return {name: torch.tensor(encoded[name]) for name in ("input_ids", "attention_mask") if name in encoded}
 

@@ -1,11 +1,11 @@
 """
-Moving objects: connected regions of a motion mask, with embeddings from the pooling head, and labels.
+Moving objects: connected regions of a motion mask, with embeddings from the pooling head and labels.
 
     (objects,) = connected_objects(motion_mask(output, stream.gate))
     objects = with_embeddings(model, output.last_hidden_state[0], objects)
     with_labels(objects, labels)  # from `embed_labels`
 
-The frame's forward gives the patches' features; only the head runs again, once for each object.
+Features come from the frame's forward; only the head runs again, once for each object.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ class MovingObject:
     A connected region of a motion mask.
 
     Args:
-        mask: bool [grid_h, grid_w], its patches.
+        mask: bool [grid_h, grid_w], the object's patches.
         box: top, left, bottom, right in patches; bottom and right are the first ones outside.
-        embedding: float32 [D], its patches pooled by the model's head; None before `with_embeddings`.
+        embedding: float32 [D], the object's patches pooled by the model's head; None before `with_embeddings`.
         label, score: the best label and its score; None before `with_labels`.
     """
 
@@ -40,7 +40,7 @@ class MovingObject:
 
     @property
     def patches(self) -> int:
-        """The number of patches."""
+        """Number of patches."""
         return int(self.mask.sum())
 
 
@@ -52,7 +52,7 @@ def connected_objects(mask: Tensor) -> list[list[MovingObject]]:
         mask: bool [B, grid_h, grid_w], from `motion_mask`.
 
     Returns:
-        For each stream its objects, the largest first; equal ones in reading order.
+        The objects of each stream, the largest first; equally large ones in reading order.
 
     Raises:
         ValueError: if the mask is not 3-dimensional.
@@ -76,8 +76,8 @@ def with_embeddings(model: nn.Module, hidden_state: Tensor, objects: Sequence[Mo
     """
     Pool the patches of each object with the model's head, as if they were the whole image.
 
-    Patches attend to the whole frame, so an embedding also depends on the surroundings. Features are as last encoded:
-    on a held frame, or beyond a budget, they are an earlier frame's.
+    Patches attend to the whole frame, so an embedding also depends on the surroundings. Patches that were reused, as
+    on a held frame, have the features of an earlier frame.
 
     Args:
         model: with a pooling head, and with or without a text tower.
@@ -85,11 +85,11 @@ def with_embeddings(model: nn.Module, hidden_state: Tensor, objects: Sequence[Mo
         objects: of that stream.
 
     Raises:
-        ValueError: for a model without pooling head, and features of some patches only, as in mode `eliminate`.
+        ValueError: for a model without a pooling head, and for features of some patches only, as in mode `eliminate`.
     """
     vision = getattr(model, "vision_model", model)
     if not getattr(vision, "use_head", False):
-        raise ValueError("The model has no pooling head, which makes embeddings of patches; use one with a head.")
+        raise ValueError("The model has no pooling head to make embeddings of patches; use a model with one.")
     for item in objects[:1]:
         if hidden_state.ndim != 2 or len(hidden_state) != item.mask.numel():
             raise ValueError(
@@ -141,22 +141,24 @@ def require_objects_found(gate: NeuroFlowGateConfig, labelled: bool):
         raise ValueError("Labels of objects need the features of all patches, which mode `eliminate` does not keep.")
 
 
-def pixel_box(
-    item: MovingObject, height: int, width: int, covered: tuple[float, float] = (1.0, 1.0)
-) -> tuple[int, int, int, int]:
+def object_line(item: MovingObject, height: int, width: int, covered: float = 1.0) -> dict:
     """
-    An object's box in a picture of `height` and `width` pixels: left, top, right, bottom; the last two are the first
-    ones outside. `covered` are the shares of height and width that the patches cover.
+    An object in a frame's line of `frames.jsonl`.
+
+    Args:
+        item: the object.
+        height, width: of the frame in pixels.
+        covered: share of each side of the frame that the patches cover.
+
+    Returns:
+        `box`: left, top, right, bottom in pixels, the last two the first ones outside; `patches`; and, if labelled,
+        `label` and `confidence`.
     """
     rows, columns = item.mask.shape
-    down, across = covered[0] * height / rows, covered[1] * width / columns
+    down, across = covered * height / rows, covered * width / columns
     top, left, bottom, right = item.box
-    return round(left * across), round(top * down), round(right * across), round(bottom * down)
-
-
-def object_line(item: MovingObject, height: int, width: int, covered: tuple[float, float] = (1.0, 1.0)) -> dict:
-    """An object in a frame's line of `frames.jsonl`: `box`, `patches` and, if labelled, `label` and `confidence`."""
-    line = {"box": list(pixel_box(item, height, width, covered)), "patches": item.patches}
+    box = [round(left * across), round(top * down), round(right * across), round(bottom * down)]
+    line: dict = {"box": box, "patches": item.patches}
     if item.label is not None:
         line |= {"label": item.label, "confidence": float(f"{item.score:.6g}")}
     return line

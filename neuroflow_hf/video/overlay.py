@@ -1,4 +1,4 @@
-"""Pictures of the gate at work: what was encoded again in full colour, what was reused in dark grey."""
+"""Pictures of the gate at work: encoded patches in full colour, reused ones in dark grey."""
 
 import math
 from collections.abc import Sequence
@@ -21,42 +21,42 @@ TEXT = (240, 246, 252)
 MOVING = (64, 156, 255)
 REUSED_BRIGHTNESS = 0.42
 LEGEND = "full colour, outlined: encoded on this frame      dark grey: reused from memory"
-OBJECTS_LEGEND = LEGEND + "      blue box: moves"
+OBJECTS_LEGEND = LEGEND + "      blue box: moving object"
 
-Rows = Sequence[Sequence[tuple[str, str]]]  # of a caption, each with its columns, (label, value)
+Rows = Sequence[Sequence[tuple[str, str]]]  # of a caption: columns of (label, value) in each
 
-# Seconds in an overlay's unit of time: a frame at all common rates is a whole number of it. MPEG-4 takes none shorter.
+# Time unit of overlay videos in seconds: at all common rates, frames last a multiple; MPEG-4 takes no shorter one.
 TICK = Fraction(1, 60000)
-# Sides of an overlay frame in pixels: small clips are enlarged until a caption fits, large ones need not be larger.
-LEAST_WIDTH, MOST_SIDE = 480, 960
+# Sides of an overlay frame in pixels: small clips are enlarged so that captions fit, large ones are reduced.
+MIN_WIDTH, MAX_SIDE = 480, 960
 
 
 # --- pure drawing --------------------------------------------------------------------------------------------------
 
 
-def patch_pixels(mask: np.ndarray, height: int, width: int, covered: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
+def patch_pixels(mask: np.ndarray, height: int, width: int, covered: float = 1.0) -> np.ndarray:
     """
     A patch mask at the size of the picture that the patches were cut from.
 
     Args:
         mask: bool [grid_h, grid_w].
         height, width: of the picture in pixels, at least the grid's.
-        covered: shares of the height and width that the patches cover, from the top left. Below 1 where the model's
-            resolution is no multiple of its patch size; what lies outside is never encoded and comes back False.
+        covered: share of each side that the patches cover, from the top left. Below 1 if the model's resolution is no
+            multiple of its patch size; pixels outside are False.
 
     Returns:
         bool [height, width].
     """
     rows, columns = (
-        np.diff(np.round(np.linspace(0, share * length, count + 1)).astype(int))
-        for share, length, count in zip(covered, (height, width), mask.shape, strict=True)
+        np.diff(np.round(np.linspace(0, covered * length, count + 1)).astype(int))
+        for length, count in zip((height, width), mask.shape, strict=True)
     )
     inside = np.repeat(np.repeat(mask, rows, axis=0), columns, axis=1)
     return np.pad(inside, ((0, height - inside.shape[0]), (0, width - inside.shape[1])))
 
 
 def border(marked: np.ndarray, thickness: int) -> np.ndarray:
-    """The pixels of `marked` [H, W] within `thickness` of one that is not, or of the edge; bool [H, W]."""
+    """The pixels of a mask, bool [H, W], within `thickness` of its outside or the picture's edge: bool [H, W]."""
     inner = marked
     for _ in range(thickness):
         framed = np.pad(inner, 1)
@@ -64,17 +64,14 @@ def border(marked: np.ndarray, thickness: int) -> np.ndarray:
     return marked & ~inner
 
 
-def mark_encoded(image: np.ndarray, mask: np.ndarray, covered: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
+def mark_encoded(image: np.ndarray, mask: np.ndarray, covered: float = 1.0) -> np.ndarray:
     """
-    A frame whose encoded patches keep their colours, inside a thin outline, and whose reused ones turn dark grey.
+    A copy of a frame, uint8 RGB [H, W, 3], in which encoded patches are outlined and reused ones turn dark grey.
 
     Args:
         image: uint8 RGB [H, W, 3].
-        mask: bool [grid_h, grid_w], the patches that were encoded.
+        mask: bool [grid_h, grid_w], the encoded patches.
         covered: as in `patch_pixels`.
-
-    Returns:
-        uint8 RGB [H, W, 3], a new array.
     """
     height, width = image.shape[:2]
     marked = patch_pixels(mask, height, width, covered)
@@ -88,16 +85,13 @@ def outline_objects(
     picture: np.ndarray, boxes: Sequence[tuple[int, int, int, int]], captions: Sequence[str], scale: float = 1.0
 ) -> np.ndarray:
     """
-    A picture with boxes around what moves.
+    A copy of a picture, uint8 RGB [H, W, 3], with boxes around moving objects.
 
     Args:
         picture: uint8 RGB [H, W, 3].
-        boxes: left, top, right and bottom of each, right and bottom outside, in pixels of the frame.
-        captions: what stands at each box; nothing if empty.
-        scale: the picture's pixels for one of the frame's.
-
-    Returns:
-        uint8 RGB [H, W, 3], a new array.
+        boxes: left, top, right and bottom of each in pixels of the frame; right and bottom are the first ones outside.
+        captions: a text for each box; may be empty.
+        scale: size of the picture relative to the frame.
     """
     drawn = Image.fromarray(picture)
     draw = ImageDraw.Draw(drawn)
@@ -118,13 +112,13 @@ def outline_objects(
 
 
 def overlay_size(height: int, width: int) -> tuple[int, int]:
-    """(height, width) of the picture inside an overlay frame, both even, for a video of `height` x `width` pixels."""
-    scale = min(MOST_SIDE / max(height, width), max(1.0, LEAST_WIDTH / width))
+    """Height and width, both even, of the picture in an overlay frame for a video of this height and width."""
+    scale = min(MAX_SIDE / max(height, width), max(1.0, MIN_WIDTH / width))
     return tuple(max(2, 2 * round(length * scale / 2)) for length in (height, width))
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 RGB [H, W, 3] at another size."""
+    """Resize a picture, uint8 RGB [H, W, 3]."""
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
@@ -132,13 +126,13 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The typeface that the plots use too; it comes with matplotlib."""
+    """The font of the plots, which comes with matplotlib."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
 def fitting_font(texts: Sequence[str], width: float, most: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The largest font, `most` pixels at most and 6 at least, in which every one of `texts` is within `width`."""
+    """The largest font from 6 to `most` pixels in which each of `texts` fits into `width` pixels; 6 if none does."""
     for size in range(most, 6, -1):
         if all(font(size, bold).getlength(text) <= width for text in texts):
             return font(size, bold)
@@ -147,15 +141,15 @@ def fitting_font(texts: Sequence[str], width: float, most: int, bold: bool = Fal
 
 def caption_strip(width: int, fields: Sequence[tuple[str, str]], size: int) -> np.ndarray:
     """
-    A dark strip of columns, each a small label above its value; fonts shrink where a text would not fit.
+    A dark strip of columns, each a small label above its value. Fonts shrink if a text does not fit.
 
     Args:
-        width: in pixels.
-        fields: (label, value) from left to right.
-        size: height of the values' font in pixels, at most.
+        width: of the strip in pixels.
+        fields: label and value of each column.
+        size: largest height of the values' font in pixels.
 
     Returns:
-        uint8 RGB [height, width, 3]; the height, an even number, depends on `size` alone.
+        uint8 RGB [height, width, 3]; the height is even and depends on `size` alone.
     """
     label_size, margin = round(0.6 * size), round(0.5 * size)
     height = 2 * round((label_size + size + 2.6 * margin) / 2)
@@ -173,28 +167,23 @@ def caption_strip(width: int, fields: Sequence[tuple[str, str]], size: int) -> n
 
 
 def captioned(picture: np.ndarray, rows: Rows, size: int) -> np.ndarray:
-    """A picture uint8 RGB [H, W, 3] above a `caption_strip` for each row of fields; uint8 RGB [H', W, 3]."""
+    """A picture, uint8 RGB [H, W, 3], above a `caption_strip` for each row: uint8 RGB [H', W, 3]."""
     return np.concatenate([picture, *(caption_strip(picture.shape[1], fields, size) for fields in rows)])
 
 
 def marked_picture(
     image: np.ndarray,
     mask: np.ndarray,
-    covered: tuple[float, float] = (1.0, 1.0),
+    covered: float = 1.0,
     boxes: Sequence[tuple[int, int, int, int]] = (),
     captions: Sequence[str] = (),
 ) -> np.ndarray:
     """
-    A frame at its `overlay_size` with what was encoded, and boxes around what moves.
+    A frame, uint8 RGB [H, W, 3], at its `overlay_size` with encoded patches and moving objects marked.
 
     Args:
-        image: uint8 RGB [H, W, 3] as it came out of the video.
-        mask: bool [grid_h, grid_w], the patches that were encoded.
-        covered: as in `patch_pixels`.
-        boxes, captions: of what moves, as in `outline_objects`, in pixels of `image`.
-
-    Returns:
-        uint8 RGB [H', W', 3].
+        image, mask, covered: as in `mark_encoded`.
+        boxes, captions: as in `outline_objects`, in pixels of `image`.
     """
     height, width = overlay_size(*image.shape[:2])
     picture = mark_encoded(resize(image, height, width), mask, covered)
@@ -203,10 +192,10 @@ def marked_picture(
 
 def overlay_frame(picture: np.ndarray, rows: Rows) -> np.ndarray:
     """
-    A frame of the overlay video: a `marked_picture` above its caption; uint8 RGB [H, W, 3] with even sides, the same
-    ones for all frames of a video that have as many rows.
+    A frame of the overlay video, uint8 RGB [H, W, 3]: a `marked_picture` above its caption. Its sides are even, and
+    the same for all frames of a video with equally many rows.
     """
-    missing = max(0, LEAST_WIDTH - picture.shape[1])  # a narrow video gets margins, so that its caption stays legible
+    missing = max(0, MIN_WIDTH - picture.shape[1])  # narrow videos get margins, so that captions stay legible
     picture = np.pad(picture, ((0, 0), (missing // 2, missing - missing // 2), (0, 0)))
     return captioned(picture, rows, size=round(picture.shape[1] / 48))
 
@@ -219,15 +208,14 @@ def contact_sheet(
     legend: str = LEGEND,
 ) -> np.ndarray:
     """
-    A grid of marked pictures, each above its caption, under a title line and a legend.
+    A grid of marked pictures, each above its caption, under a title and a legend.
 
     Args:
-        cells: (picture uint8 RGB [H, W, 3], rows of the caption) from left to right and top to bottom; at least one,
-            and all with as many rows.
-        title: of the sheet, in one line.
+        cells: picture, uint8 RGB [H, W, 3], and rows of the caption; at least one cell, all with equally many rows.
+        title: in one line.
         cell_width: in pixels.
         columns: at most.
-        legend: what colours mean, in one line.
+        legend: what the colours mean, in one line.
 
     Returns:
         uint8 RGB [H', W', 3].
@@ -250,8 +238,8 @@ def contact_sheet(
 
 
 def sheet_header(width: int, title: str, legend: str, margin: int) -> Image.Image:
-    """The title of a contact sheet and, in a second line, what colours and greys mean."""
-    title = "".join(sign if sign.isprintable() else "?" for sign in title)  # of a file's name, anything may be part
+    """The title of a contact sheet above its legend."""
+    title = "".join(sign if sign.isprintable() else "?" for sign in title)  # names of files may hold any character
     room = width - 4 * margin
     title_font, legend_font = fitting_font([title], room, 30, bold=True), fitting_font([legend], room, 24)
     header = Image.new("RGB", (width, 112), BACKGROUND)
@@ -268,11 +256,11 @@ def sheet_header(width: int, title: str, legend: str, margin: int) -> Image.Imag
 
 class SheetCells:
     """
-    Keeps evenly spaced cells of a run of unknown length: whenever more than four times as many as wanted are held,
-    every second one is dropped, and from then on only every second one offered is taken.
+    Keeps evenly spaced cells of a run of unknown length: whenever it holds more than four times as many as wanted, it
+    drops every second one, and takes only every second one of those offered from then on.
 
     Args:
-        wanted: how many cells `evenly` gives at most.
+        wanted: maximum number of cells that `evenly` returns.
     """
 
     def __init__(self, wanted: int = 8):
@@ -282,7 +270,7 @@ class SheetCells:
         self.cells: list[tuple[np.ndarray, Rows]] = []
 
     def offer(self, picture: np.ndarray, rows: Rows):
-        """Take or leave a cell: uint8 RGB [H, W, 3] and the rows of its caption."""
+        """Keep or ignore a cell: a picture, uint8 RGB [H, W, 3], and the rows of its caption."""
         if self.offered % self.step == 0:
             self.cells.append((picture, rows))
         self.offered += 1
@@ -291,7 +279,7 @@ class SheetCells:
             self.step *= 2
 
     def evenly(self) -> list[tuple[np.ndarray, Rows]]:
-        """At most `wanted` of the kept cells, evenly spaced, the first and the last among them."""
+        """At most `wanted` cells, evenly spaced from the first to the last one kept."""
         count = min(self.wanted, len(self.cells))
         places = np.round(np.linspace(0, len(self.cells) - 1, count)).astype(int)
         return [self.cells[place] for place in places]
@@ -299,11 +287,10 @@ class SheetCells:
 
 class OverlayWriter:
     """
-    Writes overlay frames to an mp4 file as they come, each shown when the video shows it: H.264 where this FFmpeg has
-    it, else MPEG-4.
+    Writes frames to an mp4 file with the times of the video: H.264 if FFmpeg has it, else MPEG-4.
 
     Args:
-        path: the file; it is complete only after `close`.
+        path: the file; complete only after `close`.
     """
 
     def __init__(self, path: Path):
@@ -311,29 +298,29 @@ class OverlayWriter:
         self.container = None
 
     def write(self, picture: np.ndarray, seconds: float):
-        """Append uint8 RGB [H, W, 3] with even sides, the same for all pictures, which is shown at `seconds`."""
+        """Append a picture, uint8 RGB [H, W, 3] with even sides, the same for all pictures, to show at `seconds`."""
         if self.container is None:
             self._open(*picture.shape[:2], seconds)
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        # no two frames at the same time; the last one stays as long as the one before it
+        # no two frames at the same time; the last one lasts as long as the one before it
         frame.pts = max(round((seconds - self.begin) / TICK), self.last + 1)
         frame.duration = frame.pts - self.last
         frame.time_base, self.last = TICK, frame.pts
         self.container.mux(self.stream.encode(frame))
 
     def close(self):
-        """Finish the file. Nothing is written if there was no frame."""
+        """Finish the file; without frames, there is none."""
         if self.container is not None:
             self.container.mux(self.stream.encode(None))
             self.container.close()
             self.container = None
 
     def _open(self, height: int, width: int, seconds: float):
-        self.begin, self.last = seconds, -TICK.denominator // 10  # a single frame stays for a tenth of a second
+        self.begin, self.last = seconds, -TICK.denominator // 10  # a single frame lasts a tenth of a second
         self.container = av.open(ffmpeg_name(self.path), "w", format="mp4", options={"movflags": "faststart"})
-        # One thread: x264's own would go on encoding while the next frame's forward is being timed.
+        # one thread: others would encode while the next frame's forward is timed
         if "libx264" in av.codecs_available:
-            # no B-frames: with uneven times, mp4 states the length of a track that has them too short
+            # no B-frames: with uneven times, mp4 would state too short a length
             codec, options = "libx264", {"crf": "21", "preset": "veryfast", "threads": "1", "bf": "0"}
         else:
             codec, options = "mpeg4", {"qscale": "3"}

@@ -1,4 +1,4 @@
-"""The record of each frame of a run, and its figures and captions. Pure functions."""
+"""What a run records of each frame, and the figures, lines and captions made of it. Pure functions."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,20 +15,20 @@ from ..vision.gate_config import NeuroFlowGateConfig
 @dataclass(frozen=True, eq=False)
 class FrameRecord:
     """
-    What the model gave for one frame.
+    What the model gave for one frame; tensors are on the CPU.
 
     Args:
         index: number in the file, from 0.
         time: seconds since the file's first frame.
-        active: number of patches that were encoded.
+        active: number of patches encoded.
         patches: number of all patches.
-        cost: multiply-adds relative to a dense frame.
+        cost: relative to dense.
         milliseconds: of the streamed forward.
-        embedding: float32 [D], on the CPU.
-        dense_embedding: float32 [D] of a forward without a stream; None on frames that are not sampled.
+        embedding: float32 [D].
+        dense_embedding: float32 [D], of a dense forward; None on frames that are not sampled.
         dense_milliseconds: of that forward.
         label_logits, dense_label_logits: float32 [L], of the labels for the two embeddings; None without labels.
-        objects: moving objects as in `object_line`; None unless they were asked for.
+        objects: moving objects as in `object_line`; None if they were not looked for.
     """
 
     index: int
@@ -72,9 +72,14 @@ def compare_with_dense(
     records: Sequence[FrameRecord], outputs: Callable = embeddings_of, similarity: Callable = cosine
 ) -> dict[int, dict[str, float]]:
     """
-    Similarity to the dense output on each sampled frame, by the record's place: of the streamed output (`"streamed"`),
-    of the first sample's dense output (`"first_frame"`) and of the last sample's (`"held"`). On the first sample, both
-    baselines are dense's own.
+    Similarity to the dense output on each sampled frame, by the record's place: of the streamed output
+    (`"streamed"`), of the first sample's dense output (`"first_frame"`), and of the last sample's (`"held"`). On the
+    first sample, both baselines are the dense output itself.
+
+    Args:
+        records: of a run.
+        outputs: from a record to the streamed and the dense output; default: the embeddings.
+        similarity: of two outputs.
     """
     compared, first, held = {}, None, None
     for place, (streamed, dense) in enumerate(map(outputs, records)):
@@ -92,9 +97,11 @@ def compare_held(
     records: Sequence[FrameRecord], cost: float, outputs: Callable = embeddings_of, similarity: Callable = cosine
 ) -> tuple[int, list[float]] | None:
     """
-    The baseline of at most a cost, dense on every Nth frame and held between: N, and the similarities to dense on the
-    *oldest* frame of each hold, just before the next dense frame, which understates the baseline. None if the video is
-    too short.
+    The baseline at no more than `cost`: dense on every Nth frame, held between.
+
+    Returns:
+        N, and the similarities to dense on the *last* frame of each hold, which understates the baseline. None if the
+        video is too short.
     """
     sampled = {place: dense for place, (_, dense) in enumerate(map(outputs, records)) if dense is not None}
     if len(sampled) < 2 or cost <= 0:
@@ -107,13 +114,13 @@ def compare_held(
 
 
 def held_at_cost(records: Sequence[FrameRecord], cost: float) -> dict | None:
-    """The baseline of `compare_held`: `every` Nth frame, its `cost`, and the spread of its `cosine`."""
+    """The baseline of `compare_held`: `every` (N), its `cost`, and the spread of its `cosine`."""
     held = compare_held(records, cost)
     return held and {"every": held[0], "cost": 1 / held[0], "cosine": spread(held[1])}
 
 
 def mean_cost(records: Sequence[FrameRecord]) -> float:
-    """Mean cost of a run's frames."""
+    """Mean cost of a frame."""
     return float(np.mean([record.cost for record in records]))
 
 
@@ -127,8 +134,8 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 
 def figures(records: Sequence[FrameRecord]) -> dict:
     """
-    The figures of a run. Keyframes, including the first frame, count everywhere. The fidelity and the median speed-up
-    leave out the first sample, which is dense for the stream and for both baselines.
+    The figures of a run. All count keyframes. Fidelity and median speed-up leave out the first sample, on which the
+    stream and both baselines are dense.
     """
     sampled = [record for record in records if record.dense_embedding is not None]
     compared = list(compare_with_dense(records).values())[1:]
@@ -141,7 +148,7 @@ def figures(records: Sequence[FrameRecord]) -> dict:
         "skip_rate": spread([record.skip_rate for record in records]),
         "cost": spread([record.cost for record in records]),
         "milliseconds_per_frame": {"streamed": streamed, "dense": dense},
-        # the median compares two forwards of the same frame; the mean includes all keyframes
+        # the median is of pairs of forwards of the same frame; the mean includes all keyframes
         "speed_up": {"median": float(np.median(ratios)), "mean": dense["mean"] / streamed["mean"]} if ratios else None,
         "sampled_frames": len(sampled),
         "compared_frames": len(compared),
@@ -154,7 +161,7 @@ def figures(records: Sequence[FrameRecord]) -> dict:
 
 
 def object_figures(records: Sequence[FrameRecord]) -> dict:
-    """Moving objects in `summary.json`: the number of frames with some, and the spread of their number."""
+    """Moving objects in `summary.json`: on how many frames there are any, and the spread of their number."""
     counts = [len(record.objects) for record in records]
     return {"frames": sum(count > 0 for count in counts), "per_frame": spread(counts)}
 
@@ -205,12 +212,12 @@ def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, Tensor]:
 
 def caption(record: FrameRecord, sample: tuple[float, float] | None, short: bool = False) -> list[tuple[str, str]]:
     """
-    The caption under a frame, as (label, value).
+    The columns, (label, value), of the caption under a frame.
 
     Args:
         record: of the frame.
-        sample: time and cosine to dense of the last sampled frame; the time is shown if it is not this frame's.
-        short: three columns for the contact sheet, instead of five for the video.
+        sample: time and cosine to dense of the last sampled frame; None if there is none.
+        short: three columns for the contact sheet instead of five for the video.
     """
     share = record.active / record.patches
     value = "-"
@@ -231,7 +238,7 @@ def caption(record: FrameRecord, sample: tuple[float, float] | None, short: bool
 
 
 def gate_rule(gate: NeuroFlowGateConfig) -> str:
-    """How patches are chosen, and their cost budget, in words."""
+    """The token budget or threshold, and the cost budget, in words."""
     rule = f"{gate.token_budget} patches" if gate.token_budget else f"threshold {gate.threshold:g}"
     return rule if gate.cost_budget is None else f"{rule}, cost budget {gate.cost_budget:g}"
 

@@ -62,9 +62,9 @@ class RunResult:
 
     Args:
         status: `"complete"`, `"interrupted"` (Ctrl-C) or `"damaged"` (the video broke off).
-        message: where and why it stopped; empty if complete.
+        message: where and why the run stopped; empty if complete.
         summary: the contents of `summary.json`.
-        files: that were written.
+        files: the files written.
     """
 
     status: str
@@ -86,13 +86,15 @@ def encode_video(
     objects: bool = False,
 ) -> Iterator[tuple[Frame, np.ndarray, FrameRecord]]:
     """
-    Encode a video with a stream, and every `dense_every`-th frame (0: none) also without. Compare both embeddings with
-    `labels`, and find moving `objects`. Milliseconds and costs are of the forwards alone.
+    Encode a video with a stream, and every `dense_every`-th frame (0: none) also densely. A thread decodes and
+    preprocesses ahead, but waits while a forward is timed.
 
-    A thread decodes and preprocesses ahead, but waits while a forward is timed.
+    Args:
+        reader, model, preprocess, dense_every, labels, objects: as in `run_video`.
+        stream: of the model.
 
     Yields:
-        The frame, its active mask bool [grid_h, grid_w], and its record.
+        The frame, its active mask, bool [grid_h, grid_w], and its record.
     """
     interpolate = preprocess.resolution != model.config.image_size
     covered = covered_share(model, preprocess)
@@ -144,16 +146,15 @@ def encode_video(
             yield frame, mask, record
 
 
-def covered_share(model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor) -> tuple[float, float]:
-    """The shares of a frame's height and width that its patches cover."""
+def covered_share(model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor) -> float:
+    """The share of each side of a frame that its patches cover."""
     patch_size = model.config.patch_size
-    share = preprocess.patches_per_side(patch_size) * patch_size / preprocess.resolution
-    return share, share
+    return preprocess.patches_per_side(patch_size) * patch_size / preprocess.resolution
 
 
 def sampling_step(expected_frames: int | None, keyframe_interval: int | None) -> int:
     """
-    The interval of dense samples, for about 25 samples. It shares no factor with the keyframe interval: otherwise
+    The interval of dense samples, for about 25 in a video. It shares no factor with the keyframe interval: otherwise
     keyframes would be sampled more often than they occur, and the fidelity would look better than it is.
     """
     step = max(1, round(expected_frames / DENSE_SAMPLES)) if expected_frames else 10
@@ -166,7 +167,7 @@ def sampling_step(expected_frames: int | None, keyframe_interval: int | None) ->
 
 
 def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor) -> dict:
-    """The video, the model and the machine, for the summary."""
+    """The video, the model and the machine, as in `summary.json`."""
     side = preprocess.patches_per_side(model.config.patch_size)
     return {
         "video": {
@@ -189,7 +190,7 @@ def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess:
 
 
 def require_comparison(dense_every: int | None):
-    """Raise a ValueError for a negative number of frames."""
+    """Raise a ValueError if `dense_every` is negative."""
     if dense_every is not None and dense_every < 0:
         raise ValueError(f"`dense_every` is {dense_every}; expected a number of frames, or 0 for no comparison.")
 
@@ -200,33 +201,28 @@ class RunPictures:
 
     Args:
         writer: of the overlay video; None for no overlay.
-        names: of the labels; None without labels.
+        names: of the labels; empty without labels.
         covered: from `covered_share`.
-        only_sampled: whether the contact sheet has sampled frames only.
+        only_sampled: whether the contact sheet shows only frames that were compared with dense.
     """
 
-    def __init__(
-        self,
-        writer: OverlayWriter | None,
-        names: Sequence[str] | None,
-        covered: tuple[float, float],
-        only_sampled: bool,
-    ):
+    def __init__(self, writer: OverlayWriter | None, names: Sequence[str], covered: float, only_sampled: bool):
         self.writer, self.names, self.covered, self.only_sampled = writer, names, covered, only_sampled
         self.cells = SheetCells()
-        self.sample: tuple[float, float] | None = None
+        self.sample: tuple[float, float] | None = None  # time of the last sampled frame, and its cosine to dense
 
     def add(self, image: np.ndarray, mask: np.ndarray, record: FrameRecord):
         """Draw a frame."""
         is_sampled = record.dense_embedding is not None
         if is_sampled:
             self.sample = record.time, cosine(record.embedding, record.dense_embedding)
-        label_rows = [] if self.names is None else [label_caption(record, self.names)]
+        label_rows = [label_caption(record, self.names)] if self.names else []
         objects = record.objects or ()
         boxes, texts = [line["box"] for line in objects], [object_caption(line) for line in objects]
         on_sheet = is_sampled or not self.only_sampled
-        if on_sheet or self.writer is not None:
-            picture = marked_picture(image, mask, self.covered, boxes, texts)
+        if not on_sheet and self.writer is None:
+            return
+        picture = marked_picture(image, mask, self.covered, boxes, texts)
         if on_sheet:
             self.cells.offer(picture, [caption(record, self.sample, short=True), *label_rows])
         if self.writer is not None:
@@ -234,7 +230,7 @@ class RunPictures:
             self.writer.write(overlay_frame(picture, rows), record.time)
 
     def close(self):
-        """End the overlay video."""
+        """Finish the overlay video."""
         if self.writer is not None:
             self.writer.close()
 
@@ -270,8 +266,8 @@ def run_video(
     Stream a video through a model, and write the results to a folder.
 
     Writes `frames.jsonl`, `embeddings.safetensors`, `contact_sheet.png`, `plot.png`, `summary.json` and, with
-    `overlay`, `overlay.mp4`. Files of an earlier run are replaced at the end, each whole. After Ctrl-C or damage in
-    the video, the results of the frames before are written.
+    `overlay`, `overlay.mp4`. Files of an earlier run are replaced at the end. After Ctrl-C, or if the video is
+    damaged, the results of the frames before are written.
 
     Args:
         reader: the video.
@@ -280,14 +276,14 @@ def run_video(
         gate_options: options of [`NeuroFlowGateConfig`] that override the model's.
         dense_every: compare with dense on every Nth frame; 0: never; default: for about 25 samples.
         overlay: also write a video that marks encoded patches.
-        labels: from `load_model_with_labels`, to compare the frames with.
-        objects: also find moving objects, label them if there are labels, and draw and store their boxes.
+        labels: zero-shot labels to compare the frames with, from `load_model_with_labels`.
+        objects: also find moving objects, with labels if there are any, and draw and store their boxes.
         model_name, command: for the summary.
         on_frame: called with each frame's record.
 
     Raises:
         ValueError: for a gate option, `dense_every` or resolution out of range, for pixels that are not finite, and
-            for `objects` with a gate that does not compare frames.
+            for `objects` if the gate does not compare frames.
         VideoError: if the first frame cannot be read.
         NotADirectoryError, OSError: if `out` is a file or cannot be written to.
     """
@@ -304,7 +300,7 @@ def run_video(
     status, message = "complete", ""
     with staging_folder(out, RUN_FILES) as folder:
         writer = OverlayWriter(folder / "overlay.mp4") if overlay else None
-        names = None if labels is None else labels.names
+        names = () if labels is None else labels.names
         pictures = RunPictures(writer, names, covered, only_sampled=dense_every > 0)
         frames = encode_video(reader, model, preprocess, stream, dense_every, labels, objects)
         try:
@@ -325,7 +321,7 @@ def run_video(
 
         title = run_title(stream.gate, reader.path.name, preprocess.resolution)
         write_frames(folder / "frames.jsonl", records, labels)
-        save_plot(plot_run(records, title, names or ()), folder / "plot.png")
+        save_plot(plot_run(records, title, names), folder / "plot.png")
         sheet = contact_sheet(pictures.cells.evenly(), title, legend=OBJECTS_LEGEND if objects else LEGEND)
         Image.fromarray(sheet).save(folder / "contact_sheet.png")
         summary = {
@@ -346,10 +342,10 @@ def run_video(
         metadata = {name: json.dumps(summary[name]) for name in STORED_SETTINGS}
         if labels is not None:
             metadata |= {"labels": json.dumps(labels.names), "template": json.dumps(labels.template)}
-        # `save_file` would make a file that only its owner can read
+        # `save_file` would write a file that only its owner can read
         (folder / "embeddings.safetensors").write_bytes(save(embedding_tensors(records), metadata))
         summary["files"] = [name for name in RUN_FILES if (folder / name).exists() or name == "summary.json"]
-        # all but loading the model
+        # includes everything but loading the model
         summary["wall_clock_seconds"] = round(time.perf_counter() - started, 3)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return RunResult(status, message, summary, [Path(out) / name for name in summary["files"]])

@@ -147,7 +147,7 @@ def test_labels_are_split_at_commas():
     [
         ([], "{}", "no labels"),
         (["a dog", " "], "{}", "Label 2 of 2 is empty"),
-        (["a dog", "a cat", "a dog"], "{}", "'a dog' is there twice"),
+        (["a dog", "a cat", "a dog"], "{}", "'a dog' is given twice"),
         (["a dog"], "This is a photo.", "one {} for the label"),
         (["a dog"], "{} and {}", "one {} for the label"),
     ],
@@ -164,7 +164,7 @@ def test_labels_that_the_text_tower_cannot_tell_apart_or_read(folder):
     with pytest.raises(ValueError, match="70 tokens, and the text tower reads 64"):
         embed_labels(model, tokenizer, ["dog " * 70], "{}")
     tokenizer.add_tokens([f"word{i}" for i in range(100)])
-    with pytest.raises(ValueError, match="the text tower knows 99"):
+    with pytest.raises(ValueError, match="the text tower has 99"):
         embed_labels(model, tokenizer, ["word90"])
 
 

@@ -18,7 +18,6 @@ from neuroflow_hf.video.objects import (
     MovingObject,
     connected_objects,
     object_line,
-    pixel_box,
     with_embeddings,
     with_labels,
 )
@@ -263,8 +262,7 @@ def test_boxes_in_pixels():
     mask = torch.zeros(6, 6, dtype=torch.bool)
     mask[2:4, 1:6] = True
     ((item,),) = connected_objects(mask.unsqueeze(0))
-    assert pixel_box(item, 60, 120) == (20, 20, 120, 40)
-    assert pixel_box(item, 60, 120, covered=(0.5, 0.5)) == (10, 10, 60, 20)
+    assert object_line(item, 60, 120, covered=0.5)["box"] == [10, 10, 60, 20]
     assert object_line(item, 60, 120) == {"box": [20, 20, 120, 40], "patches": 10}
     json.dumps(object_line(item, 60, 120))
 

@@ -286,8 +286,8 @@ def test_reused_patches_are_grey_and_darker():
 
 
 def test_what_the_patches_do_not_cover_is_never_marked():
-    pixels = patch_pixels(np.ones((2, 3), dtype=bool), 20, 30, covered=(0.8, 0.9))
-    assert pixels[:16, :27].all() and not pixels[16:].any() and not pixels[:, 27:].any()
+    pixels = patch_pixels(np.ones((2, 3), dtype=bool), 20, 30, covered=0.8)
+    assert pixels[:16, :24].all() and not pixels[16:].any() and not pixels[:, 24:].any()
 
 
 def test_the_border_lies_inside_and_closes_at_the_edge():
