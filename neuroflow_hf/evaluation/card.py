@@ -1,6 +1,5 @@
 """
-Model cards with figures in their metadata (`model-index`), through huggingface_hub's card classes. A card keeps its
-text, its other metadata and its other figures.
+Write figures into the metadata (`model-index`) and the text of model cards. All else in a card stays as it is.
 """
 
 import logging
@@ -34,11 +33,11 @@ def card_with_results(text: str, model_name: str, results: Sequence[EvalResult])
 
     Args:
         text: the card's Markdown, with or without metadata.
-        model_name: for the metadata, if they name none.
+        model_name: for the metadata, if they have none.
         results: the figures.
 
     Raises:
-        ValueError: if the metadata are no YAML mapping, or the Hub would not accept their `model-index`.
+        ValueError: if the metadata are not a YAML mapping, or have a `model-index` that the Hub would not accept.
     """
     card = read_card(text)
     kept = [one for one in card.data.eval_results or [] if not any(same_question(one, new) for new in results)]
@@ -54,15 +53,15 @@ def with_plain_value(result: EvalResult) -> EvalResult:
 
 
 def read_card(text: str) -> ModelCard:
-    """Parse a card; raise a ValueError if its metadata cannot be kept."""
+    """Parse a card; raise a ValueError if its metadata cannot be read."""
     try:
         with no_warnings():
             return ModelCard(text)
-    except Exception as error:  # errors of YAML are no ValueErrors
+    except Exception as error:  # YAML has errors of its own
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"The head of the model card (the YAML between its first `---`) cannot be read: {reason} Fix it, or give "
-            "--no-card."
+            f"The metadata of the model card (the YAML between its first `---`) cannot be read: {reason} Fix them, or "
+            "give --no-card."
         ) from error
 
 
@@ -93,8 +92,7 @@ def existing_card(source: str | Path) -> str | None:
     The card of a checkpoint, a folder or a name on the Hub; None if there is none, or the Hub cannot be reached.
 
     Raises:
-        ValueError: if it is not UTF-8, if its metadata cannot be read, or if a mark around an evaluation's figures is
-            missing or stands twice.
+        ValueError: if the card is not UTF-8, its metadata cannot be read, or one of `MARKS` is missing or repeated.
     """
     file = Path(source) / CARD
     if not Path(source).is_dir():
@@ -107,24 +105,24 @@ def existing_card(source: str | Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        # bytes, to keep the line ends
+        # as bytes, to keep line ends
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{file} is not UTF-8 ({error.reason} at byte {error.start}); mend it, or give --no-card."
+            f"{file} is not UTF-8 ({error.reason} at byte {error.start}); fix it, or give --no-card."
         ) from error
     read_card(text)
     begin, end = MARKS
     if (text.count(begin), text.count(end)) not in ((0, 0), (1, 1)) or text.find(begin) > text.find(end):
         raise ValueError(
-            f"{file} does not have `{begin}` and `{end}` once each, in this order, between which the figures go; mend "
-            "it, take both out, or give --no-card."
+            f"{file} does not have `{begin}` and `{end}` once each, in this order, around the figures; fix it, remove "
+            "both, or give --no-card."
         )
     return text
 
 
 def new_card(name: str, reads_text: bool) -> str:
-    """The Markdown of a card for a checkpoint that has none, without licence, training or use."""
+    """A card for a checkpoint that has none; it says nothing about licence, training or use."""
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification" if reads_text else "image-feature-extraction",
@@ -135,13 +133,13 @@ def new_card(name: str, reads_text: bool) -> str:
 
 def evaluation_card(report: dict, tables: str, existing: str | None) -> str:
     """
-    The checkpoint's card with an evaluation's figures in its metadata, and as tables between two marks, added at the
-    end if they are missing.
+    A checkpoint's card with an evaluation's figures in its metadata, and as tables between `MARKS`, which are added at
+    the end if they are missing.
 
     Args:
         report: of `Evaluation`.
-        tables: Markdown.
-        existing: the card; None for a new one.
+        tables: in Markdown.
+        existing: the checkpoint's card; None for a new one.
     """
     name = report["model"]["name"]
     text = new_card(name, report["model"]["reads_text"]) if existing is None else existing
@@ -155,7 +153,7 @@ def evaluation_card(report: dict, tables: str, existing: str | None) -> str:
 
 
 def evaluation_results(report: dict) -> list[EvalResult]:
-    """The figures of dense and of every method, without baselines, for a card's metadata."""
+    """The figures of dense and of all methods but baselines, for a card's metadata."""
     labelled, data = bool(report["labels"]["names"]), report["videos"]["name"]
     task = "zero-shot-image-classification" if labelled else "image-feature-extraction"
     results = []
@@ -192,7 +190,7 @@ def evaluation_results(report: dict) -> list[EvalResult]:
 
 
 def dataset_type(name: str) -> str:
-    """A name as an identifier of the Hub: `"My clips"` to `"my-clips"`."""
+    """A name as an identifier on the Hub: `"My clips"` to `"my-clips"`."""
     return (
         "-".join("".join(sign if sign.isalnum() or sign in "._-" else " " for sign in name.lower()).split())
         or "videos"

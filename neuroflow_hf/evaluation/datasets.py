@@ -1,5 +1,5 @@
 """
-The videos that a checkpoint is measured on: a file, or a folder of them, whose subfolders may name what they show.
+Videos to measure a checkpoint on: a file, or a folder of files, whose subfolders may be named after their labels.
 
     videos = find_videos("UCF-101")
     videos.name, videos.classes[:2], videos.videos[0].truth
@@ -31,13 +31,13 @@ WORD_ENDS = re.compile(rf"(?<=[^\W\d_A-Z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<
 @dataclass(frozen=True)
 class EvalVideo:
     """
-    One video to measure on.
+    One video.
 
     Args:
         path: the file.
-        name: its place in the folder that was named, with `/` in it.
-        truth: what it shows, by its subfolder's name; None where that is not known.
-        labelled: whether labels are asked about it.
+        name: its path in the folder, with `/`.
+        truth: the true label, from the subfolder's name; None if unknown.
+        labelled: whether to compare the video with labels.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class VideoSet:
     Args:
         name: of the file or the folder.
         videos: at least one.
-        classes: what the videos' subfolders say that they show, each once, in order; empty where they say nothing.
+        classes: the true labels in the order of the subfolders; empty if unknown.
     """
 
     name: str
@@ -70,18 +70,17 @@ def class_words(folder: str) -> str:
 
 def find_videos(path: str | Path | None, truth: bool = True) -> VideoSet:
     """
-    The videos in a place.
+    Find videos.
 
     Args:
-        path: a video file; a folder of them; a folder of subfolders, each with the videos of one class. None takes the
-            two clips that ship with the package.
-        truth: whether subfolders' names say what their videos show; else they are folders like any other, however
-            deep.
+        path: a video file; a folder of videos; or a folder with a subfolder for each class. None for the two clips
+            that ship with the package.
+        truth: whether names of subfolders are true labels; if not, folders may have any depth.
 
     Raises:
-        FileNotFoundError: if there is nothing there.
-        ValueError: if there is no video in the folder, if some lie in subfolders and some beside or below these, and
-            if two subfolders' names are the same label.
+        FileNotFoundError: if `path` does not exist.
+        ValueError: if the folder has no videos or has videos at several depths, and if two subfolders' names are the
+            same label.
     """
     if path is None:
         clips = (
@@ -116,7 +115,7 @@ def find_videos(path: str | Path | None, truth: bool = True) -> VideoSet:
 
 
 def video_files(folder: Path) -> list[Path]:
-    """The files in and below a folder that end as videos do, without hidden ones, in the order of their names."""
+    """The files in and below a folder with the ending of a video, sorted, without hidden ones."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -127,21 +126,20 @@ def video_files(folder: Path) -> list[Path]:
 
 
 def require_one_folder_each(words: dict[str, str]):
-    """Raise a ValueError if two folders, the keys, are the same label, the value."""
+    """Raise a ValueError if two folders (the keys) have the same label (the values)."""
     seen: dict[str, str] = {}
     for folder, label in words.items():
         other = seen.setdefault(label, folder)
         if other != folder:
-            raise ValueError(f"The subfolders {other!r} and {folder!r} are both {label!r}; rename or join them.")
+            raise ValueError(f"The subfolders {other!r} and {folder!r} both mean {label!r}; rename or join them.")
 
 
 def chosen_labels(videos: VideoSet, named: Sequence[str] | None) -> tuple[str, ...]:
     """
-    The labels to choose among: those named, else the videos' classes, else those of the shipped clips; empty where
-    there are none.
+    The labels to choose among: those given, else the videos' classes, else those of the shipped clips; may be empty.
 
     Raises:
-        ValueError: if a class is not among those named, or if there is one label and no other to take it for.
+        ValueError: if a class is not among the labels given, and if there is a single label.
     """
     labels = tuple(named) if named is not None else videos.classes
     if named is None and videos.name == SHIPPED:
@@ -149,18 +147,18 @@ def chosen_labels(videos: VideoSet, named: Sequence[str] | None) -> tuple[str, .
     missing = [name for name in videos.classes if name not in labels]
     if missing:
         raise ValueError(
-            f"--labels lacks {', '.join(map(repr, missing[:5]))}{' and others' * (len(missing) > 5)}, which "
-            f"subfolders of {videos.name} are named after. Add what is missing, leave --labels out, or give "
-            "--no-truth if the subfolders' names do not say what the videos show."
+            f"--labels lacks {', '.join(map(repr, missing[:5]))}{' and others' * (len(missing) > 5)}, after which "
+            f"subfolders of {videos.name} are named. Add them, leave --labels out, or give --no-truth if the names of "
+            "the subfolders do not say what the videos show."
         )
     if videos.classes and len(labels) < 2:
         raise ValueError(
-            f"All videos show {labels[0]!r}, and there is nothing else to take them for; add other --labels, or give "
+            f"All videos show {labels[0]!r}, and there is no other label to choose; add other --labels, or give "
             "--no-truth."
         )
     if len(labels) == 1 and labels[0]:
         raise ValueError(
-            f"There is one label, {labels[0]!r}, which is the best one on every frame; name what else there may be."
+            f"There is a single label, {labels[0]!r}, which is the best one on every frame; give at least two."
         )
     return labels
 

@@ -1,9 +1,9 @@
 """
-What methods cost and keep over videos, each beside the best baseline at no more than its cost.
+Cost and fidelity of methods over videos, each compared with the best baseline at no more than its cost.
 
-The first frame of every video is left out, because every method encodes it in full. A user can mix two settings of a
-baseline, so a baseline at any cost is the mixture of its two neighbours in cost. The best baseline is chosen for each
-figure after the fact, which favours the baselines.
+The first frame of every video is left out, because every method encodes it in full. Between two settings, a baseline
+counts as their mixture, which a user can run. The best baseline is chosen for each figure after the fact, which
+favours the baselines.
 """
 
 import math
@@ -15,11 +15,11 @@ import numpy as np
 
 from .methods import MethodSpec
 from .statistics import middle
-from .zero_shot import checked_top_k, paired_counts, paired_figures, share_figures
+from .zero_shot import paired_counts, paired_figures, share_figures
 
-BLOCK = 10  # frames that the bootstrap draws together where there are too few videos to draw whole ones
-LEAST_VIDEOS = 5  # to draw whole videos
-LEVEL = 1e-4  # smaller differences are called level, even if the interval is clear of zero
+MIN_VIDEOS = 5  # with fewer, the bootstrap draws blocks of frames instead of whole videos
+BLOCK = 10  # frames in a block
+LEVEL = 1e-4  # smaller differences are called level, even if their interval does not contain zero
 
 COSINES = {
     "mean": lambda cosines: float(cosines.mean()),
@@ -30,21 +30,21 @@ COSINES = {
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """One method over videos: in each list an item for each video, F frames without the first one."""
+    """What a method gave: lists with an item for each video, which has F frames after the first one."""
 
     spec: MethodSpec
-    cost: list[np.ndarray]  # multiply-adds over those of dense, float64 [F]
-    cosine: list[np.ndarray]  # of the embedding to dense's, float64 [F]
+    cost: list[np.ndarray]  # relative to dense, float64 [F]
+    cosine: list[np.ndarray]  # to dense, float64 [F]
     skip: list[np.ndarray] = field(default_factory=list)  # share of patches not encoded, float64 [F]; NaN if unknown
-    milliseconds: list[float] = field(default_factory=list)  # of a frame, median
-    # of the videos about which labels are asked: is the best label dense's, bool [F]; the best label over all frames
-    agrees: list[np.ndarray] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    ranks: list[int] = field(default_factory=list)  # of the true label, where there is one, from 0
+    milliseconds: list[float] = field(default_factory=list)  # median of a frame
+    # for videos with labels
+    agrees: list[np.ndarray] = field(default_factory=list)  # whether a frame's best label is dense's, bool [F]
+    labels: list[str] = field(default_factory=list)  # the best label of the video
+    ranks: list[int] = field(default_factory=list)  # of the true label, from 0; for videos that have one
 
     @classmethod
     def joined(cls, outcomes: Sequence["Outcome"]) -> "Outcome":
-        """One method's outcomes over several sets of videos as one."""
+        """Join one method's outcomes over several sets of videos."""
         lists = [one.name for one in fields(cls) if one.name != "spec"]
         joined = {name: [part for one in outcomes for part in getattr(one, name)] for name in lists}
         return cls(outcomes[0].spec, **joined)
@@ -55,23 +55,23 @@ class Outcome:
         return float(np.concatenate(self.cost).mean())
 
     def is_right(self, k: int) -> list[np.ndarray]:
-        """Whether the true label is among the k best, bool [1] for each video that has one."""
+        """Whether the true label is among the k best ones, bool [1] for each video that has a true label."""
         return [np.array([rank < k]) for rank in self.ranks]
 
 
 def asked_top_k(labels: int) -> list[int]:
-    """The k's for which top-k is measured among so many labels: 1, and 5 where there are more than 5."""
-    return [k for k in checked_top_k(None, labels) if k == 1 or k < labels]
+    """The k for which top-k accuracy is measured: 1, and 5 if there are more than 5 labels."""
+    return [k for k in (1, 5) if k == 1 or k < labels]
 
 
 def outcome_figures(outcome: Outcome, dense: Outcome | None = None, labels: int = 0) -> dict:
     """
-    What a method costs and keeps, as plain values.
+    A method's figures over all videos, as plain values.
 
     Args:
-        outcome: the method.
-        dense: the dense run on the same videos, for what is retained of its accuracy; None for dense itself.
-        labels: how many there are to choose among.
+        outcome: of the method.
+        dense: dense on the same videos, to compare the accuracy with; None for dense itself.
+        labels: number of labels.
     """
     skip, cosine = np.concatenate(outcome.skip), np.concatenate(outcome.cosine)
     figures = {
@@ -98,7 +98,10 @@ def outcome_figures(outcome: Outcome, dense: Outcome | None = None, labels: int 
 
 
 def shares_at(costs: Sequence[float], cost: float) -> list[tuple[float, int]]:
-    """Which settings to mix, and in which shares, for an expected `cost`: the neighbours, or the last at the ends."""
+    """
+    The settings to mix for an expected `cost`, as (share, place in `costs`): the neighbours of the cost, or the
+    cheapest or most expensive setting alone.
+    """
     order = np.argsort(costs, kind="stable")
     ordered = np.asarray(costs)[order]
     above = int(np.searchsorted(ordered, cost))
@@ -110,20 +113,20 @@ def shares_at(costs: Sequence[float], cost: float) -> list[tuple[float, int]]:
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Settings of one family of baselines, each used for its share of the time."""
+    """Settings of one family of baselines, each used for a share of the time."""
 
     family: str
-    parts: Sequence[tuple[float, Any]]  # shares, above 0, and settings
+    parts: Sequence[tuple[float, Any]]  # (share above 0, setting)
 
     def mean(self, value_of: Callable) -> Any:
-        """The mean of the settings' values by their shares; a user has one setting at a time."""
+        """The mean of the settings' values, weighted by their shares."""
         return sum(share * value_of(setting) for share, setting in self.parts)
 
 
 def affordable(families: Mapping[str, Sequence], cost: float, cost_of: Callable) -> list[Mixture]:
     """
     What each family offers for at most `cost`: the mixture of the two settings nearest in cost, and every cheaper
-    setting, because spending more need not help.
+    setting, because a higher cost need not help.
     """
     found = []
     for family, settings in families.items():
@@ -144,17 +147,15 @@ def ranked_at(
 
     Args:
         families: settings of each baseline.
-        cost: the most that a baseline may cost on average.
-        cost_of, value_of: a setting's cost, and its figure, larger is better.
+        cost: the highest mean cost allowed.
+        cost_of, value_of: from a setting to its cost, and to its figure; larger is better.
     """
     found = [(float(mixture.mean(value_of)), mixture) for mixture in affordable(families, cost, cost_of)]
     return sorted((pair for pair in reversed(found) if not math.isnan(pair[0])), key=lambda pair: pair[0])
 
 
 def baseline_families(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """
-    The baselines by family. Dense ends every family, and the first frame repeated begins those that hold.
-    """
+    """The baselines by family. Every family also gets dense, and those that hold get the first frame repeated."""
     (dense,), (first,) = ([one for one in outcomes if one.spec.kind == kind] for kind in ("dense", "first"))
     families: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
@@ -169,41 +170,34 @@ def baseline_families(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 def frame_draws(lengths: Sequence[int], samples: int, seed: int) -> Iterator[np.ndarray]:
     """
-    Places of frames, drawn anew `samples` times: whole videos with replacement, or, of fewer than five, blocks of ten
-    frames of each, for neighbouring frames are alike.
+    Bootstrap samples of frames: of whole videos, or, with fewer than five videos, of blocks of ten frames of each
+    video, because neighbouring frames are alike.
 
     Args:
-        lengths: frames of each video.
-        samples, seed: of the bootstrap.
+        lengths: number of frames of each video.
+        samples: number of bootstrap samples.
+        seed: of the generator.
 
     Yields:
-        int [F'], places among the frames of all videos, one after the other.
+        int [F'], places among the frames of all videos, one video after the other.
     """
     generator = np.random.default_rng(seed)
-    lengths = np.asarray(lengths)
-    firsts = np.cumsum(lengths) - lengths
+    videos = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
     for _ in range(samples):
-        if len(lengths) >= LEAST_VIDEOS:
-            drawn = generator.integers(len(lengths), size=len(lengths))
-            yield run_places(firsts[drawn], lengths[drawn])
+        if len(videos) >= MIN_VIDEOS:
+            parts = [videos[place] for place in generator.integers(len(videos), size=len(videos))]
         else:
             parts = []
-            for first, length in zip(firsts.tolist(), lengths.tolist(), strict=True):
-                block = min(BLOCK, length)
-                starts = generator.integers(length - block + 1, size=-(-length // block))
-                parts.append(first + run_places(starts, np.full(len(starts), block))[:length])
-            yield np.concatenate(parts)
+            for places in videos:
+                block = min(BLOCK, len(places))
+                starts = generator.integers(len(places) - block + 1, size=-(-len(places) // block))
+                parts.append(np.concatenate([places[start : start + block] for start in starts])[: len(places)])
+        yield np.concatenate(parts)
 
 
 def enough_to_draw(lengths: Sequence[int]) -> bool:
-    """Whether `frame_draws` of these lengths can say anything: five videos, or two blocks of one."""
-    return len(lengths) >= LEAST_VIDEOS or max(lengths) >= 2 * BLOCK
-
-
-def run_places(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """`[5, 9]`, `[2, 3]` to `[5, 6, 9, 10, 11]`: so many places from each of the first ones on."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(firsts - before, lengths) + np.arange(int(lengths.sum()))
+    """Whether `frame_draws` has something to vary: five videos, or two blocks in one."""
+    return len(lengths) >= MIN_VIDEOS or max(lengths) >= 2 * BLOCK
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +210,7 @@ class Question:
 
 
 def questions(dense: Outcome, labels: int = 0) -> list[Question]:
-    """All figures that can be compared, by what there is of dense, among so many labels."""
+    """The figures to compare: cosines, and, as far as dense has them, agreement and accuracy among the labels."""
     found = [Question(name, lambda one: one.cosine, reduce) for name, reduce in COSINES.items()]
     if dense.agrees:
         found.append(Question("agreement", lambda one: one.agrees, lambda values: float(values.mean())))
@@ -236,13 +230,16 @@ def compare(
     seed: int = 0,
 ) -> dict | None:
     """
-    A method beside the best baseline at no more than its cost, by one figure.
+    Compare a method with the best baseline at no more than its cost, by one figure.
 
     Returns:
-        `value`, and the best figure of each affordable family under `controls`; of the best baseline: `best` (the
-        settings), `control` (its figure), `difference`, its 95 % `interval` of a paired bootstrap, and `verdict`:
-        `"above"`, `"level"` or `"below"`. With too little to draw from, there is no interval and the verdict is
-        `"unknown"`. None if every baseline costs more.
+        None if every baseline costs more; else
+
+        - `value`: the method's figure;
+        - `controls`: the best figure of each family of baselines;
+        - `best`, `family`, `control`: settings, family and figure of the best baseline;
+        - `difference` to it, with the 95 % `interval` of a paired bootstrap; None with too little data;
+        - `verdict`: `"above"`, `"level"`, `"below"`, or `"unknown"` without an interval.
     """
 
     def figure(one: Outcome) -> float:
@@ -276,7 +273,7 @@ def compare(
 
 
 def verdict(difference: float, interval: Sequence[float] | None) -> str:
-    """Above or below, if the interval is clear of zero and the difference is more than rounding; else level."""
+    """Above or below, if the interval does not contain zero and the difference is not tiny; else level."""
     if interval is None:
         return "unknown"
     if abs(difference) < LEVEL or interval[0] <= 0 <= interval[1]:

@@ -1,6 +1,6 @@
 """
-Settings of the gate measured on stretches of one video, the baselines that need only dense embeddings, and the choice
-among all of them by a requirement.
+Gate settings measured on stretches of a video, baselines made from dense embeddings, and the choice among all of them
+by a requirement.
 """
 
 from collections.abc import Sequence
@@ -9,30 +9,29 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# of cosines [P, T], one value for each phase
+# from cosines [P, T] to a value for each phase, [P]
 STATISTICS = {
     "mean": lambda cosines: cosines.mean(axis=1),
     "p5": lambda cosines: np.percentile(cosines, 5, axis=1),
     "min": lambda cosines: cosines.min(axis=1),
 }
 HOLD_BY_THE_CLOCK = "hold by the clock"
-# holds of all lengths up to this are tried, longer ones in steps of a tenth
-EVERY_LENGTH_UP_TO = 24
+EVERY_LENGTH_UP_TO = 24  # longer holds are tried in steps of a tenth
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
     """
-    A setting of the gate, measured over S stretches of a video, on T frames of each (see `whole_periods`).
+    A setting of the gate, measured on S stretches of a video, on T frames of each (see `whole_periods`).
 
     Args:
-        family: what it is a setting of, in words.
+        family: of the setting, in words.
         options: of [`NeuroFlowGateConfig`], those that differ from the defaults.
-        costs: in each stretch, multiply-adds over those of dense, mean of its frames.
-        cosines: in each stretch, the cosine to the dense embedding, float64 [P, T]; P is 1, except for baselines with
-            a fixed interval, which may start at P phases.
-        milliseconds: of a frame, mean.
-        control: whether this is a baseline, which the others have to beat.
+        costs: mean cost of a frame relative to dense, for each stretch.
+        cosines: cosines to dense, float64 [P, T], for each stretch; P is 1, except for baselines with a fixed
+            interval, which may start at P phases.
+        milliseconds: mean of a frame.
+        control: whether this is a baseline.
     """
 
     family: str
@@ -44,17 +43,17 @@ class Point:
 
     @property
     def stretches(self) -> Sequence[int]:
-        """The places of all stretches."""
+        """The places of the stretches."""
         return range(len(self.costs))
 
     def cost(self, stretches: Sequence[int] | None = None) -> float:
-        """Mean cost of a frame of these stretches (default: of all)."""
+        """Mean cost of a frame in some stretches (default: all)."""
         stretches = self.stretches if stretches is None else stretches
         frames = [self.cosines[place].shape[1] for place in stretches]
         return float(np.average([self.costs[place] for place in stretches], weights=frames))
 
     def fidelity(self, statistic: str, stretches: Sequence[int] | None = None) -> float:
-        """A statistic of the cosines in these stretches (default: in all), in each phase, then the phases' mean."""
+        """A statistic of the cosines in some stretches (default: all), averaged over phases."""
         stretches = self.stretches if stretches is None else stretches
         cosines = np.concatenate([self.cosines[place] for place in stretches], axis=1)
         return float(STATISTICS[statistic](cosines).mean())
@@ -62,32 +61,36 @@ class Point:
 
 def fitting_interval(interval: int | None, length: int) -> int:
     """
-    The keyframe interval near `interval` of which about a whole number fits into a stretch of `length` frames; `None`
-    for none gives `length`: a stretch is then one period, and nothing is trusted for longer than it was measured.
+    The keyframe interval near `interval` that divides a stretch of `length` frames best. None, for no keyframes, gives
+    `length`, because longer intervals are not measured.
     """
     return length if interval is None else max(1, length // max(1, round(length / interval)))
 
 
 def whole_periods(length: int, interval: int) -> int:
     """
-    How many of a stretch's frames count: as many as make whole periods between keyframes by the clock, the stretch's
-    first frame being the first keyframe. What is measured on them is what a video that goes on would give; a part of
-    a period would count fresh memories more often than old ones.
+    How many frames of a stretch count: as many as make whole keyframe intervals, as in a longer video. A part of an
+    interval would count frames soon after a keyframe more often than others.
     """
     return length // interval * interval
 
 
 def similarities(embeddings: torch.Tensor) -> np.ndarray:
-    """Cosine of every frame's dense embedding to every other's: [T, D] to float64 [T, T]."""
+    """Cosines between all pairs of embeddings [T, D]: float64 [T, T]."""
     directions = torch.nn.functional.normalize(embeddings.double(), dim=1)
     return (directions @ directions.T).numpy()
 
 
 def held_cosines(similarity: np.ndarray, every: int) -> np.ndarray:
     """
-    Cosine to dense where every `every`-th frame is dense and held until the next: from the similarities [T, T] of a
-    stretch, [every, T - 1], a row for each phase. In phase p the frames p, p + `every` ... are dense; frame 0 is in
-    all, and is left out, so that one in `every` is dense.
+    Cosines to dense if one frame in `every` is dense and held until the next.
+
+    Args:
+        similarity: [T, T], from `similarities`.
+        every: number of frames.
+
+    Returns:
+        float64 [every, T - 1]: in phase p, frames p, p + `every`, ... are dense. Frame 0, dense in all, is left out.
     """
     frames = np.arange(1, len(similarity))
     age = (frames - np.arange(every)[:, None]) % every
@@ -95,7 +98,7 @@ def held_cosines(similarity: np.ndarray, every: int) -> np.ndarray:
 
 
 def hold_lengths(longest: int) -> list[int]:
-    """Holds worth trying, in frames: all from 2, and above 24 those in steps of a tenth, up to `longest`."""
+    """Lengths of holds to try, in frames: all from 2 to 24, then in steps of a tenth, up to `longest`."""
     lengths = list(range(2, min(longest, EVERY_LENGTH_UP_TO) + 1))
     while lengths and (after := round(1.1 * lengths[-1])) <= longest and lengths[-1] >= EVERY_LENGTH_UP_TO:
         lengths.append(after)
@@ -106,8 +109,11 @@ def hold_lengths(longest: int) -> list[int]:
 
 def hold_by_the_clock(dense: Sequence[torch.Tensor], dense_milliseconds: float) -> list[Point]:
     """
-    The baseline that needs only the dense embeddings, one [T, D] for each stretch: encode every k-th frame and hold
-    its embedding, for each useful k up to the shortest stretch's length.
+    The baseline that encodes one frame in k and holds its embedding, for `hold_lengths` up to the shortest stretch.
+
+    Args:
+        dense: dense embeddings, [T, D] for each stretch.
+        dense_milliseconds: mean of a dense frame.
     """
     similar = [similarities(embeddings) for embeddings in dense]
     return [
@@ -125,8 +131,8 @@ def hold_by_the_clock(dense: Sequence[torch.Tensor], dense_milliseconds: float) 
 
 def first_frame_repeated(dense: Sequence[torch.Tensor]) -> Point:
     """
-    Each stretch's first embedding for all its frames. It cannot be chosen, because its embedding gets older with the
-    video; it shows how much there is to lose.
+    The baseline that repeats each stretch's first embedding. It shows how much the video changes, and cannot be
+    chosen, because its embedding would grow older than measured.
     """
     cosines = [similarities(embeddings)[:1, 1:] for embeddings in dense]
     return Point("first frame repeated", {"mode": "hold"}, [0.0] * len(dense), cosines, 0.0, control=True)
@@ -135,11 +141,11 @@ def first_frame_repeated(dense: Sequence[torch.Tensor]) -> Point:
 @dataclass(frozen=True)
 class Requirement:
     """
-    What is asked of a setting; exactly one of the bounds.
+    The requirement of a setting: exactly one of two bounds.
 
     Args:
-        min_cosine: the cheapest setting is wanted whose `statistic` is at least this, above 0 and below 1.
-        max_cost: the setting with the highest `statistic` is wanted that costs at most this, above 0 and below 1.
+        min_cosine: ask for the cheapest setting whose `statistic` is at least this, above 0 and below 1.
+        max_cost: ask for the setting with the highest `statistic` whose cost is at most this, above 0 and below 1.
         statistic: of the frames' cosines to dense: `"p5"` (the 5th percentile: 19 of 20 frames are closer), `"mean"`
             or `"min"`.
 
@@ -170,30 +176,30 @@ class Requirement:
         return f"{self.statistic} of the cosine at least {self.min_cosine:g}"
 
     def met_by(self, point: Point, stretches: Sequence[int] | None = None) -> bool:
-        """Whether a point reaches the bound in these stretches, and is cheaper than dense."""
+        """Whether a point keeps the bound in some stretches (default: all), and is cheaper than dense."""
         cost = point.cost(stretches)
         if self.min_cosine is None:
             return cost <= self.max_cost
         return cost < 1 and point.fidelity(self.statistic, stretches) >= self.min_cosine
 
     def passed_by(self, point: Point) -> bool:
-        """Whether there is no use in settings that cost more and keep more than this one."""
+        """Whether settings that are more expensive and more faithful than this point need not be measured."""
         return self.met_by(point) if self.max_cost is None else not self.met_by(point)
 
     def preference(self, point: Point, stretches: Sequence[int] | None = None) -> tuple[float, float]:
-        """Sorts points that meet the requirement, the best first."""
+        """A sort key for points that meet the requirement, the best first."""
         cost, fidelity = point.cost(stretches), point.fidelity(self.statistic, stretches)
         return (cost, -fidelity) if self.max_cost is None else (-fidelity, cost)
 
 
 def choose(points: Sequence[Point], requirement: Requirement, stretches: Sequence[int] | None = None) -> Point | None:
-    """The best point, baselines included, that meets the requirement in these stretches; None if none does."""
+    """The best point, baselines included, that meets the requirement in some stretches; None if none does."""
     met = [point for point in points if requirement.met_by(point, stretches)]
     return min(met, key=lambda point: requirement.preference(point, stretches), default=None)
 
 
 def nearest(points: Sequence[Point], requirement: Requirement) -> Point | None:
-    """Where nothing meets the requirement: the most faithful point cheaper than dense, or the cheapest one."""
+    """If no point meets the requirement: the most faithful point cheaper than dense, or the cheapest one."""
     if requirement.max_cost is not None:
         return min(points, key=Point.cost, default=None)
     cheaper = [point for point in points if point.cost() < 1]
@@ -208,9 +214,9 @@ def best_baseline(points: Sequence[Point], requirement: Requirement, cost: float
 
 def leave_one_out(points: Sequence[Point], requirement: Requirement) -> list[dict]:
     """
-    How a choice does on footage that it was not made on: for each stretch, the choice on the other stretches, and its
-    `cost`, its `fidelity` and whether it `met` the requirement in this one. Empty for a single stretch, or if nothing
-    meets the requirement in the others.
+    How choices do on other footage: for each `stretch`, the `options` chosen on the others, their `cost` and
+    `fidelity` on it, and whether they `met` the requirement there. Empty for a single stretch, and if no point meets
+    the requirement on the others.
     """
     stretches = list(points[0].stretches) if points else []
     found = []

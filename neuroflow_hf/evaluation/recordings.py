@@ -1,4 +1,4 @@
-"""Recordings: what methods gave for videos, stored once under keys of all that it depends on."""
+"""Recordings: what methods gave for videos, stored under keys of everything that it depends on."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,20 +16,20 @@ from ..video.preprocess import Preprocessor
 from ..vision.gate_config import NeuroFlowGateConfig
 from .methods import MethodSpec, tower_of
 
-# beside the model's, the code and the libraries that every recording depends on
+# code beside the models', and libraries, that all recordings depend on
 CODE = ("evaluation/methods.py", "evaluation/token_merging.py", "video/preprocess.py")
 LIBRARIES = ("torch", "transformers", "pillow")
 
 
 class RecordingStore:
     """
-    Where the recordings of one model lie, a file for each method and video or batch of videos.
+    Paths of the recordings of one model, a file for each method and video or batch of videos.
 
     Args:
         folder: of the files; made when the first one is written.
         model: in evaluation mode, with or without a text tower; recordings depend on its weights, dtype and device.
         preprocess: the checkpoint's.
-        code, libraries: further files of the package, and further libraries, that recordings depend on.
+        code, libraries: further files of the package, and further libraries, that the recordings depend on.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RecordingStore:
         self.weights = fingerprint(self.tower)
 
     def path(self, name: str, spec: MethodSpec, **depends) -> Path:
-        """Where the recording of a method lies or will lie; `depends` is what else it depends on, such as frames."""
+        """The path of a method's recording, present or not; `depends` is what else it depends on, such as frames."""
         options = spec.options
         if spec.kind == "stream":
             options = NeuroFlowGateConfig.from_options({}, **options).to_dict()
@@ -64,23 +64,23 @@ class RecordingStore:
 
 
 def passes_of(specs: Sequence[MethodSpec]) -> list[list[MethodSpec]]:
-    """Which methods to record together: all that share dense frames; each other one alone, so that each is saved."""
+    """Methods to record in one pass: all that share dense embeddings; others alone, so that each is saved at once."""
     together = [spec for spec in specs if spec.shares_dense]
     return [*([together] if together else []), *([spec] for spec in specs if not spec.shares_dense)]
 
 
 @dataclass(frozen=True, eq=False)
 class VideoRecording:
-    """One method over one video of T frames."""
+    """What one method gave for one video of T frames."""
 
-    embeddings: torch.Tensor  # float32 [T, D]; [T, 0] of methods that hold dense embeddings, see `embeddings_of`
+    embeddings: torch.Tensor  # float32 [T, D]; [T, 0] for methods that hold dense embeddings, see `embeddings_of`
     cost: torch.Tensor  # float32 [T]
-    skip: torch.Tensor  # float32 [T], share of patches not encoded; NaN where that means nothing
-    milliseconds: torch.Tensor  # float32 [T]; NaN where the method was not timed
+    skip: torch.Tensor  # float32 [T], share of patches not encoded; NaN if the method has no such share
+    milliseconds: torch.Tensor  # float32 [T]; NaN if the method was not timed
 
     @classmethod
     def read(cls, path: Path) -> "VideoRecording | None":
-        """A recording from its file; None if there is none that can be read."""
+        """Read a recording; None if the file is missing or damaged."""
         try:
             return cls(**load_file(path))
         except (FileNotFoundError, SafetensorError, TypeError):
@@ -91,7 +91,7 @@ class VideoRecording:
         write_whole(path, save({name: value.contiguous() for name, value in vars(self).items()}))
 
     def embeddings_of(self, dense: "VideoRecording") -> torch.Tensor:
-        """The embeddings, float32 [T, D]: its own, or dense's of the frame that was encoded last."""
+        """The embeddings, float32 [T, D]: the method's own, or dense's of the last keyframe."""
         if self.embeddings.shape[-1]:
             return self.embeddings
         places = torch.arange(len(self.skip))

@@ -1,5 +1,5 @@
 """
-A checkpoint measured on videos: dense, methods and baselines on each video, then one report.
+Measure a checkpoint on videos: dense, methods and baselines on each video, then one report.
 
     videos = find_videos("clips")
     checkpoint = load_checkpoint("path/to/siglip", chosen_labels(videos, None))
@@ -7,9 +7,8 @@ A checkpoint measured on videos: dense, methods and baselines on each video, the
     report = Evaluation(checkpoint, videos, Path("out"), methods).run()
     report["methods"][1]["beside"]["p5"]["verdict"]
 
-A recording is one method over one video, a file under `records/`. A second run uses the recordings of the first while
-the code, the libraries, the weights, the video and the options are the same. Under `accelerate launch` or `torchrun`,
-the processes share the videos.
+A recording is what one method gave for one video, a file under `records/`. A second run uses it if code, libraries,
+weights, video and options are the same. Under `accelerate launch` or `torchrun`, the processes share the videos.
 """
 
 import contextlib
@@ -52,7 +51,7 @@ class EvalSettings:
 
     frames: int | None = 96  # use the first N frames of each video; None for all
     stride: int = 1  # use every Nth frame
-    samples: int = 1000  # of the bootstrap behind the intervals
+    samples: int = 1000  # bootstrap samples
     seed: int = 0  # of the bootstrap
 
     def __post_init__(self):
@@ -64,13 +63,13 @@ class EvalSettings:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What is measured."""
+    """A checkpoint to measure."""
 
     name: str  # for the report
     model: NeuroFlowSiglipVisionModel  # the vision tower, in evaluation mode
     preprocess: Preprocessor
-    labels: Labels | None = None  # to choose among
-    note: str = ""  # why there are no labels, if some were named
+    labels: Labels | None = None
+    note: str = ""  # why there are no labels, if some were given
 
 
 def load_checkpoint(
@@ -83,12 +82,12 @@ def load_checkpoint(
     must_read_text: bool = False,
 ) -> Checkpoint:
     """
-    Load a checkpoint, with labels if there are any and it has a text tower.
+    Load a checkpoint, with labels if names are given.
 
     Args:
         source, dtype, device, resolution: as in `load_model`.
         names, template: as in `embed_labels`; no names for no labels.
-        must_read_text: raise for a checkpoint without a text tower; else leave out the labels, with a note.
+        must_read_text: raise if there are names and no text tower; else load without labels, with a note.
 
     Raises:
         ModelLoadError, ValueError: as in `load_model_with_labels`.
@@ -100,7 +99,7 @@ def load_checkpoint(
         except NoTextTowerError:
             if must_read_text:
                 raise
-        note = "The checkpoint has no text tower, so labels were not compared."
+        note = "The checkpoint has no text tower, so there are no labels."
     return Checkpoint(name, *load_model(source, *how), note=note)
 
 
@@ -109,11 +108,11 @@ def load_checkpoint(
 
 def record(checkpoint: Checkpoint, reader: VideoReader, specs: Sequence[MethodSpec]) -> dict[str, VideoRecording]:
     """
-    Run some methods over a video.
+    Run methods over a video.
 
     Raises:
         ValueError: for embeddings that are not finite.
-        VideoError: if the video cannot be read to the last frame, or has one frame only.
+        VideoError: if the video cannot be read to the last frame, or has a single frame.
     """
     model, methods = checkpoint.model, make_methods(checkpoint.model, specs)
     rows: dict[str, list] = {spec.name: [] for spec in specs}
@@ -128,11 +127,11 @@ def record(checkpoint: Checkpoint, reader: VideoReader, specs: Sequence[MethodSp
                 if not embedding.isfinite().all():
                     raise ValueError(
                         f"{method.name} gives an embedding with NaN or infinite values for frame {number} of "
-                        f"{reader.path}; expected numbers. Choose another --dtype: float16 is too small for some "
+                        f"{reader.path}. Choose another --dtype: the range of float16 is too small for some "
                         "checkpoints."
                     )
-                if spec.kind in HELD:  # shares dense frames with others, so its time means nothing
-                    embedding, spent = embedding.new_empty(0), math.nan  # a view would keep the memory
+                if spec.kind in HELD:  # a copy of a dense embedding, which other methods may have computed
+                    embedding, spent = embedding.new_empty(0), math.nan
                 skip = math.nan if step.skip_rate is None else step.skip_rate[0].item()
                 rows[spec.name].append((embedding, step.cost[0].item(), skip, spent))
     if len(rows[specs[0].name]) < 2:
@@ -148,8 +147,7 @@ def outcome_of(
     spec: MethodSpec, recording: VideoRecording, dense: VideoRecording, video: EvalVideo, labels: Labels | None
 ) -> Outcome:
     """
-    What a method costs and keeps on one video, without the first frame. A video's label is that of the mean of its
-    frames' normalised embeddings.
+    A method's outcome on one video. The video's label is that of the mean of its frames' normalised embeddings.
     """
     embeddings, reference = recording.embeddings_of(dense)[1:], dense.embeddings[1:]
     cosine = torch.nn.functional.cosine_similarity(embeddings.double(), reference.double(), dim=-1)
@@ -168,7 +166,7 @@ def outcome_of(
 
 
 def video_figures(outcome: Outcome) -> dict:
-    """The figures of one video, as plain values."""
+    """The figures of an outcome on one video, as plain values."""
     (cosine,) = outcome.cosine
     figures = {
         "cost": outcome.mean_cost,
@@ -192,11 +190,11 @@ class Evaluation:
     Args:
         checkpoint: from `load_checkpoint`.
         videos: from `find_videos`.
-        out: folder; recordings are read from and written to `records/` in it.
+        out: folder; `records/` in it holds the recordings.
         specs: from `chosen_methods`, dense first.
         settings: [`EvalSettings`]; None for the defaults.
         fresh: record everything again.
-        on_step: called with a video's name, what is being done, the video's number and the number of videos.
+        on_step: called with the name of a video, what is being done, the video's place and the number of videos.
 
     Raises:
         ValueError: for a resolution of less than one patch.
@@ -221,7 +219,7 @@ class Evaluation:
         )
 
     def recordings_of(self, video: EvalVideo, say: Callable[[str], None]) -> dict[str, VideoRecording]:
-        """All methods over one video; recordings that exist are read. Errors are those of `record`."""
+        """The recordings of all methods for one video, read or made. Errors are those of `record`."""
         reader = VideoReader(video.path, stride=self.settings.stride, max_frames=self.settings.frames)
         depends = {"video": file_digest(video.path), "frames": self.settings.frames, "stride": self.settings.stride}
         paths = {spec.name: self.store.path(video.path.stem[:40], spec, **depends) for spec in self.specs}
@@ -236,7 +234,7 @@ class Evaluation:
 
     def run(self) -> dict:
         """
-        Measure this process's videos, and return the report of all of them, on all processes. It lists videos that
+        Measure this process's videos, and return the report on the videos of all processes. It lists videos that
         cannot be read as skipped, with the reason.
 
         Raises:
@@ -268,7 +266,7 @@ class Evaluation:
         return finite(self.report(measured, skipped))
 
     def report(self, measured: dict[int, list[Outcome]], skipped: dict[int, str]) -> dict:
-        """The report, from the outcomes of the methods, or the reason why there are none, by the video's place."""
+        """The report, from the outcomes of all methods, or why the video was skipped, by the video's place."""
         checkpoint, labels, videos = self.checkpoint, self.checkpoint.labels, self.videos.videos
         model, side = checkpoint.model, checkpoint.preprocess.patches_per_side(checkpoint.model.config.patch_size)
         names = [] if labels is None else list(labels.names)

@@ -1,4 +1,4 @@
-"""Intervals and tests: shares of right answers, two models on the same questions, the bootstrap. Pure functions."""
+"""Intervals and tests for accuracies, for two models on the same questions, and by bootstrap. Pure functions."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,14 +9,14 @@ from scipy.stats import binomtest, norm
 
 
 class Interval(NamedTuple):
-    """From `low` to `high`, both among what is possible."""
+    """An interval, both ends included."""
 
     low: float
     high: float
 
 
 class PairedCounts(NamedTuple):
-    """On how many of the same questions both models are right, only the first, only the second, and neither."""
+    """Number of questions that both models answer right, only the first, only the second, and neither."""
 
     both: int
     only_first: int
@@ -35,13 +35,13 @@ class PairedCounts(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Questions."""
+        """Number of questions."""
         return sum(self)
 
 
 def normal_quantile(confidence: float) -> float:
     """
-    How many standard deviations to either side hold a share `confidence` of a normal distribution: 1.96 for 0.95.
+    How many standard deviations around the mean hold a share `confidence` of a normal distribution: 1.96 for 0.95.
 
     Raises:
         ValueError: unless `confidence` lies between 0 and 1.
@@ -92,7 +92,7 @@ def paired_difference(counts: PairedCounts, confidence: float = 0.95) -> Interva
 
 
 def answers_correlation(counts: PairedCounts) -> float:
-    """Newcombe's phi: the correlation of right and wrong, drawn in by n / 2 where it is positive; 0 if undefined."""
+    """Newcombe's phi: the correlation of the answers, with a correction of n / 2 if positive; 0 if undefined."""
     both, only_first, only_second, neither = counts
     margins = counts.first * (only_second + neither) * counts.second * (only_first + neither)
     if not margins:
@@ -105,8 +105,8 @@ def answers_correlation(counts: PairedCounts) -> float:
 
 def paired_ratio(counts: PairedCounts, confidence: float = 0.95) -> Interval | None:
     """
-    Interval of the first model's right answers over the second's, such as the accuracy retained; `high` is infinite
-    where no bound can be given. None if both are never right.
+    Interval of the first model's right answers over the second's, such as the accuracy retained; `high` may be
+    infinite. None if no question is answered right.
 
     Source: D. G. Bonett, R. M. Price, "Confidence intervals for a ratio of binomial proportions based on paired data",
     2006, the hybrid of two Wilson intervals.
@@ -125,8 +125,8 @@ def paired_ratio(counts: PairedCounts, confidence: float = 0.95) -> Interval | N
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """
-    McNemar's exact test: how probable so unequal counts are, or more unequal ones, if a question on which just one of
-    two models is right is as likely the first's as the second's. 1 without any such question.
+    McNemar's exact test: the probability of counts at least as unequal, if both models are equally good. 1 if both
+    counts are 0.
 
     Raises:
         ValueError: for a negative count.
@@ -154,18 +154,18 @@ def zero_failure_bound(trials: int) -> float:
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """The mean, exact to rounding whatever the order of the values; None of none."""
+    """The mean, independent of the order of the values; None without values."""
     return math.fsum(values) / len(values) if len(values) else None
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
-    """The value below which a share of the values lies, interpolated; None of none."""
+    """The value below which a share of the values lies, interpolated; None without values."""
     return float(np.quantile(values, share)) if len(values) else None
 
 
 # --- bootstrap -----------------------------------------------------------------------------------------------------
 # Whole groups (prompts, videos, scenes) are drawn, because the tokens or frames of one group depend on each other.
-# scipy.stats.bootstrap draws single values and returns NaN where one resample has no value, so it does not fit.
+# scipy.stats.bootstrap does not fit: it draws single values, and returns NaN if one resample has no value.
 
 
 def resamples(count: int, samples: int = 2000, seed: int | np.random.Generator = 0) -> np.ndarray:
@@ -173,34 +173,29 @@ def resamples(count: int, samples: int = 2000, seed: int | np.random.Generator =
     return np.random.default_rng(seed).integers(count, size=(samples, count))
 
 
-def middle(values: np.ndarray, level: float = 0.95) -> Interval | None:
-    """The percentile interval of resampled values [S], NaN left out; None if none is left."""
+def middle(values: np.ndarray) -> Interval | None:
+    """The 95 % percentile interval of resampled values [S], without NaN; None if none is left."""
     values = np.asarray(values)
     values = values[~np.isnan(values)]
     if not len(values):
         return None
-    return Interval(*np.quantile(values, ((1 - level) / 2, (1 + level) / 2)).tolist())
+    return Interval(*np.quantile(values, (0.025, 0.975)).tolist())
 
 
 def bootstrap_interval(
     rows: Sequence[Sequence[float]],
     statistic: Callable[[np.ndarray], np.ndarray],
-    level: float = 0.95,
     samples: int = 2000,
     seed: int = 0,
 ) -> Interval | None:
     """
-    Percentile interval of a statistic of sums over groups.
+    95 % percentile interval of a statistic of sums over groups; None without rows or values.
 
     Args:
-        rows: what a group adds to each of K sums, [N, K]. Their order plays no part.
-        statistic: from sums [S, K], float64, to the S values of the statistic; NaN where it has none.
-        level: share of the resampled values inside.
-        samples: how many bootstrap samples.
-        seed: of the drawing; use the same for figures that are compared.
-
-    Returns:
-        None if there are no rows, or no value.
+        rows: what each of N groups adds to each of K sums, [N, K], in any order.
+        statistic: from sums, float64 [S, K], to S values of the statistic; NaN where it is undefined.
+        samples: number of bootstrap samples, S.
+        seed: of the generator; use the same for figures that are compared.
     """
     if not len(rows):
         return None
@@ -208,27 +203,29 @@ def bootstrap_interval(
     drawn = resamples(len(table), samples, seed) + len(table) * np.arange(samples)[:, None]  # each sample counts apart
     times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
     with np.errstate(all="ignore"):
-        return middle(statistic(times @ table), level)
+        return middle(statistic(times @ table))
 
 
 def paired_interval(values: Sequence[float], baseline: Sequence[float], **options) -> Interval | None:
     """
-    Interval of the mean difference `values - baseline`, both [N], one for each group and in the same order; options
-    as of [`bootstrap_interval`].
+    Interval of the mean difference `values - baseline`, with one value of each, [N], for each group. Options are
+    those of [`bootstrap_interval`].
 
     Raises:
-        ValueError: if they are not equally many.
+        ValueError: if their lengths differ.
     """
     if len(values) != len(baseline):
-        raise ValueError(f"There are {len(values)} values and {len(baseline)} to pair them with; expected as many.")
+        raise ValueError(
+            f"There are {len(values)} values and {len(baseline)} to pair them with; expected equally many."
+        )
     rows = [(value - base, 1.0) for value, base in zip(values, baseline, strict=True)]
     return bootstrap_interval(rows, lambda sums: sums[:, 0] / sums[:, 1], **options)
 
 
 def difference_interval(
-    values: Sequence[float], others: Sequence[float], level: float = 0.95, samples: int = 2000, seed: int = 0
+    values: Sequence[float], others: Sequence[float], samples: int = 2000, seed: int = 0
 ) -> Interval | None:
-    """Interval of the difference of the means of two sets of groups, drawn apart; None if one is empty."""
+    """Interval of the difference of the means of two independent sets of groups; None if one is empty."""
     if not len(values) or not len(others):
         return None
     generator = np.random.default_rng(seed)
@@ -236,4 +233,4 @@ def difference_interval(
         np.sort(np.asarray(group, dtype=np.float64))[resamples(len(group), samples, generator)].mean(axis=1)
         for group in (values, others)
     )
-    return middle(first - second, level)
+    return middle(first - second)

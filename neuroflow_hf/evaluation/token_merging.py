@@ -2,13 +2,11 @@
 Token merging for a SigLIP vision model, with its own weights and without training: a baseline.
 
 Source: D. Bolya, C.-Y. Fu, X. Dai, P. Zhang, C. Feichtenhofer, J. Hoffman, "Token Merging: Your ViT But Faster",
-ICLR 2023. In each layer, between attention and MLP, the r most similar pairs of tokens become one each: tokens are
-split alternately into two sets, each token of the first proposes its most similar one of the second (cosine of the
-keys, mean over heads), the r best proposals are merged, by averages weighted with how many patches a token stands for
-(section 3). Attention counts a token as often as it stands for patches (proportional attention: the logarithm of the
-size is added to its scores). The paper has a class token; SigLIP pools by a probe instead, and there too the
-logarithms of the sizes are added to the scores, for the same reason. Section 4 also merges most in the first layers:
-schedule `"decreasing"`.
+ICLR 2023. In each layer, between attention and MLP, the r most similar pairs of tokens are merged: every other token
+proposes its most similar one among the rest (cosine of the keys, mean over heads), and the r best proposals become
+averages, weighted by the number of patches that each token stands for, its size (section 3). Proportional attention
+adds the logarithm of the size to a token's scores. The paper has a class token; SigLIP's pooling head has a probe, to
+whose scores the logarithms are added, too. Schedule `"decreasing"` merges most in the first layers (section 4).
 
 B frames, n tokens, D features, N patches.
 """
@@ -25,8 +23,8 @@ from ..vision.patches import position_embeddings, project_patches
 
 def make_schedule(name: str, r: int, num_layers: int) -> list[int]:
     """
-    How many pairs each layer merges: `"constant"`, r in every layer; `"decreasing"`, as many in all, from 2 r in the
-    first layer linearly to none in the last one.
+    How many pairs each layer merges: r (`"constant"`), or from 2 r in the first layer linearly to none in the last
+    (`"decreasing"`).
 
     Raises:
         ValueError: for another name.
@@ -39,7 +37,7 @@ def make_schedule(name: str, r: int, num_layers: int) -> list[int]:
 
 
 def merges(schedule: Sequence[int], num_tokens: int) -> list[tuple[int, int]]:
-    """For each layer, with how many tokens it begins, and how many it merges: half of them at most."""
+    """For each layer, its number of tokens, and how many pairs it merges: half of the tokens at most."""
     found = []
     for r in schedule:
         done = min(r, num_tokens // 2)
@@ -54,12 +52,13 @@ def merge_pairs(tokens: Tensor, sizes: Tensor, metric: Tensor, r: int) -> tuple[
 
     Args:
         tokens: [B, n, D].
-        sizes: float32 [B, n], how many patches each stands for.
+        sizes: float32 [B, n], the number of patches that each token stands for.
         metric: [B, n, K]; pairs are compared by its cosine.
+        r: number of pairs.
 
     Returns:
-        Tokens [B, n - r, D] and their sizes [B, n - r]: what stays of the first set (every other token from the first
-        on), then the second set, with averages by size where tokens of the first set came in.
+        Tokens [B, n - r, D] and their sizes [B, n - r]: first the unmerged tokens at even places, then all
+        at odd places, averaged with those merged into them.
     """
     unit = functional.normalize(metric, dim=-1)
     similarity, into = (unit[:, ::2] @ unit[:, 1::2].mT).max(dim=-1)
@@ -79,7 +78,7 @@ def merge_pairs(tokens: Tensor, sizes: Tensor, metric: Tensor, r: int) -> tuple[
 
 def attend(attention: nn.Module, hidden: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """
-    A `SiglipAttention` over tokens [B, n, D] of sizes [B, n], in proportion to them: its output [B, n, D], and the
+    Proportional attention of a `SiglipAttention` over tokens [B, n, D] of sizes [B, n]: its output [B, n, D], and the
     keys' mean over heads, float32 [B, n, D / H].
     """
 
@@ -102,7 +101,7 @@ def encoder_layer(layer: nn.Module, hidden: Tensor, sizes: Tensor, r: int) -> tu
 
 
 def pool(head: nn.Module, tokens: Tensor, sizes: Tensor) -> Tensor:
-    """SigLIP's pooling head over tokens [B, n, D] of sizes [B, n], in proportion to them: [B, D]."""
+    """SigLIP's pooling head with proportional attention over tokens [B, n, D] of sizes [B, n]: [B, D]."""
     attention = head.attention
     bias = sizes.log().to(tokens.dtype)[:, None].repeat_interleave(attention.num_heads, dim=0)
     probe = head.probe.expand(len(tokens), -1, -1)
@@ -114,17 +113,19 @@ def encode(
     model: nn.Module, pixel_values: Tensor, schedule: Sequence[int], interpolate_pos_encoding: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Frames [B, C, H, W] through a SigLIP vision model that merges tokens.
+    Encode frames with a SigLIP vision model that merges tokens.
 
     Args:
         model: with a pooling head.
-        schedule: how many pairs each layer merges; more than half of its tokens means half of them.
+        pixel_values: [B, C, H, W].
+        schedule: how many pairs each layer merges, half of its tokens at most.
+        interpolate_pos_encoding: as in the model.
 
     Returns:
-        The embeddings [B, D]; the tokens after the last layer norm [B, n, D]; their sizes [B, n].
+        Embeddings [B, D]; tokens after the last layer norm [B, n, D]; their sizes [B, n].
 
     Raises:
-        ValueError: if the schedule does not have a number, 0 or more, for every layer.
+        ValueError: if the schedule does not have a number, 0 or more, for each layer.
     """
     layers = model.encoder.layers
     if len(schedule) != len(layers) or min(schedule, default=0) < 0:
@@ -140,8 +141,8 @@ def encode(
 
 def matching_cost(tokens: int, r: int, dim: int, num_heads: int) -> int:
     """
-    Multiply-adds of merging r pairs: the mean over heads, norms and similarities of the keys; weighing with sizes, and
-    dividing by them. Finding the best ones and adding them up is no multiplication and is not counted.
+    Multiply-adds of merging r pairs: mean over heads, norms and similarities of the keys, weighting by sizes, and
+    dividing by them. Sorting and adding take no multiplications.
     """
     if not r:
         return 0
@@ -153,7 +154,7 @@ def matching_cost(tokens: int, r: int, dim: int, num_heads: int) -> int:
 def frame_cost(
     schedule: Sequence[int], num_patches: int, dim: int, inner: int, patch_features: int, num_heads: int
 ) -> int:
-    """Multiply-adds of a frame, as `neuroflow_cost` counts them, with what the merging itself costs."""
+    """Multiply-adds of a frame, merging included, counted as in `vision/cost.py`."""
     spent, tokens = cost.patch_projection(num_patches, dim, patch_features), num_patches
     for tokens_before, r in merges(schedule, num_patches):
         tokens = tokens_before - r

@@ -1,4 +1,4 @@
-"""Zero-shot answers as figures: is the right label among the k best, how surely, and is that what dense says."""
+"""Figures of zero-shot classification: top-k accuracy, and how much of dense's accuracy is retained."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from .statistics import PairedCounts, mcnemar, paired_difference, paired_ratio, 
 
 
 def checked_top_k(top_k: int | Sequence[int] | None, labels: int) -> list[int]:
-    """The k's asked for, rising; ValueError for one that is not from 1 to the number of labels."""
+    """The numbers k in ascending order, by default 1 and 5; a ValueError for one beyond the number of labels."""
     if top_k is None:
         return [k for k in (1, 5) if k <= labels]
     asked = sorted({top_k} if isinstance(top_k, int) else set(top_k))
@@ -20,14 +20,19 @@ def checked_top_k(top_k: int | Sequence[int] | None, labels: int) -> list[int]:
 
 def ranks(name: str, scores: Sequence[Sequence[float]], references: Sequence[int]) -> np.ndarray:
     """
-    How many other labels score at least as much as the right one, int [M], of M rows of L scores.
+    The number of other labels that score at least as much as the true one, int [M].
+
+    Args:
+        name: of the scores, for errors.
+        scores: L scores in each of M rows.
+        references: the true label's place in each row.
 
     Raises:
-        ValueError: for rows of different widths, scores that are NaN, and labels out of range; `name` says whose.
+        ValueError: for no rows, rows of different lengths, scores that are NaN, and labels out of range.
     """
     widths = sorted({len(row) for row in scores})
     if len(widths) != 1:
-        raise ValueError(f"`{name}` have {widths} scores; expected as many in each of at least one row.")
+        raise ValueError(f"`{name}` have rows of {widths} scores; expected at least one row, and equally long ones.")
     scores, references = np.array(scores, dtype=np.float64), np.array(references)
     for place in np.flatnonzero(np.isnan(scores).any(-1))[:1]:
         raise ValueError(f"Row {place} of `{name}` holds NaN; expected scores.")
@@ -38,20 +43,20 @@ def ranks(name: str, scores: Sequence[Sequence[float]], references: Sequence[int
 
 
 def paired_counts(ours: np.ndarray, dense: np.ndarray) -> PairedCounts:
-    """On how many pictures which of both is right, from bool [M] each."""
+    """Count the pictures on which both, one, or neither is right, from bool [M] each."""
     return PairedCounts(*(int(both.sum()) for both in (ours & dense, ours & ~dense, ~ours & dense, ~ours & ~dense)))
 
 
 def share_figures(name: str, right: np.ndarray, confidence: float = 0.95) -> dict:
-    """A share of right answers, bool [M], and its interval."""
+    """The share of right answers, bool [M], as `name`, and its interval as `name_interval`."""
     interval = wilson(int(right.sum()), len(right), confidence)
     return {name: int(right.sum()) / len(right), f"{name}_interval": list(interval)}
 
 
 def paired_figures(name: str, counts: PairedCounts, confidence: float = 0.95) -> dict:
-    """What is retained of dense's accuracy: the ratio, the difference, and the test."""
+    """Accuracy against dense's, under keys that begin with `name`: ratio, difference, intervals, McNemar's test."""
     ratio = paired_ratio(counts, confidence)
-    # no infinity: the figures go into JSON
+    # JSON has no infinity
     ratio_interval = None if ratio is None else [bound if np.isfinite(bound) else None for bound in ratio]
     return {
         f"{name}_retention": counts.first / counts.second if counts.second else None,

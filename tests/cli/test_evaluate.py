@@ -387,7 +387,7 @@ def test_names_with_commas_of_their_own_may_be_parted_at_them():
         (("--stride", 0), "`stride` is 0"),
         (("--dtype", "int8"), "dtype is 'int8'"),
         (("--resolution", 2), "one patch"),
-        (("--no-truth", "--labels", "dog"), "one label, 'dog'"),
+        (("--no-truth", "--labels", "dog"), "single label, 'dog'"),
         (("--no-truth", "--labels", ""), "is empty"),
         (("--no-card", "--write-card"), "not both"),
         (("--no-truth", "--template", "{}"), "--template"),

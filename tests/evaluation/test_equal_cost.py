@@ -1,4 +1,4 @@
-"""Figures of an evaluation: known answers, mixtures of controls, intervals; videos out of folders."""
+"""Figures of an evaluation: known answers, mixtures of baselines, intervals; videos out of folders."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ from neuroflow_hf.evaluation.equal_cost import (
     frame_draws,
     outcome_figures,
     questions,
-    run_places,
     shares_at,
     verdict,
 )
@@ -65,7 +64,7 @@ def test_between_two_settings_is_their_mixture():
     assert affordable(families, 0.5, cost_of)[0].parts == [(1.0, settings[1])]  # a baseline that costs less
 
 
-def test_the_best_control_is_named_for_each_figure():
+def test_the_best_baseline_is_named_for_each_figure():
     ours = outcome(cost=0.2, cosine=0.95)
     varying = np.where(np.arange(40) < 4, 0.5, 0.99)
     families = {
@@ -84,7 +83,7 @@ def test_the_best_control_is_named_for_each_figure():
     assert compare(outcome(cost=0.01), families, MEAN) is None
 
 
-def test_a_cheaper_control_that_is_better_is_not_passed_over():
+def test_a_cheaper_baseline_that_is_better_is_not_passed_over():
     settings = [outcome("cheap", 0.1, 0.9, control=True), outcome("dear", 0.3, 0.8, control=True)]
     found = compare(outcome(cost=0.2, cosine=0.87), {"family": settings}, MEAN, samples=50)
     assert found["best"] == "cheap" and found["controls"] == {"family": pytest.approx(0.9)}
@@ -107,7 +106,6 @@ def test_few_videos_say_nothing_about_labels():
 
 
 def test_draws_are_of_whole_videos_or_of_blocks():
-    assert run_places(np.array([5, 9]), np.array([2, 3])).tolist() == [5, 6, 9, 10, 11]
     lengths = [3, 5, 2, 4, 6]
     firsts = np.cumsum([0, *lengths])
     whole = {tuple(range(firsts[place], firsts[place] + length)) for place, length in enumerate(lengths)}
@@ -162,7 +160,7 @@ def test_subfolders_are_classes(tmp_path):
     plain = find_videos(tmp_path, truth=False)
     assert plain.classes == () and all(video.truth is None for video in plain.videos)
     assert chosen_labels(plain, None) == () and chosen_labels(plain, ["cat", "dog"]) == ("cat", "dog")
-    with pytest.raises(ValueError, match="There is one label"):
+    with pytest.raises(ValueError, match="There is a single label"):
         chosen_labels(plain, ["cat"])
 
 
@@ -176,9 +174,9 @@ def test_what_cannot_be_taken(tmp_path):
     with pytest.raises(ValueError, match="2 folders deep"):
         find_videos(make_files(tmp_path / "deep", "train/dog/b.mp4"))
     assert len(find_videos(tmp_path / "mixed", truth=False).videos) == 2
-    with pytest.raises(ValueError, match="'RedDog' and 'red_dog' are both 'red dog'"):
+    with pytest.raises(ValueError, match="'RedDog' and 'red_dog' both mean 'red dog'"):
         find_videos(make_files(tmp_path / "twice", "RedDog/a.mp4", "red_dog/a.mp4"))
-    with pytest.raises(ValueError, match="nothing else to take them for"):
+    with pytest.raises(ValueError, match="no other label to choose"):
         chosen_labels(find_videos(make_files(tmp_path / "one", "dog/a.mp4")), None)
 
 
