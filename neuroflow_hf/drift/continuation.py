@@ -1,4 +1,4 @@
-"""Continue a text with a language model, and describe what its bypass did."""
+"""Continue a text with a language model, and describe the result in words."""
 
 import time
 from dataclasses import dataclass
@@ -42,13 +42,13 @@ def continue_text(
         text: the prompt.
         max_new_tokens: maximum number of tokens to generate.
         bypass: options of [`NeuroFlowBypassConfig`]; False for none, None for the model configuration's.
-        lossless: options of [`NeuroFlowLosslessConfig`], True for the defaults; None for plain generation.
+        lossless: options of [`NeuroFlowLosslessConfig`]; True for the defaults, None for none.
         temperature: 0 for greedy decoding; above 0 for sampling.
         seed: random seed for sampling.
         streamer: receives the tokens as they are generated.
 
     Raises:
-        ValueError: for options out of range, a prompt without tokens, and a prompt that is too long.
+        ValueError: for options out of range, and a prompt that is too long or has no tokens.
     """
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` is {max_new_tokens}; expected a whole number of at least 1.")
@@ -60,8 +60,8 @@ def continue_text(
         raise ValueError("The prompt has no tokens; expected some text.")
     if count + max_new_tokens > room:
         raise ValueError(
-            f"The prompt has {count} tokens; with {max_new_tokens} new ones that is more than the {room} that the "
-            "model has room for. Shorten it, or ask for fewer."
+            f"The prompt has {count} tokens; with {max_new_tokens} new ones, it does not fit into the model's {room}. "
+            "Shorten the prompt, or ask for fewer new tokens."
         )
     how: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:

@@ -28,7 +28,7 @@ PADDING = 0  # the token at padded positions; masked, or never read
 
 @dataclass
 class Batch:
-    """Some of the prompts, for one run."""
+    """Prompts that are decoded together."""
 
     indices: list[int]  # of the prompts, [B]
     ids: torch.Tensor  # int64 [B, T], padded on the left
@@ -37,12 +37,12 @@ class Batch:
 
 @dataclass
 class Decoded:
-    """The output of a run: B rows of n new tokens, on the CPU."""
+    """What a batch was decoded to: B rows of n new tokens, on the CPU."""
 
     tokens: torch.Tensor  # int64 [B, n]; rows continue past their end token
     similarity: torch.Tensor  # float32 [B, n - 1], the gate's, at the steps that fed tokens 0 to n - 2; NaN if dense
     bypassed: torch.Tensor  # bool [B, n - 1], whether layers were bypassed at these steps
-    kept: torch.Tensor | None  # [B, n, ...], what was kept of each token's logits
+    kept: torch.Tensor | None  # [B, n, ...], what `keep` returned
 
 
 def make_batches(rows: Sequence[Sequence[int]], batch_size: int, padding: int = 0) -> list[Batch]:
@@ -79,11 +79,11 @@ def decode(
         steps: number of new tokens, at least 1.
         bypass: options of [`NeuroFlowBypassConfig`]; False for dense.
         forced: int64 [B, steps], the tokens to feed (teacher forcing); None for greedy decoding.
-        ends: end tokens; decoding stops once every row has one. Ignored with `forced`.
-        keep: takes each new token's number, from 0, and its logits [B, V]; returns what to keep of them, [B, ...].
+        ends: end tokens; greedy decoding stops once every row has one.
+        keep: from the number of a new token, from 0, and its logits [B, V] to what to keep of them, [B, ...].
 
     Raises:
-        ValueError: for a model with long RoPE, if texts grow past the length at which its factors switch.
+        ValueError: for a model with long RoPE, if the lengths of texts are on both sides of its switch.
     """
     if bypass is not False:
         bypass = NeuroFlowBypassConfig.from_options(bypass).resolve(model.config.num_hidden_layers)
@@ -132,8 +132,8 @@ def keep_logits(step: int, logits: torch.Tensor) -> torch.Tensor:
 
 def require_one_rope(config, lengths: Sequence[int], steps: int):
     """
-    Raise a ValueError if long RoPE switches its factors among these prompt lengths and new tokens. There transformers
-    feeds the whole text again, row by row at different steps; in a batch, dense would not be the stock model's text.
+    Raise a ValueError if long RoPE switches its factors among these prompt lengths and new tokens. At the switch,
+    transformers feeds a text again, which a batch of rows that reach it at different steps cannot follow.
     """
     switch = config.original_max_position_embeddings
     is_long = config.rope_parameters["rope_type"] == "longrope"
@@ -141,7 +141,7 @@ def require_one_rope(config, lengths: Sequence[int], steps: int):
     if is_long and min(lengths) <= switch < longest:
         raise ValueError(
             f"Long RoPE switches its factors after {switch} tokens, and the texts have {min(lengths)} to {longest}. "
-            f"Use prompts and new tokens that stay within {switch} tokens, or prompts that are all longer."
+            f"Use prompts that stay within {switch} tokens with their new tokens, or prompts that are all longer."
         )
 
 
@@ -158,9 +158,9 @@ class DriftBench:
     """
     Prompts, the dense model's answers to them, and measurements against these answers.
 
-    A measurement decodes three times: greedily; along the dense text (teacher forcing); and along the second half of
-    each prompt, for the perplexity of a text that no model wrote. Prompts are always fed in one piece, and so densely:
-    a bypass acts on the steps after them.
+    A measurement decodes three times: greedily, along the dense text (teacher forcing), and along the second half of
+    each prompt, for the perplexity. Prompts are fed in one piece, and so densely: a bypass acts on the steps after
+    them.
 
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`].
@@ -185,7 +185,6 @@ class DriftBench:
     ):
         self.model, self.rows, self.tasks = model, rows, tasks
         self.new_tokens, self.batch_size, self.ends, self.on_prompts = new_tokens, batch_size, ends, on_prompts
-        # a bypass acts on the second half's steps; its first token follows from the first half, which is fed densely
         middles = [max(1, len(row) // 2) for row in rows]
         self.halves = [(list(row[:at]), list(row[at:])) for row, at in zip(rows, middles, strict=True)]
         self.dense: list[DenseAnswer] = [None] * len(rows)
@@ -197,7 +196,7 @@ class DriftBench:
                 self.dense[index] = DenseAnswer(tokens, free.kept[row, : len(tokens)].clone(), scores[row])
 
     def batches(self, batch_size: int | None = None, padding: int = 0) -> Iterator[Batch]:
-        """The prompts in batches; reports each batch as finished when the next one is asked for."""
+        """Yield the prompts in batches, and report each batch as finished when the next one is asked for."""
         done = 0
         for batch in make_batches(self.rows, batch_size or self.batch_size, padding):
             yield batch
@@ -206,10 +205,10 @@ class DriftBench:
 
     def score(self, model, indices: Sequence[int], bypass: dict | bool) -> list[float]:
         """
-        Negative log-likelihood, in nats, of the second halves of a batch's prompts, fed token by token. The first
-        token is left out: the dense forward of the first half predicts it.
+        Negative log-likelihood, in nats, of the second halves of a batch's prompts, fed token by token, without their
+        first token, which the dense forward of the first half predicts.
         """
-        # a batch is in order of length, and so are its halves
+        # a batch is in order of length, so `make_batches` keeps its order
         (batch,) = make_batches([self.halves[index][0] for index in indices], len(indices))
         texts = [torch.tensor(self.halves[index][1], dtype=torch.int64) for index in indices]
         forced = pad_sequence(texts, True, PADDING)
@@ -223,7 +222,7 @@ class DriftBench:
         return [costs[1 : len(text)].sum().item() for costs, text in zip(run.kept, texts, strict=True)]
 
     def force(self, model, batch: Batch, bypass: dict | bool) -> Decoded:
-        """Feed the dense texts, and keep the logits."""
+        """Decode along the dense texts, and keep the logits."""
         forced = pad_sequence([torch.tensor(self.dense[index].tokens) for index in batch.indices], True, PADDING)
         return decode(model, batch, forced.shape[1], bypass, forced, keep=keep_logits)
 
@@ -235,8 +234,8 @@ class DriftBench:
 
         Args:
             bypass: options of [`NeuroFlowBypassConfig`]; False for dense, to measure the noise floor.
-            model: another model than the dense one, such as a copy in another dtype.
-            batch_size, padding: another batch shape: prompts at once, and padded positions before each prompt.
+            model: another model, such as a copy in another dtype; default: the dense one.
+            batch_size, padding: another batch size, and a number of padded positions before each prompt.
         """
         model = self.model if model is None else model
         records: list[PromptRecord] = [None] * len(self.rows)
@@ -250,11 +249,11 @@ class DriftBench:
         return records
 
     def compare(self, index: int, row: int, free: Decoded, forced: Decoded) -> PromptRecord:
-        """Compare a prompt, which is a row of two runs, with dense: one run was greedy, one along the dense text."""
+        """Compare a prompt with dense, from its row in a greedy run and in one along the dense text."""
         dense = self.dense[index]
         tokens = cut_at_end(free.tokens[row].tolist(), self.ends)
         first, margin = first_divergence(dense.tokens, tokens), None
-        if first is not None:  # always inside the dense text: either a token differs there, or one text ended earlier
+        if first is not None:  # always inside the dense text, because both texts end with an end token or are full
             best, second = dense.logits[first].topk(2).values
             margin = (best - second).item()
         steps, forced_steps = len(tokens) - 1, len(dense.tokens) - 1  # the last token is not fed
@@ -279,7 +278,7 @@ class DriftBench:
         )
 
     def similarity(self, gate_layer: int) -> list[float]:
-        """The similarities at a gate layer along the dense texts, with nothing bypassed."""
+        """The gate's similarities at a layer along the dense texts, with nothing bypassed."""
         cache_layer = (gate_layer + 1) % self.model.config.num_hidden_layers
         options = {"gate_layer": gate_layer, "cache_layers": [cache_layer], "threshold": NEVER}
         values: list[float] = []
@@ -291,7 +290,7 @@ class DriftBench:
         return values
 
     def time_steps(self, bypass: dict, prompts: int = 9) -> list[tuple[float, float]]:
-        """Milliseconds per token, dense and bypassed, one prompt at a time after a warm-up: a pair for each prompt."""
+        """Milliseconds per token, dense and bypassed, a pair for each prompt; prompts run alone, after a warm-up."""
         pairs = []
         for index in [0, *range(min(prompts, len(self.rows)))]:
             (batch,) = make_batches([self.rows[index]], 1)

@@ -1,4 +1,4 @@
-"""The grid of bypasses of a drift evaluation: the published ones, scaled to the model's depth, and variants."""
+"""The bypasses of a drift evaluation: the published ones, scaled to the model's depth, and variants."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ import torch
 from ..language.bypass_config import ALWAYS, NeuroFlowBypassConfig
 from .metrics import rate_of
 
-PUBLISHED_LAYERS = 32  # the depth of Phi-3-mini, to which the published pairs refer
-PUBLISHED_PAIRS = ((1, 24), (1, 31))
+PUBLISHED_LAYERS = 32  # the depth of Phi-3-mini
+PUBLISHED_PAIRS = ((1, 24), (1, 31))  # gate layer and cache layer
 FIRST, LAST = (f"{gate}->{cache}" for gate, cache in PUBLISHED_PAIRS)
 PUBLISHED_THRESHOLDS = (0.6, 0.65, 0.7)
 PUBLISHED_RATE, PUBLISHED_THRESHOLD = 0.21, 0.65  # the share of steps bypassed at this threshold
 GUARD_ENTROPY = 1.0  # nats
-# the guard stops most of what a threshold would bypass, so its rates go higher
+# bypass rates to derive thresholds for; a guard stops most bypasses, so its rates are higher
 RATES = {
     "unguarded": (0.01, 0.05, 0.1, 0.2, 0.4, 0.8),
     "guarded": (0.05, 0.1, 0.2, 0.4, 0.8, 1.0),
@@ -26,13 +26,13 @@ RATES = {
 class Configuration:
     """A bypass to measure."""
 
-    pair: str  # the published layers that it stands for, such as "1->24"; "own" for other layers
+    pair: str  # the published layers that its layers stand for, such as "1->24"; "own" for others
     options: dict = field(hash=False)  # of `NeuroFlowBypassConfig`
-    asked_rate: float | None = None  # the bypass rate for which the threshold was chosen; None for a given threshold
+    asked_rate: float | None = None  # the rate that the threshold was derived from; None for a given threshold
 
     @property
     def bypass(self) -> NeuroFlowBypassConfig:
-        """The options."""
+        """The options as a configuration."""
         return NeuroFlowBypassConfig.from_options(self.options)
 
     @property
@@ -50,7 +50,7 @@ class Configuration:
         return f"{self.family}, threshold {self.options['threshold']:g}"
 
     def to_dict(self) -> dict:
-        """Its part of a report's entry."""
+        """The fields of a report's entry that describe the configuration."""
         return {
             "name": self.name,
             "family": self.family,
@@ -65,15 +65,15 @@ class Configuration:
 def scaled_pairs(num_layers: int) -> dict[str, tuple[int, int]]:
     """
     Gate layer and cache layer for each published pair, by its name, such as `"1->24"`: the layers at the same relative
-    depth, never the first. A pair that coincides with an earlier one is left out.
+    depth, never the first layer. A pair with the same layers as an earlier one is left out.
 
     Raises:
         ValueError: for a model of fewer than 3 layers.
     """
     if num_layers < 3:
         raise ValueError(
-            f"The model has {num_layers} layers; expected at least 3, for a gate after the first layer and one to "
-            "reuse. Name the layers yourself: --gate-layer 0 --cache-layers 1."
+            f"The model has {num_layers} layers; the grid needs at least 3. Name layers instead: --gate-layer 0 "
+            "--cache-layers 1."
         )
     pairs: dict[str, tuple[int, int]] = {}
     for pair in PUBLISHED_PAIRS:
@@ -85,8 +85,8 @@ def scaled_pairs(num_layers: int) -> dict[str, tuple[int, int]]:
 
 def threshold_for_rate(similarity: Sequence[float], rate: float) -> float:
     """
-    The threshold that a share `rate` (above 0, at most 1) of the similarities reaches, rounded to 6 digits; -1
-    (always) for a rate of 1.
+    The threshold that a share `rate`, above 0 and at most 1, of the similarities reaches, rounded to 6 digits; for a
+    rate of 1, -1 (always).
 
     Raises:
         ValueError: if there are no similarities.
@@ -94,21 +94,21 @@ def threshold_for_rate(similarity: Sequence[float], rate: float) -> float:
     if rate >= 1:
         return ALWAYS
     if not len(similarity):
-        raise ValueError("No step has a similarity to choose a threshold by; expected at least one of two new tokens.")
+        raise ValueError("No step has a similarity to derive a threshold from; generate at least 2 new tokens.")
     return round(torch.tensor(similarity, dtype=torch.float64).quantile(1 - rate).item(), 6)
 
 
 def gate_layers(num_layers: int) -> list[int]:
-    """The layers whose similarities `full_grid` needs."""
+    """The layers of which `full_grid` needs thresholds."""
     pairs = scaled_pairs(num_layers).values()
     return sorted({layer for gate, cache in pairs for layer in (gate, cache)})
 
 
 def full_grid(num_layers: int, thresholds: dict[int, dict[str, float]], quick: bool = False) -> list[Configuration]:
     """
-    The published pairs at the published thresholds and at thresholds for given bypass rates, because a published
-    threshold may bypass all steps of one checkpoint and none of another. With all three targets, with and without an
-    entropy guard, and inverted, with gate and cache layer exchanged.
+    The published pairs at the published thresholds, and at thresholds for given bypass rates, because a threshold may
+    bypass all steps of one checkpoint and none of another; with all three targets, with and without an entropy guard,
+    and inverted, with gate and cache layer swapped.
 
     Args:
         num_layers: the model's depth.
@@ -140,10 +140,10 @@ def full_grid(num_layers: int, thresholds: dict[int, dict[str, float]], quick: b
 
 def own_configuration(num_layers: int, options: dict) -> Configuration:
     """
-    A user's own options, completed, and named after the published pair if the layers are the same.
+    A user's own options with defaults filled in, named after the published pair if the layers are the same.
 
     Raises:
-        ValueError: for options that do not exist or are out of range, and layers that the model does not have.
+        ValueError: for unknown options, values out of range, and layers that the model does not have.
     """
     resolved = NeuroFlowBypassConfig.from_options(options).resolve(num_layers)
     layers = (resolved.gate_layer, *resolved.cache_layers)
@@ -154,7 +154,7 @@ def own_configuration(num_layers: int, options: dict) -> Configuration:
 
 
 def entries_of_family(report: dict, pair: str, target="attention", guarded=False, inverted=False) -> list[dict]:
-    """A report's entries of one pair that differ in their threshold only."""
+    """A report's entries of one kind, which differ in their threshold only."""
     kind = (pair, target, guarded, inverted)
     return [
         entry
@@ -170,8 +170,8 @@ def is_near_published(rate: float) -> bool:
 
 def published_configuration(report: dict, pair: str = FIRST) -> dict | None:
     """
-    The entry that stands for the published setting of a pair: at threshold 0.65, if that bypasses half to twice the
-    published 21 % of the steps here; else the one whose rate is nearest to that. None if nothing bypasses anything.
+    The entry that stands for the published setting of a pair: the one at threshold 0.65, if its rate is near the
+    published 21 %, else the one with the nearest rate. None if no entry bypasses anything.
     """
     entries = [entry for entry in entries_of_family(report, pair) if rate_of(entry) > 0]
     for entry in entries:

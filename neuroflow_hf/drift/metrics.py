@@ -1,7 +1,5 @@
 """
-How far a text is from the dense model's: figures of tokens and logits, of one prompt and of many.
-
-"Dense" is the text, or the logits, that the other is compared with.
+How far a text is from the dense model's: figures of tokens and logits, for one prompt and for many.
 """
 
 import itertools
@@ -16,8 +14,8 @@ import torch
 from ..evaluation.statistics import bootstrap_interval, mean, paired_interval, quantile, zero_failure_bound
 from .prompts import ALL, order_tasks
 
-ROUNDING = 1e-5  # logits closer than this may change places by rounding alone, in float32
-# the figures of each prompt that a report keeps
+ROUNDING = 1e-5  # rounding in float32 may swap logits that are closer than this
+# fields of `PromptRecord` that a report keeps of each prompt
 COLUMNS = (
     *("drift", "first_divergence", "margin", "forced_steps", "forced_divergent"),
     *("scored_tokens", "dense_nll", "nll", "steps", "bypassed"),
@@ -44,8 +42,8 @@ def position_drift(dense: Sequence[int], other: Sequence[int]) -> float:
     The share of positions at which two sequences of tokens differ, 0 to 1; the published "token drift". Positions are
     those of the longer sequence, and differ where the shorter one has ended. Two empty sequences have drift 0.
 
-    One inserted token moves all that follow, so a high drift need not mean that much of the text changed. See
-    `first_divergence`, and compare under teacher forcing.
+    One inserted token shifts all that follow, so a high drift need not mean that much of the text changed; see also
+    `first_divergence` and `compare_steps`.
     """
     differ = [expected != found for expected, found in itertools.zip_longest(dense, other)]
     return sum(differ) / len(differ) if differ else 0.0
@@ -53,19 +51,19 @@ def position_drift(dense: Sequence[int], other: Sequence[int]) -> float:
 
 def kl_divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """
-    KL(dense || other) in nats, of the distributions behind logits [..., V] each: float64 [...], infinite where a token
-    is impossible only for `other`.
+    KL(dense || other) in nats, float64 [...], from logits [..., V] each. Infinite if a token is impossible for `other`
+    only.
     """
     expected, found = (logits.double().log_softmax(dim=-1) for logits in (dense, other))
     probabilities = expected.exp()
     terms = torch.where(probabilities > 0, probabilities * (expected - found), 0.0)
-    return terms.sum(dim=-1).clamp(min=0)  # rounding may take it below
+    return terms.sum(dim=-1).clamp(min=0)  # rounding may make it negative
 
 
 class StepComparison(NamedTuple):
-    """Dense and another model at n steps, after the same tokens (teacher forcing)."""
+    """Two models compared at n steps, after the same tokens (teacher forcing)."""
 
-    same_top1: torch.Tensor  # bool [n], whether both have the same most probable next token
+    same_top1: torch.Tensor  # bool [n], whether both have the same most probable token
     kl: torch.Tensor  # float64 [n], KL(dense || other) in nats
     entropy: torch.Tensor  # float64 [n], of the dense distribution, in nats
 
@@ -104,9 +102,9 @@ class PromptRecord:
     task: str
     drift: float = 0.0  # share of positions with another token, in greedy generation
     first_divergence: int | None = None  # the first such position
-    margin: float | None = None  # lead, in logits, of dense's first choice over its second at that position
+    margin: float | None = None  # between dense's two highest logits at that position
     forced_steps: int = 0  # steps after the prompt under teacher forcing
-    forced_divergent: int = 0  # those with another first choice than dense
+    forced_divergent: int = 0  # those with another most probable token than dense
     kl: list[float] = field(default_factory=list)  # KL(dense || other) at each forced step, in nats
     scored_tokens: int = 0  # tokens of the prompt's second half that were scored
     dense_nll: float = 0.0  # their total negative log-likelihood, in nats, under the dense model
@@ -119,7 +117,7 @@ class PromptRecord:
 
 
 def columns(records: Sequence[PromptRecord]) -> dict[str, dict[str, list]]:
-    """The kept figures by task: a list over prompts for each of `COLUMNS`, rounded to 6 significant digits."""
+    """For each task and each of `COLUMNS`, the values of all prompts, rounded to 6 significant digits."""
     return {
         task: {name: [significant(getattr(record, name)) for record in found] for name in COLUMNS}
         for task, found in by_task(records).items()
@@ -138,7 +136,7 @@ def by_task(records: Sequence[PromptRecord]) -> dict[str, list[PromptRecord]]:
 
 
 def summarise_tasks(records: Sequence[PromptRecord], **bootstrap) -> dict[str, dict]:
-    """The figures of each task, and of all tasks together if there are several. Options are `bootstrap_interval`'s."""
+    """Summaries of each task, and of all tasks together if there are several; options as of `bootstrap_interval`."""
     groups = by_task(records)
     if len(groups) > 1:
         groups[ALL] = records
@@ -147,8 +145,8 @@ def summarise_tasks(records: Sequence[PromptRecord], **bootstrap) -> dict[str, d
 
 def summarise(records: Sequence[PromptRecord], **bootstrap) -> dict:
     """
-    The figures of some prompts, with 95 % intervals from a bootstrap over prompts. Shares are 0 to 1, KL divergence
-    and entropy in nats; None where there is no data.
+    Summary of some prompts, with 95 % intervals from a bootstrap over prompts. Shares are 0 to 1, KL divergence and
+    entropy in nats; figures without data are None.
     """
 
     def total(name: str) -> int:
@@ -188,7 +186,7 @@ def summarise(records: Sequence[PromptRecord], **bootstrap) -> dict:
 
 
 def perplexity(records: Sequence[PromptRecord], **bootstrap) -> dict:
-    """Both perplexities, and their difference with a paired interval; None where nothing was scored."""
+    """Both perplexities, and their difference with a paired interval; None if nothing was scored."""
     tokens = sum(record.scored_tokens for record in records)
     if not tokens:
         return {"tokens": 0, "dense": None, "bypass": None, "delta": None, "interval": None}
@@ -211,23 +209,23 @@ def share(part: float, whole: float) -> float | None:
 
 
 def column(entry: dict, name: str, task: str = ALL) -> list:
-    """One of `COLUMNS` of a report's entry, for the prompts of one task or of all, task after task."""
+    """One of `COLUMNS` of a report's entry, for the prompts of one task, or of all tasks one after the other."""
     found = entry["prompts"]
     return [value for part in (found if task == ALL else [task]) for value in found[part][name]]
 
 
 def rate_of(entry: dict, task: str = ALL) -> float:
-    """The share of steps bypassed, in one task or in all."""
+    """The share of steps bypassed, in one task or all."""
     return share(sum(column(entry, "bypassed", task)), sum(column(entry, "steps", task))) or 0.0
 
 
 def rounding_margin(report: dict) -> float:
-    """The largest lead, in logits, of dense's first choice that another batch shape overturned; at least ROUNDING."""
+    """The largest margin between logits that another batch shape overturned; at least `ROUNDING`."""
     noise = [entry for entry in report["noise"] if entry["kind"] == "batch"]
     return max([ROUNDING, *(margin for entry in noise for margin in column(entry, "margin") if margin is not None)])
 
 
 def beyond_rounding(report: dict, entry: dict, task: str = ALL) -> int:
-    """How many prompts diverge where dense's margin exceeds `rounding_margin`."""
+    """How many prompts diverge at a margin above `rounding_margin`."""
     limit = rounding_margin(report)
     return sum(margin is not None and margin > limit for margin in column(entry, "margin", task))

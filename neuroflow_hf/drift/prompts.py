@@ -13,7 +13,7 @@ LINE = '{"prompt": "text", "task": "code"}'
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, and the group whose figures it counts towards."""
+    """A text to continue, and the task to whose figures it counts."""
 
     text: str
     task: str = OWN
@@ -25,11 +25,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
     Args:
         path: a `.jsonl` file whose lines are objects with `prompt` and, optionally, `task` (other keys are ignored);
-            or a `.txt` file with a prompt in each line. Empty lines are skipped.
+            or a `.txt` file with a prompt in each line. Blank lines are skipped.
 
     Raises:
-        OSError: if there is no such file, or it is a folder.
-        ValueError: for another file type, a file without prompts, or a bad line; the message names the line.
+        OSError: if the file does not exist or is a folder.
+        ValueError: for another type of file, no prompts, or a bad line, which the message names.
     """
     path = Path(path)
     if path.is_dir():
@@ -66,7 +66,7 @@ def parse_line(text: str, where: str) -> Prompt:
             said = "is missing" if name not in found else f"is {value!r}"
             raise ValueError(f"{where}: `{name}` {said}; expected a text that is not empty, as in {LINE}.")
     if task == ALL:
-        raise ValueError(f"{where}: `task` is {ALL!r}, which stands for all of them; expected another name.")
+        raise ValueError(f"{where}: `task` is {ALL!r}, which stands for all tasks; choose another name.")
     return Prompt(prompt, task)
 
 

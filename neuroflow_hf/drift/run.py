@@ -1,13 +1,13 @@
 """
-Evaluate the token drift of bypasses: run prompts through a dense model and through bypasses, and write one report.
+Measure the token drift of bypasses: continue prompts densely and with bypasses, and write one report.
 
     model, tokenizer = load_language_model("path/to/phi3")
     prompts = read_prompts("prompts.jsonl")
     report = DriftEvaluation(model, tokenizer, prompts, Path("drift.json")).run()
     report["configurations"][0]["tasks"]["prose"]["drift"]
 
-The report is written atomically after each configuration, and an interrupted run is continued. Under `accelerate
-launch` or `torchrun` the prompts are split over the processes, and the first process writes.
+The report is written after each configuration, and an interrupted run continues. Under `accelerate launch` or
+`torchrun`, the processes share the prompts, and the first one writes.
 """
 
 import copy
@@ -50,12 +50,11 @@ class DriftSettings:
         ValueError: for a value out of range.
     """
 
-    # drift grows with the number of tokens generated after each prompt: compare figures of equal length only
-    new_tokens: int = 64
-    batch_size: int = 64  # prompts at once; fewer if memory runs out, results differ by rounding
+    new_tokens: int = 64  # generated after each prompt; drift grows with it, so compare figures of equal length only
+    batch_size: int = 64  # prompts at once; it changes results by rounding
     max_prompt_tokens: int = 192  # longer prompts are cut to their last tokens
-    samples: int = 2000  # of the bootstrap behind the intervals
-    seed: int = 0  # of the bootstrap; nothing else is random, generation is greedy
+    samples: int = 2000  # bootstrap samples
+    seed: int = 0  # of the bootstrap; generation is greedy
 
     def __post_init__(self):
         for name, least in (("new_tokens", 2), ("batch_size", 1), ("max_prompt_tokens", 1), ("samples", 1)):
@@ -68,22 +67,22 @@ def encode_prompts(tokenizer, prompts: Sequence[Prompt], limit: int) -> tuple[li
     rows = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
-            raise ValueError(f"The tokenizer makes no token of the prompt {prompt.text[:40]!r}; leave it out.")
+            raise ValueError(f"The prompt {prompt.text[:40]!r} has no tokens; leave it out.")
     return [row[-limit:] for row in rows], sum(len(row) > limit for row in rows)
 
 
 def prompt_limit(config, settings: DriftSettings) -> int:
-    """The most tokens of a prompt that leave room for the new ones; a ValueError if there is no room."""
+    """The maximum number of tokens of a prompt that leaves room for new ones; a ValueError if there is no room."""
     room = config.max_position_embeddings
     if config.rope_parameters["rope_type"] == "longrope":
-        room = min(room, config.original_max_position_embeddings)  # past it, all keys would have to be recomputed
+        room = min(room, config.original_max_position_embeddings)  # beyond, texts are fed again
     if settings.new_tokens >= room:
-        raise ValueError(f"`new_tokens` is {settings.new_tokens}; the model has room for {room}, the prompt included.")
+        raise ValueError(f"`new_tokens` is {settings.new_tokens}; the model has room for {room} with the prompt.")
     return min(settings.max_prompt_tokens, room - settings.new_tokens)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A type without `torch.` before it."""
+    """`"float32"` of `torch.float32`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -100,22 +99,22 @@ class DriftEvaluation:
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`] in evaluation mode.
         tokenizer: its tokenizer.
-        prompts: texts to continue. Use 50 or more of each task: no divergence in n prompts only bounds the rate of
-            divergence by 3/n.
-        path: the JSON file to write. It is continued if it holds the same model, prompts, settings and machine.
+        prompts: texts to continue. Use 50 or more of each task: no divergence in n prompts bounds its probability by
+            3/n only.
+        path: the JSON file to write; continued if it is of the same model, prompts, settings and machine.
         settings: [`DriftSettings`]; None for the defaults.
         own: options of [`NeuroFlowBypassConfig`], to measure this one bypass; None for the grid of `full_grid`.
         quick: measure the first published pair of layers only.
-        fresh: ignore what is in the file.
-        on_step: called after each batch with the name of the step, and how many of how many prompts are finished.
-        names: names for the report: `model`, `prompts` and `command`.
+        fresh: ignore an existing file.
+        on_step: called after each batch with the name of the step, the number of prompts finished, and of all.
+        names: `model`, `prompts` and `command`, for the report.
 
     Attributes:
         report: the results so far, on all processes.
 
     Raises:
-        ValueError: for settings or options out of range, layers that the model does not have, no room for the new
-            tokens, and prompts without tokens.
+        ValueError: for options out of range, layers that the model does not have, no room for the new tokens, no
+            prompts, and prompts without tokens.
     """
 
     def __init__(
@@ -142,9 +141,9 @@ class DriftEvaluation:
         tasks = [prompt.task for prompt in prompts]
         self.rows, self.tasks = ([part[index] for index in self.indices] for part in (rows, tasks))
         self.layers = model.config.num_hidden_layers
-        # bad options are refused before anything runs
+        # refuse bad options before anything runs
         gate_layers(self.layers) if own is None else own_configuration(self.layers, own)
-        conditions = {  # a run is continued only if all of this is equal
+        conditions = {  # a report is continued only if all of these are equal
             "settings": asdict(self.settings),
             "model": {
                 "name": names.get("model") or model.config.name_or_path,
@@ -168,7 +167,7 @@ class DriftEvaluation:
         self.report["command"] = names.get("command")
 
     def begin(self, conditions: dict, fresh: bool) -> dict:
-        """The report in the file if it was made under the same conditions; else an empty one."""
+        """The report in the file if its conditions are the same; else an empty one."""
         if not fresh and self.path.exists():
             try:
                 before = json.loads(self.path.read_text(encoding="utf-8"))
@@ -180,13 +179,13 @@ class DriftEvaluation:
 
     @functools.cached_property
     def bench(self) -> DriftBench:
-        """This process's prompts with the dense model's answers, generated at the first use."""
+        """This process's prompts with the dense model's answers, generated at first use."""
         self.start_step("dense")
         how = (self.settings.new_tokens, self.settings.batch_size, end_tokens(self.model))
         return DriftBench(self.model, self.rows, self.tasks, *how, on_prompts=self.on_prompts)
 
     def start_step(self, what: str, done: int = 0, total: int | None = None):
-        """Report a step's start: `done` of `total` prompts are finished, by default 0 of this process's prompts."""
+        """Report the start of a step with `done` of `total` prompts finished; default: of this process's prompts."""
         self.step = what, done, len(self.rows) if total is None else total
         self.on_prompts(0)
 
@@ -215,7 +214,7 @@ class DriftEvaluation:
         return {"tasks": summarise_tasks(records, **bootstrap), "prompts": columns(records)}
 
     def find_thresholds(self):
-        """Measure the similarities at the grid's gate layers, and derive a threshold for each rate."""
+        """Measure the similarities at the gate layers of the grid, and derive a threshold for each rate."""
         rates = sorted({rate for found in RATES.values() for rate in found})
         for layer in gate_layers(self.layers):
             known = self.report["gates"].get(str(layer), {}).get("thresholds", {})
@@ -227,7 +226,7 @@ class DriftEvaluation:
             self.report["gates"][str(layer)] = {
                 **{f"p{p}": quantile(values, p / 100) for p in (1, 10, 50, 90, 99)},
                 "steps": len(values),
-                # keep known thresholds: measured configurations are named after them
+                # keep thresholds that measured configurations are named after
                 "thresholds": {f"{rate:g}": threshold_for_rate(values, rate) for rate in rates} | known,
             }
             self.save()
@@ -270,7 +269,7 @@ class DriftEvaluation:
         self.report["configurations"].sort(key=lambda entry: order.get(entry["name"], len(order)))
 
     def measure_time(self):
-        """Time a step, dense and bypassed, at the configuration that stands for the published one."""
+        """Time a step, dense and with the configuration that stands for the published one."""
         chosen = published_configuration(self.report)
         if chosen is not None and self.report["timing"] is None:
             bench = self.bench
@@ -281,7 +280,7 @@ class DriftEvaluation:
             }
 
     def run(self) -> dict:
-        """Measure all that is missing."""
+        """Measure what is missing, and return the report."""
         self.measure_noise()
         self.measure(self.configurations())
         if self.own is None:

@@ -17,7 +17,7 @@ def entries_of(report: dict) -> list[dict]:
 
 
 def summary_table(report: dict, entries: Sequence[dict] | None = None) -> Table:
-    """A row for each entry (default: all): drift and diverged prompts by task, the other figures over all prompts."""
+    """A row for each entry (default: all), with drift and diverged prompts by task, other figures over all prompts."""
     tasks = tasks_of(report)
     headers = [
         *("configuration", "bypassed"),
@@ -48,7 +48,7 @@ def summary_table(report: dict, entries: Sequence[dict] | None = None) -> Table:
 
 
 def details_table(report: dict) -> Table:
-    """A row for each entry and task: intervals, margins, similarities and entropies."""
+    """A row for each entry and task, with intervals, margins, similarities and entropies."""
     headers = [
         "configuration",
         "task",
