@@ -22,7 +22,7 @@ def summary_table(report: dict, entries: Sequence[dict] | None = None) -> Table:
     headers = [
         *("configuration", "bypassed"),
         *(f"drift: {task}" for task in tasks),
-        *("first at", "other top-1", "KL mean", "KL p99", "perplexity"),
+        *("first divergence", "top-1 differs", "KL mean", "KL p99", "perplexity"),
     ]
     rows = []
     for entry in entries_of(report) if entries is None else entries:
@@ -53,12 +53,12 @@ def details_table(report: dict) -> Table:
         "configuration",
         "task",
         "drift, 95%",
-        "diverged by at most",
-        "other top-1, 95%",
+        "bound of divergence",
+        "top-1 differs, 95%",
         "KL mean, 95%",
         "perplexity: dense",
         "difference, 95%",
-        "margin: median, most",
+        "margin: median, maximum",
         "similarity: P10, P50, P90",
         "entropy: bypassed, computed",
     ]
@@ -94,12 +94,12 @@ def description(report: dict) -> str:
     return (
         f"{model['name']}: {model['layers']} layers, {model['parameters'] / 1e6:.1f} million parameters, "
         f"{model['dtype']}. Prompts: {counts}{cut}; {settings['new_tokens']} new tokens each, greedy. Drift: share of "
-        "positions with another token than dense, and how many prompts diverge; first at: the median position of the "
-        "first other token. Under teacher forcing: the share of steps with another first choice than dense, and KL "
-        "divergence in nats. Perplexity: the difference to dense on the second half of the prompts, fed token by "
-        "token. Dense and bypass have caches of their own; rows without a bypass rate compare dense with dense, the "
-        "noise floor. Intervals: 95 % of a paired bootstrap over prompts; no divergence in n prompts bounds its rate "
-        "by 3/n."
+        "positions with another token than dense, and how many prompts diverge. First divergence: the median of its "
+        "positions. Top-1 differs: the share of steps under teacher forcing with another most probable token than "
+        "dense; KL: divergence from dense at these steps, in nats. Perplexity: the difference to dense on the second "
+        "half of the prompts, fed token by token. Dense and bypass have separate caches. Rows without a bypass rate "
+        "compare dense with dense: the noise floor. Intervals: 95 % of a paired bootstrap over prompts; no divergence "
+        "in n prompts bounds its probability by 3/n."
     )
 
 
