@@ -10,9 +10,8 @@ the cheapest that stays close enough to dense, or the closest that is cheap enou
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +23,7 @@ from ..video.run import settings
 from ..vision.budget import least_cost
 from ..vision.gate_config import PRESETS, NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
-from ..vision.stream import NeuroFlowStream
-from .methods import dense_cost, looking_cost
+from .methods import Dense, Method, Step, Streamed, dense_cost, looking_cost
 from .points import (
     Point,
     Requirement,
@@ -178,9 +176,8 @@ def read_stretches(
         if len(stretches[0].images) < 2:
             raise
         note = str(error)
-    complete = [
-        stretch for planned, stretch in zip(plan, stretches, strict=True) if len(stretch.images) == len(planned)
-    ]
+    pairs = zip(plan, stretches, strict=True)
+    complete = [stretch for planned, stretch in pairs if len(stretch.images) == len(planned)]
     # the file may hold less than its header says; one short stretch is better than none
     kept = [stretch for stretch in complete or stretches[:1] if len(stretch.images) > 1]
     if not kept:
@@ -211,37 +208,30 @@ class Bench:
     on_step: OnStep
     points: list[Point]
 
-    def forward(self, image: torch.Tensor, stream: NeuroFlowStream | None = None) -> tuple[Any, float]:
-        """The model's output for one frame, uint8 [1, 3, R, R], and the milliseconds it took."""
-        if self.stop.is_set():
-            raise KeyboardInterrupt
-        model, kwargs = self.model, {} if stream is None else {"stream": stream}
-        pixel_values = self.preprocess.normalise(image, model.dtype, model.device)
-        interpolate = self.preprocess.resolution != model.config.image_size
-        with torch.inference_mode():
-            return timed(
-                lambda: model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate, **kwargs), model.device
-            )
-
-    @property
-    def looking(self) -> float:
-        """Cost of comparing a frame with the reference, relative to dense."""
-        patches = self.preprocess.patches_per_side(self.model.config.patch_size) ** 2
-        return looking_cost(self.model, patches) / dense_cost(self.model, patches)
+    def steps(self, method: Method, stretch: Stretch, count: int | None = None) -> Iterator[tuple[Step, float]]:
+        """What a method gives for the first `count` frames of a stretch (default: all), and its milliseconds."""
+        model = self.model
+        method.start(1)
+        for image in stretch.images[:count]:
+            if self.stop.is_set():
+                raise KeyboardInterrupt
+            pixel_values = self.preprocess.normalise(image, model.dtype, model.device)
+            with torch.inference_mode():
+                yield timed(lambda x=pixel_values: method.step(x), model.device)
 
     def measure_dense(self):
         """Run dense over all stretches; sets `dense`, float32 [T, D] on the CPU for each, and `dense_milliseconds`."""
-        self.forward(self.stretches[0].images[0])  # warm up
-        total, dense, milliseconds = sum(len(stretch.images) for stretch in self.stretches), [], []
+        method, total = Dense(self.model), sum(len(stretch.images) for stretch in self.stretches)
+        self.dense, milliseconds = [], []
+        list(self.steps(method, self.stretches[0], 1))  # warm up
         for stretch in self.stretches:
             embeddings = []
-            for image in stretch.images:
-                output, elapsed = self.forward(image)
-                embeddings.append(output.pooler_output[0].float().cpu())
+            for step, elapsed in self.steps(method, stretch):
+                embeddings.append(step.embeddings[0].cpu())
                 milliseconds.append(elapsed)
                 self.on_step("dense", len(milliseconds), total, None)
-            dense.append(torch.stack(embeddings))
-        self.dense, self.dense_milliseconds = dense, float(np.mean(milliseconds))
+            self.dense.append(torch.stack(embeddings))
+        self.dense_milliseconds = float(np.mean(milliseconds))
 
     def measure(self, family: str, options: dict, control: bool = False) -> Point:
         """
@@ -252,29 +242,31 @@ class Bench:
         if "mode" not in options or "preset" in options:
             options = spelt_out(options)
         interval = fitting_interval(options.get("keyframe_interval"), length)
-        options = {**options, "keyframe_interval": interval}
+        options, counted = {**options, "keyframe_interval": interval}, whole_periods(length, interval)
         budget = options.get("cost_budget")
-        if budget is not None and budget <= least_cost(interval, self.looking):
-            options["cost_budget"] = None  # no gate can keep it on so short a stretch
-        gate, counted = NeuroFlowGateConfig.from_options(options), whole_periods(length, interval)
+        patches = self.preprocess.patches_per_side(self.model.config.patch_size) ** 2
+        looking = looking_cost(self.model, patches) / dense_cost(self.model, patches)
+        if budget is not None and budget <= least_cost(interval, looking):
+            options["cost_budget"] = budget = None  # no gate can keep it on so short a stretch
+        method, total = Streamed(self.model, options), len(self.stretches) * counted
         costs, cosines, milliseconds = [], [], []
         for place, stretch in enumerate(self.stretches):
-            stream, outputs = NeuroFlowStream(gate), []
-            for image in stretch.images[:counted]:
-                output, elapsed = self.forward(image, stream)
-                outputs.append((output.pooler_output[0].float().cpu(), output.cost[0].item(), elapsed))
-                if len(outputs) == 1 and gate.cost_budget is not None:
-                    stream.credit = [gate.cost_budget - 1]
-                self.on_step(family, place * counted + len(outputs), len(self.stretches) * counted, None)
-            embeddings, stretch_costs, stretch_milliseconds = zip(*outputs, strict=True)
+            embeddings, figures = [], []
+            for step, elapsed in self.steps(method, stretch, counted):
+                if not embeddings and budget is not None:
+                    method.stream.credit = [budget - 1]
+                embeddings.append(step.embeddings[0].cpu())
+                figures.append((step.cost.item(), elapsed))
+                self.on_step(family, place * counted + len(figures), total, None)
+            cost, elapsed = np.mean(figures, axis=0).tolist()
+            costs.append(cost)
+            milliseconds.append(elapsed)
             dense = self.dense[place][:counted].double()
             similarity = torch.nn.functional.cosine_similarity(torch.stack(embeddings).double(), dense, dim=1)
             cosines.append(similarity.numpy()[None])
-            costs.append(float(np.mean(stretch_costs)))
-            milliseconds.append(float(np.mean(stretch_milliseconds)))
         point = Point(family, options, costs, cosines, float(np.mean(milliseconds)), control)
         self.points.append(point)
-        self.on_step(family, len(self.stretches) * counted, len(self.stretches) * counted, point)
+        self.on_step(family, total, total, point)
         return point
 
     def climb(self, family: str, ladder: Sequence[dict], requirement: Requirement, control: bool = False):
