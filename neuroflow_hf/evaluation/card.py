@@ -39,17 +39,17 @@ def card_with_results(text: str, model_name: str, results: Sequence[EvalResult])
     Raises:
         ValueError: if the metadata are not a YAML mapping, or have a `model-index` that the Hub would not accept.
     """
-    card = read_card(text)
-    kept = [one for one in card.data.eval_results or [] if not any(same_question(one, new) for new in results)]
-    card.data.model_name = card.data.model_name or model_name
-    card.data.eval_results = [*kept, *(with_plain_value(one) for one in results)]
+
+    def question(one: EvalResult) -> tuple:
+        return one.unique_identifier, one.dataset_name, one.metric_type, one.metric_name, one.metric_config
+
+    card, asked = read_card(text), {question(one) for one in results}
+    kept = [one for one in card.data.eval_results or [] if question(one) not in asked]
+    for one in results:
+        value = one.metric_value  # YAML would write NumPy's floats as objects
+        kept.append(replace(one, metric_value=float(value) if isinstance(value, float) else value))
+    card.data.model_name, card.data.eval_results = card.data.model_name or model_name, kept
     return str(card)
-
-
-def with_plain_value(result: EvalResult) -> EvalResult:
-    """The same figure as a plain number; a NumPy number would be written as a YAML object."""
-    value = result.metric_value
-    return replace(result, metric_value=float(value) if isinstance(value, float) else value)
 
 
 def read_card(text: str) -> ModelCard:
@@ -63,13 +63,6 @@ def read_card(text: str) -> ModelCard:
             f"The metadata of the model card (the YAML between its first `---`) cannot be read: {reason} Fix them, or "
             "give --no-card."
         ) from error
-
-
-def same_question(one: EvalResult, other: EvalResult) -> bool:
-    """Whether two figures are of the same task, data and metric."""
-    names = ("task_type", "dataset_type", "dataset_name", "dataset_config", "dataset_split", "dataset_revision")
-    names += ("metric_type", "metric_name", "metric_config")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 @contextmanager

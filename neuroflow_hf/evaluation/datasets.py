@@ -109,7 +109,10 @@ def find_videos(path: str | Path | None, truth: bool = True) -> VideoSet:
         )
     folders = sorted({place.parts[0] for _, place in files})
     words = {folder: class_words(folder) for folder in folders}
-    require_one_folder_each(words)
+    for folder, label in words.items():
+        other = next(name for name in folders if words[name] == label)
+        if other != folder:
+            raise ValueError(f"The subfolders {other!r} and {folder!r} both mean {label!r}; rename or join them.")
     videos = tuple(EvalVideo(file, place.as_posix(), words[place.parts[0]]) for file, place in files)
     return VideoSet(name, videos, tuple(words.values()))
 
@@ -123,15 +126,6 @@ def video_files(folder: Path) -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
-
-
-def require_one_folder_each(words: dict[str, str]):
-    """Raise a ValueError if two folders (the keys) have the same label (the values)."""
-    seen: dict[str, str] = {}
-    for folder, label in words.items():
-        other = seen.setdefault(label, folder)
-        if other != folder:
-            raise ValueError(f"The subfolders {other!r} and {folder!r} both mean {label!r}; rename or join them.")
 
 
 def chosen_labels(videos: VideoSet, named: Sequence[str] | None) -> tuple[str, ...]:

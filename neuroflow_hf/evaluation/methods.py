@@ -258,13 +258,17 @@ class Streamed(Method):
 class Held(Method):
     """
     Dense embeddings of keyframes, held in between. Keyframes are the first frame of each video, and those for which
-    the trigger fires, as far as the `budget`, a `cost_budget` of the gate, allows.
+    `fires` is true, as far as the budget allows.
+
+    Args:
+        model: with or without a text tower.
+        frames: dense embeddings shared with other methods; None for its own.
+        budget: `cost_budget` of the gate; None for no limit.
     """
 
-    def __init__(
-        self, model: nn.Module, trigger: "Trigger", frames: DenseFrames | None = None, budget: float | None = None
-    ):
-        self.trigger, self.frames = trigger, frames or DenseFrames(model)
+    def __init__(self, model: nn.Module, frames: DenseFrames | None = None, budget: float | None = None):
+        self.frames = frames or DenseFrames(model)
+        self.tower = self.frames.tower
         self.gate = NeuroFlowGateConfig(mode="hold", cost_budget=budget)
         self.number = 0
         self.credit: list[float] = []
@@ -273,11 +277,9 @@ class Held(Method):
     def start(self, count: int):
         self.number, self.held = 0, None
         self.credit = [self.gate.cost_reserve] * count
-        self.trigger.start(count)
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        tower = self.frames.tower
-        keyframes = self.trigger.fires(tower, pixel_values, self.number)
+        keyframes = self.fires(pixel_values)
         if self.gate.cost_budget is not None:
             keyframes = keyframes & (torch.tensor(self.credit) > 0)
         if self.number == 0:
@@ -288,10 +290,9 @@ class Held(Method):
             self.held = fresh.clone()
         else:
             self.held[rows] = fresh
-        self.trigger.taken(rows)
-        whole = dense_cost(tower, patches_of(tower, pixel_values))
-        spent = self.trigger.costs(tower, pixel_values, whole)
-        costs = torch.where(keyframes.cpu(), *(torch.tensor(part / whole) for part in spent))
+        self.remember(rows)
+        whole = dense_cost(self.tower, patches_of(self.tower, pixel_values))
+        costs = torch.where(keyframes, *(torch.tensor(part / whole) for part in self.costs(pixel_values, whole)))
         self.credit = [
             self.gate.budget.credit_after(credit, self.number, cost)
             for credit, cost in zip(self.credit, costs.tolist(), strict=True)
@@ -301,89 +302,82 @@ class Held(Method):
 
     @property
     def nbytes(self) -> int:
-        return (self.held.nbytes if self.held is not None else 0) + self.trigger.nbytes
-
-
-# --- triggers ------------------------------------------------------------------------------------------------------
-
-
-class Trigger(ABC):
-    """
-    Decides which frames are keyframes.
-
-    Attributes:
-        nbytes: bytes that the trigger remembers of the videos.
-    """
-
-    nbytes = 0
-
-    def start(self, count: int):  # noqa: B027  # optional
-        """Begin anew with `count` videos, B."""
+        return self.held.nbytes if self.held is not None else 0
 
     @abstractmethod
-    def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
-        """Whether frames [B, 3, H, W], number `number` of their videos from 0, should be keyframes: bool [B]."""
+    def fires(self, pixel_values: Tensor) -> Tensor:
+        """Whether the frames [B, 3, H, W] should be keyframes: bool [B], on the CPU."""
 
-    def taken(self, rows: Sequence[int]):  # noqa: B027  # optional
+    def remember(self, rows: Sequence[int]):
         """Note which frames of the last call of `fires` became keyframes."""
 
     @abstractmethod
-    def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
+    def costs(self, pixel_values: Tensor, whole: int) -> tuple[float, float]:
         """Multiply-adds of a keyframe and of any other frame, if a dense frame takes `whole`."""
 
 
-class EveryFrames(Trigger):
+class EveryFrames(Held):
     """
-    Fires every k frames; never for None. The keyframes of several videos fall on different frames, so that figures of
-    frames sampled at regular intervals favour no k.
+    A keyframe every k frames; for None, only the first frame. The keyframes of several videos fall on different
+    frames, so that figures of frames sampled at regular intervals favour no k. `how` is `frames` and `budget`.
+
+    Raises:
+        ValueError: if k is below 1.
     """
 
-    def __init__(self, k: int | None):
+    def __init__(self, model: nn.Module, k: int | None, **how):
         if k is not None and k < 1:
             raise ValueError(f"`k` is {k}; expected a number of frames of at least 1, or None for never.")
-        self.k, self.phases = k, torch.zeros(0)
+        super().__init__(model, **how)
+        self.k = k
 
-    def start(self, count: int):
-        self.phases = torch.tensor([int((video * GOLDEN % 1) * (self.k or 1)) for video in range(count)])
-
-    def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
+    def fires(self, pixel_values: Tensor) -> Tensor:
+        count = len(pixel_values)
         if self.k is None:
-            return torch.zeros(len(self.phases), dtype=torch.bool)
-        return (self.phases + number) % self.k == 0
+            return torch.zeros(count, dtype=torch.bool)
+        phases = torch.tensor([int((video * GOLDEN % 1) * self.k) for video in range(count)])
+        return (phases + self.number) % self.k == 0
 
-    def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
+    def costs(self, pixel_values: Tensor, whole: int) -> tuple[float, float]:
         return whole, 0.0
 
 
-class Difference(Trigger):
-    """Fires when a frame differs from the last keyframe by more than `level`."""
+class Difference(Held):
+    """
+    A keyframe when a frame differs from the last keyframe by more than `level`. `how` is `frames` and `budget`.
 
-    def __init__(self, level: float):
+    Raises:
+        ValueError: if `level` is negative or NaN.
+    """
+
+    def __init__(self, model: nn.Module, level: float, **how):
         if not level >= 0:
             raise ValueError(f"`level` is {level}; expected a number of at least 0.")
+        super().__init__(model, **how)
         self.level = level
         self.reference: Tensor | None = None
         self.now: Tensor | None = None
 
     def start(self, count: int):
+        super().start(count)
         self.reference = None
 
-    def fires(self, tower: nn.Module, pixel_values: Tensor, number: int) -> Tensor:
-        self.now = self.observe(tower, pixel_values)
+    def fires(self, pixel_values: Tensor) -> Tensor:
+        self.now = self.observe(pixel_values)
         if self.reference is None:
             self.reference = self.now.clone()
         return (self.distance(self.now, self.reference) > self.level).cpu()
 
-    def taken(self, rows: Sequence[int]):
+    def remember(self, rows: Sequence[int]):
         self.reference[rows] = self.now[rows]
         self.now = None
 
     @property
     def nbytes(self) -> int:
-        return self.reference.nbytes if self.reference is not None else 0
+        return super().nbytes + (self.reference.nbytes if self.reference is not None else 0)
 
     @abstractmethod
-    def observe(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+    def observe(self, pixel_values: Tensor) -> Tensor:
         """What to compare of frames [B, 3, H, W]: [B, ...]."""
 
     @abstractmethod
@@ -394,31 +388,31 @@ class Difference(Trigger):
 class PatchSurprise(Difference):
     """By the mean surprise of the patches, as in mode `hold` with `keyframe_surprise`."""
 
-    def observe(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
-        return project_patches(tower, pixel_values, as_product=True)
+    def observe(self, pixel_values: Tensor) -> Tensor:
+        return project_patches(self.tower, pixel_values, as_product=True)
 
     def distance(self, now: Tensor, reference: Tensor) -> Tensor:
         return surprise(now, reference).mean(-1)
 
-    def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
-        patches, sizes = patches_of(tower, pixel_values), sizes_of(tower)
+    def costs(self, pixel_values: Tensor, whole: int) -> tuple[float, float]:
+        patches, sizes = patches_of(self.tower, pixel_values), sizes_of(self.tower)
         keyframe = whole + cost.gate(patches, sizes["dim"], 1)  # reuses the projection of the patches
-        if can_fold_probe(tower.head):
+        if can_fold_probe(self.tower.head):
             of_head = {"tokens": patches, **{name: sizes[name] for name in ("dim", "inner", "num_heads")}}
             keyframe += cost.pooling_head(**of_head, folded=True) - cost.pooling_head(**of_head, folded=False)
-        return keyframe, looking_cost(tower, patches)
+        return keyframe, looking_cost(self.tower, patches)
 
 
 class PixelDifference(Difference):
     """By the mean absolute difference of the preprocessed pixel values."""
 
-    def observe(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+    def observe(self, pixel_values: Tensor) -> Tensor:
         return pixel_values
 
     def distance(self, now: Tensor, reference: Tensor) -> Tensor:
         return (now.float() - reference.float()).abs().flatten(1).mean(-1)
 
-    def costs(self, tower: nn.Module, pixel_values: Tensor, whole: int) -> tuple[float, float]:
+    def costs(self, pixel_values: Tensor, whole: int) -> tuple[float, float]:
         looking = pixel_values[0].numel()  # a subtraction for each pixel and channel
         return whole + looking, looking
 
@@ -429,10 +423,10 @@ class PixelDifference(Difference):
 MAKERS: dict[str, Callable[..., Method]] = {
     "dense": lambda model, frames: Dense(model, frames),
     "stream": lambda model, frames, **gate: Streamed(model, gate),
-    "first": lambda model, frames: Held(model, EveryFrames(None), frames),
-    "every": lambda model, frames, k: Held(model, EveryFrames(k), frames),
-    "surprise": lambda model, frames, level, budget=None: Held(model, PatchSurprise(level), frames, budget),
-    "pixels": lambda model, frames, level: Held(model, PixelDifference(level), frames),
+    "first": lambda model, frames: EveryFrames(model, None, frames=frames),
+    "every": lambda model, frames, k: EveryFrames(model, k, frames=frames),
+    "surprise": lambda model, frames, level, budget=None: PatchSurprise(model, level, frames=frames, budget=budget),
+    "pixels": lambda model, frames, level: PixelDifference(model, level, frames=frames),
     "smaller": lambda model, frames, resolution: Smaller(model, resolution),
     "merged": lambda model, frames, r, schedule="constant": Merged(model, r, schedule),
 }

@@ -203,13 +203,6 @@ def reading(report: dict) -> str:
     return READING + ("\n" + READING_TRUE if report["labels"]["true"] else "")
 
 
-def skipped_words(report: dict) -> list[str]:
-    """Which videos were skipped, and why."""
-    skipped = report["videos"]["skipped"]
-    lines = [f"- `{one['name']}`: {escaped(one['reason'])}" for one in skipped[:MOST_SKIPPED]]
-    return lines + [f"- and {len(skipped) - MOST_SKIPPED} more, all in the JSON file"] * (len(skipped) > MOST_SKIPPED)
-
-
 def provenance_words(report: dict, command: str) -> str:
     """The command, machine, versions, commit and bootstrap behind the figures, in one line."""
     versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
@@ -247,10 +240,10 @@ def report_markdown(report: dict, plots: Sequence[str] = ()) -> str:
         parts.append(f"The first {MOST_VIDEOS} of {measured} videos; all are in the JSON file.")
     skipped = report["videos"]["skipped"]
     if skipped:
-        parts += [
-            f"## Skipped: {len(skipped)} of {report['videos']['count']} videos",
-            "\n".join(skipped_words(report)),
-        ]
+        lines = [f"- `{one['name']}`: {escaped(one['reason'])}" for one in skipped[:MOST_SKIPPED]]
+        if len(skipped) > MOST_SKIPPED:
+            lines.append(f"- and {len(skipped) - MOST_SKIPPED} more, all in the JSON file")
+        parts += [f"## Skipped: {len(skipped)} of {report['videos']['count']} videos", "\n".join(lines)]
     parts += ["## Provenance", provenance_words(report, report["command"])]
     return "\n\n".join(parts) + "\n"
 

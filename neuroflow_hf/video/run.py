@@ -235,15 +235,6 @@ class RunPictures:
             self.writer.close()
 
 
-def write_frames(path: Path, records: Sequence[FrameRecord], labels: Labels | None = None):
-    """Write `frames.jsonl`."""
-    compared = compare_with_dense(records)
-    lines = [frame_line(record, compared.get(place)) for place, record in enumerate(records)]
-    if labels is not None:
-        lines = [line | label_line(record, labels.names) for line, record in zip(lines, records, strict=True)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
 # --- the job -------------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +311,11 @@ def run_video(
             status, message = "damaged", str(error)
 
         title = run_title(stream.gate, reader.path.name, preprocess.resolution)
-        write_frames(folder / "frames.jsonl", records, labels)
+        compared = compare_with_dense(records)
+        lines = [frame_line(record, compared.get(place)) for place, record in enumerate(records)]
+        if labels is not None:
+            lines = [line | label_line(record, names) for line, record in zip(lines, records, strict=True)]
+        (folder / "frames.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         save_plot(plot_run(records, title, names), folder / "plot.png")
         sheet = contact_sheet(pictures.cells.evenly(), title, legend=OBJECTS_LEGEND if objects else LEGEND)
         Image.fromarray(sheet).save(folder / "contact_sheet.png")

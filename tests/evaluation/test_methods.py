@@ -7,7 +7,6 @@ from neuroflow_hf.evaluation.methods import (
     Dense,
     DenseFrames,
     EveryFrames,
-    Held,
     Merged,
     MethodSpec,
     PatchSurprise,
@@ -67,7 +66,7 @@ def test_a_streams_options_are_laid_over_the_packages_defaults(vision):
 @pytest.mark.parametrize("level", [0.01, 0.1, 0.4])
 def test_triggered_by_surprise_is_mode_hold(vision64, level):
     frames = held_video()
-    embeddings, costs = run(Held(vision64, PatchSurprise(level)), frames)
+    embeddings, costs = run(PatchSurprise(vision64, level), frames)
     expected, expected_costs = streamed(vision64, frames, mode="hold", keyframe_surprise=level)
     assert_close_in_norm(embeddings, expected.float(), FLOAT32_EMBEDDINGS)
     torch.testing.assert_close(costs[1:], expected_costs[1:], atol=1e-5, rtol=1e-5)
@@ -79,7 +78,7 @@ def test_triggered_by_surprise_is_mode_hold(vision64, level):
 def test_a_budget_is_that_of_mode_hold(vision64, budget):
     frames = [torch.cat(some) for some in zip(random_video(1) * 40, random_video(40, changed=0.9), strict=True)]
     level = 0.05
-    embeddings, costs = run(Held(vision64, PatchSurprise(level), budget=budget), frames)
+    embeddings, costs = run(PatchSurprise(vision64, level, budget=budget), frames)
     expected, expected_costs = streamed(vision64, frames, mode="hold", keyframe_surprise=level, cost_budget=budget)
     assert_close_in_norm(embeddings, expected.float(), FLOAT32_EMBEDDINGS)
     torch.testing.assert_close(costs[1:], expected_costs[1:], atol=1e-5, rtol=1e-5)
@@ -89,14 +88,14 @@ def test_a_budget_is_that_of_mode_hold(vision64, budget):
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_every_k_frames_is_mode_hold(vision64, k):
     frames = random_video(8)
-    embeddings, costs = run(Held(vision64, EveryFrames(k)), frames)
+    embeddings, costs = run(EveryFrames(vision64, k), frames)
     expected, _ = streamed(vision64, frames, mode="hold", keyframe_interval=k)
     assert_close_in_norm(embeddings, expected.float(), FLOAT32_EMBEDDINGS)
     assert costs[:, 0].tolist() == [float(number % k == 0) for number in range(8)]
 
 
 def test_videos_take_turns_with_their_keyframes(vision):
-    _, costs = run(Held(vision, EveryFrames(6)), random_video(13, 5))
+    _, costs = run(EveryFrames(vision, 6), random_video(13, 5))
     assert costs[0].tolist() == [1] * 5
     keyframes = [tuple(column.nonzero()[:, 0].tolist()) for column in costs[1:].T]
     assert len(set(keyframes)) > 2
@@ -105,7 +104,7 @@ def test_videos_take_turns_with_their_keyframes(vision):
 
 def test_never_repeats_the_first_frame_at_no_cost(vision):
     frames = random_video(5, 2)
-    embeddings, costs = run(Held(vision, EveryFrames(None)), frames)
+    embeddings, costs = run(EveryFrames(vision, None), frames)
     assert torch.equal(embeddings, embeddings[:1].expand(5, -1, -1))
     assert costs.tolist() == [[1, 1]] + [[0, 0]] * 4
 
@@ -113,7 +112,7 @@ def test_never_repeats_the_first_frame_at_no_cost(vision):
 def test_the_pixel_gate_compares_with_the_last_frame_that_was_computed(vision64):
     first = random_video(1)[0]
     frames = [first + 0.04 * number for number in range(8)]
-    embeddings, costs = run(Held(vision64, PixelDifference(0.1)), frames)
+    embeddings, costs = run(PixelDifference(vision64, 0.1), frames)
     assert (costs[:, 0] > 0.9).tolist() == [number in (0, 3, 6) for number in range(8)]
     dense, _ = run(Dense(vision64), frames)
     assert_close_in_norm(embeddings, dense[[0, 0, 0, 3, 3, 3, 6, 6]], FLOAT32_EMBEDDINGS)
@@ -152,7 +151,7 @@ def test_dense_frames_are_computed_once_for_all_that_return_them(vision):
     frames = DenseFrames(vision)
     counted = []
     handle = vision.register_forward_hook(lambda module, arguments, output: counted.append(len(output.pooler_output)))
-    methods = [Dense(vision, frames=frames), Held(vision, EveryFrames(2), frames=frames)]
+    methods = [Dense(vision, frames=frames), EveryFrames(vision, 2, frames=frames)]
     for method in methods:
         method.start(3)
     asked = 0
@@ -198,6 +197,6 @@ def test_a_kind_that_there_is_not_is_refused(vision):
         make_methods(vision, [MethodSpec("a", "a", "sometimes")])
     for level in (-0.1, float("nan")):
         with pytest.raises(ValueError, match="at least 0"):
-            Held(vision, PixelDifference(level))
+            PixelDifference(vision, level)
     with pytest.raises(ValueError, match="`schedule` is 'rising'"):
         Merged(vision, 2, "rising")
