@@ -95,8 +95,8 @@ def plot_reachable(report: dict) -> Figure:
         panel.set_title(title, loc="left", fontsize=11)
         tidy(panel)
         panel.tick_params(axis="y", labelsize=8)
-        panel.margins(x=0.12)
-        panel.set_xlim(left=0)
+    # of all panels, which share the axis
+    panels[-1].set_xlim(0, 1.12 * max([0.01, *(rate for task in tasks for rate in reachable(report, task).values())]))
     panels[-1].xaxis.set_major_formatter(PercentFormatter(1))
     panels[-1].set_xlabel("highest share of steps bypassed among the thresholds tried")
     return figure
