@@ -140,7 +140,7 @@ def test_the_report_says_what_was_run(finished):
     assert report["command"] and report["settings"]["seed"] == 0 and "commit" in report
 
 
-def test_figures_are_beside_the_controls(finished):
+def test_figures_are_beside_the_baselines(finished):
     report = report_of(finished[1])
     dense, ours, first = (entry_of(report, name) for name in ("dense", "balanced", "first frame repeated"))
     assert dense["figures"]["cost"] == 1 and dense["figures"]["cosine"]["min"] == pytest.approx(1)

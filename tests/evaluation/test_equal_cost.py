@@ -70,7 +70,7 @@ def test_the_best_baseline_is_named_for_each_figure():
     families = {
         "steady": [outcome("steady 1", 0.1, 0.9, control=True), outcome("steady 2", 0.3, 0.9, control=True)],
         "varying": [outcome("varying", 0.2, varying, control=True)],
-        "dear": [outcome("dear", 0.9, 1.0, control=True)],
+        "expensive": [outcome("expensive", 0.9, 1.0, control=True)],
     }
     mean, p5 = (compare(ours, families, one, samples=200) for one in (MEAN, P5))
     assert set(mean["controls"]) == {"steady", "varying"}
@@ -84,7 +84,7 @@ def test_the_best_baseline_is_named_for_each_figure():
 
 
 def test_a_cheaper_baseline_that_is_better_is_not_passed_over():
-    settings = [outcome("cheap", 0.1, 0.9, control=True), outcome("dear", 0.3, 0.8, control=True)]
+    settings = [outcome("cheap", 0.1, 0.9, control=True), outcome("expensive", 0.3, 0.8, control=True)]
     found = compare(outcome(cost=0.2, cosine=0.87), {"family": settings}, MEAN, samples=50)
     assert found["best"] == "cheap" and found["controls"] == {"family": pytest.approx(0.9)}
     assert found["verdict"] == "below"

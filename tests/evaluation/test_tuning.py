@@ -373,8 +373,8 @@ def test_the_words_say_who_won(clip, vision):
 
     ours = point(0.2, [0.995], [0.992], threshold=0.5)
     control = point(0.1, [0.995], [0.991], control=True, keyframe_interval=10)
-    dear = point(0.25, [0.999], [0.999], control=True, keyframe_interval=4)
-    won, lost, none = Stub(ours, dear), Stub(ours, control), Stub(point(0.2, [0.5], [0.5]))
+    expensive = point(0.25, [0.999], [0.999], control=True, keyframe_interval=4)
+    won, lost, none = Stub(ours, expensive), Stub(ours, control), Stub(point(0.2, [0.5], [0.5]))
     assert not any("baseline wins" in sentence for sentence in tuning_sentences(won))
     assert tuning_sentences(won)[0] == "chosen: context, threshold 0.5"
     assert any("A baseline wins" in words and "threshold 0.5" in words for words in tuning_sentences(lost))

@@ -237,7 +237,7 @@ def test_labels_whose_probabilities_round_to_one_are_still_ordered():
     assert stretch["label"] == "b" and stretch["confidence"] == 1
 
 
-def test_agreement_counts_the_stream_and_the_controls():
+def test_agreement_counts_the_stream_and_the_baselines():
     a, b = (1.0, 0.0), (0.0, 1.0)
     # dense says a, b, b, a on frames 0, 2, 4, 6; the stream a, b, a, a
     streamed, dense = [a, a, b, b, a, a, a, a], [a, None, b, None, b, None, a, None]

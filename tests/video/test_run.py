@@ -58,7 +58,7 @@ def record(index, active=3, embedding=(1.0, 0.0), dense=None, milliseconds=1.0):
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
-def test_controls_are_the_first_and_the_last_dense_sample():
+def test_baselines_are_the_first_and_the_last_dense_sample():
     records = [
         record(0, dense=(1.0, 0.0)),
         record(1),
@@ -74,14 +74,14 @@ def test_controls_are_the_first_and_the_last_dense_sample():
     assert compared[4] == pytest.approx({"streamed": half, "first_frame": 0, "held": half})
 
 
-def test_the_control_at_the_stream_s_cost_is_compared_at_its_oldest():
+def test_the_baseline_at_the_stream_s_cost_is_compared_at_its_oldest():
     # sampled every second frame; the dense embedding turns by a right angle on the last sample
     samples = [(1.0, 0.0), (1.0, 0.0), (1.0, 0.0), (0.0, 1.0)]
     records = [record(index, dense=samples[index // 2] if index % 2 == 0 else None) for index in range(8)]
-    control = held_at_cost(records, cost=0.3)
-    assert (control["every"], control["cost"]) == (4, 0.25)
-    assert control["cosine"]["mean"] == pytest.approx(0.5)
-    assert control["cosine"]["min"] == pytest.approx(0)
+    baseline = held_at_cost(records, cost=0.3)
+    assert (baseline["every"], baseline["cost"]) == (4, 0.25)
+    assert baseline["cosine"]["mean"] == pytest.approx(0.5)
+    assert baseline["cosine"]["min"] == pytest.approx(0)
     assert held_at_cost(records, cost=0.01) is None  # the video is shorter than the hold
     assert held_at_cost(records[:2], cost=0.3) is None
 
