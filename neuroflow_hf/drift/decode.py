@@ -4,7 +4,6 @@ Decode batches of prompts token by token, and compare a bypass with the dense mo
 Rows are padded on the left. Dense and bypassed runs never share a cache: every call of `decode` makes its own.
 """
 
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..language.bypass_config import NEVER, NeuroFlowBypassConfig
 from ..language.bypass_state import find_state
+from ..utils.jobs import timed
 from .metrics import (
     PromptRecord,
     compare_steps,
@@ -296,8 +296,8 @@ class DriftBench:
             (batch,) = make_batches([self.rows[index]], 1)
             times = []
             for options in (False, bypass):
-                started = time.perf_counter()
-                run = decode(self.model, batch, self.new_tokens, options)
-                times.append(1e3 * (time.perf_counter() - started) / run.tokens.shape[1])
+                how = (self.model, batch, self.new_tokens, options)
+                run, milliseconds = timed(lambda how=how: decode(*how), self.model.device)
+                times.append(milliseconds / run.tokens.shape[1])
             pairs.append(tuple(times))
         return pairs[1:]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..evaluation.statistics import bootstrap_interval, mean, paired_interval, quantile, zero_failure_bound
+from ..utils.files import significant
 from .prompts import ALL, order_tasks
 
 ROUNDING = 1e-5  # rounding in float32 may swap logits that are closer than this
@@ -122,11 +123,6 @@ def columns(records: Sequence[PromptRecord]) -> dict[str, dict[str, list]]:
         task: {name: [significant(getattr(record, name)) for record in found] for name in COLUMNS}
         for task, found in by_task(records).items()
     }
-
-
-def significant(value, digits: int = 6):
-    """A float rounded to significant digits; anything else unchanged."""
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def by_task(records: Sequence[PromptRecord]) -> dict[str, list[PromptRecord]]:

@@ -23,7 +23,7 @@ import torch
 from ..evaluation.statistics import quantile
 from ..utils.files import report_text, write_whole
 from ..utils.processes import Processes
-from ..utils.provenance import checkout_commit, fingerprint, machine_and_versions
+from ..utils.provenance import checkout_commit, dtype_name, fingerprint, machine_and_versions
 from .decode import DriftBench
 from .grid import (
     RATES,
@@ -79,11 +79,6 @@ def prompt_limit(config, settings: DriftSettings) -> int:
     if settings.new_tokens >= room:
         raise ValueError(f"`new_tokens` is {settings.new_tokens}; the model has room for {room} with the prompt.")
     return min(settings.max_prompt_tokens, room - settings.new_tokens)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`"float32"` of `torch.float32`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def end_tokens(model) -> frozenset[int]:

@@ -24,7 +24,7 @@ from ..loading import NoTextTowerError, load_model, load_model_with_labels
 from ..utils.files import finite
 from ..utils.jobs import timed
 from ..utils.processes import Processes
-from ..utils.provenance import checkout_commit, machine_and_versions
+from ..utils.provenance import checkout_commit, dtype_name, machine_and_versions
 from ..video.labels import TEMPLATE, Labels
 from ..video.prefetch import prefetch
 from ..video.preprocess import Preprocessor
@@ -280,7 +280,7 @@ class Evaluation:
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "resolution": checkpoint.preprocess.resolution,
                 "grid": [side, side],
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "dtype": dtype_name(model.dtype),
             },
             "videos": {
                 "name": self.videos.name,

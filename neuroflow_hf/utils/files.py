@@ -9,6 +9,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 LIST_OF_NUMBERS = re.compile(r"\[\n\s+([^\[\]{}\"]*?)\s+\]")
 
@@ -110,6 +111,11 @@ def finite(value):
     if isinstance(value, (list, tuple)):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def significant(value: Any, digits: int = 6) -> Any:
+    """A float rounded to significant digits; anything else unchanged."""
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def report_text(report: dict) -> str:

@@ -28,6 +28,11 @@ def machine_and_versions(device: str = "cpu") -> dict:
     return {"machine": machine, "versions": versions}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`"float32"` of `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """16 hex digits that differ between checkpoints: the figures of two runs compare only if these agree."""
     digest = hashlib.blake2b(digest_size=8)

@@ -6,6 +6,7 @@ from itertools import groupby
 
 import torch
 
+from ..utils.files import significant
 from .labels import Labels
 from .records import FrameRecord, compare_held, compare_with_dense, mean_cost
 
@@ -120,8 +121,3 @@ def percent(value: float) -> str:
 def shortened(text: str, most: int) -> str:
     """A text cut to `most` characters."""
     return text if len(text) <= most else text[: most - 3].rstrip() + "..."
-
-
-def significant(value: float) -> float:
-    """A number rounded to 6 significant digits."""
-    return float(f"{value:.6g}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..utils.files import significant
 from ..vision.gate_config import NeuroFlowGateConfig
 from .labels import Labels
 from .motion import connected_regions, motion_mask
@@ -160,5 +161,5 @@ def object_line(item: MovingObject, height: int, width: int, covered: float = 1.
     box = [round(left * across), round(top * down), round(right * across), round(bottom * down)]
     line: dict = {"box": box, "patches": item.patches}
     if item.label is not None:
-        line |= {"label": item.label, "confidence": float(f"{item.score:.6g}")}
+        line |= {"label": item.label, "confidence": significant(item.score)}
     return line

@@ -134,7 +134,7 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 
 def figures(records: Sequence[FrameRecord]) -> dict:
     """
-    The figures of a run. All count keyframes. Fidelity and median speed-up leave out the first sample, on which the
+    The figures of a run, keyframes included. Fidelity and median speed-up leave out the first sample, on which the
     stream and both baselines are dense.
     """
     sampled = [record for record in records if record.dense_embedding is not None]

@@ -26,7 +26,7 @@ from safetensors.torch import save
 from ..utils.files import staging_folder
 from ..utils.jobs import stop_on_interrupt, timed
 from ..utils.plots import save_plot
-from ..utils.provenance import fingerprint
+from ..utils.provenance import dtype_name, fingerprint
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from ..vision.stream import NeuroFlowStream
 from .label_records import label_caption, label_figures, label_line, object_caption
@@ -181,7 +181,7 @@ def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess:
         "weights": fingerprint(model),
         "resolution": preprocess.resolution,
         "grid": [side, side],
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "device": str(model.device),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
