@@ -2,9 +2,7 @@
 Write figures into the metadata (`model-index`) and the text of model cards. All else in a card stays as it is.
 """
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,27 +52,16 @@ def card_with_results(text: str, model_name: str, results: Sequence[EvalResult])
 
 def read_card(text: str) -> ModelCard:
     """Parse a card; raise a ValueError if its metadata cannot be read."""
+    if not text.lstrip().startswith("---"):
+        text = "---\n{}\n---\n" + text  # without metadata, huggingface_hub would print a warning
     try:
-        with no_warnings():
-            return ModelCard(text)
+        return ModelCard(text)
     except Exception as error:  # YAML has errors of its own
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"The metadata of the model card (the YAML between its first `---`) cannot be read: {reason} Fix them, or "
             "give --no-card."
         ) from error
-
-
-@contextmanager
-def no_warnings() -> Iterator[None]:
-    """Silence huggingface_hub's warning that a card has no metadata."""
-    logger = logging.getLogger("huggingface_hub.repocard")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 # --- the card of an evaluation -------------------------------------------------------------------------------------

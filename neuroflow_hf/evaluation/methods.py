@@ -172,11 +172,11 @@ class EachFrame(Method):
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
         count, rows = len(pixel_values), true_rows(wanted, len(pixel_values))
-        found, cost = self.encode(pixel_values, rows)
+        found, spent = self.encode(pixel_values, rows)
         embeddings = found.new_full((count, found.shape[-1]), math.nan, dtype=torch.float32)
         embeddings[rows] = found.float()
         skip_rate = None if self.skip_rate is None else torch.full((count,), self.skip_rate)
-        return Step(embeddings, torch.full((count,), cost), skip_rate)
+        return Step(embeddings, torch.full((count,), spent), skip_rate)
 
     @abstractmethod
     def encode(self, pixel_values: Tensor, rows: Sequence[int]) -> tuple[Tensor, float]:

@@ -7,17 +7,6 @@ import numpy as np
 from .statistics import PairedCounts, mcnemar, paired_difference, paired_ratio, wilson
 
 
-def checked_top_k(top_k: int | Sequence[int] | None, labels: int) -> list[int]:
-    """The numbers k in ascending order, by default 1 and 5; a ValueError for one beyond the number of labels."""
-    if top_k is None:
-        return [k for k in (1, 5) if k <= labels]
-    asked = sorted({top_k} if isinstance(top_k, int) else set(top_k))
-    for k in asked:
-        if not isinstance(k, int) or not 1 <= k <= labels:
-            raise ValueError(f"`top_k` holds {k!r}; expected numbers from 1 to {labels}, the number of labels.")
-    return asked
-
-
 def ranks(name: str, scores: Sequence[Sequence[float]], references: Sequence[int]) -> np.ndarray:
     """
     The number of other labels that score at least as much as the true one, int [M].

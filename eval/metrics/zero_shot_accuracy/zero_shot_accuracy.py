@@ -1,9 +1,11 @@
 """Top-k accuracy with intervals, and how much of a dense model's is retained."""
 
+from collections.abc import Sequence
+
 import datasets
 import evaluate
 
-from neuroflow_hf.evaluation.zero_shot import checked_top_k, paired_counts, paired_figures, ranks, share_figures
+from neuroflow_hf.evaluation.zero_shot import paired_counts, paired_figures, ranks, share_figures
 
 DESCRIPTION = """
 Zero-shot classification: is a picture's own label among the k that score highest? Shares come with Wilson's interval.
@@ -68,6 +70,17 @@ CITATION = """
 }
 """
 CONFIGURATIONS = ("default", "against_dense")
+
+
+def checked_top_k(top_k: int | Sequence[int] | None, labels: int) -> list[int]:
+    """The numbers k in ascending order, by default 1 and 5; a ValueError for one beyond the number of labels."""
+    if top_k is None:
+        return [k for k in (1, 5) if k <= labels]
+    asked = sorted({top_k} if isinstance(top_k, int) else set(top_k))
+    for k in asked:
+        if not isinstance(k, int) or not 1 <= k <= labels:
+            raise ValueError(f"`top_k` holds {k!r}; expected numbers from 1 to {labels}, the number of labels.")
+    return asked
 
 
 class ZeroShotAccuracy(evaluate.Metric):
