@@ -281,6 +281,30 @@ def speed_table(report: dict) -> str:
     return table(rows.values(), columns, note)
 
 
+def headline_table(report: dict) -> str:
+    """Speed and fidelity of sparse frames by resolution, and what is left of dense accuracy."""
+
+    def figure(name: str, form: str) -> Callable:
+        return lambda row: "" if row.get(name) is None else format(row[name], form)
+
+    def hold(row: dict) -> str:
+        return f"{row['hold_mean']:.4f}, {row['hold_p5']:.4f}" if "hold_mean" in row else ""
+
+    columns = {
+        "pixels": "{side}",
+        "method": "{method}",
+        "patches encoded": lambda row: {"97% skipped": "3%", "own activity": "own"}.get(row["activity"], ""),
+        "cost of a sparse frame": figure("sparse_cost", ".3f"),
+        "ms": figure("ms", ".0f"),
+        "times faster": figure("speed_up", ".1f"),
+        "mean": figure("mean", ".4f"),
+        "p5": figure("p5", ".4f"),
+        "top-1": figure("top1", ".1%"),
+        "hold at equal cost: mean, p5": hold,
+    }
+    return table(report["rows"], columns)
+
+
 def streams_table(report: dict) -> str:
     """Several cameras in one call."""
     ways = {"one call": "one_call", "a call each": "separate_calls", "dense, batched": "dense"}
@@ -414,6 +438,7 @@ BLOCKS = {
     "controls": (controls_table, "vision_controls"),
     "speed": (speed_table, "benchmark_vision"),
     "streams": (streams_table, "benchmark_streams"),
+    "headline": (headline_table, "headline"),
     "run": (run_table, "run"),
     "labels": (labels_table, "run_labels"),
     "motion": (motion_table, "motion_masks"),

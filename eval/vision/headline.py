@@ -29,13 +29,13 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
+from eval.docs.tables import headline_table
 from eval.report import RESULTS, provenance, publish, rounded
 from neuroflow_hf.evaluation.statistics import paired_interval
 from neuroflow_hf.loading import load_text_model
 from neuroflow_hf.utils.files import write_whole
 from neuroflow_hf.utils.jobs import timed
 from neuroflow_hf.utils.provenance import checkout_commit, fingerprint, key_of, model_version
-from neuroflow_hf.utils.tables import markdown_table
 from neuroflow_hf.video.labels import embed_labels
 from neuroflow_hf.vision.adapter_files import read_adapter
 from neuroflow_hf.vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
@@ -331,45 +331,6 @@ def top1(bench: Bench, embeddings: list[np.ndarray], measured: list[dict[str, np
             best = bench.labels.logits(torch.from_numpy(ours[shown])).argmax(-1).numpy()
             right, count = right + int((best == clip["truth"][shown]).sum()), count + int(shown.sum())
     return right / count if count else None
-
-
-COLUMNS = [
-    "side",
-    "method",
-    "skipped",
-    "cost of a sparse frame",
-    "ms",
-    "speed-up",
-    "mean",
-    "p5",
-    "top-1",
-    "hold at equal cost",
-]
-
-
-def headline_table(report: dict, sides: list[int] | None = None) -> str:
-    """The rows of a report in Markdown."""
-    lines = []
-    for row in report["rows"]:
-        if sides is not None and row["side"] not in sides:
-            continue
-        held_figures = f"{row['hold_mean']:.4f} / {row['hold_p5']:.4f}" if "hold_mean" in row else "-"
-        shown = {"97% skipped": "97%", "own activity": "own"}.get(row["activity"], "-")
-        lines.append(
-            [
-                str(row["side"]),
-                row["method"],
-                shown,
-                "-" if row["sparse_cost"] is None else f"{row['sparse_cost']:.3f}",
-                "-" if row["ms"] is None else f"{row['ms']:.0f}",
-                "-" if row["speed_up"] is None else f"{row['speed_up']:.1f}x",
-                f"{row['mean']:.4f}",
-                f"{row['p5']:.4f}",
-                "-" if row["top1"] is None else f"{row['top1']:.1%}",
-                held_figures,
-            ]
-        )
-    return markdown_table((COLUMNS, lines))
 
 
 def main(
