@@ -20,6 +20,8 @@ from transformers.utils import logging
 
 from neuroflow_hf.language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
 from neuroflow_hf.language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM
+from neuroflow_hf.utils.files import staging_folder
+from neuroflow_hf.vision.adapter_files import ABOUT as ADAPTER
 from neuroflow_hf.vision.configuration_neuroflow_siglip import (
     NeuroFlowSiglipConfig,
     NeuroFlowSiglipVisionConfig,
@@ -176,6 +178,23 @@ def build_hub_repository(source: Path, output: Path) -> Path:
     return output
 
 
+def copy_adapter(source: Path, output: Path) -> Path:
+    """
+    Write the repository of a sparse adapter, which needs no code: its files, and the checkout's licence.
+
+    Raises:
+        FileExistsError: if there is something else at `output`.
+    """
+    if output.exists() and not (output / ADAPTER).is_file() and any(output.iterdir()):
+        raise FileExistsError(f"{output} exists, and holds no sparse adapter. Delete it, or name another folder.")
+    with staging_folder(output) as staged:
+        licence = Path(__file__).resolve().parent.parent / LICENCE
+        for path in [licence, *sorted(path for path in source.iterdir() if path.is_file())]:
+            if path.is_file():
+                shutil.copyfile(path, staged / path.name)
+    return output
+
+
 def find(names: tuple[str, ...], folders: list[Path]) -> Path | None:
     """The first file of one of these names, by folder and then by name."""
     return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
@@ -277,7 +296,8 @@ def main(
         if not sources:
             raise FileNotFoundError(f"There is no model in {models}; expected a folder for each.")
         for source in sources:
-            repository = build_hub_repository(source, output / source.name)
+            build = copy_adapter if (source / ADAPTER).is_file() else build_hub_repository
+            repository = build(source, output / source.name)
             typer.echo(repository)
             for path in sorted(repository.iterdir()):
                 typer.echo(f"  {path.stat().st_size / 2**10:10.1f} KiB  {path.name}")

@@ -260,3 +260,17 @@ def test_other_folders_are_not_replaced(source, tmp_path):
 def test_an_empty_folder_is_filled(source, tmp_path):
     (tmp_path / "out").mkdir()
     assert (hub.build_hub_repository(source, tmp_path / "out") / "config.json").is_file()
+
+
+def test_a_sparse_adapter_is_copied_with_the_licence(tmp_path):
+    source = tmp_path / "adapter"
+    source.mkdir()
+    for name in ("sparse_adapter.json", "adapter_model.safetensors", "README.md"):
+        (source / name).write_text(name)
+    hub.copy_adapter(source, tmp_path / "hub")
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {*(path.name for path in source.iterdir()), "LICENSE"}
+    hub.copy_adapter(source, tmp_path / "hub")  # again
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds no sparse adapter"):
+        hub.copy_adapter(source, tmp_path / "other")
