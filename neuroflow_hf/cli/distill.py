@@ -135,9 +135,11 @@ def distill(
             raise typer.Exit(EXIT_INTERRUPTED)
         files = write_report(result, out, base, command_line())
     print_wide(figure_table(HEADERS, held_out_rows(result)), width=60)
-    print_written(out, files)
     if method == "lora":
-        typer.echo(f'Use it: NeuroFlowSiglipModel.from_pretrained("{base}", sparse_adapter="{out}")')
+        print_written(out, ["adapter_model.safetensors", "adapter_config.json", "sparse_adapter.json", *files])
+        typer.echo(f'Use it: NeuroFlowSiglipModel.from_pretrained("{source}", sparse_adapter="{out}")')
+    else:
+        print_written(out, ["model.safetensors", "config.json", *files])
 
 
 def recipe(method: str, chosen: dict[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 """The training loop: what it learns, going on after a stop, several processes, and what it refuses."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -174,6 +175,15 @@ def test_the_report_can_be_read_and_looked_at(vision, videos, tmp_path):
     assert len(report["losses"]) == TINY.steps and report["held_out"]["0"]["mean"] == result.held_out[0].mean
     assert all((tmp_path / name).stat().st_size > 0 for name in names)
     assert "keyframe repeated" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(vision, videos, tmp_path):
+    result = run(
+        copy.deepcopy(vision).cuda(), videos, tmp_path, dataclasses.replace(TINY, steps=30, evaluate_every=10)
+    )
+    assert result.held_out[result.best_step].mean > result.held_out[0].mean
+    assert weights_in(tmp_path)
 
 
 # --- clips -----------------------------------------------------------------------------------------------------------

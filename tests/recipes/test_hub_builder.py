@@ -268,7 +268,10 @@ def test_a_sparse_adapter_is_copied_with_the_licence(tmp_path):
     for name in ("sparse_adapter.json", "adapter_model.safetensors", "README.md"):
         (source / name).write_text(name)
     hub.copy_adapter(source, tmp_path / "hub")
-    assert {path.name for path in (tmp_path / "hub").iterdir()} == {*(path.name for path in source.iterdir()), "LICENSE"}
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {
+        *(path.name for path in source.iterdir()),
+        "LICENSE",
+    }
     hub.copy_adapter(source, tmp_path / "hub")  # again
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
