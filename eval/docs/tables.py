@@ -305,6 +305,35 @@ def headline_table(report: dict) -> str:
     return table(report["rows"], columns)
 
 
+def variants_table(report: dict) -> str:
+    """Figures on held-out clips before and after each distillation, and of the keyframe repeated."""
+    rows = []
+    for name, variant in report["variants"].items():
+        settings, before = variant["settings"], variant["held_out"]["0"]
+        rows.append(
+            {
+                "name": name,
+                "method": "adapter" if settings["method"] == "lora" else "all weights",
+                "summary": settings["summary_tokens"] or 0,
+                "steps": variant["steps"],
+                "minutes": variant["seconds"] / 60,
+                "before": before,
+                "after": variant["held_out"][str(variant["best_step"])],
+            }
+        )
+    columns = {
+        "variant": "`{name}`",
+        "trained": "{method}",
+        "summary tokens": "{summary}",
+        "steps": "{steps}",
+        "minutes": "{minutes:.0f}",
+        "before: mean, p5": "{before[mean]:.4f}, {before[p5]:.4f}",
+        "after: mean, p5": "{after[mean]:.4f}, {after[p5]:.4f}",
+        "keyframe repeated: mean, p5": "{before[repeated_mean]:.4f}, {before[repeated_p5]:.4f}",
+    }
+    return table(rows, columns)
+
+
 def streams_table(report: dict) -> str:
     """Several cameras in one call."""
     ways = {"one call": "one_call", "a call each": "separate_calls", "dense, batched": "dense"}
@@ -439,6 +468,7 @@ BLOCKS = {
     "speed": (speed_table, "benchmark_vision"),
     "streams": (streams_table, "benchmark_streams"),
     "headline": (headline_table, "headline"),
+    "variants": (variants_table, "headline"),
     "run": (run_table, "run"),
     "labels": (labels_table, "run_labels"),
     "motion": (motion_table, "motion_masks"),
