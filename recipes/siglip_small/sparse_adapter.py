@@ -1,16 +1,15 @@
 """
-The sparse adapter that ships for `models/neuroflow-siglip-small`, in one command of at most two hours on two cores:
+Sparse adapters for `models/neuroflow-siglip-small`, and the paper's recipe, each in less than an hour on two cores:
 
-    python -m recipes.siglip_small.sparse_adapter    # run again to continue
+    python -m recipes.siglip_small.sparse_adapter reconstruct    # run again to continue
 
 Clips to learn from are recorded footage (`footage.csv`) and composed clips of every motion, of the drawings and
 photographs of training; the held-out clips, on which the best weights are chosen, have other drawings, photographs and
-footage. They lie in the recipe's cache.
+footage. Clips, states and results lie in the recipes' cache. `eval/vision/headline.py` compares the variants.
 """
 
 import csv
 import dataclasses
-import shutil
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -26,24 +25,17 @@ from neuroflow_hf.distill import DistillSettings, distill
 from neuroflow_hf.distill.measure import HeldOut
 from neuroflow_hf.distill.report import write_report
 from neuroflow_hf.loading import load_model
-from neuroflow_hf.utils.files import staging_folder
 from recipes.composed_clips import MOTIONS, frames, specify
 from recipes.recordings import RECORDINGS
 from recipes.siglip_dinov2_small.build import default_tower_dir
 from recipes.siglip_small.compose import load_material
 
-MODELS = Path(__file__).parents[2] / "models"
-CHECKPOINT, ADAPTER = MODELS / "neuroflow-siglip-small", MODELS / "neuroflow-siglip-small-sparse"
-SHIPPED_FILES = (
-    *("adapter_config.json", "adapter_model.safetensors", "sparse_adapter.json"),
-    *("README.md", "distill.json", "distill.png"),
-)
+CHECKPOINT = Path(__file__).parents[2] / "models" / "neuroflow-siglip-small"
 FOOTAGE = Path(__file__).with_name("footage.csv")
 SIDE, COMPOSED_FRAMES, FRAMES_PER_SECOND = 448, 96, 30
 SPLITS = {"training": (8, 101), "held out": (2, 102)}  # clips of each motion, seed
 
 COMMON = {"clip_frames": 12, "keyframe_ages": (12, 12), "most_active": 0.15, "evaluate_every": 50}
-# What `eval/vision/headline.py` compares. The first one ships.
 VARIANTS = {
     "reconstruct": DistillSettings(**COMMON, mode="reconstruct", summary_tokens=64, steps=300),
     "eliminate-summary": DistillSettings(**COMMON, mode="eliminate", summary_tokens=64, steps=150),
@@ -51,7 +43,6 @@ VARIANTS = {
     "extrapolate": DistillSettings(**COMMON, mode="extrapolate", summary_tokens=0, steps=150),
     "published": DistillSettings.published(clip_frames=12, evaluate_every=30, steps=90),
 }
-SHIPS = "reconstruct"
 
 
 def write_clips(folder: Path, console: Console) -> dict[str, list[Path]]:
@@ -97,15 +88,15 @@ def write_video(path: Path, pictures: Iterable[np.ndarray]) -> None:
 
 
 def variant_folder(name: str) -> Path:
-    """Where a variant is trained; the one that ships is copied from there."""
+    """Where a variant is trained and its result lies."""
     return default_tower_dir().parent / "distilled" / name
 
 
 def main(
-    variant: Annotated[str, typer.Argument(help=f"One of {', '.join(VARIANTS)}.")] = SHIPS,
+    variant: Annotated[str, typer.Argument(help=f"One of {', '.join(VARIANTS)}.")],
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="the recipe's")] = None,
 ):
-    """Train a variant, or go on where it was stopped, and write the one that ships to models/."""
+    """Train a variant, or go on where it was stopped."""
     if variant not in VARIANTS:
         raise typer.BadParameter(f"{variant!r} is none of {', '.join(VARIANTS)}.")
     console = Console(stderr=True)
@@ -134,10 +125,6 @@ def main(
     if not result.finished:
         raise typer.Exit(130)
     write_report(result, folder, CHECKPOINT.name, f"python -m recipes.siglip_small.sparse_adapter {variant}")
-    if variant == SHIPS:
-        with staging_folder(ADAPTER) as staged:
-            for name in SHIPPED_FILES:
-                shutil.copy(folder / name, staged)
 
 
 if __name__ == "__main__":
