@@ -288,7 +288,7 @@ def headline_table(report: dict) -> str:
         return lambda row: "" if row.get(name) is None else format(row[name], form)
 
     def hold(row: dict) -> str:
-        return f"{row['hold_mean']:.4f}, {row['hold_p5']:.4f}" if "hold_mean" in row else ""
+        return f"{row['hold_mean']:.4f}, {row['hold_p5']:.4f}" if row["activity"] and "hold_mean" in row else ""
 
     columns = {
         "pixels": "{side}",
