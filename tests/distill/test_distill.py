@@ -3,9 +3,6 @@
 import copy
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +18,8 @@ from neuroflow_hf.distill.losses import angle_loss, cosines, embedding_loss, pat
 from neuroflow_hf.distill.report import write_report
 from neuroflow_hf.video.preprocess import Preprocessor
 from tests.cli.test_run import write_clip
+from tests.conftest import assert_close_in_norm
+from tests.processes import call_in_two
 
 ROOT = Path(__file__).parents[2]
 PREPROCESS = Preprocessor(24)
@@ -128,33 +127,24 @@ def test_a_folder_of_another_distillation_is_refused(vision, videos, tmp_path):
         run(vision, videos, tmp_path)
 
 
-PROCESS = """
-import dataclasses, sys
-from pathlib import Path
-import torch
-from neuroflow_hf import NeuroFlowSiglipVisionModel
-from tests.distill.test_distill import PREPROCESS, TINY
-from neuroflow_hf.distill import distill
-folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-model = NeuroFlowSiglipVisionModel.from_pretrained(folder / "base").eval()
-videos = [Path(path) for path in sys.argv[3:]]
-distill(videos, model, PREPROCESS, out, dataclasses.replace(TINY, accumulate=2, steps=3), base="tiny")
-"""
+def one_step(folder, out, videos):
+    """One step of two batches, and its state; for several processes."""
+    model = NeuroFlowSiglipVisionModel.from_pretrained(folder).eval()
+    settings = dataclasses.replace(TINY, accumulate=2, steps=1)
+    distill(videos, model, PREPROCESS, out, settings, base="tiny")
 
 
 def test_two_processes_give_the_gradient_of_one(vision, videos, tmp_path):
     vision.save_pretrained(tmp_path / "base")
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for start, out in (([sys.executable], "one"), (launch, "two")):
-        command = [*start, str(script), str(tmp_path), str(tmp_path / out), *map(str, videos)]
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
+    one_step(tmp_path / "base", tmp_path / "one", videos)
+    call_in_two(one_step, tmp_path / "base", tmp_path / "two", videos)
     one, two = (load_file(tmp_path / out / "state.safetensors") for out in ("one", "two"))
     assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    # after one step, Adam's mean of gradients is a tenth of the gradient; its steps would enlarge what is near 0
+    gradients = [name for name in one if name.endswith("exp_avg")]
+    assert len(gradients) == len(one) // 5 and any(one[name].any() for name in gradients)
+    for name in gradients:
+        assert_close_in_norm(two[name], one[name], rtol=1e-5, atol=1e-9)
 
 
 def test_the_published_recipe_trains_all_weights(vision, videos, tmp_path):
