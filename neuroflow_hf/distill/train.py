@@ -129,9 +129,8 @@ def distill(
     summary_tokens = settings.summary_tokens_for(grid)
     student = Student(model, settings, summary_tokens, base)
     optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    key = settings.key(
-        videos=sorted(clips.digests), held_out=[] if held_out is None else len(held_out), weights=fingerprint(model)
-    )
+    digests = {"videos": clips.digests[: len(videos)], "held_out": clips.digests[len(videos) :]}
+    key = settings.key(**digests, weights=fingerprint(model))
     state = read_state(out / STATE, key, student, optimizer)
     if state is None:
         figures = measure(student.model, clips, summary_tokens)

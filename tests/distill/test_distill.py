@@ -122,6 +122,9 @@ def test_a_folder_of_another_distillation_is_refused(vision, videos, tmp_path):
     run(vision, videos, tmp_path)
     with pytest.raises(ValueError, match="other settings, videos or weights"):
         run(vision, videos, tmp_path, dataclasses.replace(TINY, rank=2))
+    run(vision, videos[:1], tmp_path / "parted", held_out=videos[1:])
+    with pytest.raises(ValueError, match="other settings, videos or weights"):  # the same videos change places
+        run(vision, videos[1:], tmp_path / "parted", held_out=videos[:1])
     (tmp_path / "state.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"state\.safetensors is damaged"):
         run(vision, videos, tmp_path)
