@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers.utils import cached_file
 from .gate_config import NeuroFlowGateConfig
 from .layer_step import layers_of
 from .sparse_adapter import TARGETS, SparseAdapter
+from .whole_file import whole_file
 
 ABOUT, CONFIG, WEIGHTS = "sparse_adapter.json", "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1
@@ -66,14 +66,8 @@ def write_adapter(adapter: SparseAdapter, tower: SiglipVisionModel, folder: str 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=name, delete=False) as file:
-            temporary = Path(file.name)
-        try:
-            temporary.write_bytes(content)
-            temporary.chmod(0o644)
-            temporary.replace(folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(folder / name) as path:
+            path.write_bytes(content)
 
 
 def read_adapter(source: str | os.PathLike, tower: SiglipVisionModel, **hub_options: Any) -> SparseAdapter:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +23,7 @@ from .stream_state import (
     require_complete,
     stored_by,
 )
+from .whole_file import whole_file
 
 
 class NeuroFlowStream:
@@ -233,15 +233,10 @@ class NeuroFlowStream:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state to a safetensors file, whole or not at all."""
-        path, whole = Path(path), self._whole()
+        whole = self._whole()
         tensors = {name: tensor.contiguous() for name, tensor in whole.named_memory().items()}
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            temporary = Path(file.name)
-        try:
+        with whole_file(Path(path)) as temporary:
             save_file(tensors, temporary, metadata={"neuroflow_stream": json.dumps(whole._header())})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> "NeuroFlowStream":
