@@ -7,7 +7,7 @@ PROCESSES ?= 2
 EVIDENCE := accuracy reaction fidelity published_laws motion_masks
 QUICK := neuroflow-evidence
 
-.PHONY: demo test check docs format bench drift evidence evidence-quick hub siglip-small phi3-nano wheel clean help
+.PHONY: demo test check docs format bench drift evidence evidence-quick hub siglip-small wheel clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -62,10 +62,6 @@ hub: $(READY)  ## write complete Hub repositories to dist/hub/
 siglip-small: $(READY)  ## train models/neuroflow-siglip-small anew: about an hour on two cores; run again to continue
 	$(BIN)/python -m recipes.siglip_small.train
 	$(BIN)/python -m eval.vision.zero_shot_small
-
-phi3-nano: $(READY)  ## train the embedded Phi-3 and measure it: an hour or two; run again to continue
-	$(BIN)/python -m recipes.phi3_nano.train
-	$(BIN)/python -m eval.language.phi3_nano
 
 wheel: $(READY)  ## build the wheel
 	$(BIN)/python -m build --wheel

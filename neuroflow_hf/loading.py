@@ -26,8 +26,7 @@ NEED_TEXT = "Labels need a model that reads text: name a whole SigLIP or SigLIP 
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 EMBEDDED_MODEL = CHECKOUT / "models" / "neuroflow-siglip-small"
-EMBEDDED_LANGUAGE_MODEL = CHECKOUT / "models" / "neuroflow-phi3-nano"
-EMBEDDED_PROMPTS = CHECKOUT / "eval" / "prompts" / "phi3_nano.jsonl"
+EMBEDDED_PROMPTS = CHECKOUT / "eval" / "prompts" / "prompts.jsonl"
 
 
 class ModelLoadError(ValueError):
@@ -46,13 +45,8 @@ def default_model() -> Path:
     return in_checkout(EMBEDDED_MODEL, "Name a SigLIP checkpoint with --model, a folder or a name on the Hub.")
 
 
-def default_language_model() -> Path:
-    """The small Phi-3 in the checkout; ModelLoadError in an installed package."""
-    return in_checkout(EMBEDDED_LANGUAGE_MODEL, "Name a Phi-3 checkpoint with --model, a folder or a name on the Hub.")
-
-
 def default_prompts() -> Path:
-    """Prompts in the checkout that the small Phi-3 was not trained on; ModelLoadError in an installed package."""
+    """Prompts of four tasks in the checkout; ModelLoadError in an installed package."""
     return in_checkout(EMBEDDED_PROMPTS, "Name a file of prompts with --prompts.")
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.phi3_models import save_checkpoint
+
 ROOT = Path(__file__).parents[1]
 # each may import itself and what stands below it
 LAYERS = [
@@ -124,7 +126,7 @@ from transformers import AutoModel, SiglipConfig
 answers["stock class"] = AutoModel._model_mapping[SiglipConfig].__name__
 before = set(sys.modules)
 from neuroflow_hf.loading import *
-load_language_model(default_language_model(), device="cpu")
+load_language_model(sys.argv[1], device="cpu")
 load_text_model(default_model(), device="cpu")
 answers["loading"] = sorted(set(sys.modules) - before)
 
@@ -140,10 +142,11 @@ EXTRAS = {"av", "PIL", "matplotlib", "typer", "rich", "onnx", "evaluate", "gguf"
 
 
 @pytest.fixture(scope="module")
-def answers():
+def answers(tmp_path_factory):
     """What a process of its own found about imports."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", PROGRAM, save_checkpoint(tmp_path_factory.mktemp("phi3"))]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 

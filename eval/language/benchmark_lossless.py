@@ -1,14 +1,14 @@
 """
 Tokens per second of lossless generation, by drafter, compared with the same loop without drafts.
 
-    python -m eval.language.benchmark_lossless --model models/neuroflow-phi3-nano           # some minutes on two cores
+    python -m eval.language.benchmark_lossless    # SmolLM2, fetched on first use
     python -m eval.language.benchmark_lossless --model CHECKPOINT --output other.json
 
-Prompts: `eval/prompts/phi3_nano.jsonl`, held out, a line each: `{"task": ..., "prompt": ...}`. Greedy
-text until the end token or `--new-tokens`, prompt included in the time. All variants take turns on every prompt, in
-a new random order each time, so that a slow phase of the machine affects all alike. A prompt's time is the median of
-its turns. Comparisons are paired: a variant's speed on a prompt over that of the loop without drafts. The stock
-model's own `generate` is timed too, to tell the gain of a lean loop from the gain of drafts.
+Prompts: `eval/prompts/prompts.jsonl`, a line each: `{"task": ..., "prompt": ...}`. Greedy text until the end token or
+`--new-tokens`, prompt included in the time. All variants take turns on every prompt, in a new random order each time,
+so that a slow phase of the machine affects all alike. A prompt's time is the median of its turns. Comparisons are
+paired: a variant's speed on a prompt over that of the loop without drafts. The stock model's own `generate` is timed
+too, to tell the gain of a lean loop from the gain of drafts.
 
 Every text is compared with the stock model's. A text may differ from a token at which the stock model's two highest
 logits are closer than rounding (1e-5 in float32). Such differences are counted; others end the program with 1.
@@ -36,12 +36,13 @@ from transformers import AutoTokenizer
 from eval.docs.tables import lossless_table
 from eval.report import RESULTS, provenance, show, write_json
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
+from neuroflow_hf.conversion.smollm2 import smollm2_folder
 from neuroflow_hf.drift.metrics import first_divergence
-from neuroflow_hf.drift.prompts import Prompt, read_prompts
+from neuroflow_hf.drift.prompts import Prompt, encode_prompt, read_prompts
 from neuroflow_hf.evaluation.statistics import middle, resamples
+from neuroflow_hf.loading import EMBEDDED_PROMPTS
 from neuroflow_hf.utils.provenance import checkout_commit, model_version
 
-ROOT = Path(__file__).parents[2]
 DRAFTERS = {"dense": "none", "lookup": "lookup", "bypass": "bypass"}
 VARIANTS = ("stock", *DRAFTERS)
 ROUNDING = 1e-5
@@ -158,10 +159,10 @@ def digest_of(*files: Path) -> str:
 
 @torch.inference_mode()
 def main(
-    model: Annotated[Path, typer.Option(help="Folder with a Phi-3 checkpoint and its tokenizer.")] = ROOT
-    / "models/neuroflow-phi3-nano",
-    prompts: Annotated[Path, typer.Option(help="JSON lines with `task` and `prompt`.")] = ROOT
-    / "eval/prompts/phi3_nano.jsonl",
+    model: Annotated[
+        Path | None, typer.Option(help="Folder with a Phi-3 checkpoint and its tokenizer.", show_default="SmolLM2")
+    ] = None,
+    prompts: Annotated[Path, typer.Option(help="JSON lines with `task` and `prompt`.")] = EMBEDDED_PROMPTS,
     limit: Annotated[int | None, typer.Option(help="Maximum number of prompts of each task.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 128,
     least_tokens: Annotated[int, typer.Option(help="Ignore texts with fewer tokens.")] = 16,
@@ -179,6 +180,7 @@ def main(
 ):
     """Time all variants on all prompts, compare their texts, and print the table."""
     until, console = time.monotonic() + 60 * budget_minutes, Console()
+    model = model or smollm2_folder()
     torch.set_num_threads(threads)
     lossless = json.loads(options or "{}") | ({"bypass": json.loads(bypass)} if bypass else {})
     settings = {
@@ -199,7 +201,7 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(model)
     language_model = NeuroFlowPhi3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     rows = prompts_in_turn(prompts, limit)
-    encoded = {number: tokenizer(prompt.text, return_tensors="pt").input_ids for number, prompt in rows}
+    encoded = {number: torch.tensor([encode_prompt(tokenizer, prompt)]) for number, prompt in rows}
     for variant in VARIANTS:  # warm-up
         generate(language_model, encoded[rows[0][0]], variant, lossless, 8)
     for number, prompt in rows:

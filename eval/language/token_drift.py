@@ -1,12 +1,12 @@
 """
-What does a bypass change in the text of the small Phi-3, and which published findings hold on it?
+What does a bypass change in the text of SmolLM2, and which published findings hold on it?
 
     python -m eval.language.token_drift    # some 15 minutes on two cores
     torchrun --nproc_per_node 2 -m eval.language.token_drift
 
-Prompts are texts that the model was not trained on, from `eval/prompts/phi3_nano.jsonl`. Dense and bypass have caches
-of their own. Every finished configuration is written to `eval/results/token_drift.json` at once. The same command
-continues an interrupted run, unless `--fresh` is given. Also writes `token_drift.md` beside it, and draws
+Prompts are those of `eval/prompts/prompts.jsonl`. Dense and bypass have caches of their own. Every finished
+configuration is written to `eval/results/token_drift.json` at once. The same command continues an interrupted run,
+unless `--fresh` is given. Also writes `token_drift.md` beside it, and draws
 `docs/drift.png` and `docs/drift_reachable.png`; shown in `docs/results/drift.md`. `neuroflow drift` measures your own
 checkpoint and prompts.
 """
@@ -28,7 +28,7 @@ PICTURES = Path(__file__).parents[2] / "docs"
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="Checkpoint.", show_default="the one in the checkout")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint.", show_default="SmolLM2")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts.", show_default="those in the checkout")
     ] = None,

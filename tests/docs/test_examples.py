@@ -8,6 +8,8 @@ import pytest
 import typer
 
 from neuroflow_hf.cli.main import app
+from neuroflow_hf.conversion import smollm2
+from tests.phi3_models import save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -27,11 +29,20 @@ def blocks(page: Path, language: str) -> list[str]:
     return [code for absent, name, code in found if name == language and not absent]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A user's cache with a tiny model of as many layers in SmolLM2's place."""
+    folder = tmp_path_factory.mktemp("cache")
+    save_checkpoint(folder / smollm2.FOLDER, num_hidden_layers=30)
+    return folder
+
+
 @pytest.fixture
-def checkout(tmp_path, monkeypatch):
+def checkout(tmp_path, cache, monkeypatch):
     """A folder to work in that has the repository's models and nothing else."""
     (tmp_path / "models").symlink_to(ROOT / "models")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NEUROFLOW_CACHE", str(cache))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

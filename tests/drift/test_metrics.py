@@ -20,7 +20,7 @@ from neuroflow_hf.drift.metrics import (
     summarise,
     summarise_tasks,
 )
-from neuroflow_hf.drift.prompts import Prompt, first_of_each, order_tasks, read_prompts
+from neuroflow_hf.drift.prompts import CHAT, Prompt, encode_prompt, first_of_each, order_tasks, read_prompts
 from neuroflow_hf.evaluation.statistics import (
     bootstrap_interval,
     difference_interval,
@@ -28,6 +28,7 @@ from neuroflow_hf.evaluation.statistics import (
     paired_interval,
     zero_failure_bound,
 )
+from tests.phi3_models import make_tokenizer
 
 tokens = st.lists(st.integers(0, 5), max_size=12)
 shares = st.lists(st.floats(0, 1), min_size=1, max_size=30)
@@ -271,6 +272,15 @@ def test_prompts_of_both_kinds(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\ufeffone\n\n  two \n", encoding="utf-8")
     assert [prompt.text for prompt in read_prompts(path)] == ["one", "  two "]
+
+
+def test_chat_prompts_go_through_the_chat_template():
+    tokenizer = make_tokenizer()
+    expected = tokenizer("what is it")["input_ids"]
+    assert encode_prompt(tokenizer, Prompt("what is it", CHAT)) == expected  # there is no template
+    tokenizer.chat_template = "q {{ messages[0].content }} {% if add_generation_prompt %}a{% endif %}"
+    assert tokenizer.decode(encode_prompt(tokenizer, Prompt("what is it", CHAT))) == "q what is it a"
+    assert encode_prompt(tokenizer, Prompt("what is it", "prose")) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,0 @@
-"""The embedded Phi-3: texts, tokenizer, training, held-out prompts."""
