@@ -14,14 +14,14 @@ from .options import make_options
 class NeuroFlowLosslessConfig:
     """
     Options of lossless generation, `model.generate(..., lossless={...})`. A drafter proposes the next tokens. One
-    dense forward over all of them keeps those that it would have chosen, and the rest is removed from the cache. The
-    text is that of greedy dense generation; only its speed depends on these options.
+    dense forward over all of them keeps those that it chooses itself, and the rest is removed from the cache. The text
+    is that of dense generation, greedy or sampled; only its speed depends on these options.
 
     Args:
         drafter (`str`, defaults to `"lookup"`):
             `"lookup"` drafts what followed the last few tokens when they occurred before, in the prompt or in the text
             so far. `"bypass"` drafts with the model itself, with layers bypassed; try it on a checkpoint that was
-            trained for that. `"none"` drafts nothing: greedy decoding in the same loop, as a baseline.
+            trained for that. `"none"` drafts nothing: dense decoding in the same loop, as a baseline.
         bypass (`dict`, *optional*):
             What the drafter `"bypass"` skips: options of [`NeuroFlowBypassConfig`] that override
             `{"target": "block", "threshold": -1}` and, as `cache_layers`, the second half of the layers but the last.

@@ -332,13 +332,13 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         Args:
             lossless (`dict` or `bool`, *optional*):
                 Options of [`NeuroFlowLosslessConfig`] that override the configuration's, or True for these. The next
-                tokens are drafted and then verified by the dense model, in one cache. The text is that of dense greedy
-                generation, except where the two highest logits differ only by rounding. With
-                `return_dict_in_generate`, the result is a [`NeuroFlowLosslessOutput`] with counts.
+                tokens are drafted and then verified by the dense model, in one cache. The text is that of dense
+                generation, greedy or, from the same seed, sampled, except where rounding decides between two tokens.
+                With `return_dict_in_generate`, the result is a [`NeuroFlowLosslessOutput`] with counts.
 
         Raises:
-            ValueError: with `lossless`, for sampling, beams, several sequences, and caches that cannot be cropped;
-                for `stop_strings` without a tokenizer.
+            ValueError: with `lossless`, for beams, several sequences, and caches that cannot be cropped; for
+                `stop_strings` without a tokenizer.
         """
         if lossless is None or lossless is False:
             return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]  # wants a Protocol

@@ -1,10 +1,17 @@
 """
-Greedy generation that verifies drafts: one cache, one forward for many tokens, the text of dense greedy generation.
+Generation that verifies drafts: one cache, one forward for many tokens, the text of dense generation.
+
+Each token of the text is the most probable one or, with sampling, drawn from the dense model's probabilities by one
+call of `torch.multinomial`, and a draft token is kept if it is the same. So a draft token x is kept with probability
+p(x), another one takes its place with p without x, and drafts change nothing: the text is the one that dense sampling
+draws from the same seed. The bypassed model drafts with the random numbers that the verification will draw with, which
+makes both agree about as often as two distributions can (a Gumbel coupling: Daliri et al., 2025).
 
 Without drafts, the same loop is a baseline: it shows how much of a speed-up is due to drafts.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -32,14 +39,22 @@ from .lossless_config import NeuroFlowLosslessConfig
 
 # these depend on their arguments alone, so they may be called with draft tokens that are rejected later
 STATELESS_PROCESSORS = (
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
     logits_process.ForcedEOSTokenLogitsProcessor,
     logits_process.MinLengthLogitsProcessor,
     logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.MinPLogitsWarper,
     logits_process.NoBadWordsLogitsProcessor,
     logits_process.NoRepeatNGramLogitsProcessor,
     logits_process.RepetitionPenaltyLogitsProcessor,
     logits_process.SequenceBiasLogitsProcessor,
     logits_process.SuppressTokensLogitsProcessor,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopHLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
 )
 Bypass = NeuroFlowBypassConfig | bool  # False for none
 Choose = Callable[[torch.Tensor, list[int]], int]  # `(logits [1, V], drafted so far) -> token`
@@ -70,7 +85,7 @@ class LosslessCounts:
 @dataclass
 class NeuroFlowLosslessOutput(GenerateDecoderOnlyOutput):
     """
-    Output of a lossless generation: the fields of greedy generation, and
+    Output of a lossless generation: the fields of dense generation, and
 
     Args:
         lossless ([`LosslessCounts`]): numbers of forwards, draft tokens and accepted draft tokens.
@@ -221,13 +236,14 @@ class DecodingState:
         kept = [dict(vars(layer)) for layer in self.cache.layers]
         if self.changes is not None:
             self.changes.is_drafting = True
-        while len(drafted) < length:
-            logits = self.feed([token], 1, self.draft_bypass)
-            token = choose(logits, drafted)
-            drafted.append(token)
-            unsure = logits[0].float().softmax(dim=0)[token].item() < self.options.min_confidence
-            if unsure or token in ends:
-                break
+        with fork_rng(self.device):  # the verification draws with the same random numbers
+            while len(drafted) < length:
+                logits = self.feed([token], 1, self.draft_bypass)
+                token = choose(logits, drafted)
+                drafted.append(token)
+                unsure = logits[0].float().softmax(dim=0)[token].item() < self.options.min_confidence
+                if unsure or token in ends:
+                    break
         state = find_state(self.cache)
         for layer, fields in zip(self.cache.layers, kept, strict=True):
             if layer is not state:
@@ -284,6 +300,12 @@ class Stop:
         return ends or any(found)
 
 
+def fork_rng(device: torch.device) -> AbstractContextManager[None]:
+    """A context after which the host and `device` draw the random numbers that they would have drawn before it."""
+    devices = [] if device.type == "cpu" else [device]
+    return torch.random.fork_rng(devices, device_type=device.type)
+
+
 def record_past(cache: Cache, wanted: bool) -> None:
     """Choose whether sliding-window layers keep more than their window, so that they can be cropped."""
     for layer in cache.layers:
@@ -320,9 +342,10 @@ def decode_losslessly(
     stop, counts = Stop(stopping_criteria, input_ids.device), LosslessCounts()
     tokens = sequence.tokens
     stateless = LogitsProcessorList([p for p in logits_processor if type(p) in STATELESS_PROCESSORS])
+    samples = bool(generation_config.do_sample)
 
     def choose(logits: torch.Tensor, drafted: list[int]) -> int:
-        return int(score(logits, stateless, tokens + drafted).argmax(dim=-1))
+        return next_token(score(logits, stateless, tokens + drafted), samples)
 
     def draft_with_bypass(token: int, length: int) -> list[int]:
         drafted = sequence.draft(token, length, choose, stop.ends)
@@ -336,11 +359,11 @@ def decode_losslessly(
     logits = sequence.feed_prompt(length_to_feed(input_ids, generation_config, model_kwargs))
     drafted: list[int] = []
     while True:
-        choices = None if logits_processor else logits.argmax(dim=-1).tolist()
+        choices = None if logits_processor or samples else logits.argmax(dim=-1).tolist()
         new, accepted, ended = 0, 0, False
         while accepted == new <= len(drafted) and not ended:  # row `new` is that of a kept token
             scores = score(logits[new : new + 1], logits_processor, tokens)
-            tokens.append(int(scores.argmax(dim=-1)) if choices is None else choices[new])
+            tokens.append(next_token(scores, samples) if choices is None else choices[new])
             if kept_scores is not None:
                 kept_scores.append(scores.float())
             if kept_logits is not None:
@@ -384,6 +407,13 @@ def score(logits: torch.Tensor, processors: LogitsProcessorList, tokens: list[in
     return processors(ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]  # `LongTensor`
 
 
+def next_token(scores: torch.Tensor, samples: bool) -> int:
+    """The most probable token by the scores [1, V], or one drawn by one call, as transformers' own loop draws it."""
+    if samples:
+        return int(torch.multinomial(scores.float().softmax(dim=-1), num_samples=1))
+    return int(scores.argmax(dim=-1))
+
+
 def length_to_feed(input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> int | None:
     """
     Number of tokens or embeddings of the prompt that are not in the cache yet, from the end; None for all. To continue
@@ -399,24 +429,16 @@ def length_to_feed(input_ids: torch.Tensor, generation_config: GenerationConfig,
 
 def refuse_unsupported(input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> None:
     """Raise a ValueError for what lossless generation does not support."""
-    if generation_config.do_sample:
-        raise ValueError(
-            "Lossless generation is greedy, and `do_sample` is True. Set it to False, or drop `lossless`."
-        )
-    if (generation_config.num_beams or 1) > 1:
-        raise ValueError(
-            f"Lossless generation is greedy, and `num_beams` is {generation_config.num_beams}; set it to 1."
-        )
     if generation_config.prompt_lookup_num_tokens:
         raise ValueError(
             "`prompt_lookup_num_tokens` is an option of transformers' own loop; use "
             '`lossless={"drafter": "lookup"}` instead.'
         )
     mode = generation_config.get_generation_mode()
-    if mode is not GenerationMode.GREEDY_SEARCH:
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
-            f"Lossless generation is greedy search, and the generation options mean {mode.value}. Drop these options, "
-            "or `lossless`."
+            f"Lossless generation is greedy search or sampling, and the generation options mean {mode.value}. Drop "
+            "these options, such as `num_beams`, or `lossless`."
         )
     if len(input_ids) > 1:
         raise ValueError(f"Lossless generation takes one sequence at a time, and the input has {len(input_ids)}.")

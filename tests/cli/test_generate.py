@@ -90,7 +90,6 @@ def test_drawn_texts_follow_their_seed(phi3_folder):
         (["--dense", "--threshold", 0.5], ["--dense"]),
         (["--temperature", -1], ["temperature"]),
         (["--temperature", 1, "--compare"], ["--compare"]),
-        (["--temperature", 1, "--lossless"], ["greedy"]),
         (["--max-new-tokens", 0], ["max_new_tokens"]),
         (["--max-new-tokens", 999], ["15 tokens", "256"]),
         (["--dtype", "float8"], ["float8"]),

@@ -1,6 +1,7 @@
-"""Lossless generation: the text of dense greedy generation, whatever is drafted and `generate` is asked for."""
+"""Lossless generation: the text of dense generation, whatever is drafted and `generate` is asked for."""
 
 import functools
+from collections import Counter
 from types import SimpleNamespace
 
 import peft
@@ -8,12 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from neuroflow_hf import NeuroFlowLosslessConfig
@@ -366,6 +371,62 @@ def test_embeddings_as_input(drafter):
     assert torch.equal(ours.generate(inputs_embeds=embeds, max_new_tokens=NEW, lossless=options_of(drafter)), expected)
 
 
+# --- sampling ------------------------------------------------------------------------------------------------------
+
+
+@each_drafter
+@pytest.mark.parametrize("kind", ["window", "longrope"])
+@pytest.mark.parametrize("warpers", [{"top_k": 0}, {"temperature": 0.6, "top_k": 8, "top_p": 0.9}])
+def test_the_text_is_that_of_dense_sampling_from_the_same_seed(kind, drafter, warpers):
+    stock, ours = models(kind)
+    ids, options = random_ids(1, 6, seed=3), {"max_new_tokens": NEW, "do_sample": True, **warpers}
+    torch.manual_seed(0)
+    expected, after = stock.generate(ids, **options), torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(ours.generate(ids, **options, lossless=options_of(drafter)), expected)
+    assert torch.equal(torch.rand(1), after)
+    assert not torch.equal(ours.generate(ids, **options, lossless=options_of(drafter)), expected)
+
+
+@each_drafter
+def test_sampling_without_temperature_is_greedy(drafter):
+    stock, ours = models("plain")
+    ids = random_ids(1, 6)
+    for warpers in ({"top_k": 1}, {"temperature": 1e-4}):
+        options = {"max_new_tokens": NEW, "do_sample": True, "lossless": options_of(drafter), **warpers}
+        assert torch.equal(ours.generate(ids, **options), stock.generate(ids, max_new_tokens=NEW))
+
+
+@pytest.mark.parametrize("drafter", ["scripted", "bypass"])
+def test_sampled_texts_are_as_frequent_as_probable(drafter):
+    """Chi-square of sampled texts against the dense model's probabilities, which are computed text by text."""
+    _, ours = models("plain")
+    ids, count = torch.tensor([[5, 9, 5]]), 300
+    warpers = {"temperature": 1.5, "top_k": 3, "top_p": 0.98}
+    processors = LogitsProcessorList([TemperatureLogitsWarper(1.5), TopKLogitsWarper(3), TopPLogitsWarper(0.98)])
+    probabilities = {(): 1.0}
+    for _ in range(2):
+        shorter, probabilities = probabilities, {}
+        for text, probability in shorter.items():
+            before = torch.cat([ids, torch.tensor([text], dtype=torch.int64).view(1, -1)], dim=1)
+            with torch.no_grad():
+                row = processors(before, ours(before).logits[:, -1]).double().softmax(-1)[0].tolist()
+            probabilities |= {(*text, token): probability * p for token, p in enumerate(row) if p > 0}
+    draft = list(max(probabilities, key=probabilities.get))
+    options = {"max_new_tokens": 3, "do_sample": True, **warpers}
+    torch.manual_seed(0)
+    found = Counter()
+    for _ in range(count):
+        if drafter == "scripted":  # one proposal, whatever is drawn
+            text = generate_scripted(ours, ids, lambda tokens: draft[len(tokens) - 3 :], **options).sequences
+        else:
+            text = ours.generate(ids, **options, lossless=options_of(drafter))
+        found[tuple(text[0, 3:5].tolist())] += 1
+    assert set(found) <= set(probabilities)
+    observed = [found[text] for text in probabilities]
+    assert chisquare(observed, [count * probability for probability in probabilities.values()]).pvalue > 0.05
+
+
 # --- where it ends, and what is done with the logits ---------------------------------------------------------------
 
 
@@ -518,7 +579,6 @@ SAME = {
 REFUSED = {
     "assistant_early_exit": 2,
     "constraints": [None],
-    "do_sample": True,
     "dola_layers": "low",
     "force_words_ids": [[5]],
     "num_beams": 2,
@@ -539,7 +599,7 @@ UNREAD = {
     *("max_cache_len", "speculation_type"),
 }
 # tested above and below: stop strings, hidden states and attentions
-TESTED_APART = {"stop_strings", "output_attentions", "output_hidden_states"}
+TESTED_APART = {"do_sample", "stop_strings", "output_attentions", "output_hidden_states"}
 
 
 def test_every_generation_option_is_known():
@@ -694,7 +754,6 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"do_sample": True}, "do_sample"),
         ({"num_beams": 2}, "num_beams"),
         ({"inputs": random_ids(2)}, "one sequence at a time, and the input has 2"),
         ({"prompt_lookup_num_tokens": 3}, "option of transformers"),
