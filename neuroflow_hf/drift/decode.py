@@ -11,19 +11,17 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from ..language.bypass_config import NEVER, NeuroFlowBypassConfig
+from ..language.bypass_config import NeuroFlowBypassConfig
 from ..language.bypass_state import find_state
+from ..language.calibration import PADDING, cut_at_end, gate_similarities
 from ..utils.jobs import timed
 from .metrics import (
     PromptRecord,
     compare_steps,
-    cut_at_end,
     first_divergence,
     negative_log_likelihood,
     position_drift,
 )
-
-PADDING = 0  # the token at padded positions; masked, or never read
 
 
 @dataclass
@@ -279,14 +277,11 @@ class DriftBench:
 
     def similarity(self, gate_layer: int) -> list[float]:
         """The gate's similarities at a layer along the dense texts, with nothing bypassed."""
-        cache_layer = (gate_layer + 1) % self.model.config.num_hidden_layers
-        options = {"gate_layer": gate_layer, "cache_layers": [cache_layer], "threshold": NEVER}
         values: list[float] = []
         for batch in self.batches():
-            run = self.force(self.model, batch, options)
-            for row, index in enumerate(batch.indices):
-                found = run.similarity[row, : len(self.dense[index].tokens) - 1]
-                values += found[~found.isnan()].tolist()
+            fed = [self.dense[index].tokens[:-1] for index in batch.indices]  # the last token is not
+            rows = [[*self.rows[index], *tokens] for index, tokens in zip(batch.indices, fed, strict=True)]
+            values += gate_similarities(self.model, rows, list(map(len, fed)), gate_layer)
         return values
 
     def time_steps(self, bypass: dict, prompts: int = 9) -> list[tuple[float, float]]:

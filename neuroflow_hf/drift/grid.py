@@ -1,11 +1,8 @@
 """The bypasses of a drift evaluation: the published ones, scaled to the model's depth, and variants."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from ..language.bypass_config import ALWAYS, NeuroFlowBypassConfig
+from ..language.bypass_config import NeuroFlowBypassConfig
 from .metrics import rate_of
 
 PUBLISHED_LAYERS = 32  # the depth of Phi-3-mini
@@ -81,21 +78,6 @@ def scaled_pairs(num_layers: int) -> dict[str, tuple[int, int]]:
         if (gate, cache) not in pairs.values():
             pairs["{}->{}".format(*pair)] = gate, cache
     return pairs
-
-
-def threshold_for_rate(similarity: Sequence[float], rate: float) -> float:
-    """
-    The threshold that a share `rate`, above 0 and at most 1, of the similarities reaches, rounded to 6 digits; for a
-    rate of 1, -1 (always).
-
-    Raises:
-        ValueError: if there are no similarities.
-    """
-    if rate >= 1:
-        return ALWAYS
-    if not len(similarity):
-        raise ValueError("No step has a similarity to derive a threshold from; generate at least 2 new tokens.")
-    return round(torch.tensor(similarity, dtype=torch.float64).quantile(1 - rate).item(), 6)
 
 
 def gate_layers(num_layers: int) -> list[int]:

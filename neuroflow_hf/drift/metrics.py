@@ -4,7 +4,7 @@ How far a text is from the dense model's: figures of tokens and logits, for one 
 
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,12 +21,6 @@ COLUMNS = (
     *("drift", "first_divergence", "margin", "forced_steps", "forced_divergent"),
     *("scored_tokens", "dense_nll", "nll", "steps", "bypassed"),
 )
-
-
-def cut_at_end(tokens: Sequence[int], ends: Collection[int]) -> list[int]:
-    """The tokens up to and including the first end token; all of them if there is none."""
-    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return list(tokens[: end + 1])
 
 
 def first_divergence(dense: Sequence[int], other: Sequence[int]) -> int | None:

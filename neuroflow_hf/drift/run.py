@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 
 from ..evaluation.statistics import quantile
+from ..language.bypass_config import threshold_for_rate
+from ..language.calibration import end_tokens
 from ..utils.files import report_text, write_whole
 from ..utils.processes import Processes
 from ..utils.provenance import checkout_commit, dtype_name, fingerprint, machine_and_versions
@@ -32,7 +34,6 @@ from .grid import (
     gate_layers,
     own_configuration,
     published_configuration,
-    threshold_for_rate,
 )
 from .metrics import columns, summarise_tasks
 from .prompts import Prompt, encode_prompt, order_tasks
@@ -79,12 +80,6 @@ def prompt_limit(config, settings: DriftSettings) -> int:
     if settings.new_tokens >= room:
         raise ValueError(f"`new_tokens` is {settings.new_tokens}; the model has room for {room} with the prompt.")
     return min(settings.max_prompt_tokens, room - settings.new_tokens)
-
-
-def end_tokens(model) -> frozenset[int]:
-    """The end tokens of the model's generation configuration."""
-    ends = model.generation_config.eos_token_id
-    return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
 
 
 class DriftEvaluation:

@@ -119,6 +119,7 @@ class BypassStep:
             self.rows = []
         elif options.threshold <= 1:  # the only time that the host waits for the device
             self.rows = [row for row, fired in enumerate(fires.tolist()) if not fired]
+            state.count(self.shape[0], self.shape[0] - len(self.rows), options.threshold)
 
     @property
     def computes_all(self) -> bool:

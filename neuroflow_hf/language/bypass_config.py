@@ -1,10 +1,11 @@
 """The options of the bypass: which layers of a language model reuse their last output, and when."""
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, cast
 
+import numpy as np
 from huggingface_hub.dataclasses import strict
 
 from .options import make_options
@@ -14,6 +15,21 @@ ALWAYS = -1
 NEVER = 2
 
 BypassOption = int | float | str | list[int] | tuple[int, ...] | range | None
+
+
+def threshold_for_rate(similarity: Sequence[float], rate: float) -> float:
+    """
+    The threshold that a share `rate`, above 0 and at most 1, of the similarities reaches, rounded to 6 digits; for a
+    rate of 1, -1 (always). Percentiles of similarities give about the same as the similarities.
+
+    Raises:
+        ValueError: if there are no similarities.
+    """
+    if rate >= 1:
+        return ALWAYS
+    if not len(similarity):
+        raise ValueError("No step has a similarity to derive a threshold from; generate at least 2 new tokens.")
+    return round(float(np.quantile(similarity, 1 - rate)), 6)
 
 
 @strict
@@ -43,6 +59,10 @@ class NeuroFlowBypassConfig:
             Bypass at this similarity or above. 0.60 to 0.70 bypasses about a fifth of Phi-3-mini's steps. Good values
             depend on the checkpoint, so look at its similarities first (`model.bypass_statistics`). Above 1: never.
             -1: on every step that has an output to reuse, whatever the similarity.
+        rate (`float`, *optional*):
+            Instead of `threshold`: choose it so that this share of the steps, above 0 and at most 1, reaches it, by
+            the similarities that `model.calibrate_bypass` or `neuroflow calibrate` stored in the model's
+            configuration. `max_consecutive` and guards bypass fewer steps than that.
         target (`str`, defaults to `"attention"`):
             What is skipped in a cache layer. `"attention"`: query, attention and output projection; keys and values
             are still projected. `"mlp"`: the MLP, which has about two thirds of a layer's weights. `"block"`: both.
@@ -64,6 +84,7 @@ class NeuroFlowBypassConfig:
     gate_layer: int = 1
     cache_layers: int | list[int] | None = None
     threshold: float | int = 0.65
+    rate: float | int | None = None
     target: Literal["attention", "mlp", "block"] = "attention"
     max_consecutive: int | None = None
     guard_margin: float | int | None = None
@@ -82,6 +103,7 @@ class NeuroFlowBypassConfig:
             lambda value: math.isfinite(value) and value >= ALWAYS,
             "a finite cosine of at least -1 (above 1 for never)",
         )
+        require("rate", lambda value: 0 < value <= 1, "a share of the steps, above 0 and at most 1, or None")
         require("max_consecutive", lambda value: value >= 1, "a whole number of at least 1, or None for no cap")
         for name in ("guard_margin", "guard_entropy"):
             require(name, lambda value: math.isfinite(value) and value >= 0, "a finite number of at least 0, or None")
@@ -89,19 +111,48 @@ class NeuroFlowBypassConfig:
     @classmethod
     def from_options(cls, base: dict | None = None, **options: BypassOption) -> "NeuroFlowBypassConfig":
         """
-        The options of `base`, overridden by `options`.
+        The options of `base`, overridden by `options`; of `threshold` and `rate`, either one replaces the other.
 
         Raises:
-            ValueError: for an option that does not exist, a value of the wrong type or outside its range.
+            ValueError: for an option that does not exist, a value of the wrong type or outside its range, and for a
+                threshold together with a rate.
         """
         merged = {**(base or {}), **options}
+        for name, other in (("threshold", "rate"), ("rate", "threshold")):
+            if options.get(name) is not None and options.get(other) is None:
+                merged.pop(other, None)
+        if merged.get("threshold") is not None and merged.get("rate") is not None:
+            raise ValueError("Bypass options `threshold` and `rate` both say when to bypass; give one of them.")
         if isinstance(merged.get("cache_layers"), (tuple, range)):
             merged["cache_layers"] = list(merged["cache_layers"])
         return make_options(cls, "bypass", merged)
 
-    def resolve(self, num_layers: int) -> "NeuroFlowBypassConfig":
+    def resolve(self, num_layers: int, similarities: dict | None = None) -> "NeuroFlowBypassConfig":
         """
-        The options for a model of `num_layers` layers: `cache_layers` becomes a sorted list without repetitions.
+        The options for a model: layers as in `resolve_layers`, and a threshold instead of a rate.
+
+        Args:
+            num_layers: the model's depth.
+            similarities: the configuration's `bypass_similarities`.
+
+        Raises:
+            ValueError: as `resolve_layers`, and for a rate without similarities of the gate layer.
+        """
+        resolved = self.resolve_layers(num_layers)
+        if self.rate is None:
+            return resolved
+        found = (similarities or {}).get(str(self.gate_layer))
+        if found is None:
+            raise ValueError(
+                f"Bypass option `rate` needs this model's similarities at gate layer {self.gate_layer}, which its "
+                "configuration lacks. Measure them: `neuroflow calibrate --model MODEL --out OUT`, or "
+                "`model.calibrate_bypass(prompts)`. Or give a `threshold`."
+            )
+        return replace(resolved, rate=None, threshold=threshold_for_rate(found, self.rate))
+
+    def resolve_layers(self, num_layers: int) -> "NeuroFlowBypassConfig":
+        """
+        The options with `cache_layers` as a sorted list without repetitions, for a model of `num_layers` layers.
 
         Raises:
             ValueError: for a layer that the model does not have, for no cache layer, and for cache layers on both
@@ -124,7 +175,7 @@ class NeuroFlowBypassConfig:
                 f"Bypass option `cache_layers` {layers} has layers on both sides of `gate_layer` {self.gate_layer}: "
                 "expected all of them after it, or none (which inverts the gate)."
             )
-        return NeuroFlowBypassConfig(**(self.to_dict() | {"cache_layers": layers}))
+        return replace(self, cache_layers=layers)
 
     def to_dict(self) -> dict:
         """All options as plain values."""

@@ -1,6 +1,7 @@
 """What a bypass stores of one generation: one more layer in the KV cache, cropped and reordered with the others."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -8,6 +9,7 @@ from typing import cast
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+WARN_AFTER, MAX_RATE = 64, 0.9  # warn of a threshold that bypasses more of at least this many steps
 DENSE, COMPUTED, BYPASSED = 0, 1, 2  # outcomes of a position: in a step of several tokens; in a step of one; bypassed
 
 
@@ -40,6 +42,14 @@ class BypassStatistics:
         return [values.quantile(share).item() if len(values) else math.nan for share in shares]
 
 
+def too_low(threshold: float) -> str:
+    """The warning about a threshold that the similarities hardly ever miss."""
+    return (
+        f"The threshold {threshold:g} bypassed more than {MAX_RATE:.0%} of the steps: it is too low for this "
+        'checkpoint. Choose one by its own similarities: `bypass={"rate": 0.2}`.'
+    )
+
+
 class BypassState:
     """
     Records of every position, in a place among the layers of a [`~transformers.Cache`], after the model's own.
@@ -69,6 +79,7 @@ class BypassState:
         self.first_layer: CacheLayerMixin | None = None  # of the cache, once this is in one
         self.records: dict[str, list[torch.Tensor]] = {}
         self.end = 0  # the cache's length after the last record
+        self.decisions = self.bypasses = 0  # of the gate, also at positions that were cropped
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(positions={self.positions})"
@@ -97,6 +108,13 @@ class BypassState:
         """Add a step's records, [B, n, ...] each, of all names given to `prepare`."""
         for name, chunks in self.records.items():
             chunks.append(records[name])
+
+    def count(self, decisions: int, bypasses: int, threshold: float) -> None:
+        """Count the gate's decisions at a step, and warn of a threshold that the gate hardly ever misses."""
+        self.decisions += decisions
+        self.bypasses += bypasses
+        if self.decisions >= WARN_AFTER and self.bypasses > MAX_RATE * self.decisions:
+            warnings.warn(too_low(threshold), stacklevel=2)
 
     def last(self, name: str) -> torch.Tensor:
         """The last position of a record, [B, 1, ...]."""

@@ -22,6 +22,9 @@ class NeuroFlowPhi3Config(Phi3Config):
             Options of [`NeuroFlowBypassConfig`] that differ from its defaults, such as
             `{"gate_layer": 1, "cache_layers": [24], "threshold": 0.65}`; `{}` for all defaults. None, the default: the
             model is Phi-3. They are saved with the model; a call can override them, `generate(..., bypass={...})`.
+        bypass_similarities (`dict`, *optional*):
+            By gate layer, such as `"1"`, the percentiles of the similarities that the gate sees on this checkpoint, as
+            `calibrate_bypass` of the model stores them. The option `rate` of a bypass needs them.
         lossless (`dict`, *optional*):
             Options of [`NeuroFlowLosslessConfig`] that differ from its defaults, such as the layers that drafts skip:
             `{"bypass": {"cache_layers": [8, 9, 10]}}`. Used by `generate(..., lossless=True)`; a call can override
@@ -35,6 +38,7 @@ class NeuroFlowPhi3Config(Phi3Config):
     model_type = "neuroflow_phi3"
 
     bypass: dict | None = None
+    bypass_similarities: dict | None = None
     lossless: dict | None = None
 
     @classmethod
@@ -48,8 +52,8 @@ class NeuroFlowPhi3Config(Phi3Config):
         return config_dict, kwargs
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("bypass", "lossless") and value is not None:
-            value = (checked_bypass if name == "bypass" else checked_lossless)(value, self.num_hidden_layers)
+        if name in CHECKS and value is not None:
+            value = CHECKS[name](value, self.num_hidden_layers)
         super().__setattr__(name, value)
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -59,8 +63,18 @@ class NeuroFlowPhi3Config(Phi3Config):
 
 def checked_bypass(options: dict, num_layers: int) -> dict:
     """A copy of the bypass's options. Raises a ValueError unless all are known and in range."""
-    resolved = NeuroFlowBypassConfig.from_options(options).resolve(num_layers)
+    resolved = NeuroFlowBypassConfig.from_options(options).resolve_layers(num_layers)
     return {name: getattr(resolved, name) for name in options}
+
+
+def checked_similarities(similarities: dict, num_layers: int) -> dict:
+    """A copy of the percentiles by gate layer. Raises a ValueError for other keys and values."""
+    for layer, values in similarities.items():
+        if layer not in map(str, range(num_layers)):
+            raise ValueError(f"`bypass_similarities` names layer {layer!r}; the model has {num_layers}, '0' and on.")
+        if not isinstance(values, list) or not values or not all(isinstance(value, float | int) for value in values):
+            raise ValueError(f"`bypass_similarities` of layer {layer} are {values!r}; expected a list of numbers.")
+    return dict(similarities)
 
 
 def checked_lossless(options: dict, num_layers: int) -> dict:
@@ -68,6 +82,9 @@ def checked_lossless(options: dict, num_layers: int) -> dict:
     resolved = NeuroFlowLosslessConfig.from_options(options)
     resolved.draft_bypass(num_layers)
     return {name: getattr(resolved, name) for name in options}
+
+
+CHECKS = {"bypass": checked_bypass, "bypass_similarities": checked_similarities, "lossless": checked_lossless}
 
 
 def refuse_flat_bypass_options(kwargs: dict) -> None:

@@ -7,6 +7,7 @@ the configuration may hold some. Without any, it is Phi-3, bit for bit.
 
 import copy
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -37,7 +38,8 @@ from transformers.utils import TransformersKwargs
 from .bypass import BypassStep, begin_step, record_confidence
 from .bypass_config import NeuroFlowBypassConfig
 from .bypass_state import BypassStatistics, find_state
-from .configuration_neuroflow_phi3 import NeuroFlowPhi3Config, adopt_phi3_config
+from .calibration import dense_similarities, percentiles
+from .configuration_neuroflow_phi3 import NeuroFlowPhi3Config, adopt_phi3_config, checked_similarities
 from .from_llama import phi3_config, phi3_weights
 from .layer_skip import LayerChanges, layer_index
 from .lossless_config import NeuroFlowLosslessConfig
@@ -110,11 +112,11 @@ class NeuroFlowPhi3PreTrainedModel(Phi3PreTrainedModel):
             return cast(NeuroFlowBypassConfig, bypass)
         if bypass is not None and not isinstance(bypass, dict):
             raise TypeError(f"`bypass` is {bypass!r}; expected a dict of options, None or False.")
-        asked = (self.config.bypass, bypass, self.config.num_hidden_layers)
+        asked = (self.config.bypass, bypass, self.config.num_hidden_layers, self.config.bypass_similarities)
         known = vars(self).get("_resolved_bypass")  # this is called on every step
         if known is None or known[0] != asked:
-            options = NeuroFlowBypassConfig.from_options({**(asked[0] or {}), **(asked[1] or {})})
-            known = self._resolved_bypass = (copy.deepcopy(asked), options.resolve(asked[2]))
+            options = NeuroFlowBypassConfig.from_options(asked[0], **(bypass or {}))
+            known = self._resolved_bypass = (copy.deepcopy(asked), options.resolve(*asked[2:]))
         return known[1]
 
     @staticmethod
@@ -361,6 +363,35 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         return super().generate(  # type: ignore[misc]
             inputs, generation_config, *args, custom_generate=decode, **kwargs
         )
+
+    def calibrate_bypass(
+        self, prompts: Sequence[Sequence[int]], gate_layer: int | None = None, max_new_tokens: int = 64
+    ) -> list[float]:
+        """
+        Continue prompts densely, and store the percentiles of the gate's similarities in
+        `config.bypass_similarities`, so that `bypass={"rate": 0.2}` finds its threshold. `save_pretrained` keeps them.
+
+        Args:
+            prompts: token ids of each prompt; all are generated in one batch. A few hundred new tokens in all
+                give a threshold whose rate is right within a few percentage points on texts of the same kind.
+            gate_layer: the gate layer; None for that of the configuration's `bypass`, or 1.
+            max_new_tokens: maximum number of tokens to generate after each prompt.
+
+        Returns:
+            The 101 percentiles of the similarities.
+
+        Raises:
+            ValueError: for a layer that the model does not have, for no prompts or empty ones, and if the model ends
+                all texts at their first token.
+        """
+        if gate_layer is None:
+            gate_layer = NeuroFlowBypassConfig.from_options(self.config.bypass).gate_layer
+        checked_similarities({str(gate_layer): [0]}, self.config.num_hidden_layers)
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise ValueError("`prompts` holds no prompts, or empty ones; expected the token ids of some texts.")
+        found = percentiles(dense_similarities(self, prompts, gate_layer, max_new_tokens))
+        self.config.bypass_similarities = {**(self.config.bypass_similarities or {}), str(gate_layer): found}
+        return found
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         """As transformers' method, without this model's bypass options: an `assistant_model` has its own."""

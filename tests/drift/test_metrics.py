@@ -8,11 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neuroflow_hf.drift.grid import full_grid, gate_layers, own_configuration, scaled_pairs, threshold_for_rate
+from neuroflow_hf.drift.grid import full_grid, gate_layers, own_configuration, scaled_pairs
 from neuroflow_hf.drift.metrics import (
     PromptRecord,
     compare_steps,
-    cut_at_end,
     first_divergence,
     kl_divergence,
     negative_log_likelihood,
@@ -28,6 +27,7 @@ from neuroflow_hf.evaluation.statistics import (
     paired_interval,
     zero_failure_bound,
 )
+from neuroflow_hf.language.calibration import cut_at_end
 from tests.phi3_models import make_tokenizer
 
 tokens = st.lists(st.integers(0, 5), max_size=12)
@@ -242,15 +242,6 @@ def test_the_grid_has_all_that_is_to_be_shown():
         assert {c.options["gate_layer"] for c in of_pair if not c.bypass.is_inverted} == {gate}
         assert any(c.bypass.is_guarded for c in of_pair)
     assert {c.pair for c in full_grid(8, thresholds, quick=True)} == {"1->24"}
-
-
-def test_a_threshold_for_a_rate():
-    values = [place / 100 for place in range(101)]
-    threshold = threshold_for_rate(values, 0.2)
-    assert sum(value >= threshold for value in values) == 21
-    assert threshold_for_rate([], 1.0) == -1
-    with pytest.raises(ValueError, match="similarity"):
-        threshold_for_rate([], 0.2)
 
 
 def test_own_options_are_completed_and_checked():

@@ -14,12 +14,12 @@ import torch
 from neuroflow_hf.drift.metrics import (
     PromptRecord,
     compare_steps,
-    cut_at_end,
     first_divergence,
     negative_log_likelihood,
     position_drift,
     summarise,
 )
+from neuroflow_hf.language.calibration import cut_at_end
 
 DESCRIPTION = """
 Token drift compares what a language model generates under a change that should be harmless (layers bypassed, another
