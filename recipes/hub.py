@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from neuroflow_hf.conversion.smollm2 import smollm2_folder
 from neuroflow_hf.language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
 from neuroflow_hf.language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM
 from neuroflow_hf.utils.files import staging_folder
@@ -117,6 +118,7 @@ FAMILIES = (
 # Weights that are too large to keep under models/: by the folder's name, what makes (or finds) a folder with them.
 RECIPES: dict[str, Callable[[], Path]] = {
     "neuroflow-siglip-dinov2-small": lambda: build_tower(default_tower_dir()),
+    "neuroflow-smollm2-135m-instruct": smollm2_folder,
 }
 
 

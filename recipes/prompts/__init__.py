@@ -1,0 +1,1 @@
+"""How the prompts in `eval/prompts/` were made."""
