@@ -304,24 +304,26 @@ def variants_table(report: dict) -> str:
     """Figures on held-out clips before and after each distillation, and of the keyframe repeated."""
     rows = []
     for name, variant in report["variants"].items():
-        settings, before = variant["settings"], variant["held_out"]["0"]
-        rows.append(
-            {
-                "name": name,
-                "method": "adapter" if settings["method"] == "lora" else "all weights",
-                "summary": settings["summary_tokens"] or 0,
-                "steps": variant["steps"],
-                "minutes": variant["seconds"] / 60,
-                "before": before,
-                "after": variant["held_out"][str(variant["best_step"])],
-            }
-        )
+        settings = variant["settings"]
+        about = {
+            "name": name,
+            "method": "adapter" if settings["method"] == "lora" else "all weights",
+            "summary": settings["summary_tokens"] or 0,
+            "steps": variant["steps"],
+            "minutes": variant["seconds"] / 60,
+        }
+        after = variant["held_out"][str(variant["best_step"])]
+        rows += [
+            {**about, "share": share, "before": before, "after": after[share]}
+            for share, before in variant["held_out"]["0"].items()
+        ]
     columns = {
         "variant": "`{name}`",
         "trained": "{method}",
         "summary tokens": "{summary}",
         "steps": "{steps}",
         "minutes": "{minutes:.0f}",
+        "encoded": "{share}",
         "before: mean, p5": "{before[mean]:.4f}, {before[p5]:.4f}",
         "after: mean, p5": "{after[mean]:.4f}, {after[p5]:.4f}",
         "keyframe repeated: mean, p5": "{before[repeated_mean]:.4f}, {before[repeated_p5]:.4f}",

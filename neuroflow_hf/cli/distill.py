@@ -80,7 +80,7 @@ def distill(
         import torch
 
         from ..distill import distill as train
-        from ..distill.report import HEADERS, held_out_rows, write_report
+        from ..distill.report import HEADERS, held_out_rows, held_out_words, write_report
         from ..evaluation.datasets import find_videos
         from ..loading import default_model, load_model
         from ..utils.files import prepare_folder
@@ -120,8 +120,7 @@ def distill(
                 if processes.is_main:
                     progress.show(what, done, total)
                     if figures is not None:
-                        words = f"step {done}: held-out cosine {figures.mean:.4f}, p5 {figures.p5:.4f}"
-                        progress.console.print(words, soft_wrap=True)
+                        progress.console.print(held_out_words(done, figures), soft_wrap=True)
 
             result = train(training, loaded, preprocess, out, settings, measured, base, on_step)
         if not processes.is_main:
@@ -134,7 +133,7 @@ def distill(
             )
             raise typer.Exit(EXIT_INTERRUPTED)
         files = write_report(result, out, base, command_line())
-    print_wide(figure_table(HEADERS, held_out_rows(result)), width=60)
+    print_wide(figure_table(HEADERS, held_out_rows(result)), width=100)
     if method == "lora":
         print_written(out, ["adapter_model.safetensors", "adapter_config.json", "sparse_adapter.json", *files])
         typer.echo(f'Use it: NeuroFlowSiglipModel.from_pretrained("{source}", sparse_adapter="{out}")')

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+SMALL_ANGLE = 0.02  # radians, a cosine of 0.9998: what is nearer than this counts as right
+
 
 def embedding_loss(student: Tensor, teacher: Tensor, mse: float, cosine: float) -> Tensor:
     """
@@ -16,11 +18,13 @@ def embedding_loss(student: Tensor, teacher: Tensor, mse: float, cosine: float) 
 
 def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
-    The angle between embeddings [B, D], in radians, averaged: a scalar. Its gradient has the same size for near and
-    far embeddings, so that clips in which everything changes do not outweigh the others, as in squared errors.
+    log(1 + angle / SMALL_ANGLE) of the angle between embeddings [B, D], in radians, averaged: a scalar. A smaller
+    *share* of the angle counts the same for near and far embeddings, so that frames in which much changes do not
+    outweigh frames that are nearly right.
     """
     cosine = F.cosine_similarity(student, teacher, dim=-1)
-    return torch.acos(cosine.clamp(-1 + 1e-5, 1 - 1e-5)).mean()
+    angle = torch.acos(cosine.clamp(-1 + 1e-6, 1 - 1e-6))
+    return torch.log1p(angle / SMALL_ANGLE).mean()
 
 
 def patch_loss(student: Tensor, teacher: Tensor, active: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """How close a student comes to the dense model on held-out clips, beside the keyframe repeated."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,10 +8,13 @@ from torch import Tensor
 
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
-from .clips import ClipSet, needs_interpolation, patch_size_of
+from .clips import Clip, ClipSet, needs_interpolation, patch_size_of
 from .losses import cosines
 
-MEASURED_SHARE = 0.05  # of the patches, encoded on a sparse frame
+# The largest share of the patches that is encoded on a sparse frame, by name. An adapter may help at the one and harm
+# at the other, so both are measured.
+SHARES = {"5% of the patches": 0.05, "what changed": 1.0}
+THRESHOLD = 0.01  # of the gate, as in the presets
 
 
 @dataclass(frozen=True)
@@ -31,44 +35,63 @@ class HeldOut:
     cost: float
 
 
-def measured_gate(clips: ClipSet, summary_tokens: int, num_patches: int) -> NeuroFlowGateConfig:
-    """The gate of the measurement: a keyframe at the start of a clip, then the most surprising patches."""
-    budget = max(1, round(MEASURED_SHARE * num_patches))
-    return clips.settings.gate(summary_tokens, threshold=0.003, token_budget=budget)
+def improvement(before: dict[str, HeldOut], after: dict[str, HeldOut]) -> float:
+    """
+    How much smaller the mean errors became, as the mean over SHARES of log(error before / error after), where an error
+    is 1 - mean cosine. Minus infinity if one of them became larger: nobody wants an adapter that does harm.
+    """
+    gains = [math.log((1 - before[name].mean) / max(1e-9, 1 - after[name].mean)) for name in before]
+    return -math.inf if min(gains) < 0 else sum(gains) / len(gains)
 
 
 @torch.inference_mode()
-def measure(model: NeuroFlowSiglipVisionModel, clips: ClipSet, summary_tokens: int, most_clips: int = 64) -> HeldOut:
+def measure(
+    model: NeuroFlowSiglipVisionModel, clips: ClipSet, summary_tokens: int, most_clips: int = 48
+) -> dict[str, HeldOut]:
     """
-    Encode the held-out clips, at most `most_clips` of them, evenly chosen, at the first resolution. With several
-    processes, each does all of it: the best weights are then the same everywhere.
+    Encode the held-out clips, at most `most_clips` of them, evenly chosen, at the first resolution: figures by the
+    names of SHARES. With several processes, each does all of it: the best weights are then the same everywhere.
     """
-    side, settings = clips.resolutions[0], clips.settings
+    side, batch = clips.resolutions[0], clips.settings.batch
     num_patches = clips.preprocess_at(side).patches_per_side(patch_size_of(model)) ** 2
-    gate = measured_gate(clips, summary_tokens, num_patches)
-    places = torch.linspace(0, len(clips.held_out) - 1, min(most_clips, len(clips.held_out))).round().int().tolist()
-    found: list[Tensor] = []
-    repeated: list[Tensor] = []
-    costs: list[Tensor] = []
-    for first in range(0, len(places), settings.batch):
-        batch = clips.batch([clips.held_out[place] for place in places[first : first + settings.batch]], side)
-        stream = model.new_stream(batch.frames.shape[1], **given(gate))
-        interpolate = needs_interpolation(model, side)
-        for number, (frames, teacher) in enumerate(zip(batch.frames, batch.teacher, strict=True)):
-            pixels = clips.preprocess_at(side).normalise(frames, model.dtype, model.device)
-            output = model(pixels, interpolate_pos_encoding=interpolate, stream=stream)
-            if number:
-                found.append(cosines(output.pooler_output.cpu(), teacher))
-                repeated.append(cosines(batch.teacher[0], teacher))
-                costs.append(output.cost.cpu())
-    ours, theirs = torch.cat(found), torch.cat(repeated)
-    return HeldOut(
-        ours.mean().item(),
-        ours.quantile(0.05).item(),
-        theirs.mean().item(),
-        theirs.quantile(0.05).item(),
-        torch.cat(costs).mean().item(),
-    )
+    numbers = torch.linspace(0, len(clips.held_out) - 1, min(most_clips, len(clips.held_out))).round().int().tolist()
+    chosen = [clips.held_out[number] for number in numbers]
+    found = {}
+    for name, share in SHARES.items():
+        budget = max(1, round(share * num_patches))
+        gate = clips.settings.gate(summary_tokens, threshold=THRESHOLD, token_budget=budget)
+        parts = [
+            measure_batch(model, clips, chosen[first : first + batch], gate) for first in range(0, len(chosen), batch)
+        ]
+        ours, theirs, costs = (torch.cat(part) for part in zip(*parts, strict=True))
+        found[name] = HeldOut(
+            ours.mean().item(),
+            ours.quantile(0.05).item(),
+            theirs.mean().item(),
+            theirs.quantile(0.05).item(),
+            costs.mean().item(),
+        )
+    return found
+
+
+def measure_batch(
+    model: NeuroFlowSiglipVisionModel, clips: ClipSet, chosen: list[Clip], gate: NeuroFlowGateConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Cosines to dense of the model and of the keyframe repeated, and costs, each for all sparse frames of B clips:
+    three times [(T - 1) * B].
+    """
+    side = clips.resolutions[0]
+    batch, interpolate = clips.batch(chosen, side), needs_interpolation(model, side)
+    stream, rows = model.new_stream(len(chosen), **given(gate)), []
+    for number, (frames, teacher) in enumerate(zip(batch.frames, batch.teacher, strict=True)):
+        pixels = clips.preprocess_at(side).normalise(frames, model.dtype, model.device)
+        output = model(pixels, interpolate_pos_encoding=interpolate, stream=stream)
+        if number:
+            found = cosines(output.pooler_output.cpu(), teacher)
+            rows.append((found, cosines(batch.teacher[0], teacher), output.cost.cpu()))
+    ours, theirs, costs = (torch.cat(column) for column in zip(*rows, strict=True))
+    return ours, theirs, costs
 
 
 def given(gate: NeuroFlowGateConfig) -> dict:

@@ -13,7 +13,7 @@ from .measure import HeldOut
 from .train import DistillResult
 
 LOSS, BASELINE = BASELINE_HELD, BASELINE_FIRST
-HEADERS = ["held-out clips", "mean cosine to dense", "p5"]
+HEADERS = ["encoded on a sparse frame", "cost", "held-out clips", "mean cosine to dense", "p5"]
 
 
 def write_report(result: DistillResult, folder: Path, base: str, command: str) -> list[str]:
@@ -25,7 +25,10 @@ def write_report(result: DistillResult, folder: Path, base: str, command: str) -
         "clips": {"training": result.training_clips, "held_out": result.held_out_clips},
         "seconds": round(result.seconds),
         "best_step": result.best_step,
-        "held_out": {step: asdict(figures) for step, figures in result.held_out.items()},
+        "held_out": {
+            step: {name: asdict(figures) for name, figures in measured.items()}
+            for step, measured in result.held_out.items()
+        },
         "losses": [round(loss, 6) for loss in result.losses],
     }
     write_whole(folder / "distill.json", report_text(report))
@@ -36,19 +39,29 @@ def write_report(result: DistillResult, folder: Path, base: str, command: str) -
 
 def held_out_rows(result: DistillResult) -> list[list[str]]:
     """Rows for HEADERS: the keyframe repeated, before training, and the weights that were written."""
-    before, after = result.held_out[0], result.held_out[result.best_step]
-    rows = (
-        ("keyframe repeated", before.repeated_mean, before.repeated_p5),
-        ("before", before.mean, before.p5),
-        (f"after {result.best_step} steps", after.mean, after.p5),
-    )
-    return [[name, f"{mean:.4f}", f"{p5:.4f}"] for name, mean, p5 in rows]
+    rows = []
+    for share, before in result.held_out[0].items():
+        after = result.held_out[result.best_step][share]
+        rows += [
+            ("nothing", 0.0, "keyframe repeated", before.repeated_mean, before.repeated_p5),
+            (share, before.cost, "before", before.mean, before.p5),
+            (share, after.cost, f"after {result.best_step} steps", after.mean, after.p5),
+        ]
+    rows = list(dict.fromkeys(rows))  # the keyframe repeated is the same for each share
+    return [[share, f"{cost:.3f}", name, f"{mean:.4f}", f"{p5:.4f}"] for share, cost, name, mean, p5 in rows]
+
+
+def held_out_words(step: int, measured: dict[str, HeldOut]) -> str:
+    """A line about one measurement."""
+    parts = [f"{figures.mean:.4f}, p5 {figures.p5:.4f} ({share})" for share, figures in measured.items()]
+    return f"step {step}: held-out cosine {'; '.join(parts)}"
 
 
 def plot_distillation(result: DistillResult) -> Figure:
-    """Two panels over the steps: the loss, and the cosine on held-out clips beside the keyframe repeated."""
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    losses, cosines = figure.subplots(2, 1, sharex=True)
+    """Panels over the steps: the loss, and for each share the held-out cosine beside the keyframe repeated."""
+    shares = list(result.held_out[0])
+    figure = Figure(figsize=(9, 2.8 * (1 + len(shares))), layout="constrained")
+    losses, *panels = figure.subplots(1 + len(shares), 1, sharex=True)
     steps = np.arange(1, len(result.losses) + 1)
     losses.plot(steps, result.losses, color=LOSS, alpha=0.3, linewidth=0.8, label="each step")
     width = max(1, len(steps) // 30)
@@ -56,28 +69,24 @@ def plot_distillation(result: DistillResult) -> Figure:
     losses.plot(steps[width - 1 :], smooth, color=LOSS, label=f"mean of {width} steps")
     losses.set_ylabel("loss")
     measured = dict(sorted(result.held_out.items()))
-    for name, style in (("mean", "-"), ("p5", "--")):
-        curve = [getattr(figures, name) for figures in measured.values()]
-        cosines.plot(list(measured), curve, style, color=OURS, label=f"distilled, {name}")
-        level = getattr(result.held_out[0], f"repeated_{name}")
-        cosines.axhline(level, linestyle=style, color=BASELINE, label=f"keyframe repeated, {name}")
-    cosines.axvline(result.best_step, color=LOSS, linewidth=0.8, label="written")
-    cosines.set_ylabel("held-out cosine to dense")
-    cosines.set_xlabel("step")
-    for panel in (losses, cosines):
+    for share, panel in zip(shares, panels, strict=True):
+        for name, style in (("mean", "-"), ("p5", "--")):
+            curve = [getattr(figures[share], name) for figures in measured.values()]
+            panel.plot(list(measured), curve, style, color=OURS, label=f"distilled, {name}")
+            level = getattr(result.held_out[0][share], f"repeated_{name}")
+            panel.axhline(level, linestyle=style, color=BASELINE, label=f"keyframe repeated, {name}")
+        panel.axvline(result.best_step, color=LOSS, linewidth=0.8, label="written")
+        panel.set_ylabel(f"cosine, {share}")
+    panels[-1].set_xlabel("step")
+    for panel in (losses, *panels):
         tidy(panel, "y")
         panel.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, frameon=False, fontsize=9)
     return figure
 
 
-def cost_words(figures: HeldOut) -> str:
-    """What a sparse frame cost in the measurement."""
-    return f"a sparse frame costs {figures.cost:.3f} of a dense one"
-
-
 def card(result: DistillResult, base: str, command: str) -> str:
     """The card of the adapter, or of the model."""
-    settings, figures = result.settings, result.held_out[result.best_step]
+    settings = result.settings
     about = {"base_model": base, "library_name": "transformers", "tags": ["neuroflow", "siglip", "video"]}
     front = "\n".join(
         f"{name}: {value if isinstance(value, str) else '[' + ', '.join(value) + ']'}" for name, value in about.items()
@@ -107,6 +116,7 @@ def card(result: DistillResult, base: str, command: str) -> str:
     return (
         f"---\n{front}\n---\n\n# {base}, distilled for `{settings.mode}`\n\n{what}\n\n{use}\n\n"
         f"Measured on {result.held_out_clips} held-out clips of {settings.clip_frames} frames, each with a keyframe "
-        f"at its start; {cost_words(figures)}. Cosines are to the embeddings of the original model.\n\n{table}\n\n"
+        "at its start. Costs are of a sparse frame, relative to dense; cosines are to the embeddings of the original "
+        f"model.\n\n{table}\n\n"
         f"Trained on {result.training_clips} clips in {result.seconds / 60:.0f} minutes:\n\n```\n{command}\n```\n"
     )

@@ -34,7 +34,9 @@ class DistillSettings:
         ema_rates: the same of the rate of the running mean that frames are compared with; `None` compares with each
             patch's last update, as streams do by default.
         keyframe_ages: the range from which each clip's `keyframe_interval` is drawn, in frames of the clip.
-        most_active (`float`, defaults to 0.3): the largest share of patches that is encoded on a sparse frame.
+        active_shares: the range from which each clip's `token_budget` is drawn, as a share of the patches, on a
+            logarithmic scale. Where less is encoded than in training, or more, an adapter does harm. `None` sets no
+            budget.
         resolutions: sides in pixels, one of which is drawn for each clip; default: the image processor's.
         batch (`int`, defaults to 4): B, the clips that are encoded together. They share what is drawn.
         accumulate (`int`, defaults to 1): the batches of one optimizer step; a multiple of the number of processes.
@@ -61,7 +63,7 @@ class DistillSettings:
     thresholds: tuple[float, float] = (0.003, 0.3)
     ema_rates: tuple[float, float] | None = None
     keyframe_ages: tuple[int, int] = (6, 24)
-    most_active: float = 0.3
+    active_shares: tuple[float, float] | None = (0.02, 1.0)
     resolutions: tuple[int, ...] = ()
     batch: int = 4
     accumulate: int = 1
@@ -88,12 +90,12 @@ class DistillSettings:
         for name, smallest in {**least, "evaluate_every": 1}.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected at least {smallest}.")
-        for name in ("thresholds", "ema_rates", "keyframe_ages"):
+        for name in ("thresholds", "ema_rates", "keyframe_ages", "active_shares"):
             ends = getattr(self, name)
             if ends is not None and not 0 < ends[0] <= ends[1]:
                 raise ValueError(f"`{name}` is {ends}; expected a range above 0, the smaller end first.")
-        if not 0 < self.most_active <= 1:
-            raise ValueError(f"`most_active` is {self.most_active}; expected a share above 0 and at most 1.")
+        if self.active_shares is not None and self.active_shares[1] > 1:
+            raise ValueError(f"`active_shares` is {self.active_shares}; expected shares of at most 1.")
         if self.patches and self.mode == "eliminate":
             raise ValueError("Mode `eliminate` keeps no patches; leave the weight of the loss on `patches` at 0.")
         if self.relations and self.batch < 2:
@@ -109,7 +111,7 @@ class DistillSettings:
             "thresholds": (0.0001, 0.35),
             "ema_rates": (0.001, 0.1),
             "keyframe_ages": (10_000, 10_000),
-            "most_active": 1.0,
+            "active_shares": None,
             "batch": 1,
             "angle": 0.0,
             "mse": 1.0,
@@ -133,17 +135,16 @@ class DistillSettings:
 
     def draw_gate(self, rng: np.random.Generator, num_patches: int, summary_tokens: int) -> NeuroFlowGateConfig:
         """The gate of one batch of clips."""
-        low, high = self.thresholds
         uniform = self.method == "full"
-        threshold = rng.uniform(low, high) if uniform else math.exp(rng.uniform(math.log(low), math.log(high)))
+        threshold = rng.uniform(*self.thresholds) if uniform else log_uniform(rng, self.thresholds)
         options: dict[str, Any] = {
             "threshold": threshold,
             "keyframe_interval": int(rng.integers(self.keyframe_ages[0], self.keyframe_ages[1] + 1)),
         }
         if self.ema_rates is not None:
             options |= {"reference": "ema", "ema_rate": rng.uniform(*self.ema_rates)}
-        if self.most_active < 1:
-            options["token_budget"] = max(1, round(self.most_active * num_patches * rng.uniform(0.05, 1)))
+        if self.active_shares is not None:
+            options["token_budget"] = max(1, round(log_uniform(rng, self.active_shares) * num_patches))
         return self.gate(summary_tokens, **options)
 
     def learning_rate_at(self, step: int) -> float:
@@ -160,6 +161,12 @@ class DistillSettings:
         values = dataclasses.asdict(self)
         del values["checkpoint_seconds"]
         return key_of(settings=values, **depends)
+
+
+def log_uniform(rng: np.random.Generator, ends: tuple[float, float]) -> float:
+    """A number between two positive ends, its logarithm uniformly distributed."""
+    low, high = map(math.log, ends)
+    return math.exp(rng.uniform(low, high))
 
 
 __all__ = ["DISTILLABLE_MODES", "METHODS", "DistillSettings"]

@@ -22,7 +22,7 @@ from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .clips import Batch, ClipSet, needs_interpolation, patch_size_of
 from .losses import angle_loss, embedding_loss, patch_loss, relation_loss
-from .measure import HeldOut, given, measure
+from .measure import HeldOut, given, improvement, measure
 from .settings import DistillSettings
 from .student import Student
 
@@ -37,7 +37,8 @@ class DistillResult:
     Attributes:
         settings: what was asked for.
         losses: of every step.
-        held_out: figures on held-out clips by step; those of step 0 are before training.
+        held_out: figures on held-out clips by step and by the names of `measure.SHARES`; those of step 0 are before
+            training.
         best_step: the step whose weights were written.
         finished: False if it was interrupted; the same call goes on.
         seconds: of training, without the teacher's embeddings.
@@ -47,7 +48,7 @@ class DistillResult:
 
     settings: DistillSettings
     losses: list[float]
-    held_out: dict[int, HeldOut]
+    held_out: dict[int, dict[str, HeldOut]]
     best_step: int
     finished: bool
     seconds: float
@@ -62,7 +63,7 @@ class State:
 
     step: int
     losses: list[float]
-    held_out: dict[int, HeldOut]
+    held_out: dict[int, dict[str, HeldOut]]
     best_step: int
     best: dict[str, Tensor]
     seconds: float
@@ -76,7 +77,7 @@ def distill(
     settings: DistillSettings | None = None,
     held_out: Sequence[Path] | None = None,
     base: str | None = None,
-    on_step: Callable[[str, int, int, HeldOut | None], None] = lambda what, done, total, figures: None,
+    on_step: Callable[[str, int, int, dict[str, HeldOut] | None], None] = lambda what, done, total, figures: None,
     cache: Path | None = None,
 ) -> DistillResult:
     """
@@ -146,11 +147,13 @@ def distill(
             )
             state.losses.append(loss)
             state.step += 1
-            measured: HeldOut | None = None
+            measured: dict[str, HeldOut] | None = None
             if state.step % settings.evaluate_every == 0 or state.step == settings.steps:
                 measured = measure(student.model, clips, summary_tokens)
                 state.held_out[state.step] = measured
-                if measured.mean > state.held_out[state.best_step].mean:
+                before, best = state.held_out[0], state.held_out[state.best_step]
+                # the paper's recipe ends with its last weights
+                if settings.method == "full" or improvement(before, measured) > improvement(before, best):
                     state.best_step, state.best = state.step, student.weights()
             on_step("steps", state.step, settings.steps, measured)
             state.seconds = time.monotonic() - begun
@@ -277,7 +280,10 @@ def write_state(path: Path, key: str, state: State, student: Student, optimizer:
         "key": key,
         "step": state.step,
         "losses": state.losses,
-        "held_out": {step: asdict(figures) for step, figures in state.held_out.items()},
+        "held_out": {
+            step: {name: asdict(figures) for name, figures in measured.items()}
+            for step, measured in state.held_out.items()
+        },
         "best_step": state.best_step,
         "seconds": state.seconds,
     }
@@ -318,5 +324,8 @@ def read_state(path: Path, key: str, student: Student, optimizer: torch.optim.Op
         place, field = name.split(".")
         moments.setdefault(int(place), {})[field] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    held_out = {int(step): HeldOut(**figures) for step, figures in about["held_out"].items()}
+    held_out = {
+        int(step): {name: HeldOut(**figures) for name, figures in measured.items()}
+        for step, measured in about["held_out"].items()
+    }
     return State(about["step"], about["losses"], held_out, about["best_step"], part("best."), about["seconds"])

@@ -23,7 +23,7 @@ from rich.console import Console
 from neuroflow_hf.cli.progress import CommandProgress
 from neuroflow_hf.distill import DistillSettings, distill
 from neuroflow_hf.distill.measure import HeldOut
-from neuroflow_hf.distill.report import write_report
+from neuroflow_hf.distill.report import held_out_words, write_report
 from neuroflow_hf.loading import load_model
 from recipes.composed_clips import MOTIONS, frames, specify
 from recipes.recordings import RECORDINGS
@@ -35,7 +35,7 @@ FOOTAGE = Path(__file__).with_name("footage.csv")
 SIDE, COMPOSED_FRAMES, FRAMES_PER_SECOND = 448, 96, 30
 SPLITS = {"training": (8, 101), "held out": (2, 102)}  # clips of each motion, seed
 
-COMMON = {"clip_frames": 12, "keyframe_ages": (12, 12), "most_active": 0.15, "evaluate_every": 50}
+COMMON = {"clip_frames": 12, "keyframe_ages": (12, 12), "evaluate_every": 50}
 VARIANTS = {
     "reconstruct": DistillSettings(**COMMON, mode="reconstruct", summary_tokens=64, steps=300),
     "eliminate-summary": DistillSettings(**COMMON, mode="eliminate", summary_tokens=64, steps=150),
@@ -106,10 +106,10 @@ def main(
     folder = variant_folder(variant)
     with CommandProgress("steps", console) as progress:
 
-        def on_step(what: str, done: int, total: int, figures: HeldOut | None) -> None:
+        def on_step(what: str, done: int, total: int, figures: dict[str, HeldOut] | None) -> None:
             progress.show(what, done, total)
             if figures is not None:
-                console.print(f"step {done}: held-out cosine {figures.mean:.4f}, p5 {figures.p5:.4f}")
+                console.print(held_out_words(done, figures))
 
         result = distill(
             paths["training"],
