@@ -17,6 +17,7 @@ from .cost import pooling_head as head_cost
 from .extrapolate import build_corrections, weights_cost
 from .gate import choose_active, update_references
 from .gate_config import NeuroFlowGateConfig
+from .hidden_states import as_output, hidden_state_name
 from .layer_step import LayerStep, ModeSpec, layers_of
 from .modes import MODES
 from .patches import active_position_embeddings, position_embeddings, project_patches
@@ -37,6 +38,9 @@ class NeuroFlowSiglipVisionOutput(BaseModelOutputWithPooling):
             All patches after the final layer norm, each as it was last encoded. In mode `eliminate` the active ones
             only, `(B, A, D)`, padded with zeros to the largest count; `token_mask` says which are real.
         pooler_output (`torch.FloatTensor` of shape `(B, D)`): the embedding. None if the model has no pooling head.
+        hidden_states (`tuple`, *optional*):
+            The hidden states that were asked for, `(B, N, D)` each, at their places among L + 1, None at the others:
+            all patches, each as it was last encoded.
         active_mask (`torch.BoolTensor` of shape `(B, grid_h, grid_w)`):
             The patches that were encoded on this frame.
         surprise (`torch.FloatTensor` of shape `(B, grid_h, grid_w)`, *optional*):
@@ -56,7 +60,11 @@ class NeuroFlowSiglipVisionOutput(BaseModelOutputWithPooling):
 
 
 def encode_frame(
-    model: SiglipVisionModel, pixel_values: torch.Tensor, stream: NeuroFlowStream, interpolate_pos_encoding: bool
+    model: SiglipVisionModel,
+    pixel_values: torch.Tensor,
+    stream: NeuroFlowStream,
+    interpolate_pos_encoding: bool,
+    hidden_states: tuple[int, ...] = (),
 ) -> NeuroFlowSiglipVisionOutput:
     """
     Advance `stream` by one frame of each of its B cameras.
@@ -66,6 +74,7 @@ def encode_frame(
     Args:
         model: the vision model. Its modules are called, so adapters and hooks work; see `shortcuts.py` for exceptions.
         pixel_values: [B, C, H, W], normalised, floating point.
+        hidden_states: which to return, as of `requested_hidden_states`. The first frame decides which are kept.
     """
     if not hasattr(stream, "begin_frame"):  # code loaded from the Hub has a stream class of its own
         raise TypeError(f"`stream` is a {type(stream).__name__}; expected what `model.new_stream()` returns.")
@@ -76,7 +85,7 @@ def encode_frame(
         adapter.check(stream.gate)
     mode = MODES[stream.gate.mode]
     with stream.unchanged_by_errors():
-        stream.begin_frame(geometry)
+        stream.begin_frame(geometry, hidden_states)
         looking = frame_cost(model, stream.gate, mode, geometry, 0, 0, projected=True, folded=False)
         stream.gate = with_affordable_budget(stream.gate, looking)
         projected = stream.gate.needs_surprise or any(stream.due_keyframes())
@@ -91,7 +100,8 @@ def encode_frame(
             active, surprise = nothing_active(geometry), None
 
     stream.frame_in_progress = True
-    fresh, spent = None, [0] * geometry.batch_size
+    fresh: dict[str, torch.Tensor] = {}
+    spent = [0] * geometry.batch_size
     if active.live:
         if mode.encodes_all_patches:
             positions = position_embeddings(model, patches, pixel_values, interpolate_pos_encoding)
@@ -103,7 +113,11 @@ def encode_frame(
             hidden = active.gather(patches) + positions
         fresh, spent = encode(model, hidden, active, stream, mode, summary, adapter)
     folded = model.use_head and stream.gate.mode != "dense" and can_fold_probe(model.head)
-    tokens, token_mask = read_out(stream, mode, geometry, fresh, active)
+    kept = remember_outputs(stream, mode, fresh, active)
+    if mode.pools_all_patches:
+        tokens, token_mask = kept[OUTPUT], None
+    else:
+        tokens, token_mask = pad_streams(fresh.get(OUTPUT), active, geometry)
     pooled = pool(model, stream, tokens, token_mask, active, folded, summary)
     if projected:
         update_references(stream, signal, active)
@@ -123,6 +137,7 @@ def encode_frame(
         # copies, since the next frame writes into the memories behind them
         last_hidden_state=tokens.clone() if token_mask is None else tokens,  # type: ignore[arg-type]
         pooler_output=None if pooled is None else pooled.clone(),  # type: ignore[arg-type]
+        hidden_states=as_output(kept, hidden_states, geometry.num_layers),
         active_mask=active.mask.unflatten(-1, geometry.grid),
         surprise=None if surprise is None else surprise.unflatten(-1, geometry.grid),
         skip_rate=(1 - counts / geometry.num_patches).to(geometry.device, non_blocking=True),
@@ -236,18 +251,20 @@ def encode(
     mode: ModeSpec,
     summary: SummaryGrid | None,
     adapter: SparseAdapter | None,
-) -> tuple[torch.Tensor, list[int]]:
+) -> tuple[dict[str, torch.Tensor], list[int]]:
     """
-    Pass `hidden` through all encoder layers and the final layer norm: the outputs, and the multiply-adds that each
-    stream took.
+    Pass `hidden` through all encoder layers and the final layer norm: the outputs by the names of their memories, and
+    the multiply-adds that each stream took.
     """
     spent, dim = [0] * len(active.counts), model.config.hidden_size
+    names = {index: hidden_state_name(index) for index in stream.hidden_states}
+    fresh = {names[0]: hidden} if 0 in names else {}
     corrections = []
     if mode.corrects_stale and not all(active.keyframes):
         corrections = build_corrections(stream.memory[OUTPUT], active)
     layers = layers_of(model.encoder)
     adapters = [NO_ADAPTER] * len(layers) if adapter is None else adapter.of_layers(active)
-    for layer, memory, changes in zip(layers, stream.layer_memories, adapters, strict=True):
+    for number, (layer, memory, changes) in enumerate(zip(layers, stream.layer_memories, adapters, strict=True), 1):
         # A checkpointed layer would run again in the backward pass, with memories of a later frame. In evaluation no
         # layer is checkpointed, and the flags stay as they are: threads may share the model.
         checkpointed = layer.training and layer.gradient_checkpointing
@@ -260,43 +277,43 @@ def encode(
             if checkpointed:
                 layer.gradient_checkpointing = True
         spent = [before + added for before, added in zip(spent, step.multiply_adds, strict=True)]
-    fresh = model.post_layernorm(hidden)
+        if number in names:
+            fresh[names[number]] = hidden
+    fresh[OUTPUT] = model.post_layernorm(hidden)
     if summary is not None and not mode.pools_all_patches:
-        remember_summary(stream.memory, SUMMARY_OUTPUT, fresh, active, summary)
+        remember_summary(stream.memory, SUMMARY_OUTPUT, fresh[OUTPUT], active, summary)
     for correction in corrections:
-        correction.apply(stream.memory, OUTPUT, fresh)
-        spent[correction.stream] += weights_cost(correction, dim) + correction.multiply_adds(dim)
+        spent[correction.stream] += weights_cost(correction, dim)
+        for name, rows in fresh.items():
+            correction.apply(stream.memory, name, rows)
+            spent[correction.stream] += correction.multiply_adds(dim)
     return fresh, spent
 
 
-def read_out(
-    stream: NeuroFlowStream,
-    mode: ModeSpec,
-    geometry: StreamGeometry,
-    fresh: torch.Tensor | None,
-    active: ActiveSet,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def remember_outputs(
+    stream: NeuroFlowStream, mode: ModeSpec, fresh: dict[str, torch.Tensor], active: ActiveSet
+) -> dict[str, torch.Tensor]:
     """
-    Store the encoder's outputs (None if nothing was active) and return what the head pools: [B, N, D] and no mask, or
-    in mode `eliminate` [B, A, D] and its mask [B, A].
+    Store the encoder's outputs, by the names of their memories, and return all of these, [B, N, D] each. `fresh` is
+    empty if nothing was active; in mode `eliminate`, outputs are not stored.
     """
     memory = stream.memory
     if not mode.pools_all_patches:
-        return pad_streams(fresh, active, geometry)
-    if fresh is None:
-        return memory[OUTPUT], None
+        return {}
     if mode.encodes_all_patches:
-        return active.remember_streams(memory, OUTPUT, fresh), None
-    return active.remember(memory, OUTPUT, blend(stream, fresh, active)), None
+        kept = {name: active.remember_streams(memory, name, output) for name, output in fresh.items()}
+    else:
+        kept = {name: active.remember(memory, name, blend(stream, name, rows, active)) for name, rows in fresh.items()}
+    return kept or memory
 
 
-def blend(stream: NeuroFlowStream, fresh: torch.Tensor, active: ActiveSet) -> torch.Tensor:
+def blend(stream: NeuroFlowStream, name: str, fresh: torch.Tensor, active: ActiveSet) -> torch.Tensor:
     """`(1 - b) C + b z` for rows [M, D], with b the `memory_blend`; rows of keyframes are returned as they are."""
     share = stream.gate.memory_blend
     if share == 1 or all(active.keyframes):
         return fresh
     plain = torch.tensor(active.keyframes).repeat_interleave(torch.tensor(active.counts)).to(fresh.device)
-    blended = torch.lerp(active.gather(stream.memory[OUTPUT]), fresh, share)
+    blended = torch.lerp(active.gather(stream.memory[name]), fresh, share)
     return torch.where(plain.unsqueeze(1), fresh, blended)
 
 

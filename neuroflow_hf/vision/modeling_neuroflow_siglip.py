@@ -32,6 +32,7 @@ from .adapter_files import read_adapter, write_adapter
 from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig, as_config
 from .frame import NeuroFlowSiglipVisionOutput, encode_frame
 from .gate_config import GateOption, NeuroFlowGateConfig
+from .hidden_states import requested_hidden_states
 from .layer_step import LayerStep, layers_of
 from .sparse_adapter import SparseAdapter
 from .stream import NeuroFlowStream
@@ -314,6 +315,8 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
             setattr(wrapper, name, getattr(model, name))
         for layer, shared in zip(wrapper.encoder.layers, model.encoder.layers, strict=True):
             share_module(layer, shared)
+        # the hooks that record hidden states come along, and are not to be installed twice
+        vars(wrapper)["_output_capturing_hooks_installed"] = hasattr(model, "_output_capturing_hooks_installed")
         return wrapper.train(model.training)
 
     def forward(
@@ -329,16 +332,21 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
                 frame of each of its B streams.
             interpolate_pos_encoding (`bool`, defaults to `False`): for resolutions other than the checkpoint's.
             stream ([`NeuroFlowStream`], *optional*): from `new_stream()`. Without one, this is SigLIP.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
+                As in transformers' class. The first frame of a stream decides which ones it keeps: name the layers
+                that you read, since each takes as much memory as `last_hidden_state`.
 
         Raises:
-            ValueError: with a stream, if the frame does not fit it or has pixels that are not finite, or if hidden
-                states or attentions are requested.
+            ValueError: with a stream, if the frame does not fit it or has pixels that are not finite, if attentions
+                are requested, or hidden states that the stream does not keep.
         """
         if stream is None:
             return super().forward(pixel_values, interpolate_pos_encoding, **kwargs)
         return_dict = pop_return_dict(kwargs, self.config)
-        refuse_recording(self.config, kwargs)
-        output = encode_frame(self, pixel_values, stream, interpolate_pos_encoding)
+        refuse_recording(self.config, kwargs, "output_attentions")
+        request = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        hidden_states = requested_hidden_states(request, self.config.num_hidden_layers)
+        output = encode_frame(self, pixel_values, stream, interpolate_pos_encoding, hidden_states)
         return output if return_dict else output.to_tuple()
 
 
@@ -431,7 +439,7 @@ class NeuroFlowSiglipForImageClassification(NeuroFlowSiglipPreTrainedModel, Sigl
         if stream is None:
             return super().forward(pixel_values, labels, interpolate_pos_encoding, **kwargs)
         return_dict = pop_return_dict(kwargs, self.config)
-        refuse_recording(self.config, kwargs)
+        refuse_recording(self.config, kwargs, "output_attentions", "output_hidden_states")
         if stream.gate.mode == "eliminate" and stream.gate.least_active == 0:
             raise ValueError(
                 "The classifier averages the active patches, and `min_active_tokens=0` allows for none. Make the "
@@ -463,9 +471,9 @@ def pop_return_dict(kwargs: TransformersKwargs, config: PreTrainedConfig) -> boo
     return bool(config.return_dict if return_dict is None else return_dict)
 
 
-def refuse_recording(config: PreTrainedConfig, kwargs: TransformersKwargs) -> None:
-    """Raise if hidden states or attentions are asked for, by keyword or by the configuration."""
-    for name in ("output_hidden_states", "output_attentions"):
+def refuse_recording(config: PreTrainedConfig, kwargs: TransformersKwargs, *names: str) -> None:
+    """Raise if one of these outputs is asked for, by keyword or by the configuration."""
+    for name in names:
         if kwargs.get(name, getattr(config, name, False)):
             raise ValueError(
                 f"`{name}` is not supported with a stream: the layers see only the active patches, which differ from "

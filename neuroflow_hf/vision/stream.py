@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .gate_config import NeuroFlowGateConfig
+from .hidden_states import require_kept
 from .modes import MODES
 from .selection import refreshed_per_frame
 from .stream_state import (
@@ -42,6 +43,7 @@ class NeuroFlowStream:
         credit (`list[float]`):
             What each stream may still spend under a `cost_budget`, in dense frames. At 0 or less, nothing is encoded
             until it is above 0 again.
+        hidden_states (`tuple[int, ...]`): the hidden states that are kept, as the first frame asked for them.
     """
 
     def __init__(self, gate: NeuroFlowGateConfig, batch_size: int = 1):
@@ -63,6 +65,7 @@ class NeuroFlowStream:
         self.credit = [float(self.gate.cost_reserve)] * self.batch_size
         self.geometry: StreamGeometry | None = None
         self.stores: dict | None = None
+        self.hidden_states: tuple[int, ...] = ()
         self.memory: dict[str, torch.Tensor] = {}
         self.layer_memories: list[dict[str, torch.Tensor]] = []
         self.frame_in_progress = False
@@ -125,15 +128,16 @@ class NeuroFlowStream:
             vars(self).update(before)
             raise
 
-    def begin_frame(self, geometry: StreamGeometry) -> None:
+    def begin_frame(self, geometry: StreamGeometry, hidden_states: tuple[int, ...] = ()) -> None:
         """
-        Prepare for a frame of this geometry. If the last frame was interrupted (an error, Ctrl-C, out of memory), some
-        memories may be written and others not: every stream then restarts with a keyframe.
+        Prepare for a frame of this geometry that asks for these hidden states. If the last frame was interrupted (an
+        error, Ctrl-C, out of memory), some memories may be written and others not: every stream then restarts with a
+        keyframe.
 
         Raises:
             ValueError: if the geometry differs from the stream's and `on_change` is `"error"`; if an option of the
                 gate is out of range; if an option that decides what is stored was changed; if `max_age` needs more
-                patches per frame than `token_budget` allows.
+                patches per frame than `token_budget` allows; if a hidden state is asked for that is not kept.
         """
         self.gate.check()
         if self.geometry is None and geometry.batch_size != self.batch_size:
@@ -165,6 +169,9 @@ class NeuroFlowStream:
                 f"{changes_of(self.stores, stored_by(self.gate))}. Call `stream.reset()`, or make another stream with "
                 "`model.new_stream()`."
             )
+        if self.geometry is None:
+            self.hidden_states = hidden_states
+        require_kept(hidden_states, self.hidden_states, MODES[self.gate.mode])
         self.geometry, self.stores = geometry, stored_by(self.gate)
         if not self.layer_memories:
             self.layer_memories = [{} for _ in range(geometry.num_layers)]
@@ -218,7 +225,8 @@ class NeuroFlowStream:
                 **{**stored, "grid": tuple(stored["grid"]), "dtype": getattr(torch, stored["dtype"]), "device": device}
             )
             layer_memories = [{} for _ in range(geometry.num_layers)]
-        require_complete(state, memory_layout(self.gate, MODES[self.gate.mode], geometry))
+        hidden_states = tuple(state.get("hidden_states", ()))
+        require_complete(state, memory_layout(self.gate, MODES[self.gate.mode], geometry, hidden_states))
         for name, tensor in state["memory"].items():
             if name.startswith("layers."):
                 _, index, field = name.split(".")
@@ -228,7 +236,7 @@ class NeuroFlowStream:
         self.batch_size = state["batch_size"]
         self.frames, self.credit = list(state["frames"]), list(state["credit"])
         self.geometry, self.memory, self.layer_memories = geometry, memory, layer_memories
-        self.stores = None if geometry is None else ours
+        self.stores, self.hidden_states = None if geometry is None else ours, hidden_states
         self.frame_in_progress = False
 
     def save(self, path: str | os.PathLike) -> None:
@@ -273,6 +281,7 @@ class NeuroFlowStream:
             "frames": list(self.frames),
             "credit": list(self.credit),
             "geometry": geometry,
+            "hidden_states": list(self.hidden_states),
             "gate": self.gate.to_dict(),
             "preset_budget": self.gate.preset_budget,
         }

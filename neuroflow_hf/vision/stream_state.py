@@ -8,6 +8,7 @@ unless another is given.
 | name | shape | what it holds |
 |---|---|---|
 | `output` | [B, N, D] | each patch after the final layer norm, as last encoded; not in `eliminate` |
+| `hidden_state_l` | [B, N, D] | the same of layer l's output (0: the encoder's input), for those that are asked for |
 | `pooled` | [B, D] | the embedding; only if the model has a pooling head |
 | `last_update` | [B, N, D] | reference: each patch's signal when it was last encoded |
 | `ema`, `slow_ema` | [B, N, D], float32 | references: running means of each patch's signal |
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from .gate_config import NeuroFlowGateConfig
+from .hidden_states import hidden_state_name
 from .layer_step import ModeSpec
 from .summary import SUMMARY_KEY, SUMMARY_OUTPUT, SUMMARY_VALUE
 
@@ -90,7 +92,7 @@ def changes_of(theirs: dict, ours: dict) -> str:
 
 
 def memory_layout(
-    gate: NeuroFlowGateConfig, mode: ModeSpec, geometry: StreamGeometry | None
+    gate: NeuroFlowGateConfig, mode: ModeSpec, geometry: StreamGeometry | None, hidden_states: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
     """
     The shape of every memory after the first frame, by name; none before it, when there is no geometry yet. Without
@@ -101,7 +103,7 @@ def memory_layout(
     streams, patches, dim, heads = geometry.batch_size, geometry.num_patches, geometry.hidden_size, geometry.num_heads
     layout: dict[str, tuple[int, ...]] = dict.fromkeys(gate.references, (streams, patches, dim))
     if mode.pools_all_patches:
-        layout[OUTPUT] = (streams, patches, dim)
+        layout |= dict.fromkeys((OUTPUT, *map(hidden_state_name, hidden_states)), (streams, patches, dim))
     if gate.keeps_age:
         layout[AGE] = (streams, patches)
     for layer in range(geometry.num_layers):

@@ -355,10 +355,12 @@ def test_hooks_on_a_stock_model_come_along():
     stock = new_stock()
     for part in ("encoder.layers.1", "encoder.layers.2.mlp", "head"):
         stock.get_submodule(part).register_forward_hook(lambda module, args, output: output * 2)
-    wrapper = NeuroFlowSiglipVisionModel.from_siglip(stock)
     frames = random_video(1, batch_size=2)
+    stock(frames[0].double(), output_hidden_states=True)  # leaves hooks that record
+    wrapper = NeuroFlowSiglipVisionModel.from_siglip(stock)
     with torch.no_grad():
         assert_equal(dense(wrapper, frames), dense(stock, frames))
+    assert len(wrapper(frames[0].double(), output_hidden_states=True).hidden_states) == 4
     check_streaming(wrapper)
 
 

@@ -164,6 +164,43 @@ def test_saved_restored_and_continued_is_as_never_stopped(vision, mode, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["stream.safetensors"]
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODE_NAMES if mode != "eliminate"])
+def test_hidden_states_are_kept_as_the_output_is(vision64, mode, tmp_path):
+    """Without the final layer norm, the last one is the output, whatever was left out, corrected or blended."""
+    model = copy.deepcopy(vision64)
+    model.post_layernorm = torch.nn.Identity()
+    options = {"mode": mode, "threshold": 0.3} | ({} if mode in ("dense", "hold", "mlp") else {"memory_blend": 0.5})
+    stream = model.new_stream(2, **options)
+    for number, frame in enumerate(random_video(5, batch_size=2)):
+        output = model(frame.double(), stream=stream, output_hidden_states=[-1, 1])
+        assert torch.equal(output.hidden_states[3], output.last_hidden_state)
+        assert output.hidden_states[0] is None and output.hidden_states[2] is None
+        if number == 0:
+            dense = model(frame.double(), output_hidden_states=True)
+            assert_close_in_norm(output.hidden_states[1], dense.hidden_states[1])
+        if number == 2:
+            stream.save(tmp_path / "stream.safetensors")
+            stream = NeuroFlowStream.load(tmp_path / "stream.safetensors")
+    assert stream.hidden_states == (1, 3)
+
+
+def test_hidden_states_that_are_not_kept_are_refused(vision):
+    frame = random_video(1)[0]
+    stream = vision.new_stream(mode="context")
+    assert vision(frame, stream=stream, output_hidden_states=-2).hidden_states[2].shape == (1, NUM_PATCHES, 32)
+    assert vision(frame, stream=stream).hidden_states is None
+    for request, words in (([1, 2], r"states \[1\], and this stream keeps \[2\]"), (4, "state 4; expected 0 to 3")):
+        with pytest.raises(ValueError, match=words):
+            vision(frame, stream=stream, output_hidden_states=request)
+    with pytest.raises(ValueError, match="not supported in mode `eliminate`"):
+        vision(frame, stream=vision.new_stream(mode="eliminate"), output_hidden_states=True)
+    stream.reset()
+    everything = vision(frame, stream=stream, output_hidden_states=True).hidden_states
+    dense = vision(frame, output_hidden_states=True).hidden_states
+    for kept, own in zip(everything, dense, strict=True):
+        torch.testing.assert_close(kept, own, rtol=1e-5, atol=1e-5)
+
+
 def test_a_state_is_a_copy_and_a_fresh_stream_has_one_too(vision):
     frames = random_video(3)
     stream = vision.new_stream()
