@@ -10,6 +10,7 @@ from transformers import (
     SiglipProcessor,
 )
 
+from .attachment import Attachment, StreamSession, attach
 from .language.bypass_config import NeuroFlowBypassConfig
 from .language.bypass_state import BypassStatistics
 from .language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
@@ -42,6 +43,7 @@ AutoModelForCausalLM.register(NeuroFlowPhi3Config, NeuroFlowPhi3ForCausalLM)
 
 __all__ = [
     "PRESETS",
+    "Attachment",
     "BypassStatistics",
     "LosslessCounts",
     "NeuroFlowBypassConfig",
@@ -59,4 +61,6 @@ __all__ = [
     "NeuroFlowSiglipVisionModel",
     "NeuroFlowSiglipVisionOutput",
     "NeuroFlowStream",
+    "StreamSession",
+    "attach",
 ]

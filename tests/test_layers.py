@@ -17,7 +17,7 @@ LAYERS = [
     ("eval",),
     ("recipes",),
     ("neuroflow_hf.cli",),
-    ("neuroflow_hf.distill",),
+    ("neuroflow_hf.distill", "neuroflow_hf.attachment"),
     ("neuroflow_hf.evaluation", "neuroflow_hf.drift"),
     ("neuroflow_hf.conversion",),
     ("neuroflow_hf.loading",),
@@ -82,6 +82,7 @@ def test_a_wrong_import_is_noticed(tmp_path, monkeypatch):
         "neuroflow_hf/language/bypass.py": "from ..vision.options import make_options",
         "neuroflow_hf/drift/run.py": "def f():\n    from ..cli import main",
         "neuroflow_hf/evaluation/run.py": "import recipes.hub",
+        "neuroflow_hf/attachment/tower.py": "from ..distill.train import distill",
         "recipes/hub.py": "from eval import report",
     }
     for name, source in wrong.items():
@@ -91,7 +92,7 @@ def test_a_wrong_import_is_noticed(tmp_path, monkeypatch):
         assert wrong_imports(path), name
 
 
-@pytest.mark.parametrize("family", ["vision", "language"])
+@pytest.mark.parametrize("family", ["vision", "language", "attachment"])
 def test_models_need_five_packages(family):
     roots = set()
     for path in (ROOT / "neuroflow_hf" / family).glob("*.py"):

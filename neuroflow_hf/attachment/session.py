@@ -1,0 +1,120 @@
+"""What is remembered from call to call: by one request, and by an attached model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import SiglipVisionModel
+
+from ..vision.gate_config import GateOption
+from ..vision.stream import NeuroFlowStream
+from .classes import STOCK, VIDEO_METHOD, change_classes
+
+Rows = Literal["auto", "frames", "cameras", "images"]
+# what `Attachment.using` set; outside of the attachments, since a model that holds a ContextVar cannot be copied
+SESSIONS: ContextVar[dict["Attachment", "StreamSession"] | None] = ContextVar("sessions", default=None)
+
+
+class StreamSession:
+    """
+    The memory of one request whose rows are cameras. It belongs to the caller: requests with a session each do not
+    meet.
+
+    Attributes:
+        streams (`dict[str, NeuroFlowStream]`): by the tower's name in the model, filled by the first call.
+        cost (`torch.FloatTensor` of shape `(rows,)`, *optional*):
+            Multiply-adds of the tower for each row of the last call, over those of a dense one; None if it was dense.
+    """
+
+    def __init__(self) -> None:
+        self.streams: dict[str, NeuroFlowStream] = {}
+        self.cost: torch.Tensor | None = None
+
+    def stream_of(self, tower: str, cameras: int) -> NeuroFlowStream | None:
+        """
+        The stream that a tower's call continues, None if it is the first.
+
+        Raises:
+            ValueError: if the stream has another number of cameras.
+        """
+        stream = self.streams.get(tower)
+        if stream is not None and stream.batch_size != cameras:
+            raise ValueError(
+                f"The call has images of {cameras} cameras, and the stream that it would continue has "
+                f"{stream.batch_size}. Pass the same cameras on every call, call `attached.reset()`, or give this "
+                "request a session of its own: `with attached.using() as session`."
+            )
+        return stream
+
+
+class Attachment:
+    """
+    The streams of the SigLIP towers in a model, made by [`attach`].
+
+    Attributes:
+        towers (`dict[str, SiglipVisionModel]`): by their names in the model; empty after `detach`.
+        rows (`str`): what the rows of a call are, see [`attach`]. May be changed between calls.
+        gate_options (`dict`): the options of new streams. May be changed between calls.
+    """
+
+    def __init__(self, rows: Rows, gate_options: dict[str, GateOption]):
+        self.rows, self.gate_options = rows, gate_options
+        self.towers: dict[str, SiglipVisionModel] = {}
+        self.video_models: list[nn.Module] = []
+        self.own_session = StreamSession()
+
+    @property
+    def session(self) -> StreamSession:
+        """The session that calls continue: that of `using`, elsewhere the attachment's own."""
+        return (SESSIONS.get() or {}).get(self, self.own_session)
+
+    @contextmanager
+    def using(self, session: StreamSession | None = None) -> Iterator[StreamSession]:
+        """Let the calls inside, of this thread or task, continue a session; without one, a new one."""
+        session = session or StreamSession()
+        token = SESSIONS.set({**(SESSIONS.get() or {}), self: session})
+        try:
+            yield session
+        finally:
+            SESSIONS.reset(token)
+
+    @property
+    def stream(self) -> NeuroFlowStream | None:
+        """
+        The stream that calls continue with `rows="cameras"`, None before the first. Assign one to continue it:
+        `attached.stream = NeuroFlowStream.load(path)`.
+
+        Raises:
+            ValueError: if the model has several towers; `session.streams` has a stream of each.
+        """
+        return self.session.streams.get(self._only_tower())
+
+    @stream.setter
+    def stream(self, stream: NeuroFlowStream) -> None:
+        self.session.streams[self._only_tower()] = stream
+
+    @property
+    def cost(self) -> torch.Tensor | None:
+        """Of the session's last call, see [`StreamSession`]."""
+        return self.session.cost
+
+    def reset(self) -> None:
+        """Forget the session's streams: the next call starts new ones, of any number of cameras."""
+        self.session.streams.clear()
+
+    def detach(self) -> None:
+        """Give the model its own classes and methods back; it computes what it did before."""
+        for tower in self.towers.values():
+            del tower.attachment, tower.name_in_model
+            change_classes(tower, STOCK)
+        for owner in self.video_models:
+            delattr(owner, VIDEO_METHOD)
+        self.towers, self.video_models = {}, []
+
+    def _only_tower(self) -> str:
+        if len(self.towers) != 1:
+            raise ValueError(f"The model has {len(self.towers)} SigLIP towers; use `session.streams[name]`.")
+        return next(iter(self.towers))
