@@ -1,11 +1,19 @@
-"""Which tokens to draft, and how many."""
+"""Which tokens to draft, how many, and whether drafting pays."""
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
 
 from .lossless_config import NeuroFlowLosslessConfig
 
 DraftWithBypass = Callable[[int, int], list[int]]  # `(token, length) -> tokens`
-FIRST_LENGTH = 4  # tokens in a generation's first draft
+LENGTHS = (1, 3, 7, 15, 31)  # with the last token, a verification feeds a power of two, which matrix products like
+FIRST_LENGTH = 7  # of the drafts whose times are the first to be known
+FIRST_DRAFTS = 2
+FIRST_KEPT, FIRST_TRIED = 2.0, 3.0  # an acceptance rate to start from, as if so many draft tokens had been seen
+MEMORY = 0.8  # weight of what was seen before a draft, beside the draft
 
 
 class Lookup:
@@ -37,33 +45,103 @@ class Lookup:
         return []
 
 
+def best_length(
+    acceptance: float, draft_seconds: float, check_seconds: Callable[[int], float], lengths: Iterable[int]
+) -> int:
+    """
+    The length of a draft that is expected to give the most tokens for its time, or 0 if drafting does not pay.
+
+    A draft of n tokens keeps the i-th with probability acceptance^i, its verification gives one token more, and both
+    take n * draft_seconds + check_seconds(n). In units of a step without a draft, a single token pays if its
+    acceptance exceeds draft + (check - 1).
+
+    Args:
+        acceptance: the probability that a draft token is kept, if those before it are.
+        draft_seconds: time to draft a token.
+        check_seconds: time of a dense forward by its number of draft tokens; of 0: a step without a draft.
+        lengths: the lengths to choose from, besides 0.
+    """
+
+    def speed(length: int) -> float:
+        tokens = sum(acceptance**place for place in range(length + 1))
+        return tokens / (length * draft_seconds + check_seconds(length))
+
+    return max((0, *lengths), key=speed)  # the first of equals
+
+
 class Drafts:
     """
-    Drafts by the drafter that the options name. The length follows transformers' heuristic for assisted generation:
-    two tokens more after a draft that was accepted whole, one less after any other.
+    Drafts by the drafter that the options name, of the length that pays best by a running acceptance rate and by the
+    least times measured since the generation began: the first step has no draft, the next two drafts are made in any
+    case. Where drafting does not pay, there are no drafts. A lookup is then still compared with the text, and may
+    come to pay; the bypassed model stays off.
 
     Args:
         options: options of the lossless generation.
         draft_with_bypass: `(token, length) -> tokens`, the bypassed model's continuation.
+        clock: seconds.
     """
 
-    def __init__(self, options: NeuroFlowLosslessConfig, draft_with_bypass: DraftWithBypass):
-        self.options, self.draft_with_bypass = options, draft_with_bypass
+    def __init__(
+        self,
+        options: NeuroFlowLosslessConfig,
+        draft_with_bypass: DraftWithBypass,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.options, self.draft_with_bypass, self.clock = options, draft_with_bypass, clock
         self.lookup = Lookup(options.max_ngram)
-        self.max_length = options.max_lookup if options.drafter == "lookup" else options.max_draft
-        self.length = min(FIRST_LENGTH, self.max_length)
+        self.lengths = sorted({min(length, options.max_draft) for length in LENGTHS})
+        self.kept, self.tried = FIRST_KEPT, FIRST_TRIED
+        self.drafts = 0
+        self.draft_seconds = math.inf  # least time of a draft token
+        self.check_seconds: dict[int, float] = {}  # least time of a verification by its number of draft tokens
+        self.checked_from = 0.0
+        self.expected: tuple[int, int] | None = None  # index in the text and token of a lookup that was not used
 
     def next(self, tokens: list[int], limit: int) -> list[int]:
-        """A draft of at most `limit` tokens to follow `tokens`; empty where nothing is found."""
-        length = min(limit, self.options.draft_length or self.length)
-        if length < 1 or self.options.drafter == "none":
-            return []
+        """A draft of at most `limit` tokens to follow `tokens`; empty where nothing is found, or drafting is off."""
+        if self.expected is not None:
+            index, token = self.expected
+            self.learn(1, int(tokens[index] == token))
+            self.expected = None
+        started, draft, length = self.clock(), [], min(self.length(), limit)
         if self.options.drafter == "lookup":
-            return self.lookup.propose(tokens, length)
-        return self.draft_with_bypass(tokens[-1], length)
+            found = self.lookup.propose(tokens, max(length, 1))
+            draft = found[: max(length, 0)]
+            if found and not draft:
+                self.expected = (len(tokens), found[0])
+        elif self.options.drafter == "bypass" and length > 0:
+            draft = self.draft_with_bypass(tokens[-1], length)
+        self.checked_from = self.clock()
+        if draft:
+            self.drafts += 1
+            self.draft_seconds = min(self.draft_seconds, (self.checked_from - started) / len(draft))
+        return draft
+
+    def length(self) -> int:
+        """How many tokens to draft."""
+        if self.options.draft_length:
+            return self.options.draft_length
+        if 0 not in self.check_seconds:
+            return 0
+        if self.drafts < FIRST_DRAFTS:
+            return min(FIRST_LENGTH, self.options.max_draft)
+        measured = sorted(self.check_seconds.items())
+        known, seconds = zip(*measured, strict=True)
+        return best_length(
+            self.kept / self.tried,
+            self.draft_seconds,
+            lambda length: float(np.interp(length, known, seconds)),  # beyond the longest: so that it is tried
+            self.lengths,
+        )
+
+    def record_check(self, drafted: int) -> None:
+        """Take the time of the verification that ends now and began when the draft was there."""
+        seconds = self.clock() - self.checked_from
+        self.check_seconds[drafted] = min(seconds, self.check_seconds.get(drafted, math.inf))
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """Adapt the length to a draft's outcome."""
+        """Take in how many tokens of a draft were kept. The first rejected one was tried, too; those after it not."""
         if drafted:
-            longer = self.length + (2 if accepted == drafted else -1)
-            self.length = min(max(1, longer), self.max_length)
+            self.kept = MEMORY * self.kept + accepted
+            self.tried = MEMORY * self.tried + min(accepted + 1, drafted)

@@ -33,10 +33,9 @@ class NeuroFlowLosslessConfig:
             try it on a model that was trained with layer dropout, with layers that are not neighbours
             (`"cache_layers": [1, 3, 5, ...]`). Only for drafts that skip whole layers.
         draft_length (`int`, *optional*):
-            Always draft this many tokens. By default, the length grows by two after a draft that was accepted whole,
-            and shrinks by one after any other.
-        max_draft (`int`, defaults to 8): the most tokens that the bypassed model drafts at once.
-        max_lookup (`int`, defaults to 16): the most tokens that a lookup drafts at once.
+            Always draft this many tokens. By default, the length that pays best is chosen, or none, by the running
+            acceptance rate and the times of dense steps, drafts and verifications in this generation.
+        max_draft (`int`, defaults to 15): the most tokens to draft at once.
         max_ngram (`int`, defaults to 3): a lookup searches for this many last tokens, then for fewer.
         min_confidence (`float`, defaults to 0.3):
             A draft by the bypassed model ends with the first token to which it gives a lower probability. 0: never.
@@ -49,13 +48,12 @@ class NeuroFlowLosslessConfig:
     bypass: dict | None = None
     reuse: bool = True
     draft_length: int | None = None
-    max_draft: int = 8
-    max_lookup: int = 16
+    max_draft: int = 15
     max_ngram: int = 3
     min_confidence: float | int = 0.3
 
     def __post_init__(self) -> None:
-        for name in ("draft_length", "max_draft", "max_lookup", "max_ngram"):
+        for name in ("draft_length", "max_draft", "max_ngram"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Lossless option `{name}` is {value!r}; expected a whole number of at least 1.")

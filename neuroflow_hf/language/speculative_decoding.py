@@ -259,7 +259,10 @@ class DecodingState:
         if self.must_feed_again:
             return self.feed_again()
         record_past(self.cache, bool(drafted))
-        return self.feed([self.tokens[-1], *drafted], len(drafted) + 1, self.check_bypass)
+        logits = self.feed([self.tokens[-1], *drafted], len(drafted) + 1, self.check_bypass)
+        if self.device.type != "cpu":  # it is timed; without this, the choice of a token would wait for it
+            torch.accelerator.synchronize(self.device)
+        return logits
 
     def take_back(self, length: int) -> None:
         """Remove the last positions from the cache, so that it holds all tokens but the last."""
@@ -383,6 +386,7 @@ def decode_losslessly(
             break
         drafted = drafts.next(tokens, sequence.most_drafted(stop.max_length))
         logits = sequence.check(drafted)
+        drafts.record_check(len(drafted))
         counts.checks += 1
 
     if streamer is not None:

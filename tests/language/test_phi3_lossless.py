@@ -1,13 +1,15 @@
 """Lossless generation: the text of dense generation, whatever is drafted and `generate` is asked for."""
 
 import functools
+import itertools
+import math
 from collections import Counter
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import (
@@ -23,8 +25,9 @@ from transformers import (
 
 from neuroflow_hf import NeuroFlowLosslessConfig
 from neuroflow_hf.language.bypass_state import find_state
-from neuroflow_hf.language.draft_policy import FIRST_LENGTH, Drafts, Lookup
+from neuroflow_hf.language.draft_policy import FIRST_LENGTH, Drafts, Lookup, best_length
 from neuroflow_hf.language.layer_skip import LayerChanges
+from neuroflow_hf.language.naive import naive_best_length
 from neuroflow_hf.language.speculative_decoding import decode_losslessly
 from tests.conftest import assert_close_in_norm
 from tests.phi3_models import (
@@ -147,6 +150,9 @@ class Scripted:
 
     def next(self, tokens, limit):
         return self.script(tokens)[: max(0, limit)]
+
+    def record_check(self, drafted):
+        pass
 
     def learn(self, drafted, accepted):
         pass
@@ -711,23 +717,106 @@ def test_lookup_finds_the_latest_longest_occurrence(tokens, max_ngram, limit):
     assert lookup.propose(tokens, limit) == expected
 
 
-@pytest.mark.parametrize("drafter, most", [("lookup", 16), ("bypass", 8)])
-def test_the_length_follows_the_outcome(drafter, most):
-    drafts = Drafts(NeuroFlowLosslessConfig(drafter=drafter), lambda token, length: [0] * length)
-    tokens, lengths = [1, 2, 3] * 20, []
-    for accepted_whole in [True] * 8 + [False] * 20:
-        draft = drafts.next(tokens, 1000)
-        lengths.append(len(draft))
-        drafts.learn(len(draft), len(draft) if accepted_whole else 0)
-    assert lengths[:9] == [min(FIRST_LENGTH + 2 * step, most) for step in range(9)]
-    assert lengths[8:] == [max(1, most - step) for step in range(20)]
-    assert len(drafts.next(tokens, 1000)) == 1
+costs = st.floats(0.01, 3)
+
+
+@given(st.floats(0, 1), costs, st.lists(st.floats(1, 9), min_size=17, max_size=17), st.sets(st.integers(1, 16)))
+@settings(deadline=None)
+def test_the_best_length_gives_the_most_tokens_for_the_time(acceptance, draft, checks, lengths):
+    lengths = sorted(lengths)
+    found, expected = (
+        choose(acceptance, draft, checks.__getitem__, lengths) for choose in (best_length, naive_best_length)
+    )
+    if found != expected:  # two are as good, but for rounding
+        speeds = [
+            sum(acceptance**place for place in range(length + 1)) / (length * draft + checks[length])
+            for length in (found, expected)
+        ]
+        assert math.isclose(*speeds)
+
+
+@given(st.floats(0, 1), costs, costs)
+@settings(deadline=None)
+def test_a_token_pays_if_its_acceptance_exceeds_what_it_costs(acceptance, draft, more):
+    assume(abs(acceptance - draft - more) > 1e-6)
+    pays = best_length(acceptance, 2 * draft, {0: 2.0, 1: 2 * (1 + more)}.__getitem__, [1]) == 1
+    assert pays == (acceptance > draft + more)
+
+
+class Machine:
+    """
+    Generates `text` by a clock of its own: a token that the bypassed model drafts takes `draft` seconds, a step
+    `check(drafted)`. The first `right` tokens of its drafts are right.
+    """
+
+    def __init__(self, drafter, check, draft=0.1, right=99, text=(1, 2, 3) * 200, **options):
+        self.now, self.check, self.draft, self.right = 0.0, check, draft, right
+        self.text, self.length = list(text), 6
+        options = NeuroFlowLosslessConfig(drafter=drafter, **options)
+        self.drafts = Drafts(options, self.draft_tokens, lambda: self.now)
+
+    def draft_tokens(self, token, length):
+        self.now += self.draft * length
+        right = self.text[self.length : self.length + min(length, self.right)]
+        return right + [0] * (length - len(right))
+
+    def steps(self, count):
+        """The lengths of the drafts of so many steps."""
+        lengths = []
+        for _ in range(count):
+            draft = self.drafts.next(self.text[: self.length], 1000)
+            self.now += self.check(len(draft))
+            self.drafts.record_check(len(draft))
+            kept = 0
+            while kept < len(draft) and draft[kept] == self.text[self.length + kept]:
+                kept += 1
+            self.drafts.learn(len(draft), kept)
+            self.length += kept + 1
+            lengths.append(len(draft))
+        return lengths
+
+
+def cheap(drafted):
+    return 1 + 0.05 * drafted
+
+
+@pytest.mark.parametrize("drafter", ["lookup", "bypass"])
+def test_drafts_that_pay_are_long_and_those_that_do_not_are_off(drafter):
+    assert Machine(drafter, cheap).steps(12)[:3] == [0, FIRST_LENGTH, FIRST_LENGTH]
+    assert Machine(drafter, cheap).steps(12)[-1] == 15
+    assert Machine(drafter, cheap, max_draft=5).steps(12)[-1] == 5
+    assert Machine(drafter, lambda drafted: 1 + drafted).steps(12)[4:] == [0] * 8  # 15 is tried once
+    assert Machine(drafter, lambda drafted: 1 + drafted, draft_length=2).steps(12) == [2] * 12
+    assert Machine("none", cheap).steps(3) == [0] * 3
+
+
+def test_the_bypassed_model_stays_off():
+    assert Machine("bypass", cheap, right=0).steps(60)[-40:] == [0] * 40
+
+
+def test_tokens_after_a_rejected_one_do_not_count():
+    assert Machine("bypass", lambda drafted: 1 + 0.4 * drafted, right=3).steps(20)[-1] > 0  # 3 of 4, not of 7
+
+
+@pytest.mark.parametrize("slow", [1, 5])
+def test_a_slow_moment_does_not_decide(slow):
+    steps = itertools.count()
+    machine = Machine("bypass", lambda drafted: cheap(drafted) if next(steps) != slow else 100.0)
+    assert machine.steps(9)[6:] == [15] * 3
+
+
+def test_a_lookup_that_is_off_is_compared_with_the_text():
+    new = [token for other in range(10, 40) for token in (7, other)]  # after 7 comes what did not come before
+    machine = Machine("lookup", lambda drafted: 1 + 0.5 * bool(drafted), text=[*new, *[1, 2, 3] * 150])
+    lengths = machine.steps(70)
+    assert lengths[20:40] == [0] * 20
+    assert lengths[-1] == 15
 
 
 def test_no_drafts_beyond_the_limit():
     drafts = Drafts(NeuroFlowLosslessConfig(draft_length=5), None)
     assert len(drafts.next([1, 1, 1], 2)) == 2
-    assert drafts.next([1, 1, 1], 0) == drafts.next([1, 1, 1], -1) == []
+    assert drafts.next([1] * 6, 0) == drafts.next([1] * 7, -1) == []
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
