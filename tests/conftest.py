@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -117,6 +118,16 @@ def random_video(num_frames, batch_size=1, seed=0, size=IMAGE_SIZE, changed=0.2)
         frame = torch.where(mask, torch.randn(frame.shape, generator=generator), frame)
         frames.append(frame)
     return frames
+
+
+@pytest.fixture(autouse=True)
+def accelerate_anew():
+    """Accelerate keeps its options for the whole process, and refuses others: forget them after each test."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

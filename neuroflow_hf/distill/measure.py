@@ -11,9 +11,9 @@ from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .clips import Clip, ClipSet, needs_interpolation, patch_size_of
 from .losses import cosines
 
-# The largest share of the patches that is encoded on a sparse frame, by name. An adapter may help at the one and harm
-# at the other, so both are measured.
-SHARES = {"5% of the patches": 0.05, "what changed": 1.0}
+# The share of the patches that is encoded on a sparse frame, by name; None: as many as are above the threshold. An
+# adapter may help at the one and harm at the other, so both are measured.
+SHARES: dict[str, float | None] = {"5% of the patches": 0.05, "what changed": None}
 THRESHOLD = 0.01  # of the gate, as in the presets
 
 
@@ -58,8 +58,8 @@ def measure(
     chosen = [clips.held_out[number] for number in numbers]
     found = {}
     for name, share in SHARES.items():
-        budget = max(1, round(share * num_patches))
-        gate = clips.settings.gate(summary_tokens, threshold=THRESHOLD, token_budget=budget)
+        budget = {} if share is None else {"token_budget": max(1, round(share * num_patches))}
+        gate = clips.settings.gate(summary_tokens, threshold=THRESHOLD, **budget)
         parts = [
             measure_batch(model, clips, chosen[first : first + batch], gate) for first in range(0, len(chosen), batch)
         ]

@@ -34,9 +34,9 @@ class DistillSettings:
         ema_rates: the same of the rate of the running mean that frames are compared with; `None` compares with each
             patch's last update, as streams do by default.
         keyframe_ages: the range from which each clip's `keyframe_interval` is drawn, in frames of the clip.
-        active_shares: the range from which each clip's `token_budget` is drawn, as a share of the patches, on a
-            logarithmic scale. Where less is encoded than in training, or more, an adapter does harm. `None` sets no
-            budget.
+        active_shares: the range from which the `token_budget` of every second clip or so is drawn, as a share of the
+            patches, on a logarithmic scale; in the others the threshold decides. Where less is encoded than in
+            training, or more, an adapter does harm. With `None` there are no budgets.
         resolutions: sides in pixels, one of which is drawn for each clip; default: the image processor's.
         batch (`int`, defaults to 4): B, the clips that are encoded together. They share what is drawn.
         accumulate (`int`, defaults to 1): the batches of one optimizer step; a multiple of the number of processes.
@@ -63,7 +63,7 @@ class DistillSettings:
     thresholds: tuple[float, float] = (0.003, 0.3)
     ema_rates: tuple[float, float] | None = None
     keyframe_ages: tuple[int, int] = (6, 24)
-    active_shares: tuple[float, float] | None = (0.02, 1.0)
+    active_shares: tuple[float, float] | None = (0.02, 0.5)
     resolutions: tuple[int, ...] = ()
     batch: int = 4
     accumulate: int = 1
@@ -143,7 +143,7 @@ class DistillSettings:
         }
         if self.ema_rates is not None:
             options |= {"reference": "ema", "ema_rate": rng.uniform(*self.ema_rates)}
-        if self.active_shares is not None:
+        if self.active_shares is not None and rng.random() < 0.5:
             options["token_budget"] = max(1, round(log_uniform(rng, self.active_shares) * num_patches))
         return self.gate(summary_tokens, **options)
 

@@ -40,7 +40,7 @@ VARIANTS = {
     "reconstruct": DistillSettings(**COMMON, mode="reconstruct", summary_tokens=64, steps=300),
     "eliminate-summary": DistillSettings(**COMMON, mode="eliminate", summary_tokens=64, steps=150),
     "eliminate": DistillSettings(**COMMON, mode="eliminate", summary_tokens=0, steps=150),
-    "extrapolate": DistillSettings(**COMMON, mode="extrapolate", summary_tokens=0, steps=150),
+    "extrapolate": DistillSettings(**COMMON, mode="extrapolate", summary_tokens=0, steps=450),
     "published": DistillSettings.published(clip_frames=12, evaluate_every=30, steps=90),
 }
 

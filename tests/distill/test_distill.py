@@ -53,7 +53,8 @@ def test_sparse_frames_come_closer_to_dense_and_the_model_stays(vision, videos, 
     )
     result = run(vision, videos, tmp_path, settings)
     assert result.finished and len(result.losses) == 30 and list(result.held_out) == [0, 10, 20, 30]
-    assert improvement(result.held_out[0], result.held_out[result.best_step]) > 0
+    found = [measured["what changed"].mean for measured in result.held_out.values()]
+    assert max(found) > found[0]
     assert vision.sparse_adapter is None
     assert all(torch.equal(value, before[name]) for name, value in vision.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in vision.parameters())
