@@ -44,6 +44,7 @@ class CommandProgress(Progress):
     def show(self, description: str, done: float, total: float | None) -> None:
         """Show the current step, and what is done of the total (None if it is unknown)."""
         self.update(self.task_id, description=description, completed=done, total=total)
+        self.tasks[0].total = total  # `update` keeps the old total for None
         if self.console.is_terminal:
             self.start()
         elif self.clock() - self.last_line >= SECONDS_BETWEEN_LINES:

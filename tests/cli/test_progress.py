@@ -57,3 +57,10 @@ def test_a_terminal_gets_a_bar():
     with progress:
         progress.show("dense [x]", 1, 3)
     assert "dense [x]" in log.getvalue() and "prompts" in log.getvalue()
+
+
+def test_an_unknown_total_replaces_a_known_one():
+    progress, _, _ = make()
+    progress.show("reading", 3, 9)
+    progress.show("writing", 0, None)
+    assert progress.tasks[0].total is None
