@@ -3,7 +3,7 @@
 import inspect
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
@@ -99,10 +99,11 @@ def run_steps(model, ids, prompt_length, cache=None, **kwargs):
     return torch.stack(logits, dim=1), output.past_key_values
 
 
-def save_checkpoint(folder, **options):
+def save_checkpoint(folder, tokenizer=None, **options):
     """`folder`, with a tiny NeuroFlow model and its tokenizer."""
-    make_ours(vocab_size=30, **options).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    tokenizer = tokenizer or make_tokenizer()
+    make_ours(vocab_size=len(tokenizer), **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -115,3 +116,20 @@ def make_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()  # no spaces between them
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['content'] == 'no' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def make_chat_tokenizer():
+    """The same with a chat template, whose control tokens are 30 to 33."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    roles = ["<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer.add_tokens([AddedToken(role, special=True) for role in roles], special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

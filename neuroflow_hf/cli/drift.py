@@ -8,13 +8,16 @@ import typer
 
 from . import options
 from .errors import one_line_errors
-from .language_model import language_model
+from .language_model import language_model, with_own_threshold
+from .option_groups import BYPASS_OPTIONS, given_bypass, with_groups
 from .options import option
 from .output import command_line, figure_table, print_wide, print_written
 from .progress import CommandProgress
 
 
+@with_groups(own=BYPASS_OPTIONS)
 def drift(
+    own: dict,
     prompts: Annotated[
         Path | None,
         option(
@@ -35,12 +38,6 @@ def drift(
     ] = False,
     dtype: options.Dtype = "float32",
     device: options.Device = "auto",
-    gate_layer: options.GateLayer = None,
-    cache_layers: options.CacheLayers = None,
-    threshold: options.BypassThreshold = None,
-    target: options.Target = None,
-    max_consecutive: options.MaxConsecutive = None,
-    guard_entropy: options.GuardEntropy = None,
     seed: options.BootstrapSeed = 0,
     fresh: options.Fresh = False,
     debug: options.Debug = False,
@@ -52,14 +49,7 @@ def drift(
     targets, in the model's proportions. After an interruption, the same command continues.
     """
     with one_line_errors(debug, nothing_done=f"what was measured is in {out}; the same command continues."):
-        own = options.given(
-            gate_layer=gate_layer,
-            cache_layers=options.parse_layers(cache_layers),
-            threshold=threshold,
-            target=target,
-            max_consecutive=max_consecutive,
-            guard_entropy=guard_entropy,
-        )
+        own = given_bypass(own)
         if quick:
             new_tokens, max_prompts = 32, 10 if max_prompts is None else max_prompts
         report = run_drift(
@@ -125,6 +115,8 @@ def run_drift(
     processes = Processes()
     source = language_model(model)
     loaded, tokenizer = load_language_model(source, weights_dtype, processes.device_for(device))
+    if own is not None:
+        own = with_own_threshold(loaded, tokenizer, own)
     names = {"model": Path(source).name, "prompts": file.name, "command": command}
     with CommandProgress("prompts") as progress:
         how = (chosen, own, quick, fresh, progress.show, names)

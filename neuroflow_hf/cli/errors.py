@@ -22,6 +22,8 @@ def one_line_errors(debug: bool, nothing_done: str) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(f"Stopped by Ctrl-C; {nothing_done}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:  # such as `| head -1`; typer ends quietly
+        raise
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if debug:
             raise

@@ -1,8 +1,17 @@
-"""Which language model a command loads."""
+"""Which language model a command loads, and how the model generates."""
 
+import functools
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import typer
+
+from .option_groups import given_bypass
 from .progress import CommandProgress
+
+if TYPE_CHECKING:
+    from ..drift.continuation import Decoding
 
 
 def language_model(name: str | None) -> str | Path:
@@ -19,3 +28,70 @@ def language_model(name: str | None) -> str | Path:
         return name
     with CommandProgress("") as progress:
         return smollm2_folder(progress.show)
+
+
+def with_own_threshold(model: Any, tokenizer: Any, own: dict, raw: bool = False) -> dict:
+    """
+    Given bypass options with a threshold instead of a rate. A checkpoint that is not calibrated for that is calibrated
+    on a few built-in prompts first, which is said on stderr.
+
+    Raises:
+        ValueError: for options that do not exist or are out of range.
+    """
+    from ..drift.calibrate import PROMPTS, calibrate, is_calibrated, with_threshold
+
+    if not is_calibrated(model, own):
+        typer.echo(
+            f"Measuring the checkpoint's similarities on {len(PROMPTS)} built-in prompts, to choose the threshold. "
+            "`neuroflow calibrate` keeps them.",
+            err=True,
+        )
+        with CommandProgress("prompts") as progress:
+            gate_layer = own.get("gate_layer")
+            show = functools.partial(progress.show, "calibrate", total=len(PROMPTS))
+            calibrate(model, tokenizer, gate_layer=gate_layer, raw=raw, on_prompts=show)
+    return with_threshold(model, own)
+
+
+def load_with_decoding(how: dict, own: dict, raw: bool = False) -> tuple[Any, Any, "Decoding"]:
+    """
+    A language model, its tokenizer, and how it generates. The seed is set. Wrong options are refused before anything
+    is printed.
+
+    Args:
+        how: the values of the options `GENERATION`.
+        own: those of `BYPASS_OPTIONS`.
+        raw: generate without the chat template.
+
+    Raises:
+        ValueError: for options that do not exist or are out of range.
+    """
+    own = given_bypass(own)
+    if how["bypass"] and how["lossless"]:
+        raise ValueError("--lossless drafts by lookup, or by the bypass options given; leave out --bypass.")
+
+    import torch
+
+    from ..drift.continuation import Decoding
+    from ..language.lossless_config import NeuroFlowLosslessConfig
+    from ..loading import dtype_named, load_language_model
+
+    decoding = Decoding(how["max_new_tokens"], how["temperature"], how["top_p"])
+    dtype, source = dtype_named(how["dtype"]), language_model(how["model"])
+    model, tokenizer = load_language_model(source, dtype, how["device"])
+    torch.manual_seed(how["seed"])
+    if how["bypass"] and model.config.bypass is None and not own:
+        raise ValueError(
+            f"The configuration of {source} has no bypass. Ask for one, such as --rate 0.2, or write one into the "
+            "checkpoint with `neuroflow calibrate --rate 0.2`."
+        )
+    if own or how["bypass"]:
+        own = with_own_threshold(model, tokenizer, own, raw)
+        model.bypass_options(own)
+        decoding = replace(decoding, bypass=own)
+    if how["lossless"]:
+        drafts = {"drafter": "bypass", "bypass": own} if own else True
+        options = NeuroFlowLosslessConfig.from_options(drafts, model.config.lossless)
+        options.draft_bypass(model.config.num_hidden_layers)
+        decoding = replace(decoding, bypass=None, lossless=drafts)
+    return model, tokenizer, decoding

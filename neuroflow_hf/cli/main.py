@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from .calibrate import calibrate
+from .chat import chat
 from .convert import convert
 from .distill import distill
 from .drift import drift
@@ -38,5 +40,7 @@ app.command()(tune)
 app.command()(distill)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(chat)
+app.command()(calibrate)
 app.command()(drift)
 app.command()(convert)

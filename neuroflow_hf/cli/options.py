@@ -1,12 +1,11 @@
 """Options that several commands share, each declared once."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-BYPASS = "Bypass (defaults: the model's own, else those named here)"
+BYPASS = "Bypass (defaults: the checkpoint's own, else those named here)"
 LABELS = "Labels"
 OUTPUT = "Output"
 
@@ -59,36 +58,6 @@ Template = Annotated[
     ),
 ]
 
-# --- bypass --------------------------------------------------------------------------------------------------------
-
-GateLayer = Annotated[
-    int | None, option("Layer, from 0, whose attention output is compared.", default="1", panel=BYPASS)
-]
-CacheLayers = Annotated[
-    str | None,
-    option(
-        "Layers that reuse their outputs: 24, or 20,24, or 20-24.",
-        default="the one at three quarters of the depth",
-        panel=BYPASS,
-    ),
-]
-BypassThreshold = Annotated[
-    float | None,
-    option("Bypass at this cosine similarity or above. -1: always; above 1: never.", default="0.65", panel=BYPASS),
-]
-Target = Annotated[str | None, option("Output to reuse: attention, mlp or block.", default="attention", panel=BYPASS)]
-MaxConsecutive = Annotated[
-    int | None, option("Bypass at most N steps in a row.", metavar="N", default="no limit", panel=BYPASS)
-]
-GuardEntropy = Annotated[
-    float | None,
-    option(
-        "Bypass only if the entropy of the model's last prediction is at most this, in nats, such as 1.",
-        default="no limit",
-        panel=BYPASS,
-    ),
-]
-
 # --- results -------------------------------------------------------------------------------------------------------
 
 Out = Annotated[Path, option("Folder to write to.")]
@@ -100,24 +69,3 @@ Debug = Annotated[bool, option("Show errors with their traceback.", "--debug")]
 def given(**values: Any) -> dict[str, Any]:
     """The options that are not None."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def parse_layers(text: str | None) -> list[int] | None:
-    """
-    `"20,24-26"` to `[20, 24, 25, 26]`; None stays None.
-
-    Raises:
-        ValueError: for a part that is not a layer or a range of layers.
-    """
-    if text is None:
-        return None
-    layers: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if found is None:
-            raise ValueError(f"--cache-layers {text!r} has no layers; expected 24, or 20,24, or 20-24.")
-        begin, end = int(found[1]), int(found[2] or found[1])
-        if end < begin:
-            raise ValueError(f"--cache-layers {text!r} counts down from {begin} to {end}; write {end}-{begin}.")
-        layers += range(begin, end + 1)
-    return layers

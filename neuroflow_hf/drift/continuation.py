@@ -1,15 +1,60 @@
 """Continue a text with a language model, and describe the result in words."""
 
 import time
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import Cache, StoppingCriteria
 
-from ..language.bypass_state import BypassStatistics
+from ..language.bypass_config import ALWAYS, NeuroFlowBypassConfig
+from ..language.bypass_state import MAX_RATE, BypassStatistics
+from ..language.calibration import end_tokens
 from ..language.speculative_decoding import LosslessCounts
 from ..loading import quiet_transformers
 from .metrics import first_divergence, position_drift
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """
+    How tokens are chosen, and how layers are bypassed meanwhile.
+
+    Args:
+        max_new_tokens: maximum number of tokens to generate; fewer if the model has less room.
+        temperature: 0 for greedy decoding; above 0 for sampling.
+        top_p: sample among the most probable tokens that have this probability together.
+        bypass: options of [`NeuroFlowBypassConfig`]; False for none, None for the model configuration's.
+        lossless: options of [`NeuroFlowLosslessConfig`]; True for the defaults, None for none.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    bypass: dict | bool | None = False
+    lossless: dict | bool | None = None
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` is {self.max_new_tokens}; expected a whole number of at least 1.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"`temperature` is {self.temperature:g}; expected 0 (no sampling) or more.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` is {self.top_p:g}; expected a probability above 0, at most 1.")
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError("`top_p` has no effect without sampling; give a `temperature` above 0, too.")
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `generate`."""
+        how: dict[str, Any] = {"do_sample": self.temperature > 0, "num_beams": 1}
+        if self.temperature > 0:
+            how |= {"temperature": float(self.temperature), "top_p": float(self.top_p), "top_k": 0}
+        return how | {"bypass": self.bypass, "lossless": self.lossless}
 
 
 @dataclass
@@ -18,89 +63,109 @@ class Continuation:
 
     tokens: list[int]  # the new ones
     seconds: float  # including the prompt
+    cache: Cache  # of all tokens but the last
+    is_ended: bool  # by an end token
+    is_cut: bool  # at the maximum number of tokens
     statistics: BypassStatistics | None = None  # None without a bypass
     lossless: LosslessCounts | None = None  # None without lossless generation
 
 
-def continue_text(
-    model,
-    tokenizer,
-    text: str,
-    max_new_tokens: int = 128,
-    bypass: dict | bool | None = None,
-    lossless: dict | bool | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
+class StopWhen(StoppingCriteria):
+    """Stop a generation after the token during which `is_wanted` became true."""
+
+    def __init__(self, is_wanted: Callable[[], bool]):
+        self.is_wanted = is_wanted
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """bool [B]"""
+        return torch.full(input_ids.shape[:1], self.is_wanted(), device=input_ids.device)
+
+
+def all_end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The end tokens of the model's generation configuration, and the tokenizer's."""
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return set(end_tokens(model)).union(own)
+
+
+def continue_tokens(
+    model: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    decoding: Decoding,
+    cache: Cache | None = None,
     streamer: Any = None,
+    is_stopped: Callable[[], bool] | None = None,
 ) -> Continuation:
     """
-    Continue a text.
+    Continue a text up to its end token.
 
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`].
         tokenizer: its tokenizer.
-        text: the prompt.
-        max_new_tokens: maximum number of tokens to generate.
-        bypass: options of [`NeuroFlowBypassConfig`]; False for none, None for the model configuration's.
-        lossless: options of [`NeuroFlowLosslessConfig`]; True for the defaults, None for none.
-        temperature: 0 for greedy decoding; above 0 for sampling.
-        seed: random seed for sampling.
+        prompt: token ids.
+        decoding: [`Decoding`].
+        cache: of the first tokens of the prompt, which are not computed again.
         streamer: receives the tokens as they are generated.
+        is_stopped: asked after each token; the text ends where it returns True.
 
     Raises:
-        ValueError: for options out of range, and a prompt that is too long or has no tokens.
+        ValueError: for bypass or lossless options out of range, and a prompt that is too long.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` is {max_new_tokens}; expected a whole number of at least 1.")
-    if temperature < 0:
-        raise ValueError(f"`temperature` is {temperature:g}; expected 0 (no sampling) or more.")
-    inputs = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
-    count, room = inputs.shape[1], model.config.max_position_embeddings
-    if not count:
-        raise ValueError("The prompt has no tokens; expected some text.")
-    if count + max_new_tokens > room:
-        raise ValueError(
-            f"The prompt has {count} tokens; with {max_new_tokens} new ones, it does not fit into the model's {room}. "
-            "Shorten the prompt, or ask for fewer new tokens."
-        )
-    how: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        how["temperature"] = float(temperature)
-        torch.manual_seed(seed)
-    is_dense = bool(lossless) or model.bypass_options(bypass) is None
+    room = model.config.max_position_embeddings
+    new_tokens = min(decoding.max_new_tokens, room - len(prompt))
+    if new_tokens < 1:
+        raise ValueError(f"The prompt has {len(prompt)} tokens; the model has room for {room}, with the new ones.")
+    ids = torch.tensor([list(prompt)], device=model.device)
+    ends = all_end_tokens(model, tokenizer)
+    is_dense = bool(decoding.lossless) or model.bypass_options(decoding.bypass) is None
     started = time.perf_counter()
-    with quiet_transformers():
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The threshold .* bypassed")  # `notes_in_words` says it
         output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            bypass=bypass,
-            lossless=lossless,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            eos_token_id=sorted(ends) or None,
+            past_key_values=cache,
             streamer=streamer,
+            stopping_criteria=None if is_stopped is None else [StopWhen(is_stopped)],
             return_dict_in_generate=True,
-            **how,
+            **decoding.arguments(),
         )
+    tokens = output.sequences[0, len(prompt) :].tolist()
     return Continuation(
-        tokens=output.sequences[0, count:].tolist(),
+        tokens=tokens,
         seconds=time.perf_counter() - started,
-        statistics=None if is_dense else model.bypass_statistics(output.past_key_values),
+        cache=output.past_key_values,
+        is_ended=tokens[-1] in ends,
+        is_cut=tokens[-1] not in ends and len(tokens) == new_tokens,
+        statistics=None if is_dense else model.bypass_statistics(output.past_key_values, since=len(prompt)),
         lossless=getattr(output, "lossless", None),
     )
 
 
-def figures_in_words(model, found: Continuation, bypass: dict | bool | None) -> list[str]:
+def figures_in_words(model: Any, found: Continuation, decoding: Decoding) -> list[str]:
     """Describe a generation in sentences."""
     count = len(found.tokens)
-    lines = [f"{count} tokens in {found.seconds:.2f} s ({count / found.seconds:.1f} a second)."]
+    speed = f"{count} tokens in {found.seconds:.2f} s ({count / found.seconds:.1f} a second)."
+    return [speed, *notes_in_words(model, found, decoding)]
+
+
+def notes_in_words(model: Any, found: Continuation, decoding: Decoding) -> list[str]:
+    """Describe in sentences how a text ended, what was bypassed and what was drafted."""
+    count, lines = len(found.tokens), []
+    if found.is_ended and count == 1:
+        lines.append("The model ended the text at once.")
+    if found.is_cut:
+        lines.append(f"The text is cut after {count} tokens, the most that you allowed or that have room.")
     if found.statistics is not None:
-        options, statistics = model.bypass_options(bypass), found.statistics
-        layers = ", ".join(map(str, options.cache_layers))
-        low, middle, high = statistics.percentiles(0.1, 0.5, 0.9)
-        lines.append(
-            f"Bypassed {statistics.rate.item():.1%} of {statistics.steps.item()} steps (gate layer "
-            f"{options.gate_layer}, reusing the {options.target} of layer {layers}, threshold {options.threshold:g}); "
-            f"similarity P10 {low:.3f}, P50 {middle:.3f}, P90 {high:.3f}."
-        )
+        options = model.bypass_options(decoding.bypass)
+        lines.append(statistics_in_words(options, found.statistics))
+        if is_threshold_too_low(options, found.statistics):
+            lines.append(
+                f"Warning: the threshold {options.threshold:g} bypassed more than {MAX_RATE:.0%} of the steps. It is "
+                "too low for this checkpoint; a rate, such as 0.2, chooses one by the checkpoint's similarities."
+            )
     if found.lossless is not None:
         counts = found.lossless
         lines.append(
@@ -108,6 +173,22 @@ def figures_in_words(model, found: Continuation, bypass: dict | bool | None) -> 
             f"{counts.checks} dense forwards and {counts.draft_steps} bypassed ones."
         )
     return lines
+
+
+def statistics_in_words(options: NeuroFlowBypassConfig, statistics: BypassStatistics) -> str:
+    """Describe in a sentence how often layers were bypassed, and how similar the gate's outputs were."""
+    layers = ", ".join(map(str, options.layers))
+    low, middle, high = statistics.percentiles(0.1, 0.5, 0.9)
+    similarity = f"; similarity P10 {low:.3f}, P50 {middle:.3f}, P90 {high:.3f}" if low == low else ""
+    return (
+        f"Bypassed {statistics.rate.item():.1%} of {statistics.steps.item()} steps (gate layer {options.gate_layer}, "
+        f"reusing the {options.target} of layer {layers}, threshold {options.threshold:g}){similarity}."
+    )
+
+
+def is_threshold_too_low(options: NeuroFlowBypassConfig, statistics: BypassStatistics) -> bool:
+    """Whether a threshold, other than the one for always, bypassed nearly all steps of a text that is long enough."""
+    return options.threshold > ALWAYS and statistics.steps.item() >= 8 and statistics.rate.item() > MAX_RATE
 
 
 def comparison_in_words(dense: Continuation, found: Continuation) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .chat_template import encode_text
+
 CHAT = "chat"
 TASKS = ("code", "structured", "prose", CHAT)  # shown in this order, before other tasks
 OWN = "own"  # the task of prompts without one
@@ -79,10 +81,7 @@ def parse_line(text: str, where: str) -> Prompt:
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """A prompt's token ids: of a `chat` prompt in the tokenizer's chat template, if it has one, else of its text."""
-    if prompt.task != CHAT or not tokenizer.chat_template:
-        return tokenizer(prompt.text)["input_ids"]
-    message = [{"role": "user", "content": prompt.text}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return encode_text(tokenizer, prompt.text, raw=prompt.task != CHAT)
 
 
 def order_tasks(tasks) -> list[str]:

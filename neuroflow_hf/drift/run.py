@@ -66,9 +66,6 @@ class DriftSettings:
 def encode_prompts(tokenizer, prompts: Sequence[Prompt], limit: int) -> tuple[list[list[int]], int]:
     """The last `limit` token ids of each prompt, and how many prompts were cut; a ValueError for an empty one."""
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    for prompt, row in zip(prompts, rows, strict=True):
-        if not row:
-            raise ValueError(f"The prompt {prompt.text[:40]!r} has no tokens; leave it out.")
     return [row[-limit:] for row in rows], sum(len(row) > limit for row in rows)
 
 

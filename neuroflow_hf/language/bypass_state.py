@@ -138,15 +138,16 @@ class BypassState:
             self.records[name] = chunks = [torch.cat(chunks, dim=1)]
         return chunks[0]
 
-    def statistics(self) -> BypassStatistics:
-        """Counts and similarities of all recorded positions."""
+    def statistics(self, since: int = 0) -> BypassStatistics:
+        """Counts and similarities of all recorded positions from `since`, a position in the cache."""
         if self.batch_rows is None:
             raise ValueError("The cache holds no steps with a bypass; generate with `bypass` options first.")
-        outcome = self.whole("outcome")
+        first = max(0, since - (self.end - self.positions))
+        outcome = self.whole("outcome")[:, first:]
         return BypassStatistics(
             steps=(outcome != DENSE).sum(dim=1),
             bypassed=(outcome == BYPASSED).sum(dim=1),
-            similarity=self.whole("similarity"),
+            similarity=self.whole("similarity")[:, first:],
             bypassed_mask=outcome == BYPASSED,
         )
 

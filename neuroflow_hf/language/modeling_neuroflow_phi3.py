@@ -7,7 +7,7 @@ the configuration may hold some. Without any, it is Phi-3, bit for bit.
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -120,10 +120,13 @@ class NeuroFlowPhi3PreTrainedModel(Phi3PreTrainedModel):
         return known[1]
 
     @staticmethod
-    def bypass_statistics(cache: Cache | None) -> BypassStatistics:
+    def bypass_statistics(cache: Cache | None, since: int = 0) -> BypassStatistics:
         """
-        How often layers were bypassed in a generation, and how similar the gate's outputs were. `cache` is
-        `output.past_key_values` of `generate(..., return_dict_in_generate=True)` or of a forward.
+        How often layers were bypassed in a generation, and how similar the gate's outputs were.
+
+        Args:
+            cache: `output.past_key_values` of `generate(..., return_dict_in_generate=True)` or of a forward.
+            since: position in the cache to count from, such as the prompt's length.
 
         Raises:
             ValueError: if there was no bypass.
@@ -133,7 +136,7 @@ class NeuroFlowPhi3PreTrainedModel(Phi3PreTrainedModel):
             raise ValueError(
                 "The cache has seen no bypass: neither the configuration nor the call had options for one."
             )
-        return state.statistics()
+        return state.statistics(since)
 
 
 class NeuroFlowPhi3Model(NeuroFlowPhi3PreTrainedModel, Phi3Model):
@@ -365,17 +368,24 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         )
 
     def calibrate_bypass(
-        self, prompts: Sequence[Sequence[int]], gate_layer: int | None = None, max_new_tokens: int = 64
+        self,
+        prompts: Sequence[Sequence[int]],
+        gate_layer: int | None = None,
+        max_new_tokens: int = 64,
+        batch_size: int = 16,
+        on_prompts: Callable[[int], object] = lambda done: None,
     ) -> list[float]:
         """
         Continue prompts densely, and store the percentiles of the gate's similarities in
         `config.bypass_similarities`, so that `bypass={"rate": 0.2}` finds its threshold. `save_pretrained` keeps them.
 
         Args:
-            prompts: token ids of each prompt; all are generated in one batch. A few hundred new tokens in all
-                give a threshold whose rate is right within a few percentage points on texts of the same kind.
+            prompts: token ids of each prompt. A few hundred new tokens in all give a threshold whose rate is right
+                within a few percentage points on texts of the same kind.
             gate_layer: the gate layer; None for that of the configuration's `bypass`, or 1.
             max_new_tokens: maximum number of tokens to generate after each prompt.
+            batch_size: prompts at once.
+            on_prompts: called after each batch with the number of prompts finished.
 
         Returns:
             The 101 percentiles of the similarities.
@@ -387,9 +397,18 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         if gate_layer is None:
             gate_layer = NeuroFlowBypassConfig.from_options(self.config.bypass).gate_layer
         checked_similarities({str(gate_layer): [0]}, self.config.num_hidden_layers)
+        if max_new_tokens < 2:
+            raise ValueError(f"`max_new_tokens` is {max_new_tokens}; expected at least 2, for a step to compare.")
+        if max_new_tokens < 2:
+            raise ValueError(f"`max_new_tokens` is {max_new_tokens}; expected at least 2, for a step to compare.")
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("`prompts` holds no prompts, or empty ones; expected the token ids of some texts.")
-        found = percentiles(dense_similarities(self, prompts, gate_layer, max_new_tokens))
+        similarities: list[float] = []
+        for begin in range(0, len(prompts), batch_size):
+            batch = prompts[begin : begin + batch_size]
+            similarities += dense_similarities(self, batch, gate_layer, max_new_tokens)
+            on_prompts(begin + len(batch))
+        found = percentiles(similarities)
         self.config.bypass_similarities = {**(self.config.bypass_similarities or {}), str(gate_layer): found}
         return found
 

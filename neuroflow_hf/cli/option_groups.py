@@ -1,0 +1,175 @@
+"""Groups of options that several commands take: declared once, and passed to the command as a dict."""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from . import options
+from .options import BYPASS, option
+
+Group = dict[str, tuple[Any, Any]]  # by parameter: its annotation and its default
+
+GENERATION: Group = {
+    "model": (options.LanguageModel, None),
+    "system": (
+        Annotated[
+            str | None, option("System message, for checkpoints with a chat template.", default="the chat template's")
+        ],
+        None,
+    ),
+    "max_new_tokens": (Annotated[int, option("Generate at most N tokens.", metavar="N")], 512),
+    "temperature": (
+        Annotated[float, option("0: take the most probable token. Above 0: sample at this temperature.")],
+        0.0,
+    ),
+    "top_p": (
+        Annotated[float, option("Sample among the most probable tokens that have this probability together.")],
+        1.0,
+    ),
+    "seed": (Annotated[int, option("Random seed for sampling.")], 0),
+    "dtype": (options.Dtype, "float32"),
+    "device": (options.Device, "auto"),
+    "bypass": (
+        Annotated[
+            bool,
+            option(
+                "Bypass as the checkpoint's configuration says. The options below imply it; without any, nothing is "
+                "bypassed.",
+                "--bypass",
+                panel=BYPASS,
+            ),
+        ],
+        False,
+    ),
+    "lossless": (
+        Annotated[
+            bool,
+            option(
+                "Generate the dense model's text: draft tokens by lookup, or by the bypass if one is given.",
+                "--lossless",
+                panel=BYPASS,
+            ),
+        ],
+        False,
+    ),
+}
+
+BYPASS_OPTIONS: Group = {
+    "rate": (
+        Annotated[
+            float | None,
+            option(
+                "Bypass this share of the steps, such as 0.2: the checkpoint's similarities choose the threshold.",
+                default="none",
+                panel=BYPASS,
+            ),
+        ],
+        None,
+    ),
+    "threshold": (
+        Annotated[
+            float | None,
+            option(
+                "Bypass at this cosine similarity or above. -1: always; above 1: never.", default="0.65", panel=BYPASS
+            ),
+        ],
+        None,
+    ),
+    "gate_layer": (
+        Annotated[int | None, option("Layer, from 0, whose attention output is compared.", default="1", panel=BYPASS)],
+        None,
+    ),
+    "cache_layers": (
+        Annotated[
+            str | None,
+            option(
+                "Layers that reuse their outputs: 24, or 20,24, or 20-24.",
+                default="the one at three quarters of the depth",
+                panel=BYPASS,
+            ),
+        ],
+        None,
+    ),
+    "target": (
+        Annotated[str | None, option("Output to reuse: attention, mlp or block.", default="attention", panel=BYPASS)],
+        None,
+    ),
+    "max_consecutive": (
+        Annotated[
+            int | None, option("Bypass at most N steps in a row.", metavar="N", default="no limit", panel=BYPASS)
+        ],
+        None,
+    ),
+    "guard_entropy": (
+        Annotated[
+            float | None,
+            option(
+                "Bypass only if the entropy of the model's last prediction is at most this, in nats, such as 1.",
+                default="no limit",
+                panel=BYPASS,
+            ),
+        ],
+        None,
+    ),
+}
+
+
+def with_groups(**groups: Group) -> Callable[[Callable], Callable]:
+    """
+    A decorator that gives a command the options of some groups. The command takes each group as one parameter, a dict
+    of the options' values.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def wrapped(**values: Any) -> Any:
+            collected = {group: {name: values.pop(name) for name in members} for group, members in groups.items()}
+            return command(**collected, **values)
+
+        signature = inspect.signature(command)
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in signature.parameters.items():
+            if name not in groups:
+                parameters.append(parameter)
+            for member, (annotation, default) in groups.get(name, {}).items():
+                parameters.append(parameter.replace(name=member, annotation=annotation, default=default))
+        # typer reads both
+        wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return wrapped
+
+    return decorate
+
+
+def given_bypass(own: dict) -> dict:
+    """
+    The bypass options that were given, as `NeuroFlowBypassConfig` takes them.
+
+    Raises:
+        ValueError: for `--cache-layers` without layers.
+    """
+    found = options.given(**own)
+    if "cache_layers" in found:
+        found["cache_layers"] = parse_layers(found["cache_layers"])
+    return found
+
+
+def parse_layers(text: str) -> list[int]:
+    """
+    `"20,24-26"` to `[20, 24, 25, 26]`.
+
+    Raises:
+        ValueError: for a part that is not a layer or a range of layers.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if found is None:
+            raise ValueError(f"--cache-layers {text!r} has no layers; expected 24, or 20,24, or 20-24.")
+        begin, end = int(found[1]), int(found[2] or found[1])
+        if end < begin:
+            raise ValueError(f"--cache-layers {text!r} counts down from {begin} to {end}; write {end}-{begin}.")
+        layers += range(begin, end + 1)
+    return layers

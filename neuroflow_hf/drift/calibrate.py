@@ -1,0 +1,126 @@
+"""Calibrate the bypass of a checkpoint: on prompts, in memory and on disk."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from ..language.bypass_config import NeuroFlowBypassConfig
+from ..loading import quiet_transformers
+from ..utils.files import new_folder, report_text, write_whole
+from .chat_template import encode_text
+
+# of several kinds, since similarities depend on the text
+PROMPTS = (
+    "Explain what a hash map is.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Give me a JSON object that describes a book, with its title, authors and year.",
+    "Write the first lines of a story about a lighthouse keeper.",
+    "What is the capital of France?",
+    "List five fruits with their colours.",
+    "How do I find out which process listens on a port?",
+    "Why is the sky blue? Answer a child.",
+)
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str] = PROMPTS,
+    gate_layer: int | None = None,
+    new_tokens: int = 32,
+    raw: bool = False,
+    on_prompts: Callable[[int], object] = lambda done: None,
+):
+    """
+    Store the similarities of the gate, along the model's answers to some prompts, in the model's configuration.
+
+    Args:
+        model: a [`NeuroFlowPhi3ForCausalLM`].
+        tokenizer: its tokenizer.
+        prompts: texts; in the chat template, if the tokenizer has one.
+        raw: leave the chat template out.
+        gate_layer, new_tokens, on_prompts: as in `calibrate_bypass`.
+
+    Raises:
+        ValueError: as `calibrate_bypass`, and for prompts without tokens or too long for the model.
+    """
+    rows = [encode_text(tokenizer, text, raw=raw) for text in prompts]
+    room = model.config.max_position_embeddings
+    for text, row in zip(prompts, rows, strict=True):
+        if len(row) + new_tokens > room:
+            raise ValueError(f"The prompt {text[:40]!r} has {len(row)} tokens; the model has room for {room} in all.")
+    with quiet_transformers():
+        model.calibrate_bypass(rows, gate_layer, new_tokens, on_prompts=on_prompts)
+
+
+def is_calibrated(model: Any, options: dict) -> bool:
+    """
+    Whether the model's configuration has what these options need: a rate needs the gate layer's similarities.
+
+    Raises:
+        ValueError: for options that do not exist or are out of range.
+    """
+    asked = NeuroFlowBypassConfig.from_options(model.config.bypass, **options)
+    asked.resolve_layers(model.config.num_hidden_layers)
+    return asked.rate is None or str(asked.gate_layer) in (model.config.bypass_similarities or {})
+
+
+def with_threshold(model: Any, options: dict) -> dict:
+    """The options of a bypass with the threshold that the model's similarities give for their rate."""
+    if "rate" not in options:
+        return options
+    kept = {name: value for name, value in options.items() if name != "rate"}
+    return {**kept, "threshold": model.bypass_options(options).threshold}
+
+
+def require_writable(source: str | Path, out: Path):
+    """
+    Refuse what `write_calibration` would, before the model is loaded.
+
+    Raises:
+        ValueError: for a Hub name in place of a folder.
+        FileExistsError: for a folder that is neither the checkpoint nor new.
+    """
+    if is_same(source, out):
+        return
+    if out == Path(source):
+        raise ValueError(f"{source} is no folder here, so it cannot be changed in place. Name a folder with --out.")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder; name a new one.")
+
+
+def is_same(source: str | Path, out: Path) -> bool:
+    """Whether both are the same folder."""
+    return out.exists() and Path(source).exists() and out.samefile(source)
+
+
+def write_calibration(source: str | Path, out: Path, config: Any):
+    """
+    Write the bypass and the similarities of a model's configuration into a checkpoint: all of it or nothing.
+
+    Args:
+        source: folder or Hub name of the checkpoint that the model was loaded from.
+        out: `source` itself, of which only `config.json` is replaced; or a folder that does not exist or is empty,
+            which becomes a copy.
+        config: the model's configuration.
+
+    Raises:
+        FileExistsError, OSError: if it cannot be written.
+    """
+    changed = {"bypass": config.bypass, "bypass_similarities": config.bypass_similarities}
+
+    def write(folder: Path):
+        file = folder / "config.json"
+        write_whole(file, report_text(json.loads(file.read_text(encoding="utf-8")) | changed))
+
+    if is_same(source, out):
+        write(out)
+        return
+    with new_folder(out) as folder:
+        checkpoint = source if Path(source).exists() else snapshot_download(str(source))
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+        write(folder)

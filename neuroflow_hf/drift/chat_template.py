@@ -1,0 +1,69 @@
+"""Texts and conversations as token ids, with the tokenizer's chat template where it has one."""
+
+from typing import Any
+
+from jinja2 import TemplateError
+
+
+def encode_text(tokenizer: Any, text: str, system: str | None = None, raw: bool = False) -> list[int]:
+    """
+    The token ids of a prompt: the text as a user's message in the tokenizer's chat template, followed by the beginning
+    of an answer. Without a template, or with `raw`, the text itself, to be continued.
+
+    Args:
+        system: the system message; None for the template's own, if it has one.
+
+    Raises:
+        ValueError: for a system message without a template, or one that the template refuses; for no tokens.
+    """
+    if raw or tokenizer.chat_template is None:
+        if system is not None:
+            raise ValueError(
+                "A system message needs a chat template, and the text is continued as it is; leave one of them out."
+                if raw
+                else "This tokenizer has no chat template, so there can be no system message."
+            )
+        ids = tokenizer(text)["input_ids"]
+    else:
+        ids = encode_rendered(tokenizer, render(tokenizer, [*begin_messages(system), message("user", text)]))
+    if not ids:
+        raise ValueError(f"The prompt {text[:40]!r} has no tokens; expected some text.")
+    return ids
+
+
+def message(role: str, text: str) -> dict[str, str]:
+    """A message of a conversation."""
+    return {"role": role, "content": text}
+
+
+def begin_messages(system: str | None) -> list[dict[str, str]]:
+    """The messages that a conversation begins with."""
+    return [] if system is None else [message("system", system)]
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """
+    A conversation in the tokenizer's chat template, up to the beginning of the next answer. Control tokens that occur
+    in the messages are broken up.
+
+    Raises:
+        ValueError: if the template refuses the messages.
+    """
+    safe = [{**found, "content": without_control_tokens(tokenizer, found["content"])} for found in messages]
+    try:
+        return tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"The tokenizer's chat template refuses this conversation: {error}") from error
+
+
+def encode_rendered(tokenizer: Any, rendered: str) -> list[int]:
+    """The token ids of a rendered template, which has its own control tokens."""
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def without_control_tokens(tokenizer: Any, text: str) -> str:
+    """The text with a space inside each special token's string, so that the model reads it as text."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for token in special | set(tokenizer.all_special_tokens):
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text

@@ -1,0 +1,89 @@
+"""A conversation with a language model, whose KV cache is kept from one answer to the next."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Cache
+
+from .chat_template import begin_messages, encode_rendered, message, render
+from .continuation import Continuation, Decoding, continue_tokens
+
+LEAST_ROOM = 16  # tokens; an answer that must be shorter is not begun
+
+
+class Conversation:
+    """
+    Messages of a user and a model's answers. A new message is laid behind the tokens of the last answer as the model
+    generated them, so only new tokens enter the model.
+
+    Args:
+        model: a [`NeuroFlowPhi3ForCausalLM`].
+        tokenizer: its tokenizer, with a chat template.
+        decoding: how answers are generated.
+        system: the system message; None for the template's own, if it has one.
+
+    Attributes:
+        messages: all so far, as the chat template takes them.
+        tokens: token ids of all that was said so far, without the last end token.
+        cache: the KV cache of the first of these tokens; None for none.
+
+    Raises:
+        ValueError: for a tokenizer without a chat template.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, decoding: Decoding, system: str | None = None):
+        if tokenizer.chat_template is None:
+            raise ValueError("This tokenizer has no chat template. Use `neuroflow generate` to continue a text.")
+        self.model, self.tokenizer, self.decoding, self.system = model, tokenizer, decoding, system
+        self.room: int = model.config.max_position_embeddings
+        self.reset()
+
+    def reset(self):
+        """Forget all but the system message."""
+        self.messages = begin_messages(self.system)
+        self.rendered, self.tokens = "", []  # one is the text of the other
+        self.cache: Cache | None = None
+
+    def encode(self, rendered: str) -> list[int]:
+        """Token ids of the conversation in its template: those so far, and new ones; all anew if the text differs."""
+        if self.tokens and rendered.startswith(self.rendered):
+            return self.tokens + encode_rendered(self.tokenizer, rendered[len(self.rendered) :])
+        self.cache = None  # a template that changes earlier messages
+        return encode_rendered(self.tokenizer, rendered)
+
+    def ask(
+        self, text: str, streamer: Any = None, is_stopped: Callable[[], bool] | None = None
+    ) -> tuple[str, Continuation]:
+        """
+        Answer a message. The answer becomes part of the conversation, also if it was stopped; if an error is raised,
+        the conversation is as before.
+
+        Args:
+            text: the user's message.
+            streamer: receives the tokens of the answer as they are generated.
+            is_stopped: asked after each token; the answer ends where it returns True.
+
+        Returns:
+            The answer's text, and its tokens and figures.
+
+        Raises:
+            ValueError: for a message that the template refuses, or that leaves no room for an answer.
+        """
+        messages = [*self.messages, message("user", text)]
+        rendered = render(self.tokenizer, messages)
+        tokens = self.encode(rendered)
+        if self.room - len(tokens) < LEAST_ROOM:
+            raise ValueError(
+                f"The conversation is full: with this message it has {len(tokens)} tokens, and the model has room for "
+                f"{self.room}, of which an answer needs {LEAST_ROOM}."
+            )
+        cache, self.cache = self.cache, None  # after an error, layers of the cache may differ in length
+        found = continue_tokens(self.model, self.tokenizer, tokens, self.decoding, cache, streamer, is_stopped)
+        answer = self.tokenizer.decode(found.tokens, skip_special_tokens=True).strip()
+        self.messages = [*messages, message("assistant", answer)]
+        self.rendered = rendered + answer
+        self.tokens = [*tokens, *found.tokens]
+        if found.is_ended:  # the template adds its own
+            self.tokens.pop()
+        self.cache = found.cache
+        return answer, found
