@@ -436,22 +436,22 @@ def motion_table(report: dict) -> str:
 def lossless_table(report: dict) -> str:
     """Tokens per second with each drafter and with none."""
     settings, last = report["settings"], list(report["summary"].values())[-1]
-    columns = {"task": "{task}", "drafts": "{drafts}", "tokens/s": "{tokens_per_second:.0f}"}
+    columns = {"task": "{task}", "drafts": "{name}", "tokens/s": "{processor[tokens_per_second]:.0f}"}
     columns |= {
-        "speed (dense = 1)": estimate("times_dense.median", "times_dense.interval", form=".2f"),
+        "speed (dense = 1)": estimate("processor.times_dense.median", "processor.times_dense.interval", form=".2f"),
+        "least": "{processor[times_dense][least]:.2f}",
+        "by the clock": estimate("wall.times_dense.median", "wall.times_dense.interval", form=".2f"),
         "acceptance rate": estimate("acceptance", form=".0%"),
         "draft length, tokens": estimate("draft_length", form=".1f"),
         "tokens per verification": estimate("tokens_per_check", form=".1f"),
     }
-    rows = (
-        {"task": task, "drafts": name, **row} for task, of in report["summary"].items() for name, row in of.items()
-    )
+    rows = ({"task": task, "name": name, **row} for task, of in report["summary"].items() for name, row in of.items())
     differ = [sum(row["divergences"][key] for row in last.values()) for key in ("within_rounding", "others")]
     measured = sum(case["tokens"] >= settings["least_tokens"] for case in report["cases"])
     note = (
-        "`{0}`: {model}, {1} held-out prompts with texts of {least_tokens} to {new_tokens} tokens, {dtype}, {turns} "
-        "turns, {machine[threads]} thread(s). Texts that differ from the stock model's: {2} where its two highest "
-        "logits are within rounding, {3} elsewhere."
+        "`{0}`: {model}, {1} prompts with texts of {least_tokens} to {new_tokens} tokens, {dtype}, {turns} turn(s), "
+        "{machine[threads]} thread(s). Speed in processor time, beside it the clock's. Texts that differ from the "
+        "stock model's: {2} where its two highest logits are within rounding, {3} elsewhere."
     )
     return table(rows, columns, note.format(report["command"], measured, *differ, **settings))
 
