@@ -43,7 +43,9 @@ bench: $(READY)  ## time the modes against dense: half an hour on two cores; run
 	$(BIN)/python -m eval.vision.benchmark_streams
 
 drift: $(READY)  ## measure what a bypass changes in the text; run again to continue
-	$(BIN)/python -m eval.language.token_drift
+	$(BIN)/python -m eval.language.token_drift --max-prompts 50 --batch-size 100
+	$(BIN)/python -m eval.language.token_drift --max-prompts 50 --batch-size 100 --cascade
+	$(BIN)/python -m eval.language.json_drift
 
 evidence: $(READY)  ## labels, delays, fidelity, laws, masks on composed clips: two hours on two cores; run again to continue
 	for script in $(EVIDENCE); do \

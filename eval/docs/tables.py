@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from eval.language.findings import readme_table
+from eval.language import json_drift
 from eval.report import RESULTS, fill_block, write_whole
 from neuroflow_hf import PRESETS
+from neuroflow_hf.drift.tables import description, summary_table
 from neuroflow_hf.utils.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
@@ -456,6 +457,22 @@ def lossless_table(report: dict) -> str:
     return table(rows, columns, note.format(report["command"], measured, *differ, **settings))
 
 
+def drift_table(report: dict) -> str:
+    """Drift by task, a bypass in each row."""
+    return f"{markdown_table(summary_table(report))}\n\n`{report['command']}`: {description(report)}"
+
+
+def findings_table(report: dict) -> str:
+    """The published findings on language, each with its verdict and rule."""
+    rows = [[found[name] for name in ("claim", "measured", "verdict", "rule")] for found in report["findings"]]
+    return markdown_table((["published", "measured here", "verdict", "rule"], rows))
+
+
+def json_table(report: dict) -> str:
+    """Drift of JSON under a schema, a bypass in each row."""
+    return f"{markdown_table(json_drift.json_table(report))}\n\n`{report['command']}`: {json_drift.describe(report)}"
+
+
 BLOCKS = {
     "presets": (presets_table, "vision_policies"),
     "glance": (glance_table, "accuracy", "reaction", "fidelity", "benchmark_vision"),
@@ -474,7 +491,10 @@ BLOCKS = {
     "reaction": (reaction_table, "reaction"),
     "fidelity": (fidelity_table, "fidelity"),
     "laws": (laws_table, "published_laws"),
-    "drift": (readme_table, "token_drift"),
+    "drift": (drift_table, "token_drift"),
+    "drift-findings": (findings_table, "token_drift"),
+    "drift-cascade": (drift_table, "drift_cascade"),
+    "drift-json": (json_table, "json_drift"),
     "lossless": (lossless_table, "benchmark_lossless"),
 }
 

@@ -33,9 +33,7 @@ def drift(
         int | None, option("Use the first N prompts of each task.", metavar="N", default="all")
     ] = None,
     batch_size: Annotated[int, option("Prompts in a batch; use fewer if memory runs out.")] = 64,
-    quick: Annotated[
-        bool, option("Use 10 prompts of each task, 32 tokens and one pair of layers.", "--quick")
-    ] = False,
+    quick: Annotated[bool, option("Use 10 prompts of each task and 32 tokens.", "--quick")] = False,
     dtype: options.Dtype = "float32",
     device: options.Device = "auto",
     seed: options.BootstrapSeed = 0,
@@ -57,9 +55,8 @@ def drift(
             prompts=prompts,
             path=out / "drift.json",
             settings={"new_tokens": new_tokens, "batch_size": batch_size, "seed": seed},
-            own=own or None,
+            own=[own] if own else None,
             max_prompts=max_prompts,
-            quick=quick,
             fresh=fresh,
             dtype=dtype,
             device=device,
@@ -67,12 +64,9 @@ def drift(
         )
         if report is None:
             return
-        paths = {"table": out / "drift.md", "plot": out / "drift.png"}
-        if not own:
-            paths["reachable"] = out / "reachable.png"
-        write_drift(report, paths)
+        write_drift(report, out / "drift.md", out / "drift.png")
     print_drift(report)
-    print_written(out, ["drift.json", *(path.name for path in paths.values())])
+    print_written(out, ["drift.json", "drift.md", "drift.png"])
 
 
 def run_drift(
@@ -80,9 +74,9 @@ def run_drift(
     prompts: Path | None,
     path: Path,
     settings: dict,
-    own: dict | None = None,
+    own: Sequence[dict] | None = None,
     max_prompts: int | None = None,
-    quick: bool = False,
+    tasks: Sequence[str] | None = None,
     fresh: bool = False,
     dtype: str = "float32",
     device: str = "auto",
@@ -93,8 +87,9 @@ def run_drift(
 
     Args:
         settings: options of `DriftSettings`.
-        own, quick, fresh: as in `DriftEvaluation`.
+        own, fresh: as in `DriftEvaluation`.
         max_prompts: of each task; default: all.
+        tasks: of the prompts to use; default: all.
 
     Returns:
         The report; None on all processes but the first.
@@ -110,31 +105,30 @@ def run_drift(
     if max_prompts is not None and max_prompts < 1:
         raise ValueError(f"--max-prompts is {max_prompts}; expected a whole number of at least 1.")
     file = prompts or default_prompts()
-    texts = first_of_each(read_prompts(file), max_prompts)
+    texts = [prompt for prompt in read_prompts(file) if tasks is None or prompt.task in tasks]
+    texts = [texts[index] for index in first_of_each([prompt.task for prompt in texts], max_prompts)]
     prepare_folder(path.parent)
     processes = Processes()
     source = language_model(model)
     loaded, tokenizer = load_language_model(source, weights_dtype, processes.device_for(device))
     if own is not None:
-        own = with_own_threshold(loaded, tokenizer, own)
+        own = [with_own_threshold(loaded, tokenizer, options) for options in own]
     names = {"model": Path(source).name, "prompts": file.name, "command": command}
     with CommandProgress("prompts") as progress:
-        how = (chosen, own, quick, fresh, progress.show, names)
+        how = (chosen, own, fresh, progress.show, names)
         report = DriftEvaluation(loaded, tokenizer, texts, path, *how).run()
     return report if processes.is_main else None
 
 
-def write_drift(report: dict, paths: dict[str, Path], published: Sequence[dict] = ()):
-    """Write a report's `table` (Markdown), `plot` and `reachable` plot, as far as `paths` names them."""
-    from ..drift.plots import plot_drift, plot_reachable
+def write_drift(report: dict, table: Path, plot: Path):
+    """Write a report's table, in Markdown, and its plot."""
+    from ..drift.plots import plot_drift
     from ..drift.tables import drift_markdown
     from ..utils.files import write_whole
     from ..utils.plots import save_plot
 
-    write_whole(paths["table"], drift_markdown(report))
-    save_plot(plot_drift(report, published), paths["plot"])
-    if "reachable" in paths:
-        save_plot(plot_reachable(report), paths["reachable"])
+    write_whole(table, drift_markdown(report))
+    save_plot(plot_drift(report), plot)
 
 
 def print_drift(report: dict):

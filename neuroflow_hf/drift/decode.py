@@ -1,27 +1,27 @@
 """
 Decode batches of prompts token by token, and compare a bypass with the dense model on them.
 
-Rows are padded on the left. Dense and bypassed runs never share a cache: every call of `decode` makes its own.
+Rows are padded on the left. Every row of a batch decides for itself whether it bypasses, and rows that do are left out
+of the cache layers' computation; so a batch changes no row's text beyond rounding, but a layer's weights are read as
+long as one row needs them. Batches show what a bypass does to texts, and say little about the time of a single one.
 """
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache
 
+from ..language.bypass import confidence_of
 from ..language.bypass_config import NeuroFlowBypassConfig
 from ..language.bypass_state import find_state
 from ..language.calibration import PADDING, cut_at_end, gate_similarities
-from ..utils.jobs import timed
-from .metrics import (
-    PromptRecord,
-    compare_steps,
-    first_divergence,
-    negative_log_likelihood,
-    position_drift,
-)
+from .metrics import PromptRecord, compare_steps, first_divergence, negative_log_likelihood, position_drift
+
+FED_WITH_BYPASS = 2  # prompt tokens: a step of several is dense, and the gate compares the next one with its last
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Batch:
     indices: list[int]  # of the prompts, [B]
     ids: torch.Tensor  # int64 [B, T], padded on the left
     mask: torch.Tensor  # int64 [B, T], 0 for padding
+    cache: Cache | None = None  # of the first positions, fed densely; copied by each run
 
 
 @dataclass
@@ -40,7 +41,6 @@ class Decoded:
     tokens: torch.Tensor  # int64 [B, n]; rows continue past their end token
     similarity: torch.Tensor  # float32 [B, n - 1], the gate's, at the steps that fed tokens 0 to n - 2; NaN if dense
     bypassed: torch.Tensor  # bool [B, n - 1], whether layers were bypassed at these steps
-    kept: torch.Tensor | None  # [B, n, ...], what `keep` returned
 
 
 def make_batches(rows: Sequence[Sequence[int]], batch_size: int, padding: int = 0) -> list[Batch]:
@@ -58,15 +58,23 @@ def make_batches(rows: Sequence[Sequence[int]], batch_size: int, padding: int = 
     return batches
 
 
+def feed(model, batch: Batch, first: int, last: int, cache: Cache | None, bypass: dict | bool):
+    """The model's output for the positions `first` to `last` - 1 of a batch, after those in the cache."""
+    mask = batch.mask[:, :last].to(model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, first:]
+    ids = batch.ids[:, first:last].to(model.device)
+    how = {"use_cache": True, "logits_to_keep": 1, "bypass": bypass}
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **how)
+
+
 @torch.inference_mode()
 def decode(
     model,
     batch: Batch,
     steps: int,
     bypass: dict | bool = False,
-    forced: torch.Tensor | None = None,
+    choose: Callable[[int, torch.Tensor], torch.Tensor] = lambda step, logits: logits.argmax(dim=-1),
     ends: Collection[int] = (),
-    keep: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> Decoded:
     """
     Feed the prompts, then up to `steps` new tokens one by one. The last token is not fed.
@@ -76,71 +84,74 @@ def decode(
         batch: the prompts.
         steps: number of new tokens, at least 1.
         bypass: options of [`NeuroFlowBypassConfig`]; False for dense.
-        forced: int64 [B, steps], the tokens to feed (teacher forcing); None for greedy decoding.
-        ends: end tokens; greedy decoding stops once every row has one.
-        keep: from the number of a new token, from 0, and its logits [B, V] to what to keep of them, [B, ...].
-
-    Raises:
-        ValueError: for a model with long RoPE, if the lengths of texts are on both sides of its switch.
+        choose: from the number of a new token, from 0, and its logits [B, V] to the tokens, int64 [B].
+        ends: end tokens; decoding stops once every row has one.
     """
     if bypass is not False:
         bypass = NeuroFlowBypassConfig.from_options(bypass).resolve(model.config.num_hidden_layers)
-    require_one_rope(model.config, batch.mask.sum(dim=1).tolist(), steps)
-    device = model.device
-    mask = batch.mask.to(device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    inputs = {"input_ids": batch.ids.to(device), "attention_mask": mask, "position_ids": positions}
-    output = model(**inputs, use_cache=True, logits_to_keep=1, bypass=bypass)
-    end_ids = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
-    done = torch.zeros(len(mask), dtype=torch.bool, device=device)
-    position, tokens, kept = positions[:, -1:], [], []
+    length = batch.ids.shape[1]
+    cache = copy.deepcopy(batch.cache)
+    output = feed(model, batch, 0 if cache is None else cache.get_seq_length(), length, cache, bypass)
+    row_ends = torch.tensor(sorted(ends), dtype=torch.int64, device=model.device)
+    done = torch.zeros(len(batch.ids), dtype=torch.bool, device=model.device)
+    text, tokens = Batch(batch.indices, batch.ids, batch.mask), []
     for step in range(steps):
-        logits = output.logits[:, -1]
-        if keep is not None:
-            kept.append(keep(step, logits))
-        token = logits.argmax(dim=-1) if forced is None else forced[:, step].to(device)
+        token = choose(step, output.logits[:, -1])
         tokens.append(token)
-        done |= torch.isin(token, end_ids)
-        if step + 1 == steps or (forced is None and len(end_ids) and bool(done.all())):
+        done |= torch.isin(token, row_ends)
+        if step + 1 == steps or bool(done.all()):
             break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        position = position + 1
-        output = model(
-            input_ids=token.unsqueeze(1),
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=output.past_key_values,
-            use_cache=True,
-            bypass=bypass,
-        )
-    similarity = torch.full((len(mask), len(tokens) - 1), torch.nan)
+        text.ids = torch.cat([text.ids, token[:, None].cpu()], dim=1)
+        text.mask = pad(text.mask, (0, 1), value=1)
+        output = feed(model, text, length + step, length + step + 1, output.past_key_values, bypass)
+    fed = len(tokens) - 1
+    similarity = torch.full((len(done), fed), torch.nan)
     bypassed = torch.zeros(similarity.shape, dtype=torch.bool)
     state = find_state(output.past_key_values)
-    if state is not None:
-        statistics, first = state.statistics(), batch.ids.shape[1]
-        similarity = statistics.similarity[:, first:].float().cpu()
-        bypassed = statistics.bypassed_mask[:, first:].cpu()
-    return Decoded(torch.stack(tokens, dim=1).cpu(), similarity, bypassed, torch.stack(kept, dim=1) if kept else None)
+    if state is not None and fed:
+        statistics = state.statistics()
+        similarity = statistics.similarity[:, -fed:].float().cpu()
+        bypassed = statistics.bypassed_mask[:, -fed:].cpu()
+    return Decoded(torch.stack(tokens, dim=1).cpu(), similarity, bypassed)
 
 
-def keep_logits(step: int, logits: torch.Tensor) -> torch.Tensor:
-    """All logits, in float32 on the CPU; for `decode`."""
-    return logits.float().cpu()
-
-
-def require_one_rope(config, lengths: Sequence[int], steps: int):
+@torch.inference_mode()
+def feed_densely(model, batch: Batch, opening: Batch):
     """
-    Raise a ValueError if long RoPE switches its factors among these prompt lengths and new tokens. At the switch,
-    transformers feeds a text again, which a batch of rows that reach it at different steps cannot follow.
+    Give a batch of prompts, and the same batch without its last tokens, the cache of what both feed densely, so that
+    runs need not feed it again.
     """
-    switch = config.original_max_position_embeddings
-    is_long = config.rope_parameters["rope_type"] == "longrope"
-    longest = max(lengths) + steps - 1  # the last token is not fed
-    if is_long and min(lengths) <= switch < longest:
-        raise ValueError(
-            f"Long RoPE switches its factors after {switch} tokens, and the texts have {min(lengths)} to {longest}. "
-            f"Use prompts that stay within {switch} tokens with their new tokens, or prompts that are all longer."
-        )
+    cache, first = None, 0
+    for part in (opening, batch):
+        last = part.ids.shape[1] - FED_WITH_BYPASS
+        if last > first:
+            cache = feed(model, batch, first, last, cache, False).past_key_values
+            part.cache, first = copy.deepcopy(cache), last
+
+
+class Greedy:
+    """Chooses the most probable token, and keeps margin and entropy of each step's logits."""
+
+    def __init__(self):
+        self.confidence: list[torch.Tensor] = []  # [B, 2] for each step
+
+    def __call__(self, step: int, logits: torch.Tensor) -> torch.Tensor:
+        """The tokens [B] for logits [B, V]."""
+        self.confidence.append(confidence_of(logits).cpu())
+        return logits.argmax(dim=-1)
+
+
+class Forced:
+    """Chooses given tokens, int64 [B, n] (teacher forcing), and keeps the logits of each step."""
+
+    def __init__(self, tokens: torch.Tensor):
+        self.tokens = tokens
+        self.logits: list[torch.Tensor] = []  # float32 [B, V] for each step, on the CPU
+
+    def __call__(self, step: int, logits: torch.Tensor) -> torch.Tensor:
+        """The tokens [B] of a step, from 0, with logits [B, V]."""
+        self.logits.append(logits.float().cpu())
+        return self.tokens[:, step].to(logits.device)
 
 
 @dataclass
@@ -148,25 +159,27 @@ class DenseAnswer:
     """The dense model's answer to a prompt."""
 
     tokens: list[int]  # its greedy text, including the end token
-    logits: torch.Tensor  # [n, V], float32 on the CPU, for each of these tokens
-    nll: float  # total negative log-likelihood, in nats, of the prompt's second half
+    margins: list[float]  # between the two highest logits, for each of these tokens
+    entropies: list[float]  # of the distribution, in nats, for each of these tokens
+    logits: torch.Tensor  # [n, V], float32 on the CPU, for the prompt's last n tokens
 
 
 class DriftBench:
     """
     Prompts, the dense model's answers to them, and measurements against these answers.
 
-    A measurement decodes three times: greedily, along the dense text (teacher forcing), and along the second half of
-    each prompt, for the perplexity. Prompts are fed in one piece, and so densely: a bypass acts on the steps after
-    them.
+    A measurement decodes twice: greedily after the whole prompt, and along the prompt's last tokens (teacher forcing),
+    for perplexity and divergence. What comes before is fed in one piece, and so densely; it is fed once, and every run
+    continues from a copy of the dense cache.
 
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`].
         rows: token ids of each prompt, at least one.
         tasks: the task of each prompt.
         new_tokens: number of tokens to generate after each prompt.
-        batch_size: prompts at once. Memory has to hold the logits of a batch, `batch_size * new_tokens * V` floats,
-            and the dense logits of all prompts.
+        forced_tokens: how many tokens at the end of each prompt are scored; every prompt has to have 2 more. 0: none.
+        batch_size: prompts at once. Memory has to hold the dense cache of all prompts twice, and the dense logits of
+            the forced tokens, `forced_tokens * V` floats for each prompt.
         ends: end tokens.
         on_prompts: called after each batch with the number of prompts finished.
     """
@@ -177,97 +190,98 @@ class DriftBench:
         rows: Sequence[Sequence[int]],
         tasks: Sequence[str],
         new_tokens: int = 64,
+        forced_tokens: int = 16,
         batch_size: int = 64,
         ends: Collection[int] = (),
         on_prompts: Callable[[int], None] = lambda done: None,
     ):
         self.model, self.rows, self.tasks = model, rows, tasks
         self.new_tokens, self.batch_size, self.ends, self.on_prompts = new_tokens, batch_size, ends, on_prompts
-        middles = [max(1, len(row) // 2) for row in rows]
-        self.halves = [(list(row[:at]), list(row[at:])) for row, at in zip(rows, middles, strict=True)]
+        self.forced_tokens = forced_tokens
+        self.batches = self.make_batches(batch_size)
         self.dense: list[DenseAnswer] = [None] * len(rows)
-        for batch in self.batches():
-            free = decode(model, batch, new_tokens, ends=ends, keep=keep_logits)
-            scores = self.score(model, batch.indices, False)
+        for batch, opening in self.each(self.batches):
+            feed_densely(model, batch, opening)
+            greedy = Greedy()
+            free = decode(model, batch, new_tokens, False, greedy, ends)
+            logits, _ = self.force(model, batch, opening, False)
             for row, index in enumerate(batch.indices):
                 tokens = cut_at_end(free.tokens[row].tolist(), ends)
-                self.dense[index] = DenseAnswer(tokens, free.kept[row, : len(tokens)].clone(), scores[row])
+                margins, entropies = torch.stack(greedy.confidence[: len(tokens)])[:, row].T.tolist()
+                self.dense[index] = DenseAnswer(tokens, margins, entropies, logits[row])
 
-    def batches(self, batch_size: int | None = None, padding: int = 0) -> Iterator[Batch]:
-        """Yield the prompts in batches, and report each batch as finished when the next one is asked for."""
+    def make_batches(
+        self, batch_size: int, padding: int = 0, indices: Sequence[int] | None = None
+    ) -> list[tuple[Batch, Batch]]:
+        """
+        Prompts (default: all) in batches, whole and without their last tokens: those that are scored, and one before
+        them, which the dense prompt predicts.
+        """
+        cut = -1 - self.forced_tokens
+        indices = range(len(self.rows)) if indices is None else indices
+        pairs = []
+        for batch in make_batches([self.rows[index] for index in indices], batch_size, padding):
+            batch.indices = [indices[place] for place in batch.indices]
+            pairs.append((batch, Batch(batch.indices, batch.ids[:, :cut], batch.mask[:, :cut])))
+        return pairs
+
+    def each(self, pairs: Sequence[tuple[Batch, Batch]]) -> Iterator[tuple[Batch, Batch]]:
+        """Yield the batches, and report each one as finished when the next one is asked for."""
         done = 0
-        for batch in make_batches(self.rows, batch_size or self.batch_size, padding):
-            yield batch
+        for batch, opening in pairs:
+            yield batch, opening
             done += len(batch.indices)
             self.on_prompts(done)
 
-    def score(self, model, indices: Sequence[int], bypass: dict | bool) -> list[float]:
-        """
-        Negative log-likelihood, in nats, of the second halves of a batch's prompts, fed token by token, without their
-        first token, which the dense forward of the first half predicts.
-        """
-        # a batch is in order of length, so `make_batches` keeps its order
-        (batch,) = make_batches([self.halves[index][0] for index in indices], len(indices))
-        texts = [torch.tensor(self.halves[index][1], dtype=torch.int64) for index in indices]
-        forced = pad_sequence(texts, True, PADDING)
-        if forced.shape[1] < 2:
-            return [0.0] * len(texts)
-
-        def keep(step: int, logits: torch.Tensor) -> torch.Tensor:
-            return negative_log_likelihood(logits, forced[:, step].to(logits.device)).cpu()
-
-        run = decode(model, batch, forced.shape[1], bypass, forced, keep=keep)
-        return [costs[1 : len(text)].sum().item() for costs, text in zip(run.kept, texts, strict=True)]
-
-    def force(self, model, batch: Batch, bypass: dict | bool) -> Decoded:
-        """Decode along the dense texts, and keep the logits."""
-        forced = pad_sequence([torch.tensor(self.dense[index].tokens) for index in batch.indices], True, PADDING)
-        return decode(model, batch, forced.shape[1], bypass, forced, keep=keep_logits)
+    def force(self, model, batch: Batch, opening: Batch, bypass: dict | bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits [B, n, V] that predict the n scored tokens, and whether their steps were bypassed, [B, n]."""
+        if not self.forced_tokens:
+            return torch.zeros(len(batch.indices), 0, 1), torch.zeros(len(batch.indices), 0, dtype=torch.bool)
+        forced = Forced(batch.ids[:, opening.ids.shape[1] :])
+        run = decode(model, opening, forced.tokens.shape[1], bypass, forced)
+        return torch.stack(forced.logits, dim=1)[:, 1:], run.bypassed
 
     def measure(
-        self, bypass: dict | bool, model=None, batch_size: int | None = None, padding: int = 0
-    ) -> list[PromptRecord]:
+        self, bypass: dict | bool, model=None, batches: Sequence[tuple[Batch, Batch]] | None = None
+    ) -> dict[int, PromptRecord]:
         """
-        Compare one configuration with dense on each prompt.
+        Compare one configuration with dense on each prompt, by its index.
 
         Args:
             bypass: options of [`NeuroFlowBypassConfig`]; False for dense, to measure the noise floor.
             model: another model, such as a copy in another dtype; default: the dense one.
-            batch_size, padding: another batch size, and a number of padded positions before each prompt.
+            batches: of `make_batches`, of another size or of some prompts; default: all prompts.
         """
-        model = self.model if model is None else model
-        records: list[PromptRecord] = [None] * len(self.rows)
-        for batch in self.batches(batch_size, padding):
+        model, batches = model or self.model, batches or self.batches
+        records = {}
+        for batch, opening in self.each(batches):
             free = decode(model, batch, self.new_tokens, bypass, ends=self.ends)
-            forced = self.force(model, batch, bypass)
-            scores = self.score(model, batch.indices, bypass)
+            logits, bypassed = self.force(model, batch, opening, bypass)
             for row, index in enumerate(batch.indices):
-                records[index] = self.compare(index, row, free, forced)
-                records[index].nll = scores[row]
+                records[index] = self.compare(index, row, free, logits[row], bypassed[row])
         return records
 
-    def compare(self, index: int, row: int, free: Decoded, forced: Decoded) -> PromptRecord:
-        """Compare a prompt with dense, from its row in a greedy run and in one along the dense text."""
-        dense = self.dense[index]
+    def compare(
+        self, index: int, row: int, free: Decoded, logits: torch.Tensor, bypassed: torch.Tensor
+    ) -> PromptRecord:
+        """Compare a prompt with dense, from its row in a greedy run, and logits [n, V] along the prompt's end."""
+        dense, labels = self.dense[index], torch.tensor(self.rows[index][len(self.rows[index]) - len(logits) :])
         tokens = cut_at_end(free.tokens[row].tolist(), self.ends)
-        first, margin = first_divergence(dense.tokens, tokens), None
-        if first is not None:  # always inside the dense text, because both texts end with an end token or are full
-            best, second = dense.logits[first].topk(2).values
-            margin = (best - second).item()
-        steps, forced_steps = len(tokens) - 1, len(dense.tokens) - 1  # the last token is not fed
-        # the prompt, fed densely, predicts the first token
-        found = compare_steps(dense.logits[1:], forced.kept[row, 1 : len(dense.tokens)])
-        similarity, bypassed = free.similarity[row, :steps], forced.bypassed[row, :forced_steps]
+        first = first_divergence(dense.tokens, tokens)
+        steps = len(tokens) - 1  # the last token is not fed
+        found, similarity = compare_steps(dense.logits, logits), free.similarity[row, :steps]
         return PromptRecord(
             self.tasks[index],
             drift=position_drift(dense.tokens, tokens),
             first_divergence=first,
-            margin=margin,
-            forced_steps=forced_steps,
+            # always inside the dense text, because both texts end with an end token or are full
+            margin=None if first is None else dense.margins[first],
+            forced_steps=len(logits),
             forced_divergent=int((~found.same_top1).sum()),
             kl=found.kl.tolist(),
-            scored_tokens=max(0, len(self.halves[index][1]) - 1),
-            dense_nll=dense.nll,
+            scored_tokens=len(logits),
+            dense_nll=negative_log_likelihood(dense.logits, labels).sum().item(),
+            nll=negative_log_likelihood(logits, labels).sum().item(),
             steps=steps,
             bypassed=int(free.bypassed[row, :steps].sum()),
             similarity=similarity[~similarity.isnan()].tolist(),
@@ -275,24 +289,16 @@ class DriftBench:
             entropy_computed=found.entropy[~bypassed].tolist(),
         )
 
-    def similarity(self, gate_layer: int) -> list[float]:
-        """The gate's similarities at a layer along the dense texts, with nothing bypassed."""
+    def similarity(self, gate_layer: int, indices: Sequence[int]) -> list[tuple[float, float]]:
+        """
+        The gate's similarity at a layer at each step along the dense texts of some prompts, with nothing bypassed, and
+        the entropy of the distribution that the fed token was chosen from, which a guard compares.
+        """
         values: list[float] = []
-        for batch in self.batches():
-            fed = [self.dense[index].tokens[:-1] for index in batch.indices]  # the last token is not
-            rows = [[*self.rows[index], *tokens] for index, tokens in zip(batch.indices, fed, strict=True)]
+        for begin in range(0, len(indices), self.batch_size):
+            chosen = indices[begin : begin + self.batch_size]
+            fed = [self.dense[index].tokens[:-1] for index in chosen]  # the last token is not
+            rows = [[*self.rows[index], *tokens] for index, tokens in zip(chosen, fed, strict=True)]
             values += gate_similarities(self.model, rows, list(map(len, fed)), gate_layer)
-        return values
-
-    def time_steps(self, bypass: dict, prompts: int = 9) -> list[tuple[float, float]]:
-        """Milliseconds per token, dense and bypassed, a pair for each prompt; prompts run alone, after a warm-up."""
-        pairs = []
-        for index in [0, *range(min(prompts, len(self.rows)))]:
-            (batch,) = make_batches([self.rows[index]], 1)
-            times = []
-            for options in (False, bypass):
-                how = (self.model, batch, self.new_tokens, options)
-                run, milliseconds = timed(lambda how=how: decode(*how), self.model.device)
-                times.append(milliseconds / run.tokens.shape[1])
-            pairs.append(tuple(times))
-        return pairs[1:]
+        entropies = [entropy for index in indices for entropy in self.dense[index].entropies[:-1]]
+        return list(zip(values, entropies, strict=True))

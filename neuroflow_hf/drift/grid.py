@@ -1,22 +1,17 @@
 """The bypasses of a drift evaluation: the published ones, scaled to the model's depth, and variants."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..language.bypass_config import NeuroFlowBypassConfig
-from .metrics import rate_of
+from ..language.bypass_config import ALWAYS, NeuroFlowBypassConfig, threshold_for_rate
 
 PUBLISHED_LAYERS = 32  # the depth of Phi-3-mini
 PUBLISHED_PAIRS = ((1, 24), (1, 31))  # gate layer and cache layer
 FIRST, LAST = (f"{gate}->{cache}" for gate, cache in PUBLISHED_PAIRS)
-PUBLISHED_THRESHOLDS = (0.6, 0.65, 0.7)
 PUBLISHED_RATE, PUBLISHED_THRESHOLD = 0.21, 0.65  # the share of steps bypassed at this threshold
 GUARD_ENTROPY = 1.0  # nats
-# bypass rates to derive thresholds for; a guard stops most bypasses, so its rates are higher
-RATES = {
-    "unguarded": (0.01, 0.05, 0.1, 0.2, 0.4, 0.8),
-    "guarded": (0.05, 0.1, 0.2, 0.4, 0.8, 1.0),
-    "control": (0.1, 0.2, 0.4),
-}
+RATES = (0.05, 0.2, 0.5)  # bypass rates to derive thresholds for
+MATCHED_RATE = 0.2  # at which targets, guard and control are compared; near the published one
 
 
 @dataclass(frozen=True)
@@ -33,24 +28,21 @@ class Configuration:
         return NeuroFlowBypassConfig.from_options(self.options)
 
     @property
-    def family(self) -> str:
-        """All options but the threshold, in words."""
-        words = [f"{self.pair} inverted" if self.bypass.is_inverted else self.pair, self.options["target"]]
+    def name(self) -> str:
+        """All options, in words, with the rate that was asked for in place of its threshold."""
+        bypass = self.bypass
+        layers = f"{bypass.gate_layer}->{'+'.join(map(str, bypass.layers))}{' inverted' if bypass.is_inverted else ''}"
+        words = [layers, bypass.target]
         for name, unit in (("guard_entropy", "entropy"), ("guard_margin", "margin"), ("max_consecutive", "at most")):
             if self.options.get(name) is not None:
                 words.append(f"{unit} {self.options[name]:g}")
+        words.append(f"threshold {bypass.threshold:g}" if self.asked_rate is None else f"for {self.asked_rate:.0%}")
         return ", ".join(words)
-
-    @property
-    def name(self) -> str:
-        """All options, in words."""
-        return f"{self.family}, threshold {self.options['threshold']:g}"
 
     def to_dict(self) -> dict:
         """The fields of a report's entry that describe the configuration."""
         return {
             "name": self.name,
-            "family": self.family,
             "pair": self.pair,
             "guarded": self.bypass.is_guarded,
             "inverted": self.bypass.is_inverted,
@@ -80,44 +72,54 @@ def scaled_pairs(num_layers: int) -> dict[str, tuple[int, int]]:
     return pairs
 
 
-def gate_layers(num_layers: int) -> list[int]:
-    """The layers of which `full_grid` needs thresholds."""
-    pairs = scaled_pairs(num_layers).values()
-    return sorted({layer for gate, cache in pairs for layer in (gate, cache)})
-
-
-def full_grid(num_layers: int, thresholds: dict[int, dict[str, float]], quick: bool = False) -> list[Configuration]:
+def thresholds_for_rates(steps: Sequence[tuple[float, float]]) -> dict[str, float]:
     """
-    The published pairs at the published thresholds, and at thresholds for given bypass rates, because a threshold may
-    bypass all steps of one checkpoint and none of another; with all three targets, with and without an entropy guard,
-    and inverted, with gate and cache layer swapped.
+    Thresholds for `RATES` by rate, such as `"0.2"`, and one for `MATCHED_RATE` under the guard, `"guarded"`: with it,
+    only steps whose entropy the guard allows can be bypassed.
+
+    Args:
+        steps: a gate's similarity and the model's entropy at each step.
+    """
+    similarity = [value for value, _ in steps]
+    allowed = [value if entropy <= GUARD_ENTROPY else ALWAYS for value, entropy in steps]
+    found = {f"{rate:g}": threshold_for_rate(similarity, rate) for rate in RATES}
+    return found | {"guarded": threshold_for_rate(allowed, MATCHED_RATE)}
+
+
+def gate_layers(num_layers: int) -> tuple[int, int]:
+    """The layers of which `full_grid` needs thresholds: the published gate, and that of the inverted control."""
+    return scaled_pairs(num_layers)[FIRST]
+
+
+def full_grid(num_layers: int, thresholds: dict[int, dict[str, float]]) -> list[Configuration]:
+    """
+    At most ten bypasses: the published pairs of layers at the published threshold, and, because a threshold may bypass
+    all steps of one checkpoint and none of another, at thresholds for equal bypass rates; at one of these rates, an
+    entropy guard, gate and cache layer swapped (inverted control), the MLP and the whole block. The most telling ones
+    come first, since a run takes hours on a small machine.
 
     Args:
         num_layers: the model's depth.
-        thresholds: by gate layer, for all of `gate_layers`, and by rate, such as `"0.2"`, for all of `RATES`.
-        quick: use the first pair only.
+        thresholds: of `thresholds_for_rates`, for each of `gate_layers`.
     """
-    found: dict[str, Configuration] = {}
+    pairs, matched = scaled_pairs(num_layers), f"{MATCHED_RATE:g}"
+    gate, cache = pairs[FIRST]
 
-    def add(pair, gate, cache, threshold, target="attention", rate=None, **more):
-        options = {"gate_layer": gate, "cache_layers": [cache], "threshold": threshold, "target": target, **more}
-        configuration = Configuration(pair, options, rate)
-        found.setdefault(configuration.name, configuration)  # two rates may have the same threshold
+    def bypass(pair, gate, cache, rate, **more):
+        threshold = PUBLISHED_THRESHOLD if rate is None else thresholds[gate][rate]
+        options = {"gate_layer": gate, "cache_layers": [cache], "threshold": threshold, "target": "attention"} | more
+        asked = {None: None, "guarded": MATCHED_RATE}
+        return Configuration(pair, options, asked[rate] if rate in asked else float(rate))
 
-    pairs = list(scaled_pairs(num_layers).items())
-    for pair, (gate, cache) in pairs[:1] if quick else pairs:
-        for threshold in PUBLISHED_THRESHOLDS:
-            add(pair, gate, cache, threshold)
-        for rate in RATES["unguarded"]:
-            add(pair, gate, cache, thresholds[gate][f"{rate:g}"], rate=rate)
-        for rate in RATES["guarded"]:
-            add(pair, gate, cache, thresholds[gate][f"{rate:g}"], rate=rate, guard_entropy=GUARD_ENTROPY)
-        for target in ("mlp", "block"):
-            for rate in RATES["control"]:
-                add(pair, gate, cache, thresholds[gate][f"{rate:g}"], target, rate)
-        for rate in RATES["control"]:
-            add(pair, cache, gate, thresholds[cache][f"{rate:g}"], rate=rate)
-    return list(found.values())
+    return [
+        *(bypass(pair, *layers, matched) for pair, layers in pairs.items()),
+        bypass(FIRST, gate, cache, None),
+        bypass(FIRST, gate, cache, "guarded", guard_entropy=GUARD_ENTROPY),
+        bypass(FIRST, cache, gate, matched),
+        *(bypass(FIRST, gate, cache, matched, target=target) for target in ("mlp", "block")),
+        *(bypass(pair, *layers, None) for pair, layers in pairs.items() if pair != FIRST),
+        *(bypass(FIRST, gate, cache, f"{rate:g}") for rate in RATES if rate != MATCHED_RATE),
+    ]
 
 
 def own_configuration(num_layers: int, options: dict) -> Configuration:
@@ -135,28 +137,15 @@ def own_configuration(num_layers: int, options: dict) -> Configuration:
     return Configuration(named[0] if named else "own", kept)
 
 
-def entries_of_family(report: dict, pair: str, target="attention", guarded=False, inverted=False) -> list[dict]:
-    """A report's entries of one kind, which differ in their threshold only."""
-    kind = (pair, target, guarded, inverted)
-    return [
-        entry
-        for entry in report["configurations"]
-        if (entry["pair"], entry["options"]["target"], entry["guarded"], entry["inverted"]) == kind
-    ]
-
-
-def is_near_published(rate: float) -> bool:
-    """Whether a rate is within half to twice the published one."""
-    return PUBLISHED_RATE / 2 <= rate <= 2 * PUBLISHED_RATE
-
-
-def published_configuration(report: dict, pair: str = FIRST) -> dict | None:
-    """
-    The entry that stands for the published setting of a pair: the one at threshold 0.65, if its rate is near the
-    published 21 %, else the one with the nearest rate. None if no entry bypasses anything.
-    """
-    entries = [entry for entry in entries_of_family(report, pair) if rate_of(entry) > 0]
-    for entry in entries:
-        if entry["options"]["threshold"] == PUBLISHED_THRESHOLD and is_near_published(rate_of(entry)):
-            return entry
-    return min(entries, key=lambda entry: abs(rate_of(entry) - PUBLISHED_RATE), default=None)
+def weights_left_out(model, bypass: NeuroFlowBypassConfig) -> float:
+    """The share of the weights that a dense step of one token multiplies by which a bypassed step leaves out."""
+    used = sum(parameter.numel() for parameter in model.parameters())
+    if not model.config.tie_word_embeddings:
+        used -= model.get_input_embeddings().weight.numel()  # looked up
+    left_out = 0
+    for layer in (model.base_model.layers[index] for index in bypass.layers):
+        if bypass.skips_attention:
+            left_out += 2 * layer.self_attn.o_proj.weight.numel()  # and the query's projection, of the same size
+        if bypass.skips_mlp:
+            left_out += sum(parameter.numel() for parameter in layer.mlp.parameters())
+    return left_out / used

@@ -15,7 +15,6 @@ from ..evaluation.statistics import bootstrap_interval, mean, paired_interval, q
 from ..utils.files import significant
 from .prompts import ALL, order_tasks
 
-ROUNDING = 1e-5  # rounding in float32 may swap logits that are closer than this
 # fields of `PromptRecord` that a report keeps of each prompt
 COLUMNS = (
     *("drift", "first_divergence", "margin", "forced_steps", "forced_divergent"),
@@ -207,15 +206,3 @@ def column(entry: dict, name: str, task: str = ALL) -> list:
 def rate_of(entry: dict, task: str = ALL) -> float:
     """The share of steps bypassed, in one task or all."""
     return share(sum(column(entry, "bypassed", task)), sum(column(entry, "steps", task))) or 0.0
-
-
-def rounding_margin(report: dict) -> float:
-    """The largest margin between logits that another batch shape overturned; at least `ROUNDING`."""
-    noise = [entry for entry in report["noise"] if entry["kind"] == "batch"]
-    return max([ROUNDING, *(margin for entry in noise for margin in column(entry, "margin") if margin is not None)])
-
-
-def beyond_rounding(report: dict, entry: dict, task: str = ALL) -> int:
-    """How many prompts diverge at a margin above `rounding_margin`."""
-    limit = rounding_margin(report)
-    return sum(margin is not None and margin > limit for margin in column(entry, "margin", task))

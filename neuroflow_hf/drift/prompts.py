@@ -7,6 +7,7 @@ continue. One of the task `chat` is a user's message: a model reads it in its ch
 
 import json
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,32 +49,55 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             f"{path} ends in {path.suffix or 'nothing'!r}; expected .jsonl with lines such as {LINE}, or .txt with a "
             "prompt in each line."
         )
-    prompts = []
+    if path.suffix == ".txt":
+        prompts = [Prompt(text) for _, text in read_lines(path)]
+    else:
+        prompts = [
+            make_prompt(found, f"{path}, line {number}") for number, found in read_json_lines(path, ("prompt",), LINE)
+        ]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; expected at least one line.")
+    return prompts
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and text of each line that is not blank; ValueError for one that is not UTF-8."""
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             text = line.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}).") from error
         if text.strip():
-            prompts.append(Prompt(text) if path.suffix == ".txt" else parse_line(text, f"{path}, line {number}"))
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts; expected at least one line.")
-    return prompts
+            yield number, text
 
 
-def parse_line(text: str, where: str) -> Prompt:
-    """The prompt in a line of JSON; a ValueError that begins with `where` if the line is bad."""
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error}); expected an object such as {LINE}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: a {type(found).__name__}; expected an object such as {LINE}.")
-    prompt, task = found.get("prompt"), found.get("task", OWN)
+def read_json_lines(path: Path, names: Sequence[str], example: str) -> Iterator[tuple[int, dict]]:
+    """
+    Number and object of each line of a file of JSON lines.
+
+    Raises:
+        ValueError: for a line that is not an object with all of `names`; the message shows `example`.
+    """
+    for number, text in read_lines(path):
+        where, expected = f"{path}, line {number}", f"expected an object such as {example}."
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON ({error}); {expected}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{where}: a {type(found).__name__}; {expected}")
+        for name in names:
+            if name not in found:
+                raise ValueError(f"{where}: `{name}` is missing; {expected}")
+        yield number, found
+
+
+def make_prompt(found: dict, where: str) -> Prompt:
+    """The prompt in an object; a ValueError that begins with `where` if its text or task is none."""
+    prompt, task = found["prompt"], found.get("task", OWN)
     for name, value in (("prompt", prompt), ("task", task)):
         if not isinstance(value, str) or not value.strip():
-            said = "is missing" if name not in found else f"is {value!r}"
-            raise ValueError(f"{where}: `{name}` {said}; expected a text that is not empty, as in {LINE}.")
+            raise ValueError(f"{where}: `{name}` is {value!r}; expected a text that is not empty, as in {LINE}.")
     if task == ALL:
         raise ValueError(f"{where}: `task` is {ALL!r}, which stands for all tasks; choose another name.")
     return Prompt(prompt, task)
@@ -90,13 +114,12 @@ def order_tasks(tasks) -> list[str]:
     return [task for task in TASKS if task in found] + [task for task in found if task not in TASKS]
 
 
-def first_of_each(prompts: list[Prompt], count: int | None) -> list[Prompt]:
-    """The first `count` prompts of each task, in order; all for None."""
-    if count is None:
-        return prompts
-    seen, kept = Counter(), []
-    for prompt in prompts:
-        seen[prompt.task] += 1
-        if seen[prompt.task] <= count:
-            kept.append(prompt)
+def first_of_each(tasks: Sequence[str], count: int | None) -> list[int]:
+    """The indices of the first `count` prompts of each task; all for None."""
+    seen: Counter = Counter()
+    kept = []
+    for index, task in enumerate(tasks):
+        seen[task] += 1
+        if count is None or seen[task] <= count:
+            kept.append(index)
     return kept

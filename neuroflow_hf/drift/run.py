@@ -21,24 +21,24 @@ from pathlib import Path
 import torch
 
 from ..evaluation.statistics import quantile
-from ..language.bypass_config import threshold_for_rate
 from ..language.calibration import end_tokens
 from ..utils.files import report_text, write_whole
 from ..utils.processes import Processes
 from ..utils.provenance import checkout_commit, dtype_name, fingerprint, machine_and_versions
 from .decode import DriftBench
 from .grid import (
-    RATES,
     Configuration,
     full_grid,
     gate_layers,
     own_configuration,
-    published_configuration,
+    thresholds_for_rates,
+    weights_left_out,
 )
 from .metrics import columns, summarise_tasks
-from .prompts import Prompt, encode_prompt, order_tasks
+from .prompts import Prompt, encode_prompt, first_of_each, order_tasks
 
 OnStep = Callable[[str, int, int], None]
+LEAST = {"new_tokens": 2, "forced_tokens": 1, "batch_size": 1, "few": 1, "max_prompt_tokens": 1, "samples": 1}
 OTHER_DTYPE = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
@@ -52,13 +52,15 @@ class DriftSettings:
     """
 
     new_tokens: int = 64  # generated after each prompt; drift grows with it, so compare figures of equal length only
+    forced_tokens: int = 16  # scored at the end of each prompt; fewer if a prompt is shorter
     batch_size: int = 64  # prompts at once; it changes results by rounding
+    few: int = 10  # prompts of each task that thresholds and the noise floor are measured on
     max_prompt_tokens: int = 192  # longer prompts are cut to their last tokens
     samples: int = 2000  # bootstrap samples
     seed: int = 0  # of the bootstrap; generation is greedy
 
     def __post_init__(self):
-        for name, least in (("new_tokens", 2), ("batch_size", 1), ("max_prompt_tokens", 1), ("samples", 1)):
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a whole number of at least {least}.")
 
@@ -90,8 +92,7 @@ class DriftEvaluation:
             3/n only.
         path: the JSON file to write; continued if it is of the same model, prompts, settings and machine.
         settings: [`DriftSettings`]; None for the defaults.
-        own: options of [`NeuroFlowBypassConfig`], to measure this one bypass; None for the grid of `full_grid`.
-        quick: measure the first published pair of layers only.
+        own: options of [`NeuroFlowBypassConfig`] for each bypass to measure; None for the grid of `full_grid`.
         fresh: ignore an existing file.
         on_step: called after each batch with the name of the step, the number of prompts finished, and of all.
         names: `model`, `prompts` and `command`, for the report.
@@ -111,15 +112,14 @@ class DriftEvaluation:
         prompts: Sequence[Prompt],
         path: Path,
         settings: DriftSettings | None = None,
-        own: dict | None = None,
-        quick: bool = False,
+        own: Sequence[dict] | None = None,
         fresh: bool = False,
         on_step: OnStep | None = None,
         names: dict | None = None,
     ):
         if not prompts:
             raise ValueError("There are no prompts; expected at least one.")
-        self.model, self.path, self.own, self.quick, self.on_step = model, path, own, quick, on_step
+        self.model, self.path, self.on_step = model, path, on_step
         self.settings, self.processes, names = settings or DriftSettings(), Processes(), names or {}
         rows, cut = encode_prompts(tokenizer, prompts, prompt_limit(model.config, self.settings))
         if len(rows) < self.processes.count:
@@ -127,9 +127,13 @@ class DriftEvaluation:
         self.indices = self.processes.share(len(rows))  # of this process's prompts
         tasks = [prompt.task for prompt in prompts]
         self.rows, self.tasks = ([part[index] for index in self.indices] for part in (rows, tasks))
+        few = set(first_of_each(tasks, self.settings.few))
+        self.few = [place for place, index in enumerate(self.indices) if index in few]
+        self.forced_tokens = max(0, min(self.settings.forced_tokens, min(map(len, rows)) - 2))
         self.layers = model.config.num_hidden_layers
         # refuse bad options before anything runs
-        gate_layers(self.layers) if own is None else own_configuration(self.layers, own)
+        self.own = None if own is None else [own_configuration(self.layers, options) for options in own]
+        self.gates = gate_layers(self.layers) if own is None else ()
         conditions = {  # a report is continued only if all of these are equal
             "settings": asdict(self.settings),
             "model": {
@@ -162,14 +166,14 @@ class DriftEvaluation:
                 before = {}
             if isinstance(before, dict) and all(before.get(name) == value for name, value in conditions.items()):
                 return before
-        return {**conditions, "commits": [], "gates": {}, "noise": [], "configurations": [], "timing": None}
+        return {**conditions, "commits": [], "gates": {}, "noise": [], "configurations": []}
 
     @functools.cached_property
     def bench(self) -> DriftBench:
         """This process's prompts with the dense model's answers, generated at first use."""
         self.start_step("dense")
-        how = (self.settings.new_tokens, self.settings.batch_size, end_tokens(self.model))
-        return DriftBench(self.model, self.rows, self.tasks, *how, on_prompts=self.on_prompts)
+        sizes = (self.settings.new_tokens, self.forced_tokens, self.settings.batch_size)
+        return DriftBench(self.model, self.rows, self.tasks, *sizes, end_tokens(self.model), self.on_prompts)
 
     def start_step(self, what: str, done: int = 0, total: int | None = None):
         """Report the start of a step with `done` of `total` prompts finished; default: of this process's prompts."""
@@ -195,49 +199,47 @@ class DriftEvaluation:
         bench = self.bench
         self.start_step(name, done, total)
         records = bench.measure(bypass, **how)
-        gathered = self.processes.gather(list(zip(self.indices, records, strict=True)))
+        gathered = self.processes.gather([(self.indices[place], record) for place, record in records.items()])
         records = [record for _, record in sorted(gathered, key=lambda pair: pair[0])]
         bootstrap = {"samples": self.settings.samples, "seed": self.settings.seed}
         return {"tasks": summarise_tasks(records, **bootstrap), "prompts": columns(records)}
 
     def find_thresholds(self):
-        """Measure the similarities at the gate layers of the grid, and derive a threshold for each rate."""
-        rates = sorted({rate for found in RATES.values() for rate in found})
-        for layer in gate_layers(self.layers):
-            known = self.report["gates"].get(str(layer), {}).get("thresholds", {})
-            if all(f"{rate:g}" in known for rate in rates):
-                continue
-            bench = self.bench
-            self.start_step(f"similarity at layer {layer}")
-            values = self.processes.gather(bench.similarity(layer))
-            self.report["gates"][str(layer)] = {
-                **{f"p{p}": quantile(values, p / 100) for p in (1, 10, 50, 90, 99)},
-                "steps": len(values),
-                # keep thresholds that measured configurations are named after
-                "thresholds": {f"{rate:g}": threshold_for_rate(values, rate) for rate in rates} | known,
-            }
-            self.save()
+        """Measure the similarities at the gate layers of the grid on some prompts, and derive a threshold by rate."""
+        for layer in self.gates:
+            if str(layer) not in self.report["gates"]:
+                bench = self.bench
+                self.start_step(f"similarity at layer {layer}")
+                steps = self.processes.gather(bench.similarity(layer, self.few))
+                self.report["gates"][str(layer)] = {
+                    **{f"p{p}": quantile([value for value, _ in steps], p / 100) for p in (1, 10, 50, 90, 99)},
+                    "steps": len(steps),
+                    "thresholds": thresholds_for_rates(steps),
+                }
+                self.save()
 
     def configurations(self) -> list[Configuration]:
         """The configurations to measure."""
         if self.own is not None:
-            return [own_configuration(self.layers, self.own)]
+            return self.own
         self.find_thresholds()
         thresholds = {int(layer): found["thresholds"] for layer, found in self.report["gates"].items()}
-        return full_grid(self.layers, thresholds, self.quick)
+        return full_grid(self.layers, thresholds)
 
     def measure_noise(self):
-        """Measure the noise floor: dense against dense, in another batch shape and in another dtype."""
+        """Measure the noise floor on few prompts: dense against dense, in another batch shape and another dtype."""
         other = OTHER_DTYPE[self.model.dtype]
-        size = max(1, min(self.settings.batch_size, len(self.rows)) // 3)
+        size = max(1, min(self.settings.batch_size, len(self.few)) // 3)
         kinds = {
-            "batch": ("dense, another batch shape", lambda: {"batch_size": size, "padding": 3}),
-            "dtype": (f"dense, {dtype_name(other)}", lambda: {"model": copy.deepcopy(self.model).to(other)}),
+            "batch": ("dense, another batch shape", self.model.dtype, size, 3),
+            "dtype": (f"dense, {dtype_name(other)}", other, 3 * size, 0),
         }
         done = {entry["kind"] for entry in self.report["noise"]}
-        for kind, (name, how) in kinds.items():
+        for kind, (name, dtype, *shape) in kinds.items():
             if kind not in done:
-                figures = self.figures(name, False, **how())
+                batches = self.bench.make_batches(*shape, self.few)
+                model = copy.deepcopy(self.model).to(dtype)
+                figures = self.figures(name, False, total=len(self.few), model=model, batches=batches)
                 self.report["noise"].append({"name": name, "kind": kind, **figures})
                 self.save()
 
@@ -250,28 +252,16 @@ class DriftEvaluation:
                 continue
             progress = number * prompts, len(configurations) * prompts
             figures = self.figures(configuration.name, configuration.options, *progress)
-            self.report["configurations"].append(configuration.to_dict() | figures)
+            left_out = {"weights_left_out": weights_left_out(self.model, configuration.bypass)}
+            self.report["configurations"].append(configuration.to_dict() | left_out | figures)
             self.save()
         order = {configuration.name: number for number, configuration in enumerate(configurations)}
         self.report["configurations"].sort(key=lambda entry: order.get(entry["name"], len(order)))
 
-    def measure_time(self):
-        """Time a step, dense and with the configuration that stands for the published one."""
-        chosen = published_configuration(self.report)
-        if chosen is not None and self.report["timing"] is None:
-            bench = self.bench
-            self.start_step("time of a step", 0, 1)
-            self.report["timing"] = {
-                "configuration": chosen["name"],
-                "milliseconds": bench.time_steps(chosen["options"]),
-            }
-
     def run(self) -> dict:
         """Measure what is missing, and return the report."""
-        self.measure_noise()
         self.measure(self.configurations())
-        if self.own is None:
-            self.measure_time()
+        self.measure_noise()
         self.save()
         self.start_step("done", 1, 1)
         return self.report

@@ -1,8 +1,6 @@
 """Tables of a drift report, for the terminal and for Markdown."""
 
-from collections.abc import Sequence
-
-from ..utils.tables import Table, interval, markdown_table, number
+from ..utils.tables import Table, interval, markdown_table, number, with_interval
 from .prompts import ALL, order_tasks
 
 
@@ -16,51 +14,41 @@ def entries_of(report: dict) -> list[dict]:
     return [*report["noise"], *report["configurations"]]
 
 
-def summary_table(report: dict, entries: Sequence[dict] | None = None) -> Table:
-    """A row for each entry (default: all), with drift and diverged prompts by task, other figures over all prompts."""
+def total_of(entry: dict) -> dict:
+    """An entry's figures over all tasks."""
+    tasks = entry["tasks"]
+    return tasks[ALL] if ALL in tasks else next(iter(tasks.values()))
+
+
+def summary_table(report: dict) -> Table:
+    """A row for each entry, with drift by task, and other figures over all prompts."""
     tasks = tasks_of(report)
-    headers = [
-        *("configuration", "bypassed"),
-        *(f"drift: {task}" for task in tasks),
-        *("first divergence", "top-1 differs", "KL mean", "KL p99", "perplexity"),
-    ]
+    headers = ["configuration", "threshold", "steps bypassed", *(f"drift: {task}" for task in tasks)]
+    headers += ["top-1 differs", "KL", "perplexity"]
     rows = []
-    for entry in entries_of(report) if entries is None else entries:
-        of_task = entry["tasks"]
-        figures = of_task[ALL] if ALL in of_task else of_task[tasks[0]]
-        drifts = [
-            f"{of_task[task]['drift']:.1%}, {of_task[task]['diverged_prompts']}/{of_task[task]['prompts']}"
-            for task in tasks
-        ]
+    for entry in entries_of(report):
+        total, of_task = total_of(entry), entry["tasks"]
+        options = entry.get("options")
         rows.append(
             [
                 entry["name"],
-                number(figures["bypass_rate"], ".1%") if "options" in entry else "",
-                *drifts,
-                number(figures["first_divergence"]["median"], ".0f"),
-                number(figures["forced_divergent"], ".2%"),
-                number(figures["kl"]["mean"], ".2g"),
-                number(figures["kl"]["p99"], ".2g"),
-                number(figures["perplexity"]["delta"], "+.3f"),
+                number(options and options["threshold"], ".3f"),
+                number(total["bypass_rate"] if options else None, ".1%"),
+                *(with_interval(of_task[task]["drift"], of_task[task]["drift_interval"], ".0%") for task in tasks),
+                number(total["forced_divergent"], ".1%"),
+                number(total["kl"]["mean"], ".2g"),
+                number(total["perplexity"]["delta"], "+.2f"),
             ]
         )
     return headers, rows
 
 
 def details_table(report: dict) -> Table:
-    """A row for each entry and task, with intervals, margins, similarities and entropies."""
+    """A row for each entry and task, with what the summary leaves out."""
     headers = [
-        "configuration",
-        "task",
-        "drift, 95%",
-        "bound of divergence",
-        "top-1 differs, 95%",
-        "KL mean, 95%",
-        "perplexity: dense",
-        "difference, 95%",
-        "margin: median, maximum",
-        "similarity: P10, P50, P90",
-        "entropy: bypassed, computed",
+        *("configuration", "task", "steps bypassed", "texts that differ", "first divergence", "top-1 differs, 95%"),
+        *("KL, 95%", "KL p99", "perplexity: dense", "difference, 95%", "margin: median, maximum"),
+        *("similarity: P10, P50, P90", "entropy: bypassed, computed"),
     ]
 
     def numbers(figures: dict, form: str) -> str:
@@ -70,10 +58,12 @@ def details_table(report: dict) -> Table:
         [
             entry["name"],
             task,
-            interval(figures["drift_interval"], ".1%"),
-            number(figures["diverged_bound"], ".1%"),
+            number(figures["bypass_rate"] if "options" in entry else None, ".1%"),
+            f"{figures['diverged_prompts']} of {figures['prompts']}",
+            number(figures["first_divergence"]["median"], ".0f"),
             interval(figures["forced_interval"], ".2%"),
             interval(figures["kl"]["interval"], ".2g"),
+            number(figures["kl"]["p99"], ".2g"),
             number(figures["perplexity"]["dense"], ".3f"),
             interval(figures["perplexity"]["interval"], "+.3f"),
             numbers(figures["margin"], ".2g"),
@@ -94,12 +84,11 @@ def description(report: dict) -> str:
     return (
         f"{model['name']}: {model['layers']} layers, {model['parameters'] / 1e6:.1f} million parameters, "
         f"{model['dtype']}. Prompts: {counts}{cut}; {settings['new_tokens']} new tokens each, greedy. Drift: share of "
-        "positions with another token than dense, and how many prompts diverge. First divergence: the median of its "
-        "positions. Top-1 differs: the share of steps under teacher forcing with another most probable token than "
-        "dense; KL: divergence from dense at these steps, in nats. Perplexity: the difference to dense on the second "
-        "half of the prompts, fed token by token. Dense and bypass have separate caches. Rows without a bypass rate "
-        "compare dense with dense: the noise floor. Intervals: 95 % of a paired bootstrap over prompts; no divergence "
-        "in n prompts bounds its probability by 3/n."
+        "positions with another token than dense, with its 95 % interval from a bootstrap over prompts. `1->22`: "
+        "layer 1 decides, layer 22 reuses its output. `for 20%`: at the threshold that this share of the steps "
+        f"reaches, on {settings['few']} prompts of each task. Top-1 differs, KL (in nats) and perplexity (its "
+        f"increase): over the last {settings['forced_tokens']} tokens of each prompt, fed one by one. Rows without a "
+        "threshold compare dense with dense: the noise floor, on the same few prompts."
     )
 
 

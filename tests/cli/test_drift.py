@@ -27,7 +27,7 @@ def test_one_bypass(phi3_folder, prompts, tmp_path):
     (entry,) = report["configurations"]
     assert entry["options"]["threshold"] == -1 and entry["tasks"]["all"]["bypass_rate"] == 1
     assert report["command"].startswith("neuroflow")
-    for words in ("own, attention, threshold -1", "dense, bfloat16", "100.0%", "Written to"):
+    for words in ("1->3, attention, threshold -1", "dense, bfloat16", "100.0%", "Written to"):
         assert words in result.stdout
 
 
@@ -48,10 +48,10 @@ def test_the_grid(phi3_folder, prompts, tmp_path):
     )
     result = call("drift", *options)
     assert result.exit_code == 0, result.output
-    assert {path.name for path in out.iterdir()} == {"drift.json", "drift.md", "drift.png", "reachable.png"}
+    assert {path.name for path in out.iterdir()} == {"drift.json", "drift.md", "drift.png"}
     report = json.loads((out / "drift.json").read_text())
     assert report["prompts"]["of_task"] == {"code": 2, "prose": 2} and report["settings"]["new_tokens"] == 32
-    assert "1->24, attention" in result.stdout
+    assert "1->4, attention, for 20%" in result.stdout
     again = call("drift", *options)
     assert again.exit_code == 0 and json.loads((out / "drift.json").read_text())["noise"] == report["noise"]
 

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neuroflow_hf.drift.grid import full_grid, gate_layers, own_configuration, scaled_pairs
+from neuroflow_hf.drift.grid import (
+    full_grid,
+    gate_layers,
+    own_configuration,
+    scaled_pairs,
+    thresholds_for_rates,
+    weights_left_out,
+)
 from neuroflow_hf.drift.metrics import (
     PromptRecord,
     compare_steps,
@@ -28,7 +35,7 @@ from neuroflow_hf.evaluation.statistics import (
     zero_failure_bound,
 )
 from neuroflow_hf.language.calibration import cut_at_end
-from tests.phi3_models import make_tokenizer
+from tests.phi3_models import make_ours, make_tokenizer
 
 tokens = st.lists(st.integers(0, 5), max_size=12)
 shares = st.lists(st.floats(0, 1), min_size=1, max_size=30)
@@ -226,22 +233,46 @@ def test_published_layers_in_the_models_proportions():
         scaled_pairs(2)
 
 
-def test_the_grid_has_all_that_is_to_be_shown():
-    thresholds = {
-        layer: {f"{rate:g}": 1 - rate - layer / 100 for rate in (0.01, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0)}
-        for layer in gate_layers(8)
-    }
+def test_the_grid_compares_all_kinds_at_one_rate():
+    steps = [(1 - place / 100, place / 20) for place in range(100)]  # similarity, entropy
+    thresholds = {layer: thresholds_for_rates(steps) for layer in gate_layers(8)}
     grid = full_grid(8, thresholds)
-    assert len({configuration.name for configuration in grid}) == len(grid)
-    for pair, gate, cache in (("1->24", 1, 6), ("1->31", 1, 7)):
-        of_pair = [c for c in grid if c.pair == pair]
-        assert {c.options["target"] for c in of_pair} == {"attention", "mlp", "block"}
-        published = [c for c in of_pair if c.options["threshold"] in (0.6, 0.65, 0.7) and c.asked_rate is None]
-        assert len(published) == 3
-        assert {c.options["gate_layer"] for c in of_pair if c.bypass.is_inverted} == {cache}
-        assert {c.options["gate_layer"] for c in of_pair if not c.bypass.is_inverted} == {gate}
-        assert any(c.bypass.is_guarded for c in of_pair)
-    assert {c.pair for c in full_grid(8, thresholds, quick=True)} == {"1->24"}
+    assert len({configuration.name for configuration in grid}) == len(grid) == 10
+    of_kind = {
+        (c.pair, c.options["target"], c.bypass.is_guarded, c.bypass.is_inverted): c
+        for c in grid
+        if c.asked_rate == 0.2
+    }
+    assert set(of_kind) == {
+        *((pair, "attention", False, False) for pair in ("1->24", "1->31")),
+        *(("1->24", target, False, False) for target in ("mlp", "block")),
+        *(("1->24", "attention", *kind) for kind in ((True, False), (False, True))),
+    }
+    assert [c.name for c in grid if c.asked_rate is None] == [
+        f"1->{cache}, attention, threshold 0.65" for cache in (6, 7)
+    ]
+    inverted = of_kind["1->24", "attention", False, True].options
+    assert (inverted["gate_layer"], inverted["cache_layers"]) == (6, [1])
+
+
+def test_a_guard_gets_a_threshold_for_the_same_rate():
+    steps = [(place / 100, 2.0 if place >= 60 else 0.5) for place in range(100)]
+    thresholds = thresholds_for_rates(steps)
+    assert sum(value >= thresholds["0.2"] for value, _ in steps) == 20
+    assert sum(value >= thresholds["guarded"] and entropy <= 1 for value, entropy in steps) == 20
+    assert thresholds_for_rates([(0.5, 2.0)] * 10)["guarded"] == -1  # every step that the guard allows
+
+
+def test_the_share_of_weights_that_a_bypassed_step_leaves_out():
+    model = make_ours()
+    layer, count = model.base_model.layers[2], sum(parameter.numel() for parameter in model.parameters())
+    count -= 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    mlp = sum(parameter.numel() for parameter in layer.mlp.parameters())
+    keys_and_values = 2 * model.config.num_key_value_heads * layer.self_attn.head_dim * model.config.hidden_size
+    attention = sum(parameter.numel() for parameter in layer.self_attn.parameters()) - keys_and_values
+    for target, expected in (("attention", attention), ("mlp", mlp), ("block", attention + mlp)):
+        bypass = own_configuration(4, {"cache_layers": [2], "target": target}).bypass
+        assert weights_left_out(model, bypass) == pytest.approx(expected / count)
 
 
 def test_own_options_are_completed_and_checked():
@@ -311,5 +342,5 @@ def test_no_prompts(tmp_path):
 def test_tasks_in_order_and_the_first_of_each():
     assert order_tasks(["own", "prose", "code", "prose"]) == ["code", "prose", "own"]
     prompts = [Prompt(str(number), task) for number, task in enumerate(["code", "prose", "code", "code"])]
-    assert [prompt.text for prompt in first_of_each(prompts, 1)] == ["0", "1"]
-    assert first_of_each(prompts, None) == prompts
+    tasks = [prompt.task for prompt in prompts]
+    assert first_of_each(tasks, 1) == [0, 1] and first_of_each(tasks, None) == [0, 1, 2, 3]

@@ -7,20 +7,21 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from eval.language.findings import drift_findings, readme_table
+from eval.docs.tables import drift_table, findings_table
+from eval.language.findings import drift_findings
 from eval.report import FAILS, HOLDS, UNKNOWN
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
 from neuroflow_hf.cli.drift import write_drift
 from neuroflow_hf.cli.main import app
-from neuroflow_hf.drift.decode import DriftBench, decode, make_batches
+from neuroflow_hf.drift.decode import FED_WITH_BYPASS, Batch, DriftBench, decode, feed_densely, make_batches
 from neuroflow_hf.drift.metrics import COLUMNS
 from neuroflow_hf.drift.prompts import Prompt
-from neuroflow_hf.drift.run import DriftEvaluation, DriftSettings
+from neuroflow_hf.drift.run import LEAST, DriftEvaluation, DriftSettings
 from neuroflow_hf.drift.tables import summary_table
-from tests.phi3_models import LONG_AFTER, make_ours, make_tokenizer, random_ids
+from tests.phi3_models import make_ours, make_tokenizer
 from tests.processes import call_in_two, neuroflow
 
-TEXTS = ["the quick brown fox", "hello", "a b", "one two three four five six seven", "x", "jumps over the lazy dog"]
+TEXTS = ["the quick brown fox", "hello", "a b c", "one two three four five six seven", "xylem", "jumps over"]
 PROMPTS = [Prompt(text, task) for task in ("code", "structured", "prose") for text in TEXTS[:2]]
 SETTINGS = DriftSettings(new_tokens=6, batch_size=5, samples=50)
 BYPASS = {"gate_layer": 1, "cache_layers": [2], "target": "block"}
@@ -33,21 +34,27 @@ def make_rows():
 
 def make_bench(model, **options):
     rows = make_rows()
-    return DriftBench(model, rows, ["code"] * len(rows), **{"new_tokens": 10, "batch_size": 4, **options})
+    sizes = {"new_tokens": 10, "forced_tokens": 3, "batch_size": 4}
+    return DriftBench(model, rows, ["code"] * len(rows), **sizes | options)
+
+
+def measure(bench, *args, **options):
+    return [record for _, record in sorted(bench.measure(*args, **options).items())]
 
 
 def share_of(model, share):
     """A threshold that this share of the steps reaches."""
-    values = torch.tensor(make_bench(model).similarity(1))
-    return values.quantile(1 - share).item()
+    similarity = [value for value, _ in make_bench(model).similarity(1, range(len(TEXTS)))]
+    return torch.tensor(similarity).quantile(1 - share).item()
 
 
 # --- against dense -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [{}, {"batch_size": 1}, {"batch_size": 2, "padding": 3}])
-def test_dense_against_dense_does_not_drift(how):
-    for record in make_bench(make_ours()).measure(False, **how):
+@pytest.mark.parametrize("shape", [None, (1, 0), (2, 3)])
+def test_dense_against_dense_does_not_drift(shape):
+    bench = make_bench(make_ours())
+    for record in measure(bench, False, batches=shape and bench.make_batches(*shape)):
         assert record.drift == 0 and record.first_divergence is None and record.forced_divergent == 0
         assert max(record.kl) < 1e-6 and record.bypassed == 0
         assert record.nll == pytest.approx(record.dense_nll, abs=1e-3)
@@ -55,14 +62,14 @@ def test_dense_against_dense_does_not_drift(how):
 
 @pytest.mark.parametrize("target", ["attention", "mlp", "block"])
 def test_a_threshold_above_1_does_not_drift(target):
-    records = make_bench(make_ours()).measure(BYPASS | {"target": target, "threshold": 1.5})
+    records = measure(make_bench(make_ours()), BYPASS | {"target": target, "threshold": 1.5})
     assert all(record.drift == 0 and record.bypassed == 0 and record.steps == 9 for record in records)
     assert all(max(record.kl) == 0 and record.nll == record.dense_nll for record in records)
     assert all(len(record.similarity) == 9 and not record.entropy_bypassed for record in records)
 
 
 def test_a_bypass_of_every_step_drifts():
-    records = make_bench(make_ours()).measure(BYPASS | {"threshold": -1})
+    records = measure(make_bench(make_ours()), BYPASS | {"threshold": -1})
     assert all(record.bypassed == record.steps for record in records)
     assert sum(record.drift for record in records) > 0 and sum(map(sum, (r.kl for r in records))) > 0
     assert all(record.nll != record.dense_nll for record in records if record.scored_tokens)
@@ -81,7 +88,7 @@ def test_the_configurations_own_options_play_no_part():
 def test_rows_of_a_batch_are_as_alone(kind):
     model = make_ours(kind)
     options = BYPASS | {"threshold": share_of(model, 0.5)}
-    together, alone = (make_bench(model, batch_size=size).measure(options) for size in (6, 1))
+    together, alone = (measure(make_bench(model, batch_size=size), options) for size in (6, 1))
     for first, second in zip(together, alone, strict=True):
         assert (first.drift, first.first_divergence, first.bypassed) == (
             second.drift,
@@ -95,8 +102,10 @@ def test_rows_of_a_batch_are_as_alone(kind):
     assert 0 < sum(record.bypassed for record in together) < sum(record.steps for record in together)
 
 
-def test_decoding_is_what_generate_gives():
-    model = make_ours()
+@pytest.mark.parametrize("kind", ["plain", "window"])
+def test_decoding_is_what_generate_gives(kind):
+    """With the prompt fed whole, and with all but its last tokens fed densely beforehand."""
+    model = make_ours(kind)
     options = BYPASS | {"threshold": share_of(model, 0.5)}
     (batch,) = make_batches(make_rows(), 9)
     run = decode(model, batch, 8, options)
@@ -106,19 +115,15 @@ def test_decoding_is_what_generate_gives():
     assert torch.equal(run.tokens, expected.sequences[:, batch.ids.shape[1] :])
     statistics = model.bypass_statistics(expected.past_key_values)
     assert torch.equal(run.bypassed, statistics.bypassed_mask[:, batch.ids.shape[1] :])
-
-
-def test_texts_do_not_cross_the_switch_of_long_rope():
-    """Dense is the stock model's text, on each side of the switch; texts across it are refused."""
-    model = make_ours("longrope")
-    for length, steps in ((5, LONG_AFTER - 4), (LONG_AFTER + 1, 8)):
-        ids = random_ids(2, length)
-        (batch,) = make_batches(ids.tolist(), 2)
-        stock = model.generate(ids, max_new_tokens=steps)[:, length:]
-        assert torch.equal(decode(model, batch, steps).tokens[torch.tensor(batch.indices).argsort()], stock)
-    (batch,) = make_batches(random_ids(1, 5).tolist(), 1)
-    with pytest.raises(ValueError, match=f"after {LONG_AFTER} tokens, and the texts have 5 to {LONG_AFTER + 1}"):
-        decode(model, batch, LONG_AFTER - 3)
+    opening = Batch(batch.indices, batch.ids[:, :-4], batch.mask[:, :-4])
+    feed_densely(model, batch, opening)
+    for part, alone in ((batch, run), (opening, decode(model, Batch([], opening.ids, opening.mask), 8, options))):
+        length = part.cache.get_seq_length()
+        assert length == part.ids.shape[1] - FED_WITH_BYPASS
+        again = decode(model, part, 8, options)
+        assert part.cache.get_seq_length() == length  # runs continue from copies
+        assert torch.equal(again.tokens, alone.tokens) and torch.equal(again.bypassed, alone.bypassed)
+        assert torch.allclose(again.similarity, alone.similarity, atol=1e-5)
 
 
 def test_texts_end_where_the_model_ends_them():
@@ -131,8 +136,8 @@ def test_texts_end_where_the_model_ends_them():
     assert any(len(text) < 10 for text in texts)
     for row, text in zip(free.tolist(), texts, strict=True):
         assert text == (row[: row.index(end) + 1] if end in row else row)
-    for record, place in zip(bench.measure(BYPASS | {"threshold": 1.5}), range(6), strict=True):
-        assert record.drift == 0 and record.steps == record.forced_steps == len(bench.dense[place].tokens) - 1
+    for record, place in zip(measure(bench, BYPASS | {"threshold": 1.5}), range(6), strict=True):
+        assert record.drift == 0 and record.steps == len(bench.dense[place].tokens) - 1
 
 
 def test_dense_and_bypass_have_caches_of_their_own(monkeypatch):
@@ -155,7 +160,7 @@ def test_dense_and_bypass_have_caches_of_their_own(monkeypatch):
     assert {True, False} == set().union(*kinds.values())
     again = make_bench(model)
     for before, after in zip(bench.dense, again.dense, strict=True):
-        assert torch.equal(before.logits, after.logits) and before.nll == after.nll
+        assert torch.equal(before.logits, after.logits) and before.tokens == after.tokens
 
 
 # --- the report ----------------------------------------------------------------------------------------------------
@@ -182,7 +187,7 @@ def evaluate_here(tmp_path):
 
 
 def test_a_whole_report(evaluate_here, tmp_path):
-    report, _ = evaluate_here(quick=True)
+    report, _ = evaluate_here()
     names = [entry["name"] for entry in report["configurations"]]
     assert [entry["kind"] for entry in report["noise"]] == ["batch", "dtype"]
     assert report["noise"][0]["tasks"]["all"]["drift"] == 0
@@ -193,44 +198,36 @@ def test_a_whole_report(evaluate_here, tmp_path):
     for entry in [*report["noise"], *report["configurations"]]:
         assert list(entry["tasks"]) == ["code", "structured", "prose", "all"]
         assert all(set(part) == set(COLUMNS) and len(part["drift"]) == 2 for part in entry["prompts"].values())
-    by_rate = {
-        entry["asked_rate"]: entry["tasks"]["all"]
-        for entry in report["configurations"]
-        if entry["family"] == "1->24, attention" and entry["asked_rate"]
-    }
-    rates = [by_rate[rate]["bypass_rate"] for rate in sorted(by_rate)]
-    # of so few steps, the thresholds for 1% and 5% are the same
-    assert len(rates) >= 5 and rates[0] < 0.5 < rates[-1]
-    assert report["timing"]["milliseconds"]
+    by_name = {entry["name"]: entry["tasks"]["all"]["bypass_rate"] for entry in report["configurations"]}
+    # thresholds come from the two prompts of each task alone, which are all there are
+    rates = [by_name[f"1->4, attention, for {rate}%"] for rate in (5, 20, 50)]
+    assert rates == sorted(rates) and rates[0] < 0.2 < rates[2]
     findings = drift_findings(report, samples=50)
     assert findings and {found["verdict"] for found in findings} <= {HOLDS, FAILS, UNKNOWN}
-    paths = {"table": tmp_path / "a.md", "plot": tmp_path / "a.png", "reachable": tmp_path / "b.png"}
-    write_drift(report, paths)
-    assert {path.name for path in tmp_path.iterdir()} == {"drift.json", "a.md", "a.png", "b.png"}
-    text = paths["table"].read_text()
-    assert all(row[0] in text for row in summary_table(report)[1])
-    for name in ("plot", "reachable"):
-        assert Image.open(paths[name]).format == "PNG"
-    assert "dense, bfloat16" in readme_table({**report, "findings": findings})
-    # a rate that the grid did not have is measured, in its place, and nothing else is
+    write_drift(report, tmp_path / "a.md", tmp_path / "a.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"drift.json", "a.md", "a.png"}
+    assert all(row[0] in (tmp_path / "a.md").read_text() for row in summary_table(report)[1])
+    assert Image.open(tmp_path / "a.png").format == "PNG"
+    assert "dense, bfloat16" in drift_table(report)
+    assert all(found["claim"] in findings_table({**report, "findings": findings}) for found in findings)
+    # what is missing is measured, in its place, and nothing else is
     del report["configurations"][4]
-    del report["gates"]["1"]["thresholds"]["0.05"]
     (tmp_path / "drift.json").write_text(json.dumps(report))
-    again, done = evaluate_here(quick=True)
+    again, done = evaluate_here()
     assert [entry["name"] for entry in again["configurations"]] == names
-    assert done == ["dense", "similarity at layer 1", names[4], "done"]
+    assert done == ["dense", names[4], "done"]
 
 
 def test_progress_is_reported_after_every_batch(evaluate_here):
     steps = []
-    evaluate_here(own={"threshold": 0.5}, on_step=lambda *step: steps.append(step))
+    evaluate_here(own=[{"threshold": 0.5}], on_step=lambda *step: steps.append(step))
     configuration = [step[1:] for step in steps if step[0].endswith("threshold 0.5")]
     assert configuration == [(0, 6), (5, 6), (6, 6)] and steps[-1] == ("done", 1, 1)
     assert all(done <= total for _, done, total in steps)
 
 
 def test_an_interrupted_run_is_continued(evaluate_here, monkeypatch):
-    own = {"threshold": -1}
+    own = [{"threshold": -1}]
     measure, count = DriftBench.measure, []
 
     def interrupted(self, *args, **kwargs):
@@ -244,10 +241,10 @@ def test_an_interrupted_run_is_continued(evaluate_here, monkeypatch):
         evaluate_here(own=own)
     monkeypatch.setattr(DriftBench, "measure", measure)
     report, done = evaluate_here(own=own)
-    assert "dense, another batch shape" not in done and "dense, bfloat16" in done
+    assert "1->3, attention, threshold -1" not in done and "dense, another batch shape" in done
     again, done = evaluate_here(own=own)
     assert done == ["done"] and again == json.loads(json.dumps(report))  # not even dense was run
-    both, done = evaluate_here(own={"threshold": 0.5})
+    both, done = evaluate_here(own=[{"threshold": 0.5}])
     assert "dense, bfloat16" not in done and len(both["configurations"]) == 2
     assert "dense, bfloat16" in evaluate_here(own=own, fresh=True)[1]
     assert "dense, bfloat16" in evaluate_here(own=own, prompts=PROMPTS[:1])[1]
@@ -255,11 +252,11 @@ def test_an_interrupted_run_is_continued(evaluate_here, monkeypatch):
 
 def test_a_damaged_file_is_begun_anew(evaluate_here, tmp_path):
     (tmp_path / "drift.json").write_text("{")
-    assert len(evaluate_here(own={"threshold": 0.5})[0]["configurations"]) == 1
+    assert len(evaluate_here(own=[{"threshold": 0.5}])[0]["configurations"]) == 1
 
 
 def test_a_single_task_has_no_sum(evaluate_here):
-    report, _ = evaluate_here(own={"threshold": 0.5}, prompts=[Prompt("hello there"), Prompt("a")])
+    report, _ = evaluate_here(own=[{"threshold": 0.5}], prompts=[Prompt("hello there"), Prompt("a")])
     (entry,) = report["configurations"]
     assert list(entry["tasks"]) == ["own"] and drift_findings(report, 50) == []
 
@@ -268,7 +265,7 @@ def test_a_single_task_has_no_sum(evaluate_here):
     ("options", "message"),
     [
         ({"prompts": []}, "no prompts"),
-        ({"own": {"gate_layer": 9}}, "layer 9; the model has 5 layers"),
+        ({"own": [{"gate_layer": 9}]}, "layer 9; the model has 5 layers"),
         ({"settings": DriftSettings(new_tokens=256)}, "room for 256"),
         ({"prompts": [Prompt("")]}, "no token"),
     ],
@@ -278,7 +275,7 @@ def test_bad_input(evaluate_here, options, message):
         evaluate_here(**options)
 
 
-@pytest.mark.parametrize("name", ["new_tokens", "batch_size", "max_prompt_tokens", "samples"])
+@pytest.mark.parametrize("name", LEAST)
 def test_settings_out_of_range(name):
     with pytest.raises(ValueError, match=f"`{name}` is 0"):
         DriftSettings(**{name: 0})
@@ -286,7 +283,7 @@ def test_settings_out_of_range(name):
 
 def test_long_prompts_are_cut(evaluate_here):
     settings = DriftSettings(new_tokens=4, max_prompt_tokens=3, samples=20)
-    report, _ = evaluate_here(own={"threshold": 0.5}, settings=settings)
+    report, _ = evaluate_here(own=[{"threshold": 0.5}], settings=settings)
     assert report["prompts"]["cut"] == 6 and report["prompts"]["tokens"] <= 3 * len(PROMPTS)
 
 

@@ -1,0 +1,119 @@
+"""Generate JSON that a schema describes, and tell what in it the schema left open. Needs `llguidance`."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor
+
+SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as `json.dumps` writes
+
+
+def grammar_tokens(tokenizer: Any, vocabulary: int) -> Any:
+    """
+    A fast tokenizer in the form that [`JsonGrammar`] needs, which takes seconds to make.
+
+    Args:
+        tokenizer: a fast tokenizer with an end token.
+        vocabulary: number of logits of the model.
+
+    Raises:
+        ImportError: without `llguidance`.
+    """
+    try:
+        from llguidance.hf import from_tokenizer
+    except ImportError as error:
+        raise ImportError('JSON schemas need llguidance: pip install "neuroflow-hf[json]"') from error
+    return from_tokenizer(tokenizer, n_vocab=vocabulary)
+
+
+class JsonGrammar:
+    """
+    The texts that are JSON of a schema, token by token.
+
+    Args:
+        schema: a JSON schema.
+        tokens: of `grammar_tokens`.
+
+    Raises:
+        ValueError: for a schema that is none, or uses what `llguidance` does not support.
+    """
+
+    def __init__(self, schema: dict, tokens: Any):
+        from llguidance import LLMatcher
+
+        said = json.dumps(schema)[:200]
+        if not isinstance(schema, dict):
+            raise ValueError(f'The schema is {said}; expected an object such as {{"type": "object"}}.')
+        self.tokens = tokens
+        self.matcher = LLMatcher(tokens, LLMatcher.grammar_from_json_schema(schema, overrides=SPACING))
+        if self.matcher.is_error():
+            raise ValueError(f"The schema {said} cannot be used: {self.matcher.get_error().splitlines()[0]}.")
+
+    def allowed(self) -> torch.Tensor:
+        """Which tokens may come next, bool [V]; after the end of the JSON only the end token."""
+        return torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8) > 0
+
+    def advance(self, token: int):
+        """Add a token; ValueError for one that is not allowed. Tokens after the end are padding."""
+        if not self.matcher.is_stopped() and not self.matcher.consume_token(token):
+            raise ValueError(f"Token {token} does not continue JSON of the schema.")
+
+    def forced(self, tokens: Sequence[int]) -> list[bool]:
+        """Whether the schema leaves no choice but the text of each of these tokens, which begin a text."""
+        self.matcher.reset()
+        found = []
+        for token in tokens:
+            text = self.tokens.decode_bytes([token])
+            found.append(bool(text) and self.matcher.compute_ff_bytes().startswith(text))
+            self.advance(token)
+        return found
+
+
+class JsonSchemaProcessor(LogitsProcessor):
+    """
+    Leaves only tokens that continue JSON of a schema.
+
+        tokens = grammar_tokens(tokenizer, model.config.vocab_size)
+        grammar = JsonGrammar({"type": "object", "properties": {"age": {"type": "integer"}}}, tokens)
+        model.generate(**inputs, logits_processor=[JsonSchemaProcessor([grammar])], lossless=True)
+
+    Make one for each generation. It keeps the state of its grammars and expects a call for every new token in order,
+    as greedy and lossless generation do; beams are not supported.
+
+    Args:
+        grammars: one [`JsonGrammar`] for each row of the batch.
+    """
+
+    def __init__(self, grammars: Sequence[JsonGrammar]):
+        self.grammars = grammars
+        self.has_begun = False
+        for grammar in grammars:
+            grammar.matcher.reset()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores [B, V] with minus infinity for tokens that may not come after `input_ids` [B, T]."""
+        if len(input_ids) != len(self.grammars):
+            raise ValueError(f"There are {len(self.grammars)} grammars for {len(input_ids)} rows; give one for each.")
+        if self.has_begun:
+            for grammar, token in zip(self.grammars, input_ids[:, -1].tolist(), strict=True):
+                grammar.advance(token)
+        self.has_begun = True
+        allowed = torch.stack([grammar.allowed() for grammar in self.grammars])
+        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+
+
+def leaves(value: Any, path: tuple = ()) -> dict[tuple, Any]:
+    """The parts of parsed JSON that hold no others, by path, such as `{("items", 0, "name"): "cup"}`."""
+    if not isinstance(value, dict | list) or not value:
+        return {path: value}
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return {place: leaf for key, part in parts for place, leaf in leaves(part, (*path, key)).items()}
+
+
+def value_drift(dense: Any, other: Any) -> float:
+    """The share of `leaves` of two parsed texts that differ, or that only one of them has."""
+    expected, found = leaves(dense), leaves(other)
+    paths = expected.keys() | found.keys()
+    return sum(expected.get(path, ...) != found.get(path, ...) for path in paths) / len(paths)
