@@ -434,6 +434,19 @@ def motion_table(report: dict) -> str:
     return table(rows, columns, note.format(labels["balanced, last_update"], **report))
 
 
+def tower_share_table(report: dict) -> str:
+    """The tower's part in a whole forward pass of larger models."""
+    columns = {
+        "model": "{model}",
+        "images": "{images}",
+        "tower, billion multiply-adds": lambda row: f"{row['tower'] / 1e9:,.0f}",
+        "all": lambda row: f"{row['whole'] / 1e9:,.0f}",
+        "the tower's share": "{share:.0%}",
+    }
+    prompts = " and ".join(f"{tokens} ({model})" for model, tokens in report["prompt_tokens"].items())
+    return table(report["rows"], columns, f"`{report['command']}`: counted, not timed; prompts of {prompts} tokens.")
+
+
 def lossless_table(report: dict) -> str:
     """Tokens per second with each drafter and with none."""
     settings, last = report["settings"], list(report["summary"].values())[-1]
@@ -495,6 +508,7 @@ BLOCKS = {
     "drift-findings": (findings_table, "token_drift"),
     "drift-cascade": (drift_table, "drift_cascade"),
     "drift-json": (json_table, "json_drift"),
+    "tower share": (tower_share_table, "tower_share"),
     "lossless": (lossless_table, "benchmark_lossless"),
 }
 

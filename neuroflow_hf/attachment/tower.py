@@ -1,6 +1,5 @@
 """The class of an attached tower, and how it is told what the rows of a call are."""
 
-import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
@@ -81,9 +80,9 @@ class StreamingTower(NeuroFlowSiglipVisionModel):
 
 def call_with_clips(method: Callable, *args: Any, **kwargs: Any) -> Any:
     """Call a model's `get_video_features`; meanwhile the tower knows how many clips and frames there are."""
-    videos = inspect.signature(method).bind(*args, **kwargs).arguments.get("pixel_values_videos")
-    shape: tuple[int, ...] = tuple(getattr(videos, "shape", ()))
-    token = CLIPS.set((shape[0], shape[1]) if len(shape) == 5 else None)
+    # by dimensions, since versions of transformers name the argument differently
+    videos = next((value for value in (*args, *kwargs.values()) if getattr(value, "ndim", 0) == 5), None)
+    token = CLIPS.set(None if videos is None else (videos.shape[0], videos.shape[1]))
     try:
         return method(*args, **kwargs)
     finally:

@@ -10,6 +10,7 @@ import typer
 from neuroflow_hf.cli.main import app
 from neuroflow_hf.conversion import smollm2
 from tests.phi3_models import save_checkpoint
+from tests.vlms import MODELS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -45,9 +46,18 @@ def checkout(tmp_path, cache, monkeypatch):
     monkeypatch.setenv("NEUROFLOW_CACHE", str(cache))
 
 
+def save_tiny_models(page: Path):
+    """Tiny models in the folders of which a page's examples load video language models and policies."""
+    for name, tiny in MODELS.items():
+        folder = f"path/to/{name.lower().replace(' ', '-')}"
+        if f'"{folder}"' in page.read_text(encoding="utf-8"):
+            tiny.build().float().save_pretrained(folder)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_python_examples_run_and_show_true_shapes(page, checkout):
     names = {}
+    save_tiny_models(page)
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)
         for expression, shape in re.findall(r"^(\S+\.shape)  # (\([\d, ]+\))", block, re.MULTILINE):
@@ -56,6 +66,7 @@ def test_python_examples_run_and_show_true_shapes(page, checkout):
 
 def test_readme_prints_a_cost_for_each_frame_and_saves_the_stream(checkout, capsys):
     names = {}
+    save_tiny_models(ROOT / "README.md")
     for block in blocks(ROOT / "README.md", "python"):
         exec(compile(block, "README.md", "exec"), names)
     assert capsys.readouterr().out.count("cost") == 5

@@ -7,6 +7,9 @@ import pytest
 
 from eval.docs.tables import BLOCKS, PAGES, filled
 from neuroflow_hf import PRESETS, NeuroFlowGateConfig
+from neuroflow_hf.utils.files import fill_block
+from neuroflow_hf.utils.tables import markdown_table
+from tests.vlms import MODELS
 
 ROOT = Path(__file__).parents[2]
 ADDED_OPTIONS = {"summary_tokens": 0}  # since the runs, with the value that changes nothing
@@ -17,6 +20,15 @@ def test_pages_are_as_the_script_writes_them():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert filled(text) == text, page
+
+
+def test_the_models_that_attach_is_tested_on_are_listed():
+    page = (ROOT / "docs/guides/vlms.md").read_text(encoding="utf-8")
+    columns = ["model", "class", "reads of the tower", "asked by"]
+    rows = [
+        [name, *(f"`{cell}`" for cell in (tiny.model_class, tiny.reads, tiny.call))] for name, tiny in MODELS.items()
+    ]
+    assert page == fill_block(page, "tested models", markdown_table((columns, rows)))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
