@@ -2,7 +2,8 @@
 Sparse adapters: low-rank weights that apply on sparse frames, and to nothing else.
 
 `neuroflow distill` trains one for a checkpoint and a mode (Hu et al., "LoRA", 2021). On a keyframe, and without a
-stream, the model computes what it computed before, to the bit.
+stream, the model computes what it computed before, to the bit. A sparse frame's changes are scaled by the share of its
+patches that are not encoded: where nearly everything is encoded, little is to be made up for.
 """
 
 import math
@@ -27,7 +28,7 @@ DISTILLABLE_MODES = ("eliminate", "reconstruct", "context", "extrapolate")
 
 class LowRank(nn.Module):
     """
-    A change of a linear layer: `scaling * up(down(x))`, [..., in] to [..., out].
+    A change of a linear layer: `strength * scaling * up(down(x))`, [..., in] to [..., out].
 
     Args:
         inner, outer: the linear layer's numbers of inputs and outputs.
@@ -44,9 +45,9 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         self.scaling = scaling
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """The change for features [..., in]: [..., out]."""
-        return F.linear(F.linear(features, self.down), self.up) * self.scaling
+    def forward(self, features: torch.Tensor, strength: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """The change for features [..., in]: [..., out]. `strength` is a number, or one for each row [M, 1]."""
+        return F.linear(F.linear(features, self.down) * (strength * self.scaling), self.up)
 
     @property
     def multiply_adds(self) -> int:
@@ -61,19 +62,18 @@ class LayerAdapter:
 
     Args:
         changes: by the module's name in the layer, such as `self_attn.q_proj`.
-        sparse_rows: bool [M, 1], the rows that belong to sparse frames; None if all do.
+        strength: of the changes; one number, or one for each row [M, 1].
     """
 
     changes: Mapping[str, LowRank] = field(default_factory=dict)
-    sparse_rows: torch.Tensor | None = None
+    strength: torch.Tensor | float = 1.0
 
     def linear(self, name: str, module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
         """What `module`, called `name` in the layer, gives for rows [M, in], changed on sparse frames: [M, out]."""
         output = module(rows)
         if name not in self.changes:
             return output
-        change = self.changes[name](rows)
-        return output + (change if self.sparse_rows is None else change * self.sparse_rows)
+        return output + self.changes[name](rows, self.strength)
 
     def mlp(self, mlp: SiglipMLP, rows: torch.Tensor) -> torch.Tensor:
         """The layer's MLP for rows [M, D], changed on sparse frames: [M, D]."""
@@ -133,15 +133,16 @@ class SparseAdapter(nn.Module):
 
     def of_layers(self, active: ActiveSet) -> list[LayerAdapter]:
         """Each layer's part on a frame. Streams with every patch active compute what the model does without it."""
-        sparse = [count < active.num_patches for count in active.counts]
-        if not any(sparse):
+        strengths = [1 - count / active.num_patches for count in active.counts]
+        if not any(strengths):
             return [NO_ADAPTER] * len(self.layers)
-        sparse_rows = None
-        if not all(sparse):
-            sparse_rows = torch.tensor(sparse).repeat_interleave(torch.tensor(active.counts)).unsqueeze(1)
-            sparse_rows = sparse_rows.to(active.mask.device, non_blocking=True)
+        strength: torch.Tensor | float = strengths[0]
+        if len(set(strengths)) > 1:
+            rows = torch.tensor(strengths, dtype=next(self.parameters()).dtype)
+            rows = rows.repeat_interleave(torch.tensor(active.counts)).unsqueeze(1)
+            strength = rows.to(active.mask.device, non_blocking=True)
         return [
-            LayerAdapter({TARGETS[name]: change for name, change in layer.items()}, sparse_rows)  # type: ignore[union-attr, operator]
+            LayerAdapter({TARGETS[name]: change for name, change in layer.items()}, strength)  # type: ignore[union-attr, operator]
             for layer in self.layers
         ]
 

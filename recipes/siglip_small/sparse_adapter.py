@@ -35,12 +35,12 @@ FOOTAGE = Path(__file__).with_name("footage.csv")
 SIDE, COMPOSED_FRAMES, FRAMES_PER_SECOND = 448, 96, 30
 SPLITS = {"training": (8, 101), "held out": (2, 102)}  # clips of each motion, seed
 
-COMMON = {"clip_frames": 12, "keyframe_ages": (12, 12), "evaluate_every": 50}
+COMMON = {"clip_frames": 12, "keyframe_ages": (12, 12), "evaluate_every": 40}
 VARIANTS = {
-    "reconstruct": DistillSettings(**COMMON, mode="reconstruct", summary_tokens=64, steps=300),
+    "reconstruct": DistillSettings(**COMMON, mode="reconstruct", summary_tokens=64, steps=240),
     "eliminate-summary": DistillSettings(**COMMON, mode="eliminate", summary_tokens=64, steps=150),
     "eliminate": DistillSettings(**COMMON, mode="eliminate", summary_tokens=0, steps=150),
-    "extrapolate": DistillSettings(**COMMON, mode="extrapolate", summary_tokens=0, steps=450),
+    "extrapolate": DistillSettings(**COMMON, mode="extrapolate", summary_tokens=0, steps=200, learning_rate=5e-5),
     "published": DistillSettings.published(clip_frames=12, evaluate_every=30, steps=90),
 }
 
