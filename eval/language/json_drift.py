@@ -1,7 +1,7 @@
 """
 Does a bypass change JSON whose syntax a grammar enforces?
 
-    python -m eval.language.json_drift    # after eval.language.token_drift, whose bypasses it takes
+    python -m eval.language.json_drift    # after eval.language.token_drift, whose thresholds it takes
 
 Each line of the prompts is `{"prompt": text, "schema": JSON schema}`. Dense and bypass generate apart, each under the
 grammar of the schema. Texts are compared in the tokenizer's own tokens, so that another tokenisation of the same text
@@ -21,6 +21,7 @@ from eval.report import RESULTS, provenance, show
 from neuroflow_hf.cli.errors import one_line_errors
 from neuroflow_hf.cli.language_model import language_model
 from neuroflow_hf.drift.decode import Batch, make_batches
+from neuroflow_hf.drift.grid import full_grid
 from neuroflow_hf.drift.json_schema import JsonGrammar, JsonSchemaProcessor, grammar_tokens, value_drift
 from neuroflow_hf.drift.metrics import position_drift
 from neuroflow_hf.drift.prompts import CHAT, encode_prompt, make_prompt, read_json_lines
@@ -31,14 +32,13 @@ from neuroflow_hf.utils.files import report_text, write_whole
 from neuroflow_hf.utils.tables import Table, markdown_table, number, with_interval
 
 PROMPTS = Path(__file__).parents[1] / "prompts" / "json.jsonl"
-NAMES = (
-    *("1->22, attention, for 20%", "1->29, attention, for 20%", "1->22, attention, threshold 0.65"),
-    *("1->22, attention, entropy 1, for 20%", "1->22, block, for 20%"),
-)
+BYPASSES = 4  # the first ones of the grid: both pairs, the published threshold, the guard
+OTHER_SHAPE, SMALL_BATCH = "dense, another batch shape", 7
 LINE = '{"prompt": "Describe a cat in JSON.", "schema": {"type": "object", ...}}'
+Cases = list[tuple[list[int], JsonGrammar]]  # a prompt's token ids, and its grammar
 
 
-def read_cases(path: Path, tokenizer: Any, tokens: Any) -> list[tuple[list[int], JsonGrammar]]:
+def read_cases(path: Path, tokenizer: Any, tokens: Any) -> Cases:
     """Each prompt's token ids, in the chat template, and its grammar; ValueError for a bad line, which it names."""
     cases = []
     for line, found in read_json_lines(path, ("prompt", "schema"), LINE):
@@ -73,6 +73,17 @@ def generate(model, tokenizer, batch: Batch, grammars: list[JsonGrammar], new_to
         text = tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
         bypassed = int(of_row[: len(tokens) - 1].sum())
         texts.append({"text": text, "tokens": tokens, "steps": len(tokens) - 1, "bypassed": bypassed})
+    return texts
+
+
+def generate_all(model, tokenizer, cases: Cases, batch_size: int, new_tokens: int, bypass: dict | bool) -> list[dict]:
+    """What `generate` gives for each prompt, in batches."""
+    texts: list[dict] = [{}] * len(cases)
+    for batch in make_batches([row for row, _ in cases], batch_size):
+        grammars = [cases[index][1] for index in batch.indices]
+        found = generate(model, tokenizer, batch, grammars, new_tokens, bypass)
+        for index, text in zip(batch.indices, found, strict=True):
+            texts[index] = text
     return texts
 
 
@@ -152,40 +163,36 @@ def describe(report: dict) -> str:
 def main(
     model: Annotated[str | None, typer.Option(help="Checkpoint.", show_default="SmolLM2")] = None,
     prompts: Annotated[Path, typer.Option(help="File of prompts with schemas.")] = PROMPTS,
-    bypasses: Annotated[Path, typer.Option(help="Drift report to take bypasses from.")] = RESULTS / "token_drift.json",
+    drift: Annotated[Path, typer.Option(help="Report to take thresholds from.")] = RESULTS / "token_drift.json",
     new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 128,
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "json_drift.json",
     debug: Annotated[bool, typer.Option("--debug", help="Show errors with their traceback.")] = False,
 ):
     """Measure each bypass, and write the report after each."""
     with one_line_errors(debug, f"what was measured is in {output}; the same command continues."):
-        found = json.loads(bypasses.read_text(encoding="utf-8"))["configurations"]
-        options = {entry["name"]: entry["options"] for entry in found if entry["name"] in NAMES}
+        gates = json.loads(drift.read_text(encoding="utf-8"))["gates"]
         source = language_model(model)
         loaded, tokenizer = load_language_model(source)
+        thresholds = {int(layer): gate["thresholds"] for layer, gate in gates.items()}
+        grid = full_grid(loaded.config.num_hidden_layers, thresholds)
+        options = {bypass.name: bypass.options for bypass in grid[:BYPASSES]}
         cases = read_cases(prompts, tokenizer, grammar_tokens(tokenizer, loaded.config.vocab_size))
-        rows = [row for row, _ in cases]
-        conditions = {"model": Path(source).name, "new_tokens": new_tokens, "prompts": rows, "bypasses": options}
+        conditions = {"model": Path(source).name, "new_tokens": new_tokens, "bypasses": options}
+        conditions["prompts"] = [row for row, _ in cases]
         report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
         if any(report.get(name) != value for name, value in conditions.items()):
             report = {**conditions, **provenance(), "configurations": {}}
-        runs = {"dense": (len(rows), False), "dense, another batch shape": (7, False)}
-        runs |= {name: (len(rows), bypass) for name, bypass in options.items()}
-        for name, (batch_size, bypass) in runs.items():
-            if name in report["configurations"]:
-                continue
-            texts: list[dict] = [{}] * len(rows)
-            for batch in make_batches(rows, batch_size):
-                grammars = [cases[index][1] for index in batch.indices]
-                for index, text in zip(
-                    batch.indices, generate(loaded, tokenizer, batch, grammars, new_tokens, bypass), strict=True
+        found = report["configurations"]
+        for name, bypass in {"dense": False, OTHER_SHAPE: False, **options}.items():
+            if name not in found:
+                batch_size = SMALL_BATCH if name == OTHER_SHAPE else len(cases)
+                texts = generate_all(loaded, tokenizer, cases, batch_size, new_tokens, bypass)
+                for text, dense, (_, grammar) in zip(
+                    texts, found["dense"]["prompts"] if found else texts, cases, strict=True
                 ):
-                    texts[index] = text
-            dense = report["configurations"]["dense"]["prompts"] if report["configurations"] else texts
-            for text, base, (_, grammar) in zip(texts, dense, cases, strict=True):
-                text |= compare(base, text, grammar, tokenizer)
-            report["configurations"][name] = {"summary": summarise(texts), "prompts": texts}
-            write_whole(output, report_text(report))
+                    text |= compare(dense, text, grammar, tokenizer)
+                found[name] = {"summary": summarise(texts), "prompts": texts}
+                write_whole(output, report_text(report))
     show(markdown_table(json_table(report)))
 
 

@@ -252,9 +252,8 @@ class DriftBench:
             model: another model, such as a copy in another dtype; default: the dense one.
             batches: of `make_batches`, of another size or of some prompts; default: all prompts.
         """
-        model, batches = model or self.model, batches or self.batches
-        records = {}
-        for batch, opening in self.each(batches):
+        model, records = model or self.model, {}
+        for batch, opening in self.each(self.batches if batches is None else batches):
             free = decode(model, batch, self.new_tokens, bypass, ends=self.ends)
             logits, bypassed = self.force(model, batch, opening, bypass)
             for row, index in enumerate(batch.indices):

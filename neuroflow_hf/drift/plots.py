@@ -29,5 +29,5 @@ def plot_drift(report: dict) -> Figure:
         panel.set_xlim(0, 1)
         panel.xaxis.set_major_formatter(PercentFormatter(1))
     panels[0].set_yticks(rows, [entry["name"] for entry in entries], fontsize=8.5)
-    figure.supxlabel("drift after the prompt", fontsize=9)
+    figure.supxlabel("drift: share of positions with another token", fontsize=9)
     return figure

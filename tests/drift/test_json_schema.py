@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast
 
+from eval.language.json_drift import compare, read_cases
 from neuroflow_hf.drift.json_schema import JsonGrammar, JsonSchemaProcessor, grammar_tokens, leaves, value_drift
 from tests.phi3_models import make_ours, random_ids
 
@@ -21,9 +22,9 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A token for each byte, and an end token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate([END, *alphabet])}, []))
+    """A token for each byte, one for "ca", and an end token."""
+    pieces = [END, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ca"]
+    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [("c", "a")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
@@ -38,8 +39,9 @@ def tokens(tokenizer):
 def test_what_the_schema_forces(tokenizer, tokens):
     text = '{"age": 12, "kind": "cat"}'
     forced = JsonGrammar(SCHEMA, tokens).forced(tokenizer(text)["input_ids"])
-    free = "".join(letter for letter, is_forced in zip(text, forced, strict=True) if not is_forced)
-    assert free == "12a"  # after two digits comes the comma, and both kinds begin with "c"
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+    free = [piece for piece, is_forced in zip(pieces, forced, strict=True) if not is_forced]
+    assert free == ["1", "2", "ca"]  # after two digits comes the comma, and after "ca" the "t"
     with pytest.raises(ValueError, match="does not continue"):
         JsonGrammar(SCHEMA, tokens).forced(tokenizer('{"age": 0}')["input_ids"])
 
@@ -64,7 +66,7 @@ def test_generated_text_is_json_of_the_schema(tokenizer, tokens, lossless):
 def test_one_grammar_for_each_row(tokens):
     processor = JsonSchemaProcessor([JsonGrammar(SCHEMA, tokens)])
     with pytest.raises(ValueError, match="1 grammars for 2 rows"):
-        processor(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 257))
+        processor(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 258))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,35 @@ def test_one_grammar_for_each_row(tokens):
 def test_a_schema_that_is_none(tokens, schema, words):
     with pytest.raises(ValueError, match=words):
         JsonGrammar(schema, tokens)
+
+
+def test_another_tokenisation_of_the_same_text_is_no_drift(tokenizer, tokens):
+    text = '{"age": 1, "kind": "cat"}'
+    apart = [tokenizer.convert_tokens_to_ids(letter) for letter in text.replace(" ", "\u0120")]
+    dense, other = {"text": text, "tokens": apart}, {"text": text, "tokens": tokenizer(text)["input_ids"]}
+    found = compare(dense, other, JsonGrammar(SCHEMA, tokens), tokenizer)
+    assert found["generated_drift"] > 0 and found["drift"] == found["free_drift"] == found["value_drift"] == 0
+    changed = text.replace("cat", "cow")
+    found = compare(dense, {"text": changed, "tokens": []}, JsonGrammar(SCHEMA, tokens), tokenizer)
+    # free: "1", ",", "ca" densely; "1", ",", "o" in the other
+    assert found["free_drift"] == pytest.approx(1 / 3) and found["value_drift"] == 0.5 and found["valid"]
+    found = compare(dense, {"text": text[:-3], "tokens": []}, JsonGrammar(SCHEMA, tokens), tokenizer)
+    assert found["value_drift"] is None and not found["valid"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"prompt": "a"}, "line 2: `schema` is missing"),
+        ({"prompt": "", "schema": SCHEMA}, "line 2: `prompt` is ''"),
+        ({"prompt": "a", "schema": {"type": 3}}, "line 2: The schema"),
+    ],
+)
+def test_bad_lines_are_named(tokenizer, tokens, tmp_path, line, words):
+    path = tmp_path / "json.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"prompt": "a cat", "schema": SCHEMA}, line])))
+    with pytest.raises(ValueError, match=words):
+        read_cases(path, tokenizer, tokens)
 
 
 def test_drift_of_values():
