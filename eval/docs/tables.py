@@ -141,7 +141,7 @@ def presets_table(report: dict) -> str:
     return table([row for row in pooled(report) if row["method"] in PRESETS], columns)
 
 
-def glance_table(accuracy: dict, reaction: dict, fidelity: dict, vision: dict) -> str:
+def glance_table(accuracy: dict, reaction: dict, fidelity: dict, vision: dict, drift: dict) -> str:
     """README's results at a glance for the default preset: one row for each question."""
     results = (accuracy["results"], reaction["own"]["results"], fidelity["results"])
     labels, delay, cosine = (next(row for row in rows if row["name"] == "balanced") for rows in results)
@@ -165,6 +165,12 @@ def glance_table(accuracy: dict, reaction: dict, fidelity: dict, vision: dict) -
             f"{cosine['best control']['control']:.3f}",
         ),
         ("Times faster than dense, 448 px, 3% of the patches active, CPU, float32", f"{faster:.1f}", ""),
+        (
+            f"SmolLM2, {sum(drift['prompts']['of_task'].values())} texts: tokens that change if an attention layer is "
+            "bypassed on a fifth of the steps",
+            f"{drift['configurations'][0]['tasks']['all']['drift']:.0%}",
+            "0%, lossless generation",
+        ),
     ]
     return table(rows, {"question": "{0}", "measured": "{1}", "best baseline at equal cost": "{2}"})
 
@@ -488,7 +494,7 @@ def json_table(report: dict) -> str:
 
 BLOCKS = {
     "presets": (presets_table, "vision_policies"),
-    "glance": (glance_table, "accuracy", "reaction", "fidelity", "benchmark_vision"),
+    "glance": (glance_table, "accuracy", "reaction", "fidelity", "benchmark_vision", "token_drift"),
     "policies": (policies_table, "vision_policies"),
     "delays": (delays_table, "vision_policies"),
     "controls": (controls_table, "vision_controls"),

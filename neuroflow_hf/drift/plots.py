@@ -26,7 +26,7 @@ def plot_drift(report: dict) -> Figure:
                 panel.text(1.02, row, label, va="center", fontsize=7, color=BASELINE_HELD)
         panel.set_title(task, loc="left", fontsize=11)
         tidy(panel)
-        panel.set_xlim(0, 1)
+        panel.set(xlim=(0, 1), ylim=(-0.6, len(entries) - 0.4))
         panel.xaxis.set_major_formatter(PercentFormatter(1))
     panels[0].set_yticks(rows, [entry["name"] for entry in entries], fontsize=8.5)
     figure.supxlabel("drift: share of positions with another token", fontsize=9)

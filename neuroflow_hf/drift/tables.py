@@ -79,6 +79,10 @@ def description(report: dict) -> str:
         f"reaches, on {settings['few']} prompts of each task. Top-1 differs, KL (in nats) and perplexity (its "
         f"increase): over the last {settings['forced_tokens']} tokens of each prompt, fed one by one. Rows without a "
         "threshold compare dense with dense: the noise floor, on the same few prompts."
+        + "".join(
+            f" Similarity at layer {layer}: P10 {gate['p10']:.2f}, P50 {gate['p50']:.2f}, P90 {gate['p90']:.2f}."
+            for layer, gate in report["gates"].items()
+        )
     )
 
 
