@@ -17,7 +17,7 @@ LAYERS = [
     ("eval",),
     ("recipes",),
     ("neuroflow_hf.cli",),
-    ("neuroflow_hf.distill", "neuroflow_hf.attachment"),
+    ("neuroflow_hf.distill", "neuroflow_hf.attachment", "neuroflow_hf.archive"),
     ("neuroflow_hf.evaluation", "neuroflow_hf.drift"),
     ("neuroflow_hf.conversion",),
     ("neuroflow_hf.loading",),
@@ -83,6 +83,7 @@ def test_a_wrong_import_is_noticed(tmp_path, monkeypatch):
         "neuroflow_hf/drift/run.py": "def f():\n    from ..cli import main",
         "neuroflow_hf/evaluation/run.py": "import recipes.hub",
         "neuroflow_hf/attachment/tower.py": "from ..distill.train import distill",
+        "neuroflow_hf/video/run.py": "from ..archive.dataset import VideoFile",
         "recipes/hub.py": "from eval import report",
     }
     for name, source in wrong.items():
@@ -133,8 +134,9 @@ answers["loading"] = sorted(set(sys.modules) - before)
 
 answers["without typer"] = tried("import neuroflow_hf.cli.main", "typer")
 answers["without av"] = tried("from neuroflow_hf.video import VideoReader", "av")
+answers["without pyarrow"] = tried("import neuroflow_hf.archive.dataset", "pyarrow")
 answers["without gguf"] = tried("import neuroflow_hf.conversion.gguf_file", "gguf")
-del sys.modules["typer"], sys.modules["av"], sys.modules["gguf"]
+del sys.modules["typer"], sys.modules["av"], sys.modules["pyarrow"], sys.modules["gguf"]
 import recipes.siglip_dinov2_small.build
 answers["building the tower"] = sorted(sys.modules)
 print(json.dumps(answers))
@@ -164,7 +166,9 @@ def test_loading_models_imports_no_extra(answers):
     assert not EXTRAS & set(answers["loading"])
 
 
-@pytest.mark.parametrize("missing, extra", [("typer", "cli"), ("av", "video"), ("gguf", "convert")])
+@pytest.mark.parametrize(
+    "missing, extra", [("typer", "cli"), ("av", "video"), ("pyarrow", "archive"), ("gguf", "convert")]
+)
 def test_a_missing_extra_is_named(answers, missing, extra):
     assert f'pip install "neuroflow-hf[{extra}]"' in answers[f"without {missing}"]
 

@@ -24,7 +24,7 @@ def one_line_errors(debug: bool, nothing_done: str) -> Iterator[None]:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:  # such as `| head -1`; typer ends quietly
         raise
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:  # ImportError: a missing extra
         if debug:
             raise
         message = " ".join(str(error).split()) or type(error).__name__

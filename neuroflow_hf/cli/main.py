@@ -9,6 +9,7 @@ from .chat import chat
 from .convert import convert
 from .distill import distill
 from .drift import drift
+from .embed import embed
 from .evaluate import evaluate
 from .generate import generate
 from .run import run
@@ -36,6 +37,7 @@ def main(
 
 
 app.command()(run)
+app.command()(embed)
 app.command()(tune)
 app.command()(distill)
 app.command("eval")(evaluate)

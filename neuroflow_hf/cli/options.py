@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 BYPASS = "Bypass (defaults: the checkpoint's own, else those named here)"
+GATE = "Gate (defaults: the model's own, else those named here)"
 LABELS = "Labels"
 OUTPUT = "Output"
 
@@ -41,6 +42,21 @@ Device = Annotated[str, option("cpu, cuda, cuda:1 ...; auto: CUDA if available, 
 Resolution = Annotated[int | None, option("Side of the frames in pixels.", default="the model's")]
 Stride = Annotated[int, option("Use every Nth frame.", metavar="N")]
 MaxFrames = Annotated[int | None, option("Stop after N frames.", metavar="N", default="all")]
+GateOptions = Annotated[
+    list[str] | None, option("Any other gate option; may be repeated.", metavar="NAME=VALUE", panel=GATE)
+]
+Preset = Annotated[
+    str | None,
+    option("faithful, balanced or thrifty; other options override it.", default="balanced", panel=GATE),
+]
+GateFile = Annotated[
+    Path | None,
+    option(
+        "Configuration (file or folder) with gate options, such as `neuroflow tune` writes; others override it.",
+        default="none",
+        panel=GATE,
+    ),
+]
 Labels = Annotated[
     str | None,
     option(

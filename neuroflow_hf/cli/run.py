@@ -1,6 +1,5 @@
 """`neuroflow run`: stream a video through SigLIP and compare with dense."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,14 +14,14 @@ from .errors import EXIT_DAMAGED, EXIT_INTERRUPTED, one_line_errors
 from .options import option
 from .output import command_line, figure_table, print_written
 from .progress import CommandProgress
+from .vision_model import given_labels, load_vision, parse_gate, with_config
 
-GATE = "Gate (defaults: the model's own, else those named here)"
 MOST_STRETCHES = 20  # printed of the labels' timeline
 
 
 def gate_option(help: str, default: str, *names: str, metavar: str | None = None) -> Any:
     """An option of the gate. Without it, the model's own gate counts, else `default`."""
-    return option(help, *names, default=default, panel=GATE, metavar=metavar)
+    return option(help, *names, default=default, panel=options.GATE, metavar=metavar)
 
 
 def run(
@@ -36,16 +35,8 @@ def run(
     device: options.Device = "auto",
     labels: options.Labels = None,
     template: options.Template = None,
-    config: Annotated[
-        Path | None,
-        gate_option(
-            "Configuration (file or folder) with gate options, such as `neuroflow tune` writes; others override it.",
-            "none",
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None, gate_option("faithful, balanced or thrifty; other options override it.", "balanced")
-    ] = None,
+    config: options.GateFile = None,
+    preset: options.Preset = None,
     mode: Annotated[
         str | None,
         gate_option(
@@ -82,9 +73,7 @@ def run(
         bool | None, gate_option("Subtract a frame's mean surprise first.", "no", "--global-motion-norm")
     ] = None,
     ema_rate: Annotated[float | None, gate_option("Rate of the running mean (ema, both).", "0.01")] = None,
-    gate: Annotated[
-        list[str] | None, option("Any other gate option; may be repeated.", metavar="NAME=VALUE", panel=GATE)
-    ] = None,
+    gate: options.GateOptions = None,
     dense_every: Annotated[
         int | None,
         option(
@@ -128,37 +117,22 @@ def run(
         )
         gate_options |= parse_gate(gate or [])
 
-        from ..loading import default_model, dtype_named, load_gate, load_model, load_model_with_labels, usable_device
+        from ..loading import default_model, dtype_named, usable_device
         from ..utils.files import prepare_folder
-        from ..video.labels import TEMPLATE, check_labels, parse_labels
         from ..video.reader import VideoReader, bundled_clip
         from ..video.run import require_comparison, run_video
-        from ..vision.gate_config import NeuroFlowGateConfig
 
         # check what is quick to check before loading the model
         weights_dtype = dtype_named(dtype)
-        names = None if labels is None else parse_labels(labels)
-        if names is None and template is not None:
-            raise ValueError("--template goes with --labels; name some.")
-        if names is not None:
-            template = TEMPLATE if template is None else template
-            check_labels(names, template)
+        names = given_labels(labels, template)
         reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
         usable_device(device)
         require_comparison(dense_every)
-        if config is not None:
-            if "preset" in gate_options:
-                raise ValueError("Give --config or --preset: each is a whole set of gate options.")
-            gate_options = load_gate(config) | gate_options
-        if model is None:  # the default model has no gate options of its own
-            NeuroFlowGateConfig.from_options(**gate_options)
+        gate_options = with_config(config, gate_options, model)
         prepare_folder(out)
         source = model or default_model()
         how = (weights_dtype, device, resolution)
-        if names is None:
-            (loaded, preprocess), embedded = load_model(source, *how), None
-        else:
-            loaded, preprocess, embedded = load_model_with_labels(source, names, template, *how)
+        loaded, preprocess, embedded = load_vision(source, names, template, *how)
         with CommandProgress("frames") as progress:
 
             def on_frame(record):
@@ -184,21 +158,6 @@ def run(
         frames = result.summary["frames"]
         typer.echo(f"Stopped early: {result.message}. The {frames} frames before are kept.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED if result.status == "interrupted" else EXIT_DAMAGED)
-
-
-def parse_gate(settings: list[str]) -> dict[str, Any]:
-    """`["dilate=1", "max_age=none"]` to `{"dilate": 1, "max_age": None}`; ValueError without a `=`."""
-    parsed = {}
-    for setting in settings:
-        name, separator, text = setting.partition("=")
-        if not separator:
-            raise ValueError(f"--gate {setting!r} has no value; expected NAME=VALUE, such as dilate=1.")
-        try:
-            value = None if text.lower() == "none" else json.loads(text.lower() if text in ("True", "False") else text)
-        except json.JSONDecodeError:
-            value = text
-        parsed[name.strip().replace("-", "_")] = value
-    return parsed
 
 
 # --- what is printed -----------------------------------------------------------------------------------------------

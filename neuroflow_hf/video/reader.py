@@ -103,6 +103,7 @@ class VideoReader:
         stride: give out every `stride`-th frame. 1 (the default) is right for a fixed camera: neighbouring frames are
             the most alike.
         max_frames: stop after this many frames; None reads to the end.
+        every: seconds; of each interval of this length give out the first frame only. None for all frames.
 
     Attributes:
         path: the file.
@@ -120,10 +121,18 @@ class VideoReader:
             rotation that is not a multiple of 90 degrees; while iterating also: frames change size, `start` is past
             the end.
         DamagedVideoError: while iterating: the file is cut short (see the class).
-        ValueError: `start`, `stride` or `max_frames` out of range.
+        ValueError: `start`, `stride`, `max_frames` or `every` out of range.
     """
 
-    def __init__(self, path: str | Path, *, start: int = 0, stride: int = 1, max_frames: int | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        start: int = 0,
+        stride: int = 1,
+        max_frames: int | None = None,
+        every: float | None = None,
+    ):
         """Check the arguments, open the file once and read its properties."""
         if start < 0:
             raise ValueError(f"start must be 0 or more, got {start}")
@@ -131,7 +140,10 @@ class VideoReader:
             raise ValueError(f"stride must be 1 or more, got {stride}")
         if max_frames is not None and max_frames < 1:
             raise ValueError(f"max_frames must be 1 or more, or None for all, got {max_frames}")
+        if every is not None and not 0 < every < math.inf:
+            raise ValueError(f"every must be a number of seconds above 0, or None for all frames, got {every}")
         self.path = Path(path)
+        self.every = every
         self.start = start
         self.stride = stride
         self.max_frames = max_frames
@@ -155,7 +167,7 @@ class VideoReader:
 
     @functools.cached_property
     def expected_frames(self) -> int:
-        """How many frames an iteration should give out after `start`, `stride` and `max_frames`."""
+        """How many frames an iteration should give out after `start`, `stride` and `max_frames`, without `every`."""
         end = None if self.max_frames is None else self.start + (self.max_frames - 1) * self.stride + 1
         return len(range(self.start, self._count(end), self.stride))
 
@@ -170,7 +182,7 @@ class VideoReader:
     def __iter__(self) -> Iterator[Frame]:
         """Decode from the beginning and give out the selected frames."""
         self.failed_frames = given = decoded = 0
-        time = 0.0
+        time, interval = 0.0, -1
         try:
             with _open(self.path) as (container, stream):
                 clock = _Clock(container, stream)
@@ -179,7 +191,10 @@ class VideoReader:
                         self.failed_frames += 1
                         continue
                     time = clock.time(frame.pts)
-                    if decoded >= self.start and (decoded - self.start) % self.stride == 0:
+                    # a millionth of an interval, for times that are rounded
+                    due = decoded if self.every is None else math.floor(time / self.every + 1e-6)
+                    if decoded >= self.start and (decoded - self.start) % self.stride == 0 and due > interval:
+                        interval = due
                         image = _shown(frame, self.path)
                         height, width = image.shape[:2]
                         if (height, width) != (self.height, self.width):

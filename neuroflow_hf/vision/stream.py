@@ -84,6 +84,35 @@ class NeuroFlowStream:
         if streams is None:
             self.forget()
             return
+        for index in self._indices(streams):
+            self.frames[index], self.credit[index] = 0, float(self.gate.cost_reserve)
+
+    def keep(self, streams: int | Iterable[int]) -> None:
+        """
+        Drop all other streams and their memory. Those that are kept go on as if they had always been alone.
+
+        Args:
+            streams: indices of the streams to keep, one or several, in the order that they will have.
+
+        Raises:
+            ValueError: for no stream, or one that is named twice; nothing is dropped then.
+            IndexError, TypeError: as in `reset`; nothing is dropped then.
+        """
+        indices = self._indices(streams)
+        if not indices or len(set(indices)) < len(indices):
+            raise ValueError(f"`streams` is {indices}; expected at least one stream, and each once.")
+        whole = self._whole()
+        self.frames = [whole.frames[index] for index in indices]
+        self.credit = [whole.credit[index] for index in indices]
+        self.geometry = whole.geometry and replace(whole.geometry, batch_size=len(indices))
+        self.memory = {name: tensor[indices] for name, tensor in whole.memory.items()}
+        self.layer_memories = [
+            {name: tensor[indices] for name, tensor in memory.items()} for memory in whole.layer_memories
+        ]
+        self.batch_size, self.stores, self.frame_in_progress = len(indices), whole.stores, False
+
+    def _indices(self, streams: int | Iterable[int]) -> list[int]:
+        """The indices of streams as a list, after the checks that `reset` describes."""
         streams = streams.tolist() if hasattr(streams, "tolist") else streams  # NumPy and torch
         indices = [streams] if isinstance(streams, int) else list(streams)
         for index in indices:
@@ -91,8 +120,7 @@ class NeuroFlowStream:
                 raise TypeError(f"`streams` holds {index!r}; expected indices of streams, not a mask.")
             if not 0 <= index < self.batch_size:
                 raise IndexError(f"There is no stream {index}; this object holds streams 0 to {self.batch_size - 1}.")
-        for index in indices:
-            self.frames[index], self.credit[index] = 0, float(self.gate.cost_reserve)
+        return indices
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 import neuroflow_hf.loading
 import neuroflow_hf.video.reader
 from neuroflow_hf.cli.main import app
-from neuroflow_hf.cli.run import baseline_note, fidelity_table, parse_gate
+from neuroflow_hf.cli.run import baseline_note, fidelity_table
+from neuroflow_hf.cli.vision_model import parse_gate
 from neuroflow_hf.vision.gate_config import MODE_NAMES
 from tests.processes import neuroflow, start
 

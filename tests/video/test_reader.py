@@ -145,7 +145,16 @@ def test_selection_takes_the_frames_of_range(videos, start, stride, max_frames):
     assert_prefix(chosen, [whole[i] for i in expected])
 
 
-@pytest.mark.parametrize("bad", [{"start": -1}, {"stride": 0}, {"max_frames": 0}])
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [(0.05, range(FRAMES)), (0.1, range(FRAMES)), (0.25, [0, 3, 5, 8, 10]), (1, range(0, 40, 10))],
+)
+def test_of_each_interval_the_first_frame_is_taken(videos, every, expected):
+    chosen = [frame.index for frame in VideoReader(videos["faststart.mp4"], every=every)]
+    assert chosen[: len(expected)] == list(expected)
+
+
+@pytest.mark.parametrize("bad", [{"start": -1}, {"stride": 0}, {"max_frames": 0}, {"every": 0}])
 def test_selection_out_of_range_is_refused(videos, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         VideoReader(videos["plain.mp4"], **bad)

@@ -85,13 +85,17 @@ def test_a_ragged_batch_is_as_many_single_streams(vision64, mode, batch_size, se
     videos = [random_video(5, seed=seed + index, changed=changes[index]) for index in range(batch_size)]
     singles = [vision64.new_stream(mode=mode, **OPTIONS) for _ in videos]
     batched = vision64.new_stream(batch_size, mode=mode, **OPTIONS)
-    for step, frames in enumerate(zip(*videos, strict=True)):
+    places = list(range(batch_size))
+    for step in range(5):
         if step == 3 and reset is not None:
             batched.reset(reset)
             singles[reset].reset()
-        output = vision64(pixel_values=torch.cat(frames), stream=batched)
-        for index, frame in enumerate(frames):
-            expected = vision64(pixel_values=frame, stream=singles[index])
+        if step == 4:
+            places = places[:0:-1]  # without the first, and in another order
+            batched.keep(places)
+        output = vision64(pixel_values=torch.cat([videos[place][step] for place in places]), stream=batched)
+        for index, place in enumerate(places):
+            expected = vision64(pixel_values=videos[place][step], stream=singles[place])
             assert_close_in_norm(output.pooler_output[index : index + 1], expected.pooler_output)
             assert torch.equal(output.active_mask[index], expected.active_mask[0])
             if mode != "hold":  # by the clock, a frame is projected for all streams or none
@@ -640,6 +644,15 @@ def test_a_mask_does_not_pass_for_indices(vision, streams):
     assert stream.frames == [2, 2]
     stream.reset(torch.tensor([1]))
     assert stream.frames == [2, 0]
+
+
+@pytest.mark.parametrize("streams, error", [([], ValueError), ([1, 1], ValueError), ([2], IndexError)])
+def test_streams_to_keep_that_do_not_exist(vision, streams, error):
+    stream = vision.new_stream(2)
+    play(vision, random_video(1, batch_size=2), stream)
+    with pytest.raises(error):
+        stream.keep(streams)
+    assert stream.frames == [1, 1] and stream.memory["pooled"].shape[0] == 2
 
 
 def test_a_stream_that_is_none(vision):

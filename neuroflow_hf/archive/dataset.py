@@ -1,0 +1,201 @@
+"""
+The dataset: a folder with one Parquet file a video and one row a frame. A file exists once its video is finished.
+
+    pyarrow.parquet.read_table("dataset").column_names
+    # video, frame, seconds, embedding, cost, keyframe; with labels also label, confidence
+"""
+
+import json
+import secrets
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from ..utils.provenance import dtype_name, fingerprint, key_of
+from ..video.labels import Labels
+from ..video.preprocess import Preprocessor
+from ..vision.gate_config import NeuroFlowGateConfig
+from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError as error:
+    raise ImportError('Parquet datasets need the extra `archive`: pip install "neuroflow-hf[archive]".') from error
+
+KEY = b"neuroflow"  # of the settings in a file's metadata
+ROWS = 4096  # held in memory for each video that is being embedded
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedFrame:
+    """
+    What the model gave for one frame.
+
+    Args:
+        video: the file.
+        frame: its number in the file, from 0.
+        seconds: since the file's first frame.
+        embedding: float32 [D], on the CPU.
+        cost: relative to dense.
+        keyframe: whether all patches were encoded.
+    """
+
+    video: Path
+    frame: int
+    seconds: float
+    embedding: torch.Tensor
+    cost: float
+    keyframe: bool
+
+
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+def dataset_settings(
+    model: NeuroFlowSiglipVisionModel,
+    preprocess: Preprocessor,
+    gate: NeuroFlowGateConfig,
+    every: float | None,
+    labels: Labels | None,
+) -> dict:
+    """Everything that rows depend on: a dataset holds rows of the same settings only."""
+    settings = {
+        "weights": fingerprint(model),
+        "dtype": dtype_name(model.dtype),
+        "preprocessing": asdict(preprocess),
+        "gate": gate.to_dict(),
+        "every": every,
+        "labels": None if labels is None else {"names": labels.names, "template": labels.template},
+    }
+    return json.loads(json.dumps(settings))  # as they are read back: lists for tuples
+
+
+def video_state(video: Path) -> dict:
+    """What tells that a video changed since it was embedded."""
+    state = video.stat()
+    return {"path": str(video), "bytes": state.st_size, "modified": state.st_mtime_ns}
+
+
+def read_metadata(file: Path) -> dict:
+    """The settings in a dataset's file, with `model`, `versions` and `video`; ValueError if there are none."""
+    try:
+        return json.loads(pq.read_metadata(file).metadata[KEY])
+    except (pa.ArrowInvalid, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a file of `neuroflow embed`; expected a folder of such files.") from error
+
+
+def finished_videos(dataset: Path, settings: dict) -> set[Path]:
+    """
+    The videos that a dataset holds, as they are now.
+
+    Raises:
+        ValueError: if it has rows of other settings, or files of another origin.
+    """
+    finished = set()
+    for file in sorted(dataset.glob("*.parquet")):
+        metadata = read_metadata(file)
+        differing = [name for name, value in settings.items() if metadata.get(name) != value]
+        if differing:
+            raise ValueError(
+                f"{dataset} holds embeddings of other settings ({', '.join(differing)}). Name another folder, or give "
+                "the options of the first run."
+            )
+        video = Path(metadata["video"]["path"])
+        if video.exists() and video_state(video) == metadata["video"]:
+            finished.add(video)
+    return finished
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+def file_of(dataset: Path, video: Path) -> Path:
+    """The file of a video, an absolute path: videos of the same name in different folders have different files."""
+    return dataset / f"{video.stem[:40]}-{key_of(video=str(video))}.parquet"
+
+
+def frame_schema(dim: int, labelled: bool, metadata: dict) -> pa.Schema:
+    """The columns of a file whose embeddings have `dim` numbers."""
+    fields = [
+        ("video", pa.string()),
+        ("frame", pa.int64()),
+        ("seconds", pa.float64()),
+        ("embedding", pa.list_(pa.float16(), dim)),
+        ("cost", pa.float32()),
+        ("keyframe", pa.bool_()),
+    ]
+    if labelled:
+        fields += [("label", pa.string()), ("confidence", pa.float32())]
+    return pa.schema(fields, metadata={KEY: json.dumps(metadata)})
+
+
+def frame_table(frames: list[EmbeddedFrame], labels: Labels | None, schema: pa.Schema) -> pa.Table:
+    """
+    The rows of frames.
+
+    Raises:
+        ValueError: for an embedding that half precision cannot hold.
+    """
+    embeddings = torch.stack([frame.embedding for frame in frames])
+    half = embeddings.half()
+    if not half.isfinite().all():
+        raise ValueError(
+            f"An embedding of {frames[0].video} has a number that half precision cannot hold; expected finite ones "
+            "below 65504. Choose --dtype float32, or another checkpoint."
+        )
+    columns = {name: [getattr(frame, name) for frame in frames] for name in ("frame", "seconds", "cost", "keyframe")}
+    columns["video"] = [str(frame.video) for frame in frames]
+    columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(half.flatten().numpy()), half.shape[1])
+    if labels is not None:
+        logits, places = labels.logits(embeddings).max(dim=-1)
+        columns["label"] = [labels.names[place] for place in places.tolist()]
+        columns["confidence"] = logits.sigmoid().numpy()
+    return pa.table(columns, schema=schema)
+
+
+class VideoFile:
+    """
+    The file of one video: written under another name, and renamed by `finish`.
+
+    Args:
+        dataset: the folder.
+        video: an absolute path.
+        settings: of `dataset_settings`.
+        model_name: for the metadata.
+        dim: D, of the embeddings.
+        labels: to add the best label of each frame.
+    """
+
+    def __init__(self, dataset: Path, video: Path, settings: dict, model_name: str, dim: int, labels: Labels | None):
+        versions = {name: version(name) for name in ("neuroflow-hf", "torch", "transformers")}
+        metadata = {**settings, "model": model_name, "versions": versions, "video": video_state(video)}
+        self.labels, self.schema = labels, frame_schema(dim, labels is not None, metadata)
+        self.path = file_of(dataset, video)
+        self.partial = dataset / f".{self.path.name}.{secrets.token_hex(4)}.part"
+        self.writer = pq.ParquetWriter(self.partial, self.schema)
+        self.waiting: list[EmbeddedFrame] = []
+
+    def add(self, frame: EmbeddedFrame):
+        """Add a row; a part of the file is written when `ROWS` rows wait."""
+        self.waiting.append(frame)
+        if len(self.waiting) == ROWS:
+            self._write()
+
+    def finish(self):
+        """Write what waits, and give the file its name."""
+        if self.waiting:
+            self._write()
+        self.writer.close()
+        self.partial.replace(self.path)
+
+    def discard(self):
+        """Delete what was written."""
+        self.writer.close()
+        self.partial.unlink(missing_ok=True)
+
+    def _write(self):
+        self.writer.write_table(frame_table(self.waiting, self.labels, self.schema))
+        self.waiting = []
