@@ -440,6 +440,20 @@ def motion_table(report: dict) -> str:
     return table(rows, columns, note.format(labels["balanced, last_update"], **report))
 
 
+def patch_fidelity_table(report: dict) -> str:
+    """Cosine of patch features to dense, preset by preset, beside a held dense frame."""
+    columns = {"clip": "{clip}", "preset": "`{preset}`", "cost": "{cost:.3f}"}
+    columns |= {f"patches: {name}": f"{{{name}:.4f}}" for name in ("mean", "p5", "p1")}
+    columns["worst of a frame"] = "{worst:.3f}"
+    columns["baseline: dense every k-th, k"] = "{every}"
+    columns |= {f"its {name}": f"{{baseline[{name}]:.4f}}" for name in ("mean", "p5", "p1")}
+    columns["its worst"] = "{baseline[worst]:.3f}"
+    frames = ", ".join(f"{row['frames']} of {row['clip']}" for row in report["rows"][:: len(report["presets"])])
+    return table(
+        report["rows"], columns, f"`{report['command']}`: frames {frames}, the shipped SigLIP's tower, 224 px."
+    )
+
+
 def tower_share_table(report: dict) -> str:
     """The tower's part in a whole forward pass of larger models."""
     columns = {
@@ -514,6 +528,7 @@ BLOCKS = {
     "drift-findings": (findings_table, "token_drift"),
     "drift-cascade": (drift_table, "drift_cascade"),
     "drift-json": (json_table, "json_drift"),
+    "patches": (patch_fidelity_table, "patch_fidelity"),
     "tower share": (tower_share_table, "tower_share"),
     "lossless": (lossless_table, "benchmark_lossless"),
 }
