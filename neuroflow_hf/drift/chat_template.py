@@ -14,8 +14,10 @@ def encode_text(tokenizer: Any, text: str, system: str | None = None, raw: bool 
         system: the system message; None for the template's own, if it has one.
 
     Raises:
-        ValueError: for a system message without a template, or one that the template refuses; for no tokens.
+        ValueError: for a system message without a template, or one that the template refuses; for a text that is not
+            Unicode, or has no tokens.
     """
+    require_unicode(text)
     if raw or tokenizer.chat_template is None:
         if system is not None:
             raise ValueError(
@@ -29,6 +31,14 @@ def encode_text(tokenizer: Any, text: str, system: str | None = None, raw: bool 
     if not ids:
         raise ValueError(f"The prompt {text[:40]!r} has no tokens; expected some text.")
     return ids
+
+
+def require_unicode(text: str):
+    """Raise a ValueError for a text with surrogates, as Python makes them of bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The text is not UTF-8, at character {error.start}.") from error
 
 
 def message(role: str, text: str) -> dict[str, str]:

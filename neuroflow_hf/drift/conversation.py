@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import Cache
 
-from .chat_template import begin_messages, encode_rendered, message, render
+from .chat_template import begin_messages, encode_rendered, message, render, require_unicode
 from .continuation import Continuation, Decoding, continue_tokens
 
 LEAST_ROOM = 16  # tokens; an answer that must be shorter is not begun
@@ -67,8 +67,10 @@ class Conversation:
             The answer's text, and its tokens and figures.
 
         Raises:
-            ValueError: for a message that the template refuses, or that leaves no room for an answer.
+            ValueError: for a message that is not Unicode, that the template refuses, or that leaves no room for an
+                answer.
         """
+        require_unicode(text)
         messages = [*self.messages, message("user", text)]
         rendered = render(self.tokenizer, messages)
         tokens = self.encode(rendered)

@@ -32,6 +32,8 @@ def test_prompts_are_put_into_the_template():
     assert encode_text(tokenizer, "hello") == [USER, *hello, END, ASSISTANT]
     assert encode_text(tokenizer, "hello", system="ab") == [SYSTEM, 3, 4, END, USER, *hello, END, ASSISTANT]
     assert encode_text(tokenizer, "hello", raw=True) == hello == encode_text(make_tokenizer(), "hello")
+    with pytest.raises(ValueError, match="not UTF-8, at character 2"):
+        encode_text(tokenizer, "ab\udcff")
     for refused in ({"system": "ab", "raw": True}, {"system": "no"}):
         with pytest.raises(ValueError, match=r"[Ss]ystem"):
             encode_text(tokenizer, "hello", **refused)
