@@ -1,14 +1,15 @@
 """
 How fast lossless generation is: the loop with each drafter and without drafts, and transformers' own loops.
 
-    python -m eval.language.benchmark_lossless --limit 6 --new-tokens 64 --turns 1    # SmolLM2, fetched on first use
+    python -m eval.language.benchmark_lossless --limit 3 --new-tokens 48 --turns 1    # SmolLM2, fetched on first use
     python -m eval.language.benchmark_lossless --model CHECKPOINT --output other.json
 
 Prompts: `eval/prompts/prompts.jsonl`, a line each: `{"task": ..., "prompt": ...}`. Greedy text until the end token or
 `--new-tokens`, prompt included in the time. All variants take turns on every prompt, in a new random order each time,
 so that a slow phase of the machine affects all alike. A prompt's time is the median of its turns. Comparisons are
 paired: a variant's speed on a prompt over that of the loop without drafts. The stock model's own `generate`, with and
-without its prompt lookup, is timed too, to tell the gain of a lean loop from the gain of drafts.
+without its prompt lookup, is timed too, to tell the gain of a lean loop from the gain of drafts. With `--bypass`,
+the bypassed model drafts, too.
 
 Processor time counts, since other programs delay the clock on a shared machine; the clock is written down, too. The
 rule that decides whether drafting pays reads processor time here, and the clock elsewhere.
@@ -51,7 +52,6 @@ from neuroflow_hf.utils.provenance import checkout_commit, model_version
 
 STOCK = {"stock": {}, "stock lookup": {"prompt_lookup_num_tokens": 10}}  # 10: the value of transformers' guide
 DRAFTERS = {"dense": "none", "lookup": "lookup", "bypass": "bypass"}
-VARIANTS = (*STOCK, *DRAFTERS)
 CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
 ROUNDING = 1e-5
 RESAMPLES = 2000
@@ -99,16 +99,18 @@ def divergence(model, ids: torch.Tensor, expected: list[int], tokens: list[int])
 
 def measure(model, ids: torch.Tensor, order: random.Random, settings: dict) -> dict:
     """All variants on one prompt: by variant, the times of its turns, its counts and how its text differs."""
-    found: dict[str, dict] = {name: {"processor": [], "wall": [], "divergences": []} for name in VARIANTS}
-    expected = generate(model, ids, "stock", {}, settings["new_tokens"])["tokens"]
+    names, texts = settings["variants"], []
+    found: dict[str, dict] = {name: {"processor": [], "wall": [], "divergences": []} for name in names}
     for _ in range(settings["turns"]):
-        for variant in order.sample(VARIANTS, len(VARIANTS)):
+        for variant in order.sample(names, len(names)):
             run = generate(model, ids, variant, settings["options"], settings["new_tokens"])
-            entry = found[variant]
+            texts.append((variant, run["tokens"]))
             for name in CLOCKS:
-                entry[name].append(run[name])
-            entry["counts"] = run["counts"]
-            entry["divergences"] += filter(None, [divergence(model, ids, expected, run["tokens"])])
+                found[variant][name].append(run[name])
+            found[variant]["counts"] = run["counts"]
+    expected = dict(texts)["stock"]
+    for variant, tokens in texts:
+        found[variant]["divergences"] += filter(None, [divergence(model, ids, expected, tokens)])
     return {"tokens": len(expected), "variants": found}
 
 
@@ -140,7 +142,7 @@ def speed(cases: list[dict], variant: str, clock: str) -> dict:
 def summarise(cases: list[dict]) -> dict:
     """By variant, over some prompts: speed by each clock, and counts."""
     summary = {}
-    for variant in VARIANTS:
+    for variant in cases[0]["variants"]:
         entries = [case["variants"][variant] for case in cases]
         row: dict = {clock: speed(cases, variant, clock) for clock in CLOCKS}
         counts = [entry["counts"] for entry in entries if entry["counts"]]
@@ -184,7 +186,9 @@ def main(
     new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 128,
     least_tokens: Annotated[int, typer.Option(help="Ignore texts with fewer tokens.")] = 16,
     turns: Annotated[int, typer.Option(help="Runs of every variant on each prompt.")] = 3,
-    bypass: Annotated[str | None, typer.Option(help="JSON: options of the bypass that drafts.")] = None,
+    bypass: Annotated[
+        str | None, typer.Option(help="JSON: options of a bypass that drafts.", show_default="none drafts")
+    ] = None,
     options: Annotated[str | None, typer.Option(help="JSON: other options of lossless generation.")] = None,
     threads: Annotated[int, typer.Option(help="Number of torch threads.")] = 1,
     seed: Annotated[int, typer.Option(help="Random seed for the order of variants.")] = 0,
@@ -203,6 +207,7 @@ def main(
         "prompts": digest_of(prompts),
         **{"new_tokens": new_tokens, "least_tokens": least_tokens, "turns": turns, "seed": seed, "dtype": "float32"},
         "options": lossless,
+        "variants": [name for name in (*STOCK, *DRAFTERS) if name != "bypass" or bypass],
         **{name: provenance()[name] for name in ("machine", "versions")},
         "code": model_version(),
     }
@@ -216,7 +221,7 @@ def main(
     language_model = NeuroFlowPhi3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     rows = prompts_in_turn(prompts, limit)
     encoded = {number: torch.tensor([encode_prompt(tokenizer, prompt)]) for number, prompt in rows}
-    for variant in VARIANTS:  # warm-up
+    for variant in settings["variants"]:  # warm-up
         generate(language_model, encoded[rows[0][0]], variant, lossless, 8)
     for number, prompt in rows:
         if number in done:

@@ -14,6 +14,7 @@ from .evaluate import evaluate
 from .generate import generate
 from .run import run
 from .tune import tune
+from .tune_drafts import tune_drafts
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,3 +47,4 @@ app.command()(chat)
 app.command()(calibrate)
 app.command()(drift)
 app.command()(convert)
+app.command("tune-drafts")(tune_drafts)

@@ -45,6 +45,14 @@ class Lookup:
         return []
 
 
+def expected_speed(
+    acceptance: float, draft_seconds: float, check_seconds: Callable[[int], float], length: int
+) -> float:
+    """Expected tokens per second with drafts of this length; arguments as of [`best_length`]."""
+    tokens = sum(acceptance**place for place in range(length + 1))
+    return tokens / (length * draft_seconds + check_seconds(length))
+
+
 def best_length(
     acceptance: float, draft_seconds: float, check_seconds: Callable[[int], float], lengths: Iterable[int]
 ) -> int:
@@ -61,12 +69,8 @@ def best_length(
         check_seconds: time of a dense forward by its number of draft tokens; of 0: a step without a draft.
         lengths: the lengths to choose from, besides 0.
     """
-
-    def speed(length: int) -> float:
-        tokens = sum(acceptance**place for place in range(length + 1))
-        return tokens / (length * draft_seconds + check_seconds(length))
-
-    return max((0, *lengths), key=speed)  # the first of equals
+    # the first of equals, so 0
+    return max((0, *lengths), key=lambda n: expected_speed(acceptance, draft_seconds, check_seconds, n))
 
 
 class Drafts:
