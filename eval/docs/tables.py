@@ -141,11 +141,12 @@ def presets_table(report: dict) -> str:
     return table([row for row in pooled(report) if row["method"] in PRESETS], columns)
 
 
-def glance_table(accuracy: dict, reaction: dict, fidelity: dict, vision: dict, drift: dict) -> str:
+def glance_table(accuracy: dict, reaction: dict, fidelity: dict, vision: dict, drift: dict, lossless: dict) -> str:
     """README's results at a glance for the default preset: one row for each question."""
     results = (accuracy["results"], reaction["own"]["results"], fidelity["results"])
     labels, delay, cosine = (next(row for row in rows if row["name"] == "balanced") for rows in results)
-    top1 = labels["top1"]
+    top1, texts = labels["top1"], lossless["summary"]["all"]
+    lookup, stock = (texts[name]["processor"]["times_dense"] for name in ("lookup", "stock lookup"))
     case, wanted = ("mode", "resolution", "dtype", "active"), ("extrapolate", 448, "float32", 0.03)
     faster = next(ratio for found, _, ratio in ratios(vision) if tuple(found[key] for key in case) == wanted)
     rows = [
@@ -170,6 +171,11 @@ def glance_table(accuracy: dict, reaction: dict, fidelity: dict, vision: dict, d
             "bypassed on a fifth of the steps",
             f"{drift['configurations'][0]['tasks']['all']['drift']:.0%}",
             "0%, lossless generation",
+        ),
+        (
+            "Times faster than dense, lossless text of SmolLM2, drafts by lookup",
+            spread(lookup["median"], lookup["interval"], form=".2f"),
+            f"{stock['median']:.2f} (transformers' prompt lookup)",
         ),
     ]
     return table(rows, {"question": "{0}", "measured": "{1}", "best baseline at equal cost": "{2}"})
@@ -506,9 +512,34 @@ def json_table(report: dict) -> str:
     return f"{markdown_table(json_drift.json_table(report))}\n\n`{report['command']}`: {json_drift.describe(report)}"
 
 
+def drafters_table(report: dict) -> str:
+    """The drafters that `neuroflow tune-drafts` found, by the time that they save."""
+    rows = [{"prompts": "searched on", **row} for row in report["drafters"]]
+    rows.append({"prompts": "held out", **report["held_out"]})
+    for row in rows:
+        row["parts"] = f"{len(row['attention'])} + {len(row['mlp'])}"
+    columns = {
+        "prompts": "{prompts}",
+        "attention + MLP parts left out": "{parts}",
+        "cost of a draft token (dense step = 1)": "{cost:.2f}",
+        "agreement": "{agreement:.0%}",
+        "agreement needed": "{needed:.0%}",
+        "speed, at most (dense = 1)": "{speed:.2f}",
+    }
+    note = (
+        "`{0}`: {model}, {prompts} prompts, half of them held out, {new_tokens} tokens of each, {dtype}. Dense "
+        "forwards cost: {1}."
+    )
+    checks = ", ".join(f"{int(n) + 1} tokens {cost:.2f}" for n, cost in report["check"].items() if n != "0")
+    return table(rows, columns, note.format(report["command"], checks, **report["settings"]))
+
+
 BLOCKS = {
     "presets": (presets_table, "vision_policies"),
-    "glance": (glance_table, "accuracy", "reaction", "fidelity", "benchmark_vision", "token_drift"),
+    "glance": (
+        glance_table,
+        *("accuracy", "reaction", "fidelity", "benchmark_vision", "token_drift", "benchmark_lossless"),
+    ),
     "policies": (policies_table, "vision_policies"),
     "delays": (delays_table, "vision_policies"),
     "controls": (controls_table, "vision_controls"),
@@ -531,6 +562,7 @@ BLOCKS = {
     "patches": (patch_fidelity_table, "patch_fidelity"),
     "tower share": (tower_share_table, "tower_share"),
     "lossless": (lossless_table, "benchmark_lossless"),
+    "drafters": (drafters_table, "tune_drafts"),
 }
 
 
