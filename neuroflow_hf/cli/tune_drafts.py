@@ -41,7 +41,8 @@ def tune_drafts(
         from ..utils.provenance import machine_and_versions
 
         weights_dtype = dtype_named(dtype)
-        chosen = first_of_each(read_prompts(prompts or default_prompts()), max_prompts)
+        read = read_prompts(prompts or default_prompts())
+        chosen = [read[index] for index in first_of_each([prompt.task for prompt in read], max_prompts)]
         prepare_folder(out)
         source = language_model(model)
         loaded, tokenizer = load_language_model(source, weights_dtype, device)
