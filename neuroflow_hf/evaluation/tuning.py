@@ -20,7 +20,6 @@ from ..utils.jobs import stop_on_interrupt, timed
 from ..video.preprocess import Preprocessor
 from ..video.reader import VideoError, VideoReader
 from ..video.run import settings
-from ..vision.budget import least_cost
 from ..vision.gate_config import PRESETS, NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .methods import Dense, Method, Step, Streamed, dense_cost, looking_cost
@@ -59,14 +58,12 @@ FAMILIES: dict[str, list[dict]] = {
         sentinels=(0.02, 0.02, 0.03, 0.05, 0.1),
         keyframe_interval=(20, 14, 10, 6, 4),
     ),
-    # for moving cameras: while much changes, hold the embedding up to `max_hold` frames
-    "extrapolate, held while much changes": ladder(
+    # for moving cameras: encode as often as the budget allows
+    "extrapolate, paced": ladder(
         "extrapolate",
         threshold=(0.05, 0.03, 0.02, 0.01, 0.006),
         sentinels=(0.02, 0.03, 0.05, 0.06, 0.1),
-        hold_fraction=(0.2, 0.25, 0.25, 0.3, 0.4),
-        keyframe_surprise=(0.2, 0.15, 0.1, 0.06, 0.03),
-        max_hold=(15, 11, 7, 4, 2),
+        cost_budget=(0.06, 0.12, 0.2, 0.35, 0.6),
     ),
     "presets": [PRESETS["thrifty"], PRESETS["balanced"], PRESETS["faithful"]],
     "context, keyframes by the clock": ladder(
@@ -246,7 +243,8 @@ class Bench:
         budget = options.get("cost_budget")
         patches = self.preprocess.patches_per_side(self.model.config.patch_size) ** 2
         looking = looking_cost(self.model, patches) / dense_cost(self.model, patches)
-        if budget is not None and budget <= least_cost(interval, looking):
+        first_keyframe = (1 - looking) / interval if interval else 0
+        if budget is not None and budget <= looking + first_keyframe:
             options["cost_budget"] = budget = None  # no gate can keep it on so short a stretch
         method, total = Streamed(self.model, options), len(self.stretches) * counted
         costs, cosines, milliseconds = [], [], []

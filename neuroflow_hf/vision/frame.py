@@ -95,9 +95,9 @@ def encode_frame(
             signal = patches.detach()
             if stream.gate.signal == "token":
                 signal = signal + position_embeddings(model, patches, pixel_values, interpolate_pos_encoding).detach()
-            active, surprise = choose_active(stream, signal, geometry.grid)
+            active, surprise, paces = choose_active(stream, signal, geometry.grid, looking)
         else:
-            active, surprise = nothing_active(geometry), None
+            active, surprise, paces = nothing_active(geometry), None, stream.pace
 
     stream.frame_in_progress = True
     fresh: dict[str, torch.Tensor] = {}
@@ -129,7 +129,7 @@ def encode_frame(
         stream.gate.budget.credit_after(credit, frame, cost)
         for credit, frame, cost in zip(stream.credit, stream.frames, costs, strict=True)
     ]
-    stream.frames = [frame + 1 for frame in stream.frames]
+    stream.frames, stream.pace = [frame + 1 for frame in stream.frames], paces
     stream.frame_in_progress = False
 
     counts = torch.tensor(active.counts, dtype=torch.float32)

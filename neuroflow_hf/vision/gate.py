@@ -3,6 +3,7 @@
 import torch
 
 from .active_set import ActiveSet
+from .controller import HOLD, KEYFRAME, SPARSE, Pace, choose
 from .gate_config import NeuroFlowGateConfig
 from .selection import (
     has_only_finite,
@@ -19,19 +20,19 @@ from .stream_state import AGE, LAST_UPDATE
 
 
 def choose_active(
-    stream: NeuroFlowStream, signal: torch.Tensor, grid: tuple[int, int]
-) -> tuple[ActiveSet, torch.Tensor | None]:
+    stream: NeuroFlowStream, signal: torch.Tensor, grid: tuple[int, int], looking: float
+) -> tuple[ActiveSet, torch.Tensor | None, list[Pace]]:
     """
-    The active set of a frame whose signal is [B, N, D], and the surprise, float32 [B, N]; `None` if the options do not
-    need it. Patches of a stream's first frame have no reference; their surprise is 1. Nothing is written.
+    The active set of a frame whose signal is [B, N, D]; the surprise, float32 [B, N], `None` if the options do not
+    need it; and each stream's pace after the frame. Patches of a stream's first frame have no reference; their
+    surprise is 1. `looking` is what a frame costs on which nothing is active. Nothing is written.
 
     `apply_policies` chooses patches. Then, for each stream, the first of these that applies decides:
 
     1. a keyframe by number: everything is active;
-    2. the cost budget is overdrawn: nothing is;
-    3. a keyframe by what the frame shows (`asks_for_keyframe`): everything is;
-    4. more than `hold_fraction` of the patches changed: nothing is;
-    5. nearly all patches are active (`full_above`): the frame becomes a keyframe.
+    2. a keyframe by what the frame shows (`asks_for_keyframe`), unless the stream is in debt: everything is;
+    3. nearly all patches are active (`full_above`): the frame becomes a keyframe;
+    4. with a `cost_budget`, the controller may hold the frame, or make it a keyframe.
 
     Raises:
         ValueError: if a stream's pixels are not finite.
@@ -47,45 +48,44 @@ def choose_active(
         changed, mask = apply_policies(stream, scores, grid)
     else:
         scores, looked_at, mean_scores, changed, mask = None, signal, nothing.sum(-1), nothing, nothing.clone()
-    waited = stream.memory[AGE].amin(-1) if AGE in stream.memory else nothing.sum(-1)
 
-    numbers = (
-        has_only_finite(looked_at),
-        mean_scores,
-        changed.sum(-1),
-        mask.sum(-1),
-        (changed & mask).sum(-1),
-        waited,
-    )
+    numbers = (has_only_finite(looked_at), mean_scores, changed.sum(-1), mask.sum(-1), (changed & mask).sum(-1))
     count = fixed_count(gate, num_patches)
     if torch.compiler.is_compiling() and count is not None:
         # a compiled graph cannot read numbers from the device, so it cannot name the stream
         torch._assert_async(numbers[0].all(), "The frame of a stream has NaN or infinite pixel values.")
-        per_stream = [(True, 0, 0, count, 0, 0)] * batch_size
+        per_stream = [(True, 0, 0, count, 0)] * batch_size
     else:  # the one time in a frame that the host waits for the device
         per_stream = torch.stack([number.double() for number in numbers], dim=-1).tolist()
         require_finite([finite for finite, *_ in per_stream])
 
-    keyframes, counts, changed_counts = stream.due_keyframes(), [], []
-    for index, (_, mean_score, num_changed, num_active, num_both, num_waited) in enumerate(per_stream):
-        changed_fraction = num_changed / num_patches
-        holds = gate.hold_fraction is not None and changed_fraction > gate.hold_fraction
-        overdrawn = not gate.budget.allows_encoding(stream.credit[index])
-        if not overdrawn:
-            keyframes[index] |= asks_for_keyframe(gate, mean_score, changed_fraction, holds, num_waited)
-        if keyframes[index]:
+    keyframes, counts, changed_counts, paces = stream.due_keyframes(), [], [], []
+    for index, (_, mean_score, num_changed, num_active, num_both) in enumerate(per_stream):
+        credit, pace = stream.credit[index], stream.pace[index]
+        if num_active > gate.full_above * num_patches:
             num_active = num_patches
-        elif holds or overdrawn:
-            num_active = num_both = 0
-        elif num_active > gate.full_above * num_patches:
-            keyframes[index], num_active = True, num_patches
+        if keyframes[index] or (
+            gate.budget.allows_encoding(credit) and asks_for_keyframe(gate, mean_score, num_changed / num_patches)
+        ):
+            action = KEYFRAME
+        elif gate.cost_budget is not None and gate.is_paced:
+            fraction, rate = num_active / num_patches, gate.cost_budget - looking
+            action = choose(pace, rate, credit, fraction, mean_score, gate.keyframe_interval)
+        else:
+            action = KEYFRAME if num_active == num_patches and gate.full_above < 1 else SPARSE
+        keyframes[index] = action == KEYFRAME
+        if action != SPARSE:
+            num_active = num_patches if action == KEYFRAME else 0
+            num_both = num_changed if action == KEYFRAME else 0
         counts.append(int(num_active))
         changed_counts.append((int(num_changed), int(num_both)))
+        # without a budget nothing is counted: numbers that differ on every frame would compile a graph anew
+        paces.append(pace.after(action if num_active else HOLD, mean_score) if gate.is_paced else pace)
     for value, count in ((True, num_patches), (False, 0)):
         streams = [index for index in range(batch_size) if counts[index] == count]
         if streams:
             mask[streams] = value
-    return ActiveSet(mask, counts, keyframes, changed, changed_counts), scores
+    return ActiveSet(mask, counts, keyframes, changed, changed_counts), scores, paces
 
 
 def fixed_count(gate: NeuroFlowGateConfig, num_patches: int) -> int | None:
@@ -94,7 +94,7 @@ def fixed_count(gate: NeuroFlowGateConfig, num_patches: int) -> int | None:
         return num_patches
     if not gate.needs_surprise:
         return 0
-    looks = gate.has_keyframe_trigger or gate.hold_fraction is not None or gate.mode == "extrapolate"
+    looks = gate.has_keyframe_trigger or gate.mode == "extrapolate"
     if gate.token_budget is None or looks or gate.cost_budget is not None:
         return None
     return min(num_patches, max(gate.token_budget, gate.least_active))
@@ -110,20 +110,10 @@ def require_finite(finite_streams: list[float]) -> None:
             )
 
 
-def asks_for_keyframe(
-    gate: NeuroFlowGateConfig, mean_surprise: float, changed_fraction: float, holds: bool, waited: float
-) -> bool:
-    """
-    Whether what a frame shows makes it a keyframe. `holds` says whether it would be held otherwise, `waited` for how
-    many frames nothing was encoded.
-    """
-    if gate.keyframe_fraction is not None and changed_fraction > gate.keyframe_fraction:
-        return True
-    # with `hold_fraction`, a frame that is not held has its changed patches encoded: the rest is not surprising
-    may_be_stale = holds or gate.hold_fraction is None
-    if gate.keyframe_surprise is not None and may_be_stale and mean_surprise > gate.keyframe_surprise:
-        return True
-    return holds and gate.max_hold is not None and waited >= gate.max_hold
+def asks_for_keyframe(gate: NeuroFlowGateConfig, mean_surprise: float, changed_fraction: float) -> bool:
+    """Whether what a frame shows makes it a keyframe."""
+    by_fraction = gate.keyframe_fraction is not None and changed_fraction > gate.keyframe_fraction
+    return by_fraction or (gate.keyframe_surprise is not None and mean_surprise > gate.keyframe_surprise)
 
 
 def surprise_of(stream: NeuroFlowStream, signal: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 
-from .budget import CostBudget, is_affordable, least_cost, without_conflict
+from .budget import CostBudget
 from .options import make_options
 
 ModeName = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate"]
@@ -17,40 +17,11 @@ GateOption = bool | int | float | str | None
 DEFAULT_PRESET = "balanced"
 PRESETS: dict[str, dict] = {
     # for labels and search results that must not change
-    "faithful": {
-        "mode": "extrapolate",
-        "threshold": 0.01,
-        "dilate": 1,
-        "sentinels": 0.1,
-        "keyframe_surprise": 0.03,
-        "keyframe_interval": 100,
-        "hold_fraction": 0.4,
-        "max_hold": 2,
-    },
+    "faithful": {"mode": "extrapolate", "dilate": 1, "sentinels": 0.1, "keyframe_interval": 100, "cost_budget": 0.75},
     # the default: close to dense where little moves, at most a quarter of its cost in the long run
-    "balanced": {
-        "mode": "extrapolate",
-        "threshold": 0.01,
-        "sentinels": 0.06,
-        "keyframe_surprise": 0.05,
-        "keyframe_interval": 30,
-        "hold_fraction": 0.4,
-        "max_hold": 7,
-        "cost_budget": 0.25,
-        "cost_reserve": 4.0,
-    },
+    "balanced": {"mode": "extrapolate", "sentinels": 0.06, "keyframe_interval": 30, "cost_budget": 0.25},
     # for many cameras on one machine: at most a tenth of dense in the long run
-    "thrifty": {
-        "mode": "extrapolate",
-        "threshold": 0.01,
-        "sentinels": 0.04,
-        "keyframe_surprise": 0.05,
-        "keyframe_interval": 60,
-        "hold_fraction": 0.4,
-        "max_hold": 12,
-        "cost_budget": 0.1,
-        "cost_reserve": 4.0,
-    },
+    "thrifty": {"mode": "extrapolate", "sentinels": 0.04, "keyframe_interval": 60, "cost_budget": 0.1},
 }
 
 
@@ -121,39 +92,32 @@ class NeuroFlowGateConfig:
             frame, which spreads the cost evenly. 300 costs a third of a percent.
         keyframe_interval (`int`, *optional*):
             Every frame whose number is a multiple of this is a keyframe: all patches are encoded. It adds its inverse
-            to the cost, and brings patches that did not change up to date with those that did.
+            to the cost, and brings patches that did not change up to date with those that did. With a `cost_budget`,
+            this many frames after the last keyframe, as soon as the credit pays for it.
         keyframe_fraction (`float`, *optional*):
             A frame is a keyframe if more than this fraction of the patches is above the threshold, before `dilate` (a
             scene cut). 0.5 is a good guard in the sparse modes. In `hold`, choose a little more than the share of the
             picture that usually moves, or almost every frame becomes a keyframe.
         keyframe_surprise (`float`, *optional*):
-            A frame is a keyframe if its mean surprise over all patches is above this; with `hold_fraction`, only if it
-            would be held otherwise. Of all simple measures, mean surprise follows the error of a held embedding best.
-            Use it to tune moving cameras: 0.05 is faithful, 0.1 saves more.
-        hold_fraction (`float`, *optional*):
-            If more than this fraction of the patches is above the threshold, before `dilate`, and the frame is not a
-            keyframe, nothing is encoded and the last output is returned; `max_age` does not apply meanwhile. For
-            cameras that move or shake: encoding some of many changed patches beside outdated ones costs more than
-            holding and is no closer to dense. Values between 0.25 and 0.5 are good, depending on the footage. Needs
-            `max_hold` or another keyframe option.
-        max_hold (`int`, *optional*):
-            A frame that `hold_fraction` would hold is a keyframe if nothing was encoded for this many frames. This
-            limits the delay of the output; while a camera moves, the cost is about `1 / (max_hold + 1)`.
+            A frame is a keyframe if its mean surprise over all patches is above this. Of all simple measures, mean
+            surprise follows the error of a held embedding best. In `hold`, 0.05 is faithful, 0.1 saves more.
         cost_budget (`float`, *optional*):
             What a stream may spend per frame in the long run, as a share of the cost of a dense frame. What quiet
-            frames leave over is saved, up to `cost_reserve`, and spent when something happens. A stream that has spent
-            more than it had returns its last output until it has credit again, about `1 / cost_budget` frames after a
-            dense frame; `token_budget`, `min_active_tokens`, `max_age`, `max_hold` and the other keyframe options do
-            not apply meanwhile. The first frame is free. Keyframes by `keyframe_interval` always happen and count.
-            With a `threshold` of -1, the budget is ignored. On fixed cameras, 0.25 is seldom reached and does not
-            delay labels; a steadily moving camera gets a dense frame every four. Do not combine it with `reference`
-            `"ema"`: what happens while nothing is encoded may fade into the mean.
+            frames leave over is saved, up to `cost_reserve`, and spent when something happens. Frames that cost more
+            than the stream may spend are spaced evenly, and its last output is returned in between: a steadily moving
+            camera gets a dense frame about every `1 / cost_budget` frames. With more than half of the patches active,
+            these are keyframes, since encoding many changed patches beside outdated ones is no closer to dense than a
+            keyframe and a hold; so is the first frame after a scene cut. The first frame of a stream is free.
+            `keyframe_fraction` and `keyframe_surprise` apply while there is credit; `token_budget`,
+            `min_active_tokens` and `max_age` do not apply to frames that are held. With a `threshold` of -1, the
+            budget is ignored. Do not combine it with `reference` `"ema"`: what happens while nothing is encoded may
+            fade into the mean.
             Looking at every frame may cost a very small model more than its budget: a preset's budget is then raised,
             with a warning; a budget that you set is an error on the first frame.
         cost_reserve (`float`, defaults to 4.0):
             The most that a stream saves under a `cost_budget`, in dense frames; it starts with as much, and again
             after a reset. More follows longer events without a gap, and lets the cost of T frames in a row exceed the
-            budget by up to `(cost_reserve + 1) / T`; with a `keyframe_interval`, `(cost_reserve + 2) / T`.
+            budget by up to `(cost_reserve + 2) / T`.
         ema_rate (`float`, defaults to 0.01):
             The share of the new signal in the running mean, per frame, in (0, 1]. 0.01 forgets in about 100 frames.
             A keyframe restarts all running means, so with `keyframe_interval` none reaches further back than that.
@@ -187,8 +151,6 @@ class NeuroFlowGateConfig:
     keyframe_interval: int | None = None
     keyframe_fraction: float | int | None = None
     keyframe_surprise: float | int | None = None
-    hold_fraction: float | int | None = None
-    max_hold: int | None = None
     cost_budget: float | int | None = None
     cost_reserve: float | int = 4.0
     ema_rate: float | int = 0.01
@@ -218,29 +180,16 @@ class NeuroFlowGateConfig:
             lambda value: math.isfinite(value) and value <= 2,
             "a finite number, 0 to 2 (or -1 for everything active)",
         )
-        for name in ("token_budget", "max_age", "keyframe_interval", "max_hold"):
+        for name in ("token_budget", "max_age", "keyframe_interval"):
             require(name, lambda value: value >= 1, "a whole number of at least 1, or None for never")
         for name in ("min_active_tokens", "dilate", "summary_tokens"):
             require(name, lambda value: value >= 0, "a whole number of at least 0")
-        for name in ("keyframe_fraction", "hold_fraction"):
-            require(name, lambda value: 0 <= value <= 1, "a fraction from 0 to 1, or None for never")
+        require("keyframe_fraction", lambda value: 0 <= value <= 1, "a fraction from 0 to 1, or None for never")
         require("keyframe_surprise", lambda value: 0 <= value <= 2, "a mean surprise from 0 to 2, or None for never")
         require("sentinels", lambda value: 0 <= value <= 1, "a fraction of the patches from 0 to 1")
         for name in ("ema_rate", "slow_ema_rate", "memory_blend", "cost_budget"):
             require(name, is_rate, "a share above 0 and at most 1")
         require("cost_reserve", lambda value: math.isfinite(value) and value >= 1, "at least 1 dense frame")
-        if self.hold_fraction is not None and self.max_hold is None and not self.has_keyframe_rule:
-            raise ValueError(
-                "Gate option `hold_fraction` returns the last output while much changes, for ever if there is no "
-                "keyframe; set `max_hold` (8 is a good value), `keyframe_surprise`, `keyframe_interval` or "
-                "`keyframe_fraction`."
-            )
-        if not self.everything_active and not is_affordable(self.cost_budget, self.keyframe_interval):
-            raise ValueError(
-                f"Gate option `keyframe_interval` {self.keyframe_interval} alone costs "
-                f"{least_cost(self.keyframe_interval, 0):.3g} of dense, and `cost_budget` is {self.cost_budget}; "
-                "raise one of them, or lift the budget with None."
-            )
         if math.isqrt(max(self.summary_tokens, 0)) ** 2 != self.summary_tokens:
             raise ValueError(
                 f"Gate option `summary_tokens` is {self.summary_tokens}; expected a square number, such as 16 or 64."
@@ -262,9 +211,7 @@ class NeuroFlowGateConfig:
         The options of `base`, overridden by `options`.
 
         They start from a preset, `"balanced"` unless `preset` names another; with a `mode` and no `preset`, from the
-        defaults of this class. A `preset` in `options` replaces all of `base`. A preset's `cost_budget` is dropped if
-        a given `keyframe_interval` costs more than it, and its `keyframe_interval` if it costs more than a given
-        `cost_budget`.
+        defaults of this class. A `preset` in `options` replaces all of `base`.
 
         Raises:
             ValueError: for a preset or an option that does not exist, a value of the wrong type or outside its range.
@@ -281,7 +228,7 @@ class NeuroFlowGateConfig:
             if not isinstance(preset, str) or preset not in PRESETS:
                 raise ValueError(f"Unknown preset {preset!r}; expected one of {', '.join(PRESETS)}.")
             own_budget = "cost_budget" in merged
-            merged = without_conflict(PRESETS[preset], merged) | merged
+            merged = PRESETS[preset] | merged
         gate = make_options(cls, "gate", merged, also_known=("preset",))
         if preset is not None and not own_budget:
             gate.preset_budget = gate.cost_budget
@@ -312,9 +259,9 @@ class NeuroFlowGateConfig:
         return self.keyframe_fraction is not None or self.keyframe_surprise is not None
 
     @property
-    def has_keyframe_rule(self) -> bool:
-        """Whether there are keyframes after the first frame."""
-        return self.keyframe_interval is not None or self.has_keyframe_trigger
+    def is_paced(self) -> bool:
+        """Whether the controller decides when to encode: under a `cost_budget`, where a frame is looked at."""
+        return self.cost_budget is not None and self.needs_surprise and not self.everything_active
 
     @property
     def sentinel_share(self) -> float:
@@ -329,8 +276,7 @@ class NeuroFlowGateConfig:
     @property
     def keeps_age(self) -> bool:
         """Whether the stream stores how long ago each patch was encoded."""
-        by_policy = self.max_age is not None or self.max_hold is not None
-        return self.needs_surprise and (by_policy or self.mode == "extrapolate")
+        return self.needs_surprise and (self.max_age is not None or self.mode == "extrapolate")
 
     @property
     def full_above(self) -> float:

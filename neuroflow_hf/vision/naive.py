@@ -109,10 +109,13 @@ class NaiveStream:
     Args:
         model: a `NeuroFlowSiglipVisionModel` with a pooling head, at its own resolution.
         gate: the options.
+        looking: what a frame costs on which nothing is encoded, of a dense one. For a `cost_budget`.
     """
 
-    def __init__(self, model: SiglipVisionModel, gate: NeuroFlowGateConfig):
-        self.model, self.gate = model, gate
+    def __init__(self, model: SiglipVisionModel, gate: NeuroFlowGateConfig, looking: float = 0.0):
+        self.model, self.gate, self.looking = model, gate, looking
+        self.held: list[float] = []  # mean surprise of the frames since patches were last encoded
+        self.since_keyframe, self.usual_surprise = 0, 0.0
         self.frame, self.credit = 0, float(gate.cost_reserve)
         self.references: dict[str, list[torch.Tensor]] = {}
         self.age: list[int] = []
@@ -176,12 +179,12 @@ class NaiveStream:
     def choose(self, signal: list[torch.Tensor], grid: tuple[int, int]) -> tuple[list[int], bool]:
         """The active patches of a frame, ascending, and whether it is a keyframe."""
         gate, everything = self.gate, list(range(len(signal)))
-        interval = gate.keyframe_interval
+        paced = gate.cost_budget is not None and gate.needs_surprise
         if gate.mode == "dense" or gate.threshold <= -1 or self.frame == 0:
             return everything, True
-        if interval is not None and self.frame % interval == 0:
+        if gate.keyframe_interval is not None and not paced and self.frame % gate.keyframe_interval == 0:
             return everything, True
-        if not gate.needs_surprise or (gate.cost_budget is not None and self.credit <= 0):
+        if not gate.needs_surprise:
             return [], False
         scores = [
             max(naive_surprise(signal[patch], reference[patch]) for reference in self.references.values())
@@ -189,36 +192,65 @@ class NaiveStream:
         ]
         mean_surprise = sum(scores) / len(scores)
         if gate.global_motion_norm:
-            mean = sum(scores) / len(scores)
-            scores = [score - mean for score in scores]
+            scores = [score - mean_surprise for score in scores]
         self.changed = {patch for patch in everything if scores[patch] > gate.threshold}
-        if gate.keyframe_fraction is not None and len(self.changed) > gate.keyframe_fraction * len(signal):
-            return everything, True
-        holds = gate.hold_fraction is not None and len(self.changed) > gate.hold_fraction * len(signal)
-        stale = holds or gate.hold_fraction is None
-        if gate.keyframe_surprise is not None and stale and mean_surprise > gate.keyframe_surprise:
-            return everything, True
-        if holds:
-            waited = gate.max_hold is not None and min(self.age) >= gate.max_hold
-            return (everything, True) if waited else ([], False)
-        if gate.mode == "hold":
+        active = [] if gate.mode == "hold" else self.choose_patches(scores, grid)
+        if len(active) > gate.full_above * len(signal):
+            active = everything
+        keyframe = gate.keyframe_fraction is not None and len(self.changed) > gate.keyframe_fraction * len(signal)
+        keyframe |= gate.keyframe_surprise is not None and mean_surprise > gate.keyframe_surprise
+        if not paced:
+            keyframe |= gate.full_above < 1 and len(active) == len(signal)
+            return (everything, True) if keyframe else (active, False)
+        keyframe &= self.credit > 0
+        if not keyframe:
+            active, keyframe = self.pace(active, len(active) / len(signal), mean_surprise)
+        self.since_keyframe = 0 if keyframe else self.since_keyframe + 1
+        if not (keyframe or active):
+            self.held.append(mean_surprise)
             return [], False
+        if self.held and not self.is_cut(mean_surprise):
+            usual = self.usual_surprise
+            self.usual_surprise = 0.7 * usual + 0.3 * mean_surprise if usual else mean_surprise
+        self.held = []
+        return (everything, True) if keyframe else (active, False)
+
+    def is_cut(self, mean_surprise: float) -> bool:
+        """Whether so much changed in one frame as usually between keyframes, and half of that more."""
+        jump = mean_surprise - (self.held[-1] if self.held else 0)
+        return self.usual_surprise > 0 and jump > 1.5 * self.usual_surprise
+
+    def pace(self, active: list[int], cost: float, mean_surprise: float) -> tuple[list[int], bool]:
+        """The active patches as far as the budget allows them on this frame, and whether it is a keyframe."""
+        gate, many = self.gate, cost > 0.5
+        allowance = (gate.cost_budget or 0) - self.looking + self.credit / 32
+        if gate.keyframe_interval and self.since_keyframe + 1 >= gate.keyframe_interval and self.credit >= 1:
+            return [], True
+        if (1 if many else cost) <= allowance:
+            return ([], True) if many else (active, False)
+        if many and self.credit > -1 and self.is_cut(mean_surprise):
+            return [], True
+        urgency = math.sqrt(mean_surprise / self.usual_surprise) if self.usual_surprise else 1
+        if self.credit <= 0 or (len(self.held) + 1) * allowance * urgency < (1 if many else cost):
+            return [], False
+        return ([], True) if many else (active, False)
+
+    def choose_patches(self, scores: list[float], grid: tuple[int, int]) -> list[int]:
+        """The patches that the options choose by their surprise, ascending."""
+        gate, everything = self.gate, list(range(len(scores)))
         scores = [max(scores[near] for near in naive_neighbours(patch, grid, gate.dilate)) for patch in everything]
         changed = {patch for patch in everything if scores[patch] > gate.threshold}
 
         refreshed: set[int] = set()
         longest_ago = sorted(everything, key=lambda patch: -self.age[patch] - turns(grid)[patch])
         if gate.max_age is not None:
-            refreshed = set(longest_ago[: math.ceil(len(signal) / gate.max_age)])
+            refreshed = set(longest_ago[: math.ceil(len(scores) / gate.max_age)])
         if gate.mode == "extrapolate":
             still = [patch for patch in longest_ago if patch not in changed | refreshed]
-            refreshed |= set(still[: min(len(changed), gate.most_sentinels(len(signal)))])
+            refreshed |= set(still[: min(len(changed), gate.most_sentinels(len(scores)))])
         by_surprise = sorted(everything, key=lambda patch: (0, 0) if patch in refreshed else (1, -scores[patch]))
         active = changed | refreshed if gate.token_budget is None else set(by_surprise[: gate.token_budget])
-        active |= set(by_surprise[: gate.least_active])
-        if len(active) > gate.full_above * len(signal):
-            return everything, True
-        return sorted(active), False
+        return sorted(active | set(by_surprise[: gate.least_active]))
 
     def encode(self, tokens: list[torch.Tensor], active: list[int], weights: dict) -> dict[int, torch.Tensor]:
         """

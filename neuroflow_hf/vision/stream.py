@@ -4,13 +4,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .controller import Pace
 from .gate_config import NeuroFlowGateConfig
 from .hidden_states import require_kept
 from .modes import MODES
@@ -34,15 +35,16 @@ class NeuroFlowStream:
 
     Args:
         gate ([`NeuroFlowGateConfig`]): the options of the gate. They may be changed between frames, except those that
-            decide what is stored: `mode`, `signal`, `reference`, and whether `slow_ema_rate`, `max_age`, `max_hold`
-            and, in `hold`, `keyframe_fraction` or `keyframe_surprise` are set. To change these, reset the stream.
+            decide what is stored: `mode`, `signal`, `reference`, and whether `slow_ema_rate`, `max_age` and, in
+            `hold`, `keyframe_fraction` or `keyframe_surprise` are set. To change these, reset the stream.
         batch_size (`int`, defaults to 1): B.
 
     Attributes:
         frames (`list[int]`): how many frames each stream has seen since it was made or last reset.
         credit (`list[float]`):
-            What each stream may still spend under a `cost_budget`, in dense frames. At 0 or less, nothing is encoded
-            until it is above 0 again.
+            What each stream has saved under a `cost_budget`, in dense frames. At 0 or less, only what costs little is
+            encoded until it is above 0 again.
+        pace (`list[Pace]`): what the controller remembers of each stream under a `cost_budget`.
         hidden_states (`tuple[int, ...]`): the hidden states that are kept, as the first frame asked for them.
     """
 
@@ -63,6 +65,7 @@ class NeuroFlowStream:
         """Drop all memory; the next frame may have another shape, and is a keyframe of every stream."""
         self.frames = [0] * self.batch_size
         self.credit = [float(self.gate.cost_reserve)] * self.batch_size
+        self.pace = [Pace()] * self.batch_size
         self.geometry: StreamGeometry | None = None
         self.stores: dict | None = None
         self.hidden_states: tuple[int, ...] = ()
@@ -85,7 +88,7 @@ class NeuroFlowStream:
             self.forget()
             return
         for index in self._indices(streams):
-            self.frames[index], self.credit[index] = 0, float(self.gate.cost_reserve)
+            self.frames[index], self.credit[index], self.pace[index] = 0, float(self.gate.cost_reserve), Pace()
 
     def keep(self, streams: int | Iterable[int]) -> None:
         """
@@ -104,6 +107,7 @@ class NeuroFlowStream:
         whole = self._whole()
         self.frames = [whole.frames[index] for index in indices]
         self.credit = [whole.credit[index] for index in indices]
+        self.pace = [whole.pace[index] for index in indices]
         self.geometry = whole.geometry and replace(whole.geometry, batch_size=len(indices))
         self.memory = {name: tensor[indices] for name, tensor in whole.memory.items()}
         self.layer_memories = [
@@ -205,8 +209,8 @@ class NeuroFlowStream:
             self.layer_memories = [{} for _ in range(geometry.num_layers)]
 
     def due_keyframes(self) -> list[bool]:
-        """For each stream, whether its next frame is a keyframe by number, whatever it shows."""
-        interval = self.gate.keyframe_interval
+        """For each stream, whether its next frame is a keyframe by number, whatever it shows and has been spent."""
+        interval = None if self.gate.is_paced else self.gate.keyframe_interval
         return [
             self.gate.everything_active or frame == 0 or (interval is not None and frame % interval == 0)
             for frame in self.frames
@@ -234,7 +238,7 @@ class NeuroFlowStream:
                 f"This is not the state of a stream in format {STATE_FORMAT} (found: {found}); expected what "
                 "`state_dict()` of this version returns. Start a new stream instead."
             )
-        missing = {"batch_size", "frames", "credit", "geometry", "gate", "memory"} - state.keys()
+        missing = {"batch_size", "frames", "credit", "pace", "geometry", "gate", "memory"} - state.keys()
         if missing:
             raise ValueError(f"The state lacks {', '.join(sorted(missing))}; expected what `state_dict()` returned.")
         theirs, ours = stored_by(NeuroFlowGateConfig.from_options(state["gate"])), stored_by(self.gate)
@@ -255,6 +259,7 @@ class NeuroFlowStream:
             layer_memories = [{} for _ in range(geometry.num_layers)]
         hidden_states = tuple(state.get("hidden_states", ()))
         require_complete(state, memory_layout(self.gate, MODES[self.gate.mode], geometry, hidden_states))
+        paces = [Pace.from_dict(pace) for pace in state["pace"]]
         for name, tensor in state["memory"].items():
             if name.startswith("layers."):
                 _, index, field = name.split(".")
@@ -262,7 +267,7 @@ class NeuroFlowStream:
             else:
                 memory[name] = tensor.clone()
         self.batch_size = state["batch_size"]
-        self.frames, self.credit = list(state["frames"]), list(state["credit"])
+        self.frames, self.credit, self.pace = list(state["frames"]), list(state["credit"]), paces
         self.geometry, self.memory, self.layer_memories = geometry, memory, layer_memories
         self.stores, self.hidden_states = None if geometry is None else ours, hidden_states
         self.frame_in_progress = False
@@ -308,6 +313,7 @@ class NeuroFlowStream:
             "batch_size": self.batch_size,
             "frames": list(self.frames),
             "credit": list(self.credit),
+            "pace": [asdict(pace) for pace in self.pace],
             "geometry": geometry,
             "hidden_states": list(self.hidden_states),
             "gate": self.gate.to_dict(),

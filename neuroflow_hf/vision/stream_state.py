@@ -34,7 +34,7 @@ from .hidden_states import hidden_state_name
 from .layer_step import ModeSpec
 from .summary import SUMMARY_KEY, SUMMARY_OUTPUT, SUMMARY_VALUE
 
-STATE_FORMAT = 4
+STATE_FORMAT = 5
 
 # `ema` and `slow_ema` are named by `NeuroFlowGateConfig.mean_rates`.
 OUTPUT, POOLED, LAST_UPDATE, AGE = "output", "pooled", "last_update", "age"
@@ -79,7 +79,7 @@ def stored_by(gate: NeuroFlowGateConfig) -> dict:
         "signal": gate.signal,
         "reference": gate.reference,
         "slow_ema_rate set": gate.slow_ema_rate is not None,
-        "max_age or max_hold set": gate.keeps_age,
+        "max_age set": gate.keeps_age,
         "summary_tokens": gate.summary_tokens,
         "keyframe_fraction or keyframe_surprise set": gate.mode == "hold" and gate.has_keyframe_trigger,
     }
@@ -121,12 +121,13 @@ def memory_layout(
 def require_complete(state: dict, layout: dict[str, tuple[int, ...]]) -> None:
     """Raise a ValueError unless a state has frames for all streams and its memories are as `layout` says."""
     batch_size, geometry, memory = (state[key] for key in ("batch_size", "geometry", "memory"))
-    counts = {len(state["frames"]), len(state["credit"]), batch_size if geometry is None else geometry["batch_size"]}
+    lists = (state["frames"], state["credit"], state["pace"])
+    counts = {*map(len, lists), batch_size if geometry is None else geometry["batch_size"]}
     if not all(isinstance(value, float) and math.isfinite(value) for value in state["credit"]):
         raise ValueError(f"The state's credits are {state['credit']!r}; expected a finite number for each stream.")
     if counts != {batch_size}:
         raise ValueError(
-            f"The state is of {batch_size} streams, but its frames, credits or memories are of another number."
+            f"The state is of {batch_size} streams, but its frames, credits, paces or memories are of another number."
         )
     if geometry is not None and POOLED in memory:
         layout = {**layout, POOLED: (batch_size, geometry["hidden_size"])}

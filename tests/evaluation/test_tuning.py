@@ -222,7 +222,7 @@ def test_the_candidates_are_settings_and_go_from_frugal_to_faithful():
         for options in rungs:
             NeuroFlowGateConfig.from_options(options)
         # presets turn more dials than one
-        for name in ("threshold", "keyframe_surprise", "max_hold"):
+        for name in ("threshold", "keyframe_surprise"):
             values = [options[name] for options in rungs if name in options]
             assert values == sorted(values, reverse=True)
 

@@ -1,6 +1,7 @@
 """A stream's `cost_budget`: what it may spend, when it holds, and what is not its business."""
 
 import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from neuroflow_hf import (
     NeuroFlowStream,
 )
 from neuroflow_hf.video.records import gate_rule
+from neuroflow_hf.vision.budget import MAX_DEBT
+from neuroflow_hf.vision.controller import Pace
 from tests.conftest import GATED_MODES, NUM_PATCHES, TINY_VISION, play, random_video
 
 MOVING = {"keyframe_surprise": 0.0}  # whatever moves is a keyframe
@@ -43,11 +46,10 @@ def test_any_stretch_after_the_first_frame_keeps_to_the_budget(vision, mode, bud
         mode=mode, cost_budget=budget, cost_reserve=reserve, keyframe_surprise=0.3, keyframe_interval=interval
     )
     costs = costs_of(play(vision, random_video(30, seed=seed, changed=changed), stream))[1:].double()
-    due = 1 if interval else 0  # a keyframe by its number may come on top of what one frame overdrew
     spent = torch.cat([torch.zeros(1), costs.cumsum(0)])
     for first in range(len(spent)):
         for last in range(first + 1, len(spent)):
-            assert spent[last] - spent[first] <= budget * (last - first) + reserve + 1 + due
+            assert spent[last] - spent[first] <= budget * (last - first) + reserve + MAX_DEBT
 
 
 def test_moving_all_the_time_it_spends_the_budget_and_no_less(vision):
@@ -98,11 +100,34 @@ def test_all_of_dense_is_no_bound(vision, mode):
         assert torch.equal(free.active_mask, bounded.active_mask)
 
 
-def test_keyframes_by_their_number_happen_in_debt_and_count(vision):
-    stream = vision.new_stream(mode="context", cost_budget=0.25, cost_reserve=1, keyframe_interval=6, **MOVING)
-    outputs = play(vision, moving(121), stream)
-    assert all(output.active_mask.all() for output in outputs[::6])
-    assert costs_of(outputs)[6:].mean().item() == pytest.approx(0.25, abs=0.02)
+def test_the_interval_counts_from_the_last_keyframe_and_waits_for_credit(vision):
+    still = random_video(1) * 30
+    stream = vision.new_stream(mode="context", cost_budget=0.25, cost_reserve=4, keyframe_interval=6)
+    dense = [number for number, cost in enumerate(costs_of(play(vision, still, stream))) if cost > 0.9]
+    assert dense[:4] == [0, 6, 12, 18]
+    stream.credit = [-1.0]
+    later = costs_of(play(vision, still, stream)) > 0.9
+    assert not later[:8].any() and later.any()
+
+
+def test_a_camera_that_moves_gets_keyframes_at_even_distances(vision):
+    """And never waits for long, though it starts with the reserve."""
+    stream = vision.new_stream(mode="extrapolate", cost_budget=0.25)
+    costs = costs_of(play(vision, moving(120), stream))
+    dense = (costs > 0.9).nonzero().flatten()
+    assert dense.diff().max() <= 6
+    assert costs[60:].mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_a_cut_is_a_keyframe_at_once(vision):
+    """Also where the camera moved before it, and all credit is spent."""
+    calm, other = random_video(2, changed=1.0)
+    swaying = [calm + 0.4 * torch.randn(calm.shape, generator=torch.Generator().manual_seed(n)) for n in range(40)]
+    stream = vision.new_stream(mode="extrapolate", cost_budget=0.25, cost_reserve=1)
+    outputs = play(vision, swaying, stream)
+    assert 5 < (costs_of(outputs) > 0.9).sum() < 14
+    (cut,) = play(vision, [other], stream)
+    assert cut.active_mask.all()
 
 
 def test_everything_active_is_beyond_any_budget(vision):
@@ -118,10 +143,14 @@ def test_each_stream_of_a_batch_has_its_own_credit_and_reset_gives_new_ones(visi
         output = vision(pixel_values=torch.cat([still, frame]), stream=batched)
         single = vision(pixel_values=frame, stream=alone)
         assert output.cost[1] == single.cost[0]
-    assert batched.credit == [2.0, alone.credit[0]]
+    assert batched.credit == [2.0, alone.credit[0]] and batched.pace[1] == alone.pace[0] != batched.pace[0]
     assert batched.credit[1] < 0
+    paces = list(batched.pace)
+    batched.keep([1, 0])
+    assert batched.pace == paces[::-1]
+    batched.keep([1, 0])
     batched.reset(1)
-    assert batched.credit == [2.0, 2.0]
+    assert batched.credit == [2.0, 2.0] and batched.pace[1] == Pace()
     vision(pixel_values=torch.cat([still, busy[0]]), stream=batched)
     assert batched.credit == [2.0, 2.0]
 
@@ -129,16 +158,26 @@ def test_each_stream_of_a_batch_has_its_own_credit_and_reset_gives_new_ones(visi
 def test_credit_are_saved_and_untouched_by_a_refused_frame(vision, tmp_path):
     stream = vision.new_stream(mode="context", cost_budget=0.1, cost_reserve=2, **MOVING)
     frames = moving(8)
-    play(vision, frames[:4], stream)
-    before = list(stream.credit)
+    play(vision, frames[:5], stream)
+    before, pace = list(stream.credit), list(stream.pace)
     with pytest.raises(ValueError, match="NaN"):
-        vision(pixel_values=frames[4] * torch.nan, stream=stream)
-    assert stream.credit == before
+        vision(pixel_values=frames[5] * torch.nan, stream=stream)
+    assert stream.credit == before and stream.pace == pace
     stream.save(tmp_path / "stream.safetensors")
     restored = NeuroFlowStream.load(tmp_path / "stream.safetensors")
-    assert restored.credit == before
-    for ours, theirs in zip(play(vision, frames[4:], stream), play(vision, frames[4:], restored), strict=True):
+    assert restored.credit == before and restored.pace == stream.pace != [Pace()]
+    for ours, theirs in zip(play(vision, frames[5:], stream), play(vision, frames[5:], restored), strict=True):
         assert torch.equal(ours.active_mask, theirs.active_mask)
+
+
+@pytest.mark.parametrize("pace", [[None], [{}], [{**asdict(Pace()), "waited": float("nan")}], []])
+def test_a_pace_that_is_none_is_refused(vision, pace):
+    stream = vision.new_stream(mode="context", cost_budget=0.1)
+    play(vision, moving(2), stream)
+    state, before = stream.state_dict(), list(stream.pace)
+    with pytest.raises(ValueError, match="pace"):
+        stream.load_state_dict({**state, "pace": pace})
+    assert stream.pace == before
 
 
 @pytest.mark.parametrize("credit", [[None], ["x"], [float("nan")], [], "1"])
@@ -162,7 +201,6 @@ def test_without_a_budget_nothing_is_counted():
         ({"cost_budget": 0}, "`cost_budget` is 0; expected a share above 0"),
         ({"cost_budget": 1.5}, "`cost_budget` is 1.5"),
         ({"cost_reserve": 0.5}, "`cost_reserve` is 0.5; expected at least 1 dense frame"),
-        ({"cost_budget": 0.1, "keyframe_interval": 10}, "`keyframe_interval` 10 alone costs 0.1 of dense"),
     ],
 )
 def test_what_cannot_be_is_refused(options, words):
@@ -194,37 +232,17 @@ def test_a_debt_of_options_that_were_changed_is_forgiven(vision):
 
 
 def test_a_budget_that_does_not_pay_for_looking_is_refused_and_changes_nothing(vision):
-    frame, clock = random_video(1)[0], {"keyframe_interval": 30}
-    for options, words in (
-        ({"cost_budget": 0.02}, "looking at every frame costs 0.04"),
-        ({"cost_budget": 0.06, **clock}, "looking at every frame and a keyframe every 30 frames costs 0.07"),
-    ):
-        stream = vision.new_stream(mode="context", **options)
-        with pytest.raises(ValueError, match=words):
-            vision(pixel_values=frame, stream=stream)
-        assert stream.frames == [0] and not stream.memory
+    frame = random_video(1)[0]
+    stream = vision.new_stream(mode="context", cost_budget=0.02)
+    with pytest.raises(ValueError, match=r"looking at every frame costs 0\.04"):
+        vision(pixel_values=frame, stream=stream)
+    assert stream.frames == [0] and not stream.memory
     for options in (
         {"mode": "hold", "keyframe_interval": 90},
         {"mode": "context", "threshold": -1},
         {"mode": "dense"},
     ):
         vision(pixel_values=frame, stream=vision.new_stream(**options, cost_budget=0.02))
-
-
-def test_what_is_named_overrides_a_presets_budget_or_interval():
-    def of(*layers, **options):
-        gate = NeuroFlowGateConfig.from_options(*layers, **options)
-        return gate.cost_budget, gate.keyframe_interval
-
-    assert of() == (0.25, 30)
-    assert of(keyframe_interval=4) == (None, 4) == of({"keyframe_interval": 4})
-    assert of(keyframe_interval=5) == (0.25, 5)
-    assert of(cost_budget=0.03) == (0.03, None)
-    assert of({"preset": "thrifty"}, keyframe_interval=10) == (None, 10)
-    assert of({"keyframe_interval": 4}, cost_budget=0.5) == (0.5, 4)
-    with pytest.raises(ValueError, match="alone costs"):
-        of(keyframe_interval=4, cost_budget=0.25)
-    assert of(mode="dense", keyframe_interval=4, cost_budget=0.25) == (0.25, 4)  # neither matters
 
 
 def test_a_run_says_what_it_may_cost():
