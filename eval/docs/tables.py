@@ -17,7 +17,7 @@ from neuroflow_hf.drift.tables import description, summary_table
 from neuroflow_hf.utils.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "models").rglob("*.md")))
 REMOVED = "propagate"  # measurement removed this mode (docs/results/dropped.md); its rows stay in the JSON files
 # Recorded with the presets as they were before the controller of the cost budget. To be measured again; then the name
 # goes from this list.
@@ -361,6 +361,28 @@ def variants_table(report: dict) -> str:
     return table(rows, columns)
 
 
+def adapters_table(*reports: dict) -> str:
+    """Distillations at several activities, each report as `neuroflow distill` writes it."""
+    return variants_table(
+        {"variants": {report["settings"]["mode"]: {"steps": len(report["losses"]), **report} for report in reports}}
+    )
+
+
+def held_out_table(report: dict) -> str:
+    """What one adapter gained on held-out clips, beside the keyframe repeated."""
+    rows = []
+    for share, before in report["held_out"]["0"].items():
+        after = report["held_out"][str(report["best_step"])][share]
+        rows += [
+            {"share": share, "what": "before", **before},
+            {"share": share, "what": "with the adapter", **after},
+        ]
+    columns = {"encoded on a sparse frame": "{share}", "cost": "{cost:.3f}", "": "{what}"}
+    columns |= {"mean": "{mean:.4f}", "p5": "{p5:.4f}"}
+    columns |= {"keyframe repeated: mean, p5": "{repeated_mean:.4f}, {repeated_p5:.4f}"}
+    return table(rows, columns)
+
+
 def streams_table(report: dict) -> str:
     """Several cameras in one call."""
     ways = {"one call": "one_call", "a call each": "separate_calls", "dense, batched": "dense"}
@@ -565,6 +587,8 @@ BLOCKS = {
     "streams": (streams_table, "benchmark_streams"),
     "headline": (headline_table, "headline"),
     "variants": (variants_table, "headline"),
+    "adapters": (adapters_table, "distill_reconstruct", "distill_extrapolate"),
+    "held-out": (held_out_table, "distill_reconstruct"),
     "run": (run_table, "run"),
     "labels": (labels_table, "run_labels"),
     "motion": (motion_table, "motion_masks"),

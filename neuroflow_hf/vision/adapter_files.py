@@ -29,11 +29,16 @@ WEIGHT_NAME = re.compile(r"encoder\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])\.(?:d
 
 def adapter_files(adapter: SparseAdapter, tower: SiglipVisionModel) -> tuple[dict, dict, dict[str, Tensor]]:
     """What an adapter's folder holds: `sparse_adapter.json`, PEFT's `adapter_config.json`, and its weights."""
+    plain = NeuroFlowGateConfig.from_options({"mode": adapter.gate.mode}).to_dict()
     about = {
         "format": FORMAT,
         "base_model": adapter.base,
         "base_fingerprint": fingerprint(tower),
-        "gate": {name: value for name, value in adapter.gate.to_dict().items() if value is not None},
+        "gate": {
+            name: value
+            for name, value in adapter.gate.to_dict().items()
+            if name == "mode" or (value is not None and value != plain[name])
+        },
     }
     config = {
         "peft_type": "LORA",
