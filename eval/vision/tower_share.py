@@ -84,7 +84,7 @@ def of_pi0(options: dict, cameras: int, prompt: int) -> tuple[int, int]:
     vision = config.vlm_config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     with torch.device("meta"):
-        model = PI0ForConditionalGeneration(config).eval()
+        model = PI0ForConditionalGeneration(config).eval().to("meta")  # a buffer may have been made on the CPU
         model.set_attn_implementation("eager")
         pixels = torch.zeros(1, cameras, 3, vision.image_size, vision.image_size)
         ids = torch.zeros(1, cameras * patches + prompt, dtype=torch.long)

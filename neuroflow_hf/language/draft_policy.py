@@ -1,10 +1,9 @@
 """Which tokens to draft, how many, and whether drafting pays."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
-
-import numpy as np
+from collections.abc import Callable, Iterable, Sequence
 
 from .lossless_config import NeuroFlowLosslessConfig
 
@@ -73,6 +72,14 @@ def best_length(
     return max((0, *lengths), key=lambda n: expected_speed(acceptance, draft_seconds, check_seconds, n))
 
 
+def interpolated(points: Sequence[tuple[int, float]], place: int) -> float:
+    """The value at a place: linear between points (place, value) in rising order, constant beyond the last."""
+    for (before, low), (after, high) in itertools.pairwise(points):
+        if place <= after:
+            return low + (high - low) * (place - before) / (after - before)
+    return points[-1][1]
+
+
 class Drafts:
     """
     Drafts by the drafter that the options name, of the length that pays best by a running acceptance rate and by the
@@ -131,11 +138,10 @@ class Drafts:
         if self.drafts < FIRST_DRAFTS:
             return min(FIRST_LENGTH, self.options.max_draft)
         measured = sorted(self.check_seconds.items())
-        known, seconds = zip(*measured, strict=True)
         return best_length(
             self.kept / self.tried,
             self.draft_seconds,
-            lambda length: float(np.interp(length, known, seconds)),  # beyond the longest: so that it is tried
+            lambda length: interpolated(measured, length),  # constant beyond the longest, so that it is tried
             self.lengths,
         )
 

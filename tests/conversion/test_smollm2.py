@@ -15,7 +15,7 @@ from neuroflow_hf.utils import wheels
 from tests.cli.test_run import assert_clean_error, call
 from tests.gguf_files import make_gguf_llama, write_gguf
 
-GENERATE = ("generate", "the", "--dense", "--max-new-tokens", 3)  # with the default model
+GENERATE = ("generate", "the", "--raw", "--max-new-tokens", 3)  # with the default model
 BY_NAME = (*GENERATE, "--model", "smollm2")
 
 
