@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, cast
 
-import numpy as np
+import torch
 from huggingface_hub.dataclasses import strict
 
 from .options import make_options
@@ -29,7 +29,7 @@ def threshold_for_rate(similarity: Sequence[float], rate: float) -> float:
         return ALWAYS
     if not len(similarity):
         raise ValueError("No step has a similarity to derive a threshold from; generate at least 2 new tokens.")
-    return round(float(np.quantile(similarity, 1 - rate)), 6)
+    return round(torch.as_tensor(similarity, dtype=torch.float64).quantile(1 - rate).item(), 6)
 
 
 @strict

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
@@ -26,7 +25,9 @@ def percentiles(similarity: Sequence[float]) -> list[float]:
         raise ValueError(
             "The model ends all of these texts at once, so no step has a similarity. Calibrate on other prompts."
         )
-    return np.quantile(similarity, np.linspace(0, 1, 101)).round(6).tolist()
+    places = torch.linspace(0, 1, 101, dtype=torch.float64)
+    found = torch.as_tensor(similarity, dtype=torch.float64).quantile(places)
+    return [round(value, 6) for value in found.tolist()]
 
 
 @torch.no_grad()
