@@ -179,16 +179,17 @@ def judge(texts: Sequence[Text], parts: Parts, checks: dict[int, float]) -> Draf
     Args:
         checks: seconds of a dense forward by its number of draft tokens; of 0: a dense step.
     """
-    dense, draft, agrees = checks[0], texts[0].seconds(1, parts), agreement(texts, parts)
-    length = best_length(agrees, draft, checks.__getitem__, [n for n in checks if n])
+    steps = {n: seconds / checks[0] for n, seconds in checks.items()}  # in units of a dense step
+    draft, agrees = texts[0].seconds(1, parts) / checks[0], agreement(texts, parts)
+    length = best_length(agrees, draft, steps.__getitem__, [n for n in steps if n])
     return Drafter(
         attention=sorted(parts[0]),
         mlp=sorted(parts[1]),
-        cost=draft / dense,
+        cost=draft,
         agreement=agrees,
-        needed=draft / dense + checks[1] / dense - 1,
+        needed=draft + steps[1] - 1,
         length=length,
-        speed=expected_speed(agrees, draft, checks.__getitem__, length) * dense,
+        speed=expected_speed(agrees, draft, steps.__getitem__, length),
     )
 
 
