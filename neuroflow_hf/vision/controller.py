@@ -84,9 +84,11 @@ def choose(
     action, cost = (SPARSE, active_fraction) if active_fraction <= SPARSE_LIMIT else (KEYFRAME, 1.0)
     if interval is not None and pace.since_keyframe + 1 >= interval and credit >= 1:
         return KEYFRAME
+    if credit <= -1:
+        return HOLD  # in modes where few patches cost much, such as `mlp`, debt would grow
     if cost <= allowance:
         return action
-    if action == KEYFRAME and credit > -1 and pace.is_cut(mean_surprise):
+    if action == KEYFRAME and pace.is_cut(mean_surprise):
         return KEYFRAME
     urgency = (mean_surprise / pace.usual_surprise) ** 0.5 if pace.usual_surprise else 1.0
     return action if credit > 0 and (pace.waited + 1) * allowance * urgency >= cost else HOLD

@@ -226,9 +226,11 @@ class NaiveStream:
         allowance = (gate.cost_budget or 0) - self.looking + self.credit / 32
         if gate.keyframe_interval and self.since_keyframe + 1 >= gate.keyframe_interval and self.credit >= 1:
             return [], True
+        if self.credit <= -1:
+            return [], False
         if (1 if many else cost) <= allowance:
             return ([], True) if many else (active, False)
-        if many and self.credit > -1 and self.is_cut(mean_surprise):
+        if many and self.is_cut(mean_surprise):
             return [], True
         urgency = math.sqrt(mean_surprise / self.usual_surprise) if self.usual_surprise else 1
         if self.credit <= 0 or (len(self.held) + 1) * allowance * urgency < (1 if many else cost):
