@@ -15,6 +15,7 @@ from .losses import cosines
 # adapter may help at the one and harm at the other, so both are measured.
 SHARES: dict[str, float | None] = {"5% of the patches": 0.05, "what changed": None}
 THRESHOLD = 0.01  # of the gate, as in the presets
+MOST_CLIPS = 48  # a measurement takes a minute or two
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,22 @@ def improvement(before: dict[str, HeldOut], after: dict[str, HeldOut]) -> float:
     return -math.inf if min(gains) < 0 else sum(gains) / len(gains)
 
 
+def measured_clips(clips: ClipSet) -> list[Clip]:
+    """The held-out clips that are measured."""
+    count = len(clips.held_out)
+    numbers = torch.linspace(0, count - 1, min(MOST_CLIPS, count)).round().int().tolist()
+    return [clips.held_out[number] for number in numbers]
+
+
 @torch.inference_mode()
-def measure(
-    model: NeuroFlowSiglipVisionModel, clips: ClipSet, summary_tokens: int, most_clips: int = 48
-) -> dict[str, HeldOut]:
+def measure(model: NeuroFlowSiglipVisionModel, clips: ClipSet, summary_tokens: int) -> dict[str, HeldOut]:
     """
-    Encode the held-out clips, at most `most_clips` of them, evenly chosen, at the first resolution: figures by the
+    Encode the held-out clips, at most MOST_CLIPS of them, evenly chosen, at the first resolution: figures by the
     names of SHARES. With several processes, each does all of it: the best weights are then the same everywhere.
     """
     side, batch = clips.resolutions[0], clips.settings.batch
     num_patches = clips.preprocess_at(side).patches_per_side(patch_size_of(model)) ** 2
-    numbers = torch.linspace(0, len(clips.held_out) - 1, min(most_clips, len(clips.held_out))).round().int().tolist()
-    chosen = [clips.held_out[number] for number in numbers]
+    chosen = measured_clips(clips)
     found = {}
     for name, share in SHARES.items():
         budget = {} if share is None else {"token_budget": max(1, round(share * num_patches))}

@@ -22,7 +22,7 @@ from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .clips import Batch, ClipSet, needs_interpolation, patch_size_of
 from .losses import angle_loss, embedding_loss, patch_loss, relation_loss
-from .measure import HeldOut, given, improvement, measure
+from .measure import HeldOut, given, improvement, measure, measured_clips
 from .settings import DistillSettings
 from .student import Student
 
@@ -42,7 +42,8 @@ class DistillResult:
         best_step: the step whose weights were written.
         finished: False if it was interrupted; the same call goes on.
         seconds: of training, without the teacher's embeddings.
-        training_clips, held_out_clips: how many.
+        training_clips: how many.
+        held_out_clips: how many were measured.
         short_videos: names of videos that are too short for a clip.
     """
 
@@ -175,7 +176,7 @@ def distill(
         finished,
         state.seconds,
         len(clips.training),
-        len(clips.held_out),
+        len(measured_clips(clips)),
         clips.short_videos,
     )
 

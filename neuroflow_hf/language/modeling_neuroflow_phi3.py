@@ -399,8 +399,6 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         checked_similarities({str(gate_layer): [0]}, self.config.num_hidden_layers)
         if max_new_tokens < 2:
             raise ValueError(f"`max_new_tokens` is {max_new_tokens}; expected at least 2, for a step to compare.")
-        if max_new_tokens < 2:
-            raise ValueError(f"`max_new_tokens` is {max_new_tokens}; expected at least 2, for a step to compare.")
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("`prompts` holds no prompts, or empty ones; expected the token ids of some texts.")
         similarities: list[float] = []

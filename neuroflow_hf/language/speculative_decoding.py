@@ -11,7 +11,7 @@ Without drafts, the same loop is a baseline: it shows how much of a speed-up is 
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -236,14 +236,13 @@ class DecodingState:
         kept = [dict(vars(layer)) for layer in self.cache.layers]
         if self.changes is not None:
             self.changes.is_drafting = True
-        with fork_rng(self.device):  # the verification draws with the same random numbers
-            while len(drafted) < length:
-                logits = self.feed([token], 1, self.draft_bypass)
-                token = choose(logits, drafted)
-                drafted.append(token)
-                unsure = logits[0].float().softmax(dim=0)[token].item() < self.options.min_confidence
-                if unsure or token in ends:
-                    break
+        while len(drafted) < length:
+            logits = self.feed([token], 1, self.draft_bypass)
+            token = choose(logits, drafted)
+            drafted.append(token)
+            unsure = logits[0].float().softmax(dim=0)[token].item() < self.options.min_confidence
+            if unsure or token in ends:
+                break
         state = find_state(self.cache)
         for layer, fields in zip(self.cache.layers, kept, strict=True):
             if layer is not state:
@@ -351,7 +350,9 @@ def decode_losslessly(
         return next_token(score(logits, stateless, tokens + drafted), samples)
 
     def draft_with_bypass(token: int, length: int) -> list[int]:
-        drafted = sequence.draft(token, length, choose, stop.ends)
+        # the verification draws with the same random numbers
+        with fork_rng(input_ids.device) if samples else nullcontext():
+            drafted = sequence.draft(token, length, choose, stop.ends)
         counts.draft_steps += len(drafted)
         return drafted
 

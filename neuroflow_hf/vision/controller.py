@@ -4,7 +4,7 @@ keyframe.
 
 What costs no more than the stream may spend on one frame is done at once. What costs more is spaced evenly: something
 of cost `c` comes after `c / allowance` frames, sooner if more has changed than usual by then. So a stream never spends
-all it has on a few frames and then waits.
+all it has on a few frames and then waits. In a debt of a dense frame, nothing is encoded.
 """
 
 import math
@@ -85,7 +85,7 @@ def choose(
     if interval is not None and pace.since_keyframe + 1 >= interval and credit >= 1:
         return KEYFRAME
     if credit <= -1:
-        return HOLD  # in modes where few patches cost much, such as `mlp`, debt would grow
+        return HOLD  # where few patches cost much, as in mode `mlp`, `active_fraction` is too low an estimate
     if cost <= allowance:
         return action
     if action == KEYFRAME and pace.is_cut(mean_surprise):

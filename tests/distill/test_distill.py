@@ -233,6 +233,17 @@ def test_the_cache_holds_what_the_dense_model_gives(vision, videos, tmp_path):
     assert clips.draw(np.random.default_rng(0)).frames.shape[:2] == (4, 2)
 
 
+def test_some_clips_have_a_budget_and_in_others_the_threshold_decides():
+    settings = DistillSettings(active_shares=(0.02, 0.5))
+    gates = [settings.draw_gate(np.random.default_rng(number), 256, 0) for number in range(200)]
+    budgets = [gate.token_budget for gate in gates if gate.token_budget is not None]
+    assert 60 < len(budgets) < 140 and min(budgets) >= 5 and max(budgets) <= 128
+    assert sum(budget < 26 for budget in budgets) > len(budgets) / 3  # a logarithmic scale
+    assert all(settings.thresholds[0] <= gate.threshold <= settings.thresholds[1] for gate in gates)
+    unlimited = dataclasses.replace(settings, active_shares=None)
+    assert unlimited.draw_gate(np.random.default_rng(0), 256, 0).token_budget is None
+
+
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 

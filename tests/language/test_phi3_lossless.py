@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -25,7 +26,7 @@ from transformers import (
 
 from neuroflow_hf import NeuroFlowLosslessConfig
 from neuroflow_hf.language.bypass_state import find_state
-from neuroflow_hf.language.draft_policy import FIRST_LENGTH, Drafts, Lookup, best_length
+from neuroflow_hf.language.draft_policy import FIRST_LENGTH, Drafts, Lookup, best_length, interpolated
 from neuroflow_hf.language.layer_skip import LayerChanges
 from neuroflow_hf.language.naive import naive_best_length
 from neuroflow_hf.language.speculative_decoding import decode_losslessly
@@ -733,6 +734,13 @@ def test_the_best_length_gives_the_most_tokens_for_the_time(acceptance, draft, c
             for length in (found, expected)
         ]
         assert math.isclose(*speeds)
+
+
+@given(st.dictionaries(st.integers(1, 32), st.floats(0, 9)), st.floats(0, 9), st.integers(0, 40))
+@settings(deadline=None)
+def test_times_between_measured_ones_are_interpolated(seconds, step, length):
+    points = sorted({0: step, **seconds}.items())
+    assert math.isclose(interpolated(points, length), np.interp(length, *zip(*points, strict=True)), abs_tol=1e-12)
 
 
 @given(st.floats(0, 1), costs, costs)
