@@ -399,6 +399,19 @@ def streams_table(report: dict) -> str:
     return table(report["cases"], columns, "`{command}`: {dtype}, {machine[threads]} threads.".format(**report))
 
 
+def search_table(report: dict) -> str:
+    """Processor time of a search."""
+    columns = {
+        "frames": "{frames:,}",
+        "numbers in an embedding": "{dim}",
+        "seconds of processor time": lambda row: (
+            f"{sum(of['median'] for of in row['processor_seconds'].values()):.2f}"
+        ),
+        "of these, to compare": "{processor_seconds[similarities][median]:.2f}",
+    }
+    return table(report["cases"], columns, "`{command}`, {machine[threads]} threads.".format(**report))
+
+
 def accuracy_table(report: dict) -> str:
     """Zero-shot accuracy on composed clips."""
 
@@ -589,6 +602,7 @@ BLOCKS = {
     "controls": (controls_table, "vision_controls"),
     "speed": (speed_table, "benchmark_vision"),
     "streams": (streams_table, "benchmark_streams"),
+    "search": (search_table, "benchmark_search"),
     "headline": (headline_table, "headline"),
     "variants": (variants_table, "headline"),
     "adapters": (adapters_table, "distill_reconstruct", "distill_extrapolate"),

@@ -175,7 +175,10 @@ class VideoFile:
         self.labels, self.schema = labels, frame_schema(dim, labels is not None, metadata)
         self.path = file_of(dataset, video)
         self.partial = dataset / f".{self.path.name}.{secrets.token_hex(4)}.part"
-        self.writer = pq.ParquetWriter(self.partial, self.schema)
+        # numbers that hardly repeat: a dictionary and compression would save a twentieth, and triple the time to read
+        compressed = dict.fromkeys(self.schema.names, "snappy") | {"embedding.list.element": "none"}
+        repeating = [name for name in self.schema.names if name != "embedding"]
+        self.writer = pq.ParquetWriter(self.partial, self.schema, use_dictionary=repeating, compression=compressed)
         self.waiting: list[EmbeddedFrame] = []
 
     def add(self, frame: EmbeddedFrame):

@@ -68,7 +68,7 @@ def embed(
                 streams=streams,
                 every=every,
                 labels=embedded,
-                model_name=str(source),
+                model_name=str(Path(source).resolve() if Path(source).exists() else source),
                 on_step=lambda what, done, total: progress.show(what, done / 1e6, total / 1e6),
             )
     typer.echo(f"{result.videos} videos: {result.embedded} embedded, {result.kept} were there already. Dataset: {out}")

@@ -13,6 +13,7 @@ from .embed import embed
 from .evaluate import evaluate
 from .generate import generate
 from .run import run
+from .search import search
 from .tune import tune
 from .tune_drafts import tune_drafts
 
@@ -39,6 +40,7 @@ def main(
 
 app.command()(run)
 app.command()(embed)
+app.command()(search)
 app.command()(tune)
 app.command()(distill)
 app.command("eval")(evaluate)

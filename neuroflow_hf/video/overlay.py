@@ -215,7 +215,7 @@ def contact_sheet(
         title: in one line.
         cell_width: in pixels.
         columns: at most.
-        legend: what the colours mean, in one line.
+        legend: what the colours mean, in one line; empty for pictures without marks.
 
     Returns:
         uint8 RGB [H', W', 3].
@@ -238,15 +238,15 @@ def contact_sheet(
 
 
 def sheet_header(width: int, title: str, legend: str, margin: int) -> Image.Image:
-    """The title of a contact sheet above its legend."""
+    """The title of a contact sheet above its legend, if there is one."""
     title = "".join(sign if sign.isprintable() else "?" for sign in title)  # names of files may hold any character
     room = width - 4 * margin
     title_font, legend_font = fitting_font([title], room, 30, bold=True), fitting_font([legend], room, 24)
-    header = Image.new("RGB", (width, 112), BACKGROUND)
+    header = Image.new("RGB", (width, 112 if legend else 68), BACKGROUND)
     draw = ImageDraw.Draw(header)
     draw.text((margin, 46), title, fill=TEXT, font=title_font, anchor="ls")
-    box = (margin + 1, 72, margin + 19, 90)
-    draw.rectangle(box, outline=ACCENT, width=3)
+    if legend:
+        draw.rectangle((margin + 1, 72, margin + 19, 90), outline=ACCENT, width=3)
     draw.text((margin + 32, 90), legend, fill=LABEL, font=legend_font, anchor="ls")
     return header
 

@@ -35,6 +35,7 @@ __all__ = [
     "VideoReader",
     "bundled_clip",
     "ffmpeg_name",
+    "frame_at",
     "read_frames",
 ]
 
@@ -223,6 +224,29 @@ def read_frames(
 ) -> Iterator[Frame]:
     """Iterate once over the frames of a video file; arguments and errors are those of `VideoReader`."""
     return iter(VideoReader(path, start=start, stride=stride, max_frames=max_frames))
+
+
+def frame_at(path: str | Path, index: int, seconds: float) -> Frame:
+    """
+    One frame of a file, as a reader gave it. It is sought by its time, and if no frame has this time, as in joined
+    recordings and AVI, all frames before it are decoded. Errors are those of `VideoReader`.
+
+    Args:
+        path: the file.
+        index: the frame's `index`.
+        seconds: the frame's `time`.
+    """
+    path = Path(path)
+    with _open(path) as (container, stream), contextlib.suppress(EOFError, av.FFmpegError, StopIteration):
+        first = next(frame for frame in _decode(container, stream, path) if frame is not None)
+        if first.pts is not None and container.format.name != "avi":
+            sought = first.pts + round(seconds / stream.time_base)
+            container.seek(sought, stream=stream)
+            frames = (frame for frame in _decode(container, stream, path) if frame is not None)
+            frame = next(frame for frame in frames if frame.pts is not None and frame.pts >= sought)
+            if frame.pts == sought:
+                return Frame(index, seconds, _shown(frame, path))
+    return next(iter(VideoReader(path, start=index, max_frames=1)))
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

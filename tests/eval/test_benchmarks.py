@@ -6,8 +6,8 @@ import time
 import pytest
 from PIL import Image
 
-from eval.docs.tables import speed_table, streams_table
-from eval.vision import benchmark_streams, benchmark_vision
+from eval.docs.tables import search_table, speed_table, streams_table
+from eval.vision import benchmark_search, benchmark_streams, benchmark_vision
 from eval.vision.benchmark_vision import MODES
 
 RUN = {"resolutions": "24,32", "dtypes": "float32,bfloat16", "fractions": "0.1,1", "repeats": 2}
@@ -120,3 +120,12 @@ def test_streams_are_timed_in_three_ways(vision, tmp_path, monkeypatch):
         assert all(rate["median"] > 0 for rate in case["frames_per_second"].values())
     assert len(set(report["cases"][1]["active_patches"])) > 1  # ragged
     assert "| `context` | 3 |" in streams_table(report)
+
+
+def test_searches_are_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_search, "ROWS", 40)
+    benchmark_search.main(frames="100", dims="8,16", repeats=2, output=tmp_path / "search.json")
+    report = json.loads((tmp_path / "search.json").read_text())
+    assert [(case["frames"], case["dim"]) for case in report["cases"]] == [(100, 8), (100, 16)]
+    assert all(spread["frames"] == 2 for case in report["cases"] for spread in case["processor_seconds"].values())
+    assert "| 100 | 16 |" in search_table(report)

@@ -1,0 +1,66 @@
+"""A contact sheet of moments: the best frame of each, read from its video."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..video.overlay import contact_sheet, resize
+from ..video.reader import VideoError, frame_at
+from .dataset import file_of, read_metadata, video_state
+
+CELL = (270, 480)  # height and width of a picture in pixels
+
+
+def clock(seconds: float) -> str:
+    """A time as hours, minutes, seconds and tenths: `"1:02:03.4"`."""
+    minutes, rest = divmod(round(seconds * 10), 600)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest // 10:02d}.{rest % 10}"
+
+
+def moment_sheet(dataset: str | Path, moments: Sequence[dict], title: str) -> np.ndarray:
+    """
+    The contact sheet, uint8 RGB [H, W, 3].
+
+    Args:
+        dataset: the folder.
+        moments: of `search_index`; at least one.
+        title: in one line.
+
+    Raises:
+        FileNotFoundError: if a video is no longer there.
+        VideoError: if it changed since it was embedded, or cannot be read.
+    """
+    cells = []
+    for moment in moments:
+        video = Path(moment["video"])
+        require_unchanged(Path(dataset), video)
+        picture = fitted(frame_at(video, moment["frame"], moment["best"]).image, *CELL)
+        times = f"{clock(moment['start'])} to {clock(moment['end'])}"
+        cells.append((picture, [[("VIDEO", video.name)], [("TIME", times), ("SCORE", f"{moment['score']:.3f}")]]))
+    return contact_sheet(cells, title, cell_width=CELL[1], legend="")
+
+
+def require_unchanged(dataset: Path, video: Path):
+    """FileNotFoundError or VideoError unless a video is as it was when it was embedded."""
+    if not video.exists():
+        raise FileNotFoundError(
+            f"{video} was embedded and is no longer there, so the contact sheet lacks its picture. Put it back, or "
+            "leave --out out."
+        )
+    file = file_of(dataset, video)
+    if file.exists() and read_metadata(file)["video"] != video_state(video):
+        raise VideoError(
+            f"{video} changed since it was embedded, so its frames may be others. Embed it again, with the command of "
+            "the first time."
+        )
+
+
+def fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture, uint8 RGB [H, W, 3], as large as fits into [height, width, 3], with black beside it."""
+    scale = min(height / picture.shape[0], width / picture.shape[1])
+    shape = [max(1, round(scale * length)) for length in picture.shape[:2]]
+    top, left = (height - shape[0]) // 2, (width - shape[1]) // 2
+    sheet = np.zeros((height, width, 3), np.uint8)
+    sheet[top : top + shape[0], left : left + shape[1]] = resize(picture, *shape)
+    return sheet
