@@ -18,13 +18,13 @@ from .language.lossless_config import NeuroFlowLosslessConfig
 from .language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM, NeuroFlowPhi3Model
 from .language.speculative_decoding import LosslessCounts, NeuroFlowLosslessOutput
 from .vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
+from .vision.frame import NeuroFlowVisionOutput
 from .vision.gate_config import PRESETS, NeuroFlowGateConfig
 from .vision.modeling_neuroflow_siglip import (
     NeuroFlowSiglipForImageClassification,
     NeuroFlowSiglipImageClassifierOutput,
     NeuroFlowSiglipModel,
     NeuroFlowSiglipVisionModel,
-    NeuroFlowSiglipVisionOutput,
 )
 from .vision.stream import NeuroFlowStream
 
@@ -59,8 +59,8 @@ __all__ = [
     "NeuroFlowSiglipModel",
     "NeuroFlowSiglipVisionConfig",
     "NeuroFlowSiglipVisionModel",
-    "NeuroFlowSiglipVisionOutput",
     "NeuroFlowStream",
+    "NeuroFlowVisionOutput",
     "StreamSession",
     "attach",
 ]

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,15 @@ SOURCES = [path for part in ("neuroflow_hf", "recipes", "eval") for path in sort
 def test_imports_run_one_way(path):
     assert wrong_imports(path) == []
     assert "sys.path" not in path.read_text(encoding="utf-8")
+
+
+def test_the_engine_names_no_vision_tower():
+    """A tower's own files do; all others ask `tower.py`."""
+    own = ("modeling_", "configuration_", "__init__")
+    engine = [path for path in (ROOT / "neuroflow_hf" / "vision").glob("*.py") if not path.name.startswith(own)]
+    assert len(engine) > 20
+    for path in engine:
+        assert not re.search("siglip|dinov2|clip(?!s|ped|ping)", path.read_text(encoding="utf-8"), re.IGNORECASE), path
 
 
 def test_a_wrong_import_is_noticed(tmp_path, monkeypatch):

@@ -11,11 +11,8 @@ from torch import nn
 from transformers import SiglipVisionModel
 
 from ..vision.gate_config import GateOption, NeuroFlowGateConfig
-from ..vision.modeling_neuroflow_siglip import (
-    NeuroFlowSiglipEncoderLayer,
-    NeuroFlowSiglipVisionModel,
-    empty_wrapper,
-)
+from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipEncoderLayer, NeuroFlowSiglipVisionModel
+from ..vision.streaming_model import empty_wrapper
 from .classes import STOCK, VIDEO_METHOD, change_classes, with_classes
 from .session import Attachment, Rows
 from .tower import StreamingTower, call_with_clips

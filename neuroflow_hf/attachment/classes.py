@@ -6,8 +6,6 @@ from torch import nn
 from transformers import SiglipVisionModel
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from ..vision.layer_step import layers_of
-
 VIDEO_METHOD = "get_video_features"
 # of a tower and of its layers
 Classes = tuple[type[nn.Module], type[nn.Module]]
@@ -16,7 +14,7 @@ STOCK: Classes = (SiglipVisionModel, SiglipEncoderLayer)
 
 def with_classes(tower: SiglipVisionModel, classes: Classes) -> list[tuple[nn.Module, type[nn.Module]]]:
     """The tower with the first class, its layers with the second."""
-    return [(tower, classes[0]), *((layer, classes[1]) for layer in layers_of(tower.encoder))]
+    return [(tower, classes[0]), *((layer, classes[1]) for layer in tower.encoder.layers)]
 
 
 def change_classes(tower: SiglipVisionModel, classes: Classes) -> None:

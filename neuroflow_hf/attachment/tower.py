@@ -10,9 +10,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ..vision.frame import NeuroFlowSiglipVisionOutput
-from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel, pop_return_dict
+from ..vision.frame import NeuroFlowVisionOutput
+from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from ..vision.stream import NeuroFlowStream
+from ..vision.streaming_model import pop_return_dict
 from .classes import VIDEO_METHOD
 from .session import Attachment
 
@@ -42,7 +43,7 @@ class StreamingTower(NeuroFlowSiglipVisionModel):
         interpolate_pos_encoding: bool = False,
         stream: NeuroFlowStream | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling | NeuroFlowSiglipVisionOutput | tuple:
+    ) -> BaseModelOutputWithPooling | NeuroFlowVisionOutput | tuple:
         """
         As [`NeuroFlowSiglipVisionModel`]. Images that belong to no video, and everything in training, are encoded
         densely.
@@ -89,7 +90,7 @@ def call_with_clips(method: Callable, *args: Any, **kwargs: Any) -> Any:
         CLIPS.reset(token)
 
 
-def join_frames(outputs: list[NeuroFlowSiglipVisionOutput]) -> NeuroFlowSiglipVisionOutput:
+def join_frames(outputs: list[NeuroFlowVisionOutput]) -> NeuroFlowVisionOutput:
     """The outputs of T frames of B streams, [B, ...] each, as one whose rows are those of the call, [B * T, ...]."""
 
     def join(values: list | tuple) -> Any:
@@ -98,4 +99,4 @@ def join_frames(outputs: list[NeuroFlowSiglipVisionOutput]) -> NeuroFlowSiglipVi
         return None if values[0] is None else torch.stack(tuple(values), dim=1).flatten(0, 1)
 
     names = [name for name in outputs[0] if all(name in output for output in outputs)]
-    return NeuroFlowSiglipVisionOutput(**{name: join([output[name] for output in outputs]) for name in names})
+    return NeuroFlowVisionOutput(**{name: join([output[name] for output in outputs]) for name in names})

@@ -22,8 +22,8 @@ from torch.nn import functional
 from ..vision import cost
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.patches import project_patches
+from ..vision.pooling import can_fold_probe
 from ..vision.selection import surprise
-from ..vision.shortcuts import can_fold_probe
 from . import token_merging
 
 GOLDEN = (math.sqrt(5) - 1) / 2

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..vision import cost
-from ..vision.patches import position_embeddings, project_patches
+from ..vision.patches import project_patches
 
 
 def make_schedule(name: str, r: int, num_layers: int) -> list[int]:
@@ -131,7 +131,7 @@ def encode(
     if len(schedule) != len(layers) or min(schedule, default=0) < 0:
         raise ValueError(f"The schedule is {list(schedule)}; expected a number, 0 or more, for each of {len(layers)}.")
     patches = project_patches(model, pixel_values, as_product=False)
-    hidden = patches + position_embeddings(model, patches, pixel_values, interpolate_pos_encoding)
+    hidden = patches + model.patch_positions(patches, pixel_values, interpolate_pos_encoding)
     sizes = torch.ones(hidden.shape[:2], device=hidden.device)
     for layer, (_, r) in zip(layers, merges(schedule, hidden.shape[1]), strict=True):
         hidden, sizes = encoder_layer(layer, hidden, sizes, r)

@@ -28,16 +28,18 @@ class computed_once(Generic[Owner, Value]):
 @dataclass(frozen=True)
 class ActiveSet:
     """
-    The patches of B streams that are encoded on one frame. Active patches travel through the layers as rows [M, D],
-    those of stream 0 first; M is the number of active patches of all streams.
+    The tokens of B streams that are encoded on one frame. Active tokens travel through the layers as rows [M, D],
+    those of stream 0 first; M is the number of active tokens of all streams. The gate chooses among N patches;
+    `with_prefix` adds the R tokens before them, so that there are T = R + N.
 
     Args:
-        mask (`torch.BoolTensor` of shape `(B, N)`): the active patches.
+        mask (`torch.BoolTensor` of shape `(B, T)`): the active tokens.
         counts (`list[int]`): how many each stream has; known on the host, which skips a wait for the device.
-        keyframes (`list[bool]`): whether this frame is a keyframe of the stream (then all its patches are active).
-        changed (`torch.BoolTensor` of shape `(B, N)`):
+        keyframes (`list[bool]`): whether this frame is a keyframe of the stream (then all its tokens are active).
+        changed (`torch.BoolTensor` of shape `(B, T)`):
             The patches that are above the threshold themselves, encoded or not; all False without a surprise.
         changed_counts (`list[tuple[int, int]]`): how many of them each stream has, and how many of those are active.
+        num_prefix (`int`): how many of the tokens come before the patches, R.
     """
 
     mask: torch.Tensor
@@ -45,25 +47,41 @@ class ActiveSet:
     keyframes: list[bool]
     changed: torch.Tensor
     changed_counts: list[tuple[int, int]]
+    num_prefix: int = 0
+
+    def with_prefix(self, num_prefix: int) -> "ActiveSet":
+        """The same active patches, with tokens before them that are active wherever a patch is."""
+        if not num_prefix:
+            return self
+        live = torch.tensor([count > 0 for count in self.counts]).to(self.mask.device, non_blocking=True)
+        prefix = live.unsqueeze(1).expand(-1, num_prefix)
+        return ActiveSet(
+            torch.cat([prefix, self.mask], dim=1),
+            [count + num_prefix if count else 0 for count in self.counts],
+            self.keyframes,
+            torch.cat([torch.zeros_like(prefix), self.changed], dim=1),
+            self.changed_counts,
+            num_prefix,
+        )
 
     @property
-    def num_patches(self) -> int:
-        """The number of patches, N."""
+    def num_tokens(self) -> int:
+        """The number of tokens, T."""
         return self.mask.shape[1]
 
     @computed_once
     def everything(self) -> bool:
-        """Whether every patch of every stream is active."""
+        """Whether every token of every stream is active."""
         return sum(self.counts) == self.mask.numel()
 
     @computed_once
     def live(self) -> list[int]:
-        """The streams with at least one active patch."""
+        """The streams with at least one active token."""
         return [stream for stream, count in enumerate(self.counts) if count]
 
     @computed_once
     def rows(self) -> torch.Tensor:
-        """int64 [M]: the active patches' places in memories laid out as [B * N, D], ascending."""
+        """int64 [M]: the active tokens' places in memories laid out as [B * T, D], ascending."""
         return torch.nonzero_static(self.mask.flatten(), size=sum(self.counts)).squeeze(1)
 
     @computed_once
@@ -77,6 +95,7 @@ class ActiveSet:
             [self.keyframes[stream] for stream in self.live],
             self.changed[self.live],
             [self.changed_counts[stream] for stream in self.live],
+            self.num_prefix,
         )
 
     def of_live(self, features: torch.Tensor) -> torch.Tensor:
@@ -84,16 +103,16 @@ class ActiveSet:
         return features if len(self.live) == len(self.counts) else features[self.live]
 
     def gather(self, features: torch.Tensor) -> torch.Tensor:
-        """The active rows of [B, N, D]: [M, D], a view if everything is active."""
+        """The active rows of [B, T, D]: [M, D], a view if everything is active."""
         rows = features.reshape(-1, features.shape[-1])
         return rows if self.everything else rows.index_select(0, self.rows.to(rows.device))
 
     def gather_shared(self, features: torch.Tensor) -> torch.Tensor:
-        """The active patches' entries of features [N, D] that all streams share: [M, D]."""
-        return features.index_select(0, self.rows.to(features.device) % self.num_patches)
+        """The active tokens' entries of features [T, D] that all streams share: [M, D]."""
+        return features.index_select(0, self.rows.to(features.device) % self.num_tokens)
 
     def remember(self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor) -> torch.Tensor:
-        """Write fresh rows [M, D] into `memory[name]` and return all of it, [B, N, D]. See `write_memory`."""
+        """Write fresh rows [M, D] into `memory[name]` and return all of it, [B, T, D]. See `write_memory`."""
         if self.everything:
             return write_memory(memory, name, None, fresh.view(*self.mask.shape, -1))
         return write_memory(memory, name, self.rows, fresh)
@@ -101,13 +120,13 @@ class ActiveSet:
     def remember_by_head(
         self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor, heads: int
     ) -> torch.Tensor:
-        """As `remember`, for a memory stored head by head, [B, H, N, D / H]: each row is written in H pieces."""
-        streams, patches = self.mask.shape
+        """As `remember`, for a memory stored head by head, [B, H, T, D / H]: each row is written in H pieces."""
+        streams, tokens = self.mask.shape
         if self.everything:
-            return write_memory(memory, name, None, fresh.view(streams, patches, heads, -1).transpose(1, 2))
-        stream = self.rows.div(patches, rounding_mode="floor")
-        in_first_head = self.rows + stream * (heads - 1) * patches
-        places = in_first_head.unsqueeze(1) + patches * torch.arange(heads, device=stream.device)
+            return write_memory(memory, name, None, fresh.view(streams, tokens, heads, -1).transpose(1, 2))
+        stream = self.rows.div(tokens, rounding_mode="floor")
+        in_first_head = self.rows + stream * (heads - 1) * tokens
+        places = in_first_head.unsqueeze(1) + tokens * torch.arange(heads, device=stream.device)
         return write_memory(memory, name, places.flatten(), fresh.view(places.numel(), -1))
 
     def remember_streams(self, memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor) -> torch.Tensor:
@@ -142,7 +161,7 @@ def write_memory(
 def add_to_memory(
     memory: dict[str, torch.Tensor], name: str, stream: int, weights: torch.Tensor, change: torch.Tensor
 ) -> None:
-    """Add `weights` [N, S] times `change` [S, D] to one stream's entries of `memory[name]`, [B, N, D]."""
+    """Add `weights` [T, S] times `change` [S, D] to one stream's entries of `memory[name]`, [B, T, D]."""
     stored = memory[name]
     weights, change = weights.to(stored.dtype), change.detach().to(stored.dtype)
     if may_write_in_place(stored):

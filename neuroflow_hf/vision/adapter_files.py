@@ -8,18 +8,18 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .gate_config import NeuroFlowGateConfig
-from .layer_step import layers_of
 from .sparse_adapter import TARGETS, SparseAdapter
+from .tower import VisionTower
 from .whole_file import whole_file
 
 ABOUT, CONFIG, WEIGHTS = "sparse_adapter.json", "adapter_config.json", "adapter_model.safetensors"
@@ -27,7 +27,7 @@ FORMAT = 1
 WEIGHT_NAME = re.compile(r"encoder\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])\.(?:default\.)?weight$")
 
 
-def adapter_files(adapter: SparseAdapter, tower: SiglipVisionModel) -> tuple[dict, dict, dict[str, Tensor]]:
+def adapter_files(adapter: SparseAdapter, tower: VisionTower) -> tuple[dict, dict, dict[str, Tensor]]:
     """What an adapter's folder holds: `sparse_adapter.json`, PEFT's `adapter_config.json`, and its weights."""
     plain = NeuroFlowGateConfig.from_options({"mode": adapter.gate.mode}).to_dict()
     about = {
@@ -60,7 +60,7 @@ def adapter_files(adapter: SparseAdapter, tower: SiglipVisionModel) -> tuple[dic
     return about, config, weights
 
 
-def write_adapter(adapter: SparseAdapter, tower: SiglipVisionModel, folder: str | os.PathLike) -> None:
+def write_adapter(adapter: SparseAdapter, tower: VisionTower, folder: str | os.PathLike) -> None:
     """Write an adapter's files to a folder, each whole or not at all, the weights first."""
     about, config, weights = adapter_files(adapter, tower)
     contents = {
@@ -75,7 +75,7 @@ def write_adapter(adapter: SparseAdapter, tower: SiglipVisionModel, folder: str 
             path.write_bytes(content)
 
 
-def read_adapter(source: str | os.PathLike, tower: SiglipVisionModel, **hub_options: Any) -> SparseAdapter:
+def read_adapter(source: str | os.PathLike, tower: VisionTower, **hub_options: Any) -> SparseAdapter:
     """
     The adapter in a folder or Hub repository, with the type and device of `tower`.
 
@@ -122,10 +122,11 @@ def read_adapter(source: str | os.PathLike, tower: SiglipVisionModel, **hub_opti
         adapter.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"The sparse adapter in {source} does not fit this model: {error}") from error
-    return adapter.to(tower.device, tower.dtype).requires_grad_(False).eval()
+    model = cast(PreTrainedModel, tower)
+    return adapter.to(model.device, model.dtype).requires_grad_(False).eval()
 
 
-def fingerprint(tower: SiglipVisionModel) -> list[float]:
+def fingerprint(tower: VisionTower) -> list[float]:
     """
     A number for each encoder layer that differs between checkpoints, and hardly between types of the same one: a
     projection of its first layer norm's weights, which quantisation leaves alone.
@@ -134,12 +135,12 @@ def fingerprint(tower: SiglipVisionModel) -> list[float]:
     return (weights * torch.arange(weights.shape[1]).double().cos()).mean(1).tolist()
 
 
-def norm_weights(tower: SiglipVisionModel) -> Tensor:
+def norm_weights(tower: VisionTower) -> Tensor:
     """The weights of each layer's first layer norm, float64 [L, D]."""
-    return torch.stack([layer.layer_norm1.weight.detach().double().cpu() for layer in layers_of(tower.encoder)])
+    return torch.stack([layer.parts().norm1.weight.detach().double().cpu() for layer in tower.encoder_layers()])
 
 
-def require_base(about: dict, tower: SiglipVisionModel, source: str | os.PathLike) -> None:
+def require_base(about: dict, tower: VisionTower, source: str | os.PathLike) -> None:
     """Raise a ValueError if an adapter was trained for another checkpoint than `tower`."""
     theirs, ours = torch.tensor(about.get("base_fingerprint", [])), torch.tensor(fingerprint(tower))
     weights = norm_weights(tower)

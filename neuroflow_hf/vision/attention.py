@@ -2,32 +2,33 @@
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.siglip.modeling_siglip import SiglipAttention, eager_attention_forward
+
+from .tower import LayerParts
 
 
 def attend(
-    attention: SiglipAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: list[int]
+    parts: LayerParts, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: list[int]
 ) -> torch.Tensor:
     """
     Every stream's queries attend to the same stream's keys.
 
     Args:
-        attention: the `SiglipAttention` whose heads, scale and attention implementation are used.
+        parts: of the layer whose heads, scaling and attention implementation are used.
         query: rows [M, D], stream after stream; `counts` says how many each of the B has.
-        key, value: rows [M, D] likewise, or keys and values of all patches by head, [B, H, N, D / H].
+        key, value: rows [M, D] likewise, or keys and values of all tokens by head, [B, H, T, D / H].
 
     Returns:
         Rows [M, D], before the output projection.
     """
     if len(set(counts)) == 1:
-        return attend_batch(attention, query, key, value, len(counts))
+        return attend_batch(parts, query, key, value, len(counts))
     keys, values = (rows.split(counts) if rows.ndim == 2 else rows.split(1) for rows in (key, value))
     streams = zip(query.split(counts), keys, values, strict=True)
-    return torch.cat([attend_batch(attention, *stream, 1) for stream in streams if len(stream[0])])
+    return torch.cat([attend_batch(parts, *stream, 1) for stream in streams if len(stream[0])])
 
 
 def attend_batch(
-    attention: SiglipAttention,
+    parts: LayerParts,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -39,11 +40,10 @@ def attend_batch(
     def split_heads(rows: torch.Tensor) -> torch.Tensor:
         if rows.ndim == 4:
             return rows
-        return rows.view(num_streams, -1, attention.num_heads, attention.head_dim).transpose(1, 2)
+        return rows.view(num_streams, -1, parts.num_heads, rows.shape[-1] // parts.num_heads).transpose(1, 2)
 
-    attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-        attention.config._attn_implementation, eager_attention_forward
-    )
+    attention = parts.attention
+    attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, parts.eager)
     output, _ = attention_interface(
         attention,
         split_heads(query),
@@ -51,7 +51,7 @@ def attend_batch(
         split_heads(value),
         bias,
         is_causal=False,
-        scaling=attention.scale,
-        dropout=attention.dropout if attention.training else 0.0,
+        scaling=parts.scaling,
+        dropout=parts.dropout if attention.training else 0.0,
     )
     return output.reshape(len(query), -1)

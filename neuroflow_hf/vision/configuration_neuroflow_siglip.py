@@ -1,18 +1,14 @@
 """Configurations of the NeuroFlow SigLIP models: SigLIP's own, and the options of the gate."""
 
 import copy
-import os
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from transformers import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
-from .gate_config import NeuroFlowGateConfig
+from .streaming_config import AdoptsStock, TowerConfig, as_config, refuse_flat_gate_options
 
 SIGLIP_MODEL_TYPES = {"siglip": "neuroflow_siglip", "siglip_vision_model": "neuroflow_siglip_vision_model"}
-
-Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
 def adopt_model_type(model_type: str | None) -> str | None:
@@ -33,22 +29,17 @@ def adopt_model_type(model_type: str | None) -> str | None:
     return SIGLIP_MODEL_TYPES.get(model_type, model_type)
 
 
-class AdoptsSiglip:
-    """Configuration classes that read SigLIP's `config.json` as their own."""
+class AdoptsSiglip(AdoptsStock):
+    """Configuration classes that read SigLIP's `config.json` as their own; NaFlex is refused."""
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
-        """As transformers' method, but with NeuroFlow's model types for SigLIP's; NaFlex is refused."""
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        config_dict = dict(config_dict)
-        for part in (config_dict, config_dict.get("vision_config")):
-            if isinstance(part, dict) and "model_type" in part:
-                part["model_type"] = adopt_model_type(part["model_type"])
-        return config_dict, kwargs
+    def adopt_model_type(cls, model_type: str | None) -> str | None:
+        """See the function of this name."""
+        return adopt_model_type(model_type)
 
 
 @strict
-class NeuroFlowSiglipVisionConfig(AdoptsSiglip, SiglipVisionConfig):
+class NeuroFlowSiglipVisionConfig(AdoptsSiglip, TowerConfig, SiglipVisionConfig):
     r"""
     Configuration of [`NeuroFlowSiglipVisionModel`]: all fields of [`~transformers.SiglipVisionConfig`], and
 
@@ -65,17 +56,6 @@ class NeuroFlowSiglipVisionConfig(AdoptsSiglip, SiglipVisionConfig):
     base_config_key = "vision_config"
 
     gate: dict | None = None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "gate":
-            NeuroFlowGateConfig.from_options(value)
-            value = dict(value or {})
-        super().__setattr__(name, value)
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        adopt_model_type(kwargs.pop("model_type", None))
-        refuse_flat_gate_options(kwargs)
-        super().__post_init__(**kwargs)
 
 
 @strict
@@ -130,27 +110,6 @@ class NeuroFlowSiglipConfig(AdoptsSiglip, SiglipConfig):
     @gate.setter
     def gate(self, options: dict | None) -> None:
         self.vision_config.gate = options
-
-
-def refuse_flat_gate_options(kwargs: dict) -> None:
-    """Raise a ValueError for a gate option outside `gate`, where it would have no effect."""
-    for field in fields(NeuroFlowGateConfig):
-        if field.name in kwargs:
-            raise ValueError(
-                f"`{field.name}` is an option of the gate; pass `gate={{{field.name!r}: {kwargs[field.name]!r}}}`."
-            )
-
-
-def as_config(config_class: type[Config], value: dict | PreTrainedConfig | None) -> Config:
-    """`value` as a `config_class`: the defaults for `None`, or made from a dict or a stock SigLIP configuration."""
-    if value is None or isinstance(value, dict):
-        return config_class(**(value or {}))
-    if value.model_type == config_class.model_type:  # classes differ if one is loaded from the Hub
-        return cast(Config, value)
-    adopt_model_type(value.model_type)
-    config = config_class(**value.to_dict())
-    config._attn_implementation = value._attn_implementation
-    return config
 
 
 NeuroFlowSiglipConfig.register_for_auto_class()

@@ -33,10 +33,14 @@ def pooling_head(tokens: int, dim: int, inner: int, num_heads: int, folded: bool
     return over_tokens + projections + mlp(1, dim, inner)
 
 
+def encoder(tokens: int, num_layers: int, dim: int, inner: int) -> int:
+    """All layers, with every token active."""
+    return num_layers * (attention(tokens, tokens, tokens, dim) + mlp(tokens, dim, inner))
+
+
 def dense_frame(
     num_patches: int, num_layers: int, dim: int, inner: int, patch_features: int, num_heads: int, pooled: bool
 ) -> int:
-    """All of a frame without a stream; `pooled` if the model has a pooling head."""
-    layer = attention(num_patches, num_patches, num_patches, dim) + mlp(num_patches, dim, inner)
+    """All of a frame without a stream, of a tower of patches alone; `pooled` if it pools by a probe."""
     head = pooling_head(num_patches, dim, inner, num_heads, folded=False) if pooled else 0
-    return patch_projection(num_patches, dim, patch_features) + num_layers * layer + head
+    return patch_projection(num_patches, dim, patch_features) + encoder(num_patches, num_layers, dim, inner) + head

@@ -98,9 +98,10 @@ def build_corrections(features: torch.Tensor, active: ActiveSet) -> list[Correct
     for stream, count in enumerate(active.counts):
         from_changed, from_still = count_sources(active, stream)
         if from_changed or from_still:
-            rows = active.rows[first_row : first_row + count] - stream * active.num_patches
+            rows = active.rows[first_row : first_row + count] - stream * active.num_tokens
             row_changed = active.changed[stream, rows]
             is_source = (row_changed & bool(from_changed)) | (~row_changed & bool(from_still))
+            is_source[: active.num_prefix] = False  # they are no patches, and say little about any
             sources = torch.nonzero_static(is_source, size=from_changed + from_still).squeeze(1)
             places = rows[sources]
             weights = correction_weights(features[stream], places, active.changed[stream], active.mask[stream])
@@ -114,7 +115,8 @@ def count_sources(active: ActiveSet, stream: int) -> tuple[int, int]:
     if active.keyframes[stream]:
         return 0, 0
     changed, changed_encoded = active.changed_counts[stream]
-    still, still_encoded = active.num_patches - changed, active.counts[stream] - changed_encoded
+    still = active.num_tokens - active.num_prefix - changed
+    still_encoded = max(active.counts[stream] - active.num_prefix, 0) - changed_encoded
     return changed_encoded if changed_encoded < changed else 0, still_encoded if still_encoded < still else 0
 
 

@@ -6,41 +6,40 @@ from typing import cast
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
 from .active_set import ActiveSet
 from .budget import with_affordable_budget
-from .cost import dense_frame as dense_frame_cost
+from .cost import encoder as encoder_cost
 from .cost import gate as gate_cost
 from .cost import patch_projection as projection_cost
-from .cost import pooling_head as head_cost
 from .extrapolate import build_corrections, weights_cost
 from .gate import choose_active, update_references
 from .gate_config import NeuroFlowGateConfig
 from .hidden_states import as_output, hidden_state_name
-from .layer_step import LayerStep, ModeSpec, layers_of
+from .layer_step import LayerStep, ModeSpec
 from .modes import MODES
-from .patches import active_position_embeddings, position_embeddings, project_patches
-from .shortcuts import can_fold_probe, pool_with_folded_probe
+from .patches import embed_tokens, project_patches
 from .sparse_adapter import NO_ADAPTER, SparseAdapter
 from .stream import NeuroFlowStream
 from .stream_state import OUTPUT, POOLED, StreamGeometry
-from .summary import SUMMARY_OUTPUT, SummaryGrid, pool_with_summary, remember_summary
+from .summary import SUMMARY_OUTPUT, SummaryGrid, remember_summary
+from .tower import Pooling, VisionTower
 
 
 @dataclass
-class NeuroFlowSiglipVisionOutput(BaseModelOutputWithPooling):
+class NeuroFlowVisionOutput(BaseModelOutputWithPooling):
     """
     Output of the vision tower for one frame of B streams.
 
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(B, N, D)`):
-            All patches after the final layer norm, each as it was last encoded. In mode `eliminate` the active ones
-            only, `(B, A, D)`, padded with zeros to the largest count; `token_mask` says which are real.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, T, D)`):
+            All tokens as the stock model returns them, each as it was last encoded: N patches, in some towers after a
+            CLS token and registers. In mode `eliminate` the active ones only, `(B, A, D)`, padded with zeros to the
+            largest count; `token_mask` says which are real.
         pooler_output (`torch.FloatTensor` of shape `(B, D)`): the embedding. None if the model has no pooling head.
         hidden_states (`tuple`, *optional*):
-            The hidden states that were asked for, `(B, N, D)` each, at their places among L + 1, None at the others:
-            all patches, each as it was last encoded.
+            The hidden states that were asked for, `(B, T, D)` each, at their places among L + 1, None at the others:
+            all tokens, each as it was last encoded.
         active_mask (`torch.BoolTensor` of shape `(B, grid_h, grid_w)`):
             The patches that were encoded on this frame.
         surprise (`torch.FloatTensor` of shape `(B, grid_h, grid_w)`, *optional*):
@@ -60,12 +59,12 @@ class NeuroFlowSiglipVisionOutput(BaseModelOutputWithPooling):
 
 
 def encode_frame(
-    model: SiglipVisionModel,
+    model: VisionTower,
     pixel_values: torch.Tensor,
     stream: NeuroFlowStream,
-    interpolate_pos_encoding: bool,
+    interpolate: bool,
     hidden_states: tuple[int, ...] = (),
-) -> NeuroFlowSiglipVisionOutput:
+) -> NeuroFlowVisionOutput:
     """
     Advance `stream` by one frame of each of its B cameras.
 
@@ -74,55 +73,49 @@ def encode_frame(
     Args:
         model: the vision model. Its modules are called, so adapters and hooks work; see `shortcuts.py` for exceptions.
         pixel_values: [B, C, H, W], normalised, floating point.
+        interpolate: whether other resolutions than the checkpoint's are allowed.
         hidden_states: which to return, as of `requested_hidden_states`. The first frame decides which are kept.
     """
     if not hasattr(stream, "begin_frame"):  # code loaded from the Hub has a stream class of its own
         raise TypeError(f"`stream` is a {type(stream).__name__}; expected what `model.new_stream()` returns.")
-    geometry = geometry_of(model, pixel_values, interpolate_pos_encoding)
+    geometry = geometry_of(model, pixel_values, interpolate)
     summary = summary_grid(model, stream.gate, geometry)
     adapter = getattr(model, "sparse_adapter", None)
     if adapter is not None:
         adapter.check(stream.gate)
-    mode = MODES[stream.gate.mode]
+    mode, exact = MODES[stream.gate.mode], stream.gate.mode == "dense"  # which is the stock model bit for bit
+    pooling = model.pooling(exact)
     with stream.unchanged_by_errors():
         stream.begin_frame(geometry, hidden_states)
-        looking = frame_cost(model, stream.gate, mode, geometry, 0, 0, projected=True, folded=False)
+        looking = frame_cost(model, stream.gate, mode, geometry, 0, 0, projected=True, pooling=pooling)
         stream.gate = with_affordable_budget(stream.gate, looking)
         projected = stream.gate.needs_surprise or any(stream.due_keyframes())
         if projected:
-            # mode `dense` is SigLIP bit for bit
-            patches = project_patches(model, pixel_values, as_product=stream.gate.mode != "dense")
+            patches = project_patches(model, pixel_values, as_product=not exact)
             signal = patches.detach()
             if stream.gate.signal == "token":
-                signal = signal + position_embeddings(model, patches, pixel_values, interpolate_pos_encoding).detach()
-            active, surprise, paces = choose_active(stream, signal, geometry.grid, looking)
+                signal = signal + model.patch_positions(patches, pixel_values, interpolate).detach()
+            chosen, surprise, paces = choose_active(stream, signal, geometry.grid, looking)
         else:
-            active, surprise, paces = nothing_active(geometry), None, stream.pace
+            chosen, surprise, paces = nothing_active(geometry), None, stream.pace
 
     stream.frame_in_progress = True
     fresh: dict[str, torch.Tensor] = {}
     spent = [0] * geometry.batch_size
+    active = chosen.with_prefix(model.num_prefix_tokens)
     if active.live:
-        if mode.encodes_all_patches:
-            positions = position_embeddings(model, patches, pixel_values, interpolate_pos_encoding)
-            hidden = active.of_live(patches) + positions
-        else:
-            positions = active_position_embeddings(
-                model, patches, pixel_values, interpolate_pos_encoding, active, geometry.grid
-            )
-            hidden = active.gather(patches) + positions
+        hidden = embed_tokens(model, patches, pixel_values, interpolate, chosen, mode.encodes_all_patches)
         fresh, spent = encode(model, hidden, active, stream, mode, summary, adapter)
-    folded = model.use_head and stream.gate.mode != "dense" and can_fold_probe(model.head)
     kept = remember_outputs(stream, mode, fresh, active)
     if mode.pools_all_patches:
         tokens, token_mask = kept[OUTPUT], None
     else:
         tokens, token_mask = pad_streams(fresh.get(OUTPUT), active, geometry)
-    pooled = pool(model, stream, tokens, token_mask, active, folded, summary)
+    pooled = pool(pooling, stream, tokens, token_mask, active, summary)
     if projected:
-        update_references(stream, signal, active)
+        update_references(stream, signal, chosen)
     costs = [
-        frame_cost(model, stream.gate, mode, geometry, count, layers, projected, folded)
+        frame_cost(model, stream.gate, mode, geometry, count, layers, projected, pooling)
         for count, layers in zip(active.counts, spent, strict=True)
     ]
     stream.credit = [
@@ -132,13 +125,13 @@ def encode_frame(
     stream.frames, stream.pace = [frame + 1 for frame in stream.frames], paces
     stream.frame_in_progress = False
 
-    counts = torch.tensor(active.counts, dtype=torch.float32)
-    return NeuroFlowSiglipVisionOutput(
+    counts = torch.tensor(chosen.counts, dtype=torch.float32)
+    return NeuroFlowVisionOutput(
         # copies, since the next frame writes into the memories behind them
         last_hidden_state=tokens.clone() if token_mask is None else tokens,  # type: ignore[arg-type]
         pooler_output=None if pooled is None else pooled.clone(),  # type: ignore[arg-type]
         hidden_states=as_output(kept, hidden_states, geometry.num_layers),
-        active_mask=active.mask.unflatten(-1, geometry.grid),
+        active_mask=chosen.mask.unflatten(-1, geometry.grid),
         surprise=None if surprise is None else surprise.unflatten(-1, geometry.grid),
         skip_rate=(1 - counts / geometry.num_patches).to(geometry.device, non_blocking=True),
         cost=torch.tensor(costs, dtype=torch.float32).to(geometry.device, non_blocking=True),
@@ -153,9 +146,7 @@ def nothing_active(geometry: StreamGeometry) -> ActiveSet:
     return ActiveSet(mask, [0 for _ in streams], [False for _ in streams], mask, [(0, 0) for _ in streams])
 
 
-def geometry_of(
-    model: SiglipVisionModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
-) -> StreamGeometry:
+def geometry_of(model: VisionTower, pixel_values: torch.Tensor, interpolate: bool) -> StreamGeometry:
     """
     Batch size, patch grid, type and device of a frame.
 
@@ -164,7 +155,7 @@ def geometry_of(
             their resolution needs `interpolate_pos_encoding=True`; if the streams are to have different adapters.
     """
     config = model.config
-    # SigLIP takes square images of square patches; transformers' annotations allow more
+    # the towers take square images of square patches; transformers' annotations allow more
     patch_size, image_size = cast(int, config.patch_size), cast(int, config.image_size)
     if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
         raise ValueError(
@@ -180,7 +171,7 @@ def geometry_of(
     if 0 in grid:
         raise ValueError(f"A frame of {height}x{width} pixels holds no {patch_size}-pixel patch.")
     native = image_size // patch_size
-    if not interpolate_pos_encoding and grid != (native, native):
+    if not interpolate and grid != (native, native):
         raise ValueError(
             f"A frame of {height}x{width} pixels has {grid[0]}x{grid[1]} patches, the checkpoint has positions for "
             f"{native}x{native} ({image_size} pixels). Pass `interpolate_pos_encoding=True` or resize."
@@ -193,14 +184,15 @@ def geometry_of(
         batch_size=len(pixel_values),
         grid=grid,
         hidden_size=config.hidden_size,
-        num_layers=len(model.encoder.layers),
+        num_layers=len(model.encoder_layers()),
         num_heads=config.num_attention_heads,
-        dtype=torch.get_autocast_dtype(device_type) if autocast else model.embeddings.patch_embedding.weight.dtype,
+        dtype=torch.get_autocast_dtype(device_type) if autocast else model.patch_projection().weight.dtype,
         device=pixel_values.device,
+        num_prefix_tokens=model.num_prefix_tokens,
     )
 
 
-def summary_grid(model: SiglipVisionModel, gate: NeuroFlowGateConfig, geometry: StreamGeometry) -> SummaryGrid | None:
+def summary_grid(model: VisionTower, gate: NeuroFlowGateConfig, geometry: StreamGeometry) -> SummaryGrid | None:
     """
     The cells of the summary tokens; None without any.
 
@@ -224,7 +216,7 @@ def summary_grid(model: SiglipVisionModel, gate: NeuroFlowGateConfig, geometry: 
     return summary
 
 
-def refuse_adapters_by_stream(model: SiglipVisionModel) -> None:
+def refuse_adapters_by_stream(model: VisionTower) -> None:
     """
     Raise a ValueError if each stream of a batch is to have an adapter of its own (PEFT's `adapter_names`). Active
     patches of all streams pass through the layers as rows of one matrix, in which adapters cannot be told apart.
@@ -244,7 +236,7 @@ def refuse_adapters_by_stream(model: SiglipVisionModel) -> None:
 
 
 def encode(
-    model: SiglipVisionModel,
+    model: VisionTower,
     hidden: torch.Tensor,
     active: ActiveSet,
     stream: NeuroFlowStream,
@@ -262,7 +254,7 @@ def encode(
     corrections = []
     if mode.corrects_stale and not all(active.keyframes):
         corrections = build_corrections(stream.memory[OUTPUT], active)
-    layers = layers_of(model.encoder)
+    layers = model.encoder_layers()
     adapters = [NO_ADAPTER] * len(layers) if adapter is None else adapter.of_layers(active)
     for number, (layer, memory, changes) in enumerate(zip(layers, stream.layer_memories, adapters, strict=True), 1):
         # A checkpointed layer would run again in the backward pass, with memories of a later frame. In evaluation no
@@ -279,7 +271,7 @@ def encode(
         spent = [before + added for before, added in zip(spent, step.multiply_adds, strict=True)]
         if number in names:
             fresh[names[number]] = hidden
-    fresh[OUTPUT] = model.post_layernorm(hidden)
+    fresh[OUTPUT] = model.final_norm(hidden)
     if summary is not None and not mode.pools_all_patches:
         remember_summary(stream.memory, SUMMARY_OUTPUT, fresh[OUTPUT], active, summary)
     for correction in corrections:
@@ -294,7 +286,7 @@ def remember_outputs(
     stream: NeuroFlowStream, mode: ModeSpec, fresh: dict[str, torch.Tensor], active: ActiveSet
 ) -> dict[str, torch.Tensor]:
     """
-    Store the encoder's outputs, by the names of their memories, and return all of these, [B, N, D] each. `fresh` is
+    Store the encoder's outputs, by the names of their memories, and return all of these, [B, T, D] each. `fresh` is
     empty if nothing was active; in mode `eliminate`, outputs are not stored.
     """
     memory = stream.memory
@@ -320,7 +312,7 @@ def blend(stream: NeuroFlowStream, name: str, fresh: torch.Tensor, active: Activ
 def pad_streams(
     rows: torch.Tensor | None, active: ActiveSet, geometry: StreamGeometry
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [M, D] as [B, A, D], zeros after a stream's last active patch, and the mask of real tokens [B, A]."""
+    """Rows [M, D] as [B, A, D], zeros after a stream's last active token, and the mask of real tokens [B, A]."""
     counts, most = active.counts, max(active.counts)
     token_mask = torch.arange(most).unsqueeze(0) < torch.tensor(counts).unsqueeze(1)
     token_mask = token_mask.to(geometry.device, non_blocking=True)
@@ -332,22 +324,21 @@ def pad_streams(
 
 
 def pool(
-    model: SiglipVisionModel,
+    pooling: Pooling | None,
     stream: NeuroFlowStream,
     tokens: torch.Tensor,
     token_mask: torch.Tensor | None,
     active: ActiveSet,
-    folded: bool,
     summary: SummaryGrid | None,
 ) -> torch.Tensor | None:
     """The embeddings [B, D]: pooled for streams with an active patch, the stored ones for the others."""
-    if not model.use_head:
+    if pooling is None:
         return None
 
     def head(batch: torch.Tensor, streams: list[int]) -> torch.Tensor:
-        if summary is not None and token_mask is not None and batch.shape[1] < active.num_patches:
-            return pool_with_summary(model.head, batch, stream.memory[SUMMARY_OUTPUT][streams], summary)
-        return pool_with_folded_probe(model.head, batch) if folded else model.head(batch)
+        if summary is not None and token_mask is not None and batch.shape[1] < active.num_tokens:
+            return pooling.pool_with_summary(batch, stream.memory[SUMMARY_OUTPUT][streams], summary)
+        return pooling.pool(batch)
 
     if not active.live:
         return stream.memory[POOLED]
@@ -359,31 +350,32 @@ def pool(
 
 
 def frame_cost(
-    model: SiglipVisionModel,
+    model: VisionTower,
     gate: NeuroFlowGateConfig,
     mode: ModeSpec,
     geometry: StreamGeometry,
     active: int,
     layers: int,
     projected: bool,
-    folded: bool,
+    pooling: Pooling | None,
 ) -> float:
     """
-    Multiply-adds of one stream's frame over those of a dense frame: with `active` active patches, and `layers`
+    Multiply-adds of one stream's frame over those of a dense frame: with `active` active tokens, and `layers`
     multiply-adds in the encoder's layers.
     """
-    config = model.config
-    patches, dim, inner = geometry.num_patches, config.hidden_size, config.intermediate_size
-    heads, patch_features = config.num_attention_heads, config.num_channels * cast(int, config.patch_size) ** 2
-    dense = dense_frame_cost(patches, geometry.num_layers, dim, inner, patch_features, heads, model.use_head)
+    patches, tokens, dim = geometry.num_patches, geometry.num_tokens, geometry.hidden_size
+    projection = projection_cost(patches, dim, model.config.num_channels * cast(int, model.config.patch_size) ** 2)
+    dense = projection + encoder_cost(tokens, geometry.num_layers, dim, model.mlp_width())
+    if pooling is not None:
+        dense += pooling.dense_cost(tokens)
 
-    spent = projection_cost(patches, dim, patch_features) if projected else 0
+    spent = projection if projected else 0
     if gate.needs_surprise:
         spent += gate_cost(patches, dim, len(gate.references))
     if active:
         spent += layers
-        if model.use_head:
-            with_summary = gate.summary_tokens > 0 and not mode.pools_all_patches and active < patches
-            pooled = patches if mode.pools_all_patches else active + with_summary * gate.summary_tokens
-            spent += head_cost(pooled, dim, inner, heads, folded and not with_summary)
+        if pooling is not None:
+            with_summary = gate.summary_tokens > 0 and not mode.pools_all_patches and active < tokens
+            pooled = tokens if mode.pools_all_patches else active + with_summary * gate.summary_tokens
+            spent += pooling.cost(pooled, with_summary)
     return spent / dense

@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
-from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipEncoderLayer
 
 from .active_set import ActiveSet
 from .extrapolate import Correction
 from .sparse_adapter import NO_ADAPTER, LayerAdapter
 from .summary import SummaryGrid
+from .tower import LayerParts
 
 LayerMemory = dict[str, torch.Tensor]
 
@@ -21,16 +20,16 @@ class ModeSpec:
     How one mode encodes its active set.
 
     Args:
-        layer: what is done in an encoder layer, `(layer, hidden, step) -> hidden`; what it cost is left in the step.
-        encodes_all_patches: whether all patches of a stream with an active one pass through the layers, [B', N, D],
+        layer: what is done in an encoder layer, `(parts, hidden, step) -> hidden`; what it cost is left in the step.
+        encodes_all_patches: whether all tokens of a stream with an active one pass through the layers, [B', T, D],
             or only the active rows, [M, D].
-        pools_all_patches: whether the head sees all N patches, or the active ones.
-        layer_memories: names of the features that every layer keeps of all patches.
-        heads_first: whether they are stored head by head, [B, H, N, D / H], as attention reads them; else [B, N, D].
+        pools_all_patches: whether the head sees all tokens, or the active ones.
+        layer_memories: names of the features that every layer keeps of all tokens.
+        heads_first: whether they are stored head by head, [B, H, T, D / H], as attention reads them; else [B, T, D].
         corrects_stale: whether what is stored of patches that were not encoded is corrected by those that were.
     """
 
-    layer: Callable[[SiglipEncoderLayer, torch.Tensor, "LayerStep"], torch.Tensor]
+    layer: Callable[[LayerParts, torch.Tensor, "LayerStep"], torch.Tensor]
     encodes_all_patches: bool = False
     pools_all_patches: bool = True
     layer_memories: tuple[str, ...] = ()
@@ -63,14 +62,3 @@ class LayerStep:
     summary: SummaryGrid | None = None
     adapter: LayerAdapter = NO_ADAPTER
     multiply_adds: list[int] = field(default_factory=list)
-
-
-def widths(layer: SiglipEncoderLayer) -> tuple[int, int]:
-    """D and the width inside the MLP; from the configuration, since adapters may have replaced the modules."""
-    config = layer.self_attn.config
-    return config.hidden_size, config.intermediate_size
-
-
-def layers_of(encoder: SiglipEncoder) -> list[SiglipEncoderLayer]:
-    """The encoder's layers, typed as what they are: torch's `ModuleList` is a list of any modules."""
-    return cast(list[SiglipEncoderLayer], list(encoder.layers))

@@ -5,13 +5,12 @@ What differs from transformers' SigLIP: every forward takes a `stream`. Without 
 """
 
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, SiglipModel, SiglipVisionModel
+from transformers import SiglipModel, SiglipVisionModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
@@ -23,19 +22,31 @@ from transformers.models.siglip.modeling_siglip import (
     SiglipPreTrainedModel,
     SiglipTextModel,
     SiglipVisionEmbeddings,
+    eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .adapter_files import read_adapter, write_adapter
-from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig, as_config
-from .frame import NeuroFlowSiglipVisionOutput, encode_frame
-from .gate_config import GateOption, NeuroFlowGateConfig
-from .hidden_states import requested_hidden_states
-from .layer_step import LayerStep, layers_of
+from .configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
+from .frame import NeuroFlowVisionOutput
+from .gate_config import GateOption
+from .pooling import ProbePooling
 from .sparse_adapter import SparseAdapter
 from .stream import NeuroFlowStream
+from .streaming_config import as_config
+from .streaming_model import (
+    GATE_FIELDS,
+    StreamingModel,
+    empty_wrapper,
+    forward_frame,
+    pop_return_dict,
+    refuse_recording,
+    require_model,
+    wrap_tower,
+)
+from .tower import TowerLayer, VisionTower
 
 
 @dataclass
@@ -49,28 +60,16 @@ class NeuroFlowSiglipImageClassifierOutput(ImageClassifierOutput):
 
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
-GATE_FIELDS = ("active_mask", "surprise", "skip_rate", "cost")
-Model = TypeVar("Model", bound="NeuroFlowSiglipPreTrainedModel")
 
 
-class NeuroFlowSiglipEncoderLayer(SiglipEncoderLayer):
+class NeuroFlowSiglipEncoderLayer(TowerLayer, SiglipEncoderLayer):
     """
     Modifications:
 
     - `forward` takes a `step`; with one, the layer runs the layer function of the stream's mode.
     """
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        step: LayerStep | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """`hidden_states` [B, N, D] without a step; with one, what the mode passes through its layers."""
-        if step is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        return step.mode.layer(self, hidden_states, step)
+    eager = staticmethod(eager_attention_forward)
 
 
 class NeuroFlowSiglipEncoder(SiglipEncoder):
@@ -87,27 +86,18 @@ class NeuroFlowSiglipEncoder(SiglipEncoder):
         self.gradient_checkpointing = False
 
 
-class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
+class NeuroFlowSiglipPreTrainedModel(StreamingModel, SiglipPreTrainedModel):
     """
     Modifications:
 
-    - `new_stream`, `stream_frames` and `get_video_features` are added.
+    - those of [`StreamingModel`].
     - `from_pretrained` takes a `sparse_adapter`, and `save_sparse_adapter` is added.
     - `save_pretrained` names the classes for every auto class in the configuration, and leaves a sparse adapter out.
-    - `set_attn_implementation` also reaches modules shared with a model that was wrapped.
     """
 
     config: NeuroFlowSiglipConfig
     config_class: type[NeuroFlowSiglipConfig | NeuroFlowSiglipVisionConfig]
     _no_split_modules = [*SiglipPreTrainedModel._no_split_modules, "NeuroFlowSiglipEncoderLayer"]
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """
-        False, so that weights are initialised as in transformers' own models: with custom code, transformers leaves
-        out modules without parameters of their own, here every attention module.
-        """
-        return False
 
     @classmethod
     def from_pretrained(cls, *args: Any, sparse_adapter: str | os.PathLike | None = None, **kwargs: Any) -> Any:
@@ -155,116 +145,14 @@ class NeuroFlowSiglipPreTrainedModel(SiglipPreTrainedModel):
             )
         write_adapter(tower.sparse_adapter, tower, folder)
 
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers' method. Modules shared with a wrapped model keep that model's config: set it there, too."""
-        super().set_attn_implementation(*args, **kwargs)
-        for tower in self.modules():
-            if isinstance(tower, NeuroFlowSiglipVisionModel):
-                for layer in layers_of(tower.encoder):
-                    layer.self_attn.config._attn_implementation_internal = tower.config._attn_implementation
 
-    @property
-    def gate_options(self) -> dict:
-        """The options that a new stream starts from: `gate` in the vision configuration."""
-        return getattr(self.config, "vision_config", self.config).gate
-
-    def new_stream(self, batch_size: int = 1, **gate_options: GateOption) -> NeuroFlowStream:
-        """
-        The memory of `batch_size` independent streams, to be passed as `stream=` with every frame.
-
-        Args:
-            batch_size (`int`, defaults to 1): B, the number of streams (cameras), one frame of each per call.
-            gate_options: options of [`NeuroFlowGateConfig`], such as `threshold=`. They override the model's; with a
-                sparse adapter, those that it was trained for, unless `mode` or `preset` is given.
-
-        Raises:
-            ValueError: for an option that does not exist or is out of range.
-        """
-        base, adapter = self.gate_options, vision_tower(self).sparse_adapter
-        if adapter is not None and not {"mode", "preset"} & gate_options.keys():
-            base = adapter.gate.to_dict()
-        return NeuroFlowStream(NeuroFlowGateConfig.from_options(base, **gate_options), batch_size)
-
-    def stream_frames(
-        self,
-        frames: Iterable[torch.Tensor],
-        stream: NeuroFlowStream | None = None,
-        interpolate_pos_encoding: bool = False,
-        **gate_options: GateOption,
-    ) -> Iterator[NeuroFlowSiglipVisionOutput | NeuroFlowSiglipImageClassifierOutput]:
-        """
-        Run the model on one frame after the other.
-
-        Args:
-            frames: pixel values, `(B, C, H, W)` each, or `(C, H, W)` for one stream.
-            stream: the stream to continue; by default a new one of the first frame's batch size.
-            interpolate_pos_encoding (`bool`, defaults to `False`): for resolutions other than the checkpoint's.
-            gate_options: options of the gate for the new stream.
-
-        Yields:
-            The model's output for every frame, never as a tuple.
-        """
-        if stream is not None and gate_options:
-            raise ValueError(
-                f"Gate options ({', '.join(gate_options)}) go with a new stream; the one passed has its own, "
-                "`stream.gate`."
-            )
-        forward = getattr(self, "get_image_features", self)  # the dual model's `forward` also needs a text
-        for frame in frames:
-            pixel_values = frame.unsqueeze(0) if frame.ndim == 3 else frame
-            if stream is None:
-                stream = self.new_stream(batch_size=len(pixel_values), **gate_options)
-            yield forward(
-                pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, stream=stream, return_dict=True
-            )
-
-    def get_video_features(
-        self,
-        pixel_values_videos: torch.Tensor,
-        stream: NeuroFlowStream | None = None,
-        return_patches: bool = False,
-        interpolate_pos_encoding: bool = False,
-        **gate_options: GateOption,
-    ) -> NeuroFlowSiglipVisionOutput | NeuroFlowSiglipImageClassifierOutput:
-        """
-        The output for B clips of T frames, in the model's output class: each field has T as its second dimension.
-
-        Args:
-            pixel_values_videos (`torch.FloatTensor` of shape `(B, T, C, H, W)`): B clips, each its own stream.
-            stream: the streams to continue; by default new ones.
-            return_patches (`bool`, defaults to `False`):
-                Also return `last_hidden_state` `(B, T, N, D)`, which is large; not in mode `eliminate`, where the
-                number of patches differs from frame to frame.
-            interpolate_pos_encoding, gate_options: as in `stream_frames`.
-
-        Raises:
-            ValueError: if the clips are not 5-dimensional or have no frame.
-        """
-        if pixel_values_videos.ndim != 5 or pixel_values_videos.shape[1] == 0:
-            raise ValueError(
-                f"`pixel_values_videos` has shape {tuple(pixel_values_videos.shape)}; expected (clips, frames, "
-                "channels, height, width) with at least one frame."
-            )
-        names = ("pooler_output", "logits", *GATE_FIELDS, *(("last_hidden_state",) if return_patches else ()))
-        collected: dict[str, list[torch.Tensor]] = {}
-        frames = pixel_values_videos.unbind(1)
-        for output in self.stream_frames(frames, stream, interpolate_pos_encoding, **gate_options):
-            if return_patches and output.get("token_mask") is not None:
-                raise ValueError("Mode `eliminate` has no fixed set of patches to stack; use `return_patches=False`.")
-            for name in names:
-                if output.get(name) is not None:
-                    collected.setdefault(name, []).append(output[name])
-        stacked = {name: torch.stack(tensors, dim=1) for name, tensors in collected.items()}
-        return type(output)(**stacked)  # type: ignore[arg-type]  # other fields are tuples, none of these
-
-
-class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionModel):
+class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, VisionTower, SiglipVisionModel):
     """
     SigLIP's vision tower over video. Loads any fixed-resolution SigLIP or SigLIP 2 checkpoint, no training needed.
 
     Modifications:
 
-    - `forward` takes a `stream`; with one, it encodes only active patches and returns [`NeuroFlowSiglipVisionOutput`].
+    - `forward` takes a `stream`; with one, it encodes only active patches and returns [`NeuroFlowVisionOutput`].
     - the encoder is a [`NeuroFlowSiglipEncoder`]; names and shapes of parameters stay.
     - `from_siglip` wraps a loaded model.
 
@@ -309,15 +197,22 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
         Raises:
             TypeError: if `model` is something else.
         """
-        require_model(model, SiglipVisionModel)
-        wrapper = empty_wrapper(cls, model, gate=gate_options)
-        for name in ("embeddings", "post_layernorm", *(("head",) if wrapper.use_head else ())):
-            setattr(wrapper, name, getattr(model, name))
-        for layer, shared in zip(wrapper.encoder.layers, model.encoder.layers, strict=True):
-            share_module(layer, shared)
-        # the hooks that record hidden states come along, and are not to be installed twice
-        vars(wrapper)["_output_capturing_hooks_installed"] = hasattr(model, "_output_capturing_hooks_installed")
-        return wrapper.train(model.training)
+        return wrap_tower(cls, model, SiglipVisionModel, gate_options)
+
+    def patch_positions(self, patches: torch.Tensor, pixel_values: torch.Tensor, interpolate: bool) -> torch.Tensor:
+        """See [`VisionTower`]."""
+        if interpolate:
+            return self.embeddings.interpolate_pos_encoding(patches, *pixel_values.shape[2:])[0]
+        return self.embeddings.position_embedding(self.embeddings.position_ids)[0]
+
+    def position_table(self) -> torch.Tensor | None:
+        """See [`VisionTower`]. None where the method is overridden: it may do something else, so it is called."""
+        stock, own = SiglipVisionEmbeddings.interpolate_pos_encoding, self.embeddings.interpolate_pos_encoding
+        return self.embeddings.position_embedding.weight if getattr(own, "__func__", None) is stock else None
+
+    def pooling(self, exact: bool) -> ProbePooling | None:
+        """See [`VisionTower`]."""
+        return ProbePooling(self.head, self.config, exact) if self.use_head else None
 
     def forward(
         self,
@@ -325,7 +220,7 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
         interpolate_pos_encoding: bool = False,
         stream: NeuroFlowStream | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling | NeuroFlowSiglipVisionOutput | tuple:
+    ) -> BaseModelOutputWithPooling | NeuroFlowVisionOutput | tuple:
         """
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, C, H, W)`): normalised images; with a stream, the next
@@ -342,12 +237,7 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, SiglipVisionMod
         """
         if stream is None:
             return super().forward(pixel_values, interpolate_pos_encoding, **kwargs)
-        return_dict = pop_return_dict(kwargs, self.config)
-        refuse_recording(self.config, kwargs, "output_attentions")
-        request = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
-        hidden_states = requested_hidden_states(request, self.config.num_hidden_layers)
-        output = encode_frame(self, pixel_values, stream, interpolate_pos_encoding, hidden_states)
-        return output if return_dict else output.to_tuple()
+        return forward_frame(self, pixel_values, stream, interpolate_pos_encoding, kwargs)
 
 
 class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
@@ -393,7 +283,7 @@ class NeuroFlowSiglipModel(NeuroFlowSiglipPreTrainedModel, SiglipModel):
         interpolate_pos_encoding: bool = False,
         stream: NeuroFlowStream | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling | NeuroFlowSiglipVisionOutput | tuple:
+    ) -> BaseModelOutputWithPooling | NeuroFlowVisionOutput | tuple:
         """The vision tower's output, see [`NeuroFlowSiglipVisionModel.forward`]; the embedding is `pooler_output`."""
         return self.vision_model(pixel_values, interpolate_pos_encoding, stream=stream, return_dict=True, **kwargs)
 
@@ -465,52 +355,6 @@ def mean_of_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | None)
     return (hidden_states * token_mask.unsqueeze(-1)).sum(dim=1) / token_mask.sum(dim=1, keepdim=True)
 
 
-def pop_return_dict(kwargs: TransformersKwargs, config: PreTrainedConfig) -> bool:
-    """Take `return_dict` out of the keywords; by default the configuration's, as in transformers."""
-    return_dict = kwargs.pop("return_dict", None)  # type: ignore[typeddict-item]  # transformers' class lacks it
-    return bool(config.return_dict if return_dict is None else return_dict)
-
-
-def refuse_recording(config: PreTrainedConfig, kwargs: TransformersKwargs, *names: str) -> None:
-    """Raise if one of these outputs is asked for, by keyword or by the configuration."""
-    for name in names:
-        if kwargs.get(name, getattr(config, name, False)):
-            raise ValueError(
-                f"`{name}` is not supported with a stream: the layers see only the active patches, which differ from "
-                "frame to frame. Leave the stream out to record a dense forward."
-            )
-
-
-def require_model(model: nn.Module, expected: type) -> None:
-    """Raise a TypeError unless `model` is an `expected`."""
-    if not isinstance(model, expected):
-        raise TypeError(f"Cannot wrap a {type(model).__name__}; expected a loaded transformers `{expected.__name__}`.")
-
-
-def share_module(module: nn.Module, shared: nn.Module) -> None:
-    """
-    Make `module` share the children, parameters, hooks and flags of `shared`, but not its `forward`: accelerate
-    replaces it in models that it spreads over devices, so its hook is attached again.
-    """
-    forwards = {"forward", "_old_forward", "_hf_hook"}
-    vars(module).update({name: value for name, value in vars(shared).items() if name not in forwards})
-    if hasattr(shared, "_hf_hook"):
-        try:  # an import outside of `try` would make accelerate a requirement of saved models
-            from accelerate.hooks import add_hook_to_module
-        except ImportError as error:
-            raise ImportError("A model that carries accelerate's hooks cannot be wrapped without it.") from error
-        add_hook_to_module(module, shared._hf_hook)
-
-
-def empty_wrapper(model_class: type[Model], model: SiglipPreTrainedModel, gate: dict) -> Model:
-    """A `model_class` with `model`'s configuration and parameters without memory, to put `model`'s modules into."""
-    config = model_class.config_class.from_dict(model.config.to_dict())
-    config.gate = gate
-    config._attn_implementation = model.config._attn_implementation
-    with torch.device("meta"):
-        return model_class(config)
-
-
 CONFIGURATION, MODELING = "configuration_neuroflow_siglip", "modeling_neuroflow_siglip"
 AUTO_MAPS = {
     "neuroflow_siglip": {
@@ -539,5 +383,4 @@ __all__ = [
     "NeuroFlowSiglipImageClassifierOutput",
     "NeuroFlowSiglipModel",
     "NeuroFlowSiglipVisionModel",
-    "NeuroFlowSiglipVisionOutput",
 ]

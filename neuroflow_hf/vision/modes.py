@@ -3,48 +3,48 @@
 from collections.abc import Callable
 
 from torch import Tensor
-from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
 
 from .attention import attend
 from .cost import attention as attention_cost
 from .cost import mlp as mlp_cost
-from .layer_step import LayerStep, ModeSpec, widths
+from .layer_step import LayerStep, ModeSpec
 from .sparse_adapter import LayerAdapter
 from .stream_state import KEY, MLP, VALUE
 from .summary import attend_with_summary, whole_streams
+from .tower import LayerParts
 
-AttendTo = Callable[[SiglipAttention, Tensor, Tensor, Tensor], Tensor]
+AttendTo = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def layer_among_active(layer: SiglipEncoderLayer, hidden: Tensor, step: LayerStep) -> Tensor:
+def layer_among_active(parts: LayerParts, hidden: Tensor, step: LayerStep) -> Tensor:
     """
     An encoder layer whose active patches attend only to each other (Architectures B and C of the paper), and to the
     summary tokens: rows [M, D] to rows [M, D]. With everything active this is the dense layer.
     """
-    active, (dim, inner), summary = step.active, widths(layer), step.summary
+    active, dim, inner, summary = step.active, parts.dim, parts.inner, step.summary
 
-    def attend_to(attention: SiglipAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend_to(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if summary is None:
-            return attend(attention, query, key, value, active.counts)
-        return attend_with_summary(attention, query, key, value, active, summary, step.memory)
+            return attend(parts, query, key, value, active.counts)
+        return attend_with_summary(parts, query, key, value, active, summary, step.memory)
 
     whole = set() if summary is None else set(whole_streams(active))
     step.multiply_adds = [
         attention_cost(count, count if summary is None or stream in whole else count + summary.tokens, count, dim)
         + mlp_cost(count, dim, inner)
-        + step.adapter.multiply_adds(count, active.num_patches)
+        + step.adapter.multiply_adds(count, active.num_tokens)
         for stream, count in enumerate(active.counts)
     ]
-    return layer_on_rows(layer, hidden, attend_to, step.adapter)
+    return layer_on_rows(parts, hidden, attend_to, step.adapter)
 
 
-def layer_in_context(layer: SiglipEncoderLayer, hidden: Tensor, step: LayerStep) -> Tensor:
+def layer_in_context(parts: LayerParts, hidden: Tensor, step: LayerStep) -> Tensor:
     """
-    An encoder layer whose active patches attend to all N patches: fresh keys and values for the active, those of
+    An encoder layer whose active patches attend to all tokens: fresh keys and values for the active, those of
     their last update for the rest, corrected first in `extrapolate`. Rows [M, D] to rows [M, D].
     """
-    active, patches, (dim, inner) = step.active, step.active.num_patches, widths(layer)
-    heads = layer.self_attn.num_heads
+    active, tokens, dim, inner = step.active, step.active.num_tokens, parts.dim, parts.inner
+    heads = parts.num_heads
 
     def remembered(name: str, fresh: Tensor) -> Tensor:
         for correction in step.corrections:
@@ -53,44 +53,43 @@ def layer_in_context(layer: SiglipEncoderLayer, hidden: Tensor, step: LayerStep)
             return active.remember_by_head(step.memory, name, fresh, heads)
         return active.remember(step.memory, name, fresh).unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    def attend_to(attention: SiglipAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend(attention, query, remembered(KEY, key), remembered(VALUE, value), active.counts)
+    def attend_to(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(parts, query, remembered(KEY, key), remembered(VALUE, value), active.counts)
 
     step.multiply_adds = [
-        attention_cost(count, patches, count, dim)
+        attention_cost(count, tokens, count, dim)
         + mlp_cost(count, dim, inner)
-        + step.adapter.multiply_adds(count, patches)
+        + step.adapter.multiply_adds(count, tokens)
         for count in active.counts
     ]
     for correction in step.corrections:
         step.multiply_adds[correction.stream] += 2 * correction.multiply_adds(dim)
-    return layer_on_rows(layer, hidden, attend_to, step.adapter)
+    return layer_on_rows(parts, hidden, attend_to, step.adapter)
 
 
-def layer_on_rows(layer: SiglipEncoderLayer, hidden: Tensor, attend_to: AttendTo, adapter: LayerAdapter) -> Tensor:
-    """SigLIP's encoder layer for rows [M, D]; `attend_to` takes its attention, and queries, keys, values."""
-    attention = layer.self_attn
-    normed = layer.layer_norm1(hidden)
+def layer_on_rows(parts: LayerParts, hidden: Tensor, attend_to: AttendTo, adapter: LayerAdapter) -> Tensor:
+    """An encoder layer for rows [M, D]; `attend_to` takes its queries, keys and values."""
+    normed = parts.norm1(hidden)
     query, key, value = (
-        adapter.linear(f"self_attn.{name}", getattr(attention, name), normed)
-        for name in ("q_proj", "k_proj", "v_proj")
+        adapter.linear(f"self_attn.{name}", module, normed)
+        for name, module in (("q_proj", parts.query), ("k_proj", parts.key), ("v_proj", parts.value))
     )
-    attended = attend_to(attention, query, key, value)
-    hidden = hidden + adapter.linear("self_attn.out_proj", attention.out_proj, attended)
-    return hidden + adapter.mlp(layer.mlp, layer.layer_norm2(hidden))
+    attended = adapter.linear("self_attn.out_proj", parts.output, attend_to(query, key, value))
+    hidden = hidden + parts.scale1(attended)
+    return hidden + parts.scale2(adapter.mlp(parts.mlp, parts.norm2(hidden)))
 
 
-def layer_with_stored_mlp(layer: SiglipEncoderLayer, hidden: Tensor, step: LayerStep) -> Tensor:
+def layer_with_stored_mlp(parts: LayerParts, hidden: Tensor, step: LayerStep) -> Tensor:
     """
-    An encoder layer with attention over all patches and the MLP for active ones only (Architecture A of the paper);
-    the others reuse the MLP output of their last update. [B', N, D] to [B', N, D] for the B' streams with an active
+    An encoder layer with attention over all tokens and the MLP for active ones only (Architecture A of the paper);
+    the others reuse the MLP output of their last update. [B', T, D] to [B', T, D] for the B' streams with an active
     patch; the others are not encoded.
     """
-    active, patches, (dim, inner) = step.active, step.active.num_patches, widths(layer)
-    hidden = hidden + layer.self_attn(layer.layer_norm1(hidden))[0]
+    active, tokens, dim, inner = step.active, step.active.num_tokens, parts.dim, parts.inner
+    hidden = hidden + parts.scale1(parts.attention(parts.norm1(hidden))[0])
     rows = active.among_live.gather(hidden)
-    outputs = active.remember(step.memory, MLP, layer.mlp(layer.layer_norm2(rows)))
-    attention = attention_cost(patches, patches, patches, dim)
+    outputs = active.remember(step.memory, MLP, parts.scale2(parts.mlp(parts.norm2(rows))))
+    attention = attention_cost(tokens, tokens, tokens, dim)
     step.multiply_adds = [(attention if count else 0) + mlp_cost(count, dim, inner) for count in active.counts]
     return hidden + active.of_live(outputs)
 

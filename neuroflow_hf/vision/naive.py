@@ -6,14 +6,14 @@ Reading this file is the shortest way to learn what each mode does.
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
-from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionModel
 
 from .extrapolate import COMMON_SHARE, LIKENESS_WIDTH, NOISE
 from .gate_config import NeuroFlowGateConfig
-from .layer_step import layers_of
 from .selection import turns
+from .tower import LayerParts, VisionTower
 
 
 def naive_surprise(signal: torch.Tensor, reference: torch.Tensor) -> float:
@@ -55,16 +55,16 @@ def naive_cells(grid: tuple[int, int], tokens: int) -> list[list[int]]:
 
 
 def naive_attention(
-    attention: SiglipAttention, query: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor, float]]
+    parts: LayerParts, query: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor, float]]
 ) -> torch.Tensor:
     """
     One query [D] over keys and values [D] each, and what is added to their scores, head by head: [D], before the
     output projection.
     """
-    heads = []
-    for head in range(attention.num_heads):
-        part = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
-        scores = torch.stack([query[part] @ key[part] * attention.scale + bias for key, _, bias in seen])
+    heads, head_dim = [], len(query) // parts.num_heads
+    for head in range(parts.num_heads):
+        part = slice(head * head_dim, (head + 1) * head_dim)
+        scores = torch.stack([query[part] @ key[part] * parts.scaling + bias for key, _, bias in seen])
         weights = scores.softmax(dim=0)
         heads.append(sum(weight * value[part] for weight, (_, value, _) in zip(weights, seen, strict=True)))
     return torch.cat(heads)
@@ -95,7 +95,7 @@ def naive_correction_weights(
     return weights
 
 
-def naive_correct(stored: dict | list, fresh: dict[int, torch.Tensor], weights: dict[int, dict[int, float]]) -> None:
+def naive_correct(stored: dict, fresh: dict[int, torch.Tensor], weights: dict[int, dict[int, float]]) -> None:
     """Move what is stored of patches that were not encoded by the innovations of those that were."""
     innovations = {source: fresh[source] - stored[source] for source in fresh}
     for patch, shares in weights.items():
@@ -104,72 +104,78 @@ def naive_correct(stored: dict | list, fresh: dict[int, torch.Tensor], weights: 
 
 class NaiveStream:
     """
-    One stream through a vision model, in plain loops.
+    One stream through a vision model, in plain loops. Patches are numbered from 0, prefix tokens from -R to -1.
 
     Args:
-        model: a `NeuroFlowSiglipVisionModel` with a pooling head, at its own resolution.
+        model: with a pooling head, at its own resolution. Of a tower, only the names of its modules are asked for.
         gate: the options.
         looking: what a frame costs on which nothing is encoded, of a dense one. For a `cost_budget`.
     """
 
-    def __init__(self, model: SiglipVisionModel, gate: NeuroFlowGateConfig, looking: float = 0.0):
+    def __init__(self, model: VisionTower, gate: NeuroFlowGateConfig, looking: float = 0.0):
         self.model, self.gate, self.looking = model, gate, looking
         self.held: list[float] = []  # mean surprise of the frames since patches were last encoded
         self.since_keyframe, self.usual_surprise = 0, 0.0
         self.frame, self.credit = 0, float(gate.cost_reserve)
         self.references: dict[str, list[torch.Tensor]] = {}
         self.age: list[int] = []
-        self.outputs: list[torch.Tensor] = []
-        self.summaries: list[list] = [[] for _ in model.encoder.layers]
+        self.outputs: dict[int, torch.Tensor] = {}
+        self.summaries: list[list] = [[] for _ in model.encoder_layers()]
         self.layers: list[dict[str, dict[int, torch.Tensor]]] = [
-            {name: {} for name in ("key", "value", "mlp")} for _ in model.encoder.layers
+            {name: {} for name in ("key", "value", "mlp")} for _ in model.encoder_layers()
         ]
         self.pooled = torch.zeros(0)  # until the first frame, which is a keyframe
         self.changed: set[int] = set()
 
     def step(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """One frame [1, C, H, W]: the embedding [D], the outputs the head saw [A or N, D], the active patches."""
-        embeddings = self.model.embeddings
-        features = embeddings.patch_embedding(pixel_values)
+        model: Any = self.model
+        features = model.patch_projection()(pixel_values)
         grid = (features.shape[2], features.shape[3])
         patches = list(features[0].flatten(1).T)
-        positions = list(embeddings.position_embedding(embeddings.position_ids)[0])
-        tokens = [patch + position for patch, position in zip(patches, positions, strict=True)]
-        signal = patches if self.gate.signal == "patch" else tokens
+        embedded, prefix = model.embeddings(pixel_values)[0], model.num_prefix_tokens
+        tokens = {place - prefix: token for place, token in enumerate(model.before_layers(embedded))}
+        signal = patches if self.gate.signal == "patch" else list(embedded[prefix:])
 
         self.cells = naive_cells(grid, self.gate.summary_tokens)
         active, keyframe = self.choose(signal, grid)
         weights = {}
         if self.gate.mode == "extrapolate" and not keyframe:
-            weights = naive_correction_weights(self.outputs, self.changed, active)
-        fresh = self.encode(tokens, active, weights) if active else {}
-        if not self.outputs:
-            self.outputs = [fresh[patch] for patch in range(len(patches))]
+            outputs = [self.outputs[patch] for patch in range(len(patches))]
+            weights = naive_correction_weights(outputs, self.changed, active)
+        fresh = self.encode(tokens, [*range(-prefix, 0), *active], weights) if active else {}
         if weights:
             naive_correct(self.outputs, fresh, weights)
         share = 1 if keyframe or self.gate.mode == "mlp" else self.gate.memory_blend
-        for patch, output in fresh.items():
-            self.outputs[patch] = output if share == 1 else (1 - share) * self.outputs[patch] + share * output
-        seen = [fresh[patch] for patch in active] if self.gate.mode == "eliminate" else self.outputs
+        for token, output in fresh.items():
+            self.outputs[token] = output if share == 1 else (1 - share) * self.outputs[token] + share * output
+        stored = fresh if self.gate.mode == "eliminate" else self.outputs
+        seen = [stored[token] for token in sorted(stored)]
         if self.gate.mode == "eliminate" and self.gate.summary_tokens and active:
             self.pooled = self.pool_with_summary(fresh, len(active) == len(patches))
         elif active:
-            self.pooled = self.model.head(torch.stack(seen).unsqueeze(0))[0]
+            self.pooled = self.pool(seen)
         self.update(signal, active, keyframe)
         self.frame += 1
         return self.pooled, torch.stack(seen) if seen else torch.zeros(0, len(patches[0])), active
+
+    def pool(self, seen: list[torch.Tensor]) -> torch.Tensor:
+        """The embedding [D] of tokens [D], as the stock model pools them."""
+        pooling = self.model.pooling(exact=True)
+        assert pooling is not None
+        return pooling.pool(torch.stack(seen).unsqueeze(0))[0]
 
     def pool_with_summary(self, fresh: dict[int, torch.Tensor], whole: bool) -> torch.Tensor:
         """
         The head's embedding [D] of active patches and summary tokens. A token of n patches counts as much as n equal
         tokens, so the head pools n copies.
         """
-        seen = [fresh[patch] for patch in sorted(fresh)]
+        seen = [fresh[token] for token in sorted(fresh)]
         if whole:
             self.summary = [(naive_mean([fresh[patch] for patch in cell]), len(cell)) for cell in self.cells]
         else:
             seen += [mean for mean, count in self.summary for _ in range(count)]
-        return self.model.head(torch.stack(seen).unsqueeze(0))[0]
+        return self.pool(seen)
 
     def pay(self, cost: float) -> None:
         """What the frame cost, of a dense one; multiply-adds are not counted here. For a `cost_budget`."""
@@ -254,19 +260,18 @@ class NaiveStream:
         active = changed | refreshed if gate.token_budget is None else set(by_surprise[: gate.token_budget])
         return sorted(active | set(by_surprise[: gate.least_active]))
 
-    def encode(self, tokens: list[torch.Tensor], active: list[int], weights: dict) -> dict[int, torch.Tensor]:
+    def encode(self, tokens: dict[int, torch.Tensor], active: list[int], weights: dict) -> dict[int, torch.Tensor]:
         """
-        The last layer's outputs after the final layer norm, of the patches that the mode passes through; `weights`
+        The last layer's outputs after the final layer norm, of the tokens that the mode passes through; `weights`
         as of `naive_correction_weights`.
         """
         mode = self.gate.mode
-        travelling = range(len(tokens)) if mode == "mlp" else active
-        hidden = {patch: tokens[patch] for patch in travelling}
-        for index, (layer, memory) in enumerate(zip(layers_of(self.model.encoder), self.layers, strict=True)):
-            attention = layer.self_attn
-            normed = {patch: layer.layer_norm1(vector) for patch, vector in hidden.items()}
-            keys = {patch: attention.k_proj(vector) for patch, vector in normed.items()}
-            values = {patch: attention.v_proj(vector) for patch, vector in normed.items()}
+        hidden = {token: tokens[token] for token in (tokens if mode == "mlp" else active)}
+        for index, (layer, memory) in enumerate(zip(self.model.encoder_layers(), self.layers, strict=True)):
+            parts = layer.parts()
+            normed = {token: parts.norm1(vector) for token, vector in hidden.items()}
+            keys = {token: parts.key(vector) for token, vector in normed.items()}
+            values = {token: parts.value(vector) for token, vector in normed.items()}
             if weights:
                 naive_correct(memory["key"], keys, weights)
                 naive_correct(memory["value"], values, weights)
@@ -274,7 +279,7 @@ class NaiveStream:
                 memory["key"].update(keys)
                 memory["value"].update(values)
                 keys, values = memory["key"], memory["value"]
-            seen = [(keys[patch], values[patch], 0.0) for patch in sorted(keys)]
+            seen = [(keys[token], values[token], 0.0) for token in sorted(keys)]
             if self.gate.summary_tokens and len(active) == len(tokens):
                 self.summaries[index] = [
                     (naive_mean([keys[p] for p in cell]), naive_mean([values[p] for p in cell]), math.log(len(cell)))
@@ -283,14 +288,14 @@ class NaiveStream:
             elif self.gate.summary_tokens:
                 seen += self.summaries[index]
             after: dict[int, torch.Tensor] = {}
-            for patch, vector in hidden.items():
-                attended = naive_attention(attention, attention.q_proj(normed[patch]), seen)
-                vector = vector + attention.out_proj(attended)
-                if mode != "mlp" or patch in active:
-                    memory["mlp"][patch] = layer.mlp(layer.layer_norm2(vector))
-                after[patch] = vector + memory["mlp"][patch]
+            for token, vector in hidden.items():
+                attended = naive_attention(parts, parts.query(normed[token]), seen)
+                vector = vector + parts.scale1(parts.output(attended))
+                if mode != "mlp" or token in active:
+                    memory["mlp"][token] = parts.scale2(parts.mlp(parts.norm2(vector)))
+                after[token] = vector + memory["mlp"][token]
             hidden = after
-        return {patch: self.model.post_layernorm(vector) for patch, vector in hidden.items()}
+        return {token: self.model.final_norm(vector) for token, vector in hidden.items()}
 
     def update(self, signal: list[torch.Tensor], active: list[int], keyframe: bool) -> None:
         """Bring references and ages up to date after a frame."""

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
 
 def are_plain(modules: Iterable[nn.Module], weights: Iterable[torch.Tensor | None]) -> bool:
@@ -45,8 +44,7 @@ def can_project_as_product(projection: nn.Module) -> bool:
         and projection.padding in ("valid", (0, 0))
         and projection.dilation == (1, 1)
         and projection.groups == 1
-        and projection.bias is not None
-        and are_plain([projection], [projection.weight, projection.bias])
+        and are_plain([projection], [projection.weight, *([] if projection.bias is None else [projection.bias])])
     )
 
 
@@ -67,7 +65,7 @@ def project_as_product(projection: nn.Conv2d, pixel_values: torch.Tensor) -> tor
 
 def interpolate_at(positions: torch.Tensor, places: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """
-    SigLIP's bicubic interpolation of the embeddings [S * S, D] to a grid [gh, gw], at the places [M] only: [M, D].
+    Bicubic interpolation of the embeddings [S * S, D] to a grid [gh, gw], at the places [M] only: [M, D].
 
     The interpolation is linear and works along rows and columns separately. Interpolating unit vectors gives the
     weights of each row and column; the weights of a place are the products of those of its row and its column.
@@ -84,42 +82,3 @@ def interpolate_at(positions: torch.Tensor, places: torch.Tensor, grid: tuple[in
     weights = (rows.unsqueeze(2) * columns.unsqueeze(1)).flatten(1)  # [M, S * S]
     with torch.autocast(positions.device.type, enabled=False):  # it does not lower the precision of interpolation
         return (weights @ positions.to(dtype)).to(positions.dtype)
-
-
-# The classes that `nn.MultiheadAttention` itself uses for `out_proj`. It reads the weights of that module and never
-# calls it, so an adapter around it has no effect without a stream, and must have none with one.
-PLAIN_OUTPUT_PROJECTIONS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-
-
-def can_fold_probe(head: SiglipMultiheadAttentionPoolingHead) -> bool:
-    """Whether `pool_with_folded_probe` may read the head's weights: see `are_plain`."""
-    attention = getattr(head, "attention", None)
-    if type(attention) is not nn.MultiheadAttention or type(attention.out_proj) not in PLAIN_OUTPUT_PROJECTIONS:
-        return False
-    weights = (head.probe, attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight)
-    return are_plain((head, attention, attention.out_proj), weights)
-
-
-def pool_with_folded_probe(head: SiglipMultiheadAttentionPoolingHead, hidden_states: torch.Tensor) -> torch.Tensor:
-    """
-    SigLIP's attention pooling of [B, N, D] to [B, D], with the probe folded into the key projection.
-
-    The probe is the only query, so `score_i = q . (W_k x_i)` is `(W_k^T q) . x_i`: one vector for each of H heads
-    instead of a projection of every patch. Likewise `sum_i p_i (W_v x_i)` is `W_v (sum_i p_i x_i)`. That is 2 N H D
-    multiply-adds instead of 2 N D^2. The key's bias adds the same to all scores, which the softmax ignores.
-    """
-    attention = head.attention
-    batch_size, _, dim = hidden_states.shape
-    num_heads, head_dim = attention.num_heads, attention.head_dim
-    query_weight, key_weight, value_weight = attention.in_proj_weight.chunk(3)
-    query_bias, _, value_bias = attention.in_proj_bias.chunk(3)
-
-    query = F.linear(head.probe.view(1, dim), query_weight, query_bias).view(num_heads, 1, head_dim)
-    folded = (query @ key_weight.view(num_heads, head_dim, dim)).view(num_heads, dim) * head_dim**-0.5
-    scores = folded @ hidden_states.transpose(1, 2)  # [B, H, N]
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(dim=-1, dtype=wide).to(hidden_states.dtype)
-    means = weights @ hidden_states  # [B, H, D]
-    values = torch.einsum("bhd,hed->bhe", means, value_weight.view(num_heads, head_dim, dim))
-    pooled = attention.out_proj(values.reshape(batch_size, 1, dim) + value_bias)
-    return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]

@@ -9,14 +9,15 @@ patches that are not encoded: where nearly everything is encoded, little is to b
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.models.siglip.modeling_siglip import SiglipMLP, SiglipVisionModel
 
 from .active_set import ActiveSet
 from .gate_config import NeuroFlowGateConfig
+from .tower import VisionTower
 
 TARGETS = {
     name: f"{part}.{name}"
@@ -75,7 +76,7 @@ class LayerAdapter:
             return output
         return output + self.changes[name](rows, self.strength)
 
-    def mlp(self, mlp: SiglipMLP, rows: torch.Tensor) -> torch.Tensor:
+    def mlp(self, mlp: Any, rows: torch.Tensor) -> torch.Tensor:
         """The layer's MLP for rows [M, D], changed on sparse frames: [M, D]."""
         if "mlp.fc1" not in self.changes and "mlp.fc2" not in self.changes:
             return mlp(rows)
@@ -108,7 +109,7 @@ class SparseAdapter(nn.Module):
 
     def __init__(
         self,
-        tower: SiglipVisionModel,
+        tower: VisionTower,
         gate: NeuroFlowGateConfig,
         rank: int = 16,
         alpha: float = 16,
@@ -133,7 +134,7 @@ class SparseAdapter(nn.Module):
 
     def of_layers(self, active: ActiveSet) -> list[LayerAdapter]:
         """Each layer's part on a frame. Streams with every patch active compute what the model does without it."""
-        strengths = [1 - count / active.num_patches for count in active.counts]
+        strengths = [1 - count / active.num_tokens for count in active.counts]
         if not any(strengths):
             return [NO_ADAPTER] * len(self.layers)
         strength: torch.Tensor | float = strengths[0]

@@ -2,14 +2,14 @@
 What a stream remembers from one frame to the next: the names, shapes and meaning of its memories, and what a saved
 state must contain.
 
-`stream.memory` holds these tensors; B streams of N patches with D features, in the type of the model's features
-unless another is given.
+`stream.memory` holds these tensors; B streams of N patches, T tokens (the patches, and before them those that a tower
+adds, such as a CLS token), D features, in the type of the model's features unless another is given.
 
 | name | shape | what it holds |
 |---|---|---|
-| `output` | [B, N, D] | each patch after the final layer norm, as last encoded; not in `eliminate` |
-| `hidden_state_l` | [B, N, D] | the same of layer l's output (0: the encoder's input), for those that are asked for |
-| `pooled` | [B, D] | the embedding; only if the model has a pooling head |
+| `output` | [B, T, D] | each token after the final layer norm, as last encoded; not in `eliminate` |
+| `hidden_state_l` | [B, T, D] | the same of layer l's output (0: the encoder's input), for those that are asked for |
+| `pooled` | [B, D] | the embedding; only if the model pools |
 | `last_update` | [B, N, D] | reference: each patch's signal when it was last encoded |
 | `ema`, `slow_ema` | [B, N, D], float32 | references: running means of each patch's signal |
 | `age` | [B, N], int64 | how many frames ago each patch was encoded; only with `keeps_age` |
@@ -19,8 +19,8 @@ unless another is given.
 
 | name | shape | what it holds |
 |---|---|---|
-| `key`, `value` | [B, N, D] in `extrapolate`, [B, H, N, D / H] in `context` | attention's, as last encoded |
-| `mlp` | [B, N, D] in `mlp` | the MLP's output, as last encoded |
+| `key`, `value` | [B, T, D] in `extrapolate`, [B, H, T, D / H] in `context` | attention's, as last encoded |
+| `mlp` | [B, T, D] in `mlp` | the MLP's output, as last encoded |
 | `summary_key`, `summary_value` | [B, K, D] | attention's, averaged over cells; only with `summary_tokens` |
 """
 
@@ -57,11 +57,17 @@ class StreamGeometry:
     num_heads: int
     dtype: torch.dtype
     device: torch.device
+    num_prefix_tokens: int = 0
 
     @property
     def num_patches(self) -> int:
         """The number of patches, N."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens, T."""
+        return self.num_prefix_tokens + self.num_patches
 
     def differences(self, other: "StreamGeometry") -> str:
         """The fields in which `other` differs, with both values."""
@@ -100,16 +106,17 @@ def memory_layout(
     """
     if geometry is None:
         return {}
-    streams, patches, dim, heads = geometry.batch_size, geometry.num_patches, geometry.hidden_size, geometry.num_heads
+    streams, patches, tokens = geometry.batch_size, geometry.num_patches, geometry.num_tokens
+    dim, heads = geometry.hidden_size, geometry.num_heads
     layout: dict[str, tuple[int, ...]] = dict.fromkeys(gate.references, (streams, patches, dim))
     if mode.pools_all_patches:
-        layout |= dict.fromkeys((OUTPUT, *map(hidden_state_name, hidden_states)), (streams, patches, dim))
+        layout |= dict.fromkeys((OUTPUT, *map(hidden_state_name, hidden_states)), (streams, tokens, dim))
     if gate.keeps_age:
         layout[AGE] = (streams, patches)
     for layer in range(geometry.num_layers):
         for name in mode.layer_memories:
-            by_head = (streams, heads, patches, dim // heads)
-            layout[layer_name(layer, name)] = by_head if mode.heads_first else (streams, patches, dim)
+            by_head = (streams, heads, tokens, dim // heads)
+            layout[layer_name(layer, name)] = by_head if mode.heads_first else (streams, tokens, dim)
         if gate.summary_tokens:
             for name in (SUMMARY_KEY, SUMMARY_VALUE):
                 layout[layer_name(layer, name)] = (streams, gate.summary_tokens, dim)

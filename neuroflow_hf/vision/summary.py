@@ -12,10 +12,10 @@ import math
 
 import torch
 from torch.nn import functional as F
-from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipMultiheadAttentionPoolingHead
 
 from .active_set import ActiveSet, computed_once, write_memory
 from .attention import attend_batch
+from .tower import LayerParts
 
 SUMMARY_KEY, SUMMARY_VALUE, SUMMARY_OUTPUT = "summary_key", "summary_value", "summary_output"
 
@@ -46,24 +46,25 @@ class SummaryGrid:
         return counts.log().to(self.device, self.dtype, non_blocking=True)
 
     def average(self, features: torch.Tensor) -> torch.Tensor:
-        """The cells' averages [B, K, D] of features of all patches, [B, N, D]."""
-        planes = features.transpose(1, 2).unflatten(-1, self.grid)
+        """The cells' averages [B, K, D] of features of all tokens, [B, T, D]; those before the patches are in none."""
+        patches = features[:, features.shape[1] - self.grid[0] * self.grid[1] :]
+        planes = patches.transpose(1, 2).unflatten(-1, self.grid)
         return F.adaptive_avg_pool2d(planes, self.side).flatten(2).transpose(1, 2)
 
     def bias(self, count: int, like: torch.Tensor) -> torch.Tensor:
-        """[1, 1, 1, count + K]: what is added to the scores of `count` active patches and the summary tokens."""
+        """[1, 1, 1, count + K]: what is added to the scores of `count` active tokens and the summary tokens."""
         return F.pad(self.log_counts.to(like), (count, 0)).view(1, 1, 1, -1)
 
 
 def whole_streams(active: ActiveSet) -> list[int]:
-    """The streams with every patch active."""
-    return [stream for stream, count in enumerate(active.counts) if count == active.num_patches]
+    """The streams with every token active."""
+    return [stream for stream, count in enumerate(active.counts) if count == active.num_tokens]
 
 
 def remember_summary(
     memory: dict[str, torch.Tensor], name: str, fresh: torch.Tensor, active: ActiveSet, summary: SummaryGrid
 ) -> None:
-    """Store the averages of rows [M, D] in `memory[name]`, [B, K, D], for the streams with every patch active."""
+    """Store the averages of rows [M, D] in `memory[name]`, [B, K, D], for the streams with every token active."""
     whole = whole_streams(active)
     if not whole:
         return
@@ -76,7 +77,7 @@ def remember_summary(
 
 
 def attend_with_summary(
-    attention: SiglipAttention,
+    parts: LayerParts,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -96,24 +97,14 @@ def attend_with_summary(
             torch.cat([rows.view(len(counts), -1, rows.shape[-1]), memory[name]], dim=1).flatten(0, 1)
             for rows, name in ((key, SUMMARY_KEY), (value, SUMMARY_VALUE))
         )
-        return attend_batch(attention, query, keys, values, len(counts), summary.bias(counts[0], query))
+        return attend_batch(parts, query, keys, values, len(counts), summary.bias(counts[0], query))
     attended = []
     for stream, rows in enumerate(zip(query.split(counts), key.split(counts), value.split(counts), strict=True)):
         queries, keys, values = rows
         if stream in whole:
-            attended.append(attend_batch(attention, queries, keys, values, 1))
+            attended.append(attend_batch(parts, queries, keys, values, 1))
         elif counts[stream]:
             keys = torch.cat([keys, memory[SUMMARY_KEY][stream]])
             values = torch.cat([values, memory[SUMMARY_VALUE][stream]])
-            attended.append(attend_batch(attention, queries, keys, values, 1, summary.bias(counts[stream], query)))
+            attended.append(attend_batch(parts, queries, keys, values, 1, summary.bias(counts[stream], query)))
     return torch.cat(attended)
-
-
-def pool_with_summary(
-    head: SiglipMultiheadAttentionPoolingHead, active: torch.Tensor, summary_output: torch.Tensor, summary: SummaryGrid
-) -> torch.Tensor:
-    """SigLIP's attention pooling of active patches [B, A, D] and summary tokens [B, K, D]: [B, D]."""
-    tokens = torch.cat([active, summary_output], dim=1)
-    bias = summary.bias(active.shape[1], tokens).view(1, -1)
-    attended = head.attention(head.probe.repeat(len(tokens), 1, 1), tokens, tokens, attn_mask=bias)[0]
-    return (attended + head.mlp(head.layernorm(attended)))[:, 0]

@@ -12,7 +12,7 @@ from neuroflow_hf.vision.frame import frame_cost, geometry_of
 from neuroflow_hf.vision.gate_config import MODE_NAMES
 from neuroflow_hf.vision.modes import MODES
 from neuroflow_hf.vision.naive import NaiveStream
-from neuroflow_hf.vision.shortcuts import can_fold_probe, pool_with_folded_probe
+from neuroflow_hf.vision.pooling import can_fold_probe, pool_with_folded_probe
 from tests.conftest import (
     GATED_MODES,
     NUM_PATCHES,
@@ -103,7 +103,8 @@ def test_the_budget_is_paced_as_by_the_reference(smallest_vision):
 
 def follow_reference(model, gate, frames):
     """Pass the frames through both paths, which must agree; return how many patches were active on each."""
-    looking = frame_cost(model, gate, MODES[gate.mode], geometry_of(model, frames[0], False), 0, 0, True, False)
+    pooling, geometry = model.pooling(exact=False), geometry_of(model, frames[0], False)
+    looking = frame_cost(model, gate, MODES[gate.mode], geometry, 0, 0, True, pooling)
     naive, stream, actives = NaiveStream(model, gate, looking), model.new_stream(**gate.to_dict()), []
     with torch.no_grad():
         for frame in frames:
