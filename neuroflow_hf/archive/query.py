@@ -115,6 +115,6 @@ def require_same_checkpoint(metadata: dict, model: torch.nn.Module, source: str)
     if weights != metadata["weights"]:
         raise ValueError(
             f"{source} (weights {weights}) is another checkpoint than the dataset's, "
-            f"{metadata.get('model') or 'unnamed'} (weights {metadata['weights']}); their embeddings cannot be compared. Name the dataset's checkpoint, or "
-            "embed the videos again."
+            f"{metadata.get('model') or 'unnamed'} (weights {metadata['weights']}); their embeddings cannot be "
+            "compared. Name the dataset's checkpoint, or embed the videos again."
         )

@@ -114,11 +114,10 @@ def find_moments(
 def extent(scores: Tensor, seconds: Tensor, best: int, level: float, gap: float) -> tuple[int, int]:
     """
     The first and the last row of the moment around the row `best`: rows with a score of `level` or more, where two
-    belong together if they are neighbours or less than `gap` apart, with no row of -inf between them.
+    belong together if they are neighbours or less than `gap` apart.
     """
     high = torch.nonzero(scores >= level).flatten()
-    taken = (scores == -torch.inf).cumsum(0)
-    apart = (high.diff() > 1) & (seconds[high].diff() >= gap) | (taken[high].diff() > 0)
+    apart = (high.diff() > 1) & (seconds[high].diff() >= gap)
     run = functional.pad(apart.cumsum(0), (1, 0))  # which run each high row is in
     members = high[run == run[high == best]]
     return int(members[0]), int(members[-1])
