@@ -412,6 +412,24 @@ def search_table(report: dict) -> str:
     return table(report["cases"], columns, "`{command}`, {machine[threads]} threads.".format(**report))
 
 
+def throughput_table(report: dict) -> str:
+    """Frames per second from file to Parquet."""
+    found = {row["preset"]: row for row in report["presets"]}
+
+    def of_preset(key):
+        return lambda row: f"{found[row[0]][key]:.2f}" if row[0] in found else ""
+
+    columns = {
+        "": lambda row: f"`{row[0]}`" if row[0] in found else f"{row[0]}",
+        "frames/s": "{1:.1f}",
+        "cost": of_preset("cost"),
+        "times the best dense": of_preset("times_dense"),
+        "aim: 0.85 / cost": of_preset("aim"),
+    }
+    note = "`{command}`: {videos} videos, {dtype} on {device}, {machine[threads]} threads. Best dense: {best_dense}."
+    return table(report["frames_per_second"].items(), columns, note.format(**report))
+
+
 def accuracy_table(report: dict) -> str:
     """Zero-shot accuracy on composed clips."""
 

@@ -163,16 +163,14 @@ class VideoFile:
     Args:
         dataset: the folder.
         video: an absolute path.
-        settings: of `dataset_settings`.
-        model_name: for the metadata.
+        metadata: `dataset_settings`, `model` and `video`.
         dim: D, of the embeddings.
         labels: to add the best label of each frame.
     """
 
-    def __init__(self, dataset: Path, video: Path, settings: dict, model_name: str, dim: int, labels: Labels | None):
+    def __init__(self, dataset: Path, video: Path, metadata: dict, dim: int, labels: Labels | None):
         versions = {name: version(name) for name in ("neuroflow-hf", "torch", "transformers")}
-        metadata = {**settings, "model": model_name, "versions": versions, "video": video_state(video)}
-        self.labels, self.schema = labels, frame_schema(dim, labels is not None, metadata)
+        self.labels, self.schema = labels, frame_schema(dim, labels is not None, metadata | {"versions": versions})
         self.path = file_of(dataset, video)
         self.partial = dataset / f".{self.path.name}.{secrets.token_hex(4)}.part"
         # numbers that hardly repeat: a dictionary and compression would save a twentieth, and triple the time to read

@@ -25,7 +25,7 @@ from ..video.preprocess import Preprocessor
 from ..video.reader import VideoReader
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from ..vision.stream import NeuroFlowStream
-from .dataset import EmbeddedFrame, VideoFile, dataset_settings, finished_videos
+from .dataset import EmbeddedFrame, VideoFile, dataset_settings, finished_videos, video_state
 
 FAILURES = "failures.jsonl"
 MOST_STREAMS = 16  # more gained nothing on CPUs, and each takes memory and a thread
@@ -43,11 +43,20 @@ class DecodedFrame:
 
 
 @dataclass(frozen=True)
+class VideoBegin:
+    """The beginning of a video, and its `video_state` before it was opened."""
+
+    video: Path
+    state: dict
+
+
+@dataclass(frozen=True)
 class VideoEnd:
-    """The end of a video; `reason` says why it came too early, or is empty."""
+    """The end of a video; `reason` says what is wrong, or is empty; without `keep`, its frames cannot be used."""
 
     video: Path
     reason: str = ""
+    keep: bool = True
 
 
 @dataclass(frozen=True)
@@ -98,9 +107,9 @@ def video_paths(places: Sequence[str | Path]) -> list[Path]:
 
 def decode_videos(
     waiting: deque[Path], prepare: Callable[..., torch.Tensor], every: float | None
-) -> Iterator[DecodedFrame | VideoEnd]:
+) -> Iterator[VideoBegin | DecodedFrame | VideoEnd]:
     """
-    Decode videos, one after the other: the frames of each, then its end.
+    Decode videos, one after the other: the beginning of each, its frames, and its end.
 
     Args:
         waiting: the videos; several threads may take from it.
@@ -112,23 +121,31 @@ def decode_videos(
             video = waiting.popleft()
         except IndexError:
             return
-        reason = ""
+        state, reason = None, ""
         try:
+            state = video_state(video)
+            yield VideoBegin(video, state)
             reader = VideoReader(video, every=every)
             for frame in reader:
                 share = (frame.index + 1) / max(reader.frame_count, frame.index + 1)
                 yield DecodedFrame(video, frame.index, frame.time, prepare(frame.image), share)
         except Exception as error:  # damaged files raise all kinds of errors
             reason = " ".join(str(error).split()) or type(error).__name__
-        yield VideoEnd(video, reason)
+        keep = True
+        with contextlib.suppress(OSError):  # deleted just now
+            if state is not None and not video.exists():
+                reason = f"{video} was deleted while it was read; the frames before are kept"
+            elif state is not None and video_state(video) != state:
+                reason, keep = f"{video} changed while it was read; the next run reads it again", False
+        yield VideoEnd(video, reason, keep)
 
 
 def encode_rows(
-    rows: Sequence[Iterator[DecodedFrame | VideoEnd]],
+    rows: Sequence[Iterator[VideoBegin | DecodedFrame | VideoEnd]],
     model: NeuroFlowSiglipVisionModel,
     stream: NeuroFlowStream,
     interpolate: bool,
-) -> Iterator[tuple[EmbeddedFrame, float] | VideoEnd]:
+) -> Iterator[VideoBegin | tuple[EmbeddedFrame, float] | VideoEnd]:
     """
     Encode one frame of each row per call, until no row has any. A row is a stream, which restarts after a video's end.
 
@@ -138,15 +155,16 @@ def encode_rows(
         interpolate: whether the frames have another resolution than the model.
 
     Yields:
-        Each frame with the share of its video that is done, and each video's end.
+        Each frame with the share of its video that is done, and each video's beginning and end.
     """
     while True:
         decoded: list[DecodedFrame | None] = []
         for place, row in enumerate(rows):
             item = next(row, None)
-            while isinstance(item, VideoEnd):
+            while isinstance(item, VideoBegin | VideoEnd):
                 yield item
-                stream.reset(place)
+                if isinstance(item, VideoEnd):
+                    stream.reset(place)
                 item = next(row, None)
             decoded.append(item)
         going = [place for place, item in enumerate(decoded) if item is not None]
@@ -184,9 +202,10 @@ def embed_videos(
     """
     Embed videos and write a Parquet file for each to a folder, together a dataset.
 
-    Videos that the folder holds, and that did not change since, are kept. A video that cannot be read to its end is
-    listed with the reason in `failures.jsonl`; the frames before are kept. After Ctrl-C, or a kill at any point, the
-    same call goes on with the videos that are not finished.
+    Videos that the folder holds, and that did not change since, are kept. A video that cannot be read to its end, or
+    is deleted or changed meanwhile, is listed with the reason in `failures.jsonl`; the frames before are kept, but
+    none of a changed one. After Ctrl-C, or a kill at any point, the same call goes on with the videos that are not
+    finished.
 
     Args:
         videos: of `video_paths`.
@@ -213,11 +232,12 @@ def embed_videos(
     kept = finished_videos(out, settings) & set(videos)
     for partial in out.glob(".*.parquet.*.part"):  # of a run that was killed
         partial.unlink()
-    progress = EmbedProgress({video: video.stat().st_size for video in videos}, kept)
+    progress = EmbedProgress({video: size_of(video) for video in videos}, kept)
     # the largest first: at the end, few streams are left for a long one
     waiting = deque(sorted(set(videos) - kept, key=lambda video: (-progress.sizes[video], video)))
     failures = {video: reason for video, reason in read_failures(out).items() if Path(video) not in waiting}
     files: dict[Path, VideoFile] = {}
+    states: dict[Path, dict] = {}
     embedded, count = 0, min(len(waiting), streams or MOST_STREAMS)
 
     with contextlib.ExitStack() as stack:
@@ -229,21 +249,24 @@ def embed_videos(
             rows.append(stack.enter_context(contextlib.closing(prefetch(decoded))))
         stream = model.new_stream(max(1, count), **options)
         for item in encode_rows(rows, model, stream, preprocess.resolution != model.config.image_size):
+            if isinstance(item, VideoBegin):
+                states[item.video] = item.state
+                continue
             if isinstance(item, VideoEnd):
                 if item.reason:  # first, so that a kill after it leaves the video to be tried again
                     failures[str(item.video)] = item.reason
                     write_failures(out, failures)
-                if item.video in files:
-                    files[item.video].finish()
-                    del files[item.video]
+                if item.video in files and item.keep:
+                    files.pop(item.video).finish()
                     embedded += 1
+                elif item.video in files:
+                    files.pop(item.video).discard()
                 step = progress.ended(item.video)
             else:
                 frame, share = item
                 if frame.video not in files:
-                    files[frame.video] = VideoFile(
-                        out, frame.video, settings, model_name, len(frame.embedding), labels
-                    )
+                    metadata = {**settings, "model": model_name, "video": states[frame.video]}
+                    files[frame.video] = VideoFile(out, frame.video, metadata, len(frame.embedding), labels)
                 files[frame.video].add(frame)
                 step = progress.reached(frame.video, share)
             if on_step is not None:
@@ -253,6 +276,14 @@ def embed_videos(
         interrupted = stop.is_set()
     write_failures(out, failures)
     return EmbedResult(len(progress.sizes), len(kept), embedded, failures, interrupted)
+
+
+def size_of(video: Path) -> int:
+    """Bytes of a video; 0 if it is gone."""
+    try:
+        return video.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 class EmbedProgress:

@@ -151,6 +151,37 @@ def test_damaged_videos_are_listed_until_they_are_whole(embed, folder, tmp_path)
     assert len(rows(out)) == sum(FRAMES) and not (out / "failures.jsonl").exists()
 
 
+@pytest.mark.parametrize("streams", [1, 2])
+def test_videos_that_change_or_vanish_meanwhile_are_listed_and_the_rest_goes_on(embed, tmp_path, streams):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    for name, frames in (("a", 60), ("b", 50), ("c", 3), ("d", 3)):
+        write_clip(videos / f"{name}.mkv", frames)
+    paths = dict(zip("abcd", video_paths([videos]), strict=True))
+    seen = set()
+
+    def on_step(what, *_):
+        name = what.partition(", ")[2][0]
+        if name not in seen:  # each is touched when its first frame, or that of another one, is embedded
+            seen.add(name)
+            if name == "a":
+                os.utime(paths["a"], (1, 1))
+                paths["c"].unlink()
+            elif name == "b":
+                paths["b"].unlink()
+
+    result = embed(out, list(paths.values()), streams=streams, on_step=on_step)
+    reasons = {Path(video).stem: reason for video, reason in result.failures.items()}
+    assert reasons.keys() == {"a", "b", "c"} and result.embedded == 2 and not result.interrupted
+    assert "changed while it was read" in reasons["a"] and "was deleted while it was read" in reasons["b"]
+    assert "no such" in reasons["c"].lower()
+    assert not file_of(out, paths["a"]).exists() and len(pq.read_table(file_of(out, paths["b"]))) == 50
+    assert {path.suffix for path in out.iterdir()} == {".parquet", ".jsonl"}
+    again = embed(out, [paths["a"], paths["d"]])
+    assert (again.kept, again.embedded) == (1, 1) and len(pq.read_table(file_of(out, paths["a"]))) == 60
+    assert {Path(video).stem for video in again.failures} == {"b", "c"}
+
+
 def test_a_dataset_is_of_one_kind(embed, whole, tmp_path):
     before = {path: path.read_bytes() for path in whole.iterdir()}
     with pytest.raises(ValueError, match=r"other settings \(gate\)"):

@@ -6,9 +6,10 @@ import time
 import pytest
 from PIL import Image
 
-from eval.docs.tables import search_table, speed_table, streams_table
-from eval.vision import benchmark_search, benchmark_streams, benchmark_vision
+from eval.docs.tables import search_table, speed_table, streams_table, throughput_table
+from eval.vision import benchmark_search, benchmark_streams, benchmark_vision, embed_throughput
 from eval.vision.benchmark_vision import MODES
+from tests.cli.test_run import write_clip
 
 RUN = {"resolutions": "24,32", "dtypes": "float32,bfloat16", "fractions": "0.1,1", "repeats": 2}
 CASES = len(MODES) * 2 * 2 * 2
@@ -129,3 +130,22 @@ def test_searches_are_timed(tmp_path, monkeypatch):
     assert [(case["frames"], case["dim"]) for case in report["cases"]] == [(100, 8), (100, 16)]
     assert all(spread["frames"] == 2 for case in report["cases"] for spread in case["processor_seconds"].values())
     assert "| 100 | 16 |" in search_table(report)
+
+
+def test_embedding_is_timed_beside_dense(vision, tmp_path, monkeypatch):
+    clip = write_clip(tmp_path / "clip.mkv", 6)
+    monkeypatch.setattr(embed_throughput, "base_model", lambda dtype, device: vision)
+    monkeypatch.setattr(embed_throughput, "bundled_clip", lambda: clip)
+    output = tmp_path / "throughput.json"
+    embed_throughput.main(videos=3, presets="faithful,thrifty", batches="1,2", repeats=2, output=output)
+    report = json.loads(output.read_text())
+    rates = report["frames_per_second"]
+    ways = ["decoding", "decoding and preprocessing", "dense, 1 in one call", "dense, 2 in one call"]
+    assert list(rates) == [*ways, "faithful", "thrifty"] and all(rate > 0 for rate in rates.values())
+    assert all(len(values) == 2 for values in report["all"].values())
+    best = max(rates[way] for way in ways[2:])
+    assert rates[report["best_dense"]] == best
+    for row in report["presets"]:
+        assert row["times_dense"] == pytest.approx(rates[row["preset"]] / best, rel=1e-4)
+        assert 0 < row["cost"] < 1 and row["aim"] == pytest.approx(0.85 / row["cost"], rel=1e-4)
+    assert "| `thrifty` |" in throughput_table(report)

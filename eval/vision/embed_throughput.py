@@ -1,0 +1,119 @@
+"""
+How many frames per second does `neuroflow embed` give, from file to Parquet, against batched dense?
+
+    python -m eval.vision.embed_throughput     # half an hour on two idle cores
+
+Copies of the clip that ships with the package are embedded by `embed_videos`, as the command does it. Dense takes the
+same way with all patches encoded, and as many videos in one call as suit it best (`--batches`). The ways take turns,
+so that a machine that slows down slows all of them. Decoding, and preprocessing after it, are also timed alone, in one
+thread. SigLIP-base's geometry at 224 px with random weights, unless `--model` names a checkpoint.
+
+Writes `eval/results/embed_throughput.json`. Run it on a machine that does nothing else.
+"""
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow.parquet as pq
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from eval.docs.tables import throughput_table
+from eval.report import RESULTS, provenance, publish
+from eval.vision.benchmark_vision import base_model
+from neuroflow_hf.archive.embed import embed_videos
+from neuroflow_hf.loading import dtype_named, load_model
+from neuroflow_hf.video.preprocess import Preprocessor
+from neuroflow_hf.video.reader import VideoReader, bundled_clip
+
+DENSE = {"mode": "dense"}
+
+
+def time_embedding(videos: list[Path], model, preprocess: Preprocessor, gate: dict, streams: int) -> dict:
+    """Frames per second of `embed_videos` with all it does, and the mean cost of its rows."""
+    with tempfile.TemporaryDirectory() as out:
+        begun = time.perf_counter()
+        result = embed_videos(videos, model, preprocess, out, gate, streams=streams)
+        seconds = time.perf_counter() - begun
+        assert result.embedded == len(videos)
+        costs = [cost for file in Path(out).glob("*.parquet") for cost in pq.read_table(file)["cost"].to_pylist()]
+    return {"frames_per_second": len(costs) / seconds, "cost": statistics.fmean(costs)}
+
+
+def rate_of(items: Iterable, work: Callable = lambda item: item) -> float:
+    """How many items per second are given and worked on, one after the other."""
+    begun, count = time.perf_counter(), 0
+    for item in items:
+        work(item)
+        count += 1
+    return count / (time.perf_counter() - begun)
+
+
+def measure(videos: list[Path], model, preprocess: Preprocessor, presets: list[str], batches: list[int], repeats: int):
+    """Frames per second of all ways, the median of the repeats: what `throughput_table` shows."""
+    ways = {f"dense, {batch} in one call": (DENSE, batch) for batch in batches}
+    ways |= {preset: ({"preset": preset}, len(videos)) for preset in presets}
+    rates: dict[str, list[float]] = {name: [] for name in ("decoding", "decoding and preprocessing", *ways)}
+    costs = {}
+    for _ in track(range(repeats), "rounds", console=Console(stderr=True)):
+        rates["decoding"].append(rate_of(VideoReader(videos[0])))
+        images = (frame.image for frame in VideoReader(videos[0]))
+        rates["decoding and preprocessing"].append(
+            rate_of(images, lambda image: preprocess(image, model.dtype, model.device))
+        )
+        for name, (gate, streams) in ways.items():
+            found = time_embedding(videos, model, preprocess, gate, streams)
+            rates[name].append(found["frames_per_second"])
+            costs[name] = found["cost"]
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    best = max((name for name, (gate, _) in ways.items() if gate is DENSE), key=medians.__getitem__)
+    return {
+        "frames_per_second": medians,
+        "all": rates,
+        "best_dense": best,
+        "presets": [
+            {
+                "preset": preset,
+                "cost": costs[preset],
+                "times_dense": medians[preset] / medians[best],
+                "aim": 0.85 / costs[preset],
+            }
+            for preset in presets
+        ],
+    }
+
+
+def main(
+    videos: Annotated[int, typer.Option(help="Embed N videos, all in one call.")] = 16,
+    presets: Annotated[str, typer.Option(help="Presets, separated by commas.")] = "faithful,balanced,thrifty",
+    batches: Annotated[str, typer.Option(help="Videos in one call for dense, separated by commas.")] = "1,4,8,16",
+    model: Annotated[str | None, typer.Option(help="A checkpoint; default: SigLIP-base with random weights.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    repeats: Annotated[int, typer.Option(help="Do everything N times.")] = 3,
+    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "embed_throughput.json",
+):
+    """Time embedding with all presets and dense, and show the table."""
+    torch.manual_seed(0)
+    if model is None:
+        loaded = base_model(dtype, device)
+        preprocess = Preprocessor(loaded.config.image_size)
+    else:
+        loaded, preprocess = load_model(model, dtype_named(dtype), device)
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [Path(shutil.copy(bundled_clip(), f"{folder}/{place:02d}.mp4")) for place in range(videos)]
+        numbers = [int(batch) for batch in batches.split(",")]
+        measured = measure(copies, loaded, preprocess, presets.split(","), numbers, repeats)
+    report = {**provenance(), "model": model, "videos": videos, "dtype": dtype, "device": device, **measured}
+    publish(output, report, throughput_table(report))
+
+
+if __name__ == "__main__":
+    typer.run(main)
