@@ -18,7 +18,7 @@ LAYERS = [
     ("eval",),
     ("recipes",),
     ("neuroflow_hf.cli",),
-    ("neuroflow_hf.distill", "neuroflow_hf.attachment", "neuroflow_hf.archive"),
+    ("neuroflow_hf.distill", "neuroflow_hf.attachment", "neuroflow_hf.archive", "neuroflow_hf.cameras"),
     ("neuroflow_hf.evaluation", "neuroflow_hf.drift"),
     ("neuroflow_hf.conversion",),
     ("neuroflow_hf.loading",),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..video.overlay import contact_sheet, resize
+from ..video.overlay import contact_sheet, fitted
 from ..video.reader import VideoError, frame_at
 from .dataset import file_of, read_metadata, video_state
 
@@ -54,13 +54,3 @@ def require_unchanged(dataset: Path, video: Path):
             f"{video} changed since it was embedded, so its frames may be others. Embed it again, with the command of "
             "the first time."
         )
-
-
-def fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture, uint8 RGB [H, W, 3], as large as fits into [height, width, 3], with black beside it."""
-    scale = min(height / picture.shape[0], width / picture.shape[1])
-    shape = [max(1, round(scale * length)) for length in picture.shape[:2]]
-    top, left = (height - shape[0]) // 2, (width - shape[1]) // 2
-    sheet = np.zeros((height, width, 3), np.uint8)
-    sheet[top : top + shape[0], left : left + shape[1]] = resize(picture, *shape)
-    return sheet

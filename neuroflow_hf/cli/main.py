@@ -16,6 +16,7 @@ from .run import run
 from .search import search
 from .tune import tune
 from .tune_drafts import tune_drafts
+from .watch import watch
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -41,6 +42,7 @@ def main(
 app.command()(run)
 app.command()(embed)
 app.command()(search)
+app.command()(watch)
 app.command()(tune)
 app.command()(distill)
 app.command("eval")(evaluate)

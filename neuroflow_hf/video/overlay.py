@@ -124,6 +124,16 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
+def fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture, uint8 RGB [H, W, 3], as large as fits into [height, width, 3], with black beside it."""
+    scale = min(height / picture.shape[0], width / picture.shape[1])
+    shape = [max(1, round(scale * length)) for length in picture.shape[:2]]
+    top, left = (height - shape[0]) // 2, (width - shape[1]) // 2
+    sheet = np.zeros((height, width, 3), np.uint8)
+    sheet[top : top + shape[0], left : left + shape[1]] = resize(picture, *shape)
+    return sheet
+
+
 @lru_cache(maxsize=64)
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """The font of the plots, which comes with matplotlib."""

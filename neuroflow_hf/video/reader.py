@@ -37,6 +37,7 @@ __all__ = [
     "ffmpeg_name",
     "frame_at",
     "read_frames",
+    "shown",
 ]
 
 # FFmpeg assumes this rate, too, where a raw stream states none.
@@ -159,7 +160,7 @@ class VideoReader:
                     f"{self.path}: no frame can be decoded. The file is damaged, or of a kind that FFmpeg's decoder "
                     f"{stream.codec_context.name!r} does not know, such as animated WebP; re-encode it"
                 ) from error
-            self.height, self.width = _shown(frame, self.path).shape[:2]
+            self.height, self.width = shown(frame, self.path).shape[:2]
 
     @functools.cached_property
     def frame_count(self) -> int:
@@ -196,7 +197,7 @@ class VideoReader:
                     due = decoded if self.every is None else math.floor(time / self.every + 1e-6)
                     if decoded >= self.start and (decoded - self.start) % self.stride == 0 and due > interval:
                         interval = due
-                        image = _shown(frame, self.path)
+                        image = shown(frame, self.path)
                         height, width = image.shape[:2]
                         if (height, width) != (self.height, self.width):
                             raise VideoError(
@@ -245,7 +246,7 @@ def frame_at(path: str | Path, index: int, seconds: float) -> Frame:
             frames = (frame for frame in _decode(container, stream, path) if frame is not None)
             frame = next(frame for frame in frames if frame.pts is not None and frame.pts >= sought)
             if frame.pts == sought:
-                return Frame(index, seconds, _shown(frame, path))
+                return Frame(index, seconds, shown(frame, path))
     return next(iter(VideoReader(path, start=index, max_frames=1)))
 
 
@@ -379,7 +380,7 @@ def _display_matrix(frame: av.VideoFrame) -> tuple[float, float, float, float]:
     return a, b, c, d
 
 
-def _shown(frame: av.VideoFrame, path: Path) -> np.ndarray:
+def shown(frame: av.VideoFrame, path: Path) -> np.ndarray:
     """uint8 RGB [H, W, 3] of a decoded frame of any pixel format, turned and mirrored by its display matrix."""
     a, b, c, d = _display_matrix(frame)
     swapped = abs(b) > abs(a)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -114,6 +114,59 @@ class NeuroFlowStream:
             {name: tensor[indices] for name, tensor in memory.items()} for memory in whole.layer_memories
         ]
         self.batch_size, self.stores, self.frame_in_progress = len(indices), whole.stores, False
+
+    @classmethod
+    def join(cls, streams: Sequence["NeuroFlowStream"]) -> "NeuroFlowStream":
+        """
+        A new object with the streams of several, in their order; the counterpart of `keep`. Each stream goes on as if
+        it had stayed alone, and the objects that they come from stay as they are.
+
+        Args:
+            streams: at least one, all with the same options of the gate.
+
+        Raises:
+            ValueError: for no stream, and for streams that saw frames of different shapes or store different things.
+        """
+        if not streams:
+            raise ValueError("`streams` is empty; expected at least one stream.")
+        wholes = [stream._whole() for stream in streams]
+        joined = cls(wholes[0].gate, sum(whole.batch_size for whole in wholes))
+        joined.frames = [frames for whole in wholes for frames in whole.frames]
+        joined.credit = [credit for whole in wholes for credit in whole.credit]
+        joined.pace = [pace for whole in wholes for pace in whole.pace]
+        begun = [(whole, whole.geometry) for whole in wholes if whole.geometry is not None]
+        if not begun:
+            return joined
+        first, geometry = begun[0][0], replace(begun[0][1], batch_size=joined.batch_size)
+        joined.geometry = geometry
+        for whole, own in begun:
+            changes = geometry.differences(replace(own, batch_size=joined.batch_size))
+            if changes or (whole.stores, whole.hidden_states) != (first.stores, first.hidden_states):
+                raise ValueError(
+                    f"These streams cannot be joined: {changes or 'they store different things'}. Join streams of one "
+                    "model with the same options, which saw frames of the same shape."
+                )
+        joined.stores, joined.hidden_states = first.stores, first.hidden_states
+
+        def rows(parts: list[dict[str, torch.Tensor]], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            """The memories one below the other; those of streams that saw no frame yet are not read."""
+            sizes = [whole.batch_size for whole in wholes]
+            return {
+                name: torch.cat(
+                    [
+                        part[name] if part else tensor.new_zeros(size, *tensor.shape[1:])
+                        for part, size in zip(parts, sizes, strict=True)
+                    ]
+                )
+                for name, tensor in like.items()
+            }
+
+        joined.memory = rows([whole.memory for whole in wholes], first.memory)
+        joined.layer_memories = [
+            rows([whole.layer_memories[layer] if whole.layer_memories else {} for whole in wholes], like)
+            for layer, like in enumerate(first.layer_memories)
+        ]
+        return joined
 
     def _indices(self, streams: int | Iterable[int]) -> list[int]:
         """The indices of streams as a list, after the checks that `reset` describes."""

@@ -18,7 +18,8 @@ from neuroflow_hf.archive.dataset import file_of, frame_schema, read_metadata
 from neuroflow_hf.archive.index import FOLDER, open_index
 from neuroflow_hf.archive.query import image_query, text_query
 from neuroflow_hf.archive.search import BLOCK, find_moments, search_index, similarities
-from neuroflow_hf.archive.sheet import clock, fitted
+from neuroflow_hf.archive.sheet import clock
+from neuroflow_hf.video.overlay import fitted
 from neuroflow_hf.video.reader import VideoReader, frame_at
 from tests.cli.test_run import PROCESSOR, call, write_clip
 from tests.conftest import TINY_TEXT, TINY_VISION, lively

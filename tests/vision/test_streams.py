@@ -90,6 +90,11 @@ def test_a_ragged_batch_is_as_many_single_streams(vision64, mode, batch_size, se
         if step == 3 and reset is not None:
             batched.reset(reset)
             singles[reset].reset()
+        if step == 2:  # parted and joined
+            parts = [copy.copy(batched), copy.copy(batched)]
+            parts[0].keep(places[:1])
+            parts[1].keep(places[1:])
+            batched = NeuroFlowStream.join(parts)
         if step == 4:
             places = places[:0:-1]  # without the first, and in another order
             batched.keep(places)
@@ -653,6 +658,22 @@ def test_streams_to_keep_that_do_not_exist(vision, streams, error):
     with pytest.raises(error):
         stream.keep(streams)
     assert stream.frames == [1, 1] and stream.memory["pooled"].shape[0] == 2
+
+
+def test_streams_that_cannot_be_joined(vision):
+    streams = [vision.new_stream(), vision.new_stream()]
+    with pytest.raises(ValueError, match="is empty"):
+        NeuroFlowStream.join([])
+    assert NeuroFlowStream.join(streams).frames == [0, 0]
+    play(vision, random_video(1), streams[0])
+    vision(pixel_values=random_video(1)[0][..., :16, :16], stream=streams[1], interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match=r"cannot be joined: grid was \(6, 6\) and is now \(4, 4\)"):
+        NeuroFlowStream.join(streams)
+    other = vision.new_stream(mode="reconstruct")
+    play(vision, random_video(1), other)
+    with pytest.raises(ValueError, match="store different things"):
+        NeuroFlowStream.join([streams[0], other])
+    assert streams[0].frames == [1]
 
 
 def test_a_stream_that_is_none(vision):

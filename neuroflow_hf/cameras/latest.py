@@ -1,0 +1,183 @@
+"""
+All threads and queues of `neuroflow watch`: one thread for each source, which puts the newest picture into a slot, and
+one that sends events to a webhook.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from .sources import Picture, Source, reason_of
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a lost source is tried again; doubled each time
+MOST_WAITING = 1000  # events for a webhook that is slower than they come
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """The newest picture of a source, and when it arrived, in seconds of the monotonic clock."""
+
+    picture: Picture
+    arrived: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """
+    What happened to a source: `"connected"`, `"lost"` or `"ended"`.
+
+    Args:
+        source: its name.
+        kind: of these.
+        reason: why it was lost, or ended.
+        pause: seconds until it is tried again.
+        at: when, in seconds since 1970.
+    """
+
+    source: str
+    kind: str
+    reason: str = ""
+    pause: float = 0.0
+    at: float = field(default_factory=time.time, compare=False)
+
+
+class LatestPictures:
+    """
+    The newest picture of each source. A picture that nobody took before the next one came is dropped, so the picture
+    that `take` gives is never older than the time that its caller needs for one round.
+
+    Args:
+        sources: by name, each with whether it is live: only such are tried again.
+        first_pause, longest_pause: seconds before a lost source is tried again; doubled each time.
+
+    Attributes:
+        received, dropped: numbers of pictures by source.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, tuple[Source, bool]],
+        first_pause: float = FIRST_PAUSE,
+        longest_pause: float = LONGEST_PAUSE,
+    ):
+        self.pauses = first_pause, longest_pause
+        self.received, self.dropped = dict.fromkeys(sources, 0), dict.fromkeys(sources, 0)
+        self.running = len(sources)
+        self.changed, self.stop = threading.Condition(), threading.Event()
+        self.arrivals: dict[str, Arrival] = {}
+        self.changes: list[Change] = []
+        self.threads = [
+            threading.Thread(target=self._run, args=(name, *source), name=f"neuroflow-{name}", daemon=True)
+            for name, source in sources.items()
+        ]
+
+    def __enter__(self) -> "LatestPictures":
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Stop all threads; one that waits for a camera is left alone after a second."""
+        self.stop.set()
+        until = time.monotonic() + 1
+        for thread in self.threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def take(self, timeout: float) -> tuple[list[Change], dict[str, Arrival]]:
+        """What happened since the last call, in order, and the new pictures by source; waits for at most `timeout`."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.arrivals or self.changes or not self.running, timeout)
+            changes, arrivals = self.changes, self.arrivals
+            self.changes, self.arrivals = [], {}
+        return changes, arrivals
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether all sources ended, and nothing is left to take."""
+        with self.changed:
+            return not (self.running or self.arrivals or self.changes)
+
+    def _run(self, name: str, source: Source, live: bool):
+        """What the thread of a source does."""
+        pause, longest = self.pauses
+        while not self.stop.is_set():
+            reason, connected = "", False
+            try:
+                for picture in source():
+                    if not connected:
+                        connected, pause = True, self.pauses[0]
+                        self._post(Change(name, "connected"))
+                    self._put(name, picture)
+                    if self.stop.is_set():
+                        return
+            except Exception as error:  # cameras fail in all kinds of ways, and the others go on
+                reason = reason_of(error)
+            if not live:
+                with self.changed:
+                    self.running -= 1
+                    self._post(Change(name, "ended", reason))
+                return
+            self._post(Change(name, "lost", reason or "it ended", pause))
+            self.stop.wait(pause)
+            pause = min(2 * pause, longest)
+
+    def _put(self, name: str, picture: Picture):
+        with self.changed:
+            self.received[name] += 1
+            self.dropped[name] += name in self.arrivals
+            self.arrivals[name] = Arrival(picture, time.monotonic())
+            self.changed.notify()
+
+    def _post(self, change: Change):
+        with self.changed:
+            self.changes.append(change)
+            self.changed.notify()
+
+
+class Webhook:
+    """
+    Sends events, one after the other, in a thread: an address that answers slowly delays nothing.
+
+    Args:
+        send: sends one event, and raises if that fails.
+        seconds_left: how long `close` waits for events that were not sent yet.
+
+    Attributes:
+        sent, failed: numbers of events; failed are also those that came while `MOST_WAITING` waited.
+        reason: why the last one failed.
+    """
+
+    def __init__(self, send: Callable[[dict], None], seconds_left: float = 5.0):
+        self.send, self.seconds_left = send, seconds_left
+        self.sent, self.failed, self.reason = 0, 0, ""
+        self.waiting: queue.Queue = queue.Queue(MOST_WAITING)
+        self.thread = threading.Thread(target=self._run, name="neuroflow-webhook", daemon=True)
+        self.thread.start()
+
+    def post(self, event: dict):
+        """Send an event when those before it are sent."""
+        try:
+            self.waiting.put_nowait(event)
+        except queue.Full:
+            self.failed, self.reason = self.failed + 1, f"{MOST_WAITING} events wait already"
+
+    def close(self):
+        """Send what waits, for at most `seconds_left`."""
+        until = time.monotonic() + self.seconds_left
+        while self.thread.is_alive() and time.monotonic() < until:
+            try:
+                self.waiting.put_nowait(None)
+                break
+            except queue.Full:
+                time.sleep(0.05)
+        self.thread.join(max(0.0, until - time.monotonic()))
+
+    def _run(self):
+        while (event := self.waiting.get()) is not None:
+            try:
+                self.send(event)
+                self.sent += 1
+            except Exception as error:
+                self.failed, self.reason = self.failed + 1, reason_of(error)

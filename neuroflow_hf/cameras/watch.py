@@ -1,0 +1,233 @@
+"""
+Watch cameras: all with a new picture in one call, as streams; events as their labels change.
+
+    sources = {name: open_source(place) for name, place in places.items()}
+    summary = watch_cameras(sources, model, preprocess, {"preset": "balanced"}, labels=labels, emit=print)
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from threading import Event
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..utils.files import significant
+from ..utils.jobs import stop_on_interrupt
+from ..video.labels import Labels
+from ..video.preprocess import Preprocessor
+from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
+from .latest import Change, LatestPictures
+from .sources import Source
+from .streams import CameraStreams
+
+TICK = 0.2  # seconds between looks at whether to stop
+DELAYS_KEPT = 10_000  # of the last frames of a source, for quantiles
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """
+    What the model gave for a picture.
+
+    Args:
+        source: its name.
+        image: uint8 RGB [H, W, 3].
+        mask: bool [grid_h, grid_w], the encoded patches.
+        cost: relative to dense.
+        label, confidence: the best label and SigLIP's probability of it; None without labels.
+    """
+
+    source: str
+    image: np.ndarray
+    mask: np.ndarray
+    cost: float
+    label: str | None
+    confidence: float | None
+
+
+@dataclass
+class SourceFigures:
+    """
+    What is counted of a source.
+
+    Args:
+        frames: pictures that were encoded.
+        cost: their summed cost, relative to dense.
+        connections, losses: how often it was connected and lost.
+        changes: how often its label changed; the first label counts.
+        longest_delay: the longest time from a picture's arrival to its result, in seconds.
+        delays: those of the last frames.
+    """
+
+    frames: int = 0
+    cost: float = 0.0
+    connections: int = 0
+    losses: int = 0
+    changes: int = 0
+    longest_delay: float = 0.0
+    delays: deque = field(default_factory=lambda: deque(maxlen=DELAYS_KEPT))
+
+    def count(self, cost: float, delay: float):
+        """Count an encoded picture."""
+        self.frames += 1
+        self.cost += cost
+        self.longest_delay = max(self.longest_delay, delay)
+        self.delays.append(delay)
+
+    def line(self, received: int, dropped: int) -> dict:
+        """The figures of a source in the summary."""
+        median, p95 = np.quantile(self.delays, (0.5, 0.95)).tolist() if self.delays else (None, None)
+        delays = {"median": median, "p95": p95, "max": self.longest_delay if self.delays else None}
+        return {
+            "received": received,
+            "encoded": self.frames,
+            "dropped": dropped,
+            "mean_cost": significant(self.cost / self.frames) if self.frames else None,
+            "delay_seconds": {name: significant(delay, 4) for name, delay in delays.items()},
+            "label_changes": self.changes,
+            "connections": self.connections,
+            "losses": self.losses,
+        }
+
+
+# --- events: pure --------------------------------------------------------------------------------------------------
+
+
+def stamp(seconds: float) -> str:
+    """A time since 1970 as ISO 8601 in UTC, with milliseconds."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def change_event(change: Change) -> dict:
+    """The event of a source that was connected, lost or ended."""
+    event: dict = {"event": change.kind, "source": change.source, "time": stamp(change.at)}
+    if change.reason:
+        event["reason"] = change.reason
+    if change.kind == "lost":
+        event["retry_seconds"] = change.pause
+    return event
+
+
+def label_event(source: str, labels: Labels, logits: Tensor, previous: str | None, arrived: float) -> dict | None:
+    """
+    The event of a picture whose best label is another one than before; None if it is the same.
+
+    Args:
+        source: its name.
+        labels: those compared.
+        logits: float32 [L], of the picture.
+        previous: the best label before; None for the first picture.
+        arrived: when the picture arrived, in seconds since 1970.
+    """
+    place = int(logits.argmax())
+    if labels.names[place] == previous:
+        return None
+    return {
+        "event": "label",
+        "source": source,
+        "time": stamp(arrived),
+        "label": labels.names[place],
+        "confidence": significant(logits[place].sigmoid().item()),
+        "share": significant(logits.softmax(dim=-1)[place].item()),
+        "previous": previous,
+    }
+
+
+# --- the job -------------------------------------------------------------------------------------------------------
+
+
+def watch_cameras(
+    sources: Mapping[str, tuple[Source, bool]],
+    model: NeuroFlowSiglipVisionModel,
+    preprocess: Preprocessor,
+    gate_options: dict | None = None,
+    *,
+    labels: Labels | None = None,
+    fps: float | None = None,
+    emit: Callable[[dict], Any] = print,
+    on_round: Callable[[list[Seen], float], Any] | None = None,
+    latest: Callable[..., LatestPictures] = LatestPictures,
+) -> dict:
+    """
+    Watch cameras until all files among them ended, or until Ctrl-C or SIGTERM.
+
+    In each round, the newest picture of every source that has one is encoded, all in one call. What came meanwhile but
+    for the newest is dropped, so a result comes at most two rounds after its picture. A source that is lost is tried
+    again after pauses that grow, and begins anew with a keyframe; the others go on.
+
+    Args:
+        sources: by name, of `open_source`.
+        model, preprocess: from `load_model`.
+        gate_options: options of [`NeuroFlowGateConfig`] that override the model's.
+        labels: from `load_model_with_labels`; without, there are no events but those of connections.
+        fps: at most so many rounds a second; None: as many as the machine can do.
+        emit: called with each event, a dict.
+        on_round: called with what was seen in a round, and seconds since the beginning.
+        latest: makes the slots.
+
+    Returns:
+        `seconds`, and the figures of each source under `sources`: pictures `received`, `encoded` and `dropped`,
+        `mean_cost`, `delay_seconds` from a picture's arrival to its result (median and p95 of the last 10,000, and the
+        maximum), `label_changes`, `connections` and `losses`.
+
+    Raises:
+        ValueError: for no source, and `fps` out of range.
+    """
+    if not sources:
+        raise ValueError("There are no sources; expected at least one.")
+    if fps is not None and not 0 < fps < float("inf"):
+        raise ValueError(f"`fps` is {fps}; expected a number of rounds a second above 0, or None.")
+    figures = {name: SourceFigures() for name in sources}
+    streams = CameraStreams(model, gate_options or {})
+    best: dict[str, str] = {}
+    interpolate = preprocess.resolution != model.config.image_size
+    begun = time.monotonic()
+    with stop_on_interrupt() as stop, latest(sources) as pictures:
+        while not stop.is_set() and not pictures.all_ended:
+            round_begun = time.monotonic()
+            changes, arrivals = pictures.take(TICK)
+            for change in changes:
+                emit(change_event(change))
+                if change.kind == "connected":
+                    streams.restart(change.source)
+                    figures[change.source].connections += 1
+                figures[change.source].losses += change.kind == "lost"
+            if not arrivals:
+                continue
+            images = [arrival.picture() for arrival in arrivals.values()]
+            pixel_values = torch.cat([preprocess(image, model.dtype, model.device) for image in images])
+            with torch.inference_mode():
+                stream = streams.of(list(arrivals))
+                output = model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate, stream=stream)
+            embeddings, costs = output.pooler_output.float().cpu(), output.cost.tolist()
+            logits = None if labels is None else labels.logits(embeddings)
+            masks = output.active_mask.cpu().numpy()
+            seen = []
+            for row, (name, arrival) in enumerate(arrivals.items()):
+                delay = time.monotonic() - arrival.arrived
+                figures[name].count(costs[row], delay)
+                if labels is not None:
+                    event = label_event(name, labels, logits[row], best.get(name), time.time() - delay)
+                    if event is not None:
+                        best[name] = event["label"]
+                        figures[name].changes += 1
+                        emit(event)
+                confidence = None if logits is None else logits[row].max().sigmoid().item()
+                seen.append(Seen(name, images[row], masks[row], costs[row], best.get(name), confidence))
+            if on_round is not None:
+                on_round(seen, time.monotonic() - begun)
+            if fps is not None:
+                wait(stop, round_begun + 1 / fps)
+    lines = {name: of.line(pictures.received[name], pictures.dropped[name]) for name, of in figures.items()}
+    return {"seconds": round(time.monotonic() - begun, 3), "sources": lines}
+
+
+def wait(stop: Event, until: float):
+    """Wait until a time of the monotonic clock, or until `stop` is set."""
+    stop.wait(max(0.0, until - time.monotonic()))

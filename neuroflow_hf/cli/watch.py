@@ -1,0 +1,117 @@
+"""`neuroflow watch`: cameras, and their labels as they change."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from . import options
+from .errors import one_line_errors
+from .options import option
+from .output import figure_table
+from .vision_model import given_labels, load_vision, parse_gate, with_config
+
+
+def watch(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Cameras: /dev/video0, RTSP or HTTP URLs; or video files, which play at their own speed."),
+    ],
+    labels: options.Labels = None,
+    template: options.Template = None,
+    overlay: Annotated[
+        Path | None,
+        option("Write a video of all cameras that marks encoded patches.", metavar="FILE.mp4", default="none"),
+    ] = None,
+    webhook: Annotated[
+        str | None, option("Also send each event to this HTTP address, by POST.", metavar="URL", default="none")
+    ] = None,
+    fps: Annotated[
+        float | None, option("Look at most N times a second.", default="as often as possible", metavar="N")
+    ] = None,
+    model: options.VisionModel = None,
+    resolution: options.Resolution = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "auto",
+    config: options.GateFile = None,
+    preset: options.Preset = None,
+    gate: options.GateOptions = None,
+    debug: options.Debug = False,
+):
+    """
+    Watch cameras, several in one call, and print a line of JSON whenever a camera's best label changes.
+
+    Frames that come faster than they can be encoded are dropped, so that results stay close to the present. A camera
+    that is lost is tried again. Ctrl-C ends with a summary.
+    """
+    with one_line_errors(debug, nothing_done="nothing was watched."), contextlib.ExitStack() as stack:
+        from ..cameras.latest import Webhook
+        from ..cameras.mosaic import Mosaic
+        from ..cameras.sources import open_source, source_name
+        from ..cameras.watch import watch_cameras
+        from ..cameras.webhook import post_json
+        from ..loading import default_model, dtype_named, usable_device
+        from ..video.run import covered_share
+
+        if labels is None and overlay is None:
+            raise ValueError("There is nothing to report; give --labels 'a person, a car', or --overlay FILE.mp4.")
+        if overlay is not None and (overlay.suffix != ".mp4" or not overlay.absolute().parent.is_dir()):
+            raise ValueError(f"--overlay {overlay} cannot be written; expected an .mp4 file in a folder that exists.")
+        send = None if webhook is None else post_json(webhook)
+        weights_dtype = dtype_named(dtype)
+        names = given_labels(labels, template)
+        usable_device(device)
+        gate_options = with_config(config, options.given(preset=preset) | parse_gate(gate or []), model)
+        opened = {}
+        for place in sources:
+            if source_name(place) in opened:
+                raise ValueError(f"{source_name(place)} is given twice; give each source once.")
+            opened[source_name(place)] = open_source(place)
+        how = (weights_dtype, device, resolution)
+        loaded, preprocess, embedded = load_vision(model or default_model(), names, template, *how)
+        hook = None if send is None else Webhook(send)
+        mosaic = None
+        if overlay is not None:
+            mosaic = Mosaic(overlay, list(opened), covered_share(loaded, preprocess), labelled=names is not None)
+            stack.callback(mosaic.close)
+
+        def emit(event: dict):
+            print(json.dumps(event), flush=True)
+            if hook is not None:
+                hook.post(event)
+
+        summary = watch_cameras(
+            opened,
+            loaded,
+            preprocess,
+            gate_options,
+            labels=embedded,
+            fps=fps,
+            emit=emit,
+            on_round=None if mosaic is None else mosaic.add,
+        )
+        if hook is not None:
+            hook.close()
+            summary["webhook"] = {"sent": hook.sent, "failed": hook.failed, "reason": hook.reason}
+        emit_summary(summary)
+
+
+def emit_summary(summary: dict):
+    """Print the summary as a line of JSON on stdout, and as a table on stderr."""
+    print(json.dumps({"event": "summary"} | summary), flush=True)
+    headers = ("source", "received", "encoded", "dropped", "mean cost", "delay: median", "p95", "max", "lost")
+    rows = []
+    for name, line in summary["sources"].items():
+        delays = ["" if delay is None else f"{delay:.2f} s" for delay in line["delay_seconds"].values()]
+        cost = "" if line["mean_cost"] is None else f"{line['mean_cost']:.3f}"
+        counts = [str(line[key]) for key in ("received", "encoded", "dropped")]
+        rows.append((name, *counts, cost, *delays, str(line["losses"])))
+    console = Console(stderr=True, highlight=False)
+    console.width = max(console.width, 120)
+    console.print(figure_table(headers, rows, title=f"{summary['seconds']:.1f} seconds"))
+    failed = summary.get("webhook", {}).get("failed")
+    if failed:
+        console.print(f"{failed} events did not reach the webhook: {summary['webhook']['reason']}", markup=False)
