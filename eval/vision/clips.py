@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
 from neuroflow_hf.utils.wheels import fetch_wheel
@@ -235,6 +235,39 @@ def pasted(scene: np.ndarray, thing: np.ndarray, places: np.ndarray) -> Iterator
         yield scene * (1 - np.clip(layer[..., 3:], 0, 1)) + layer[..., :3]
 
 
+def moving_in_view(views: Iterable[np.ndarray], thing: np.ndarray, places: np.ndarray) -> Iterator[np.ndarray]:
+    """Views [H, W, 3] of a moving camera, each with a cut-out whose centre in it is at its row of `places`."""
+    return (next(pasted(view, thing, place[None])) for view, place in zip(views, places, strict=True))
+
+
+def snowing(scene: np.ndarray, flakes: int, seed: int) -> Iterator[np.ndarray]:
+    """A scene [H, W, 3] before falling snow: soft white discs; larger ones fall faster."""
+    rng = np.random.default_rng(seed)
+    height, width = scene.shape[:2]
+    places, radii = rng.uniform((0, 0), (height, width), (flakes, 2)), rng.uniform(0.8, 3.0, flakes)
+    sway = rng.uniform(0, 2 * math.pi, flakes)
+    rows, columns = np.mgrid[-4:5, -4:5]
+    for frame in range(FRAMES):
+        snow = np.zeros((height + 8, width + 8, 1), dtype=np.float32)
+        for (row, column), radius, phase in zip(places, radii, sway, strict=True):
+            row = (row + 2.5 * radius * frame) % height
+            column = (column + 4 * math.sin(phase + frame / 9)) % width
+            distance = np.hypot(rows - row % 1, columns - column % 1)
+            patch = snow[int(row) : int(row) + 9, int(column) : int(column) + 9, 0]
+            np.maximum(patch, np.clip(radius + 0.5 - distance, 0, 0.9), out=patch)
+        snow = snow[4:-4, 4:-4]
+        yield scene * (1 - snow) + 250 * snow
+
+
+def written_page(lines: Sequence[str], width: int, height: int) -> np.ndarray:
+    """Dark text on a white page, uint8 [height, width, 3]; the lines are repeated to its end."""
+    page = Image.new("RGB", (width, height), (250, 250, 248))
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
+    for number in range(height // 20):
+        draw.text((30, 20 * number), lines[number % len(lines)], (30, 30, 40), font)
+    return np.asarray(page)
+
+
 def appearing(row: float, column: float, first: int, gone: int) -> np.ndarray:
     """Places [FRAMES, 2] of a thing at (row, column) from frame `first` up to, and without, frame `gone`."""
     index = np.arange(FRAMES)[:, None]
@@ -388,6 +421,54 @@ def lights_switched(coffee):
 @composition("cuts", "a pavilion, a coffee cup (33), a cat (66)", CHINA, COFFEE, CHELSEA, noise=1.5, events=(33, 66))
 def scene_cuts(*photos):
     return chain(*(repeat(fit(photo), count) for photo, count in zip(photos, (33, 33, 34), strict=True)))
+
+
+@composition("snow", "a pavilion in falling snow, 150 flakes of 1 to 3 pixels", CHINA, noise=1.0)
+def snow(china):
+    return snowing(fit(china), flakes=150, seed=4)
+
+
+@composition("hand-held camera", "towards a rocket, on foot: steps, sway and roll", ROCKET, noise=1.0)
+def walking(rocket):
+    poses = hand_shake(213, 320, sway=5, seed=5)
+    frames = np.arange(FRAMES)
+    poses[:, 0] += 4 * np.abs(np.sin(math.pi * frames / 15))  # two steps a second
+    poses[:, 3] = 1 + 0.4 * frames / FRAMES
+    return filmed(rocket, poses)
+
+
+@composition(
+    "moving camera",
+    "a pan over a pavilion, in which a dahlia crosses the view the other way",
+    CHINA,
+    FLOWER,
+    noise=1.0,
+)
+def pan_with_object(china, flower):
+    views = filmed(china, glide([(0, 225, 205, 0, 1), (FRAMES - 1, 225, 425, 0, 1)], eased=False))
+    dahlia = cut_out(flower, centre=(221, 308), radii=(136, 137), height=90)
+    return moving_in_view(views, dahlia, glide([(0, 200, 440), (FRAMES - 1, 170, -40)], eased=False))
+
+
+@composition("screen", "a page of text that scrolls, stands (30 to 50, 70 to 80), and scrolls on", noise=0.0)
+def scrolling():
+    lines = [
+        " ".join(f"{word}{number}" for word in ("token", "patch", "frame", "layer")) for number in range(7, 60, 3)
+    ]
+    page = written_page(lines, width=SIZE[1] + 40, height=1200)
+    return filmed(
+        page,
+        glide(
+            [
+                (0, 200, 220, 0, 1),
+                (30, 320, 220, 0, 1),
+                (50, 320, 220, 0, 1),
+                (70, 800, 220, 0, 1),
+                (80, 800, 220, 0, 1),
+                (99, 900, 220, 0, 1),
+            ]
+        ),
+    )
 
 
 SOURCES = (*RECORDINGS, *COMPOSITIONS)

@@ -1,26 +1,28 @@
 """
-Are presets and modes closer to dense than the best trivial baseline of the same cost, on the suite of clips?
+Is a preset ever further from dense than holding a dense frame at the same cost? And how far are the modes?
 
-    python -m eval.vision.vision_policies --frames 60    # run again to continue
-    python -m eval.vision.vision_policies --clips pan,webcam --methods balanced --frames 30
-    torchrun --nproc_per_node 2 -m eval.vision.vision_policies
+    torchrun --nproc_per_node 2 -m eval.vision.vision_policies    # an hour on two cores; run again to continue
+    python -m eval.vision.vision_policies --clips pan,webcam --methods balanced
 
-All baselines return the dense output of an earlier frame. They encode a frame every k frames (all k, all phases), or
-when the mean surprise or the share of changed patches since the last dense frame exceeds a level, or only the first
-frame. A baseline can also switch between two settings, so its value at any cost is the mixture of the two settings
-nearest in cost. For each clip and each statistic, the best baseline is chosen afterwards, which favours the baselines.
+Every clip of `clips.py`, 120 frames each; a clip with fewer frames is played forward and back. Every frame is compared
+with a dense forward of the same frame, except the first, which every method encodes in full. Cosine of the pooled
+output and of the patches.
 
-Every frame is compared with a dense forward of the same frame, except the first, which every method encodes in full:
-cosine of the pooled output, mean and 5th percentile over frames. Intervals are 95 %, from a paired moving-block
-bootstrap over frames, and over clips where results of clips are pooled; about one in 40 of the intervals lies above
-the truth and one in 40 below it. Recordings hold embeddings in float16, which hides differences below about 1e-6.
-Writes `eval/results/vision_policies.json` and `docs/policies.png`, shown in `docs/results/fidelity.md` and README.
+All baselines hold the dense output of an earlier frame: of every k-th frame (all k, all phases), or of the last frame
+whose mean surprise or share of changed patches exceeded a level, or of the first frame. A baseline can also switch
+between two settings, so its value at any cost is the mixture of the two settings nearest in cost. For each clip and
+each statistic, the best baseline is chosen afterwards, which favours the baselines. A preset also stands beside the
+baseline that one can choose beforehand: dense every 1 / `cost_budget` frames.
+
+Intervals are 95 %, from a paired moving-block bootstrap over frames, and over clips where results of clips are pooled.
+What was recorded is kept in the cache, embeddings in float16, which hides differences below about 1e-6. Writes
+`eval/results/vision_policies.json` and `docs/policies.png`, shown in `docs/results/fidelity.md`,
+`docs/results/holding.md`, `docs/guides/vlms.md` and README.
 """
 
 import itertools
-import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,47 +32,39 @@ import torch
 import typer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from rich.console import Console
 from torch import Tensor
-from torch.nn import functional
 
 from eval.docs.tables import delays_table, policies_table
-from eval.recordings import Recorder, RecordSettings, Scene
 from eval.report import RESULTS, provenance, publish, rounded, tidy
-from eval.vision import clips as clips_module
+from eval.vision.clip_recorder import FRAMES, PATCH_FIGURES, ClipRecorder, load_clip
 from eval.vision.clip_statistics import drawn_blocks
-from eval.vision.clips import NAMES, Clip, load_clips
+from eval.vision.clips import NAMES, Clip
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.evaluation.equal_cost import LEVEL, Mixture, shares_at, verdict
-from neuroflow_hf.evaluation.methods import MethodSpec
-from neuroflow_hf.evaluation.settings import DENSE, FIRST
 from neuroflow_hf.evaluation.statistics import middle
-from neuroflow_hf.utils.provenance import code_version, key_of
-from neuroflow_hf.video import reader
+from neuroflow_hf.utils.processes import Processes
 from neuroflow_hf.video.preprocess import Preprocessor
-from neuroflow_hf.vision.gate_config import DEFAULT_PRESET, PRESETS
-from recipes import recordings as footage
+from neuroflow_hf.vision.gate_config import DEFAULT_PRESET, PRESETS, NeuroFlowGateConfig
 from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
 
 METHODS = {
-    **PRESETS,
+    **{preset: {"preset": preset} for preset in PRESETS},
     "extrapolate": {"mode": "extrapolate"},
     "context": {"mode": "context"},
-    "context + keyframes": {"mode": "context", "keyframe_interval": 12},
     "reconstruct (the paper's C)": {"mode": "reconstruct", "reference": "ema", "ema_rate": 0.05},
+    "eliminate (the paper's B, not distilled)": {"mode": "eliminate", "reference": "ema", "ema_rate": 0.05},
+    "mlp (the paper's A)": {"mode": "mlp"},
 }
+# The controller of the cost budget was made on these clips. The others show it on what it was not made on.
+DEVELOPMENT = (
+    *("walker", "street-cuts", "carphone", "webcam", "big-buck-bunny", "city-by-night"),
+    *("waving-grass", "hand-held"),
+)
 EVERY, SURPRISE, SHARE = "every k", "mean surprise", "share changed"  # families of baselines
 SURPRISE_LEVELS = tuple(np.geomspace(0.003, 0.4, 15).tolist())
 FRACTION_LEVELS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LONGEST_INTERVAL = 100
-NEVER = MethodSpec("surprise over inf", SURPRISE, "surprise", {"level": math.inf}, True)
-TRIGGERED = [
-    NEVER,
-    *(MethodSpec(f"surprise over {x:.3g}", SURPRISE, "surprise", {"level": x}, True) for x in SURPRISE_LEVELS),
-    *(
-        MethodSpec(f"changed over {x}", SHARE, "stream", {"mode": "hold", "keyframe_fraction": x}, True)
-        for x in FRACTION_LEVELS
-    ),
-]
 
 STATISTICS = ("pooled_mean", "pooled_p5")
 BLOCK = 10
@@ -79,14 +73,6 @@ DELAY_CAP = 30
 CLIP_COLUMNS = ("value", "control", "family", "low", "high", "verdict")
 
 # --- one clip --------------------------------------------------------------------------------------------------------
-
-
-def clip_scene(clip: Clip, frames: int) -> Scene:
-    """The first frames of a clip of the suite."""
-    code = code_version(map(Path, (clips_module.__file__, footage.__file__, reader.__file__)))
-    identity = key_of(code=code, table=footage.TABLE.read_text(encoding="utf-8"))
-    count = min(frames, clip.count)
-    return Scene(clip.name, lambda: itertools.islice(clip.frames(), count), (None,) * count, identity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +109,35 @@ def held_every(interval: int, dense: Tensor) -> Tensor:
     return dense[(index - (index - torch.arange(interval)[:, None]) % interval).clamp(min=0)]
 
 
+def held_when(distance: Tensor, level: float) -> list[int]:
+    """For each of T frames, the frame whose embedding is held: a new one when the distance [T, T] to it is more."""
+    held = [0]
+    for number in range(1, len(distance)):
+        held.append(number if distance[held[-1], number] > level else held[-1])
+    return held
+
+
+def baselines(recorded: dict[str, Tensor], events: Sequence[int]) -> dict[str, list[Outcome]]:
+    """The baselines' outcomes by family, from what was recorded of dense; setting i is the same on every clip."""
+    dense = recorded["outputs"]
+    first = outcome(0.0, dense[:1].expand(1, *dense.shape), dense, events)
+    by_clock = [outcome(1 / k, held_every(k, dense), dense, events) for k in range(1, LONGEST_INTERVAL + 1)]
+    families = {EVERY: [first, *by_clock], "first frame": [first]}
+    keyframe, looking = recorded["costs"].tolist()
+    for family, distance, levels in (
+        (SURPRISE, recorded["mean_surprise"], SURPRISE_LEVELS),
+        (SHARE, recorded["changed"], FRACTION_LEVELS),
+    ):
+        families[family] = [first]
+        for level in levels:
+            held = held_when(distance, level)
+            encoded = np.mean([number == kept for number, kept in enumerate(held)][1:])
+            cost = float(encoded * keyframe + (1 - encoded) * looking)
+            families[family].append(outcome(cost, dense[held][None], dense, events))
+        families[family].append(outcome(1.0, dense[None], dense, events))
+    return families
+
+
 @dataclass(frozen=True, eq=False)
 class Measured:
     """
@@ -132,7 +147,7 @@ class Measured:
         clip: the clip.
         dense: outcome with every frame dense.
         methods: outcomes by method.
-        walls: by method, the time for all frames relative to dense.
+        patches: by method, PATCH_FIGURES of its patches, and of dense patches held at its cost, [2, 4].
         families: outcomes of the baselines; member i of a family has the same settings on every clip.
         drawn: int [RESAMPLES, F], the resamples of the frames, which all comparisons share.
     """
@@ -140,47 +155,26 @@ class Measured:
     clip: Clip
     dense: Outcome
     methods: dict[str, Outcome]
-    walls: dict[str, float]
+    patches: dict[str, list[list[float]]]
     families: dict[str, list[Outcome]]
     drawn: np.ndarray
 
 
-def measure(clip: Clip, scene: Scene, recorder: Recorder, methods: Sequence[MethodSpec]) -> Measured:
-    """The outcomes of a clip, from its recordings."""
-    events = [event for event in clip.events if event < scene.count]
-    found = {spec.name: recorder.load([scene], spec)[0] for spec in (DENSE, FIRST, *TRIGGERED, *methods)}
-    first = found[FIRST.name].embeddings[:1]  # every method's first output
-    outputs = {name: functional.normalize(torch.cat([first, one.embeddings]), dim=-1) for name, one in found.items()}
-    dense = outputs[DENSE.name]
-    outcomes = {
-        name: outcome(one.cost[1:].mean().item(), outputs[name][None], dense, events) for name, one in found.items()
-    }
-    families = {
-        EVERY: [
-            outcomes[FIRST.name],
-            *(
-                outcome(1 / interval, held_every(interval, dense), dense, events)
-                for interval in range(1, LONGEST_INTERVAL + 1)
-            ),
-        ],
-        **{
-            family: [
-                outcomes[FIRST.name],
-                *(outcomes[spec.name] for spec in TRIGGERED if spec is NEVER or spec.family == family),
-                outcomes[DENSE.name],
-            ]
-            for family in (SURPRISE, SHARE)
-        },
-        "first frame": [outcomes[FIRST.name]],
-    }
-    seconds = {name: one.about["seconds"] for name, one in found.items()}
+def measure(clip: Clip, recorder: ClipRecorder, methods: dict[str, dict]) -> Measured:
+    """The outcomes of a clip, from what was recorded."""
+    recorded = recorder.load(clip.name, None)
+    dense, events = recorded["outputs"], [event for event in clip.events if event < recorder.frames]
+    found = {name: recorder.load(clip.name, options) for name, options in methods.items()}
     return Measured(
         clip,
-        outcomes[DENSE.name],
-        {spec.name: outcomes[spec.name] for spec in methods},
-        {spec.name: seconds[spec.name] / seconds[DENSE.name] for spec in methods},
-        families,
-        resampled_frames(scene.count - 1, seed=zlib.crc32(clip.name.encode())),
+        outcome(1.0, dense[None], dense, events),
+        {
+            name: outcome(one["cost"][1:].mean().item(), one["outputs"][None], dense, events)
+            for name, one in found.items()
+        },
+        {name: one["patches"].tolist() for name, one in found.items() if "patches" in one},
+        baselines(recorded, events),
+        resampled_frames(recorder.frames - 1, seed=zlib.crc32(clip.name.encode())),
     )
 
 
@@ -201,31 +195,44 @@ def statistic(name: str, cosines: np.ndarray, drawn: np.ndarray | None = None) -
     return cosines.mean(0)[drawn].mean(-1)
 
 
-def judge(method: str, measured: Measured) -> tuple[dict, dict[str, np.ndarray]]:
+def compared(own: Outcome, baseline: Mixture, name: str, drawn: np.ndarray) -> tuple[list, np.ndarray]:
+    """One of STATISTICS beside a baseline's: CLIP_COLUMNS, and the resampled differences [RESAMPLES]."""
+    value = statistic(name, own.cosines).item()
+    control = baseline.mean(lambda one: statistic(name, one.cosines).item())
+    draws = statistic(name, own.cosines, drawn) - baseline.mean(lambda one: statistic(name, one.cosines, drawn))
+    interval = middle(draws)
+    return [value, control, baseline.family, *interval, verdict(value - control, interval)], draws
+
+
+def judge(method: str, options: dict, measured: Measured) -> tuple[dict, dict[str, np.ndarray]]:
     """
-    Compare a method with the best baselines at its cost, on one clip.
+    Compare a method with the best baselines at its cost, on one clip, and a preset with the one chosen beforehand.
 
     Returns:
-        A row for the report, with a list of CLIP_COLUMNS for each of STATISTICS; and by statistic the resampled
-        differences [RESAMPLES].
+        A row for the report, with a list of CLIP_COLUMNS for each of STATISTICS; and the resampled differences
+        [RESAMPLES] by statistic, and by `"beforehand " + statistic`.
     """
-    own = measured.methods[method]
-    row: dict = {"method": method, "clip": measured.clip.name, "cost": own.cost, "wall": measured.walls[method]}
+    own, clip = measured.methods[method], measured.clip
+    row: dict = {"method": method, "clip": clip.name, "kind": clip.kind, "cost": own.cost}
+    row["development"] = clip.name in DEVELOPMENT
     mixtures = []
     for family, settings in measured.families.items():
         shares = shares_at([setting.cost for setting in settings], own.cost)
         mixtures.append(Mixture(family, [(share, settings[place]) for share, place in shares if share > 0]))
     row["equal_cost"], draws = {}, {}
     for name in STATISTICS:
-        values = [m.mean(lambda one, name=name: statistic(name, one.cosines).item()) for m in mixtures]
-        control, best = max(zip(values, mixtures, strict=True), key=lambda pair: pair[0])
-        value = statistic(name, own.cosines).item()
-        draws[name] = statistic(name, own.cosines, measured.drawn) - best.mean(
-            lambda one, name=name: statistic(name, one.cosines, measured.drawn)
-        )
-        interval = middle(draws[name])
-        judged = verdict(value - control, interval)
-        row["equal_cost"][name] = [value, control, best.family, *interval, judged]
+        judged = [compared(own, mixture, name, measured.drawn) for mixture in mixtures]
+        row["equal_cost"][name], draws[name] = max(judged, key=lambda one: one[0][1])
+    budget = NeuroFlowGateConfig.from_options(**options).cost_budget
+    if budget is not None:
+        settings = measured.families[EVERY]
+        shares = shares_at([setting.cost for setting in settings], budget)
+        beforehand = Mixture(EVERY, [(share, settings[place]) for share, place in shares if share > 0])
+        row["beforehand"] = {}
+        for name in STATISTICS:
+            row["beforehand"][name], draws[f"beforehand {name}"] = compared(own, beforehand, name, measured.drawn)
+    if method in measured.patches:
+        row["patches"] = dict(zip(("own", "held"), measured.patches[method], strict=True))
     held = {mixture.family: mixture.mean(lambda one: one.delays) for mixture in mixtures}
     beyond = {name: delays - measured.dense.delays for name, delays in {"method": own.delays, **held}.items()}
     row["delays"] = [
@@ -248,37 +255,56 @@ def pooled_draws(draws: np.ndarray, seed: int = 0) -> np.ndarray:
     return draws[chosen, rng.integers(resamples, size=(resamples, clips))].mean(1)
 
 
-def pooled_row(method: str, rows: Sequence[dict], draws: Sequence[dict[str, np.ndarray]]) -> dict:
-    """A method over all clips: means, intervals and verdicts. Delays are means over events."""
-    pooled: dict = {"method": method, "clips": "all", "equal": "cost"}
-    pooled |= {name: float(np.mean([row[name] for row in rows])) for name in ("cost", "wall")}
+def pooled_figure(rows: Sequence[list], draws: Sequence[np.ndarray], clips: Sequence[str]) -> dict:
+    """A statistic over clips, from their CLIP_COLUMNS and resampled differences."""
+    found = [dict(zip(CLIP_COLUMNS, row, strict=True)) for row in rows]
+    value, control = (float(np.mean([one[key] for one in found])) for key in ("value", "control"))
+    interval, verdicts = middle(pooled_draws(np.stack(draws))), [one["verdict"] for one in found]
+    return {
+        "value": value,
+        "control": control,
+        "difference": value - control,
+        "interval": interval,
+        "verdict": verdict(value - control, interval),
+        "clips": {name: verdicts.count(name) for name in ("above", "level", "below")},
+        "below": [clip for clip, one in zip(clips, verdicts, strict=True) if one == "below"],
+    }
+
+
+def pooled_row(method: str, clips: str, rows: Sequence[dict], draws: Sequence[dict[str, np.ndarray]]) -> dict:
+    """A method over some clips: means, intervals and verdicts. Delays are means over events."""
+    pooled: dict = {"method": method, "clips": clips, "count": len(rows)}
+    pooled["cost"], names = float(np.mean([row["cost"] for row in rows])), [row["clip"] for row in rows]
     for name in STATISTICS:
-        found = [dict(zip(CLIP_COLUMNS, row["equal_cost"][name], strict=True)) for row in rows]
-        value, control = (float(np.mean([one[key] for one in found])) for key in ("value", "control"))
-        interval = middle(pooled_draws(np.stack([one[name] for one in draws])))
-        verdicts = [one["verdict"] for one in found]
-        pooled[name] = {
-            "value": value,
-            "control": control,
-            "difference": value - control,
-            "interval": interval,
-            "verdict": verdict(value - control, interval),
-            "clips": {name: verdicts.count(name) for name in ("above", "level", "below")},
-            "below": [row["clip"] for row, one in zip(rows, verdicts, strict=True) if one == "below"],
-        }
+        pooled[name] = pooled_figure([row["equal_cost"][name] for row in rows], [one[name] for one in draws], names)
+        if "beforehand" in rows[0]:
+            key = f"beforehand {name}"
+            pooled[key] = pooled_figure([row["beforehand"][name] for row in rows], [one[key] for one in draws], names)
+    if "patches" in rows[0]:
+        figures = np.mean([list(row["patches"].values()) for row in rows], axis=0).tolist()
+        own, held = (dict(zip(PATCH_FIGURES, values, strict=True)) for values in figures)
+        pooled["patches"] = {"own": own, "held": held}
     events = [event for row in rows for event in row["delays"]]
-    names = events[0] if events else ()
-    pooled["delay"] = {"events": len(events), **{n: float(np.mean([one[n] for one in events])) for n in names}}
+    found = events[0] if events else ()
+    pooled["delay"] = {"events": len(events), **{n: float(np.mean([one[n] for one in events])) for n in found}}
     return pooled
 
 
-def policies_report(measured: Sequence[Measured]) -> dict:
-    """The figures of all methods, over all clips and for each clip."""
-    report: dict = {"clip_columns": CLIP_COLUMNS, "pooled": [], "clips": []}
-    for method in measured[0].methods:
-        rows, draws = zip(*(judge(method, one) for one in measured), strict=True)
-        report["pooled"].append(pooled_row(method, rows, draws))
-        report["clips"] += rows
+def policies_report(measured: Sequence[Measured], methods: dict[str, dict]) -> dict:
+    """The figures of all methods: over all clips, over those of fixed cameras and those held out; and by clip."""
+    report: dict = {"clip_columns": CLIP_COLUMNS, "patch_figures": PATCH_FIGURES, "pooled": [], "clips": []}
+    parts: dict[str, Callable[[dict], bool]] = {
+        "all": lambda row: True,
+        "held out": lambda row: not row["development"],
+        "fixed camera": lambda row: row["kind"] == "fixed camera",
+    }
+    for method, options in methods.items():
+        judged = [judge(method, options, one) for one in measured]
+        for part, belongs in parts.items():
+            chosen = [pair for pair in judged if belongs(pair[0])]
+            if chosen:
+                report["pooled"].append(pooled_row(method, part, *zip(*chosen, strict=True)))
+        report["clips"] += [row for row, _ in judged]
     return rounded(report)
 
 
@@ -302,7 +328,8 @@ def plot_policies(report: dict, measured: Sequence[Measured], detailed: str) -> 
     rows = [row for row in report["clips"] if row["method"] == detailed]
     rows = sorted(rows, key=lambda row: row["equal_cost"]["pooled_mean"][0] - row["equal_cost"]["pooled_mean"][1])
     for name, head, errors, differences in zip(STATISTICS, heads, above, below, strict=True):
-        draw_error_over_cost(errors, report["pooled"], measured, name)
+        whole = [row for row in report["pooled"] if row["clips"] == "all"]
+        draw_error_over_cost(errors, whole, measured, name)
         errors.set_title(f"Pooled output, error: {head}, {len(measured)} clips", loc="left", fontsize=11)
         draw_differences(differences, [row["equal_cost"][name] for row in rows])
         differences.set_title(f"`{detailed}` less the best baseline at equal cost: {head}", loc="left", fontsize=11)
@@ -322,9 +349,9 @@ def draw_error_over_cost(panel, rows: Sequence[dict], measured: Sequence[Measure
             (np.mean([one.cost for one in clips]), 1 - np.mean([statistic(name, one.cosines) for one in clips]))
             for clips in members
         )
-        costs, errors = zip(*(point for point in points if point[0] > 0 and point[1] > LEAST_ERROR), strict=True)
+        shown = [point for point in points if point[0] > 0 and point[1] > LEAST_ERROR]
         label = "baseline: dense every k frames" if family == EVERY else f"baseline: dense on {family}"
-        panel.plot(costs, errors, color=colour, linewidth=1.6, label=label)
+        panel.plot(*np.array(shown).reshape(-1, 2).T, color=colour, linewidth=1.6, label=label)
     label = "best baseline on each clip at that cost"
     for row, colour in zip(rows, itertools.cycle(METHOD_COLOURS), strict=False):
         look = {"marker": "*", "markersize": 13} if row["method"] in PRESETS else {"marker": "o", "markersize": 7}
@@ -356,45 +383,53 @@ def draw_differences(panel, compared: Sequence[list]):
 # --- main ------------------------------------------------------------------------------------------------------------
 
 
-def chosen_methods(names: str | None) -> list[MethodSpec]:
-    """The methods with these names, separated by commas; all if `names` is None."""
-    wanted = list(METHODS) if names is None else [name.strip() for name in names.split(",")]
-    unknown = sorted(set(wanted) - set(METHODS))
+def chosen(names: str | None, known: Sequence[str], what: str) -> list[str]:
+    """
+    The names, separated by commas, in the order of the known ones; all of these if `names` is None.
+
+    Raises:
+        typer.BadParameter: for a name that is not known.
+    """
+    wanted = list(known) if names is None else [name.strip() for name in names.split(",")]
+    unknown = sorted(set(wanted) - set(known))
     if unknown:
-        raise typer.BadParameter(f"Unknown methods: {', '.join(unknown)}. There are: {', '.join(METHODS)}.")
-    return [MethodSpec(name, name, "stream", METHODS[name]) for name in wanted]
+        raise typer.BadParameter(f"Unknown {what}: {', '.join(unknown)}. There are: {', '.join(known)}.")
+    return [name for name in known if name in wanted]
 
 
+@torch.inference_mode()
 def main(
     methods: Annotated[str | None, typer.Option(help="Measure only these methods, separated by commas.")] = None,
     clips: Annotated[str | None, typer.Option(help="Measure only these clips, separated by commas.")] = None,
-    frames: Annotated[int, typer.Option(help="Use the first N frames of each clip.", min=3)] = 100,
+    frames: Annotated[int, typer.Option(help="Frames of each clip.", min=3)] = FRAMES,
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "vision_policies.json",
 ):
     """Record what is missing, compare methods with baselines, and write the report and the picture."""
-    chosen = chosen_methods(methods)
-    folder = build_tower(default_tower_dir())
+    options = {name: METHODS[name] for name in chosen(methods, list(METHODS), "methods")}
+    names = chosen(clips, NAMES, "clips")
+    processes, folder = Processes(), build_tower(default_tower_dir())
     model = NeuroFlowSiglipVisionModel.from_pretrained(folder).eval()
-    preprocess = Preprocessor.from_pretrained(folder)
-    suite = load_clips(list(NAMES) if clips is None else clips.split(","))
-    scenes = [clip_scene(clip, frames) for clip in suite]
-    recorder = Recorder(model, preprocess, folder.parent / "policies", RecordSettings(dense_every=1))
-    recorder.run([[scene] for scene in scenes], [DENSE, FIRST, *TRIGGERED, *chosen])
-    if not recorder.processes.is_main:
+    recorder = ClipRecorder(model, Preprocessor.from_pretrained(folder), folder.parent / "policies", frames)
+    for place in processes.share(len(names)):
+        recorder.record(load_clip(names[place], folder.parent), options)
+        Console(stderr=True).print(f"{names[place]} is recorded.")
+    processes.gather([])  # waits for the others
+    if not processes.is_main:
         return
-    measured = [measure(clip, scene, recorder, chosen) for clip, scene in zip(suite, scenes, strict=True)]
+    measured = [measure(load_clip(name, folder.parent), recorder, options) for name in names]
     report = {
         **provenance(),
         "tower": "DINOv2-small in SigLIP's architecture, 224 px, float32",
-        "clips_measured": {scene.name: scene.count for scene in scenes},
+        "clips_measured": len(names),
+        "frames": frames,
         "block": BLOCK,
         "resamples": RESAMPLES,
         "level_below": LEVEL,
         "controls": {EVERY: LONGEST_INTERVAL, SURPRISE: SURPRISE_LEVELS, SHARE: FRACTION_LEVELS},
-        "methods": {spec.name: spec.options for spec in chosen},
-        **policies_report(measured),
+        "methods": {name: PRESETS.get(name, chosen_options) for name, chosen_options in options.items()},
+        **policies_report(measured, options),
     }
-    shown = DEFAULT_PRESET if DEFAULT_PRESET in measured[0].methods else chosen[0].name
+    shown = DEFAULT_PRESET if DEFAULT_PRESET in options else next(iter(options))
     picture = plot_policies(report, measured, shown)
     publish(output, report, f"{policies_table(report)}\n\n{delays_table(report)}", {"policies.png": picture})
 

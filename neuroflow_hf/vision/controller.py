@@ -3,16 +3,17 @@ What a stream with a `cost_budget` does with a frame: hold its last output, enco
 keyframe.
 
 What costs no more than the stream may spend on one frame is done at once. What costs more is spaced evenly: something
-of cost `c` comes after `c / allowance` frames, sooner if more has changed than usual by then. So a stream never spends
-all it has on a few frames and then waits. In a debt of a dense frame, nothing is encoded.
+of cost `c` comes after `c / allowance` frames, sooner if more has changed than usual by then. The allowance is the
+long-run rate where half of the reserve is saved, more above that, and less below. So in steady motion about half of it
+is kept, and a cut or a burst is answered at once. In a debt of a dense frame, nothing is encoded.
 """
 
 import math
 from dataclasses import dataclass, fields
 
-HORIZON = 32  # frames over which saved credit is spent, and debt paid back
+STEERING = 0.125  # the allowance is this much higher with a full reserve than with none, in dense frames
 # With more than this share of its patches active, a frame is better encoded as a keyframe, more seldom. Found, as the
-# numbers below, by eval/vision/against_holding.py.
+# other numbers, by eval/vision/vision_policies.py.
 SPARSE_LIMIT = 0.5
 CUT = 1.5  # a scene cut changes this much more in one frame than usual between keyframes
 FORGETTING = 0.3  # weight of the latest value in a running mean
@@ -30,7 +31,7 @@ class Pace:
         since_keyframe (`int`): frames since the last keyframe.
         last_surprise (`float`): mean surprise of the last frame, if it was held; else 0.
         usual_surprise (`float`): running mean of the mean surprise of frames that were encoded after waiting; 0 before
-            the first.
+            the first in a scene.
     """
 
     waited: int = 0
@@ -61,13 +62,21 @@ class Pace:
         usual = self.usual_surprise
         if action == HOLD:
             return Pace(self.waited + 1, since, mean_surprise, usual)
-        if self.waited and not self.is_cut(mean_surprise):
+        if self.is_cut(mean_surprise):
+            usual = 0.0  # of the next scene, nothing is known
+        elif self.waited:
             usual = usual + FORGETTING * (mean_surprise - usual) if usual else mean_surprise
         return Pace(0, since, 0.0, usual)
 
 
 def choose(
-    pace: Pace, rate: float, credit: float, active_fraction: float, mean_surprise: float, interval: int | None = None
+    pace: Pace,
+    rate: float,
+    credit: float,
+    reserve: float,
+    active_fraction: float,
+    mean_surprise: float,
+    interval: int | None = None,
 ) -> str:
     """
     What to do with a frame: `HOLD`, `SPARSE` or `KEYFRAME`.
@@ -76,11 +85,12 @@ def choose(
         pace: of the stream.
         rate: what a frame adds to the credit, less what looking at it costs.
         credit: what the stream has saved, in dense frames. Below 0 it is in debt.
+        reserve: the most that it can save.
         active_fraction: the share of active patches, which is about what encoding them costs.
         mean_surprise: over all patches.
         interval: a keyframe after so many frames without one, as soon as the credit pays for it; None for never.
     """
-    allowance = rate + credit / HORIZON
+    allowance = rate + STEERING * (credit / reserve - 0.5)
     action, cost = (SPARSE, active_fraction) if active_fraction <= SPARSE_LIMIT else (KEYFRAME, 1.0)
     if interval is not None and pace.since_keyframe + 1 >= interval and credit >= 1:
         return KEYFRAME

@@ -70,7 +70,7 @@ def choose_active(
             action = KEYFRAME
         elif gate.cost_budget is not None and gate.is_paced:
             fraction, rate = num_active / num_patches, gate.cost_budget - looking
-            action = choose(pace, rate, credit, fraction, mean_score, gate.keyframe_interval)
+            action = choose(pace, rate, credit, gate.cost_reserve, fraction, mean_score, gate.keyframe_interval)
         else:
             action = KEYFRAME if num_active == num_patches and gate.full_above < 1 else SPARSE
         keyframes[index] = action == KEYFRAME

@@ -215,7 +215,9 @@ class NaiveStream:
         if not (keyframe or active):
             self.held.append(mean_surprise)
             return [], False
-        if self.held and not self.is_cut(mean_surprise):
+        if self.is_cut(mean_surprise):
+            self.usual_surprise = 0.0
+        elif self.held:
             usual = self.usual_surprise
             self.usual_surprise = 0.7 * usual + 0.3 * mean_surprise if usual else mean_surprise
         self.held = []
@@ -229,7 +231,8 @@ class NaiveStream:
     def pace(self, active: list[int], cost: float, mean_surprise: float) -> tuple[list[int], bool]:
         """The active patches as far as the budget allows them on this frame, and whether it is a keyframe."""
         gate, many = self.gate, cost > 0.5
-        allowance = (gate.cost_budget or 0) - self.looking + self.credit / 32
+        rate = (gate.cost_budget or 0) - self.looking
+        allowance = rate + (self.credit / gate.cost_reserve - 0.5) / 8
         if gate.keyframe_interval and self.since_keyframe + 1 >= gate.keyframe_interval and self.credit >= 1:
             return [], True
         if self.credit <= -1:

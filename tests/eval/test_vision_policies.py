@@ -7,6 +7,7 @@ import typer
 from torch.nn import functional
 
 from eval.vision import vision_policies as policies
+from eval.vision.clip_recorder import cosines_of_held_patches, there_and_back
 from eval.vision.clip_statistics import drawn_blocks
 from eval.vision.clips import Clip
 from neuroflow_hf.evaluation.statistics import middle
@@ -87,24 +88,48 @@ def test_the_interval_covers_a_known_difference_about_as_often_as_it_says():
     assert 82 <= covered <= 99
 
 
+def test_a_triggered_hold_encodes_where_the_distance_to_the_held_frame_exceeds_the_level():
+    places = torch.tensor([0.0, 1.0, 2.5, 3.0, 6.0, 6.5])
+    distance = (places[:, None] - places).abs()
+    assert policies.held_when(distance, 2.0) == [0, 0, 2, 2, 4, 4]
+    assert policies.held_when(distance, 9.0) == [0] * 6
+    assert policies.held_when(distance, 0.0) == [0, 1, 2, 3, 4, 5]
+
+
+def test_held_patches_equal_a_naive_loop():
+    dense, found = torch.randn(7, 3, 4, generator=torch.Generator().manual_seed(0)), []
+    for phase in range(3):
+        held = None
+        for frame in range(7):
+            if frame % 3 == phase:
+                held = dense[frame]
+            if held is not None and frame:
+                found.append(functional.cosine_similarity(dense[frame], held, dim=-1))
+    assert torch.equal(cosines_of_held_patches(dense, 3), torch.stack(found))
+
+
 def made_up(method, baselines, name="clip"):
     """A clip with a method's outcome, a family of baselines, and dense."""
     dense = policies.Outcome(1.0, np.ones((1, 40)), np.zeros(0))
     drawn = policies.resampled_frames(40, seed=0)
     clip = Clip(name, "", True, "", lambda: iter(()))
-    return policies.Measured(clip, dense, {"ours": method}, {"ours": 0.5}, {"every k": baselines}, drawn)
+    return policies.Measured(clip, dense, {"ours": method}, {}, {"every k": baselines}, drawn)
 
 
 def test_a_method_stands_beside_the_mixture_of_the_baselines_nearest_in_cost():
     cosines = np.random.default_rng(0).uniform(0.2, 0.6, (1, 40))
     cheap, dear = (policies.Outcome(cost, cosines + gain, np.zeros(0)) for cost, gain in ((0.1, 0.0), (0.5, 0.2)))
-    row, draws = policies.judge("ours", made_up(policies.Outcome(0.2, cosines + 0.15, np.zeros(0)), [dear, cheap]))
+    measured = made_up(policies.Outcome(0.2, cosines + 0.15, np.zeros(0)), [dear, cheap])
+    row, draws = policies.judge("ours", {"mode": "context", "cost_budget": 0.4}, measured)
     for name in policies.STATISTICS:
         value, control, family, low, high, verdict = row["equal_cost"][name]
         assert control == pytest.approx(policies.statistic(name, cosines).item() + 0.25 * 0.2)
         assert value - control == pytest.approx(0.1) and (family, verdict) == ("every k", "above")
         np.testing.assert_allclose(draws[name], 0.1)  # both sides are resampled alike
         assert low == pytest.approx(0.1) and high == pytest.approx(0.1)
+        value, control, *_, verdict = row["beforehand"][name]  # at the budget, not at the method's cost
+        assert value - control == pytest.approx(0) and verdict == "level"
+    assert "beforehand" not in policies.judge("ours", {"mode": "context"}, measured)[0]
 
 
 # --- all clips ---
@@ -120,47 +145,59 @@ def test_over_clips_the_interval_has_what_differs_between_clips():
 
 @pytest.fixture
 def suite(vision, monkeypatch, tmp_path):
-    """The script with two clips and the tiny model; gives what it writes, and what it says of recording."""
+    """The script with two clips and the tiny model; gives what it writes."""
 
-    def frames(seed):
-        shown = np.random.default_rng(seed).integers(0, 256, (4, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-        return lambda: iter(shown.repeat(4, axis=0))
-
-    def load_clips(names):
-        return [Clip(name, "", True, "", frames(len(name)), (4, 12), FRAMES) for name in names]
+    def load_clip(name, home):
+        shown = np.random.default_rng(len(name)).integers(0, 256, (4, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+        return Clip(name, "fixed camera", True, "", lambda: iter(shown.repeat(4, axis=0)), (4, 12), FRAMES)
 
     monkeypatch.setattr(policies, "build_tower", lambda folder: tmp_path / "cache" / "tower")
     monkeypatch.setattr(policies.NeuroFlowSiglipVisionModel, "from_pretrained", lambda folder: vision)
     monkeypatch.setattr(policies.Preprocessor, "from_pretrained", lambda folder: Preprocessor(IMAGE_SIZE))
-    monkeypatch.setattr(policies, "load_clips", load_clips)
+    monkeypatch.setattr(policies, "load_clip", load_clip)
+    monkeypatch.setattr(policies, "NAMES", ("one", "walker"))
     methods = {"exact": {"mode": "dense"}, "context": {"mode": "context"}, "first": {"mode": "hold"}}
     monkeypatch.setattr(policies, "METHODS", methods)
 
     def run(**options):
         output = tmp_path / "out" / "policies.json"
-        policies.main(clips="one,three", frames=FRAMES, output=output, **options)
+        policies.main(frames=FRAMES, output=output, **options)
         assert (output.parent / "policies.png").is_file()
         return json.loads(output.read_text())
 
     return run
 
 
-def test_from_clips_to_the_report_and_the_picture(suite, capsys):
+def test_from_clips_to_the_report_and_the_picture(suite, vision, monkeypatch):
     report = suite()
-    by_method = {row["method"]: row for row in report["pooled"]}
-    assert len(report["clips"]) == 2 * len(by_method) == 6 and report["clips_measured"] == {"one": 16, "three": 16}
+    pooled = {(row["method"], row["clips"]): row for row in report["pooled"]}
+    assert {(part, pooled[method, part]["count"]) for method, part in pooled} == {
+        ("all", 2),
+        ("held out", 1),  # one of the names is of a clip that the controller was made on
+        ("fixed camera", 2),
+    }
+    assert len(report["clips"]) == 2 * 3 and report["frames"] == FRAMES
     for name in policies.STATISTICS:
-        assert by_method["exact"][name]["value"] == pytest.approx(1, abs=1e-5)
-        assert by_method["exact"][name]["control"] == pytest.approx(1, abs=1e-5)
-        assert by_method["exact"][name]["clips"] == {"above": 0, "level": 2, "below": 0}
-        assert by_method["first"][name]["difference"] == pytest.approx(0, abs=1e-5)
-        assert by_method["first"][name]["value"] < 0.999
-    assert by_method["first"]["cost"] == 0
-    assert by_method["exact"]["delay"]["events"] == 4
-    assert by_method["exact"]["delay"]["method"] == 0 < by_method["first"]["delay"]["method"]
-    assert "pass" in capsys.readouterr().err
+        assert pooled["exact", "all"][name]["value"] == pytest.approx(1, abs=1e-5)
+        assert pooled["exact", "all"][name]["control"] == pytest.approx(1, abs=1e-5)
+        assert pooled["exact", "all"][name]["clips"] == {"above": 0, "level": 2, "below": 0}
+        assert pooled["first", "all"][name]["difference"] == pytest.approx(0, abs=1e-5)
+        assert pooled["first", "all"][name]["value"] < 0.999
+    assert pooled["first", "all"]["cost"] == 0
+    assert pooled["exact", "all"]["patches"]["own"]["p1"] == pytest.approx(1, abs=1e-5)
+    assert pooled["exact", "all"]["delay"]["events"] == 4
+    assert pooled["exact", "all"]["delay"]["method"] == 0 < pooled["first", "all"]["delay"]["method"]
+
+    monkeypatch.setattr(vision, "forward", None)  # all of it was recorded
     again = suite(methods="exact,context")
     assert again["pooled"][0] == report["pooled"][0]
-    assert "pass" not in capsys.readouterr().err  # all of it was recorded
     with pytest.raises(typer.BadParameter, match="Unknown methods: contxt"):
         suite(methods="contxt")
+    with pytest.raises(typer.BadParameter, match="Unknown clips: three"):
+        suite(clips="three")
+
+
+def test_a_short_clip_is_played_forward_and_back():
+    frames = list(there_and_back(lambda: iter(np.arange(4)), 9))
+    assert frames == [0, 1, 2, 3, 2, 1, 0, 1, 2]
+    assert list(there_and_back(lambda: iter(np.arange(4)), 3)) == [0, 1, 2]
