@@ -21,6 +21,7 @@ import typer
 from eval.docs.tables import search_table
 from eval.report import RESULTS, provenance, publish
 from eval.vision.benchmark_vision import spread
+from neuroflow_hf.archive.index import ENDING, map_rows
 from neuroflow_hf.archive.search import find_moments, similarities
 
 ROWS = 10_000  # of a file
@@ -31,10 +32,10 @@ def mapped_embeddings(folder: Path, frames: int, dim: int) -> list[torch.Tensor]
     generator = np.random.default_rng(0)
     files = []
     for begin in range(0, frames, ROWS):
-        files.append(folder / f"{begin}.npy")
+        files.append(folder / f"{begin}{ENDING}")
         rows = min(ROWS, frames - begin)
-        np.save(files[-1], generator.standard_normal((rows, dim), np.float32).astype(np.float16))
-    return [torch.from_numpy(np.load(file, mmap_mode="c")) for file in files]
+        generator.standard_normal((rows, dim), np.float32).astype(np.float16).tofile(files[-1])
+    return [map_rows(file, dim) for file in files]
 
 
 def time_search(frames: int, dim: int, repeats: int) -> dict:

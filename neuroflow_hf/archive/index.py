@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import torch
 
@@ -16,7 +15,7 @@ from ..utils.provenance import key_of
 from ..vision.whole_file import whole_file
 from .dataset import read_metadata
 
-FOLDER = ".search"
+FOLDER, ENDING = ".search", ".float16"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +57,7 @@ def open_index(dataset: str | Path, on_step: Callable[[str, float, float], None]
     if not files:
         what = "holds no .parquet file" if dataset.is_dir() else "is no folder"
         raise FileNotFoundError(f"{dataset} {what}; expected a dataset that `neuroflow embed` wrote.")
-    metadata = read_metadata(files[0])
+    metadata, dim = read_metadata(files[0]), pq.read_schema(files[0]).field("embedding").type.list_size
     folder = prepare_folder(dataset / FOLDER)
     copies = {file: folder / copy_name(file, metadata["weights"]) for file in files}
     for place, (file, copy) in enumerate(copies.items()):
@@ -66,24 +65,29 @@ def open_index(dataset: str | Path, on_step: Callable[[str, float, float], None]
             copy_embeddings(file, copy, metadata)
             if on_step is not None:
                 on_step("reading the dataset", place + 1, len(files))
-    for old in set(folder.glob("*.npy")) - set(copies.values()):
+    for old in set(folder.glob(f"*{ENDING}")) - set(copies.values()):
         old.unlink(missing_ok=True)
-    # copy on write, for torch takes no memory that is read-only; nothing is written
-    found = {file: torch.from_numpy(np.load(copy, mmap_mode="c")) for file, copy in copies.items()}
-    found = {file: part for file, part in found.items() if len(part)}
+    found = {file: map_rows(copy, dim) for file, copy in copies.items() if copy.stat().st_size}
     if not found:
         raise ValueError(f"{dataset} holds no frame; embed videos first, with `neuroflow embed`.")
     return SearchIndex(list(found), list(found.values()), metadata)
 
 
+def map_rows(copy: Path, dim: int) -> torch.Tensor:
+    """A copy that is not empty, float16 [rows, dim], mapped into memory. It holds no open file: there may be many."""
+    numbers = copy.stat().st_size // torch.float16.itemsize
+    return torch.from_file(str(copy), shared=False, size=numbers, dtype=torch.float16).view(-1, dim)
+
+
 def copy_name(file: Path, weights: str) -> str:
     """The name of a file's copy, which changes with the file and with the checkpoint of the dataset."""
     state = file.stat()
-    return f"{key_of(name=file.name, bytes=state.st_size, modified=state.st_mtime_ns, weights=weights)}.npy"
+    parts = {"name": file.name, "bytes": state.st_size, "modified": state.st_mtime_ns, "weights": weights}
+    return key_of(**parts) + ENDING
 
 
 def copy_embeddings(file: Path, copy: Path, metadata: dict):
-    """Write the embeddings of a Parquet file as float16 [rows, D]; ValueError if another checkpoint gave them."""
+    """Write the embeddings of a Parquet file, one after the other; ValueError if another checkpoint gave them."""
     own = read_metadata(file)
     if own["weights"] != metadata["weights"]:
         raise ValueError(
@@ -91,8 +95,5 @@ def copy_embeddings(file: Path, copy: Path, metadata: dict):
             f"({file.name}); they cannot be compared. Keep those of one in a folder."
         )
     with pq.ParquetFile(file) as parquet, whole_file(copy) as partial, partial.open("wb") as written:
-        dim = parquet.schema_arrow.field("embedding").type.list_size
-        header = {"descr": "<f2", "fortran_order": False, "shape": (parquet.metadata.num_rows, dim)}
-        np.lib.format.write_array_header_1_0(written, header)
         for batch in parquet.iter_batches(columns=["embedding"]):  # some thousand rows at a time
             written.write(batch.column(0).flatten().to_numpy(zero_copy_only=False).tobytes())
