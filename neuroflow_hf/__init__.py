@@ -17,9 +17,14 @@ from .language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
 from .language.lossless_config import NeuroFlowLosslessConfig
 from .language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM, NeuroFlowPhi3Model
 from .language.speculative_decoding import LosslessCounts, NeuroFlowLosslessOutput
+from .vision.configuration_neuroflow_clip import NeuroFlowCLIPVisionConfig
+from .vision.configuration_neuroflow_dinov2 import NeuroFlowDinov2Config, NeuroFlowDinov2WithRegistersConfig
 from .vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
 from .vision.frame import NeuroFlowVisionOutput
 from .vision.gate_config import PRESETS, NeuroFlowGateConfig
+from .vision.modeling_neuroflow_clip import NeuroFlowCLIPVisionModel
+from .vision.modeling_neuroflow_dinov2 import NeuroFlowDinov2Model
+from .vision.modeling_neuroflow_dinov2_with_registers import NeuroFlowDinov2WithRegistersModel
 from .vision.modeling_neuroflow_siglip import (
     NeuroFlowSiglipForImageClassification,
     NeuroFlowSiglipImageClassifierOutput,
@@ -37,6 +42,13 @@ AutoModel.register(NeuroFlowSiglipVisionConfig, NeuroFlowSiglipVisionModel)
 AutoModelForZeroShotImageClassification.register(NeuroFlowSiglipConfig, NeuroFlowSiglipModel)
 AutoModelForImageClassification.register(NeuroFlowSiglipConfig, NeuroFlowSiglipForImageClassification)
 AutoProcessor.register(NeuroFlowSiglipConfig, SiglipProcessor)
+for tower_config, tower_class in (
+    (NeuroFlowDinov2Config, NeuroFlowDinov2Model),
+    (NeuroFlowDinov2WithRegistersConfig, NeuroFlowDinov2WithRegistersModel),
+    (NeuroFlowCLIPVisionConfig, NeuroFlowCLIPVisionModel),
+):
+    AutoConfig.register(tower_config.model_type, tower_config)
+    AutoModel.register(tower_config, tower_class)
 AutoConfig.register(NeuroFlowPhi3Config.model_type, NeuroFlowPhi3Config)
 AutoModel.register(NeuroFlowPhi3Config, NeuroFlowPhi3Model)
 AutoModelForCausalLM.register(NeuroFlowPhi3Config, NeuroFlowPhi3ForCausalLM)
@@ -47,6 +59,12 @@ __all__ = [
     "BypassStatistics",
     "LosslessCounts",
     "NeuroFlowBypassConfig",
+    "NeuroFlowCLIPVisionConfig",
+    "NeuroFlowCLIPVisionModel",
+    "NeuroFlowDinov2Config",
+    "NeuroFlowDinov2Model",
+    "NeuroFlowDinov2WithRegistersConfig",
+    "NeuroFlowDinov2WithRegistersModel",
     "NeuroFlowGateConfig",
     "NeuroFlowLosslessConfig",
     "NeuroFlowLosslessOutput",

@@ -9,10 +9,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from hypothesis import settings
-from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from transformers.utils import logging
 
-from neuroflow_hf import NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
+from neuroflow_hf import (
+    NeuroFlowCLIPVisionModel,
+    NeuroFlowDinov2Model,
+    NeuroFlowDinov2WithRegistersModel,
+    NeuroFlowSiglipModel,
+    NeuroFlowSiglipVisionModel,
+)
 from neuroflow_hf.vision.gate_config import MODE_NAMES
 
 settings.register_profile("ci", derandomize=True)  # the same examples on every run
@@ -32,6 +50,20 @@ TINY_VISION = {
     "image_size": 24,
     "patch_size": 4,
 }
+TINY_DINOV2 = {name: size for name, size in TINY_VISION.items() if name != "intermediate_size"} | {"mlp_ratio": 2}
+# by name: the stock model and its options, and what wraps it
+TOWERS = {
+    "siglip": (SiglipVisionModel, SiglipVisionConfig, TINY_VISION, NeuroFlowSiglipVisionModel.from_siglip),
+    "dinov2": (Dinov2Model, Dinov2Config, TINY_DINOV2, NeuroFlowDinov2Model.from_dinov2),
+    "registers": (
+        Dinov2WithRegistersModel,
+        Dinov2WithRegistersConfig,
+        TINY_DINOV2 | {"num_register_tokens": 2, "use_swiglu_ffn": True},
+        NeuroFlowDinov2WithRegistersModel.from_dinov2,
+    ),
+    "clip": (CLIPVisionModel, CLIPVisionConfig, TINY_VISION, NeuroFlowCLIPVisionModel.from_clip),
+}
+each_tower = pytest.mark.parametrize("tower", TOWERS, indirect=True)  # else the fixtures below are SigLIP's
 TINY_TEXT = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -55,8 +87,8 @@ def lively(model):
         for name, parameter in model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight", "in_proj_weight")):
                 parameter.mul_(2)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.1)
+            elif name.endswith(("bias", "cls_token", "register_tokens", "lambda1")):
+                parameter.normal_(std=0.1 if name.endswith("bias") else 1)
     return model.eval()
 
 
@@ -67,11 +99,28 @@ def stock_model():
     return lively(SiglipModel(SiglipConfig(text_config=SiglipTextConfig(**TINY_TEXT), vision_config=TINY_VISION)))
 
 
-@pytest.fixture(scope="session")
-def stock_vision():
-    """A tiny `SiglipVisionModel`. Do not change it."""
+def make_stock_tower(tower, **sizes):
+    """A tiny stock vision model; `sizes` are options that all towers have."""
+    model_class, config_class, options, _ = TOWERS[tower]
     torch.manual_seed(0)
-    return lively(SiglipVisionModel(SiglipVisionConfig(**TINY_VISION)))
+    return lively(model_class(config_class(**options | sizes)))
+
+
+def wrap_tower(tower, stock, **gate_options):
+    """NeuroFlow's model around a stock one."""
+    return TOWERS[tower][3](stock, **gate_options)
+
+
+@pytest.fixture(scope="session")
+def tower(request):
+    """The name of a tower in `TOWERS`: SigLIP, unless the test is marked with `each_tower`."""
+    return getattr(request, "param", "siglip")
+
+
+@pytest.fixture(scope="session")
+def stock_vision(tower):
+    """A tiny stock vision model. Do not change it."""
+    return make_stock_tower(tower)
 
 
 @pytest.fixture(scope="session")
@@ -89,9 +138,9 @@ def model(stock_folder):
 
 
 @pytest.fixture(scope="session")
-def vision(stock_vision):
-    """The tiny vision model as `NeuroFlowSiglipVisionModel`, in plain mode `context`. Do not change it."""
-    return NeuroFlowSiglipVisionModel.from_siglip(stock_vision, mode="context")
+def vision(tower, stock_vision):
+    """The tiny vision model as NeuroFlow's, in plain mode `context`. Do not change it."""
+    return wrap_tower(tower, stock_vision, mode="context")
 
 
 @pytest.fixture(scope="session")
@@ -101,9 +150,9 @@ def stock_vision64(stock_vision):
 
 
 @pytest.fixture(scope="session")
-def vision64(stock_vision64):
+def vision64(tower, stock_vision64):
     """`vision` in float64. Do not change it."""
-    return NeuroFlowSiglipVisionModel.from_siglip(stock_vision64, mode="context")
+    return wrap_tower(tower, stock_vision64, mode="context")
 
 
 def random_video(num_frames, batch_size=1, seed=0, size=IMAGE_SIZE, changed=0.2):

@@ -365,7 +365,8 @@ def frame_cost(
     """
     patches, tokens, dim = geometry.num_patches, geometry.num_tokens, geometry.hidden_size
     projection = projection_cost(patches, dim, model.config.num_channels * cast(int, model.config.patch_size) ** 2)
-    dense = projection + encoder_cost(tokens, geometry.num_layers, dim, model.mlp_width())
+    inner = model.encoder_layers()[0].parts().inner
+    dense = projection + encoder_cost(tokens, geometry.num_layers, dim, inner)
     if pooling is not None:
         dense += pooling.dense_cost(tokens)
 

@@ -169,6 +169,7 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, VisionTower, Si
 
     config: NeuroFlowSiglipVisionConfig  # type: ignore[assignment]  # as in transformers' own class
     config_class = NeuroFlowSiglipVisionConfig
+    bicubic_embeddings = SiglipVisionEmbeddings
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_(scale|bias)$", r"^classifier\."]
 
     def __init__(self, config: NeuroFlowSiglipVisionConfig):
@@ -198,17 +199,6 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, VisionTower, Si
             TypeError: if `model` is something else.
         """
         return wrap_tower(cls, model, SiglipVisionModel, gate_options)
-
-    def patch_positions(self, patches: torch.Tensor, pixel_values: torch.Tensor, interpolate: bool) -> torch.Tensor:
-        """See [`VisionTower`]."""
-        if interpolate:
-            return self.embeddings.interpolate_pos_encoding(patches, *pixel_values.shape[2:])[0]
-        return self.embeddings.position_embedding(self.embeddings.position_ids)[0]
-
-    def position_table(self) -> torch.Tensor | None:
-        """See [`VisionTower`]. None where the method is overridden: it may do something else, so it is called."""
-        stock, own = SiglipVisionEmbeddings.interpolate_pos_encoding, self.embeddings.interpolate_pos_encoding
-        return self.embeddings.position_embedding.weight if getattr(own, "__func__", None) is stock else None
 
     def pooling(self, exact: bool) -> ProbePooling | None:
         """See [`VisionTower`]."""

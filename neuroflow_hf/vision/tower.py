@@ -6,7 +6,7 @@ token, registers), T = R + N tokens in all, D features.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -120,18 +120,32 @@ class VisionTower(nn.Module):
 
     config: Any
     num_prefix_tokens: int = 0  # R. They are encoded wherever a patch of their stream is, and no gate looks at them
+    bicubic_embeddings: type | None = None  # the stock class, if its `interpolate_pos_encoding` is plainly bicubic
 
     def patch_projection(self: Any) -> nn.Conv2d:
         """From pixels [B, C, H, W] to patches [B, D, gh, gw]."""
         return self.embeddings.patch_embedding
 
-    def patch_positions(self, patches: Tensor, pixel_values: Tensor, interpolate: bool) -> Tensor:
-        """The position embeddings of patches [B, N, D], the same for all streams: [N, D]."""
-        raise NotImplementedError
+    def positions(self: Any) -> Tensor:
+        """The position embeddings of the checkpoint's own S x S patches, [S * S, D]."""
+        embeddings = self.embeddings
+        return embeddings.position_embedding(embeddings.position_ids)[0, self.num_prefix_tokens :]
 
-    def position_table(self) -> Tensor | None:
-        """What a checkpoint's S x S patches have, [S * S, D], if others are its bicubic interpolation."""
-        return None
+    def patch_positions(self: Any, patches: Tensor, pixel_values: Tensor, interpolate: bool) -> Tensor:
+        """The position embeddings of patches [B, N, D], the same for all streams: [N, D]."""
+        if not interpolate:
+            return self.positions()
+        # the stock methods read this shape, and return the CLS token's position first if there is one
+        others = min(self.num_prefix_tokens, 1)
+        shaped = patches[:1, :1].expand(-1, others + patches.shape[1], -1)
+        return self.embeddings.interpolate_pos_encoding(shaped, *pixel_values.shape[2:])[0, others:]
+
+    def position_table(self: Any) -> Tensor | None:
+        """`positions`, where those of other resolutions are their bicubic interpolation and nothing else."""
+        stock = getattr(self.bicubic_embeddings, "interpolate_pos_encoding", None)
+        # an overridden method may do something else, so it is called
+        own = getattr(self.embeddings.interpolate_pos_encoding, "__func__", None)
+        return self.positions() if own is stock and own is not None else None
 
     def prefix_tokens(self) -> Tensor:
         """The prefix tokens with their position embeddings, [R, D]; only called if there are any."""
@@ -152,7 +166,3 @@ class VisionTower(nn.Module):
     def pooling(self, exact: bool) -> Pooling | None:
         """How the tokens are pooled on this frame; None without a head. `exact`: bit for bit as the stock model."""
         raise NotImplementedError
-
-    def mlp_width(self) -> int:
-        """The width inside an MLP, see [`LayerParts`]."""
-        return cast(int, self.config.intermediate_size)

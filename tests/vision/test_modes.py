@@ -5,7 +5,6 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from neuroflow_hf import NeuroFlowGateConfig, NeuroFlowSiglipVisionModel
 from neuroflow_hf.vision.frame import frame_cost, geometry_of
@@ -16,11 +15,12 @@ from neuroflow_hf.vision.pooling import can_fold_probe, pool_with_folded_probe
 from tests.conftest import (
     GATED_MODES,
     NUM_PATCHES,
-    TINY_VISION,
     assert_close_in_norm,
     assert_outputs_close,
-    lively,
+    each_tower,
+    make_stock_tower,
     random_video,
+    wrap_tower,
 )
 
 
@@ -65,12 +65,10 @@ def in_debt(mode):
 
 
 @pytest.fixture(scope="module")
-def smallest_vision():
+def smallest_vision(tower):
     """A vision model of 16 patches and 2 layers: the reference takes a while for each patch."""
-    torch.manual_seed(0)
     sizes = {"image_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
-    stock = lively(SiglipVisionModel(SiglipVisionConfig(**TINY_VISION | sizes))).double()
-    return NeuroFlowSiglipVisionModel.from_siglip(stock)
+    return wrap_tower(tower, make_stock_tower(tower, **sizes).double())
 
 
 @given(options=gate_options, seed=st.integers(0, 1000))
@@ -86,6 +84,14 @@ def test_fast_path_equals_the_patch_by_patch_reference(smallest_vision, options,
     assume_consistent(options, num_patches=16)
     model, gate = smallest_vision, NeuroFlowGateConfig(**options)
     follow_reference(model, gate, random_video(5, seed=seed, size=16))
+
+
+@each_tower
+@pytest.mark.parametrize("mode", MODE_NAMES)
+def test_each_tower_equals_the_reference_in_each_mode(smallest_vision, mode):
+    options = {"mode": mode, "threshold": 0.3, "reference": "both", "signal": "token", "keyframe_interval": 4}
+    options |= {"memory_blend": 0.5, "summary_tokens": 4 if mode in ("eliminate", "reconstruct") else 0}
+    follow_reference(smallest_vision, NeuroFlowGateConfig(**options), random_video(6, seed=1, size=16))
 
 
 def test_the_budget_is_paced_as_by_the_reference(smallest_vision):
@@ -131,6 +137,7 @@ def test_second_running_mean_keeps_a_stopped_object_active(vision):
     assert active[None] == 0 < active[0.02]
 
 
+@each_tower
 @given(
     mode=st.sampled_from(MODE_NAMES),
     threshold=st.sampled_from([-1, -3.5]),
@@ -138,7 +145,7 @@ def test_second_running_mean_keeps_a_stopped_object_active(vision):
     seed=st.integers(0, 1000),
     options=gate_options,
 )
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_everything_active_equals_dense_whatever_the_other_options_say(
     vision64, stock_vision64, mode, threshold, batch_size, seed, options
 ):
@@ -153,6 +160,7 @@ def test_everything_active_equals_dense_whatever_the_other_options_say(
             assert output.skip_rate.eq(0).all()
 
 
+@each_tower
 @pytest.mark.parametrize("mode", ["eliminate", "reconstruct"])
 def test_each_stream_of_a_batch_has_its_own_summary(vision64, mode):
     """Streams with other numbers of active patches, with none, and a keyframe of one of them, as each one alone."""
@@ -210,6 +218,7 @@ def test_summary_tokens_are_refused_where_they_cannot_be(vision64):
     assert stream.frames == [0]
 
 
+@each_tower
 def test_dense_mode_is_the_stock_model_bit_for_bit(vision, stock_vision):
     stream = vision.new_stream(mode="dense")
     with torch.no_grad():
@@ -219,9 +228,9 @@ def test_dense_mode_is_the_stock_model_bit_for_bit(vision, stock_vision):
             assert output.cost.item() == 1
 
 
-def eager(model):
+def eager(tower, stock):
     """A copy that shares parameters and whose attention is made of products that can be counted."""
-    copy = NeuroFlowSiglipVisionModel.from_siglip(model)
+    copy = wrap_tower(tower, stock)
     copy.set_attn_implementation("eager")
     return copy
 
@@ -239,9 +248,10 @@ def counted(function):
     return result, counter.get_total_flops() / 2
 
 
+@each_tower
 @pytest.mark.parametrize("mode", MODE_NAMES)
-def test_cost_is_what_a_counter_of_multiply_adds_sees(vision, mode):
-    model = eager(vision)
+def test_cost_is_what_a_counter_of_multiply_adds_sees(tower, stock_vision, mode):
+    model = eager(tower, stock_vision)
     stream = model.new_stream(mode=mode, threshold=0.3, sentinels=0.1)
     _, dense = counted(lambda: model(pixel_values=random_video(1)[0]))
     spent = []
@@ -311,12 +321,13 @@ def test_a_hooked_head_is_called_as_a_module(stock_vision):
     assert seen == [1]
 
 
+@each_tower
 def test_grids_need_not_be_square(vision64, stock_vision64):
     frames = [torch.randn(1, 3, 16, 32, generator=torch.Generator().manual_seed(s)) for s in range(2)]
     stream = vision64.new_stream(threshold=0)
     with torch.no_grad():
         for frame in frames:
             output = vision64(pixel_values=frame, stream=stream, interpolate_pos_encoding=True)
-            dense = stock_vision64(pixel_values=frame, interpolate_pos_encoding=True)
+            dense = vision64(pixel_values=frame, interpolate_pos_encoding=True)
             assert output.active_mask.shape == (1, 4, 8)
             assert_outputs_close(output, dense)

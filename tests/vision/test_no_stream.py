@@ -1,4 +1,4 @@
-"""Without a stream the models are SigLIP, bit for bit: outputs, gradients, initialisation, files, auto classes."""
+"""Without a stream the models are the stock ones, bit for bit: outputs, gradients, first weights, files, auto classes."""
 
 import copy
 import json
@@ -12,6 +12,12 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     SiglipConfig,
     SiglipForImageClassification,
     SiglipModel,
@@ -21,13 +27,29 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 
 from neuroflow_hf import (
+    NeuroFlowCLIPVisionConfig,
+    NeuroFlowCLIPVisionModel,
+    NeuroFlowDinov2Config,
+    NeuroFlowDinov2Model,
+    NeuroFlowDinov2WithRegistersConfig,
+    NeuroFlowDinov2WithRegistersModel,
     NeuroFlowSiglipConfig,
     NeuroFlowSiglipForImageClassification,
     NeuroFlowSiglipModel,
     NeuroFlowSiglipVisionConfig,
     NeuroFlowSiglipVisionModel,
 )
-from tests.conftest import IMAGE_SIZE, TINY_TEXT, TINY_VISION, lively, random_video
+from tests.conftest import (
+    IMAGE_SIZE,
+    TINY_DINOV2,
+    TINY_TEXT,
+    TINY_VISION,
+    each_tower,
+    lively,
+    make_stock_tower,
+    random_video,
+    wrap_tower,
+)
 
 PARTS = {"text_config": TINY_TEXT, "vision_config": TINY_VISION}
 # kind: stock class and its configuration, our class and its configuration, the options of both configurations
@@ -47,14 +69,24 @@ KINDS = {
         NeuroFlowSiglipConfig,
         {**PARTS, "num_labels": 3},
     ),
+    "dinov2": (Dinov2Model, Dinov2Config, NeuroFlowDinov2Model, NeuroFlowDinov2Config, TINY_DINOV2),
+    "registers": (
+        Dinov2WithRegistersModel,
+        Dinov2WithRegistersConfig,
+        NeuroFlowDinov2WithRegistersModel,
+        NeuroFlowDinov2WithRegistersConfig,
+        TINY_DINOV2 | {"use_swiglu_ffn": True},
+    ),
+    "clip": (CLIPVisionModel, CLIPVisionConfig, NeuroFlowCLIPVisionModel, NeuroFlowCLIPVisionConfig, TINY_VISION),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def options_of(kind, attention_dropout=0.0):
     options = copy.deepcopy(KINDS[kind][4])
-    for part in [options] if kind == "vision" else [options["vision_config"], options["text_config"]]:
-        part["attention_dropout"] = attention_dropout
+    dropout = "attention_probs_dropout_prob" if kind in ("dinov2", "registers") else "attention_dropout"
+    for part in [options[name] for name in PARTS if name in options] or [options]:
+        part[dropout] = attention_dropout
     return options
 
 
@@ -95,7 +127,7 @@ def inputs_of(kind, size=IMAGE_SIZE):
 
 
 def loss_of(kind, output):
-    return output.pooler_output.square().mean() if kind == "vision" else output.loss
+    return output.loss if kind in ("dual", "classifier") else output.pooler_output.square().mean()
 
 
 def leaves(value):
@@ -194,10 +226,8 @@ def test_interpolated_positions(kind, size):
     stock, ours = pair(kind)
     with torch.no_grad():
         inputs = inputs_of(kind, size)
-        assert_same(
-            ours(**inputs, interpolate_pos_encoding=True),
-            stock(**inputs, interpolate_pos_encoding=True),
-        )
+        option = {} if kind in ("dinov2", "registers") else {"interpolate_pos_encoding": True}
+        assert_same(ours(**inputs, interpolate_pos_encoding=True), stock(**inputs, **option))
         if kind == "dual":
             pixels = inputs["pixel_values"]
             assert_same(ours.get_image_features(pixels, True), stock.get_image_features(pixels, True))
@@ -235,7 +265,8 @@ def test_training(kind, checkpointing):
             optimizer.zero_grad()
             loss_of(kind, model(**inputs_of(kind))).backward()
             optimizer.step()
-        assert not any(torch.equal(old, new) for old, new in zip(before[:8], model.parameters(), strict=False))
+        trained_parameters = zip(before[:8], model.parameters(), strict=False)
+        assert not any(torch.equal(old, new) for old, new in trained_parameters if new.grad is not None)
         trained.append(model)
     stock, ours = trained
     assert_same_weights(ours.state_dict(), stock.state_dict())
@@ -317,6 +348,7 @@ def put_prefix(path):
         ("headless", "vision", "headless", set()),
         ("classifier", "classifier", "classifier", set()),
         ("classifier", "vision", "classifier", set()),
+        *((kind, kind, kind, set()) for kind in ("dinov2", "registers", "clip")),
     ],
 )
 def test_loading_stock_checkpoints(checkpoints, checkpoint, kind, source, newly_made):
@@ -486,6 +518,35 @@ def test_a_wrapper_is_saved_like_any_model(kind, tmp_path):
     assert_same_weights(stock_class.from_pretrained(tmp_path).state_dict(), stock.state_dict())
 
 
+@each_tower
+def test_every_wrapper_shares_the_model(tower):
+    stock = make_stock_tower(tower).train()
+    stock(**inputs_of("vision"), output_hidden_states=True)  # leaves hooks behind that record
+    wrapper = wrap_tower(tower, stock, threshold=0.02)
+    ours, theirs = dict(wrapper.named_parameters()), dict(stock.named_parameters())
+    assert list(ours) == list(theirs) and all(ours[name] is theirs[name] for name in theirs)
+    assert {module.training for module in wrapper.modules()} == {True}
+    assert wrapper.new_stream().gate.threshold == 0.02
+    wrapper.set_attn_implementation("eager")
+    stock.set_attn_implementation("eager")
+    request = {"output_attentions": True, "output_hidden_states": True}
+    with torch.no_grad():
+        assert_same(wrapper(**inputs_of("vision"), **request), stock(**inputs_of("vision"), **request))
+    with pytest.raises(TypeError, match="Cannot wrap a NeuroFlowSiglipModel"):
+        wrap_tower(tower, make_ours("dual"))
+
+
+def test_dinov2_refuses_masks_and_stochastic_depth_with_a_stream():
+    model = make_ours("dinov2")
+    pixels, stream = inputs_of("dinov2")["pixel_values"], model.new_stream(2)
+    with pytest.raises(ValueError, match="Masks"):
+        model(pixels, bool_masked_pos=torch.zeros(2, 36, dtype=torch.bool), stream=stream)
+    model.config.drop_path_rate = 0.1
+    with pytest.raises(ValueError, match="Stochastic depth"):
+        model.train()(pixels, stream=stream)
+    assert stream.frames == [0, 0]
+
+
 def test_from_siglip_refuses_other_models():
     with pytest.raises(TypeError, match=r"SiglipModel.*SiglipVisionModel"):
         NeuroFlowSiglipVisionModel.from_siglip(make_stock("dual"))
@@ -527,6 +588,7 @@ AUTO = [
     (AutoModel, "vision"),
     (AutoModelForZeroShotImageClassification, "dual"),
     (AutoModelForImageClassification, "classifier"),
+    *((AutoModel, kind) for kind in ("dinov2", "registers", "clip")),
 ]
 
 

@@ -14,14 +14,29 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 import neuroflow_hf
 from neuroflow_hf import NeuroFlowSiglipForImageClassification, NeuroFlowStream
-from tests.conftest import TINY_TEXT, TINY_VISION, assert_close_in_norm, lively, random_video
+from tests.conftest import (
+    TINY_TEXT,
+    TINY_VISION,
+    assert_close_in_norm,
+    lively,
+    make_stock_tower,
+    random_video,
+    wrap_tower,
+)
 from tests.loopback_hub import call_elsewhere
 
 PACKAGE = Path(neuroflow_hf.__file__).parent
-MODELING = ("vision/modeling_neuroflow_siglip.py", "language/modeling_neuroflow_phi3.py")
+MODELING = (
+    "vision/modeling_neuroflow_siglip.py",
+    "vision/modeling_neuroflow_dinov2.py",
+    "vision/modeling_neuroflow_dinov2_with_registers.py",
+    "vision/modeling_neuroflow_clip.py",
+    "language/modeling_neuroflow_phi3.py",
+)
 GATE = {"mode": "extrapolate", "threshold": 0.05, "sentinels": 0.1}
 NUM_FRAMES, FRAMES_BEFORE_SAVING = 5, 2
-KINDS = ("dual", "vision", "classifier")
+OTHER_TOWERS = {"dinov2": MODELING[1], "registers": MODELING[2], "clip": MODELING[3]}
+KINDS = ("dual", "vision", "classifier", *OTHER_TOWERS)
 AUTO_CLASSES = {
     "dual": {"AutoConfig", "AutoModel", "AutoModelForZeroShotImageClassification", "AutoModelForImageClassification"},
     "vision": {"AutoConfig", "AutoModel"},
@@ -31,7 +46,7 @@ AUTO_CLASSES = {
         "AutoModelForZeroShotImageClassification",
         "AutoModelForImageClassification",
     },
-}
+} | {kind: {"AutoConfig", "AutoModel"} for kind in OTHER_TOWERS}
 
 
 def stream_video(model, kind, frames, stream):
@@ -59,7 +74,8 @@ def models(model, vision):
         NeuroFlowSiglipForImageClassification.config_class.from_dict(config.to_dict())
     )
     classifier.load_state_dict(stock.state_dict())
-    return {"dual": model, "vision": vision, "classifier": classifier.eval()}
+    others = {tower: wrap_tower(tower, make_stock_tower(tower)) for tower in OTHER_TOWERS}
+    return {"dual": model, "vision": vision, "classifier": classifier.eval(), **others}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +102,7 @@ def saved(models, tmp_path_factory):
     return root
 
 
-def use_models(models, video, stream_before, output, refusals):
+def use_models(models, kinds, video, stream_before, output, refusals):
     """Runs elsewhere: load the saved models, stream a video, continue a stream, save everything again."""
     import os
 
@@ -109,8 +125,8 @@ def use_models(models, video, stream_before, output, refusals):
 
     frames = load_file(video)["frames"].unbind(0)
     tensors = {}
-    loaders = {"dual": AutoModel, "vision": AutoModel, "classifier": AutoModelForImageClassification}
-    for kind, auto_class in loaders.items():
+    for kind in kinds:
+        auto_class = AutoModelForImageClassification if kind == "classifier" else AutoModel
         folder = os.path.join(models, kind)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         report["gates"][kind] = config.gate
@@ -157,6 +173,7 @@ def first(saved, tmp_path_factory):
         use_models,
         tmp_path_factory.mktemp("elsewhere"),
         models=saved,
+        kinds=list(KINDS),
         video=saved / "video.safetensors",
         stream_before=saved / "stream.safetensors",
         output=output,
@@ -173,6 +190,7 @@ def second(saved, first, tmp_path_factory):
         use_models,
         tmp_path_factory.mktemp("elsewhere"),
         models=first[1],
+        kinds=list(KINDS),
         video=saved / "video.safetensors",
         stream_before=first[1] / "stream.safetensors",
         output=output,
@@ -196,7 +214,8 @@ def test_saving_names_the_auto_classes_and_writes_all_code(saved, kind):
     for reference in auto_map.values():
         module, _, name = reference.partition(".")
         assert f"class {name}(" in (saved / kind / f"{module}.py").read_text()
-    assert {path.name for path in (saved / kind).glob("*.py")} == copied_files()
+    modeling = OTHER_TOWERS.get(kind, MODELING[0])
+    assert {path.name for path in (saved / kind).glob("*.py")} == copied_files(modeling)
 
 
 def test_the_video_makes_the_gate_choose(saved):

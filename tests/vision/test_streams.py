@@ -24,8 +24,10 @@ from tests.conftest import (
     TINY_VISION,
     assert_close_in_norm,
     assert_outputs_close,
+    each_tower,
     play,
     random_video,
+    wrap_tower,
 )
 
 OPTIONS = {"threshold": 0.3, "reference": "both", "ema_rate": 0.1, "max_age": 12}
@@ -45,6 +47,7 @@ def assert_same(outputs, expected):
                 )
 
 
+@each_tower
 @pytest.mark.parametrize("mode", MODE_NAMES)
 def test_a_still_scene_costs_the_gate_and_keeps_its_embedding_exactly(vision, mode):
     frame = random_video(1)[0]
@@ -60,6 +63,7 @@ def test_a_still_scene_costs_the_gate_and_keeps_its_embedding_exactly(vision, mo
             assert output.active_mask.sum() == 4
 
 
+@each_tower
 @pytest.mark.parametrize("mode", MODE_NAMES)
 def test_two_interleaved_streams_do_not_touch_each_other(vision, mode):
     videos = [random_video(5, seed=seed) for seed in (1, 2)]
@@ -73,6 +77,7 @@ def test_two_interleaved_streams_do_not_touch_each_other(vision, mode):
         assert_same([outputs[index] for outputs in together], expected)
 
 
+@each_tower
 @given(
     mode=st.sampled_from(MODE_NAMES),
     batch_size=st.integers(2, 4),
@@ -155,6 +160,7 @@ def test_an_object_that_crosses_leaves_no_stale_patch_behind(vision, mode):
     assert torch.equal(stream.memory["last_update"], never_visited.memory["last_update"])
 
 
+@each_tower
 @pytest.mark.parametrize("mode", MODE_NAMES)
 def test_saved_restored_and_continued_is_as_never_stopped(vision, mode, tmp_path):
     frames = random_video(8, batch_size=2, seed=7)
@@ -173,11 +179,12 @@ def test_saved_restored_and_continued_is_as_never_stopped(vision, mode, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["stream.safetensors"]
 
 
+@each_tower
 @pytest.mark.parametrize("mode", [mode for mode in MODE_NAMES if mode != "eliminate"])
 def test_hidden_states_are_kept_as_the_output_is(vision64, mode, tmp_path):
     """Without the final layer norm, the last one is the output, whatever was left out, corrected or blended."""
     model = copy.deepcopy(vision64)
-    model.post_layernorm = torch.nn.Identity()
+    setattr(model, "layernorm" if hasattr(model, "layernorm") else "post_layernorm", torch.nn.Identity())
     options = {"mode": mode, "threshold": 0.3} | ({} if mode in ("dense", "hold", "mlp") else {"memory_blend": 0.5})
     stream = model.new_stream(2, **options)
     for number, frame in enumerate(random_video(5, batch_size=2)):
@@ -703,6 +710,7 @@ def test_a_grid_of_another_shape_with_as_many_patches_needs_interpolation(vision
         vision(pixel_values=torch.zeros(1, 3, 16, 36), stream=vision.new_stream())
 
 
+@each_tower
 def test_positions_are_not_interpolated_for_a_still_frame(vision, monkeypatch):
     calls, original = [], vision.embeddings.interpolate_pos_encoding
     monkeypatch.setattr(
@@ -728,16 +736,17 @@ def test_clips_of_a_model_that_returns_tuples(stock_vision):
     assert model.get_video_features(torch.stack(random_video(3), dim=1)).pooler_output.shape == (1, 3, 32)
 
 
-def test_an_interrupted_frame_is_followed_by_a_keyframe(vision64, stock_vision64):
+@each_tower
+def test_an_interrupted_frame_is_followed_by_a_keyframe(tower, stock_vision64):
     frames = random_video(3)
-    model = NeuroFlowSiglipVisionModel.from_siglip(stock_vision64)
+    model = wrap_tower(tower, stock_vision64)
     stream = model.new_stream()
     play(model, frames[:1], stream)
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    handle = model.encoder.layers[2].register_forward_pre_hook(interrupt)
+    handle = model.encoder_layers()[2].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         model(pixel_values=frames[1], stream=stream)
     handle.remove()
