@@ -17,12 +17,29 @@ from .language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
 from .language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM
 from .video.labels import TEMPLATE, Labels, check_labels, embed_labels
 from .video.preprocess import Preprocessor
+from .vision.configuration_neuroflow_clip import NeuroFlowCLIPVisionConfig
+from .vision.configuration_neuroflow_dinov2 import NeuroFlowDinov2Config, NeuroFlowDinov2WithRegistersConfig
 from .vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
 from .vision.gate_config import NeuroFlowGateConfig
+from .vision.modeling_neuroflow_clip import NeuroFlowCLIPVisionModel
+from .vision.modeling_neuroflow_dinov2 import NeuroFlowDinov2Model
+from .vision.modeling_neuroflow_dinov2_with_registers import NeuroFlowDinov2WithRegistersModel
 from .vision.modeling_neuroflow_siglip import NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
+from .vision.tower import VisionTower
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NEED_TEXT = "Labels need a model that reads text: name a whole SigLIP or SigLIP 2 checkpoint, with its tokenizer."
+
+# by the model types of their checkpoints; all others are taken for SigLIP
+OTHER_TOWERS: dict[str, type] = {
+    "clip": NeuroFlowCLIPVisionModel,
+    NeuroFlowCLIPVisionConfig.stock_model_type: NeuroFlowCLIPVisionModel,
+    NeuroFlowCLIPVisionConfig.model_type: NeuroFlowCLIPVisionModel,
+    NeuroFlowDinov2Config.stock_model_type: NeuroFlowDinov2Model,
+    NeuroFlowDinov2Config.model_type: NeuroFlowDinov2Model,
+    NeuroFlowDinov2WithRegistersConfig.stock_model_type: NeuroFlowDinov2WithRegistersModel,
+    NeuroFlowDinov2WithRegistersConfig.model_type: NeuroFlowDinov2WithRegistersModel,
+}
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 EMBEDDED_MODEL = CHECKOUT / "models" / "neuroflow-siglip-small"
@@ -77,14 +94,33 @@ def load_model(
         ModelLoadError: if the checkpoint does not exist, is damaged, lacks weights, or has no image processor.
         ValueError: for a device that is not available, and a resolution below 1.
     """
+    return read_tower(NeuroFlowSiglipVisionModel, "SigLIP vision model", source, dtype, device, resolution)
+
+
+def load_tower(
+    source: str | Path, dtype: torch.dtype = torch.float32, device: str = "auto", resolution: int | None = None
+) -> tuple[Any, Preprocessor]:
+    """As `load_model`, and also of DINOv2 checkpoints, with or without registers, and of CLIP's."""
     require_place(source)
-    device = usable_device(device)
     with quiet_transformers():
-        model, missing = read_model(NeuroFlowSiglipVisionModel, "SigLIP vision model", source, dtype)
-        require_weights("SigLIP vision model", source, missing)
+        kind = read_config(NeuroFlowSiglipVisionConfig, "vision model", source).get("model_type")
+    if kind not in OTHER_TOWERS:
+        return load_model(source, dtype, device, resolution)
+    return read_tower(OTHER_TOWERS[kind], f"`{kind}` vision model", source, dtype, device, resolution)
+
+
+def read_tower(
+    model_class: type, what: str, source: str | Path, dtype: torch.dtype, device: str, resolution: int | None
+) -> tuple[Any, Preprocessor]:
+    """A vision model of this class, see `load_model`; `what` names it in errors."""
+    require_place(source)
+    usable = usable_device(device)
+    with quiet_transformers():
+        model, missing = read_model(model_class, what, source, dtype)
+        require_weights(what, source, missing)
         preprocess = load_preprocess(source, resolution)
     require_head(model, source)
-    return model.eval().to(device), preprocess
+    return model.eval().to(usable), preprocess
 
 
 def load_text_model(
@@ -98,6 +134,8 @@ def load_text_model(
     device = usable_device(device)
     with quiet_transformers():
         settings = read_config(NeuroFlowSiglipConfig, "SigLIP model", source)
+        if settings.get("model_type") in OTHER_TOWERS:
+            raise NoTextTowerError(f"{source} holds a `{settings['model_type']}` model. {NEED_TEXT}")
         if settings.get("model_type") == NeuroFlowSiglipVisionConfig.model_type:
             # transformers would add a random text tower of the default size
             raise NoTextTowerError(f"{source} holds a vision tower alone. {NEED_TEXT}")
@@ -220,9 +258,9 @@ def require_weights(what: str, source: str | Path, missing: Sequence[str]):
         )
 
 
-def require_head(model: NeuroFlowSiglipVisionModel, source: str | Path):
+def require_head(model: VisionTower, source: str | Path):
     """Raise a ModelLoadError for a vision tower without pooling head."""
-    if not model.use_head:
+    if model.pooling(exact=True) is None:
         raise ModelLoadError(f"The model in {source} has no pooling head, so a frame has no embedding.")
 
 

@@ -53,10 +53,10 @@ def given_labels(labels: str | None, template: str | None) -> list[str] | None:
 
 
 def load_vision(source: str | Path, names: list[str] | None, template: str | None, *how: Any) -> tuple[Any, Any, Any]:
-    """A vision model, its preprocessing, and the embedded labels or None; `how` is as in `load_model`."""
-    from ..loading import load_model, load_model_with_labels
+    """A vision model, its preprocessing, and the embedded labels or None; `how` is as in `load_tower`."""
+    from ..loading import load_model_with_labels, load_tower
     from ..video.labels import TEMPLATE
 
     if names is None:
-        return *load_model(source, *how), None
+        return *load_tower(source, *how), None
     return load_model_with_labels(source, names, TEMPLATE if template is None else template, *how)

@@ -87,6 +87,9 @@ class Preprocessor:
     def from_pretrained(cls, folder: str | Path, resolution: int | None = None) -> "Preprocessor":
         """Take over the settings saved next to a model.
 
+        CLIP's and DINOv2's image processors cut out the centre, which would hide the sides of a video: the whole frame
+        is resized to the size of what they cut out.
+
         Args:
             folder: what an image processor's `from_pretrained` takes: a folder with `preprocessor_config.json`, or a
                 name on the Hub.
@@ -100,6 +103,11 @@ class Preprocessor:
         from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
         settings, _ = SiglipImageProcessorPil.get_image_processor_dict(folder)
+        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
+        if kind.startswith(("Bit", "CLIP")) and settings.get("do_center_crop"):
+            side = settings["crop_size"]  # a number in old files
+            size = {"height": side, "width": side} if isinstance(side, int) else side
+            settings = {**settings, "do_center_crop": False, "size": size}
         _refuse_other_steps(settings)
         return cls.from_image_processor(SiglipImageProcessorPil.from_dict(settings), resolution)
 

@@ -17,6 +17,7 @@ from neuroflow_hf.cli.main import app
 from neuroflow_hf.cli.run import baseline_note, fidelity_table
 from neuroflow_hf.cli.vision_model import parse_gate
 from neuroflow_hf.vision.gate_config import MODE_NAMES
+from tests.conftest import make_stock_tower
 from tests.processes import neuroflow, start
 
 PROCESSOR = {
@@ -63,6 +64,23 @@ def model_folder(stock_vision, tmp_path_factory):
 def call(*arguments):
     """The result of `neuroflow ARGUMENTS`, its output wide and without colours."""
     return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+@pytest.mark.parametrize("tower", ["dinov2", "registers", "clip"])
+def test_other_towers_run_and_have_no_labels(tower, clip, tmp_path):
+    make_stock_tower(tower).save_pretrained(tmp_path / "model")
+    crop = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 32}, "do_center_crop": True}
+    settings = PROCESSOR | crop | {"crop_size": {"height": 24, "width": 24}}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(settings))
+    arguments = ("run", clip, "--model", tmp_path / "model", "--out", tmp_path / "out", "--no-overlay")
+    result = call(*arguments, "--dense-every", 4, "--max-frames", 9, "--mode", "context")
+    assert result.exit_code == 0, result.output
+    summary, _, tensors = read_run(tmp_path / "out")
+    assert summary["grid"] == [6, 6] and 0 < summary["cost"]["mean"] < 1
+    assert tensors["embeddings"].shape == (9, 32)
+    assert summary["cosine_to_dense"]["streamed"]["min"] > 0.9
+    result = call(*arguments, "--labels", "a cat, a dog")
+    assert result.exit_code != 0 and "name a whole SigLIP or SigLIP 2 checkpoint" in result.output
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from eval.report import fill_block
 from eval.vision import tower_fidelity
+from neuroflow_hf import NeuroFlowDinov2Model
+from neuroflow_hf.video.preprocess import Preprocessor
+from neuroflow_hf.video.reader import VideoReader, bundled_clip
 from recipes.siglip_dinov2_small import build as tower
 from recipes.siglip_dinov2_small import head as tower_head
 from recipes.siglip_dinov2_small import weights as tower_weights
@@ -353,3 +356,24 @@ def test_real_tower_is_close_to_the_original():
     assert patch_cosine.mean() > 0.94
     assert patch_cosine.flatten().quantile(0.05) > 0.84
     assert functional.cosine_similarity(pooled, cls, dim=-1).mean() > 0.87
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_original_streams_natively():
+    folder = tower.build_tower(tower.default_tower_dir())
+    original = tower.load_original_from_wheels(tower.wheel_dir(folder))
+    model = NeuroFlowDinov2Model.from_dinov2(original)
+    preprocess = Preprocessor.from_pretrained(folder)
+    frames = [preprocess(frame.image) for frame in VideoReader(bundled_clip(), max_frames=12)]
+    dense = [original(frame) for frame in frames]
+    everything, sparse = model.new_stream(threshold=-1), model.new_stream(mode="extrapolate")
+    for number, (frame, expected) in enumerate(zip(frames, dense, strict=True)):
+        output = model(frame, stream=everything)
+        torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(output.pooler_output, expected.pooler_output, rtol=1e-3, atol=1e-3)
+        output = model(frame, stream=sparse)
+        assert functional.cosine_similarity(output.pooler_output, expected.pooler_output).item() > 0.9
+        assert number == 0 or output.cost.item() < 0.8
+    still = model(frames[-1], stream=sparse)
+    assert still.active_mask.sum() == 0 and torch.equal(still.pooler_output, output.pooler_output)

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import struct
 import threading
@@ -712,6 +713,20 @@ def test_from_pretrained_reads_the_saved_settings(tmp_path):
     assert Preprocessor.from_pretrained(tmp_path, resolution=96).resolution == 96
     holder = SimpleNamespace(image_processor=saved)
     assert Preprocessor.from_image_processor(holder) == loaded
+
+
+@pytest.mark.parametrize("crop", [24, {"height": 24, "width": 24}])
+@pytest.mark.parametrize("kind", ["BitImageProcessor", "CLIPImageProcessorFast"])
+def test_a_frame_is_seen_whole_where_the_centre_would_be_cut_out(tmp_path, kind, crop):
+    settings = {"do_center_crop": True, "crop_size": crop, "size": {"shortest_edge": 32}, "resample": 3}
+    settings |= {"do_resize": True, "do_rescale": True, "do_normalize": True}
+    for name, is_taken in ((kind, True), ("SiglipImageProcessor", False)):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {"image_processor_type": name}))
+        if is_taken:
+            assert Preprocessor.from_pretrained(tmp_path).resolution == 24
+        else:
+            with pytest.raises(ValueError, match="do_center_crop"):
+                Preprocessor.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

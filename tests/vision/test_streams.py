@@ -112,7 +112,10 @@ def test_a_ragged_batch_is_as_many_single_streams(vision64, mode, batch_size, se
                 torch.testing.assert_close(output.cost[index], expected.cost[0])
             seen = output.last_hidden_state[index]
             if mode == "eliminate":
-                assert output.token_mask[index].sum() == expected.active_mask.sum()
+                prefix = vision64.num_prefix_tokens
+                assert (
+                    output.token_mask[index].sum() == expected.token_mask.sum() == expected.active_mask.sum() + prefix
+                )
                 seen = seen[output.token_mask[index]]
             assert_close_in_norm(seen, expected.last_hidden_state[0])
 
