@@ -1,4 +1,4 @@
-"""`neuroflow run`: stream a video through SigLIP and compare with dense."""
+"""`neuroflow run`: stream a video through a vision tower and compare with dense."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +95,7 @@ def run(
     debug: options.Debug = False,
 ):
     """
-    Stream a video through SigLIP, compare with dense, and write embeddings, figures and pictures.
+    Stream a video through SigLIP, DINOv2 or CLIP, compare with dense, and write embeddings, figures and pictures.
 
     Files of an earlier run in the output folder are replaced.
     """
