@@ -52,6 +52,7 @@ def search(
         from ..archive.search import search_index
         from ..archive.sheet import moment_sheet
         from ..loading import usable_device
+        from ..utils.files import significant
         from ..video.labels import TEMPLATE
 
         if (text is None) == (image is None):
@@ -69,7 +70,7 @@ def search(
             query = text_query(index.metadata, text, TEMPLATE if template is None else template, model, device)
         moments = search_index(index, query.embedding, count, gap)
         if query.confidence is not None:
-            moments = [moment | {"confidence": query.confidence(moment["score"])} for moment in moments]
+            moments = [moment | {"confidence": significant(query.confidence(moment["score"]))} for moment in moments]
         if as_json:
             found = {"dataset": str(dataset), "text": text, "image": image and str(image), "moments": moments}
             typer.echo(json.dumps(found, indent=2))
@@ -98,4 +99,4 @@ def print_moments(moments: list[dict], frames: int, videos: int):
     ]
     if moments and "confidence" in moments[0]:
         headers.append("confidence")
-    print_wide(figure_table(headers, rows, title=f"{frames} frames of {videos} videos"), width=80)
+    print_wide(figure_table(headers, rows, title=f"{frames} frames of {videos} videos"), width=100)
