@@ -41,22 +41,14 @@ from neuroflow_hf.video.preprocess import Preprocessor
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """
-    A video and its right labels.
+    """A video and its right labels."""
 
-    Attributes:
-        name: unique among the scenes.
-        frames: a function that returns an iterator over all frames, uint8 RGB [H, W, 3].
-        labels: the right label of each of the T frames; None for a frame without one.
-        identity: a key that changes with what the scene shows.
-        group: the group in which results are reported, such as a kind of motion.
-    """
-
-    name: str
+    name: str  # unique among the scenes
+    # a function that returns an iterator over all frames, uint8 RGB [H, W, 3]
     frames: Callable[[], Iterator[np.ndarray]]
-    labels: tuple[str | None, ...]
-    identity: str = ""
-    group: str = ""
+    labels: tuple[str | None, ...]  # the right label of each of the T frames; None for a frame without one
+    identity: str = ""  # a key that changes with what the scene shows
+    group: str = ""  # the group in which results are reported, such as a kind of motion
 
     @property
     def count(self) -> int:
@@ -71,19 +63,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class RecordSettings:
-    """
-    Which frames are sampled.
+    """Which frames are sampled."""
 
-    Attributes:
-        dense_every: one random frame of every `dense_every` is sampled; 1 for all frames.
-        before, after: around a change of the label, all frames from `before` frames before to `after` frames after it
-            are sampled as well.
-        most_changes: maximum number of such changes in a scene, at least 1, evenly chosen; None for all.
-    """
-
-    dense_every: int = 8
+    dense_every: int = 8  # one random frame of every `dense_every` is sampled; 1 for all frames
+    # before, after: around a change of the label, all frames from `before` frames before to `after` frames after it
+    # are sampled as well
     before: int = 4
     after: int = 40
+    # maximum number of such changes in a scene, at least 1, evenly chosen; None for all
     most_changes: int | None = None
 
 
@@ -120,33 +107,19 @@ def sampled_frames(scene: Scene, settings: RecordSettings) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """
-    What a method returned for a scene of T frames, of which m are sampled.
+    """What a method returned for a scene of T frames, of which m are sampled."""
 
-    Attributes:
-        frames: int64 [m], numbers of the sampled frames.
-        drawn: bool [m], which of these were drawn at random; figures over time use only these.
-        embeddings: float32 [m, D], stored in half precision.
-        cost: float32 [T], cost of every frame; every method encodes the first one in full.
-        nbytes: int64 [T], bytes in the method's memory after each frame; 0 where the method did not see the frame.
-        about: seconds, versions, machine, commit and settings of the whole batch.
-    """
-
-    frames: Tensor
-    drawn: Tensor
-    embeddings: Tensor
-    cost: Tensor
+    frames: Tensor  # int64 [m], numbers of the sampled frames
+    drawn: Tensor  # bool [m], which of these were drawn at random; figures over time use only these
+    embeddings: Tensor  # float32 [m, D], stored in half precision
+    cost: Tensor  # float32 [T], cost of every frame; every method encodes the first one in full
+    # int64 [T], bytes in the method's memory after each frame; 0 where the method did not see the frame
     nbytes: Tensor
-    about: dict
+    about: dict  # seconds, versions, machine, commit and settings of the whole batch
 
 
 def frames_of(scenes: Sequence[Scene]) -> Iterator[list[np.ndarray]]:
-    """
-    For each frame number, the frames of all scenes.
-
-    Raises:
-        ValueError: if a scene has fewer or more frames than `count`.
-    """
+    """For each frame number, the frames of all scenes. ValueError if a scene has fewer or more frames than `count`."""
     iterators = [scene.frames() for scene in scenes]
     for number in range(scenes[0].count):
         shown = [next(iterator, None) for iterator in iterators]
@@ -169,18 +142,12 @@ def record(
     title: str | None = None,
 ) -> list[tuple[dict[str, Tensor], dict]]:
     """
-    Run several methods over one batch of B scenes with T frames each, in one pass over the frames.
-
-    Args:
-        model: in evaluation mode, with or without a text tower.
-        preprocess: the checkpoint's preprocessing.
-        scenes, settings: together they say which M frames are sampled.
-        specs: the methods. Those that return dense frames share the computation of these.
-        title: title of the progress bar on stderr; None for no bar.
+    Run several methods over one batch of B scenes with T frames each, in one pass over the frames. Methods that return
+    dense frames share the computation of these. `title` is that of the progress bar on stderr; None for no bar.
 
     Returns:
-        For each method `embeddings` float16 [M, D], ordered by frame and then by scene; `cost` float32 [T, B];
-        `nbytes` int64 [T], the sum over scenes; and the recording's `about`.
+        For each method `embeddings` float16 [M, D] of the M sampled frames, ordered by frame and then by scene; `cost`
+        float32 [T, B]; `nbytes` int64 [T], the sum over scenes; and the recording's `about`.
 
     Raises:
         ValueError: if a scene does not have `count` frames, or if embeddings are not finite.
@@ -300,12 +267,7 @@ class Recorder:
         return len(mine)
 
     def load(self, scenes: Sequence[Scene], spec: MethodSpec) -> list[Recording]:
-        """
-        A method's recordings of the scenes of a batch.
-
-        Raises:
-            FileNotFoundError: if they were not made yet.
-        """
+        """A method's recordings of the scenes of a batch. FileNotFoundError if they were not made yet."""
         path = self.path(scenes, spec)
         if not path.is_file():
             raise FileNotFoundError(f"{spec.name} is not recorded for these scenes: {path} is missing. Record first.")

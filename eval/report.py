@@ -1,6 +1,5 @@
 """What the scripts of this folder share: the provenance of figures, and writing reports, pictures and tables."""
 
-import io
 import json
 import shlex
 import sys
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from neuroflow_hf.utils.files import fill_block, finite, report_text, write_whole
+from neuroflow_hf.utils.plots import save_plot, tidy
 from neuroflow_hf.utils.provenance import machine_and_versions
 
 __all__ = ["RESULTS", "fill_block", "provenance", "publish", "rounded", "show", "tidy", "write_json", "write_whole"]
@@ -47,19 +47,13 @@ def write_json(path: Path, report: dict):
 
 def publish(output: Path, report: dict, table: str, pictures: Mapping[str, Figure] | None = None):
     """
-    Write a report and its pictures, and print its table.
-
-    Args:
-        output: the JSON file. Pictures go to `docs/` if it is in `eval/results/`, else to the file's folder.
-        table: in Markdown, as of `eval/docs/tables.py`.
-        pictures: by file name.
+    Write a report as JSON and its pictures, and print its table in Markdown. Pictures go to `docs/` if the report is
+    in `eval/results/`, else to its folder.
     """
     write_whole(output, report_text(report))
+    folder = ROOT / "docs" if output.resolve().parent == RESULTS else output.parent
     for name, figure in (pictures or {}).items():
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=130, format="png")
-        folder = ROOT / "docs" if output.resolve().parent == RESULTS else output.parent
-        write_whole(folder / name, picture.getvalue())
+        save_plot(figure, folder / name)
     show(table)
 
 
@@ -72,10 +66,3 @@ def finding(claim: str, rule: str, measured: str, holds: bool, fails: bool) -> d
     """A published claim, what was measured, and the verdict by a rule."""
     verdict = HOLDS if holds else FAILS if fails else UNKNOWN
     return {"claim": claim, "measured": measured, "rule": rule, "verdict": verdict}
-
-
-def tidy(panel):
-    """Draw a light grid and no frame."""
-    panel.grid(color="#e5e7eb", linewidth=0.7)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)

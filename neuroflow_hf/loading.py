@@ -155,16 +155,18 @@ def load_text_model(
 
 def load_model_with_labels(
     source: str | Path,
-    names: Sequence[str],
+    names: Sequence[str] | None,
     template: str = TEMPLATE,
     dtype: torch.dtype = torch.float32,
     device: str = "auto",
     resolution: int | None = None,
-) -> tuple[NeuroFlowSiglipVisionModel, Preprocessor, Labels]:
+) -> tuple[NeuroFlowSiglipVisionModel, Preprocessor, Labels | None]:
     """
-    As `load_model`, with labels that the checkpoint's text tower embedded. The text tower is not kept. Arguments and
-    errors are those of `load_text_model` and `embed_labels`.
+    As `load_model`, with labels that the checkpoint's text tower embedded; without names as `load_tower`, with None.
+    The text tower is not kept. Arguments and errors are those of `load_text_model` and `embed_labels`.
     """
+    if names is None:
+        return *load_tower(source, dtype, device, resolution), None
     check_labels(names, template)
     model, preprocess, tokenizer = load_text_model(source, dtype, device, resolution)
     return model.vision_model, preprocess, embed_labels(model, tokenizer, names, template)
@@ -204,30 +206,35 @@ def load_language_model(
 
 def read_config(config_class: type, what: str, source: str | Path) -> dict:
     """A stored configuration as a dict."""
-    with load_errors(what, source):
+    with load_errors(f"a {what}", source):
         return config_class.get_config_dict(source)[0]
 
 
 def read_model(model_class: type, what: str, source: str | Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
     """A model, and the sorted names of its weights that the checkpoint lacks."""
-    with load_errors(what, source):
+    with load_errors(f"a {what}", source):
         model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
     return model, sorted(info["missing_keys"])
 
 
 @contextlib.contextmanager
-def load_errors(what: str, source: str | Path) -> Iterator[None]:
-    """Turn every error inside the block into a ModelLoadError: damaged files raise all kinds of errors."""
+def load_errors(what: str, source: str | Path, auto_class: str = "", kinds: Any = Exception) -> Iterator[None]:
+    """
+    Turn errors inside the block into a ModelLoadError. Damaged files raise all kinds of errors, and missing packages
+    an ImportError. `auto_class` is the class that saves what is missing beside a model.
+    """
     try:
         yield
-    except Exception as error:
+    except kinds as error:
         if isinstance(error, SafetensorError):
             advice = ". A weights file is damaged or cut short; copy or download it again."
+        elif auto_class:
+            advice = f" Save one beside the model: `{auto_class}.from_pretrained(...).save_pretrained(folder)`."
         elif not Path(source).exists():
             advice = " There is no folder of that name here, so it was looked for on the Hub."
         else:
             advice = ""
-        raise ModelLoadError(f"Cannot load a {what} from {source}: {one_line(error)}{advice}") from error
+        raise ModelLoadError(f"Cannot load {what} from {source}: {one_line(error)}{advice}") from error
 
 
 def refuse_gguf(source: str | Path):
@@ -266,24 +273,14 @@ def require_head(model: VisionTower, source: str | Path):
 
 def load_preprocess(source: str | Path, resolution: int | None) -> Preprocessor:
     """The preprocessing of the image processor in `source`; ModelLoadError if there is none."""
-    try:
+    with load_errors("an image processor", source, "AutoImageProcessor", (OSError, TypeError, KeyError)):
         return Preprocessor.from_pretrained(source, resolution)
-    except (OSError, TypeError, KeyError) as error:
-        raise ModelLoadError(
-            f"Cannot load an image processor from {source}: {one_line(error)} Save one beside the model: "
-            "`AutoImageProcessor.from_pretrained(...).save_pretrained(folder)`."
-        ) from error
 
 
 def load_tokenizer(source: str | Path, tokenizer_class: type = AutoTokenizer) -> Any:
     """The tokenizer in `source`; ModelLoadError if there is none that can be used."""
-    try:
+    with load_errors("a tokenizer", source, "AutoTokenizer"):
         return tokenizer_class.from_pretrained(source)
-    except Exception as error:  # damaged files raise all kinds of errors, and missing packages ImportError
-        raise ModelLoadError(
-            f"Cannot load a tokenizer from {source}: {one_line(error)} Save one beside the model: "
-            "`AutoTokenizer.from_pretrained(...).save_pretrained(folder)`."
-        ) from error
 
 
 def load_gate(path: str | Path) -> dict:

@@ -41,78 +41,48 @@ KEYFRAME_EVERY = 12
 
 @dataclass(frozen=True, eq=False)
 class Actor:
-    """
-    A thing and its path.
+    """A thing and its path."""
 
-    Attributes:
-        thing: its name.
-        cut: uint8 RGBA [h, w, 4].
-        path: how it moves, a key of `path_offset`.
-        centre: row and column of its middle at rest, in pixels.
-        reach: how far the path goes from there, down and across, in pixels.
-        period: frames of one round; of `entering` and `leaving`, frames on the way.
-        phase: where in the round it starts, 0 to 1; of `entering` and `leaving`, 0.
-        start: the frame at which `entering` and `leaving` set off.
-        present: the frames on which it is there, from the first until before the second.
-    """
-
-    thing: str
-    cut: np.ndarray
-    path: str
-    centre: tuple[float, float]
-    reach: tuple[float, float] = (0.0, 0.0)
-    period: int = 1
-    phase: float = 0.0
-    start: int = 0
-    present: tuple[int, int] = (0, MOST)
+    thing: str  # its name
+    cut: np.ndarray  # uint8 RGBA [h, w, 4]
+    path: str  # how it moves, a key of `path_offset`
+    centre: tuple[float, float]  # row and column of its middle at rest, in pixels
+    reach: tuple[float, float] = (0.0, 0.0)  # how far the path goes from there, down and across, in pixels
+    period: int = 1  # frames of one round; of `entering` and `leaving`, frames on the way
+    phase: float = 0.0  # where in the round it starts, 0 to 1; of `entering` and `leaving`, 0
+    start: int = 0  # the frame at which `entering` and `leaving` set off
+    present: tuple[int, int] = (0, MOST)  # the frames on which it is there, from the first until before the second
 
 
 @dataclass(frozen=True, eq=False)
 class ClipSpec:
-    """
-    All of a clip, without its frames.
+    """All of a clip, without its frames."""
 
-    Attributes:
-        motion: one of MOTIONS.
-        number, seed: with the motion, what everything else was drawn by.
-        frames: how many.
-        ground: uint8 RGB [C, C, 3], the picture's size; larger where the camera moves.
-        actors: later ones are in front.
-        camera: how far the view swings from the middle, down and across, in pixels, and in how many frames.
-        drift, flicker, noise: strength of the light's fall (share), of the lamps (share), of the sensor (grey levels).
-        drift_period: frames until the light is back.
-        quality: of JPEG, 0 for none.
-    """
-
-    motion: str
-    number: int
+    motion: str  # one of MOTIONS
+    number: int  # number, seed: with the motion, what everything else was drawn by
     seed: int
-    frames: int
-    ground: np.ndarray
-    actors: tuple[Actor, ...]
+    frames: int  # how many
+    ground: np.ndarray  # uint8 RGB [C, C, 3], the picture's size; larger where the camera moves
+    actors: tuple[Actor, ...]  # later ones are in front
     side: int = SIDE
+    # how far the view swings from the middle, down and across, in pixels, and in how many frames
     camera: tuple[float, float, int] = (0.0, 0.0, 1)
+    # drift, flicker, noise: strength of the light's fall (share), of the lamps (share), of the sensor (grey levels)
     drift: float = 0.0
-    drift_period: int = 1
+    drift_period: int = 1  # frames until the light is back
     flicker: float = 0.0
     noise: float = 0.0
-    quality: int = 0
+    quality: int = 0  # of JPEG, 0 for none
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """
-    What is in a frame.
+    """What is in a frame."""
 
-    Attributes:
-        things: names of the clip's actors, also of those that are not there.
-        masks: bool [actors, side, side], the pixels on which each is in front, by more than half of its opacity.
-        visible: of each, which share of its pixels that is.
-    """
-
-    things: tuple[str, ...]
+    things: tuple[str, ...]  # names of the clip's actors, also of those that are not there
+    # bool [actors, side, side], the pixels on which each is in front, by more than half of its opacity
     masks: np.ndarray
-    visible: tuple[float, ...]
+    visible: tuple[float, ...]  # of each, which share of its pixels that is
 
     @property
     def seen(self) -> tuple[str, ...]:
@@ -131,12 +101,7 @@ class Truth:
 
 
 def frame(spec: ClipSpec, number: int) -> tuple[np.ndarray, Truth]:
-    """
-    A clip's frame, uint8 RGB [side, side, 3], and what is in it.
-
-    Raises:
-        IndexError: if the clip has no such frame.
-    """
+    """A clip's frame, uint8 RGB [side, side, 3], and what is in it. IndexError if the clip has no such frame."""
     if not 0 <= number < spec.frames:
         raise IndexError(f"There is no frame {number}; the clip has frames 0 to {spec.frames - 1}.")
     return filmed(spec, number, scene(spec, number)), truth(spec, number)
@@ -255,16 +220,9 @@ def key_of(seed: int, motion: str, number: int) -> tuple[int, int, int]:
 
 def specify(material: Any, motion: str, number: int, *, frames: int = 64, seed: int = 0, side: int = SIDE) -> ClipSpec:
     """
-    A clip by its number.
-
-    Args:
-        material: with `drawings`, by thing a list of what has a `picture` in RGBA; and `grounds`, a list of what has a
-            `picture` in RGB, at least 16 pixels each way. As of `load_material` in `recipes/siglip_small/compose.py`.
-        motion: one of MOTIONS.
-        number: any from 0; each is another clip.
-        frames (`int`, defaults to 64): 16 to 10,000; longer ones go on in the same way.
-        seed (`int`, defaults to 0): of all clips.
-        side (`int`, defaults to 224): of the picture in pixels.
+    A clip by its number: each from 0 is another one. Clips of more frames, 16 to 10,000, go on in the same way.
+    `material` has `drawings`, by thing a list of what has a `picture` in RGBA, and `grounds`, a list of what has a
+    `picture` in RGB, at least 16 pixels each way, as of `load_material`; `side` is of the picture in pixels.
 
     Raises:
         ValueError: for a motion or a number of frames that there is not; for too few things.

@@ -44,19 +44,14 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Family:
-    """
-    What the models of one family need in their repositories.
+    """What the models of one family need in their repositories."""
 
-    Args:
-        name: as people call it.
-        needed: by what it is, the names that the file may have, beside configuration and weights.
-        choose_class: from the stored configuration to the class that the model is saved as, or None for other models.
-        complete: adds to the repository's folder what only the family's models need.
-    """
-
-    name: str
+    name: str  # as people call it
+    # by what it is, the names that the file may have, beside configuration and weights
     needed: dict[str, tuple[str, ...]]
+    # from the stored configuration to the class that the model is saved as, or None for other models
     choose_class: Callable[[dict], type | None]
+    # adds to the repository's folder what only the family's models need
     complete: Callable[[Path], None] = lambda repository: None
 
 
@@ -72,12 +67,7 @@ def choose_siglip_class(stored: dict) -> type | None:
 
 
 def choose_phi3_class(stored: dict) -> type | None:
-    """
-    Phi-3's class for a stored configuration.
-
-    Raises:
-        ValueError: for one with another head, which would be lost.
-    """
+    """Phi-3's class for a stored configuration. ValueError for one with another head, which would be lost."""
     if stored.get("model_type") not in ("phi3", NeuroFlowPhi3Config.model_type):
         return None
     others = [name for name in stored.get("architectures") or [] if not name.endswith("ForCausalLM")]
@@ -176,7 +166,9 @@ def build_hub_repository(source: Path, output: Path) -> Path:
             if path.is_file() and not (repository / path.name).exists():
                 shutil.copyfile(path, repository / path.name)
         family.complete(repository)
-        put_in_place(repository, output, aside=Path(temporary) / "previous")
+        if output.exists():
+            output.rename(Path(temporary) / "previous")
+        repository.rename(output)
     return output
 
 
@@ -272,19 +264,6 @@ def may_be_replaced(folder: Path) -> bool:
         return "auto_map" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return not any(folder.iterdir())
-
-
-def put_in_place(repository: Path, output: Path, aside: Path):
-    """Give the finished repository its name. One that had it is moved aside, and back if that fails."""
-    replaces = output.exists()
-    if replaces:
-        output.rename(aside)
-    try:
-        repository.rename(output)
-    except OSError:
-        if replaces:
-            aside.rename(output)
-        raise
 
 
 def main(

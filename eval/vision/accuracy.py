@@ -16,18 +16,19 @@ switch between two settings of its family, so it has a value at any cost.
 Writes `eval/results/accuracy.json` and `docs/accuracy.png`, shown in `docs/results/labels.md`.
 """
 
-import itertools
+import math
 
 import numpy as np
 import torch
 import typer
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
 from eval.docs.tables import accuracy_table
 from eval.recordings import Recording, Scene
-from eval.report import rounded, tidy
+from eval.report import rounded
 from eval.vision.evidence import (
     Evidence,
     Plan,
@@ -37,14 +38,12 @@ from eval.vision.evidence import (
     mean_of_scenes,
     statistic_interval,
 )
-from neuroflow_hf.evaluation.settings import DENSE
+from neuroflow_hf.evaluation.plots import draw_over_cost
+from neuroflow_hf.evaluation.settings import DENSE, FIRST
 
 TOP = (1, 5)
 CLOSE, CLOSE_COST = (0.9, 1.05), 0.03  # limits of the close-up's axes
-COLOURS = ("#d97706", "#2563eb", "#7c3aed", "#0d9488", "#be185d", "#65a30d", "#854d0e")
-BASELINE_COLOURS = ("#111827", "#6b7280", "#9ca3af", "#374151", "#4b5563", "#a8a29e", "#78716c", "#1f2937", "#94a3b8")
-BASELINE_MARKERS = ("s", "^", "v", "D", "x", "+", "P", "1", "p")
-LEAST_COST = 0.01  # where the axis begins; methods without cost are drawn here
+LEAST_COST = 0.01  # where the axis begins
 
 
 def is_right(embeddings: Tensor, texts: Tensor, places: Tensor, k: int) -> Tensor:
@@ -117,40 +116,18 @@ def accuracy_report(evidence: Evidence) -> dict:
     return rounded({**evidence.about, "texts": len(evidence.names), "frames_counted": counted, "results": results})
 
 
-def draw_retained(panel, rows: list[dict], found: dict[str, dict]):
-    """
-    Draw top-1 relative to dense's over cost; settings of one family are joined.
+def draw_retained(panel: Axes, rows: list[dict], found: dict[str, dict]):
+    """Draw top-1 relative to dense's over cost, by `cost` and `top1` of each method in `rows`."""
+    kinds = {DENSE.name: "dense", FIRST.name: "first"}
+    entries = [{**row, "kind": kinds.get(row["name"], ""), "figures": found[row["name"]]} for row in rows]
 
-    Args:
-        panel: matplotlib axes.
-        rows: the report's results.
-        found: `cost` and `top1` by method; a method without a value is left out.
-    """
-    families: dict[str, list[dict]] = {}
-    for row in rows:
-        if row["name"] != DENSE.name:
-            families.setdefault(row["family"], []).append(row)
-    colours = itertools.cycle(COLOURS)
-    baseline_looks = itertools.cycle(zip(BASELINE_COLOURS, BASELINE_MARKERS, strict=True))
-    panel.axhline(1, color="#b91c1c", linewidth=1, linestyle=(0, (4, 3)), label="dense")
-    for family, members in families.items():
-        control = members[0]["control"]
-        colour, marker = next(baseline_looks) if control else (next(colours), "*" if family == "presets" else "o")
-        of_family = [found[row["name"]] for row in members]
-        points = sorted(
-            (max(one["cost"], LEAST_COST), one["top1"]["retained"])
-            for one in of_family
-            if one["top1"]["retained"] is not None
-        )
-        look = {"linewidth": 1.0, "linestyle": "--", "zorder": 2} if control else {"linewidth": 1.6, "zorder": 3}
-        label = f"baseline: {family}" if control else family
-        size = 9 if marker == "*" else 4
-        if points:
-            places, shares = zip(*points, strict=True)
-            panel.plot(places, shares, color=colour, marker=marker, markersize=size, label=label, **look)
+    def retained(figures: dict) -> float:
+        share = figures["top1"]["retained"]
+        return math.nan if share is None else share
+
+    draw_over_cost(panel, {"methods": entries}, retained, named=False)
     panel.set_xscale("log")
-    panel.set_xlim(LEAST_COST * 0.9, 1.1 * max([1.0, *(one["cost"] for one in found.values())]))
-    tidy(panel)
+    panel.set_xlim(LEAST_COST, 1.1 * max(1.0, *(one["cost"] for one in found.values())))
 
 
 def plot_accuracy(evidence: Evidence, report: dict) -> Figure:
@@ -163,7 +140,6 @@ def plot_accuracy(evidence: Evidence, report: dict) -> Figure:
     top, near = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
     for panel in (top, near):
         draw_retained(panel, rows, {row["name"]: row for row in rows})
-        panel.set_xlabel("cost (share of dense)")
     top.set_title(f"Top-1, share of dense's ({rows[0]['top1']['dense']:.1%}), all motions", loc="left", fontsize=11)
     near.set_title("The same, close to dense's", loc="left", fontsize=11)
     near.set_ylim(CLOSE)
@@ -175,6 +151,7 @@ def plot_accuracy(evidence: Evidence, report: dict) -> Figure:
         dense = rows[0]["motions"][motion]["top1"]["dense"]
         panel.set_title(f"{motion} ({'none' if dense is None else f'{dense:.0%}'})", loc="left", fontsize=9)
         panel.tick_params(labelsize=7)
+        panel.set_xlabel("")
     return figure
 
 

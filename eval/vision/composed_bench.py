@@ -38,27 +38,17 @@ SPLIT = "held out"
 SEED = 0
 
 Figures = dict[str, np.ndarray]
-
-
 Measured = Sequence[tuple[str, Figures]]  # of each clip, its motion and its figures
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """
-    A clip with its frames.
+    """A clip with its frames."""
 
-    Attributes:
-        spec: what the clip shows.
-        images: uint8 [T, side, side, 3].
-        truths: what is in each frame.
-        pixels: float32 [T, 3, R, R], on the model's device.
-    """
-
-    spec: ClipSpec
-    images: np.ndarray
-    truths: tuple[Truth, ...]
-    pixels: Tensor
+    spec: ClipSpec  # what the clip shows
+    images: np.ndarray  # uint8 [T, side, side, 3]
+    truths: tuple[Truth, ...]  # what is in each frame
+    pixels: Tensor  # float32 [T, 3, R, R], on the model's device
 
 
 class Bench:
@@ -115,15 +105,20 @@ def measure_clips(
     for place in track(processes.share(len(names)), "clips", **bar):
         clip = (*names[place], frames)
         path = folder / f"{key_of(clip=clip, seed=SEED, side=bench.side, weights=bench.weights, code=version)}.npz"
-        if not path.is_file():
-            buffer = io.BytesIO()
-            with torch.inference_mode():
-                np.savez(buffer, **measure(bench, bench.clip(*clip)))
-            write_whole(path, buffer.getvalue())
-        with np.load(path, allow_pickle=False) as stored:
-            found.append((place, dict(stored)))
+        found.append((place, stored_figures(path, lambda clip=clip: measure(bench, bench.clip(*clip)))))
     by_place = dict(processes.gather(found))
     return [(motion, by_place[place]) for place, (motion, _) in enumerate(names)]
+
+
+def stored_figures(path: Path, measure: Callable[[], Figures]) -> Figures:
+    """The arrays in a file; if it is missing, they are measured and stored first."""
+    if not path.is_file():
+        buffer = io.BytesIO()
+        with torch.inference_mode():
+            np.savez(buffer, **measure())
+        write_whole(path, buffer.getvalue())
+    with np.load(path, allow_pickle=False) as stored:
+        return dict(stored)
 
 
 def measuring_version(measure: Callable) -> str:
@@ -142,19 +137,11 @@ def command(
     name: str,
     default_clips: int,
     quick_frames: int,
-    draw: Callable | None = None,
 ) -> Callable:
     """
-    The command line of a script.
-
-    Args:
-        measure: as of `measure_clips`.
-        report_of: from all clips' figures to the report.
-        table_of: from the report to its table in Markdown.
-        name: name of the JSON file.
-        default_clips: number of clips of each motion.
-        quick_frames: number of frames of each clip with `--quick`.
-        draw: from the report and all clips' figures to pictures, by file name.
+    The command line of a script: `measure` as in `measure_clips`, `report_of` from all clips' figures to the report,
+    `table_of` from the report to its table in Markdown. `name` is that of the JSON file; `--quick` has one clip of
+    each motion.
     """
 
     def main(
@@ -182,6 +169,6 @@ def command(
             "seconds": round(time.perf_counter() - start, 1),
             **report_of(bench, measured),
         }
-        publish(output, report, table_of(report), {} if draw is None else draw(report, measured))
+        publish(output, report, table_of(report))
 
     return main

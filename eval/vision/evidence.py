@@ -156,25 +156,15 @@ def text_embeddings(model: NeuroFlowSiglipModel, tokenizer: Any) -> tuple[list[s
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """
-    Everything that was recorded.
+    """Everything that was recorded."""
 
-    Attributes:
-        scenes: all S scenes.
-        specs: the methods, including dense.
-        recordings: by the method's name and the scene's name.
-        names, texts: labels and their unit embeddings, float32 [L, D].
-        settings: which frames were sampled.
-        about: the code, machine and settings of the recordings, for JSON.
-    """
-
-    scenes: list[Scene]
-    specs: list[MethodSpec]
-    recordings: dict[str, dict[str, Recording]]
-    names: list[str]
+    scenes: list[Scene]  # all S scenes
+    specs: list[MethodSpec]  # the methods, including dense
+    recordings: dict[str, dict[str, Recording]]  # by the method's name and the scene's name
+    names: list[str]  # names, texts: labels and their unit embeddings, float32 [L, D]
     texts: Tensor
-    settings: RecordSettings
-    about: dict
+    settings: RecordSettings  # which frames were sampled
+    about: dict  # the code, machine and settings of the recordings, for JSON
 
     @property
     def motions(self) -> dict[str, list[int]]:
@@ -236,14 +226,8 @@ def record_evidence(
 
 def command(report_of: Callable, table_of: Callable, default: Plan, name: str, draw: Callable | None = None):
     """
-    The command line of a script.
-
-    Args:
-        report_of: from evidence to the report.
-        table_of: from the report to its table in Markdown.
-        default: what is recorded unless options say otherwise.
-        name: name of the JSON file and the picture.
-        draw: from evidence and the report to a picture.
+    The command line of a script, from functions from evidence to the report, from the report to its table in Markdown,
+    and from both to a picture. `name` is that of the JSON file and the picture.
     """
 
     def main(
@@ -330,15 +314,9 @@ def best_baseline(
     statistic: Statistic,
 ) -> dict | None:
     """
-    A method against the best family of baselines at no more than its own cost (see `ranked_at`), pooled over S scenes.
-
-    Args:
-        name: the method's name.
-        values: [S, m] for each method and baseline.
-        costs: mean cost of each method and baseline.
-        families: as returned by `families_of`.
-        statistic: statistic of drawn scenes; larger is better. For a mixture of two baselines it is the mean of their
-            statistics, weighted by their shares.
+    A method against the best family of baselines at no more than its own cost (see `ranked_at`), pooled over S scenes,
+    from values [S, m] and mean costs by name. Of a mixture of two baselines, the statistic is the mean of theirs,
+    weighted by their shares; larger is better.
 
     Returns:
         `value` and `control`, the statistic of the method and of the best baseline; `family` of that baseline;

@@ -6,20 +6,17 @@ Does a stream stay close to dense over thousands of frames? Cosine over time, it
     python -m eval.vision.fidelity --frames 10000 --methods balanced
 
 There is one composed clip of 1,000 frames for each motion. One random frame of every eight is compared, never the
-first. Cosine to dense: mean, 5th and 1st percentile over all clips, by `eval/metrics/embedding_fidelity`. Trend: the
-slope of the cosine over time, per 1,000 frames, each clip around its own mean, with a 95 % interval from a bootstrap
-over blocks of frames of each clip (neighbouring frames are alike). It is below zero if a stream drifts away from
-dense. Memory: the stream's bytes, which must be the same on every frame after the first. Each method is compared with
-the best baseline at its own cost as in `accuracy.py`, by the 5th percentile, with intervals from a bootstrap over
-clips: on all clips, and on those whose label changes. Dense is recorded in the same arithmetic. Embeddings are kept in
-float16, which hides differences below about 1e-6. Writes `eval/results/fidelity.json`, shown in `docs/results/long-
-clips.md`.
+first. Cosine to dense: mean, 5th and 1st percentile over all clips. Trend: the slope of the cosine over time, per
+1,000 frames, each clip around its own mean, with a 95 % interval from a bootstrap over blocks of frames of each clip
+(neighbouring frames are alike). It is below zero if a stream drifts away from dense. Memory: the stream's bytes, which
+must be the same on every frame after the first. Each method is compared with the best baseline at its own cost as in
+`accuracy.py`, by the 5th percentile, with intervals from a bootstrap over clips: on all clips, and on those whose
+label changes. Dense is recorded in the same arithmetic. Embeddings are kept in float16, which hides differences below
+about 1e-6. Writes `eval/results/fidelity.json`, shown in `docs/results/long-clips.md`.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import evaluate
 import numpy as np
 import torch
 import typer
@@ -31,10 +28,10 @@ from eval.report import rounded
 from eval.vision.clip_statistics import drawn_blocks
 from eval.vision.evidence import QUICK_FRAMES, Evidence, Plan, best_baseline, command, families_of
 from neuroflow_hf import PRESETS
+from neuroflow_hf.evaluation.equal_cost import COSINES
 from neuroflow_hf.evaluation.settings import DENSE
 from neuroflow_hf.evaluation.statistics import Interval, middle
 
-METRIC = Path(__file__).parents[1] / "metrics" / "embedding_fidelity"
 METHODS = "|".join([*PRESETS, "every", "surprise", "pixels", "smaller", "ToMe"])  # the presets, and all baselines
 RESAMPLES = 2000
 BLOCK = 20  # compared frames
@@ -93,13 +90,12 @@ def beside_baselines(evidence: Evidence, cosines: dict[str, np.ndarray], places:
 
 def fidelity_report(evidence: Evidence) -> dict:
     """All figures."""
-    metric, scenes = evaluate.load(str(METRIC)), evidence.scenes
+    scenes = evidence.scenes
     frames, dense = drawn_frames(evidence, DENSE.name)
-    embeddings = {spec.name: drawn_frames(evidence, spec.name)[1] for spec in evidence.specs}
-    cosines = {
-        name: functional.cosine_similarity(found.double(), dense.double(), dim=-1).numpy()
-        for name, found in embeddings.items()
-    }
+    cosines = {}
+    for spec in evidence.specs:
+        embeddings = drawn_frames(evidence, spec.name)[1]
+        cosines[spec.name] = functional.cosine_similarity(embeddings.double(), dense.double(), dim=-1).numpy()
     of_all = beside_baselines(evidence, cosines, range(len(scenes)))
     changing = [place for place, scene in enumerate(scenes) if scene.changes]
     of_changing = beside_baselines(evidence, cosines, changing) if changing else {}
@@ -107,9 +103,6 @@ def fidelity_report(evidence: Evidence) -> dict:
     for spec in evidence.specs:
         if spec == DENSE:
             continue
-        for ours, theirs in zip(embeddings[spec.name], dense, strict=True):
-            metric.add_batch(predictions=ours.numpy(), references=theirs.numpy())
-        found = metric.compute()
         recordings = evidence.recordings[spec.name].values()
         nbytes = sorted({size for one in recordings for size in one.nbytes[1:].tolist()})
         row = {
@@ -117,8 +110,8 @@ def fidelity_report(evidence: Evidence) -> dict:
             "family": spec.family,
             "control": spec.control,
             **of_all[spec.name],
-            **{short: found[f"cosine_{short}"] for short in ("mean", "p5", "p1")},
-            "frames": found["count"],
+            **{figure: reduce(cosines[spec.name]) for figure, reduce in COSINES.items()},
+            "frames": cosines[spec.name].size,
             "trend": float(slope(frames, cosines[spec.name])),
             "trend_interval": slope_interval(frames, cosines[spec.name]),
             "bytes": nbytes[-1],

@@ -15,7 +15,6 @@ Writes `eval/results/headline.json`, shown in `docs/results/distillation.md`.
 
 import dataclasses
 import functools
-import io
 import json
 import math
 import statistics
@@ -32,20 +31,17 @@ from torch import Tensor, nn
 
 from eval.docs.tables import headline_table
 from eval.report import RESULTS, provenance, publish, rounded
+from eval.vision import composed_bench
 from neuroflow_hf.evaluation.statistics import paired_interval
-from neuroflow_hf.loading import load_text_model
-from neuroflow_hf.utils.files import write_whole
 from neuroflow_hf.utils.jobs import timed
 from neuroflow_hf.utils.provenance import checkout_commit, fingerprint, key_of, model_version
-from neuroflow_hf.video.labels import embed_labels
 from neuroflow_hf.vision.adapter_files import read_adapter
 from neuroflow_hf.vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from recipes.composed_clips import frame, specify
 from recipes.recordings import RECORDINGS
 from recipes.siglip_dinov2_small.build import default_tower_dir
-from recipes.siglip_small.captions import prompts
 from recipes.siglip_small.compose import Material, split_drawings
-from recipes.siglip_small.sources import photos, things
+from recipes.siglip_small.sources import photos
 from recipes.siglip_small.sparse_adapter import CHECKPOINT, VARIANTS, variant_folder
 
 STRIDE, KEYFRAME_EVERY, SKIPPED, THRESHOLD, SEED = 3, 30, 0.97, 0.02, 7
@@ -64,18 +60,11 @@ FULL = "published"  # the variant that is a whole tower
 
 @dataclass(frozen=True)
 class Method:
-    """
-    A way to encode sparse frames.
+    """A way to encode sparse frames."""
 
-    Attributes:
-        options: of the gate.
-        variant: of the recipe, whose adapter or tower is used; None for the checkpoint as it is.
-        activities: in which of ACTIVITIES it is measured.
-    """
-
-    options: dict = field(default_factory=dict)
-    variant: str | None = None
-    activities: tuple[str, ...] = tuple(ACTIVITIES)
+    options: dict = field(default_factory=dict)  # of the gate
+    variant: str | None = None  # of the recipe, whose adapter or tower is used; None for the checkpoint as it is
+    activities: tuple[str, ...] = tuple(ACTIVITIES)  # in which of ACTIVITIES it is measured
 
 
 def summary(mode: str) -> dict:
@@ -108,14 +97,12 @@ class Clip:
     truth: np.ndarray
 
 
-class Bench:
-    """The checkpoint, its labels, the variants that were trained, and the clips."""
+class Bench(composed_bench.Bench):
+    """The checkpoint with its labels, the variants that were trained, and clips at any side."""
 
     def __init__(self, console: Console):
-        self.model, self.preprocess, tokenizer = load_text_model(CHECKPOINT, device="cpu")
+        super().__init__()
         self.tower: NeuroFlowSiglipVisionModel = self.model.vision_model
-        self.labels = embed_labels(self.model, tokenizer, prompts("{}"))
-        self.names = [thing.name for thing in things()]
         self.adapters, self.full, self.console = {}, None, console
         for name in VARIANTS:
             folder = variant_folder(name)
@@ -134,7 +121,7 @@ class Bench:
         grounds = [photo for photo in photos(4096, is_ground) if min(photo.picture.size) >= 1800]
         return Material(split_drawings()["held out"], grounds, grounds)
 
-    def clip(self, side: int, name: str, count: int) -> Clip:
+    def clip_at(self, side: int, name: str, count: int) -> Clip:
         """A composed or recorded clip at a side."""
         preprocess = dataclasses.replace(self.preprocess, resolution=side)
         recorded = {footage.name: footage for footage in RECORDINGS}
@@ -144,8 +131,12 @@ class Bench:
             return Clip(pixels, np.full(len(pixels), -1))
         spec = specify(self.material, name, 0, frames=max(16, count * STRIDE), seed=SEED, side=side)
         shown = [frame(spec, number * STRIDE) for number in range(count)]
-        truth = [-1 if what.label is None else self.names.index(what.label) for _, what in shown]
+        truth = [-1 if what.label is None else self.things.index(what.label) for _, what in shown]
         return Clip([preprocess(image) for image, _ in shown], np.array(truth))
+
+    def measure(self, side: int, name: str, count: int) -> dict[str, np.ndarray]:
+        """The arrays of `measure_clip` for a clip of `clip_at`."""
+        return measure_clip(self, self.clip_at(side, name, count), side)
 
     def tower_of(self, method: Method) -> NeuroFlowSiglipVisionModel | None:
         """The tower of a method, with its adapter; None if it was not trained."""
@@ -371,14 +362,9 @@ def main(
         measured = []
         for name in (*motions, *recorded):
             path = folder / f"{side}-{name.replace(' ', '-')}-{count}-{weights}.npz"
-            if not path.is_file():
-                console.print(f"{side} px: {name}")
-                buffer = io.BytesIO()
-                with torch.inference_mode():
-                    np.savez(buffer, **measure_clip(bench, bench.clip(side, name, count), side))
-                write_whole(path, buffer.getvalue())
-            with np.load(path, allow_pickle=False) as stored:
-                measured.append(dict(stored))
+            console.print(f"{side} px: {name}")
+            measure = functools.partial(bench.measure, side, name, count)
+            measured.append(composed_bench.stored_figures(path, measure))
         rows += rows_of(bench, side, measured)
     report = {
         **provenance(),

@@ -10,8 +10,8 @@ reference. Accuracy hardly depends on the skip rate; it is lost where things tra
 attention grows with the loss; features of inactive patches are stable; the shift of active patches costs more than
 the staleness of inactive ones; the running mean keeps ghosts of what has left. Each is decided by a rule, from figures
 with 95 % intervals of a bootstrap over clips, and shown with a baseline. If the interval does not decide, the verdict
-is open. Writes `eval/results/published_laws.json` and `docs/laws.png`, shown in `docs/results/published.md`. T is the
-number of frames, N of patches.
+is open. Writes `eval/results/published_laws.json`, shown in `docs/results/published.md`. T is the number of frames, N
+of patches.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +19,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import typer
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from eval.docs.tables import laws_table
-from eval.report import finding, tidy
-from eval.vision.clip_statistics import Estimate, correlation, difference, estimate, mean, rounded, share, shown
+from eval.report import finding
+from eval.vision.clip_statistics import Estimate, correlation, difference, estimate, mean, share, shown
 from eval.vision.composed_bench import Bench, Clip, Figures, Measured, command
 from neuroflow_hf.evaluation.equal_cost import Mixture, shares_at
 from neuroflow_hf.vision.patches import project_patches
@@ -41,9 +40,8 @@ SETTINGS = {
     **{f"ema {threshold:g}": {**EMA, "threshold": threshold} for threshold in THRESHOLDS},
     **{f"last_update {level:g}": {**LAST_UPDATE, "threshold": level} for level in LAST_UPDATE_THRESHOLDS},
     "eliminate": {**EMA, "mode": "eliminate", "threshold": THRESHOLD},
-    "context": {**EMA, "mode": "context", "threshold": THRESHOLD},
 }
-DISTANCES = (1, 2, 4, 8, 16)
+FAR = 16  # frames
 SWAPS = ("active", "stored sparse", "stored dense", "all stored", "random as many as active")
 TRAVELLING = ("crossing", "arc", "oscillating")
 STAYING = ("still", "local")
@@ -77,9 +75,9 @@ def measure_laws(bench: Bench, clip: Clip) -> Figures:
     Returns:
         `label` int [T] from `label_places`, `gone` bool [T] and `travelled` [T] from the functions of these names. For
         each setting S, dense and FIRST: `S: skip`, `S: cost`, `S: cosine`, `S: place` (of the best label) and, except
-        for FIRST, `S: entropy`, [T] each. For MEMORY also `swap: gain` [T, 5] from `swapped`. `stability`
-        [1 + distances, 4] from `stability_by_distance`, after a row with the gate's own active patches between
-        neighbouring frames. `floor` [T]: cosine of two patches of one frame.
+        for FIRST, `S: entropy`, [T] each. For MEMORY also `swap: gain` [T, 5] from `swapped`. `stability` [2, 4] from
+        the function of this name: between neighbouring frames, by the gate's own active patches, and over FAR frames,
+        by what changed. `floor` [T]: cosine of two patches of one frame.
     """
     model, labels = bench.model, bench.labels
     head, frames = model.vision_model.head, clip.spec.frames
@@ -105,7 +103,8 @@ def measure_laws(bench: Bench, clip: Clip) -> Figures:
         if name == MEMORY:
             own = stability(patches[1:], patches[:-1], masks[1:])
     signals = torch.cat([project_patches(model.vision_model, part, as_product=True) for part in clip.pixels.split(8)])
-    figures["stability"] = np.stack([own, *stability_by_distance(patches, signals)])
+    changed = surprise(signals[FAR:], signals[:-FAR]) > THRESHOLD
+    figures["stability"] = np.stack([own, stability(patches[FAR:], patches[:-FAR], changed)])
     figures["floor"] = (
         torch.cosine_similarity(patches, patches.roll(patches.shape[1] // 2, 1), dim=-1).mean(-1).cpu().numpy()
     )
@@ -158,16 +157,10 @@ def swapped(
     head: nn.Module, hidden: Tensor, dense: Tensor, active: Tensor, encoded_alone: Tensor, generator: torch.Generator
 ) -> list[float]:
     """
-    How much the pooled cosine to dense grows if one group of patches is replaced by the dense frame's.
-
-    Args:
-        hidden, dense: [N, D], what the head reads in the stream and in the dense frame.
-        active: bool [N], patches encoded on this frame, without their surroundings.
-        encoded_alone: bool [N], patches encoded so on this frame or an earlier one, except the first.
-        generator: generator for the random patches.
-
-    Returns:
-        Gains in the order of SWAPS; NaN for a group without patches.
+    How much the pooled cosine to dense grows if one group of patches is replaced by the dense frame's, in the order of
+    SWAPS; NaN for a group without patches. `hidden` and `dense`, [N, D], are what the head reads; `active` are the
+    patches encoded on this frame without their surroundings, and `encoded_alone` those of this frame or an earlier one
+    but the first, bool [N].
     """
     some = torch.zeros_like(active)
     some[torch.randperm(len(active), generator=generator)[: int(active.sum())]] = True
@@ -189,18 +182,6 @@ def stability(now: Tensor, before: Tensor, active: Tensor) -> np.ndarray:
     cosines = torch.cosine_similarity(now, before, dim=-1)
     parts = [(cosines[mask].sum().item(), int(mask.sum())) for mask in (~active, active)]
     return np.array([*parts[0], *parts[1]], dtype=np.float64)
-
-
-def stability_by_distance(patches: Tensor, signals: Tensor) -> list[np.ndarray]:
-    """`stability` of features [T, N, D] for each of DISTANCES. Active patches have a changed signal [T, N, F]."""
-    rows = []
-    for distance in DISTANCES:
-        if distance >= len(patches):
-            rows.append(np.zeros(4))
-            continue
-        changed = surprise(signals[distance:], signals[:-distance]) > THRESHOLD
-        rows.append(stability(patches[distance:], patches[:-distance], changed))
-    return rows
 
 
 def gone(truths: tuple[Truth, ...]) -> np.ndarray:
@@ -263,46 +244,11 @@ def over_clips(measured: Measured, name: str) -> float:
     return float(np.concatenate([figures[name][1:] for _, figures in measured]).mean())
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def settings_table(measured: Measured) -> dict[str, dict]:
-    """Figures of each setting, dense and the first frame repeated over all clips."""
-    return {
-        setting: {
-            "skip": over_clips(measured, f"{setting}: skip"),
-            "cost": over_clips(measured, f"{setting}: cost"),
-            "loss": rounded(mean(each(measured, loss, setting))),
-            "top1": rounded(mean(each(measured, right, setting))),
-        }
-        for setting in ("dense", FIRST, *SETTINGS)
-    }
-
-
-def stability_table(measured: Measured) -> dict[str, dict]:
-    """Cosines of the last layer's features between frames, by distance and by what defines active patches."""
-    rows = ["gate, 1", *(f"change, {distance}" for distance in DISTANCES)]
-    table: dict[str, dict] = {
-        row: {kind: rounded(stability_of(measured, place, kind)) for kind in PUBLISHED_STABILITY}
-        for place, row in enumerate(rows)
-    }
-    table["control: another patch of the same frame"] = {"all": rounded(mean([one["floor"] for _, one in measured]))}
-    return table
-
-
 def stability_of(measured: Measured, row: int, kind: str) -> Estimate:
     """Mean cosine of `inactive` or `active` patches."""
     first = 0 if kind == "inactive" else 2
     rows = [tuple(figures["stability"][row, first : first + 2]) for _, figures in measured]
     return estimate([row for row in rows if row[1]], lambda total: total[:, 0] / total[:, 1])
-
-
-def swaps_table(measured: Measured) -> dict[str, dict]:
-    """How much the pooled cosine grows if one group of patches is dense."""
-    gains = {name: each(measured, gain, name) for name in SWAPS}
-    gains["everything"] = each(measured, loss, MEMORY)
-    gains["control: active patches encoded in context"] = less(gains["everything"], each(measured, loss, "context"))
-    return {name: {"gain": rounded(mean(values))} for name, values in gains.items()}
 
 
 def less(values: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -440,9 +386,9 @@ def inactive_patches_are_stable(measured: Measured) -> list[dict]:
     floor = mean([one["floor"] for _, one in measured])
     rows = [tuple(one["stability"][0]) for _, one in measured if one["stability"][0][1] and one["stability"][0][3]]
     apart = estimate(rows, lambda total: total[:, 0] / total[:, 1] - total[:, 2] / total[:, 3])
-    far = stability_of(measured, len(DISTANCES), "inactive")
+    far = stability_of(measured, 1, "inactive")
     baseline = (
-        f"inactive over {DISTANCES[-1]} frames: {shown(far, '{:.3f}')}; "
+        f"inactive over {FAR} frames: {shown(far, '{:.3f}')}; "
         f"another patch of the same frame: {shown(floor, '{:.3f}')}"
     )
     found = [
@@ -552,90 +498,17 @@ def equal_cost(measured: Measured) -> tuple[Mixture, tuple[float, float]]:
     return mixture, (target, sum(share * costs[place] for share, place in shares))
 
 
-# --- showing ---------------------------------------------------------------------------------------------------------
-
-
-def plot_laws(report: dict, measured: Measured) -> Figure:
-    """Top-1 by skip rate, loss by motion, stability by distance, and the gain by each group of patches."""
-    figure = Figure(figsize=(13, 9), layout="constrained")
-    (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
-    settings = report["settings"]
-    names = [f"ema {threshold:g}" for threshold in THRESHOLDS]
-    skips = [settings[name]["skip"] for name in names]
-    draw_estimates(top_left, skips, [settings[name]["top1"] for name in names], "#d97706", "dual memory, running mean")
-    top_left.plot(PUBLISHED_SKIPS, PUBLISHED_TOP1, "o--", color="#9ca3af", label="published (UCF-101)")
-    for name, colour in (("dense", "#111827"), (FIRST, "#2563eb")):
-        top1 = settings[name]["top1"]["value"]
-        top_left.axhline(top1, color=colour, linewidth=1, label=name.replace("control", "baseline"))
-    top_left.set_title("Zero-shot top-1 by skip rate", loc="left", fontsize=11)
-    top_left.set_xlabel("share of patches skipped")
-    top_left.legend(frameon=False, fontsize=9)
-
-    by_motion: dict[str, list] = {}
-    for one in measured:
-        by_motion.setdefault(one[0], []).append(one)
-    motions = sorted(by_motion, key=lambda motion: mean(each(by_motion[motion], loss, MEMORY)).value)
-    for setting, offset, colour in ((MEMORY, 0.15, "#d97706"), (FIRST, -0.15, "#2563eb")):
-        for place, motion in enumerate(motions):
-            values = [values.mean() for values in each(by_motion[motion], loss, setting)]
-            top_right.plot(values, [place + offset] * len(values), "o", color=colour, markersize=4, alpha=0.7)
-    top_right.set_yticks(range(len(motions)), motions, fontsize=9)
-    top_right.set_title("1 - cosine to dense by motion (blue: first frame repeated)", loc="left", fontsize=11)
-    top_right.set_xscale("symlog", linthresh=1e-3)
-
-    stable = report["stability"]
-    rows = [f"change, {distance}" for distance in DISTANCES]
-    for kind, colour in (("inactive", "#0d9488"), ("active", "#dc2626")):
-        pairs = [(d, stable[row][kind]) for d, row in zip(DISTANCES, rows, strict=True) if stable[row][kind]["clips"]]
-        draw_estimates(bottom_left, [d for d, _ in pairs], [found for _, found in pairs], colour, kind)
-    floor = stable["control: another patch of the same frame"]["all"]["value"]
-    bottom_left.axhline(floor, color="#9ca3af", linewidth=1, label="another patch of the same frame")
-    bottom_left.set_xscale("log", base=2)
-    bottom_left.set_xlabel("distance in frames")
-    bottom_left.set_title("Last layer: a patch's cosine between two frames", loc="left", fontsize=11)
-    bottom_left.legend(frameon=False, fontsize=9)
-
-    swaps = {name: row["gain"] for name, row in report["swaps"].items()}
-    for place, found in enumerate(swaps.values()):
-        bottom_right.plot(found["interval"] or [found["value"]] * 2, [place] * 2, color="#7c3aed", linewidth=2)
-        bottom_right.plot(found["value"], place, "o", color="#7c3aed")
-    bottom_right.set_yticks(range(len(swaps)), list(swaps), fontsize=9)
-    bottom_right.set_title("Gain in cosine with these patches dense", loc="left", fontsize=11)
-    for panel in (top_left, top_right, bottom_left, bottom_right):
-        tidy(panel)
-    return figure
-
-
-def draw_estimates(panel, places: list[float], found: list[dict], colour: str, label: str):
-    """Values with their intervals, joined by a line."""
-    panel.plot(places, [one["value"] for one in found], "o-", color=colour, label=label)
-    for place, one in zip(places, found, strict=True):
-        if one["interval"]:
-            panel.plot([place, place], one["interval"], color=colour, linewidth=1)
-
-
 def laws_report(bench: Bench, measured: Measured) -> dict:
     """All figures and verdicts."""
     return {
         "labels": len(bench.things),
         "options": SETTINGS,
         "published_method": MEMORY,
-        "settings": settings_table(measured),
-        "stability": stability_table(measured),
-        "swaps": swaps_table(measured),
         "findings": findings(measured),
     }
 
 
-main = command(
-    measure_laws,
-    laws_report,
-    laws_table,
-    name="published_laws",
-    default_clips=4,
-    quick_frames=24,
-    draw=lambda report, measured: {"laws.png": plot_laws(report, measured)},
-)
+main = command(measure_laws, laws_report, laws_table, name="published_laws", default_clips=4, quick_frames=24)
 
 if __name__ == "__main__":
     typer.run(main)

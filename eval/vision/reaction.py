@@ -43,34 +43,20 @@ LEAST_FRAMES = 10
 
 @dataclass(frozen=True)
 class Event:
-    """
-    A change of the right label.
+    """A change of the right label."""
 
-    Attributes:
-        frame: the first frame on which `label` is right.
-        label: the new label.
-        frames: number of frames compared from there on; at most 1 + `after` of the settings.
-    """
-
-    frame: int
-    label: str
-    frames: int
+    frame: int  # the first frame on which `label` is right
+    label: str  # the new label
+    frames: int  # number of frames compared from there on; at most 1 + `after` of the settings
 
 
 @dataclass(frozen=True)
 class Delay:
-    """
-    What a method did after an event.
+    """What a method did after an event."""
 
-    Attributes:
-        frames: number of frames until its best label was the new one, or of all compared frames.
-        censored: whether its best label was not the new one on any of these.
-        already: whether it gave the new label on the frame before the event.
-    """
-
-    frames: int
-    censored: bool
-    already: bool
+    frames: int  # number of frames until its best label was the new one, or of all compared frames
+    censored: bool  # whether its best label was not the new one on any of these
+    already: bool  # whether it gave the new label on the frame before the event
 
 
 def events_of(scene: Scene, settings: RecordSettings) -> list[Event]:

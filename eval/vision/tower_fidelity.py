@@ -62,12 +62,9 @@ def features(images: Sequence, processor, tower, original) -> dict[str, Tensor]:
 
 def compare(found: dict[str, Tensor], mean_training_cls: Tensor, others: dict[str, Tensor]) -> dict:
     """
-    Cosines between tower and original; baselines under `controls`.
-
-    Args:
-        found: as of `features`.
-        mean_training_cls: (D,), mean CLS output over the views that the pooling head was trained on.
-        others: cosines between CLS outputs of different images, by the control's name.
+    Cosines between tower and original, with baselines under `controls`, from `features`, the mean CLS output (D,) over
+    the views that the pooling head was trained on, and `others`, cosines between CLS outputs of different images by
+    name.
     """
     cls, pooled = found["cls"], found["pooled"]
     count, patches, _ = found["patch"].shape
@@ -90,11 +87,6 @@ def compare(found: dict[str, Tensor], mean_training_cls: Tensor, others: dict[st
             "nearest_by_chance": round(1 / count, 4),
         },
     }
-
-
-def of_different_frames(cls: Tensor) -> Tensor:
-    """Cosines between CLS outputs (M, D) of different frames."""
-    return cosine_similarity(cls[:, None], cls[None], dim=-1)[~torch.eye(len(cls), dtype=torch.bool)]
 
 
 def of_different_photos(by_photo: Sequence[dict[str, Tensor]]) -> Tensor:
@@ -146,6 +138,8 @@ def main(
     together = {name: torch.cat([found[name] for found in by_photo]) for name in by_photo[0]}
     shown = [frame.image for frame in read_frames(bundled_clip())]
     of_clip = features([shown[place] for place in np.linspace(0, len(shown) - 1, frames).round().astype(int)], *models)
+    cls = of_clip["cls"]
+    of_frames = cosine_similarity(cls[:, None], cls[None], dim=-1)[~torch.eye(len(cls), dtype=torch.bool)]
     result = {
         **provenance(),
         "seed": seed,
@@ -153,9 +147,7 @@ def main(
         "held_out_photos": compare(
             together, mean_training_cls, {"cls_of_different_photos_cosine": of_different_photos(by_photo)}
         ),
-        "clip": compare(
-            of_clip, mean_training_cls, {"cls_of_different_frames_cosine": of_different_frames(of_clip["cls"])}
-        ),
+        "clip": compare(of_clip, mean_training_cls, {"cls_of_different_frames_cosine": of_frames}),
         "recipe_seconds_without_download": built["seconds_without_download"],
         "recipe_torch_threads": built["torch_threads"],
     }

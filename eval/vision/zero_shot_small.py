@@ -177,13 +177,9 @@ def details(
     pictures: Sequence[Picture], images: torch.Tensor, texts_of: Callable, truth_of: Callable, embed: Callable
 ):
     """
-    How often the best of the texts `texts_of(thing)` is the right one, on pictures with drawings of one thing; and the
-    baseline, which always gives the most frequent answer.
-
-    Args:
-        images: unit embeddings of the pictures [P, D].
-        truth_of: a function from a picture to the right answer, or None if the picture is not used.
-        embed: a function from a list of texts to unit embeddings.
+    How often the best of the texts `texts_of(thing)` is the right one, on pictures with drawings of one thing, of unit
+    embeddings [P, D]; and the baseline, which always gives the most frequent answer. `truth_of` gives a picture's
+    right answer, or None if it is not used; `embed` gives texts' unit embeddings.
     """
     by_name = {thing.name: thing for thing in things()}
     right, truths = [], []

@@ -3,7 +3,8 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import typer
@@ -102,11 +103,13 @@ def answer(conversation: "Conversation", text: str):
     from transformers import TextStreamer
 
     from ..drift.continuation import notes_in_words
+    from ..utils.jobs import stop_on_interrupt
 
     streamer = TextStreamer(conversation.tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
-        with stop_at_ctrl_c() as is_stopped:
-            _, found = conversation.ask(text, streamer, is_stopped)
+        # a forward that ends half-way would leave the cache unusable
+        with stop_on_interrupt(signal.SIGINT) if is_terminal() else contextlib.nullcontext(threading.Event()) as stop:
+            _, found = conversation.ask(text, streamer, stop.is_set)
     except KeyboardInterrupt:  # the second one
         if not is_terminal():
             raise
@@ -114,25 +117,3 @@ def answer(conversation: "Conversation", text: str):
         return
     for line in notes_in_words(conversation.model, found, conversation.decoding):
         typer.echo(line, err=True)
-
-
-@contextlib.contextmanager
-def stop_at_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """
-    A function that is true after Ctrl-C, which raises no KeyboardInterrupt inside the block before the second time: a
-    forward that ends half-way would leave the cache unusable. Out of a terminal, Ctrl-C does what it does elsewhere.
-    """
-    presses: list[int] = []
-
-    def press(number: int, frame: object):
-        presses.append(number)
-        if len(presses) > 1:
-            raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    if is_terminal():
-        signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: bool(presses)
-    finally:
-        signal.signal(signal.SIGINT, before)

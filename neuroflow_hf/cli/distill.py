@@ -1,5 +1,6 @@
 """`neuroflow distill`: train a sparse adapter for a checkpoint."""
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,15 +8,31 @@ import typer
 
 from . import options
 from .errors import EXIT_INTERRUPTED, one_line_errors
+from .option_groups import Group, unset, with_groups
 from .options import option
 from .output import command_line, figure_table, print_wide, print_written
 from .progress import CommandProgress
 
-TRAINING = "Training"
 QUICK = {"steps": 40, "clip_frames": 8, "keyframe_ages": (8, 8), "batch": 2, "evaluate_every": 10}
 
+training = functools.partial(unset, panel="Training")
+TRAINING: Group = {
+    "steps": training(int, "Optimizer steps.", "600"),
+    "learning_rate": training(float, "Largest learning rate.", "0.0002; full: 3e-05"),
+    "batch": training(int, "Clips encoded together.", "4; full: 1", metavar="N"),
+    "accumulate": training(int, "Batches of a step.", "1", metavar="N"),
+    "clip_frames": training(int, "Frames of a clip.", "24", metavar="N"),
+    "frame_stride": training(int, "Use every Nth frame of the videos.", "3", metavar="N"),
+    "resolutions": training(
+        str, "Sides of the frames in pixels, separated by commas; one is drawn for each batch.", "the model's"
+    ),
+    "seed": training(int, "Random seed of all that is drawn.", "0"),
+}
 
+
+@with_groups(own=TRAINING)
 def distill(
+    own: dict,
     videos: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -41,31 +58,6 @@ def distill(
     targets: Annotated[
         str, option("What the adapter changes in every layer, separated by commas.")
     ] = "q_proj,k_proj,v_proj,out_proj,fc1,fc2",
-    steps: Annotated[int | None, option("Optimizer steps.", default="600", panel=TRAINING)] = None,
-    learning_rate: Annotated[
-        float | None, option("Largest learning rate.", default="0.0002; full: 3e-05", panel=TRAINING)
-    ] = None,
-    batch: Annotated[
-        int | None, option("Clips encoded together.", metavar="N", default="4; full: 1", panel=TRAINING)
-    ] = None,
-    accumulate: Annotated[int | None, option("Batches of a step.", metavar="N", default="1", panel=TRAINING)] = None,
-    clip_frames: Annotated[int | None, option("Frames of a clip.", metavar="N", default="24", panel=TRAINING)] = None,
-    frame_stride: Annotated[
-        int | None, option("Use every Nth frame of the videos.", metavar="N", default="3", panel=TRAINING)
-    ] = None,
-    resolutions: Annotated[
-        str | None,
-        option(
-            "Sides of the frames in pixels, separated by commas; one is drawn for each batch.",
-            default="the model's",
-            panel=TRAINING,
-        ),
-    ] = None,
-    patches: Annotated[float, option("Weight of the loss on patches; not in mode eliminate.", panel=TRAINING)] = 0.0,
-    relations: Annotated[
-        float, option("Weight of the loss on similarities between the clips of a batch.", panel=TRAINING)
-    ] = 0.0,
-    seed: Annotated[int, option("Random seed of all that is drawn.", panel=TRAINING)] = 0,
     quick: Annotated[bool, option("Train for a few minutes, to see it work.", "--quick")] = False,
     device: options.Device = "auto",
     debug: options.Debug = False,
@@ -79,6 +71,7 @@ def distill(
     with one_line_errors(debug, nothing_done="the same command goes on from the last checkpoint."):
         import torch
 
+        from ..distill import DistillSettings
         from ..distill import distill as train
         from ..distill.report import HEADERS, held_out_rows, held_out_words, write_report
         from ..evaluation.datasets import find_videos
@@ -87,26 +80,16 @@ def distill(
         from ..utils.processes import Processes
 
         # check what is quick to check before loading the model
-        chosen: dict[str, Any] = {
-            "mode": mode,
-            "summary_tokens": summary_tokens,
-            "rank": rank,
-            "targets": parse_names(targets),
-            "patches": patches,
-            "relations": relations,
-            "seed": seed,
-            **(QUICK if quick else {}),
-            **options.given(
-                steps=steps,
-                learning_rate=learning_rate,
-                batch=batch,
-                accumulate=accumulate,
-                clip_frames=clip_frames,
-                frame_stride=frame_stride,
-                resolutions=None if resolutions is None else parse_sides(resolutions),
-            ),
-        }
-        settings = recipe(method, chosen)
+        own = options.given(**own)
+        if "resolutions" in own:
+            own["resolutions"] = parse_sides(own["resolutions"])
+        names = tuple(name.strip() for name in targets.split(",") if name.strip())
+        chosen = {"mode": mode, "rank": rank, "targets": names, **(QUICK if quick else {}), **own}
+        if summary_tokens is not None:
+            chosen["summary_tokens"] = summary_tokens
+        settings = (
+            DistillSettings.published(**chosen) if method == "full" else DistillSettings(method=method, **chosen)
+        )
         training = [video.path for place in videos or [None] for video in find_videos(place, truth=False).videos]
         measured = None if held_out is None else [item.path for item in find_videos(held_out, truth=False).videos]
         prepare_folder(out)
@@ -139,20 +122,6 @@ def distill(
         typer.echo(f'Use it: NeuroFlowSiglipModel.from_pretrained("{source}", sparse_adapter="{out}")')
     else:
         print_written(out, ["model.safetensors", "config.json", *files])
-
-
-def recipe(method: str, chosen: dict[str, Any]) -> Any:
-    """The settings of a method: those of the class, or the paper's, with what was chosen."""
-    from ..distill import DistillSettings
-
-    if method == "full":
-        return DistillSettings.published(**{**chosen, "summary_tokens": chosen["summary_tokens"] or 0})
-    return DistillSettings(method=method, **chosen)
-
-
-def parse_names(text: str) -> tuple[str, ...]:
-    """`"q_proj, fc1"` to `("q_proj", "fc1")`."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def parse_sides(text: str) -> tuple[int, ...]:

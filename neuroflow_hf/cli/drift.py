@@ -84,15 +84,8 @@ def run_drift(
 ) -> dict | None:
     """
     Load a model and prompts (default: those in the checkout), measure with a progress bar, and write a JSON file.
-
-    Args:
-        settings: options of `DriftSettings`.
-        own, fresh: as in `DriftEvaluation`.
-        max_prompts: of each task; default: all.
-        tasks: of the prompts to use; default: all.
-
-    Returns:
-        The report; None on all processes but the first.
+    `settings` are options of `DriftSettings`; `own` and `fresh` are as in `DriftEvaluation`; `max_prompts` of each
+    task are used, and of `tasks` alone if given. Returns the report; None on all processes but the first.
     """
     from ..drift.prompts import first_of_each, read_prompts
     from ..drift.run import DriftEvaluation, DriftSettings

@@ -9,7 +9,7 @@ from . import options
 from .errors import EXIT_DAMAGED, EXIT_INTERRUPTED, one_line_errors
 from .options import option
 from .progress import CommandProgress
-from .vision_model import given_labels, load_vision, parse_gate, with_config
+from .vision_model import given_labels, parse_gate, with_config
 
 
 def embed(
@@ -43,7 +43,8 @@ def embed(
     """
     with one_line_errors(debug, nothing_done="finished videos are kept."):
         from ..archive.embed import FAILURES, embed_videos, video_paths
-        from ..loading import default_model, dtype_named, usable_device
+        from ..loading import default_model, dtype_named, load_model_with_labels, usable_device
+        from ..video.labels import TEMPLATE
 
         if fps is not None:
             if every is not None:
@@ -57,7 +58,8 @@ def embed(
         gate_options = with_config(config, options.given(preset=preset) | parse_gate(gate or []), model)
         videos = video_paths(paths)
         source = model or default_model()
-        loaded, preprocess, embedded = load_vision(source, names, template, weights_dtype, device, resolution)
+        how = (template or TEMPLATE, weights_dtype, device, resolution)
+        loaded, preprocess, embedded = load_model_with_labels(source, names, *how)
         with CommandProgress("MB") as progress:
             result = embed_videos(
                 videos,

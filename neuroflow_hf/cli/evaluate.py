@@ -30,8 +30,7 @@ def evaluate(
     methods: Annotated[
         str | None,
         option(
-            "Presets, modes or single settings to measure beside the baselines, separated by commas, such as "
-            "'balanced, context'.",
+            "Presets or modes to measure beside the baselines, separated by commas, such as 'balanced, context'.",
             default="the presets",
         ),
     ] = None,

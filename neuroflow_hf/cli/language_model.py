@@ -32,11 +32,8 @@ def language_model(name: str | None) -> str | Path:
 
 def with_own_threshold(model: Any, tokenizer: Any, own: dict, raw: bool = False) -> dict:
     """
-    Given bypass options with a threshold instead of a rate. A checkpoint that is not calibrated for that is calibrated
-    on a few built-in prompts first, which is said on stderr.
-
-    Raises:
-        ValueError: for options that do not exist or are out of range.
+    Given bypass options with a threshold instead of a rate; ValueError for wrong ones. A checkpoint that is not
+    calibrated for that is calibrated on a few built-in prompts first, which is said on stderr.
     """
     from ..drift.calibrate import PROMPTS, calibrate, is_calibrated, with_threshold
 
@@ -55,16 +52,8 @@ def with_own_threshold(model: Any, tokenizer: Any, own: dict, raw: bool = False)
 
 def load_with_decoding(how: dict, own: dict, raw: bool = False) -> tuple[Any, Any, "Decoding"]:
     """
-    A language model, its tokenizer, and how it generates. The seed is set. Wrong options are refused before anything
-    is printed.
-
-    Args:
-        how: the values of the options `GENERATION`.
-        own: those of `BYPASS_OPTIONS`.
-        raw: generate without the chat template.
-
-    Raises:
-        ValueError: for options that do not exist or are out of range.
+    A language model, its tokenizer, and how it generates, by the values of the options `GENERATION` and
+    `BYPASS_OPTIONS`. The seed is set. Wrong options are refused, with a ValueError, before anything is printed.
     """
     own = given_bypass(own)
     if how["bypass"] and how["lossless"]:

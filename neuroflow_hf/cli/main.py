@@ -39,16 +39,6 @@ def main(
     """SigLIP over video without computing again what did not change."""
 
 
-app.command()(run)
-app.command()(embed)
-app.command()(search)
-app.command()(watch)
-app.command()(tune)
-app.command()(distill)
-app.command("eval")(evaluate)
-app.command()(generate)
-app.command()(chat)
-app.command()(calibrate)
-app.command()(drift)
-app.command()(convert)
-app.command("tune-drafts")(tune_drafts)
+COMMANDS = (run, embed, search, watch, tune, distill, evaluate, generate, chat, calibrate, drift, convert, tune_drafts)
+for command in COMMANDS:
+    app.command({evaluate: "eval", tune_drafts: "tune-drafts"}.get(command))(command)

@@ -7,9 +7,17 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from . import options
-from .options import BYPASS, option
+from .options import BYPASS, GATE, option
 
 Group = dict[str, tuple[Any, Any]]  # by parameter: its annotation and its default
+
+
+def unset(
+    kind: type, help: str, default: str, *names: str, panel: str, metavar: str | None = None
+) -> tuple[Any, None]:
+    """An option that is None unless it is given; `default` is what its help shows."""
+    return Annotated[kind | None, option(help, *names, default=default, panel=panel, metavar=metavar)], None
+
 
 GENERATION: Group = {
     "model": (options.LanguageModel, None),
@@ -35,10 +43,7 @@ GENERATION: Group = {
         Annotated[
             bool,
             option(
-                "Bypass as the checkpoint's configuration says. The options below imply it; without any, nothing is "
-                "bypassed.",
-                "--bypass",
-                panel=BYPASS,
+                "Bypass as the checkpoint's configuration says; bypass options imply it.", "--bypass", panel=BYPASS
             ),
         ],
         False,
@@ -56,63 +61,46 @@ GENERATION: Group = {
     ),
 }
 
+bypass = functools.partial(unset, panel=BYPASS)
 BYPASS_OPTIONS: Group = {
-    "rate": (
-        Annotated[
-            float | None,
-            option(
-                "Bypass this share of the steps, such as 0.2: the checkpoint's similarities choose the threshold.",
-                default="none",
-                panel=BYPASS,
-            ),
-        ],
-        None,
+    "rate": bypass(
+        float,
+        "Bypass this share of the steps, such as 0.2: the checkpoint's similarities choose the threshold.",
+        "none",
     ),
-    "threshold": (
-        Annotated[
-            float | None,
-            option(
-                "Bypass at this cosine similarity or above. -1: always; above 1: never.", default="0.65", panel=BYPASS
-            ),
-        ],
-        None,
+    "threshold": bypass(float, "Bypass at this cosine similarity or above. -1: always; above 1: never.", "0.65"),
+    "gate_layer": bypass(int, "Layer, from 0, whose attention output is compared.", "1"),
+    "cache_layers": bypass(
+        str, "Layers that reuse their outputs: 24, or 20,24, or 20-24.", "the one at three quarters of the depth"
     ),
-    "gate_layer": (
-        Annotated[int | None, option("Layer, from 0, whose attention output is compared.", default="1", panel=BYPASS)],
-        None,
+    "target": bypass(str, "Output to reuse: attention, mlp or block.", "attention"),
+    "max_consecutive": bypass(int, "Bypass at most N steps in a row.", "no limit", metavar="N"),
+    "guard_entropy": bypass(
+        float,
+        "Bypass only if the entropy of the model's last prediction is at most this, in nats, such as 1.",
+        "no limit",
     ),
-    "cache_layers": (
-        Annotated[
-            str | None,
-            option(
-                "Layers that reuse their outputs: 24, or 20,24, or 20-24.",
-                default="the one at three quarters of the depth",
-                panel=BYPASS,
-            ),
-        ],
-        None,
+}
+
+gate = functools.partial(unset, panel=GATE)
+GATE_OPTIONS: Group = {
+    "preset": (options.Preset, None),
+    "mode": gate(
+        str,
+        "extrapolate, context, reconstruct, eliminate, mlp, hold or dense; turns off the default preset.",
+        "extrapolate",
     ),
-    "target": (
-        Annotated[str | None, option("Output to reuse: attention, mlp or block.", default="attention", panel=BYPASS)],
-        None,
-    ),
-    "max_consecutive": (
-        Annotated[
-            int | None, option("Bypass at most N steps in a row.", metavar="N", default="no limit", panel=BYPASS)
-        ],
-        None,
-    ),
-    "guard_entropy": (
-        Annotated[
-            float | None,
-            option(
-                "Bypass only if the entropy of the model's last prediction is at most this, in nats, such as 1.",
-                default="no limit",
-                panel=BYPASS,
-            ),
-        ],
-        None,
-    ),
+    "threshold": gate(float, "Encode patches whose surprise is above this; -1: all.", "0.01"),
+    "reference": gate(str, "Compare frames with last_update, ema or both.", "last_update"),
+    "signal": gate(str, "Compare patch, or token (with position embeddings).", "patch"),
+    "token_budget": gate(int, "Encode exactly N patches, whatever the threshold.", "none", metavar="N"),
+    "dilate": gate(int, "Also encode neighbours up to N patches away.", "0", metavar="N"),
+    "max_age": gate(int, "Encode every patch at least once in N frames.", "none", metavar="N"),
+    "keyframe_interval": gate(int, "Encode all patches every Nth frame.", "the preset's", metavar="N"),
+    "keyframe_fraction": gate(float, "Encode all patches if more than this share changed.", "never"),
+    "cost_budget": gate(float, "Keep the mean cost relative to dense below this.", "the preset's"),
+    "global_motion_norm": gate(bool, "Subtract a frame's mean surprise first.", "no", "--global-motion-norm"),
+    "ema_rate": gate(float, "Rate of the running mean (ema, both).", "0.01"),
 }
 
 
@@ -157,12 +145,7 @@ def given_bypass(own: dict) -> dict:
 
 
 def parse_layers(text: str) -> list[int]:
-    """
-    `"20,24-26"` to `[20, 24, 25, 26]`.
-
-    Raises:
-        ValueError: for a part that is not a layer or a range of layers.
-    """
+    """`"20,24-26"` to `[20, 24, 25, 26]`. ValueError for a part that is not a layer or a range of layers."""
     layers: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)

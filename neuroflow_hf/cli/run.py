@@ -1,8 +1,7 @@
 """`neuroflow run`: stream a video through a vision tower and compare with dense."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,20 +10,18 @@ from rich.table import Table
 
 from . import options
 from .errors import EXIT_DAMAGED, EXIT_INTERRUPTED, one_line_errors
+from .option_groups import GATE_OPTIONS, with_groups
 from .options import option
 from .output import command_line, figure_table, print_written
 from .progress import CommandProgress
-from .vision_model import given_labels, load_vision, parse_gate, with_config
+from .vision_model import given_labels, parse_gate, with_config
 
 MOST_STRETCHES = 20  # printed of the labels' timeline
 
 
-def gate_option(help: str, default: str, *names: str, metavar: str | None = None) -> Any:
-    """An option of the gate. Without it, the model's own gate counts, else `default`."""
-    return option(help, *names, default=default, panel=options.GATE, metavar=metavar)
-
-
+@with_groups(chosen=GATE_OPTIONS)
 def run(
+    chosen: dict,
     video: Annotated[Path | None, typer.Argument(help="Video file.", show_default="the clip that ships here")] = None,
     model: options.VisionModel = None,
     out: options.Out = Path("neuroflow-run"),
@@ -36,43 +33,6 @@ def run(
     labels: options.Labels = None,
     template: options.Template = None,
     config: options.GateFile = None,
-    preset: options.Preset = None,
-    mode: Annotated[
-        str | None,
-        gate_option(
-            "extrapolate, context, reconstruct, eliminate, mlp, hold or dense; turns off the default preset.",
-            "extrapolate",
-        ),
-    ] = None,
-    threshold: Annotated[
-        float | None, gate_option("Encode patches whose surprise is above this; -1: all.", "0.01")
-    ] = None,
-    reference: Annotated[
-        str | None, gate_option("Compare frames with last_update, ema or both.", "last_update")
-    ] = None,
-    signal: Annotated[str | None, gate_option("Compare patch, or token (with position embeddings).", "patch")] = None,
-    token_budget: Annotated[
-        int | None, gate_option("Encode exactly N patches, whatever the threshold.", "none", metavar="N")
-    ] = None,
-    dilate: Annotated[
-        int | None, gate_option("Also encode neighbours up to N patches away.", "0", metavar="N")
-    ] = None,
-    max_age: Annotated[
-        int | None, gate_option("Encode every patch at least once in N frames.", "none", metavar="N")
-    ] = None,
-    keyframe_interval: Annotated[
-        int | None, gate_option("Encode all patches every Nth frame.", "the preset's", metavar="N")
-    ] = None,
-    keyframe_fraction: Annotated[
-        float | None, gate_option("Encode all patches if more than this share changed.", "never")
-    ] = None,
-    cost_budget: Annotated[
-        float | None, gate_option("Keep the mean cost relative to dense below this.", "the preset's")
-    ] = None,
-    global_motion_norm: Annotated[
-        bool | None, gate_option("Subtract a frame's mean surprise first.", "no", "--global-motion-norm")
-    ] = None,
-    ema_rate: Annotated[float | None, gate_option("Rate of the running mean (ema, both).", "0.01")] = None,
     gate: options.GateOptions = None,
     dense_every: Annotated[
         int | None,
@@ -100,25 +60,11 @@ def run(
     Files of an earlier run in the output folder are replaced.
     """
     with one_line_errors(debug, nothing_done="nothing was written."):
-        gate_options = options.given(
-            preset=preset,
-            mode=mode,
-            threshold=threshold,
-            reference=reference,
-            signal=signal,
-            token_budget=token_budget,
-            dilate=dilate,
-            max_age=max_age,
-            keyframe_interval=keyframe_interval,
-            keyframe_fraction=keyframe_fraction,
-            cost_budget=cost_budget,
-            global_motion_norm=global_motion_norm,
-            ema_rate=ema_rate,
-        )
-        gate_options |= parse_gate(gate or [])
+        gate_options = options.given(**chosen) | parse_gate(gate or [])
 
-        from ..loading import default_model, dtype_named, usable_device
+        from ..loading import default_model, dtype_named, load_model_with_labels, usable_device
         from ..utils.files import prepare_folder
+        from ..video.labels import TEMPLATE
         from ..video.reader import VideoReader, bundled_clip
         from ..video.run import require_comparison, run_video
 
@@ -131,8 +77,8 @@ def run(
         gate_options = with_config(config, gate_options, model)
         prepare_folder(out)
         source = model or default_model()
-        how = (weights_dtype, device, resolution)
-        loaded, preprocess, embedded = load_vision(source, names, template, *how)
+        how = (template or TEMPLATE, weights_dtype, device, resolution)
+        loaded, preprocess, embedded = load_model_with_labels(source, names, *how)
         with CommandProgress("frames") as progress:
 
             def on_frame(record):
@@ -178,7 +124,7 @@ def print_run(summary: dict, out: Path):
     )
     console.print(per_frame_table(summary))
     if summary["compared_frames"]:
-        console.print(fidelity_table(summary))
+        console.print(comparison_table(summary))
         note = baseline_note(summary)
         if note:
             console.print(f"[yellow]{note}[/]")
@@ -188,8 +134,6 @@ def print_run(summary: dict, out: Path):
         more = len(labels["timeline"]) - MOST_STRETCHES
         if more > 0:
             typer.echo(f"and {more} more: all are under `labels`, `timeline` in {out / 'summary.json'}.")
-        if labels["agreement"]["compared_frames"]:
-            console.print(agreement_table(summary))
     if "objects" in summary:
         counts = summary["objects"]["per_frame"]
         console.print(
@@ -232,27 +176,32 @@ def per_frame_table(summary: dict) -> Table:
     return figure_table(("per frame", "frames", *columns), rows)
 
 
-def comparison_table(headers: Sequence[str], summary: dict, cells: dict[str, list[str]], held: dict | None) -> Table:
-    """The stream and its baselines, a row each; `held` is the baseline at the stream's cost, if there is one."""
-    every = summary["dense_every"]
-    rows = [
-        ("streamed", f"{summary['cost']['mean']:.3f}", *cells["streamed"]),
-        ("baseline: first frame repeated", "0", *cells["first_frame"]),
-        (f"baseline: dense every {every} frames, held between", f"{1 / every:.3f}", *cells["held"]),
-    ]
+def comparison_table(summary: dict) -> Table:
+    """
+    The stream and its baselines beside dense, on the sampled frames after the first: cosines and, with labels, how
+    often the best label is the same. Held outputs are compared at their oldest.
+    """
+    every, held = summary["dense_every"], summary["held_at_cost"]
+    rows = {
+        "streamed": ("streamed", summary["cost"]["mean"]),
+        "first_frame": ("baseline: first frame repeated", 0.0),
+        "held": (f"baseline: dense every {every} frames, held between", 1 / every),
+    }
+    cosines = dict(summary["cosine_to_dense"])
     if held and held["every"] != every:
-        label = f"baseline: dense every {held['every']} frames, held between"
-        rows.append((label, f"{held['cost']:.3f}", *cells["held_at_cost"]))
-    return figure_table((headers[0], "cost", *headers[1:]), rows, stress_first=True)
-
-
-def fidelity_table(summary: dict) -> Table:
-    """Cosine to dense on the sampled frames after the first; a held embedding is compared at its oldest."""
-    held, columns = summary["held_at_cost"], ("mean", "p5", "min")
-    cosines = summary["cosine_to_dense"] | ({"held_at_cost": held["cosine"]} if held else {})
-    cells = {name: [f"{values[column]:.4f}" for column in columns] for name, values in cosines.items()}
-    headers = (f"cosine to dense, {summary['compared_frames']} frames", *columns)
-    return comparison_table(headers, summary, cells, held)
+        rows["held_at_cost"] = f"baseline: dense every {held['every']} frames, held between", held["cost"]
+        cosines["held_at_cost"] = held["cosine"]
+    found = summary["labels"]["agreement"] if "labels" in summary else {}
+    cells = []
+    for name, (title, cost) in rows.items():
+        row = [title, f"{cost:.3f}", *(f"{cosines[name][column]:.4f}" for column in ("mean", "p5", "min"))]
+        if name == "held_at_cost" and found:
+            row.append(f"{found[name]['agreed']} of {found[name]['compared_frames']}")
+        elif found:
+            row.append(f"{found[name]} of {found['compared_frames']}")
+        cells.append(row)
+    headers = (f"to dense, {summary['compared_frames']} frames", "cost", "mean cosine", "p5", "min")
+    return figure_table((*headers, *(["same label"] if found else [])), cells, stress_first=True)
 
 
 def baseline_note(summary: dict) -> str:
@@ -282,13 +231,3 @@ def timeline_table(labels: dict) -> Table:
         figures = percent(stretch["confidence"]), percent(stretch["share"])
         rows.append((stretch["label"], seconds, str(stretch["frames"]), *figures))
     return figure_table(headers, rows)
-
-
-def agreement_table(summary: dict) -> Table:
-    """How often the best label is dense's, on the sampled frames after the first; held ones at their oldest."""
-    found = summary["labels"]["agreement"]
-    held, compared = found["held_at_cost"], found["compared_frames"]
-    cells = {name: [f"{found[name]} of {compared}"] for name in ("streamed", "first_frame", "held")}
-    if held:
-        cells["held_at_cost"] = [f"{held['agreed']} of {held['compared_frames']}"]
-    return comparison_table(("best label as in dense", "frames"), summary, cells, held)

@@ -50,13 +50,3 @@ def given_labels(labels: str | None, template: str | None) -> list[str] | None:
     names = parse_labels(labels)
     check_labels(names, TEMPLATE if template is None else template)
     return names
-
-
-def load_vision(source: str | Path, names: list[str] | None, template: str | None, *how: Any) -> tuple[Any, Any, Any]:
-    """A vision model, its preprocessing, and the embedded labels or None; `how` is as in `load_tower`."""
-    from ..loading import load_model_with_labels, load_tower
-    from ..video.labels import TEMPLATE
-
-    if names is None:
-        return *load_tower(source, *how), None
-    return load_model_with_labels(source, names, TEMPLATE if template is None else template, *how)

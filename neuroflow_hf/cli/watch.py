@@ -12,7 +12,7 @@ from . import options
 from .errors import one_line_errors
 from .options import option
 from .output import figure_table
-from .vision_model import given_labels, load_vision, parse_gate, with_config
+from .vision_model import given_labels, parse_gate, with_config
 
 
 def watch(
@@ -53,7 +53,8 @@ def watch(
         from ..cameras.sources import open_source, source_name
         from ..cameras.watch import watch_cameras
         from ..cameras.webhook import post_json
-        from ..loading import default_model, dtype_named, usable_device
+        from ..loading import default_model, dtype_named, load_model_with_labels, usable_device
+        from ..video.labels import TEMPLATE
         from ..video.run import covered_share
 
         if labels is None and overlay is None:
@@ -70,8 +71,8 @@ def watch(
             if source_name(place) in opened:
                 raise ValueError(f"{source_name(place)} is given twice; give each source once.")
             opened[source_name(place)] = open_source(place)
-        how = (weights_dtype, device, resolution)
-        loaded, preprocess, embedded = load_vision(model or default_model(), names, template, *how)
+        how = (template or TEMPLATE, weights_dtype, device, resolution)
+        loaded, preprocess, embedded = load_model_with_labels(model or default_model(), names, *how)
         hook = None if send is None else Webhook(send)
         mosaic = None
         if overlay is not None:

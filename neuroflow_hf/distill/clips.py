@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.datasets import file_digest
+from ..evaluation.methods import is_native
 from ..utils.files import write_whole
 from ..utils.provenance import fingerprint, key_of
 from ..video.preprocess import Preprocessor
@@ -22,22 +23,12 @@ TEACHER_BATCH = 8
 
 
 class FrameStore:
-    """
-    One video at one resolution.
-
-    Args:
-        folder: that holds `frames.npy`, uint8 [T, 3, R, R], and `teacher.npy`, float16 [T, D], or `patches.npy`,
-            float16 [T, N, D], beside them.
-    """
+    """One video at one resolution, from a folder: `frames` uint8 [T, 3, R, R], and `teacher` float16 [T, D]."""
 
     def __init__(self, folder: Path):
-        self.frames = np.load(folder / "frames.npy", mmap_mode="r", allow_pickle=False)
-        self.teacher = np.load(folder / "teacher.npy", mmap_mode="r", allow_pickle=False)
-        patches = folder / "patches.npy"
-        self.patches = np.load(patches, mmap_mode="r", allow_pickle=False) if patches.is_file() else None
-
-    def __len__(self) -> int:
-        return len(self.frames)
+        self.frames, self.teacher = (
+            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("frames", "teacher")
+        )
 
 
 @dataclass(frozen=True)
@@ -51,18 +42,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class Batch:
-    """
-    B clips of T frames at one resolution.
+    """B clips of T frames at one resolution."""
 
-    Attributes:
-        frames: uint8 [T, B, 3, R, R].
-        teacher: float32 [T, B, D].
-        patches: float32 [T, B, N, D]; None if they are not needed.
-    """
-
-    frames: Tensor
-    teacher: Tensor
-    patches: Tensor | None
+    frames: Tensor  # uint8 [T, B, 3, R, R]
+    teacher: Tensor  # float32 [T, B, D]
 
 
 class ClipSet:
@@ -94,6 +77,7 @@ class ClipSet:
         on_video: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.settings, self.preprocess = settings, preprocess
+        self.patch_size = cast(int, model.config.patch_size)  # transformers' annotation allows more than SigLIP has
         self.resolutions = settings.resolutions or (preprocess.resolution,)
         paths = [*videos, *(held_out or ())]
         self.stores: dict[int, list[FrameStore]] = {side: [] for side in self.resolutions}
@@ -105,7 +89,7 @@ class ClipSet:
                 self.stores[side].append(store_video(path, digest, weights, model, at_side, settings, cache))
                 done += 1
                 on_video(done, len(paths) * len(self.resolutions))
-        lengths = [len(store) for store in self.stores[self.resolutions[0]]]
+        lengths = [len(store.frames) for store in self.stores[self.resolutions[0]]]
         self.training, self.held_out, self.too_short = split_clips(lengths, len(videos), held_out, settings)
         self.short_videos = [paths[place].name for place in self.too_short]
         if not self.training or not self.held_out:
@@ -120,6 +104,10 @@ class ClipSet:
         """The preprocessing at a resolution."""
         return replace(self.preprocess, resolution=side)
 
+    def grid_at(self, side: int) -> int:
+        """How many patches a row of a frame has at a resolution."""
+        return self.preprocess_at(side).patches_per_side(self.patch_size)
+
     def batch(self, clips: Sequence[Clip], side: int) -> Batch:
         """The frames and the teacher's embeddings of clips of the same length."""
         stores = self.stores[side]
@@ -128,8 +116,7 @@ class ClipSet:
             parts = [getattr(stores[clip.video], name)[clip.start : clip.start + clip.count] for clip in clips]
             return torch.from_numpy(np.stack(parts, axis=1))
 
-        patches = stacked("patches").float() if self.settings.patches else None
-        return Batch(stacked("frames"), stacked("teacher").float(), patches)
+        return Batch(stacked("frames"), stacked("teacher").float())
 
     def draw(self, rng: np.random.Generator) -> Batch:
         """A training batch at one of the resolutions."""
@@ -143,11 +130,8 @@ def split_clips(
 ) -> tuple[list[Clip], list[Clip], list[int]]:
     """
     Training clips, which overlap by half; held-out clips, which do not; and the numbers of videos that are too short.
-
-    Args:
-        lengths: of all videos in sampled frames, training videos first.
-        training: the number of training videos.
-        held_out: None to hold some of these out.
+    `lengths` are of all videos in sampled frames, the `training` training videos first; if `held_out` is None, some of
+    these are held out.
     """
     count, clips, measured, too_short = settings.clip_frames, [], [], []
     for place, length in enumerate(lengths):
@@ -177,49 +161,25 @@ def store_video(
     cache: Path,
 ) -> FrameStore:
     """Every Nth frame of a video, and the teacher's embeddings of them; computed if they are not in the cache."""
-    key = key_of(
-        video=digest,
-        weights=weights,
-        preprocess=asdict(preprocess),
-        stride=settings.frame_stride,
-        patches=settings.patches > 0,
-    )
+    key = key_of(video=digest, weights=weights, preprocess=asdict(preprocess), stride=settings.frame_stride)
     folder, done = cache / key, cache / key / "done"
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         frames = [preprocess.resize(frame.image) for frame in read_frames(path, stride=settings.frame_stride)]
         if not frames:
             raise ValueError(f"{path} has no frame that can be read.")
-        pooled, patches = teach(model, preprocess, torch.cat(frames), settings.patches > 0)
         np.save(folder / "frames.npy", torch.cat(frames).numpy())
-        np.save(folder / "teacher.npy", pooled)
-        if patches is not None:
-            np.save(folder / "patches.npy", patches)
+        np.save(folder / "teacher.npy", teach(model, preprocess, torch.cat(frames)))
         write_whole(done, path.name)
     return FrameStore(folder)
 
 
 @torch.inference_mode()
-def teach(
-    model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor, frames: Tensor, with_patches: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The dense model's embeddings float16 [T, D], and patches float16 [T, N, D], of frames uint8 [T, 3, R, R]."""
-    pooled, patches = [], []
+def teach(model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor, frames: Tensor) -> np.ndarray:
+    """The dense model's embeddings float16 [T, D] of frames uint8 [T, 3, R, R]."""
+    pooled = []
     for part in frames.split(TEACHER_BATCH):
         pixels = preprocess.normalise(part, model.dtype, model.device)
-        output = model(pixels, interpolate_pos_encoding=needs_interpolation(model, preprocess.resolution))
+        output = model(pixels, interpolate_pos_encoding=not is_native(model, pixels))
         pooled.append(output.pooler_output.to(torch.float16).cpu())
-        if with_patches:
-            patches.append(output.last_hidden_state.to(torch.float16).cpu())
-    return torch.cat(pooled).numpy(), torch.cat(patches).numpy() if with_patches else None
-
-
-def needs_interpolation(model: NeuroFlowSiglipVisionModel, resolution: int) -> bool:
-    """Whether the checkpoint has no positions for frames of this side."""
-    patch, native = patch_size_of(model), cast(int, model.config.image_size)
-    return resolution // patch != native // patch
-
-
-def patch_size_of(model: NeuroFlowSiglipVisionModel) -> int:
-    """The side of a patch in pixels; transformers' annotation allows more than SigLIP has."""
-    return cast(int, model.config.patch_size)
+    return torch.cat(pooled).numpy()

@@ -1,14 +1,15 @@
 """How close a student comes to the dense model on held-out clips, beside the keyframe repeated."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from ..evaluation.methods import is_native
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
-from .clips import Clip, ClipSet, needs_interpolation, patch_size_of
+from .clips import Clip, ClipSet
 from .losses import cosines
 
 # The share of the patches that is encoded on a sparse frame, by name; None: as many as are above the threshold. An
@@ -20,20 +21,18 @@ MOST_CLIPS = 48  # a measurement takes a minute or two
 
 @dataclass(frozen=True)
 class HeldOut:
-    """
-    Figures over the sparse frames of all held-out clips.
+    """Figures over the sparse frames of all held-out clips."""
 
-    Attributes:
-        mean, p5: of the cosine to the dense model's embedding.
-        repeated_mean, repeated_p5: of the same where the keyframe's embedding is repeated.
-        cost: of a sparse frame, relative to dense.
-    """
-
-    mean: float
+    mean: float  # mean, p5: of the cosine to the dense model's embedding
     p5: float
-    repeated_mean: float
+    repeated_mean: float  # repeated_mean, repeated_p5: of the same where the keyframe's embedding is repeated
     repeated_p5: float
-    cost: float
+    cost: float  # of a sparse frame, relative to dense
+
+
+def plain_values(held_out: dict[int, dict[str, HeldOut]]) -> dict[int, dict[str, dict]]:
+    """Figures by step and share, as JSON can hold them."""
+    return {step: {name: asdict(found) for name, found in by_share.items()} for step, by_share in held_out.items()}
 
 
 def improvement(before: dict[str, HeldOut], after: dict[str, HeldOut]) -> float:
@@ -59,8 +58,7 @@ def measure(model: NeuroFlowSiglipVisionModel, clips: ClipSet, summary_tokens: i
     names of SHARES. With several processes, each does all of it: the best weights are then the same everywhere.
     """
     side, batch = clips.resolutions[0], clips.settings.batch
-    num_patches = clips.preprocess_at(side).patches_per_side(patch_size_of(model)) ** 2
-    chosen = measured_clips(clips)
+    num_patches, chosen = clips.grid_at(side) ** 2, measured_clips(clips)
     found = {}
     for name, share in SHARES.items():
         budget = {} if share is None else {"token_budget": max(1, round(share * num_patches))}
@@ -87,18 +85,12 @@ def measure_batch(
     three times [(T - 1) * B].
     """
     side = clips.resolutions[0]
-    batch, interpolate = clips.batch(chosen, side), needs_interpolation(model, side)
-    stream, rows = model.new_stream(len(chosen), **given(gate)), []
+    batch, stream, rows = clips.batch(chosen, side), model.new_stream(len(chosen), **gate.to_dict()), []
     for number, (frames, teacher) in enumerate(zip(batch.frames, batch.teacher, strict=True)):
         pixels = clips.preprocess_at(side).normalise(frames, model.dtype, model.device)
-        output = model(pixels, interpolate_pos_encoding=interpolate, stream=stream)
+        output = model(pixels, interpolate_pos_encoding=not is_native(model, pixels), stream=stream)
         if number:
             found = cosines(output.pooler_output.cpu(), teacher)
             rows.append((found, cosines(batch.teacher[0], teacher), output.cost.cpu()))
     ours, theirs, costs = (torch.cat(column) for column in zip(*rows, strict=True))
     return ours, theirs, costs
-
-
-def given(gate: NeuroFlowGateConfig) -> dict:
-    """A gate's options, for `new_stream`."""
-    return {name: value for name, value in gate.to_dict().items() if value is not None}

@@ -4,15 +4,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
 
 from ..utils.files import report_text, write_whole
 from ..utils.plots import BASELINE_FIRST, BASELINE_HELD, OURS, save_plot, tidy
 from ..utils.tables import markdown_table
-from .measure import HeldOut
+from .measure import HeldOut, plain_values
 from .train import DistillResult
 
-LOSS, BASELINE = BASELINE_HELD, BASELINE_FIRST
 HEADERS = ["encoded on a sparse frame", "cost", "held-out clips", "mean cosine to dense", "p5"]
 
 
@@ -25,10 +25,7 @@ def write_report(result: DistillResult, folder: Path, base: str, command: str) -
         "clips": {"training": result.training_clips, "held_out": result.held_out_clips},
         "seconds": round(result.seconds),
         "best_step": result.best_step,
-        "held_out": {
-            step: {name: asdict(figures) for name, figures in measured.items()}
-            for step, measured in result.held_out.items()
-        },
+        "held_out": plain_values(result.held_out),
         "losses": [round(loss, 6) for loss in result.losses],
     }
     write_whole(folder / "distill.json", report_text(report))
@@ -63,10 +60,10 @@ def plot_distillation(result: DistillResult) -> Figure:
     figure = Figure(figsize=(9, 2.8 * (1 + len(shares))), layout="constrained")
     losses, *panels = figure.subplots(1 + len(shares), 1, sharex=True)
     steps = np.arange(1, len(result.losses) + 1)
-    losses.plot(steps, result.losses, color=LOSS, alpha=0.3, linewidth=0.8, label="each step")
+    losses.plot(steps, result.losses, color=BASELINE_HELD, alpha=0.3, linewidth=0.8, label="each step")
     width = max(1, len(steps) // 30)
     smooth = np.convolve(result.losses, np.ones(width) / width, mode="valid")
-    losses.plot(steps[width - 1 :], smooth, color=LOSS, label=f"mean of {width} steps")
+    losses.plot(steps[width - 1 :], smooth, color=BASELINE_HELD, label=f"mean of {width} steps")
     losses.set_ylabel("loss")
     measured = dict(sorted(result.held_out.items()))
     for share, panel in zip(shares, panels, strict=True):
@@ -74,8 +71,8 @@ def plot_distillation(result: DistillResult) -> Figure:
             curve = [getattr(figures[share], name) for figures in measured.values()]
             panel.plot(list(measured), curve, style, color=OURS, label=f"distilled, {name}")
             level = getattr(result.held_out[0][share], f"repeated_{name}")
-            panel.axhline(level, linestyle=style, color=BASELINE, label=f"keyframe repeated, {name}")
-        panel.axvline(result.best_step, color=LOSS, linewidth=0.8, label="written")
+            panel.axhline(level, linestyle=style, color=BASELINE_FIRST, label=f"keyframe repeated, {name}")
+        panel.axvline(result.best_step, color=BASELINE_HELD, linewidth=0.8, label="written")
         panel.set_ylabel(f"cosine, {share}")
     panels[-1].set_xlabel("step")
     for panel in (losses, *panels):
@@ -87,10 +84,7 @@ def plot_distillation(result: DistillResult) -> Figure:
 def card(result: DistillResult, base: str, command: str) -> str:
     """The card of the adapter, or of the model."""
     settings = result.settings
-    about = {"base_model": base, "library_name": "transformers", "tags": ["neuroflow", "siglip", "video"]}
-    front = "\n".join(
-        f"{name}: {value if isinstance(value, str) else '[' + ', '.join(value) + ']'}" for name, value in about.items()
-    )
+    about = ModelCardData(base_model=base, library_name="transformers", tags=["neuroflow", "siglip", "video"])
     if settings.method == "lora":
         what = (
             f"A sparse adapter for `{base}` in mode `{settings.mode}`: low-rank weights (rank {settings.rank}, "
@@ -114,7 +108,7 @@ def card(result: DistillResult, base: str, command: str) -> str:
         )
     table = markdown_table((HEADERS, held_out_rows(result)))
     return (
-        f"---\n{front}\n---\n\n# {base}, distilled for `{settings.mode}`\n\n{what}\n\n{use}\n\n"
+        f"---\n{about.to_yaml()}\n---\n\n# {base}, distilled for `{settings.mode}`\n\n{what}\n\n{use}\n\n"
         f"Measured on {result.held_out_clips} held-out clips of {settings.clip_frames} frames, each with a keyframe "
         "at its start. Costs are of a sparse frame, relative to dense; cosines are to the embeddings of the original "
         f"model.\n\n{table}\n\n"

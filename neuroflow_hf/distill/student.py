@@ -13,15 +13,8 @@ from .settings import DistillSettings
 
 class Student:
     """
-    Args:
-        teacher: the dense model; its weights are not changed.
-        settings: of the distillation.
-        summary_tokens: of the gate.
-        base: the checkpoint's name.
-
-    Attributes:
-        model: encodes clips.
-        trained: the module that holds what is trained.
+    A student of a dense model, whose own weights are not changed: `model` encodes clips, and `trained` is the module
+    that holds what is trained. `base` is the checkpoint's name.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..evaluation.methods import is_native
 from ..utils.files import prepare_folder, write_whole
 from ..utils.jobs import stop_on_interrupt
 from ..utils.provenance import fingerprint
@@ -20,9 +21,9 @@ from ..video.prefetch import prefetch
 from ..video.preprocess import Preprocessor
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
-from .clips import Batch, ClipSet, needs_interpolation, patch_size_of
-from .losses import angle_loss, embedding_loss, patch_loss, relation_loss
-from .measure import HeldOut, given, improvement, measure, measured_clips
+from .clips import Batch, ClipSet
+from .losses import angle_loss, embedding_loss
+from .measure import HeldOut, improvement, measure, measured_clips, plain_values
 from .settings import DistillSettings
 from .student import Student
 
@@ -127,8 +128,7 @@ def distill(
             cache or out / "cache",
             lambda done, total: on_step("videos", done, total, None),
         )
-    grid = min(clips.preprocess_at(side).patches_per_side(patch_size_of(model)) for side in clips.resolutions)
-    summary_tokens = settings.summary_tokens_for(grid)
+    summary_tokens = settings.summary_tokens_for(min(map(clips.grid_at, clips.resolutions)))
     student = Student(model, settings, summary_tokens, base)
     optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     digests = {"videos": clips.digests[: len(videos)], "held_out": clips.digests[len(videos) :]}
@@ -204,9 +204,8 @@ def train_step(
     optimizer.zero_grad()
     total = torch.zeros((), device=accelerator.device)
     for number, batch in batches:
-        num_patches = (batch.frames.shape[-1] // patch_size_of(student.model)) ** 2
         rng = np.random.default_rng((settings.seed, step, number, 1))
-        gate = settings.draw_gate(rng, num_patches, summary_tokens)
+        gate = settings.draw_gate(rng, clips.grid_at(batch.frames.shape[-1]) ** 2, summary_tokens)
         for loss in clip_losses(student.model, batch, clips, gate, settings):
             share = loss * accelerator.num_processes / settings.accumulate
             if share.requires_grad:
@@ -231,25 +230,19 @@ def clip_losses(
     The loss of each frame of a batch, which sum to the batch's. What a stream remembers carries no gradient, so each
     frame's is complete when it is yielded, and memory stays that of one frame.
     """
-    side = batch.frames.shape[-1]
-    preprocess, interpolate = clips.preprocess_at(side), needs_interpolation(model, side)
-    stream = model.new_stream(batch.frames.shape[1], **given(gate))
+    preprocess = clips.preprocess_at(batch.frames.shape[-1])
+    stream = model.new_stream(batch.frames.shape[1], **gate.to_dict())
     first = 0 if settings.method == "full" else 1  # a keyframe teaches an adapter nothing
     for number in range(len(batch.frames)):
         pixels = preprocess.normalise(batch.frames[number], model.dtype, model.device)
         with torch.set_grad_enabled(number >= first):
-            output = model(pixels, interpolate_pos_encoding=interpolate, stream=stream)
+            output = model(pixels, interpolate_pos_encoding=not is_native(model, pixels), stream=stream)
         if number < first:
             continue
         teacher = batch.teacher[number].to(model.device)
         loss = embedding_loss(output.pooler_output, teacher, settings.mse, settings.cosine)
         if settings.angle:
             loss = loss + settings.angle * angle_loss(output.pooler_output, teacher)
-        if settings.patches and batch.patches is not None:
-            active, wanted = output.active_mask.flatten(1), batch.patches[number].to(model.device)
-            loss = loss + settings.patches * patch_loss(output.last_hidden_state, wanted, active)
-        if settings.relations:
-            loss = loss + settings.relations * relation_loss(output.pooler_output, teacher)
         yield loss / (len(batch.frames) - first)
 
 
@@ -281,10 +274,7 @@ def write_state(path: Path, key: str, state: State, student: Student, optimizer:
         "key": key,
         "step": state.step,
         "losses": state.losses,
-        "held_out": {
-            step: {name: asdict(figures) for name, figures in measured.items()}
-            for step, measured in state.held_out.items()
-        },
+        "held_out": plain_values(state.held_out),
         "best_step": state.best_step,
         "seconds": state.seconds,
     }

@@ -100,16 +100,9 @@ def is_same(source: str | Path, out: Path) -> bool:
 
 def write_calibration(source: str | Path, out: Path, config: Any):
     """
-    Write the bypass and the similarities of a model's configuration into a checkpoint: all of it or nothing.
-
-    Args:
-        source: folder or Hub name of the checkpoint that the model was loaded from.
-        out: `source` itself, of which only `config.json` is replaced; or a folder that does not exist or is empty,
-            which becomes a copy.
-        config: the model's configuration.
-
-    Raises:
-        FileExistsError, OSError: if it cannot be written.
+    Write the bypass and the similarities of a model's configuration into a checkpoint: all of it or nothing. `out` is
+    the folder `source` itself, of which only `config.json` is replaced, or a folder that does not exist or is empty,
+    which becomes a copy of the checkpoint, a folder or Hub name. FileExistsError or OSError if it cannot be written.
     """
     changed = {"bypass": config.bypass, "bypass_similarities": config.bypass_similarities}
 

@@ -54,10 +54,7 @@ def begin_messages(system: str | None) -> list[dict[str, str]]:
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """
     A conversation in the tokenizer's chat template, up to the beginning of the next answer. Control tokens that occur
-    in the messages are broken up.
-
-    Raises:
-        ValueError: if the template refuses the messages.
+    in the messages are broken up. ValueError if the template refuses the messages.
     """
     safe = [{**found, "content": without_control_tokens(tokenizer, found["content"])} for found in messages]
     try:

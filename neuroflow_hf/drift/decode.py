@@ -245,12 +245,9 @@ class DriftBench:
         self, bypass: dict | bool, model=None, batches: Sequence[tuple[Batch, Batch]] | None = None
     ) -> dict[int, PromptRecord]:
         """
-        Compare one configuration with dense on each prompt, by its index.
-
-        Args:
-            bypass: options of [`NeuroFlowBypassConfig`]; False for dense, to measure the noise floor.
-            model: another model, such as a copy in another dtype; default: the dense one.
-            batches: of `make_batches`, of another size or of some prompts; default: all prompts.
+        Compare one configuration, options of [`NeuroFlowBypassConfig`] or False for dense, with dense on each prompt,
+        by its index. `model` may be a copy in another dtype, and `batches`, of `make_batches`, of another size or of
+        some prompts.
         """
         model, records = model or self.model, {}
         for batch, opening in self.each(self.batches if batches is None else batches):

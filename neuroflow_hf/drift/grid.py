@@ -94,13 +94,9 @@ def gate_layers(num_layers: int) -> tuple[int, int]:
 def full_grid(num_layers: int, thresholds: dict[int, dict[str, float]]) -> list[Configuration]:
     """
     At most ten bypasses: the published pairs of layers at the published threshold, and, because a threshold may bypass
-    all steps of one checkpoint and none of another, at thresholds for equal bypass rates; at one of these rates, an
-    entropy guard, gate and cache layer swapped (inverted control), the MLP and the whole block. The most telling ones
-    come first, since a run takes hours on a small machine.
-
-    Args:
-        num_layers: the model's depth.
-        thresholds: of `thresholds_for_rates`, for each of `gate_layers`.
+    all steps of one checkpoint and none of another, at thresholds for equal bypass rates (of `thresholds_for_rates`,
+    by gate layer); at one of these rates, an entropy guard, gate and cache layer swapped (inverted control), the MLP
+    and the whole block. The most telling ones come first, since a run takes hours on a small machine.
     """
     pairs, matched = scaled_pairs(num_layers), f"{MATCHED_RATE:g}"
     gate, cache = pairs[FIRST]

@@ -63,12 +63,7 @@ class StepComparison(NamedTuple):
 
 
 def compare_steps(dense: torch.Tensor, other: torch.Tensor) -> StepComparison:
-    """
-    Compare the logits of n steps, [n, V] each.
-
-    Raises:
-        ValueError: if their shapes differ.
-    """
+    """Compare the logits of n steps, [n, V] each. ValueError if their shapes differ."""
     if dense.shape != other.shape or dense.ndim != 2:
         raise ValueError(
             f"The logits have shapes {list(dense.shape)} and {list(other.shape)}; expected [steps, vocabulary] "

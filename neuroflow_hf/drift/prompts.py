@@ -31,11 +31,8 @@ class Prompt:
 
 def read_prompts(path: str | Path) -> list[Prompt]:
     """
-    Read the prompts of a file.
-
-    Args:
-        path: a `.jsonl` file whose lines are objects with `prompt` and, optionally, `task` (other keys are ignored);
-            or a `.txt` file with a prompt in each line. Blank lines are skipped.
+    Read the prompts of a file: `.jsonl` with objects that have `prompt` and, optionally, `task` (other keys are
+    ignored), or `.txt` with a prompt in each line. Blank lines are skipped.
 
     Raises:
         OSError: if the file does not exist or is a folder.

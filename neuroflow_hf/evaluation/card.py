@@ -27,12 +27,8 @@ A SigLIP checkpoint, measured on video by `neuroflow eval`.
 
 def card_with_results(text: str, model_name: str, results: Sequence[EvalResult]) -> str:
     """
-    Add figures to a card's metadata, or replace those of the same task, data and metric.
-
-    Args:
-        text: the card's Markdown, with or without metadata.
-        model_name: for the metadata, if they have none.
-        results: the figures.
+    Add figures to the metadata of a card in Markdown, or replace those of the same task, data and metric. `model_name`
+    is for metadata that have none.
 
     Raises:
         ValueError: if the metadata are not a YAML mapping, or have a `model-index` that the Hub would not accept.
@@ -113,13 +109,8 @@ def new_card(name: str, reads_text: bool) -> str:
 
 def evaluation_card(report: dict, tables: str, existing: str | None) -> str:
     """
-    A checkpoint's card with an evaluation's figures in its metadata, and as tables between `MARKS`, which are added at
-    the end if they are missing.
-
-    Args:
-        report: of `Evaluation`.
-        tables: in Markdown.
-        existing: the checkpoint's card; None for a new one.
+    A checkpoint's card (None for a new one) with the figures of an evaluation in its metadata, and tables in Markdown
+    between `MARKS`, which are added at the end if they are missing.
     """
     name = report["model"]["name"]
     text = new_card(name, report["model"]["reads_text"]) if existing is None else existing

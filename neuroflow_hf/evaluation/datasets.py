@@ -30,36 +30,21 @@ WORD_ENDS = re.compile(rf"(?<=[^\W\d_A-Z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<
 
 @dataclass(frozen=True)
 class EvalVideo:
-    """
-    One video.
+    """One video."""
 
-    Args:
-        path: the file.
-        name: its path in the folder, with `/`.
-        truth: the true label, from the subfolder's name; None if unknown.
-        labelled: whether to compare the video with labels.
-    """
-
-    path: Path
-    name: str
-    truth: str | None = None
-    labelled: bool = True
+    path: Path  # the file
+    name: str  # its path in the folder, with `/`
+    truth: str | None = None  # the true label, from the subfolder's name; None if unknown
+    labelled: bool = True  # whether to compare the video with labels
 
 
 @dataclass(frozen=True)
 class VideoSet:
-    """
-    Videos in the order of their names.
+    """Videos in the order of their names."""
 
-    Args:
-        name: of the file or the folder.
-        videos: at least one.
-        classes: the true labels in the order of the subfolders; empty if unknown.
-    """
-
-    name: str
-    videos: tuple[EvalVideo, ...]
-    classes: tuple[str, ...] = ()
+    name: str  # of the file or the folder
+    videos: tuple[EvalVideo, ...]  # at least one
+    classes: tuple[str, ...] = ()  # the true labels in the order of the subfolders; empty if unknown
 
 
 def class_words(folder: str) -> str:

@@ -66,12 +66,8 @@ def asked_top_k(labels: int) -> list[int]:
 
 def outcome_figures(outcome: Outcome, dense: Outcome | None = None, labels: int = 0) -> dict:
     """
-    A method's figures over all videos, as plain values.
-
-    Args:
-        outcome: of the method.
-        dense: dense on the same videos, to compare the accuracy with; None for dense itself.
-        labels: number of labels.
+    A method's figures over all videos, as plain values. Accuracy is compared with `dense`, the outcome of dense on the
+    same videos; None for dense itself.
     """
     skip, cosine = np.concatenate(outcome.skip), np.concatenate(outcome.cosine)
     figures = {
@@ -143,12 +139,8 @@ def ranked_at(
     families: Mapping[str, Sequence], cost: float, cost_of: Callable, value_of: Callable
 ) -> list[tuple[float, Mixture]]:
     """
-    The baselines for at most `cost` with their figures, the best last; those without a figure (NaN) are left out.
-
-    Args:
-        families: settings of each baseline.
-        cost: the highest mean cost allowed.
-        cost_of, value_of: from a setting to its cost, and to its figure; larger is better.
+    The baselines for a mean cost of at most `cost` with their figures, the best last; those without a figure (NaN) are
+    left out. `cost_of` and `value_of` are from a setting to its cost, and to its figure; larger is better.
     """
     found = [(float(mixture.mean(value_of)), mixture) for mixture in affordable(families, cost, cost_of)]
     return sorted((pair for pair in reversed(found) if not math.isnan(pair[0])), key=lambda pair: pair[0])
@@ -170,16 +162,9 @@ def baseline_families(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 def frame_draws(lengths: Sequence[int], samples: int, seed: int) -> Iterator[np.ndarray]:
     """
-    Bootstrap samples of frames: of whole videos, or, with fewer than five videos, of blocks of ten frames of each
-    video, because neighbouring frames are alike.
-
-    Args:
-        lengths: number of frames of each video.
-        samples: number of bootstrap samples.
-        seed: of the generator.
-
-    Yields:
-        int [F'], places among the frames of all videos, one video after the other.
+    Bootstrap samples of frames, as places int [F'] among the frames of all videos, one video after the other: of whole
+    videos, or, with fewer than five videos, of blocks of ten frames of each video, because neighbouring frames are
+    alike. `lengths` are the videos' numbers of frames.
     """
     generator = np.random.default_rng(seed)
     videos = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])

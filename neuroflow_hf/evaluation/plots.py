@@ -17,7 +17,7 @@ from ..utils.plots import (
     tidy,
     titled_figure,
 )
-from .points import HOLD_BY_THE_CLOCK, Point, Requirement
+from .points import Point, Requirement
 
 ROUND_TICKS = [digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)]
 BASELINE_STYLES = ((0, ()), (0, (3, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)), (0, (6, 3)), (0, (1, 3)), (0, (8, 1)))
@@ -53,8 +53,11 @@ def plot_accuracy(report: dict) -> Figure:
     return figure
 
 
-def draw_over_cost(panel: Axes, report: dict, value: Callable[[dict], float]):
-    """Draw methods as points coloured by family, baselines as grey lines, dense and the first frame as levels."""
+def draw_over_cost(panel: Axes, report: dict, value: Callable[[dict], float], named: bool = True):
+    """
+    Draw methods as points coloured by family, with their names if `named`, baselines as grey lines, dense and the
+    first frame as levels.
+    """
     families: dict[str, list[dict]] = {}
     for entry in report["methods"]:
         families.setdefault(entry["family"], []).append(entry)
@@ -72,7 +75,7 @@ def draw_over_cost(panel: Axes, report: dict, value: Callable[[dict], float]):
             panel.plot(*xy, label=f"baseline: {family}", **how)
         else:
             panel.plot(*xy, color=next(colours), linewidth=1.2, marker="o", markersize=6, label=family, zorder=3)
-            for place, (entry, point) in enumerate(zip(entries, points, strict=True)):
+            for place, (entry, point) in enumerate(zip(entries, points, strict=True) if named else ()):
                 above = 5 if place % 2 == 0 else -13  # points of a family lie close together
                 panel.annotate(entry["name"], point, (5, above), textcoords="offset points", fontsize=8)
     panel.set_xlabel("cost relative to dense")
@@ -84,36 +87,25 @@ def plot_tuning(
     points: Sequence[Point], requirement: Requirement, chosen: Point | None, first_frame: Point, title: str
 ) -> Figure:
     """
-    `1 - cosine to dense` over cost, both logarithmic; lower left is better.
-
-    Args:
-        points: all measured settings; baselines are drawn as lines, others as points coloured by family.
-        requirement: its bound is drawn as a line, and its statistic of each point.
-        chosen: the point to ring; None for none.
-        first_frame: the baseline that costs nothing, drawn as a level.
-        title: in one line.
+    `1 - cosine to dense` over cost, both logarithmic; lower left is better. Baselines are lines, other settings points
+    coloured by family; the requirement's bound is a line, and `first_frame`, which costs nothing, a level. The chosen
+    point has a ring.
     """
     statistic = requirement.statistic
 
     def loss(point: Point) -> float:
         return max(LEAST_LOSS, 1 - point.fidelity(statistic))
 
+    def entry(point: Point, kind: str = "") -> dict:
+        figures = {"cost": point.cost(), "loss": loss(point)}
+        return {"family": point.family, "kind": kind, "control": point.control, "figures": figures}
+
     figure = titled_figure(title, 10, 6)
     panel = figure.subplots()
+    entries = [entry(first_frame, "first"), *map(entry, points)]
+    draw_over_cost(panel, {"methods": entries}, lambda figures: figures["loss"], named=False)
     panel.set_xscale("log")
     panel.set_yscale("log")
-    panel.axhline(loss(first_frame), color=BASELINE_FIRST, linewidth=1.1, label=f"baseline: {first_frame.family}")
-    colours = iter(FAMILY_COLOURS * len(points))
-    for family in dict.fromkeys(point.family for point in points):
-        of_family = sorted((point for point in points if point.family == family), key=Point.cost)
-        xy = [point.cost() for point in of_family], [loss(point) for point in of_family]
-        if family == HOLD_BY_THE_CLOCK:
-            panel.plot(*xy, color=BASELINE_HELD, linewidth=1.4, label=f"baseline: {family}")
-        elif of_family[0].control:
-            style = {"color": BASELINE_HELD, "linestyle": (0, (3, 2)), "marker": "s", "markersize": 4}
-            panel.plot(*xy, linewidth=1.1, label=f"baseline: {family}", **style)
-        else:
-            panel.plot(*xy, color=next(colours), linewidth=1, marker="o", markersize=6, label=family, zorder=3)
     required = {"color": KEYFRAME, "linewidth": 1.2, "linestyle": (0, (6, 3)), "label": f"required: {requirement}"}
     if requirement.min_cosine is None:
         panel.axvline(requirement.max_cost, **required)
@@ -122,14 +114,12 @@ def plot_tuning(
     if chosen is not None:
         ring = {"markersize": 13, "markeredgewidth": 2, "markerfacecolor": "none", "markeredgecolor": DARK}
         panel.plot([chosen.cost()], [loss(chosen)], "o", label="chosen", zorder=4, linestyle="none", **ring)
-    panel.set_xlabel("cost relative to dense")
     panel.set_ylabel(f"1 - cosine to dense, {statistic}")
-    panel.set_xlim(right=1.05)
+    panel.set_xlim(0.9 * min(point.cost() for point in points), 1.05)
     for axis in (panel.xaxis, panel.yaxis):
         low, high = axis.get_view_interval()
         axis.set_ticks([tick for tick in ROUND_TICKS if low <= tick <= high])
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
-    tidy(panel)
     legend_below(figure, panel, columns=2)
     return figure

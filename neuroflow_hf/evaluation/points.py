@@ -21,25 +21,16 @@ EVERY_LENGTH_UP_TO = 24  # longer holds are tried in steps of a tenth
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """
-    A setting of the gate, measured on S stretches of a video, on T frames of each (see `whole_periods`).
+    """A setting of the gate, measured on S stretches of a video, on T frames of each (see `whole_periods`)."""
 
-    Args:
-        family: of the setting, in words.
-        options: of [`NeuroFlowGateConfig`], those that differ from the defaults.
-        costs: mean cost of a frame relative to dense, for each stretch.
-        cosines: cosines to dense, float64 [P, T], for each stretch; P is 1, except for baselines with a fixed
-            interval, which may start at P phases.
-        milliseconds: mean of a frame.
-        control: whether this is a baseline.
-    """
-
-    family: str
-    options: dict
-    costs: Sequence[float]
+    family: str  # of the setting, in words
+    options: dict  # of [`NeuroFlowGateConfig`], those that differ from the defaults
+    costs: Sequence[float]  # mean cost of a frame relative to dense, for each stretch
+    # cosines to dense, float64 [P, T], for each stretch; P is 1, except for baselines with a fixed interval, which may
+    # start at P phases
     cosines: Sequence[np.ndarray]
-    milliseconds: float
-    control: bool = False
+    milliseconds: float  # mean of a frame
+    control: bool = False  # whether this is a baseline
 
     @property
     def stretches(self) -> Sequence[int]:
@@ -83,14 +74,8 @@ def similarities(embeddings: torch.Tensor) -> np.ndarray:
 
 def held_cosines(similarity: np.ndarray, every: int) -> np.ndarray:
     """
-    Cosines to dense if one frame in `every` is dense and held until the next.
-
-    Args:
-        similarity: [T, T], from `similarities`.
-        every: number of frames.
-
-    Returns:
-        float64 [every, T - 1]: in phase p, frames p, p + `every`, ... are dense. Frame 0, dense in all, is left out.
+    Cosines to dense if one frame in `every` is dense and held until the next, from `similarities` [T, T]: float64
+    [every, T - 1]. In phase p, frames p, p + `every`, ... are dense. Frame 0, dense in all, is left out.
     """
     frames = np.arange(1, len(similarity))
     age = (frames - np.arange(every)[:, None]) % every
@@ -109,11 +94,8 @@ def hold_lengths(longest: int) -> list[int]:
 
 def hold_by_the_clock(dense: Sequence[torch.Tensor], dense_milliseconds: float) -> list[Point]:
     """
-    The baseline that encodes one frame in k and holds its embedding, for `hold_lengths` up to the shortest stretch.
-
-    Args:
-        dense: dense embeddings, [T, D] for each stretch.
-        dense_milliseconds: mean of a dense frame.
+    The baseline that encodes one frame in k and holds its embedding, for `hold_lengths` up to the shortest stretch,
+    from dense embeddings [T, D] of each stretch.
     """
     similar = [similarities(embeddings) for embeddings in dense]
     return [
@@ -143,18 +125,15 @@ class Requirement:
     """
     The requirement of a setting: exactly one of two bounds.
 
-    Args:
-        min_cosine: ask for the cheapest setting whose `statistic` is at least this, above 0 and below 1.
-        max_cost: ask for the setting with the highest `statistic` whose cost is at most this, above 0 and below 1.
-        statistic: of the frames' cosines to dense: `"p5"` (the 5th percentile: 19 of 20 frames are closer), `"mean"`
-            or `"min"`.
-
     Raises:
         ValueError: for both bounds or none, and values out of range.
     """
 
+    # ask for the cheapest setting whose `statistic` is at least this, above 0 and below 1
     min_cosine: float | None = None
+    # ask for the setting with the highest `statistic` whose cost is at most this, above 0 and below 1
     max_cost: float | None = None
+    # of the frames' cosines to dense: `"p5"` (the 5th percentile: 19 of 20 frames are closer), `"mean"` or `"min"`
     statistic: str = "p5"
 
     def __post_init__(self):

@@ -82,12 +82,8 @@ def load_checkpoint(
     must_read_text: bool = False,
 ) -> Checkpoint:
     """
-    Load a checkpoint, with labels if names are given.
-
-    Args:
-        source, dtype, device, resolution: as in `load_model`.
-        names, template: as in `embed_labels`; no names for no labels.
-        must_read_text: raise if there are names and no text tower; else load without labels, with a note.
+    Load a checkpoint, with labels if names are given. Without a text tower there are no labels but a note, or, if it
+    `must_read_text`, an error. Other arguments are as in `load_model_with_labels`.
 
     Raises:
         ModelLoadError, ValueError: as in `load_model_with_labels`.

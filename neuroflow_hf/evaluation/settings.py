@@ -17,13 +17,14 @@ TUNED = "own settings"  # those of a configuration file
 FIRST = MethodSpec("first frame repeated", "first frame", "first", control=True)
 
 EMA = {"reference": "ema", "ema_rate": 0.05}  # the paper's gate
-# family, the option that differs between settings, its values (the first is used alone with `few`), other options
-MODE_SETTINGS: tuple[tuple[str, str, tuple[float, ...], dict], ...] = (
-    ("extrapolate", "sentinels", (0.05, 0.02, 0.2), {}),
-    ("context", "threshold", (0.01, 0.001, 0.05), {}),
-    ("reconstruct (the paper's C)", "threshold", (0.01, 0.003, 0.05), EMA),
-    ("eliminate (the paper's B, not distilled)", "threshold", (0.01, 0.003, 0.05), EMA),
-    ("mlp (the paper's A)", "threshold", (0.01, 0.05), EMA),
+# mode, what it is in the paper, the option that differs between settings, its values (the first is used alone with
+# `few`), other options
+MODE_SETTINGS: tuple[tuple[str, str, str, tuple[float, ...], dict], ...] = (
+    ("extrapolate", "", "sentinels", (0.05, 0.02, 0.2), {}),
+    ("context", "", "threshold", (0.01, 0.001, 0.05), {}),
+    ("reconstruct", " (the paper's C)", "threshold", (0.01, 0.003, 0.05), EMA),
+    ("eliminate", " (the paper's B, not distilled)", "threshold", (0.01, 0.003, 0.05), EMA),
+    ("mlp", " (the paper's A)", "threshold", (0.01, 0.05), EMA),
 )
 
 EVERY, FEW_EVERY = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 48), (4, 8)
@@ -42,17 +43,12 @@ def preset_methods() -> list[MethodSpec]:
     return [MethodSpec(name, "presets", "stream", dict(options)) for name, options in reversed(PRESETS.items())]
 
 
-def mode_of(family: str) -> str:
-    """The mode that a family of settings belongs to: `"reconstruct"` of `"reconstruct (the paper's C)"`."""
-    return family.split(" (")[0]
-
-
 def mode_methods(few: bool = False) -> list[MethodSpec]:
     """Every mode at several settings; with `few`, at one, and without `extrapolate`, which is the presets' mode."""
     return [
-        MethodSpec(f"{family}, {dial} {value:g}", family, "stream", {"mode": mode_of(family), dial: value, **others})
-        for family, dial, values, others in MODE_SETTINGS
-        if not (few and family == "extrapolate")
+        MethodSpec(f"{mode}{note}, {dial} {value:g}", mode + note, "stream", {"mode": mode, dial: value, **others})
+        for mode, note, dial, values, others in MODE_SETTINGS
+        if not (few and mode == "extrapolate")
         for value in (values[:1] if few else values)
     ]
 
@@ -88,12 +84,9 @@ def hold_baselines(few: bool = False) -> list[MethodSpec]:
 
 def smaller_baselines(model: nn.Module, few: bool = False, resolution: int | None = None) -> list[MethodSpec]:
     """
-    Baselines that encode every frame with fewer tokens: fewer pixels, and Token Merging.
-
-    Args:
-        model: its resolution sets the numbers of tokens.
-        few: one or two settings each.
-        resolution: side of the frames in pixels, to which the numbers of tokens are scaled; None for the model's.
+    Baselines that encode every frame with fewer tokens: fewer pixels, and Token Merging; with `few`, one or two
+    settings each. The numbers of tokens are those of the model's resolution, scaled to frames of `resolution` pixels a
+    side.
     """
     config = tower_of(model).config
     patch, own = config.patch_size, config.image_size // config.patch_size
@@ -127,46 +120,24 @@ def chosen_methods(
     Args:
         model: the vision tower.
         resolution: side of the frames in pixels.
-        names: methods or their families, such as `"balanced"` or `"context"`; None for the presets. Names of settings
-            may be split at their commas.
+        names: presets, and modes with all their settings; None for the presets.
         quick: fewer settings of the baselines that encode every frame.
         gate: gate options of one more method, `TUNED`.
 
     Raises:
         ValueError: for an unknown name.
     """
-    methods = {spec.name: spec for spec in [*preset_methods(), *mode_methods()]}
-    groups = {name: [name] for name in methods}
-    for name, spec in methods.items():
-        groups.setdefault(mode_of(spec.family), []).append(name)
-    asked = list(PRESETS) if names is None else whole_names(names, list(groups))
-    wanted = {name for group in asked for name in groups[group]}
+    groups = {spec.name: [spec] for spec in preset_methods()}
+    for spec in mode_methods():
+        groups.setdefault(spec.options["mode"], []).append(spec)
+    for name in names or ():
+        if name not in groups:
+            raise ValueError(f"There is no method {name!r}; expected some of {', '.join(groups)}.")
+    chosen = [spec for name, specs in groups.items() if name in (names or PRESETS) for spec in specs]
     tuned = [] if gate is None else [MethodSpec(TUNED, TUNED, "stream", gate)]
     smaller = [
         spec
         for spec in smaller_baselines(model, quick, resolution)
         if spec.options.get("schedule") != "decreasing"  # constant is the main schedule of the paper
     ]
-    chosen = [spec for name, spec in methods.items() if name in wanted]
     return [DENSE, *tuned, *chosen, FIRST, *hold_baselines(), *smaller]
-
-
-def whole_names(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """
-    Join names of methods that were split at their own commas: `["context", "threshold 0.01"]` to
-    `["context, threshold 0.01"]`. The longest known name wins.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    found, place = [], 0
-    while place < len(names):
-        for end in range(len(names), place, -1):
-            name = ", ".join(names[place:end])
-            if name in known:
-                break
-        else:
-            raise ValueError(f"There is no method {names[place]!r}; expected some of {', '.join(map(repr, known))}.")
-        found.append(name)
-        place = end
-    return found

@@ -143,10 +143,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 def zero_failure_bound(trials: int) -> float:
     """
     Upper 95 % bound of a failure's probability after no failure in `trials` independent trials: 3/n, the rule of
-    three, and at most 1.
-
-    Raises:
-        ValueError: for a negative number of trials.
+    three, and at most 1. ValueError for a negative number of trials.
     """
     if trials < 0:
         raise ValueError(f"The number of trials is {trials}; expected 0 or more.")
@@ -208,11 +205,8 @@ def bootstrap_interval(
 
 def paired_interval(values: Sequence[float], baseline: Sequence[float], **options) -> Interval | None:
     """
-    Interval of the mean difference `values - baseline`, with one value of each, [N], for each group. Options are
-    those of [`bootstrap_interval`].
-
-    Raises:
-        ValueError: if their lengths differ.
+    Interval of the mean difference `values - baseline`, with one value of each, [N], for each group. Options are those
+    of [`bootstrap_interval`]. ValueError if their lengths differ.
     """
     if len(values) != len(baseline):
         raise ValueError(

@@ -24,10 +24,7 @@ from ..vision.patches import project_patches
 def make_schedule(name: str, r: int, num_layers: int) -> list[int]:
     """
     How many pairs each layer merges: r (`"constant"`), or from 2 r in the first layer linearly to none in the last
-    (`"decreasing"`).
-
-    Raises:
-        ValueError: for another name.
+    (`"decreasing"`). ValueError for another name.
     """
     if name not in ("constant", "decreasing"):
         raise ValueError(f"`schedule` is {name!r}; expected constant or decreasing.")
@@ -48,13 +45,8 @@ def merges(schedule: Sequence[int], num_tokens: int) -> list[tuple[int, int]]:
 
 def merge_pairs(tokens: Tensor, sizes: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """
-    Merge the r most similar pairs of tokens, r at most n / 2.
-
-    Args:
-        tokens: [B, n, D].
-        sizes: float32 [B, n], the number of patches that each token stands for.
-        metric: [B, n, K]; pairs are compared by its cosine.
-        r: number of pairs.
+    Merge the r most similar pairs of tokens [B, n, D], r at most n / 2, by the cosine of their `metric` [B, n, K].
+    `sizes`, float32 [B, n], are the numbers of patches that the tokens stand for.
 
     Returns:
         Tokens [B, n - r, D] and their sizes [B, n - r]: first the unmerged tokens at even places, then all
@@ -113,19 +105,13 @@ def encode(
     model: nn.Module, pixel_values: Tensor, schedule: Sequence[int], interpolate_pos_encoding: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Encode frames with a SigLIP vision model that merges tokens.
-
-    Args:
-        model: with a pooling head.
-        pixel_values: [B, C, H, W].
-        schedule: how many pairs each layer merges, half of its tokens at most.
-        interpolate_pos_encoding: as in the model.
+    Encode frames [B, C, H, W] with a SigLIP vision model that merges tokens and has a pooling head.
 
     Returns:
         Embeddings [B, D]; tokens after the last layer norm [B, n, D]; their sizes [B, n].
 
     Raises:
-        ValueError: if the schedule does not have a number, 0 or more, for each layer.
+        ValueError: if the schedule, how many pairs each layer merges, does not have a number, 0 or more, for each.
     """
     layers = model.encoder.layers
     if len(schedule) != len(layers) or min(schedule, default=0) < 0:

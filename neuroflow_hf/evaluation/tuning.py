@@ -80,32 +80,18 @@ OnStep = Callable[[str, int, int, Point | None], None]
 
 @dataclass(frozen=True, eq=False)
 class TuneResult:
-    """
-    The result of a tuning.
+    """The result of a tuning."""
 
-    Args:
-        status: `"complete"`, or `"interrupted"` (Ctrl-C); then `points` holds what was measured before.
-        requirement: what was asked for.
-        points: all measured settings, including baselines.
-        chosen: the point that meets the requirement best; None if none does.
-        nearest: `chosen`, or the point nearest to the requirement.
-        first_frame: the baseline that repeats each stretch's first frame.
-        frames: the indices in the file of each stretch's frames.
-        dense_milliseconds: mean of a dense forward.
-        provenance: the video, the model and the machine.
-        note: why the video broke off; empty if it did not.
-    """
-
-    status: str
-    requirement: Requirement
-    points: list[Point]
-    chosen: Point | None
-    nearest: Point | None
-    first_frame: Point
-    frames: list[list[int]]
-    dense_milliseconds: float
-    provenance: dict
-    note: str = ""
+    status: str  # `"complete"`, or `"interrupted"` (Ctrl-C); then `points` holds what was measured before
+    requirement: Requirement  # what was asked for
+    points: list[Point]  # all measured settings, including baselines
+    chosen: Point | None  # the point that meets the requirement best; None if none does
+    nearest: Point | None  # `chosen`, or the point nearest to the requirement
+    first_frame: Point  # the baseline that repeats each stretch's first frame
+    frames: list[list[int]]  # the indices in the file of each stretch's frames
+    dense_milliseconds: float  # mean of a dense forward
+    provenance: dict  # the video, the model and the machine
+    note: str = ""  # why the video broke off; empty if it did not
 
     @property
     def measured_frames(self) -> int:
@@ -133,26 +119,17 @@ def plan_stretches(expected_frames: int, frames: int, stretches: int) -> list[ra
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
-    """
-    Consecutive frames of a video.
+    """Consecutive frames of a video."""
 
-    Args:
-        indices: of the frames in the file, from 0.
-        images: uint8 [1, 3, R, R] of each frame, resized but not yet normalised, to save memory.
-    """
-
-    indices: list[int]
-    images: list[torch.Tensor]
+    indices: list[int]  # of the frames in the file, from 0
+    images: list[torch.Tensor]  # uint8 [1, 3, R, R] of each frame, resized but not yet normalised, to save memory
 
 
 def read_stretches(
     reader: VideoReader, preprocess: Preprocessor, plan: Sequence[range], on_frame: Callable[[int, int], None]
 ) -> tuple[list[Stretch], str]:
     """
-    Read the planned stretches, as far as the video goes.
-
-    Returns:
-        The stretches, and why reading ended early; empty if it did not.
+    Read the planned stretches, as far as the video goes, and say why reading ended early (empty if it did not).
 
     Raises:
         VideoError: if the video breaks off before the second frame.
@@ -187,23 +164,14 @@ def read_stretches(
 
 @dataclass(eq=False)
 class Bench:
-    """
-    The stretches with their dense embeddings, on which candidates are measured.
+    """The stretches with their dense embeddings, on which candidates are measured."""
 
-    Args:
-        model, preprocess: from `load_model`.
-        stretches: of equal length.
-        stop: set to stop measuring with a KeyboardInterrupt.
-        on_step: as in `tune_video`.
-        points: measured so far.
-    """
-
-    model: NeuroFlowSiglipVisionModel
+    model: NeuroFlowSiglipVisionModel  # model, preprocess: from `load_model`
     preprocess: Preprocessor
-    stretches: list[Stretch]
-    stop: threading.Event
-    on_step: OnStep
-    points: list[Point]
+    stretches: list[Stretch]  # of equal length
+    stop: threading.Event  # set to stop measuring with a KeyboardInterrupt
+    on_step: OnStep  # as in `tune_video`
+    points: list[Point]  # measured so far
 
     def steps(self, method: Method, stretch: Stretch, count: int | None = None) -> Iterator[tuple[Step, float]]:
         """What a method gives for the first `count` frames of a stretch (default: all), and its milliseconds."""

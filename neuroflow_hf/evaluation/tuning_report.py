@@ -66,16 +66,9 @@ def write_tuning(
     result: TuneResult, out: str | Path, config: Any, *, model_name: str = "", command: str = ""
 ) -> list[Path]:
     """
-    Write `curve.png`, `tune.json` and, if a setting was chosen, `config.json`, replacing those of an earlier tuning.
-
-    Args:
-        result: from `tune_video`.
-        out: folder to write to; made if missing.
-        config: of the checkpoint, from `checkpoint_config`; written with the chosen gate.
-        model_name, command: for `tune.json`.
-
-    Returns:
-        The files.
+    Write `curve.png`, `tune.json` and, if a setting was chosen, `config.json` to a folder, made if missing, replacing
+    those of an earlier tuning. `config` is that of the checkpoint, from `checkpoint_config`, and is written with the
+    chosen gate; `model_name` and `command` are for `tune.json`. Returns the files.
 
     Raises:
         NotADirectoryError, OSError: if `out` is a file or cannot be written to.
@@ -169,13 +162,8 @@ def tuning_sentences(result: TuneResult) -> list[str]:
 
 def next_steps(video: Path | None, given: dict[str, Any], config_class: str, source: str | Path) -> list[str]:
     """
-    The command and the line of Python that use the settings.
-
-    Args:
-        video: the file; None for the bundled clip.
-        given: options of `neuroflow run` by name, including `config`; those that are None are left out.
-        config_class: the name of the checkpoint's configuration class.
-        source: the checkpoint.
+    The command and the line of Python that use the settings; `given` are the options of `neuroflow run` by name, of
+    which those that are None are left out.
     """
     # a name that begins with a dash would be read as an option
     named = [] if video is None else [f"./{video}" if str(video).startswith("-") else str(video)]

@@ -9,12 +9,8 @@ from .statistics import PairedCounts, mcnemar, paired_difference, paired_ratio, 
 
 def ranks(name: str, scores: Sequence[Sequence[float]], references: Sequence[int]) -> np.ndarray:
     """
-    The number of other labels that score at least as much as the true one, int [M].
-
-    Args:
-        name: of the scores, for errors.
-        scores: L scores in each of M rows.
-        references: the true label's place in each row.
+    The number of other labels that score at least as much as the true one, int [M], from L scores in each of M rows
+    and the true label's place in each. `name` is that of the scores, for errors.
 
     Raises:
         ValueError: for no rows, rows of different lengths, scores that are NaN, and labels out of range.

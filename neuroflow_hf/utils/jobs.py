@@ -11,17 +11,17 @@ import torch
 
 
 @contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
+def stop_on_interrupt(*signals: int) -> Iterator[threading.Event]:
     """
-    Inside the block, the first Ctrl-C or SIGTERM, which batch systems and containers send, sets the event and
-    interrupts nothing; the second does what it did before. Python allows this in the main thread only; in other
-    threads the event is never set.
+    Inside the block, the first Ctrl-C or SIGTERM, which batch systems and containers send, or the first of other
+    `signals`, sets the event and interrupts nothing; the second does what it did before. Python allows this in the
+    main thread only; in other threads the event is never set.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in signals or (signal.SIGINT, signal.SIGTERM)}
 
     def restore():
         for number, handler in before.items():

@@ -15,12 +15,9 @@ MOST_CHARACTERS = 60  # of a label in pictures
 
 def timeline(records: Sequence[FrameRecord], names: Sequence[str]) -> list[dict]:
     """
-    The best label over time, without smoothing: consecutive frames with the same label are one stretch.
-
-    Returns:
-        For each stretch: `start`, the time of its first frame in seconds; `end`, the time of the next stretch's first
-        frame, or of the video's last frame; `frames`, their number; `label`; `confidence` and `share`, the means of
-        the label's score and share.
+    The best label over time, without smoothing. Consecutive frames with the same label are one stretch: `start` is the
+    time of its first frame in seconds, `end` that of the next stretch's first frame, or of the video's last; `frames`
+    is their number; `confidence` and `share` are the means of the label's score and share.
     """
     stretches = []
     for place, group in groupby(records, key=top_label):
@@ -86,11 +83,10 @@ def label_line(record: FrameRecord, names: Sequence[str]) -> dict:
     return line
 
 
-def label_caption(record: FrameRecord, names: Sequence[str]) -> list[tuple[str, str]]:
-    """The caption's row, one column (label, value), for the best label."""
+def label_caption(record: FrameRecord, names: Sequence[str]) -> str:
+    """The best label and its confidence."""
     place = top_label(record)
-    confidence = percent(record.label_logits[place].sigmoid().item())
-    return [("LABEL, CONFIDENCE", f"{shortened(names[place], MOST_CHARACTERS)}   {confidence}")]
+    return f"{shortened(names[place], MOST_CHARACTERS)} {percent(record.label_logits[place].sigmoid().item())}"
 
 
 def object_caption(line: dict) -> str:

@@ -23,20 +23,13 @@ from .motion import connected_regions, motion_mask
 
 @dataclass(frozen=True, eq=False)
 class MovingObject:
-    """
-    A connected region of a motion mask.
+    """A connected region of a motion mask."""
 
-    Args:
-        mask: bool [grid_h, grid_w], the object's patches.
-        box: top, left, bottom, right in patches; bottom and right are the first ones outside.
-        embedding: float32 [D], the object's patches pooled by the model's head; None before `with_embeddings`.
-        label, score: the best label and its score; None before `with_labels`.
-    """
-
-    mask: Tensor
-    box: tuple[int, int, int, int]
+    mask: Tensor  # bool [grid_h, grid_w], the object's patches
+    box: tuple[int, int, int, int]  # top, left, bottom, right in patches; bottom and right are the first ones outside
+    # float32 [D], the object's patches pooled by the model's head; None before `with_embeddings`
     embedding: Tensor | None = None
-    label: str | None = None
+    label: str | None = None  # label, score: the best label and its score; None before `with_labels`
     score: float | None = None
 
     @property
@@ -47,16 +40,8 @@ class MovingObject:
 
 def connected_objects(mask: Tensor) -> list[list[MovingObject]]:
     """
-    The connected regions of the masks of B streams.
-
-    Args:
-        mask: bool [B, grid_h, grid_w], from `motion_mask`.
-
-    Returns:
-        The objects of each stream, the largest first; equally large ones in reading order.
-
-    Raises:
-        ValueError: if the mask is not 3-dimensional.
+    The connected regions of the masks of B streams, bool [B, grid_h, grid_w] from `motion_mask`: for each stream the
+    largest first, equally large ones in reading order. ValueError for a mask of another shape.
     """
     if mask.ndim != 3:
         raise ValueError(f"The mask has shape {tuple(mask.shape)}; expected (streams, grid rows, grid columns).")
@@ -65,11 +50,15 @@ def connected_objects(mask: Tensor) -> list[list[MovingObject]]:
         objects = []
         for number in range(1, int(regions.max()) + 1):
             region = regions == number
-            rows, columns = (region.any(dim).nonzero() for dim in (1, 0))
-            box = (int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
-            objects.append(MovingObject(region, box))
+            objects.append(MovingObject(region, box_of(region)))
         streams.append(sorted(objects, key=lambda item: -item.patches))
     return streams
+
+
+def box_of(mask: Tensor) -> tuple[int, int, int, int]:
+    """First row, first column, last row + 1 and last column + 1 of a mask, which must not be empty."""
+    rows, columns = (mask.any(dim).nonzero() for dim in (1, 0))
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
 @torch.no_grad()
@@ -144,16 +133,9 @@ def require_objects_found(gate: NeuroFlowGateConfig, labelled: bool):
 
 def object_line(item: MovingObject, height: int, width: int, covered: float = 1.0) -> dict:
     """
-    An object in a frame's line of `frames.jsonl`.
-
-    Args:
-        item: the object.
-        height, width: of the frame in pixels.
-        covered: share of each side of the frame that the patches cover.
-
-    Returns:
-        `box`: left, top, right, bottom in pixels, the last two the first ones outside; `patches`; and, if labelled,
-        `label` and `confidence`.
+    An object in a frame's line of `frames.jsonl`: its `box` in pixels of a frame of this height and width (left, top,
+    right, bottom, the last two the first ones outside), its number of `patches`, and, if labelled, `label` and
+    `confidence`. Patches cover the share `covered` of each side of the frame.
     """
     rows, columns = item.mask.shape
     down, across = covered * height / rows, covered * width / columns

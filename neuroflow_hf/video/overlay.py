@@ -10,8 +10,10 @@ import av
 import matplotlib
 import numpy as np
 from av.codec.context import Flags
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image, ImageDraw, ImageFont
 
+from ..utils.plots import titled_figure
 from .reader import ffmpeg_name
 
 ACCENT = (255, 176, 0)
@@ -20,8 +22,8 @@ LABEL = (139, 148, 158)
 TEXT = (240, 246, 252)
 MOVING = (64, 156, 255)
 REUSED_BRIGHTNESS = 0.42
-LEGEND = "full colour, outlined: encoded on this frame      dark grey: reused from memory"
-OBJECTS_LEGEND = LEGEND + "      blue box: moving object"
+LEGEND = "full colour, outlined: encoded on this frame; dark grey: reused from memory"
+OBJECTS_LEGEND = LEGEND + "; blue box: moving object"
 
 Rows = Sequence[Sequence[tuple[str, str]]]  # of a caption: columns of (label, value) in each
 
@@ -36,16 +38,9 @@ MIN_WIDTH, MAX_SIDE = 480, 960
 
 def patch_pixels(mask: np.ndarray, height: int, width: int, covered: float = 1.0) -> np.ndarray:
     """
-    A patch mask at the size of the picture that the patches were cut from.
-
-    Args:
-        mask: bool [grid_h, grid_w].
-        height, width: of the picture in pixels, at least the grid's.
-        covered: share of each side that the patches cover, from the top left. Below 1 if the model's resolution is no
-            multiple of its patch size; pixels outside are False.
-
-    Returns:
-        bool [height, width].
+    A patch mask, bool [grid_h, grid_w], at the size of the picture that the patches were cut from: bool [height,
+    width]. The patches cover the share `covered` of each side, from the top left; it is below 1 if the model's
+    resolution is no multiple of its patch size.
     """
     rows, columns = (
         np.diff(np.round(np.linspace(0, covered * length, count + 1)).astype(int))
@@ -66,12 +61,8 @@ def border(marked: np.ndarray, thickness: int) -> np.ndarray:
 
 def mark_encoded(image: np.ndarray, mask: np.ndarray, covered: float = 1.0) -> np.ndarray:
     """
-    A copy of a frame, uint8 RGB [H, W, 3], in which encoded patches are outlined and reused ones turn dark grey.
-
-    Args:
-        image: uint8 RGB [H, W, 3].
-        mask: bool [grid_h, grid_w], the encoded patches.
-        covered: as in `patch_pixels`.
+    A copy of a frame, uint8 RGB [H, W, 3], in which encoded patches, bool [grid_h, grid_w], are outlined and reused
+    ones turn dark grey; `covered` is as in `patch_pixels`.
     """
     height, width = image.shape[:2]
     marked = patch_pixels(mask, height, width, covered)
@@ -85,13 +76,9 @@ def outline_objects(
     picture: np.ndarray, boxes: Sequence[tuple[int, int, int, int]], captions: Sequence[str], scale: float = 1.0
 ) -> np.ndarray:
     """
-    A copy of a picture, uint8 RGB [H, W, 3], with boxes around moving objects.
-
-    Args:
-        picture: uint8 RGB [H, W, 3].
-        boxes: left, top, right and bottom of each in pixels of the frame; right and bottom are the first ones outside.
-        captions: a text for each box; may be empty.
-        scale: size of the picture relative to the frame.
+    A copy of a picture, uint8 RGB [H, W, 3], with boxes and captions of moving objects. Boxes are left, top, right and
+    bottom in pixels of the frame, the last two the first ones outside; `scale` is the size of the picture relative to
+    the frame.
     """
     drawn = Image.fromarray(picture)
     draw = ImageDraw.Draw(drawn)
@@ -151,15 +138,9 @@ def fitting_font(texts: Sequence[str], width: float, most: int, bold: bool = Fal
 
 def caption_strip(width: int, fields: Sequence[tuple[str, str]], size: int) -> np.ndarray:
     """
-    A dark strip of columns, each a small label above its value. Fonts shrink if a text does not fit.
-
-    Args:
-        width: of the strip in pixels.
-        fields: label and value of each column.
-        size: largest height of the values' font in pixels.
-
-    Returns:
-        uint8 RGB [height, width, 3]; the height is even and depends on `size` alone.
+    A dark strip of columns, each a small label above its value: uint8 RGB [height, width, 3]. `size` is the largest
+    height of the values' font in pixels; fonts shrink if a text does not fit. The height is even and depends on `size`
+    alone.
     """
     label_size, margin = round(0.6 * size), round(0.5 * size)
     height = 2 * round((label_size + size + 2.6 * margin) / 2)
@@ -189,11 +170,8 @@ def marked_picture(
     captions: Sequence[str] = (),
 ) -> np.ndarray:
     """
-    A frame, uint8 RGB [H, W, 3], at its `overlay_size` with encoded patches and moving objects marked.
-
-    Args:
-        image, mask, covered: as in `mark_encoded`.
-        boxes, captions: as in `outline_objects`, in pixels of `image`.
+    A frame, uint8 RGB [H, W, 3], at its `overlay_size`, with encoded patches marked as in `mark_encoded`, and moving
+    objects as in `outline_objects`, in pixels of `image`.
     """
     height, width = overlay_size(*image.shape[:2])
     picture = mark_encoded(resize(image, height, width), mask, covered)
@@ -211,54 +189,34 @@ def overlay_frame(picture: np.ndarray, rows: Rows) -> np.ndarray:
 
 
 def contact_sheet(
-    cells: Sequence[tuple[np.ndarray, Rows]],
-    title: str,
-    cell_width: int = 480,
-    columns: int = 4,
-    legend: str = LEGEND,
+    cells: Sequence[tuple[np.ndarray, Rows]], title: str, cell_width: int = 480, legend: str = LEGEND
 ) -> np.ndarray:
     """
-    A grid of marked pictures, each above its caption, under a title and a legend.
+    A grid of pictures, four in a row, each under its caption: uint8 RGB [H', W', 3].
 
     Args:
-        cells: picture, uint8 RGB [H, W, 3], and rows of the caption; at least one cell, all with equally many rows.
+        cells: picture, uint8 RGB [H, W, 3], and rows of the caption; at least one cell, all of one size.
         title: in one line.
-        cell_width: in pixels.
-        columns: at most.
+        cell_width: in pixels, at least.
         legend: what the colours mean, in one line; empty for pictures without marks.
-
-    Returns:
-        uint8 RGB [H', W', 3].
     """
-    gap = 12
-    columns = min(columns, len(cells))
-    height = round(cells[0][0].shape[0] * cell_width / cells[0][0].shape[1])
-    drawn = [captioned(resize(picture, height, cell_width), rows, size=25) for picture, rows in cells]
-    cell_height = drawn[0].shape[0]
-    lines = math.ceil(len(drawn) / columns)
-    width = columns * (cell_width + gap) + gap
-    header = sheet_header(width, title, legend, margin=gap)
-    sheet = Image.new("RGB", (width, header.height + lines * (cell_height + gap)), BACKGROUND)
-    sheet.paste(header, (0, 0))
-    for place, cell in enumerate(drawn):
-        line, column = divmod(place, columns)
-        position = (gap + column * (cell_width + gap), header.height + line * (cell_height + gap))
-        sheet.paste(Image.fromarray(cell), position)
-    return np.asarray(sheet)
-
-
-def sheet_header(width: int, title: str, legend: str, margin: int) -> Image.Image:
-    """The title of a contact sheet above its legend, if there is one."""
-    title = "".join(sign if sign.isprintable() else "?" for sign in title)  # names of files may hold any character
-    room = width - 4 * margin
-    title_font, legend_font = fitting_font([title], room, 30, bold=True), fitting_font([legend], room, 24)
-    header = Image.new("RGB", (width, 112 if legend else 68), BACKGROUND)
-    draw = ImageDraw.Draw(header)
-    draw.text((margin, 46), title, fill=TEXT, font=title_font, anchor="ls")
+    columns, (height, width) = 4, cells[0][0].shape[:2]
+    lines, side = math.ceil(len(cells) / columns), 3.2 * min(1, width / height)  # inches
+    room = 0.2 + 0.15 * len(cells[0][1])
+    figure = titled_figure(title, 3.3 * columns, lines * (side * height / width + room) + 0.4 + 0.3 * bool(legend))
+    figure.set_dpi(cell_width / 3)
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for panel in panels:
+        panel.set_axis_off()
+    for panel, (picture, rows) in zip(panels, cells, strict=False):
+        panel.imshow(picture)
+        texts = [", ".join(f"{label.lower()} {value}" for label, value in fields) for fields in rows]
+        panel.set_title("\n".join(texts), loc="left", fontsize=8, parse_math=False)
     if legend:
-        draw.rectangle((margin + 1, 72, margin + 19, 90), outline=ACCENT, width=3)
-    draw.text((margin + 32, 90), legend, fill=LABEL, font=legend_font, anchor="ls")
-    return header
+        figure.supxlabel(legend, x=0.012, ha="left", fontsize=9)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 # --- collecting over a run -----------------------------------------------------------------------------------------

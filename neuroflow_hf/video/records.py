@@ -14,35 +14,21 @@ from ..vision.gate_config import NeuroFlowGateConfig
 
 @dataclass(frozen=True, eq=False)
 class FrameRecord:
-    """
-    What the model gave for one frame; tensors are on the CPU.
+    """What the model gave for one frame; tensors are on the CPU."""
 
-    Args:
-        index: number in the file, from 0.
-        time: seconds since the file's first frame.
-        active: number of patches encoded.
-        patches: number of all patches.
-        cost: relative to dense.
-        milliseconds: of the streamed forward.
-        embedding: float32 [D].
-        dense_embedding: float32 [D], of a dense forward; None on frames that are not sampled.
-        dense_milliseconds: of that forward.
-        label_logits, dense_label_logits: float32 [L], of the labels for the two embeddings; None without labels.
-        objects: moving objects as in `object_line`; None if they were not looked for.
-    """
-
-    index: int
-    time: float
-    active: int
-    patches: int
-    cost: float
-    milliseconds: float
-    embedding: Tensor
-    dense_embedding: Tensor | None = None
-    dense_milliseconds: float | None = None
+    index: int  # number in the file, from 0
+    time: float  # seconds since the file's first frame
+    active: int  # number of patches encoded
+    patches: int  # number of all patches
+    cost: float  # relative to dense
+    milliseconds: float  # of the streamed forward
+    embedding: Tensor  # float32 [D]
+    dense_embedding: Tensor | None = None  # float32 [D], of a dense forward; None on frames that are not sampled
+    dense_milliseconds: float | None = None  # of that forward
+    # label_logits, dense_label_logits: float32 [L], of the labels for the two embeddings; None without labels
     label_logits: Tensor | None = None
     dense_label_logits: Tensor | None = None
-    objects: list[dict] | None = None
+    objects: list[dict] | None = None  # moving objects as in `object_line`; None if they were not looked for
 
     @property
     def keyframe(self) -> bool:
@@ -72,14 +58,9 @@ def compare_with_dense(
     records: Sequence[FrameRecord], outputs: Callable = embeddings_of, similarity: Callable = cosine
 ) -> dict[int, dict[str, float]]:
     """
-    Similarity to the dense output on each sampled frame, by the record's place: of the streamed output
-    (`"streamed"`), of the first sample's dense output (`"first_frame"`), and of the last sample's (`"held"`). On the
-    first sample, both baselines are the dense output itself.
-
-    Args:
-        records: of a run.
-        outputs: from a record to the streamed and the dense output; default: the embeddings.
-        similarity: of two outputs.
+    Similarity to the dense output on each sampled frame, by the record's place: of the streamed output (`"streamed"`),
+    of the first sample's dense output (`"first_frame"`), and of the last sample's (`"held"`). On the first sample,
+    both baselines are the dense output itself. `outputs` gives the streamed and the dense output of a record.
     """
     compared, first, held = {}, None, None
     for place, (streamed, dense) in enumerate(map(outputs, records)):
@@ -97,11 +78,8 @@ def compare_held(
     records: Sequence[FrameRecord], cost: float, outputs: Callable = embeddings_of, similarity: Callable = cosine
 ) -> tuple[int, list[float]] | None:
     """
-    The baseline at no more than `cost`: dense on every Nth frame, held between.
-
-    Returns:
-        N, and the similarities to dense on the *last* frame of each hold, which understates the baseline. None if the
-        video is too short.
+    The baseline at no more than `cost`: dense on every Nth frame, held between. Returns N, and the similarities to
+    dense on the *last* frame of each hold, which understates the baseline; None if the video is too short.
     """
     sampled = {place: dense for place, (_, dense) in enumerate(map(outputs, records)) if dense is not None}
     if len(sampled) < 2 or cost <= 0:
@@ -210,31 +188,26 @@ def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, Tensor]:
     return tensors
 
 
-def caption(record: FrameRecord, sample: tuple[float, float] | None, short: bool = False) -> list[tuple[str, str]]:
-    """
-    The columns, (label, value), of the caption under a frame.
-
-    Args:
-        record: of the frame.
-        sample: time and cosine to dense of the last sampled frame; None if there is none.
-        short: three columns for the contact sheet instead of five for the video.
-    """
-    share = record.active / record.patches
+def caption(record: FrameRecord, sample: tuple[float, float] | None) -> list[tuple[str, str]]:
+    """The columns, (label, value), under a frame; `sample` is time and cosine to dense of the last sampled frame."""
     value = "-"
     if sample is not None:
         time_, cosine_ = sample
         value = f"{cosine_:.4f}" if time_ == record.time else f"{cosine_:.4f} at {time_:.1f} s"
-    if short:
-        encoded = "all" if record.keyframe else f"{share:.1%}"
-        return [("TIME", f"{record.time:.1f} s"), ("PATCHES ENCODED", encoded), ("COSINE TO DENSE", value)]
     encoded = f"all {record.patches}" if record.keyframe else f"{record.active} of {record.patches}"
     return [
         ("FRAME", f"{record.index}  ({record.time:.1f} s)"),
         ("PATCHES ENCODED", encoded),
-        ("SKIPPED", f"{1 - share:.1%}"),
+        ("SKIPPED", f"{record.skip_rate:.1%}"),
         ("COST, DENSE = 1", f"{record.cost:.3f}"),
         ("COSINE TO DENSE", value),
     ]
+
+
+def short_caption(record: FrameRecord, sample: tuple[float, float] | None) -> list[tuple[str, str]]:
+    """The same for the contact sheet."""
+    share = "all" if record.keyframe else f"{1 - record.skip_rate:.1%}"
+    return [("TIME", f"{record.time:.1f} s"), ("ENCODED", share), ("COSINE", f"{sample[1]:.4f}" if sample else "-")]
 
 
 def gate_rule(gate: NeuroFlowGateConfig) -> str:

@@ -47,6 +47,7 @@ from .records import (
     frame_line,
     object_figures,
     run_title,
+    short_caption,
 )
 
 # the summary is moved last: where it exists, the other files are of the same run
@@ -57,20 +58,12 @@ STORED_SETTINGS = ("model", "weights", "gate", "resolution", "dtype", "versions"
 
 @dataclass(frozen=True)
 class RunResult:
-    """
-    The result of a run.
+    """The result of a run."""
 
-    Args:
-        status: `"complete"`, `"interrupted"` (Ctrl-C) or `"damaged"` (the video broke off).
-        message: where and why the run stopped; empty if complete.
-        summary: the contents of `summary.json`.
-        files: the files written.
-    """
-
-    status: str
-    message: str
-    summary: dict
-    files: list[Path]
+    status: str  # `"complete"`, `"interrupted"` (Ctrl-C) or `"damaged"` (the video broke off)
+    message: str  # where and why the run stopped; empty if complete
+    summary: dict  # the contents of `summary.json`
+    files: list[Path]  # the files written
 
 
 # --- encoding ------------------------------------------------------------------------------------------------------
@@ -86,12 +79,8 @@ def encode_video(
     objects: bool = False,
 ) -> Iterator[tuple[Frame, np.ndarray, FrameRecord]]:
     """
-    Encode a video with a stream, and every `dense_every`-th frame (0: none) also densely. A thread decodes and
-    preprocesses ahead, but waits while a forward is timed.
-
-    Args:
-        reader, model, preprocess, dense_every, labels, objects: as in `run_video`.
-        stream: of the model.
+    Encode a video with a stream of the model, and every `dense_every`-th frame (0: none) also densely. A thread
+    decodes and preprocesses ahead, but waits while a forward is timed. Other arguments are as in `run_video`.
 
     Yields:
         The frame, its active mask, bool [grid_h, grid_w], and its record.
@@ -216,7 +205,7 @@ class RunPictures:
         is_sampled = record.dense_embedding is not None
         if is_sampled:
             self.sample = record.time, cosine(record.embedding, record.dense_embedding)
-        label_rows = [label_caption(record, self.names)] if self.names else []
+        label_rows = [[("LABEL", label_caption(record, self.names))]] if self.names else []
         objects = record.objects or ()
         boxes, texts = [line["box"] for line in objects], [object_caption(line) for line in objects]
         on_sheet = is_sampled or not self.only_sampled
@@ -224,7 +213,7 @@ class RunPictures:
             return
         picture = marked_picture(image, mask, self.covered, boxes, texts)
         if on_sheet:
-            self.cells.offer(picture, [caption(record, self.sample, short=True), *label_rows])
+            self.cells.offer(picture, [short_caption(record, self.sample), *label_rows])
         if self.writer is not None:
             rows = [caption(record, self.sample), *label_rows]
             self.writer.write(overlay_frame(picture, rows), record.time)

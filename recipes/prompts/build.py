@@ -105,16 +105,8 @@ def sentences(text: str, rng: np.random.Generator) -> Iterator[str]:
 
 def draw(task: str, files: list[tuple[str, list[str]]], rng: np.random.Generator, count: int) -> list[dict[str, str]]:
     """
-    Prompts of a task, no two alike, from all files in turn.
-
-    Args:
-        task: of the prompts.
-        files: source, and candidates, of each file.
-        rng: chooses the order of the files, and among a file's candidates.
-        count: how many prompts.
-
-    Raises:
-        ValueError: if there are not so many.
+    Prompts of a task, no two alike, from all files (source and candidates) in turn; `rng` chooses the order of the
+    files, and among a file's candidates. ValueError if there are not `count` of them.
     """
     queues = [(files[place][0], list(rng.permutation(files[place][1]))) for place in rng.permutation(len(files))]
     chosen: dict[str, dict[str, str]] = {}

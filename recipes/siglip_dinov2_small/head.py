@@ -18,21 +18,13 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 BATCH = 32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Views of photographs, and what both models make of them
-# ---------------------------------------------------------------------------------------------------------------------
+# --- views of photographs, and what both models make of them ---------------------------------------------------------
 
 
 def random_view(photo: Image.Image, rng: np.random.Generator, size: int = IMAGE_SIZE) -> Image.Image:
-    """Cut a random part of a photograph, perhaps mirrored and blurred, with random brightness.
-
-    Args:
-        photo: RGB.
-        rng: source of randomness.
-        size: side of the result, pixels.
-
-    Returns:
-        RGB image of (size, size): 10 to 100 % of the photograph's area, sides 3:4 to 4:3 before resizing.
+    """
+    A random part of a photograph, perhaps mirrored and blurred, with random brightness: RGB of (size, size) pixels, 10
+    to 100 % of the photograph's area, sides 3:4 to 4:3 before resizing.
     """
     area = photo.width * photo.height * rng.uniform(0.1, 1.0)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -50,10 +42,10 @@ def random_view(photo: Image.Image, rng: np.random.Generator, size: int = IMAGE_
 
 
 def training_views(photos: Sequence[Image.Image], count: int, seed: int) -> Iterator[Image.Image]:
-    """Yield `count` views of (224, 224) pixels, taking the photographs in turn.
-
-    A third of the views are two photographs side by side: these photographs show few things, and the head should
-    also learn what the CLS output makes of several at once.
+    """
+    `count` views of (224, 224) pixels, taking the photographs in turn. A third of them are two photographs side by
+    side: these photographs show few things, and the head should also learn what the CLS output makes of several at
+    once.
     """
     rng = np.random.default_rng(seed)
     for index in range(count):
@@ -75,16 +67,9 @@ def to_pixels(views: Sequence[Image.Image]) -> Tensor:
 def paired_features(
     tower: SiglipVisionModel, original: Dinov2Model, pixels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run both models on the same images.
-
-    Args:
-        tower: SigLIP tower.
-        original: DINOv2 with its CLS token.
-        pixels: (B, 3, H, W) float32, normalised.
-
-    Returns:
-        Tower's patch features (B, N, D), tower's pooled output (B, D), original's patch features (B, N, D), original's
-        CLS output (B, D); all float32, all after the final norm.
+    """
+    Both models on the same normalised images float32 (B, 3, H, W): the tower's patch features (B, N, D) and pooled
+    output (B, D), the original's patch features (B, N, D) and CLS output (B, D), all after the final norm.
     """
     ours = tower(pixel_values=pixels)
     theirs = original(pixel_values=pixels).last_hidden_state
@@ -107,20 +92,16 @@ def training_features(
     return torch.cat(patches), torch.cat(targets)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pooling head
-# ---------------------------------------------------------------------------------------------------------------------
+# --- pooling head ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def start_head_at_mean(head: nn.Module) -> None:
-    """Set SigLIP's pooling head, in place, so that it gives the mean patch feature, or nearly.
+    """
+    Set SigLIP's pooling head, in place, so that it gives the mean patch feature, or nearly.
 
     Values and outputs pass unchanged, the MLP adds nothing, and the probe is small, so all patches weigh alike. From
     there a few photographs teach corrections; from random weights they would have to teach everything.
-
-    Args:
-        head: ``SiglipMultiheadAttentionPoolingHead``.
     """
     dim = head.attention.embed_dim
     head.attention.in_proj_weight[2 * dim :] = torch.eye(dim)
@@ -132,14 +113,9 @@ def start_head_at_mean(head: nn.Module) -> None:
 
 
 def probe_weights(head: nn.Module, patches: Tensor) -> Tensor:
-    """How much SigLIP's pooling head looks at each patch.
-
-    Args:
-        head: ``SiglipMultiheadAttentionPoolingHead``.
-        patches: (B, N, D) float32.
-
-    Returns:
-        (B, N, heads) float32, each head's attention of the probe; sums to 1 over the patches.
+    """
+    How much each head of SigLIP's pooling head looks at each of the patches float32 (B, N, D): (B, N, heads), which
+    sum to 1 over the patches.
     """
     attention = head.attention
     heads, width = attention.num_heads, attention.head_dim
@@ -152,18 +128,13 @@ def probe_weights(head: nn.Module, patches: Tensor) -> Tensor:
 
 
 def pool(head: nn.Module, patches: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Compute ``head(patches)`` of SigLIP's pooling head in another order, many times faster to train.
+    """
+    `head(patches)` of SigLIP's pooling head, float32 (B, N, D) to (B, D), in another order, many times faster to
+    train.
 
     The head asks with a single query, the probe. So each attention head's key matrix can be applied to the query once
     instead of to every patch, and its value matrix to the weighted mean of the patches instead of to every patch.
-
-    Args:
-        head: ``SiglipMultiheadAttentionPoolingHead``.
-        patches: (B, N, D) float32.
-        weights: `probe_weights(head, patches)`, if they are at hand.
-
-    Returns:
-        (B, D) float32, equal to ``head(patches)`` up to rounding.
+    `weights` are those of `probe_weights`, if they are at hand.
     """
     attention = head.attention
     heads, width = attention.num_heads, attention.head_dim
@@ -179,15 +150,8 @@ def pool(head: nn.Module, patches: Tensor, weights: Tensor | None = None) -> Ten
 def fit_head(
     head: nn.Module, patches: Tensor, targets: Tensor, *, epochs: int, seed: int, progress: Progress | None = None
 ) -> float:
-    """Train SigLIP's pooling head, in place, so that it gives `targets` for `patches`.
-
-    Args:
-        head: ``SiglipMultiheadAttentionPoolingHead``, float32.
-        patches: (M, N, D) patch features of the tower, any float type.
-        targets: (M, D) CLS outputs of the original, float32.
-        epochs: passes over the data.
-        seed: of the order of the images and the choice of patches.
-        progress: bar to move, if any.
+    """
+    Train SigLIP's pooling head, in place, so that it gives the targets (M, D) float32 for the patches (M, N, D).
 
     Returns:
         Mean loss of the last epoch: (1 - cosine) + squared error over the targets' variance.

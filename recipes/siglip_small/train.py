@@ -49,51 +49,32 @@ MATERIAL_FILES = ("sources.py", "facts.py", "compose.py", "things.csv", "photos.
 
 @dataclass(frozen=True)
 class Recipe:
-    """
-    Attributes:
-        pictures: how many are composed for training.
-        fact_epochs: passes over them in the first stage, without texts.
-        reading_steps: of the second stage, without pictures.
-        epochs: passes in the third stage, with both.
-        batch: pictures a step.
-        captions: texts a step; each is compared with every picture of the step.
-        named_captions: of these, so many name a thing at random, whatever the pictures show.
-        learning_rate: of the pooling head in the first stage and, twice as much, of the text tower in the second.
-        joint_rate: of the text tower in the third stage; a tenth of it of the pooling head, which is trained already,
-            and ten times as much of scale and bias. Much higher, and the third stage unlearns names of renderings
-            that are not in training.
-        naming: weight, in the first stage, of the loss that has the largest drawing named among all things.
-        looking: weight, in the first stage, of the loss that draws the head's attention to the drawings.
-        kept_patches: of each picture's patches, the share that the head sees in a step.
-        seed: of the pictures, the weights, the order and the captions.
-    """
+    """The settings of the training."""
 
-    pictures: int = 24576
-    fact_epochs: int = 16
-    reading_steps: int = 600
-    epochs: int = 2
-    batch: int = 256
-    captions: int = 128
-    named_captions: int = 48
+    pictures: int = 24576  # how many are composed for training
+    fact_epochs: int = 16  # passes over them in the first stage, without texts
+    reading_steps: int = 600  # of the second stage, without pictures
+    epochs: int = 2  # passes in the third stage, with both
+    batch: int = 256  # pictures a step
+    captions: int = 128  # texts a step; each is compared with every picture of the step
+    named_captions: int = 48  # of these, so many name a thing at random, whatever the pictures show
+    # of the pooling head in the first stage and, twice as much, of the text tower in the second
     learning_rate: float = 1e-3
+    # of the text tower in the third stage; a tenth of it of the pooling head, which is trained already, and ten times
+    # as much of scale and bias. Much higher, and the third stage unlearns names of renderings that are not in
+    # training.
     joint_rate: float = 1e-4
-    naming: float = 25.0
-    looking: float = 1.0
-    kept_patches: float = 0.5
-    seed: int = 0
+    naming: float = 25.0  # weight, in the first stage, of the loss that has the largest drawing named among all things
+    looking: float = 1.0  # weight, in the first stage, of the loss that draws the head's attention to the drawings
+    kept_patches: float = 0.5  # of each picture's patches, the share that the head sees in a step
+    seed: int = 0  # of the pictures, the weights, the order and the captions
 
 
 def sigmoid_loss(logits: Tensor, is_true: Tensor) -> Tensor:
     """
-    SigLIP's loss for pictures [P] and captions [C] with any number of true pairs. A caption counts by one over the
-    number of pictures that it is true of: "a person" would outweigh a hundred things otherwise.
-
-    Args:
-        logits: [P, C].
-        is_true: bool [P, C].
-
-    Returns:
-        The pairs' binary cross entropies, summed over pictures, averaged over captions so weighted.
+    SigLIP's loss for pictures and captions with any number of true pairs, from logits and bool [P, C]: the binary
+    cross entropies, summed over pictures, averaged over captions. A caption counts by one over the number of pictures
+    that it is true of: "a person" would outweigh a hundred things otherwise.
     """
     signs = torch.where(is_true, 1.0, -1.0)
     of_captions = -functional.logsigmoid(signs * logits).sum(0)
@@ -102,14 +83,8 @@ def sigmoid_loss(logits: Tensor, is_true: Tensor) -> Tensor:
 
 def looking_loss(weights: Tensor, covered: Tensor) -> Tensor:
     """
-    Minus the logarithm of the attention that falls on patches that drawings cover, at least in part.
-
-    Args:
-        weights: [P, n, heads], of the pooling head; sums to 1 over the patches.
-        covered: [P, n], each patch's share that drawings cover. Pictures without any do not count.
-
-    Returns:
-        The mean over pictures and heads; 0 if no picture has a drawing.
+    Minus the logarithm of the pooling head's attention [P, n, heads] that falls on patches that drawings cover at
+    least in part, from each patch's share [P, n]: the mean over pictures that have a drawing, and heads.
     """
     is_covered = (covered > 0.3).float()
     seen = is_covered.sum(1) > 0
@@ -266,11 +241,8 @@ def learn_facts(trained: "Trained", store: FeatureStore, recipe: Recipe) -> tupl
 
 def naming_loss(logits: Tensor, named: Tensor) -> Tensor:
     """
-    Cross entropy of the largest drawing's name among all things.
-
-    Args:
-        logits: [P, T], of pictures and things.
-        named: int64 [P], the place of the largest drawing's thing; -1 where there is no drawing, which does not count.
+    Cross entropy of the largest drawing's name among all things: from logits [P, T] and the thing's place, int64 [P],
+    -1 where there is no drawing, which does not count.
     """
     return functional.cross_entropy(logits, named, ignore_index=-1)
 
@@ -330,17 +302,8 @@ def draw_captions(facts: list[frozenset[str]], recipe: Recipe, rng: np.random.Ge
 
 def train(model: SiglipModel, tokenizer, store: FeatureStore, recipe: Recipe, folder: Path) -> list[dict]:
     """
-    Third stage: pooling head, text tower, scale and bias together, in place.
-
-    Args:
-        model: from `make_model`.
-        tokenizer: its.
-        store: features of the training pictures.
-        recipe: the settings.
-        folder: where the state after each epoch is kept; a state that is there is continued.
-
-    Returns:
-        For each epoch, its mean loss and seconds.
+    Third stage: pooling head, text tower, scale and bias together, in place. `folder` keeps the state after each
+    epoch; a state that is there is continued. Returns mean loss and seconds of each epoch.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
     trained = Trained(model).train()

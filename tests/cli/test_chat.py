@@ -108,7 +108,11 @@ def test_ctrl_c_twice_forgets_the_message(chat_folder, answers, typed, monkeypat
         return original(self, *arguments)
 
     monkeypatch.setattr(Conversation, "ask", ask)
-    result = chat(chat_folder, [])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    try:
+        result = chat(chat_folder, [])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 0 and "forgotten" in result.stderr
     assert result.stdout.splitlines() == answers("what")
 

@@ -17,7 +17,7 @@ from neuroflow_hf.evaluation import run as eval_run
 from neuroflow_hf.evaluation.datasets import VideoSet, find_videos
 from neuroflow_hf.evaluation.methods import Dense, MethodSpec, Step
 from neuroflow_hf.evaluation.run import EvalSettings, Evaluation, load_checkpoint
-from neuroflow_hf.evaluation.settings import DENSE, FIRST, smaller_baselines, whole_names
+from neuroflow_hf.evaluation.settings import DENSE, FIRST, smaller_baselines
 from tests.cli.test_run import PROCESSOR, assert_clean_error, call
 from tests.conftest import TINY_TEXT, TINY_VISION, lively
 from tests.processes import call_in_two, neuroflow
@@ -363,15 +363,6 @@ def test_controls_keep_their_proportions():
     assert [one["resolution"] for one in doubled[:2]] == [112, 224]
     assert options[2:] == [{"r": 64, "schedule": "constant"}, {"r": 20, "schedule": "decreasing"}]
     assert doubled[2:] == [{"r": 256, "schedule": "constant"}, {"r": 80, "schedule": "decreasing"}]
-
-
-def test_names_with_commas_of_their_own_may_be_parted_at_them():
-    known = ["context", "context, threshold 0.01", "eliminate (B, not distilled), threshold 0.01", "balanced"]
-    text = "balanced, eliminate (B, not distilled), threshold 0.01, context, context, threshold 0.01"
-    assert whole_names(text.split(", "), known) == [known[3], known[2], known[0], known[1]]
-    assert whole_names(known, known) == known
-    with pytest.raises(ValueError, match=r"no method 'threshold 0\.01'"):
-        whole_names(["balanced", "threshold 0.01"], known)
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

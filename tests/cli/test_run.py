@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import neuroflow_hf.loading
 import neuroflow_hf.video.reader
 from neuroflow_hf.cli.main import app
-from neuroflow_hf.cli.run import baseline_note, fidelity_table
+from neuroflow_hf.cli.run import baseline_note, comparison_table
 from neuroflow_hf.cli.vision_model import parse_gate
 from neuroflow_hf.vision.gate_config import MODE_NAMES
 from tests.conftest import make_stock_tower
@@ -384,4 +384,4 @@ def test_a_baseline_is_printed_once(every, rows):
         "cost": {"mean": 0.1},
         "held_at_cost": {"every": every, "cost": 1 / every, "cosine": figures},
     }
-    assert fidelity_table(summary).row_count == rows
+    assert comparison_table(summary).row_count == rows

@@ -1,6 +1,5 @@
 """The `evaluate` module: loaded by path, with lists and tensors, in batches, from several processes."""
 
-import math
 import multiprocessing
 import re
 from pathlib import Path
@@ -61,36 +60,21 @@ def test_what_follows_the_end_is_left_out(load, end):
 def test_logits(load):
     generator = torch.Generator().manual_seed(0)
     dense, other = (torch.randn(2, 3, 5, generator=generator) for _ in range(2))
-    labels, bypassed = torch.tensor([[0, 1, 2], [3, 4, 0]]), torch.tensor([[0, 1, 1], [0, 0, 1]])
-    similarity = torch.tensor([[math.nan, 0.5, 0.7], [0.1, 0.2, 0.9]])
     metric = load("logits")
-    metric.add_batch(predictions=other, references=dense, labels=labels, bypassed=bypassed, similarity=similarity)
+    metric.add_batch(predictions=other, references=dense)
     found = metric.compute(**FEW)
     assert found["kl_mean"] == pytest.approx(kl_divergence(dense, other).mean().item(), rel=1e-5)
     assert found["other_top1"] == pytest.approx((dense.argmax(-1) != other.argmax(-1)).float().mean().item())
-    for name, logits in (("perplexity", other), ("reference_perplexity", dense)):
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        assert found[name] == pytest.approx(loss.exp().item(), rel=1e-5)
-    assert found["delta_perplexity"] == pytest.approx(found["perplexity"] - found["reference_perplexity"])
-    assert found["bypass_rate"] == 0.5 and found["similarity_p50"] == pytest.approx(0.5)
-    probabilities = dense.double().softmax(-1)
-    entropy = -(probabilities * probabilities.log()).sum(-1)
-    assert found["entropy_bypassed"] == pytest.approx(entropy[bypassed.bool()].mean().item(), rel=1e-5)
-
-
-def test_logits_alone(load):
-    logits = torch.randn(2, 3, 5)
-    found = load("logits").compute(predictions=logits, references=logits, **FEW)
-    assert (found["kl_mean"], found["other_top1"], found["steps"]) == (0, 0, 6)
-    assert found["perplexity"] is None and found["bypass_rate"] is None and found["similarity_p50"] is None
+    same = load("logits").compute(predictions=dense, references=dense, **FEW)
+    assert (same["kl_mean"], same["other_top1"], same["steps"]) == (0, 0, 6)
 
 
 def test_bad_input(load):
     with pytest.raises(ValueError, match="'words'; expected 'tokens' or 'logits'"):
         load("words")
-    with pytest.raises(ValueError, match="2 `labels` and 3 `references`"):
-        logits = torch.randn(1, 3, 5)
-        load("logits").compute(predictions=logits, references=logits, labels=[[0, 1]], **FEW)
+    logits = torch.randn(1, 3, 5)
+    with pytest.raises(ValueError, match="2 `predictions` and 3 `references`"):
+        load("logits").compute(predictions=logits[:, :2], references=logits, **FEW)
 
 
 def measure_part(queue, folder, index, part):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -309,13 +310,17 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_the_other_of_two_builds_at_once_keeps_the_first(fake_wheels, tmp_path):
+def test_the_other_of_two_builds_at_once_keeps_the_first(fake_wheels, monkeypatch):
+    write, first = tower._write_tower, []
+
+    def late(folder, *how):
+        write(folder, *how)
+        shutil.copytree(folder, fake_wheels)
+        first.append((fake_wheels / "model.safetensors").stat().st_ino)
+
+    monkeypatch.setattr(tower, "_write_tower", late)
     tower.build_tower(fake_wheels, quiet=True)
-    before = (fake_wheels / "model.safetensors").stat().st_mtime_ns
-    late = tmp_path / "late"
-    (late / "tower").mkdir(parents=True)
-    tower._publish(late, fake_wheels)
-    assert (fake_wheels / "model.safetensors").stat().st_mtime_ns == before
+    assert (fake_wheels / "model.safetensors").stat().st_ino == first[0]
 
 
 def test_default_folder(monkeypatch, tmp_path):

@@ -755,7 +755,7 @@ def test_impossible_settings_are_refused(bad):
 
 
 def prefetch_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "neuroflow-prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("neuroflow-prefetch")]
 
 
 @pytest.fixture
@@ -783,10 +783,10 @@ def test_prefetch_runs_ahead_but_not_far():
     with contextlib.closing(prefetch(source(), depth=3)) as items:
         assert next(items) == 0
         deadline = time.monotonic() + 5
-        while len(made) < 5 and time.monotonic() < deadline:
+        while len(made) < 4 and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.05)
-        assert len(made) == 5  # one taken, three waiting, one in hand
+        assert len(made) == 4  # one taken, three ahead
 
 
 @pytest.mark.usefixtures("no_thread_left")
@@ -823,7 +823,7 @@ def test_prefetch_stops_its_thread_when_the_consumer_leaves(depth, error):
             assert len(prefetch_threads()) == 1
             raise error
         assert prefetch_threads() == []
-    assert closed_in == ["neuroflow-prefetch"] * 2
+    assert [name.startswith("neuroflow-prefetch") for name in closed_in] == [True, True]
 
 
 @pytest.mark.usefixtures("no_thread_left")
@@ -837,7 +837,7 @@ def test_prefetch_left_by_break_ends_its_thread():
 def test_prefetch_never_started_has_no_thread():
     prefetch(range(3)).close()
     with pytest.raises(ValueError, match="depth"):
-        prefetch(range(3), depth=0)
+        next(prefetch(range(3), depth=0))
 
 
 @pytest.mark.usefixtures("no_thread_left")
