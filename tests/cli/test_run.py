@@ -235,7 +235,7 @@ def test_ctrl_c_before_the_first_frame_says_that_nothing_was_written(clip, tmp_p
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(neuroflow_hf.loading, "load_model", interrupted)
+    monkeypatch.setattr(neuroflow_hf.loading, "load_tower", interrupted)
     result = call("run", clip, "--model", "any", "--out", tmp_path)
     assert result.exit_code == 130 and "nothing was written" in result.stderr
 
@@ -359,7 +359,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(wrong, clip, tmp_path, m
     def load(*_, **__):
         raise AssertionError("loading takes seconds")
 
-    monkeypatch.setattr("neuroflow_hf.loading.load_model", load)
+    monkeypatch.setattr("neuroflow_hf.loading.load_tower", load)
     result = call("run", str(clip), "--out", str(tmp_path / "out"), *wrong)
     assert result.exit_code == 2
     assert "loading takes" not in result.output
