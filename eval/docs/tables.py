@@ -206,7 +206,8 @@ def policies_table(report: dict) -> str:
     counts = "{pooled_mean[clips][above]}, {pooled_mean[clips][level]}, {pooled_mean[clips][below]}"
     below = (f"`{name}` on {', '.join(of)} (by at most {max(of.values()):.2f})" for name, of in losses.items() if of)
     note = "`{command}`: {clips_measured} clips, {frames} frames each, {tower}.".format(**report)
-    note += f" Below the best baseline, in thousandths: {'; '.join(below)}."
+    if any(losses.values()):
+        note += f" Below the best baseline, in thousandths: {'; '.join(below)}."
     return table(pooled(report), columns | {"clips above, level, below": counts}, note)
 
 
@@ -625,6 +626,7 @@ BLOCKS = {
         *("accuracy", "reaction", "fidelity", "benchmark_vision", "token_drift", "benchmark_lossless"),
     ),
     "policies": (policies_table, "vision_policies"),
+    "modes": (policies_table, "vision_modes"),
     "holding": (holding_table, "vision_policies"),
     "beforehand": (beforehand_table, "vision_policies"),
     "delays": (delays_table, "vision_policies"),
