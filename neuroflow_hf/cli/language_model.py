@@ -81,6 +81,6 @@ def load_with_decoding(how: dict, own: dict, raw: bool = False) -> tuple[Any, An
     if how["lossless"]:
         drafts = {"drafter": "bypass", "bypass": own} if own else True
         options = NeuroFlowLosslessConfig.from_options(drafts, model.config.lossless)
-        options.draft_bypass(model.config.num_hidden_layers)
+        options.draft_bypass(model.config.num_hidden_layers, model.config.bypass_similarities)
         decoding = replace(decoding, bypass=None, lossless=drafts)
     return model, tokenizer, decoding

@@ -20,6 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from ..language.draft_policy import LENGTHS, best_length, expected_speed
+from ..language.few_tokens import linear_layers, turned
 
 SAVINGS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # shares of the time of all parts
 LONGEST = 15  # tokens in a draft
@@ -121,9 +122,9 @@ class Text:
         """The least processor time of a step of `count` tokens after the text; on an accelerator, of the clock."""
         device, found = self.model.device, []
         clock = time.process_time if device.type == "cpu" else time.perf_counter
-        ids = self.fed[:, -1:].expand(1, count)
+        ids, layers = self.fed[:, -1:].expand(1, count), linear_layers(self.model)
         for _ in range(REPEATS):
-            with put_back(self.cache), leave_out(self.model, parts):
+            with put_back(self.cache), leave_out(self.model, parts), turned(layers, count):
                 begun = clock()
                 self.model(ids, past_key_values=self.cache, use_cache=True, bypass=False)
                 if device.type != "cpu":

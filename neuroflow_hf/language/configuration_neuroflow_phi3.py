@@ -80,7 +80,7 @@ def checked_similarities(similarities: dict, num_layers: int) -> dict:
 def checked_lossless(options: dict, num_layers: int) -> dict:
     """A copy of the options of lossless generation. Raises a ValueError unless all are known and in range."""
     resolved = NeuroFlowLosslessConfig.from_options(options)
-    resolved.draft_bypass(num_layers)
+    resolved.draft_options(num_layers).resolve_layers(num_layers)
     return {name: getattr(resolved, name) for name in options}
 
 

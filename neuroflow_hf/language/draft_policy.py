@@ -1,6 +1,5 @@
 """Which tokens to draft, how many, and whether drafting pays."""
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -9,9 +8,12 @@ from .lossless_config import NeuroFlowLosslessConfig
 
 DraftWithBypass = Callable[[int, int], list[int]]  # `(token, length) -> tokens`
 LENGTHS = (1, 3, 7, 15, 31)  # with the last token, a verification feeds a power of two, which matrix products like
-FIRST_LENGTH = 7  # of the drafts whose times are the first to be known
+FIRST_LENGTH = 3  # of the drafts whose times are the first to be known
 FIRST_DRAFTS = 2
-FIRST_KEPT, FIRST_TRIED = 2.0, 3.0  # an acceptance rate to start from, as if so many draft tokens had been seen
+# the acceptance rates to start from, as if `FIRST_TRIED` draft tokens had been seen: of the bypassed model, and of a
+# lookup by the tokens that it found; those of SmolLM2's texts
+FIRST_RATES = (2 / 3, 0.2, 0.45, 0.55, 0.7)
+FIRST_TRIED = 3.0
 MEMORY = 0.8  # weight of what was seen before a draft, beside the draft
 
 
@@ -28,10 +30,8 @@ class Lookup:
         self.found: dict[tuple[int, ...], int] = {}  # n-gram: index of the token that followed it last
         self.seen = 0
 
-    def propose(self, tokens: list[int], limit: int) -> list[int]:
-        """
-        `limit` tokens that followed the longest n-gram found, or none. If they reach the end of `tokens`, they repeat.
-        """
+    def find(self, tokens: list[int]) -> tuple[int, int]:
+        """The length of the longest n-gram found, and where what followed it begins; (0, 0) for none."""
         for end in range(max(self.seen, 1), len(tokens)):
             for length in range(1, min(self.max_ngram, end) + 1):
                 self.found[tuple(tokens[end - length : end])] = end
@@ -39,9 +39,36 @@ class Lookup:
         for length in range(min(self.max_ngram, len(tokens)), 0, -1):
             start = self.found.get(tuple(tokens[len(tokens) - length :]))
             if start is not None:
-                period = len(tokens) - start
-                return [tokens[start + offset % period] for offset in range(limit)]
-        return []
+                return length, start
+        return 0, 0
+
+
+def repeated(tokens: list[int], start: int, count: int) -> list[int]:
+    """`count` tokens from `start` on. If they reach the end of `tokens`, they repeat."""
+    period = len(tokens) - start
+    return [tokens[start + offset % period] for offset in range(count)]
+
+
+class AcceptanceRate:
+    """
+    The share of draft tokens that are kept, if those before them are: a running mean over drafts.
+
+    Args:
+        first: the rate to start from.
+    """
+
+    def __init__(self, first: float):
+        self.kept, self.tried = first * FIRST_TRIED, FIRST_TRIED
+
+    @property
+    def value(self) -> float:
+        """The rate, 0 to 1."""
+        return self.kept / self.tried
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """Take in how many tokens of a draft were kept. The first rejected one was tried, too; those after it not."""
+        self.kept = MEMORY * self.kept + accepted
+        self.tried = MEMORY * self.tried + min(accepted + 1, drafted)
 
 
 def expected_speed(
@@ -73,19 +100,23 @@ def best_length(
 
 
 def interpolated(points: Sequence[tuple[int, float]], place: int) -> float:
-    """The value at a place: linear between points (place, value) in rising order, constant beyond the last."""
-    for (before, low), (after, high) in itertools.pairwise(points):
-        if place <= after:
-            return low + (high - low) * (place - before) / (after - before)
-    return points[-1][1]
+    """The value at a place: linear between points (place, value) in rising order, and beyond the last two."""
+    if len(points) == 1:
+        return points[0][1]
+    after = next((index for index in range(1, len(points)) if place <= points[index][0]), len(points) - 1)
+    (before, low), (end, high) = points[after - 1 : after + 1]
+    if place > end:  # not less than there: that would be noise
+        return high + max(high - low, 0.0) * (place - end) / (end - before)
+    return low + (high - low) * (place - before) / (end - before)
 
 
 class Drafts:
     """
     Drafts by the drafter that the options name, of the length that pays best by a running acceptance rate and by the
     least times measured since the generation began: the first step has no draft, the next two drafts are made in any
-    case. Where drafting does not pay, there are no drafts. A lookup is then still compared with the text, and may
-    come to pay; the bypassed model stays off.
+    case. A lookup that found more tokens is kept more often, so each length found has a rate of its own. Where
+    drafting does not pay, there are no drafts. A lookup is then still compared with the text, and may come to pay;
+    the bypassed model stays off.
 
     Args:
         options: options of the lossless generation.
@@ -102,7 +133,10 @@ class Drafts:
         self.options, self.draft_with_bypass, self.clock = options, draft_with_bypass, clock
         self.lookup = Lookup(options.max_ngram)
         self.lengths = sorted({min(length, options.max_draft) for length in LENGTHS})
-        self.kept, self.tried = FIRST_KEPT, FIRST_TRIED
+        # by the tokens that a lookup found; of 0: the bypassed model's
+        last = len(FIRST_RATES) - 1
+        self.rates = [AcceptanceRate(FIRST_RATES[min(found, last)]) for found in range(options.max_ngram + 1)]
+        self.found = 0  # tokens found for the last draft
         self.drafts = 0
         self.draft_seconds = math.inf  # least time of a draft token
         self.check_seconds: dict[int, float] = {}  # least time of a verification by its number of draft tokens
@@ -113,15 +147,16 @@ class Drafts:
         """A draft of at most `limit` tokens to follow `tokens`; empty where nothing is found, or drafting is off."""
         if self.expected is not None:
             index, token = self.expected
-            self.learn(1, int(tokens[index] == token))
+            self.rates[self.found].learn(1, int(tokens[index] == token))
             self.expected = None
-        started, draft, length = self.clock(), [], min(self.length(), limit)
+        started, draft = self.clock(), []
         if self.options.drafter == "lookup":
-            found = self.lookup.propose(tokens, max(length, 1))
-            draft = found[: max(length, 0)]
-            if found and not draft:
-                self.expected = (len(tokens), found[0])
-        elif self.options.drafter == "bypass" and length > 0:
+            self.found, start = self.lookup.find(tokens)
+            if self.found:
+                draft = repeated(tokens, start, min(self.length(), limit))
+                if not draft:
+                    self.expected = (len(tokens), tokens[start])
+        elif self.options.drafter == "bypass" and (length := min(self.length(), limit)) > 0:
             draft = self.draft_with_bypass(tokens[-1], length)
         self.checked_from = self.clock()
         if draft:
@@ -139,7 +174,7 @@ class Drafts:
             return min(FIRST_LENGTH, self.options.max_draft)
         measured = sorted(self.check_seconds.items())
         return best_length(
-            self.kept / self.tried,
+            self.rates[self.found].value,
             self.draft_seconds,
             lambda length: interpolated(measured, length),  # constant beyond the longest, so that it is tried
             self.lengths,
@@ -151,7 +186,6 @@ class Drafts:
         self.check_seconds[drafted] = min(seconds, self.check_seconds.get(drafted, math.inf))
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """Take in how many tokens of a draft were kept. The first rejected one was tried, too; those after it not."""
+        """Take in how many tokens of the last draft were kept."""
         if drafted:
-            self.kept = MEMORY * self.kept + accepted
-            self.tried = MEMORY * self.tried + min(accepted + 1, drafted)
+            self.rates[self.found].learn(drafted, accepted)

@@ -27,7 +27,8 @@ class NeuroFlowLosslessConfig:
             `{"target": "block", "threshold": -1}` and, as `cache_layers`, the second half of the layers but the last.
             More layers make a draft cheaper and worse. By default, whole layers are skipped on every step and cost
             nothing. With other targets, thresholds or guards they still write keys and values, and on a small model
-            save next to nothing. The configuration's own `bypass` is not used here.
+            save next to nothing. A `rate` needs the model's similarities, as in [`NeuroFlowBypassConfig`], by
+            default those of layer 1. The configuration's own `bypass` is not used here.
         reuse (`bool`, defaults to `True`):
             Whether a draft adds to the hidden states what the skipped layers added last. False leaves the layers out;
             try it on a model that was trained with layer dropout, with layers that are not neighbours
@@ -36,7 +37,7 @@ class NeuroFlowLosslessConfig:
             Always draft this many tokens. By default, the length that pays best is chosen, or none, by the running
             acceptance rate and the times of dense steps, drafts and verifications in this generation.
         max_draft (`int`, defaults to 15): the most tokens to draft at once.
-        max_ngram (`int`, defaults to 3): a lookup searches for this many last tokens, then for fewer.
+        max_ngram (`int`, defaults to 4): a lookup searches for this many last tokens, then for fewer.
         min_confidence (`float`, defaults to 0.3):
             A draft by the bypassed model ends with the first token to which it gives a lower probability. 0: never.
 
@@ -49,7 +50,7 @@ class NeuroFlowLosslessConfig:
     reuse: bool = True
     draft_length: int | None = None
     max_draft: int = 15
-    max_ngram: int = 3
+    max_ngram: int = 4
     min_confidence: float | int = 0.3
 
     def __post_init__(self) -> None:
@@ -81,8 +82,13 @@ class NeuroFlowLosslessConfig:
         """All options as plain values."""
         return asdict(self)
 
-    def draft_bypass(self, num_layers: int) -> NeuroFlowBypassConfig:
-        """What the drafter `"bypass"` skips in a model of `num_layers` layers."""
-        defaults = {"target": "block", "threshold": ALWAYS, "gate_layer": 0}
+    def draft_bypass(self, num_layers: int, similarities: dict | None = None) -> NeuroFlowBypassConfig:
+        """What the drafter `"bypass"` skips in a model; arguments and errors as of `NeuroFlowBypassConfig.resolve`."""
+        return self.draft_options(num_layers).resolve(num_layers, similarities)
+
+    def draft_options(self, num_layers: int) -> NeuroFlowBypassConfig:
+        """The same before a threshold is found for a rate."""
+        given = self.bypass or {}
+        defaults = {"target": "block", "threshold": ALWAYS, "gate_layer": 1 if given.get("rate") else 0}
         defaults["cache_layers"] = list(range(num_layers // 2, max(num_layers - 1, num_layers // 2 + 1)))
-        return NeuroFlowBypassConfig.from_options(defaults, **(self.bypass or {})).resolve(num_layers)
+        return NeuroFlowBypassConfig.from_options(defaults, **given)

@@ -34,6 +34,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .bypass_config import NEVER, NeuroFlowBypassConfig
 from .bypass_state import find_state
 from .draft_policy import Drafts, DraftWithBypass
+from .few_tokens import linear_layers, turned
 from .layer_skip import LayerChanges
 from .lossless_config import NeuroFlowLosslessConfig
 
@@ -123,7 +124,8 @@ class DecodingState:
         self.draft_bypass: Bypass = False
         self.check_bypass: Bypass = False
         self.changes: LayerChanges | None = None
-        bypass = options.draft_bypass(model.config.num_hidden_layers)
+        self.linear_layers = linear_layers(model)
+        bypass = options.draft_bypass(model.config.num_hidden_layers, model.config.bypass_similarities)
         if options.drafter == "bypass":
             if bypass.passes_over_layers:
                 self.changes = LayerChanges(bypass.layers, options.reuse)
@@ -258,7 +260,8 @@ class DecodingState:
         if self.must_feed_again:
             return self.feed_again()
         record_past(self.cache, bool(drafted))
-        logits = self.feed([self.tokens[-1], *drafted], len(drafted) + 1, self.check_bypass)
+        with turned(self.linear_layers, len(drafted) + 1):
+            logits = self.feed([self.tokens[-1], *drafted], len(drafted) + 1, self.check_bypass)
         if self.device.type != "cpu":  # it is timed; without this, the choice of a token would wait for it
             torch.accelerator.synchronize(self.device)
         return logits

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from neuroflow_hf import NeuroFlowPhi3ForCausalLM
+from neuroflow_hf import NeuroFlowPhi3ForCausalLM, loading
+from neuroflow_hf.conversion import smollm2
 from neuroflow_hf.drift.calibrate import PROMPTS
 from tests.cli.test_generate import PROMPT, TOKENS
 from tests.cli.test_run import assert_clean_error, call
@@ -38,6 +39,19 @@ def test_a_calibrated_copy(checkpoint, tmp_path):
     for options in (["--bypass"], ["--rate", 0.3]):
         result = call("generate", PROMPT, "--model", out, *options, *TOKENS)
         assert "layer 3, 4, threshold" in result.stderr and "built-in prompts" not in result.stderr, result.output
+
+
+@pytest.mark.parametrize("options", [[], ["--model", "smollm2"], ["--model", "some/name"]])
+def test_a_copy_of_smollm2_and_of_a_name_on_the_hub(checkpoint, tmp_path, monkeypatch, options):
+    load = loading.load_language_model
+    monkeypatch.setattr(smollm2, "smollm2_folder", lambda *_: checkpoint)
+    monkeypatch.setattr("neuroflow_hf.loading.load_language_model", lambda _, *more: load(checkpoint, *more))
+    monkeypatch.setattr("neuroflow_hf.drift.calibrate.snapshot_download", lambda _: str(checkpoint))
+    before, out = contents(checkpoint), tmp_path / "out"
+    result = call("calibrate", *options, "--out", out, "--new-tokens", 8)
+    assert result.exit_code == 0, result.output
+    assert contents(checkpoint) == before and contents(out).keys() == before.keys()
+    assert NeuroFlowPhi3ForCausalLM.from_pretrained(out).config.bypass_similarities.keys() == {"1"}
 
 
 def test_in_place(checkpoint, tmp_path):

@@ -26,7 +26,7 @@ from transformers import (
 
 from neuroflow_hf import NeuroFlowLosslessConfig
 from neuroflow_hf.language.bypass_state import find_state
-from neuroflow_hf.language.draft_policy import FIRST_LENGTH, Drafts, Lookup, best_length, interpolated
+from neuroflow_hf.language.draft_policy import FIRST_LENGTH, Drafts, Lookup, best_length, interpolated, repeated
 from neuroflow_hf.language.layer_skip import LayerChanges
 from neuroflow_hf.language.naive import naive_best_length
 from neuroflow_hf.language.speculative_decoding import decode_losslessly
@@ -705,7 +705,7 @@ def test_a_bypass_in_the_configuration_plays_no_part():
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 4), st.integers(1, 8))
 @settings(deadline=None)
 def test_lookup_finds_the_latest_longest_occurrence(tokens, max_ngram, limit):
-    lookup, expected = Lookup(max_ngram), []
+    lookup, expected, length = Lookup(max_ngram), [], 0
     for length in range(min(max_ngram, len(tokens) - 1), 0, -1):
         ends = [end for end in range(length, len(tokens)) if tokens[end - length : end] == tokens[-length:]]
         if ends:
@@ -714,8 +714,10 @@ def test_lookup_finds_the_latest_longest_occurrence(tokens, max_ngram, limit):
                 extended.append(extended[ends[-1] + offset])
             expected = extended[len(tokens) :]
             break
-    lookup.propose(tokens[: len(tokens) // 2], limit)  # as the text grows
-    assert lookup.propose(tokens, limit) == expected
+    lookup.find(tokens[: len(tokens) // 2])  # as the text grows
+    found, start = lookup.find(tokens)
+    assert found == (length if expected else 0)
+    assert not found or repeated(tokens, start, limit) == expected
 
 
 costs = st.floats(0.01, 3)
@@ -740,7 +742,11 @@ def test_the_best_length_gives_the_most_tokens_for_the_time(acceptance, draft, c
 @settings(deadline=None)
 def test_times_between_measured_ones_are_interpolated(seconds, step, length):
     points = sorted({0: step, **seconds}.items())
-    assert math.isclose(interpolated(points, length), np.interp(length, *zip(*points, strict=True)), abs_tol=1e-12)
+    expected = np.interp(length, *zip(*points, strict=True))
+    if length > points[-1][0] and len(points) > 1:  # beyond the longest they grow as between the last two
+        (before, low), (last, high) = points[-2:]
+        expected += max(0.0, high - low) * (length - last) / (last - before)
+    assert math.isclose(interpolated(points, length), expected, rel_tol=1e-9, abs_tol=1e-9)
 
 
 @given(st.floats(0, 1), costs, costs)
@@ -821,10 +827,35 @@ def test_a_lookup_that_is_off_is_compared_with_the_text():
     assert lengths[-1] == 15
 
 
+def test_each_length_that_a_lookup_finds_has_its_own_acceptance_rate():
+    # after 5 comes something new, after 1, 2, 3, 4 what came before
+    text = [token for other in range(10, 90) for token in (1, 2, 3, 4, 5, other, 5)]
+    machine = Machine("lookup", lambda drafted: 1 + 0.4 * bool(drafted), text=text, max_draft=1)
+    machine.steps(60)
+    end = 7 * 60
+    assert len(machine.drafts.next(text[: end + 4], 9)) == 1  # after 1, 2, 3, 4
+    assert machine.drafts.next(text[: end + 7], 9) == []  # after 5, found alone
+
+
 def test_no_drafts_beyond_the_limit():
     drafts = Drafts(NeuroFlowLosslessConfig(draft_length=5), None)
     assert len(drafts.next([1, 1, 1], 2)) == 2
     assert drafts.next([1] * 6, 0) == drafts.next([1] * 7, -1) == []
+
+
+def test_a_rate_finds_its_threshold_in_the_models_similarities():
+    stock, _ = models("plain")
+    ours = adopt(stock)
+    options = {"drafter": "bypass", "bypass": {"rate": 0.3, "cache_layers": [3]}, "draft_length": 2}
+    ours.config.lossless = options  # which need not be calibrated yet
+    ids = random_ids(1, 6)
+    with pytest.raises(ValueError, match=r"similarities at gate layer 1.*neuroflow calibrate"):
+        ours.generate(ids, max_new_tokens=NEW, lossless=True)
+    found = ours.calibrate_bypass([ids[0].tolist()])
+    assert NeuroFlowLosslessConfig(**options).draft_bypass(4, {"1": found}).threshold == pytest.approx(
+        found[70], abs=1e-5
+    )
+    assert torch.equal(ours.generate(ids, max_new_tokens=NEW, lossless=True), stock.generate(ids, max_new_tokens=NEW))
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
