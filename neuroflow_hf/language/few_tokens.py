@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ def is_turned_faster(threads: int) -> bool:
 def linear_layers(model: nn.Module) -> list[nn.Linear]:
     """The layers of a model that [`turned`] changes; none if that saves no time."""
     found = [
-        module
+        cast(nn.Linear, module)
         for module in model.modules()
         if type(module) is nn.Linear
         and module.bias is None
@@ -62,7 +63,7 @@ def turned(layers: list[nn.Linear], count: int) -> Iterator[None]:
     if not 1 < count <= MAX_TOKENS:
         layers = []
     for layer in layers:
-        layer.forward = functools.partial(turned_linear, weight=layer.weight)
+        layer.forward = functools.partial(turned_linear, weight=layer.weight)  # type: ignore[method-assign]
     try:
         yield
     finally:
