@@ -76,8 +76,9 @@ def test_similarities_are_cosines_of_every_row():
     parts = [torch.randn(rows, 24, generator=generator).half() for rows in (1, BLOCK + 3, 2 * BLOCK, 5)]
     parts[3][2] = 0
     query = torch.randn(24, generator=generator)
+    wanted = query.numpy()
     expected = [
-        np.dot(row, query) / max(np.linalg.norm(row), 1e-12) for part in parts for row in part.double().numpy()
+        np.dot(row, wanted) / max(np.linalg.norm(row), 1e-12) for part in parts for row in part.double().numpy()
     ]
     expected = np.array(expected) / query.double().norm().item()
     np.testing.assert_allclose(similarities(parts, 7 * query).numpy(), expected, atol=1e-6)

@@ -122,13 +122,13 @@ def test_what_changed_is_where_the_square_is_and_where_it_was(vision, mode, opti
 @pytest.mark.parametrize("preset", ["faithful", "balanced", "thrifty"])
 def test_sentinels_and_held_frames_do_not_move(vision, preset):
     outputs, truths, gate = run_squares(vision, lambda time: [(2, time)], preset=preset)
-    changed = truths[0]  # since patches were last encoded
+    encoded = truths[0]  # where the square was when patches were last encoded
     for now, output in zip(truths[1:], outputs[1:], strict=False):
-        changed = changed | now
+        changed = encoded | now
         assert torch.equal(motion_mask(output, gate)[0], changed)
         assert not torch.equal(output.active_mask[0], changed)
         if output.active_mask.any():
-            changed = now
+            encoded = now
 
 
 def test_against_the_running_mean_it_is_where_the_square_is(vision):
