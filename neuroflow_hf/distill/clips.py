@@ -23,12 +23,17 @@ TEACHER_BATCH = 8
 
 
 class FrameStore:
-    """One video at one resolution, from a folder: `frames` uint8 [T, 3, R, R], and `teacher` float16 [T, D]."""
+    """
+    One video at one resolution, from a folder: `frames` uint8 [T, 3, R, R], `teacher` float16 [T, D], and, where they
+    were stored, `patches` float16 [T, N, D].
+    """
 
     def __init__(self, folder: Path):
         self.frames, self.teacher = (
             np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("frames", "teacher")
         )
+        patches = folder / "patches.npy"
+        self.patches = np.load(patches, mmap_mode="r", allow_pickle=False) if patches.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Batch:
 
     frames: Tensor  # uint8 [T, B, 3, R, R]
     teacher: Tensor  # float32 [T, B, D]
+    patches: Tensor | None  # float32 [T, B, N, D]; None if no loss needs them
 
 
 class ClipSet:
@@ -116,7 +122,8 @@ class ClipSet:
             parts = [getattr(stores[clip.video], name)[clip.start : clip.start + clip.count] for clip in clips]
             return torch.from_numpy(np.stack(parts, axis=1))
 
-        return Batch(stacked("frames"), stacked("teacher").float())
+        patches = stacked("patches").float() if self.settings.patches else None
+        return Batch(stacked("frames"), stacked("teacher").float(), patches)
 
     def draw(self, rng: np.random.Generator) -> Batch:
         """A training batch at one of the resolutions."""
@@ -160,8 +167,14 @@ def store_video(
     settings: DistillSettings,
     cache: Path,
 ) -> FrameStore:
-    """Every Nth frame of a video, and the teacher's embeddings of them; computed if they are not in the cache."""
-    key = key_of(video=digest, weights=weights, preprocess=asdict(preprocess), stride=settings.frame_stride)
+    """Every Nth frame of a video, and the teacher's outputs of them; computed if they are not in the cache."""
+    key = key_of(
+        video=digest,
+        weights=weights,
+        preprocess=asdict(preprocess),
+        stride=settings.frame_stride,
+        patches=settings.patches > 0,
+    )
     folder, done = cache / key, cache / key / "done"
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,17 +182,24 @@ def store_video(
         if not frames:
             raise ValueError(f"{path} has no frame that can be read.")
         np.save(folder / "frames.npy", torch.cat(frames).numpy())
-        np.save(folder / "teacher.npy", teach(model, preprocess, torch.cat(frames)))
+        pooled, patches = teach(model, preprocess, torch.cat(frames), settings.patches > 0)
+        np.save(folder / "teacher.npy", pooled)
+        if patches is not None:
+            np.save(folder / "patches.npy", patches)
         write_whole(done, path.name)
     return FrameStore(folder)
 
 
 @torch.inference_mode()
-def teach(model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor, frames: Tensor) -> np.ndarray:
-    """The dense model's embeddings float16 [T, D] of frames uint8 [T, 3, R, R]."""
-    pooled = []
+def teach(
+    model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor, frames: Tensor, with_patches: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The dense model's embeddings float16 [T, D], and patches float16 [T, N, D], of frames uint8 [T, 3, R, R]."""
+    pooled, patches = [], []
     for part in frames.split(TEACHER_BATCH):
         pixels = preprocess.normalise(part, model.dtype, model.device)
         output = model(pixels, interpolate_pos_encoding=not is_native(model, pixels))
         pooled.append(output.pooler_output.to(torch.float16).cpu())
-    return torch.cat(pooled).numpy()
+        if with_patches:
+            patches.append(output.last_hidden_state.to(torch.float16).cpu())
+    return torch.cat(pooled).numpy(), torch.cat(patches).numpy() if with_patches else None
