@@ -83,27 +83,23 @@ def draw_over_cost(panel: Axes, report: dict, value: Callable[[dict], float], na
     tidy(panel)
 
 
-def plot_tuning(
-    points: Sequence[Point], requirement: Requirement, chosen: Point | None, first_frame: Point, title: str
-) -> Figure:
+def plot_tuning(points: Sequence[Point], requirement: Requirement, chosen: Point | None, title: str) -> Figure:
     """
     `1 - cosine to dense` over cost, both logarithmic; lower left is better. Baselines are lines, other settings points
-    coloured by family; the requirement's bound is a line, and `first_frame`, which costs nothing, a level. The chosen
-    point has a ring.
+    coloured by family; the requirement's bound is a line. The chosen point has a ring.
     """
     statistic = requirement.statistic
 
     def loss(point: Point) -> float:
         return max(LEAST_LOSS, 1 - point.fidelity(statistic))
 
-    def entry(point: Point, kind: str = "") -> dict:
-        figures = {"cost": point.cost(), "loss": loss(point)}
-        return {"family": point.family, "kind": kind, "control": point.control, "figures": figures}
+    def entry(point: Point) -> dict:
+        figures = {"cost": point.cost, "loss": loss(point)}
+        return {"family": point.family, "kind": "", "control": point.control, "figures": figures}
 
     figure = titled_figure(title, 10, 6)
     panel = figure.subplots()
-    entries = [entry(first_frame, "first"), *map(entry, points)]
-    draw_over_cost(panel, {"methods": entries}, lambda figures: figures["loss"], named=False)
+    draw_over_cost(panel, {"methods": list(map(entry, points))}, lambda figures: figures["loss"], named=False)
     panel.set_xscale("log")
     panel.set_yscale("log")
     required = {"color": KEYFRAME, "linewidth": 1.2, "linestyle": (0, (6, 3)), "label": f"required: {requirement}"}
@@ -113,9 +109,9 @@ def plot_tuning(
         panel.axhline(1 - requirement.min_cosine, **required)
     if chosen is not None:
         ring = {"markersize": 13, "markeredgewidth": 2, "markerfacecolor": "none", "markeredgecolor": DARK}
-        panel.plot([chosen.cost()], [loss(chosen)], "o", label="chosen", zorder=4, linestyle="none", **ring)
+        panel.plot([chosen.cost], [loss(chosen)], "o", label="chosen", zorder=4, linestyle="none", **ring)
     panel.set_ylabel(f"1 - cosine to dense, {statistic}")
-    panel.set_xlim(0.9 * min(point.cost() for point in points), 1.05)
+    panel.set_xlim(0.9 * min(point.cost for point in points), 1.05)
     for axis in (panel.xaxis, panel.yaxis):
         low, high = axis.get_view_interval()
         axis.set_ticks([tick for tick in ROUND_TICKS if low <= tick <= high])

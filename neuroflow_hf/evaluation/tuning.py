@@ -4,17 +4,17 @@ the cheapest that stays close enough to dense, or the closest that is cheap enou
 
     model, preprocess = load_model("path/to/siglip")
     result = tune_video(VideoReader("street.mp4"), model, preprocess, min_cosine=0.99)
-    result.chosen.options, result.chosen.cost(), result.chosen.fidelity("p5")
+    result.chosen.options, result.chosen.cost, result.chosen.fidelity("p5")
     write_tuning(result, "neuroflow-tuned", checkpoint_config("path/to/siglip"))  # of `tuning_report`
 """
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from ..utils.jobs import stop_on_interrupt, timed
 from ..video.preprocess import Preprocessor
@@ -23,57 +23,38 @@ from ..video.run import settings
 from ..vision.gate_config import PRESETS, NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .methods import Dense, Method, Step, Streamed, dense_cost, looking_cost
-from .points import (
-    Point,
-    Requirement,
-    choose,
-    first_frame_repeated,
-    fitting_interval,
-    hold_by_the_clock,
-    nearest,
-    whole_periods,
-)
+from .points import Point, Requirement, choose, nearest
 
 SHORTEST_STRETCH = 12
-REFINEMENTS = 3
+RUNGS = 9
+MOST_HOLDS = 30  # lengths of holds that are tried
 
 
-def ladder(mode: str, **options: Sequence) -> list[dict]:
-    """Settings of one mode: the first value of each option, the second of each, and so on."""
-    columns = zip(*options.values(), strict=True)
-    return [{"mode": mode, **dict(zip(options, values, strict=True))} for values in columns]
+def ladder(mode: str, **ends: tuple[float, float]) -> list[dict]:
+    """Settings of one mode from cheap to faithful: each option goes from one end to the other in geometric steps."""
+    rungs: list[dict] = [{"mode": mode} for _ in range(RUNGS)]
+    for name, (cheap, faithful) in ends.items():
+        for rung, value in zip(rungs, np.geomspace(cheap, faithful, RUNGS).tolist(), strict=True):
+            rung[name] = round(value) if isinstance(cheap, int) else float(f"{value:.2g}")
+    return rungs
 
 
-# Candidates of each family, from cheap to faithful. `Bench.climb` interpolates between neighbours.
-# `keyframe_interval` is adjusted to the length of the stretches, which is its default.
+# Candidates of each family, from cheap to faithful. `keyframe_interval` is adjusted to the length of the stretches,
+# which is its default.
 FAMILIES: dict[str, list[dict]] = {
-    "extrapolate": ladder(
-        "extrapolate",
-        threshold=(0.5, 0.2, 0.06, 0.02, 0.006),
-        sentinels=(0.01, 0.02, 0.03, 0.05, 0.1),
-    ),
+    "extrapolate": ladder("extrapolate", threshold=(0.5, 0.006), sentinels=(0.01, 0.1)),
     "extrapolate, keyframes by the clock": ladder(
-        "extrapolate",
-        threshold=(0.2, 0.1, 0.05, 0.02, 0.01),
-        sentinels=(0.02, 0.02, 0.03, 0.05, 0.1),
-        keyframe_interval=(20, 14, 10, 6, 4),
+        "extrapolate", threshold=(0.2, 0.01), sentinels=(0.02, 0.1), keyframe_interval=(20, 4)
     ),
     # for moving cameras: encode as often as the budget allows
     "extrapolate, paced": ladder(
-        "extrapolate",
-        threshold=(0.05, 0.03, 0.02, 0.01, 0.006),
-        sentinels=(0.02, 0.03, 0.05, 0.06, 0.1),
-        cost_budget=(0.06, 0.12, 0.2, 0.35, 0.6),
+        "extrapolate", threshold=(0.05, 0.006), sentinels=(0.02, 0.1), cost_budget=(0.06, 0.6)
     ),
     "presets": [PRESETS["thrifty"], PRESETS["balanced"], PRESETS["faithful"]],
-    "context, keyframes by the clock": ladder(
-        "context",
-        threshold=(0.1, 0.05, 0.02, 0.01, 0.003),
-        keyframe_interval=(40, 20, 12, 6, 3),
-    ),
+    "context, keyframes by the clock": ladder("context", threshold=(0.1, 0.003), keyframe_interval=(40, 3)),
 }
-TRIGGERED_HOLD = "hold until enough changed"
-TRIGGERED_HOLDS = ladder("hold", keyframe_surprise=(0.3, 0.15, 0.08, 0.04, 0.02, 0.01))
+HOLD = "hold by the clock"
+TRIGGERED_HOLD, TRIGGERED_HOLDS = "hold until enough changed", ladder("hold", keyframe_surprise=(0.3, 0.01))
 
 OnStep = Callable[[str, int, int, Point | None], None]
 
@@ -87,7 +68,6 @@ class TuneResult:
     points: list[Point]  # all measured settings, including baselines
     chosen: Point | None  # the point that meets the requirement best; None if none does
     nearest: Point | None  # `chosen`, or the point nearest to the requirement
-    first_frame: Point  # the baseline that repeats each stretch's first frame
     frames: list[list[int]]  # the indices in the file of each stretch's frames
     dense_milliseconds: float  # mean of a dense forward
     provenance: dict  # the video, the model and the machine
@@ -110,11 +90,8 @@ def plan_stretches(expected_frames: int, frames: int, stretches: int) -> list[ra
     frames = min(frames, expected_frames)
     stretches = max(1, min(stretches, frames // SHORTEST_STRETCH))
     length = frames // stretches
-    last_start = expected_frames - length
-    return [
-        range(start, start + length)
-        for start in (round(place * last_start / max(1, stretches - 1)) for place in range(stretches))
-    ]
+    starts = np.linspace(0, expected_frames - length, stretches).round().astype(int).tolist()
+    return [range(start, start + length) for start in starts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +127,7 @@ def read_stretches(
         if len(stretches[0].images) < 2:
             raise
         note = str(error)
-    pairs = zip(plan, stretches, strict=True)
-    complete = [stretch for planned, stretch in pairs if len(stretch.images) == len(planned)]
+    complete = [stretch for stretch in stretches if len(stretch.images) == len(plan[0])]
     # the file may hold less than its header says; one short stretch is better than none
     kept = [stretch for stretch in complete or stretches[:1] if len(stretch.images) > 1]
     if not kept:
@@ -160,6 +136,27 @@ def read_stretches(
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
+# Where a keyframe interval is fixed, as many frames of a stretch count as make whole intervals, as in a longer video:
+# a part of an interval would count frames soon after a keyframe more often than others.
+
+
+def fitting_interval(interval: int | None, length: int) -> int:
+    """
+    The keyframe interval near `interval` that divides a stretch of `length` frames best. None, for no keyframes, gives
+    `length`, because longer intervals are not measured.
+    """
+    return length if interval is None else max(1, length // max(1, round(length / interval)))
+
+
+def hold_by_the_clock(dense: Sequence[torch.Tensor], every: int, dense_milliseconds: float) -> Point:
+    """The baseline that encodes one frame in `every` and holds it, from dense embeddings [T, D] of each stretch."""
+    cosines = []
+    for embeddings in dense:
+        frames = torch.arange(len(embeddings) // every * every)
+        held, now = embeddings[frames - frames % every].double(), embeddings[frames].double()
+        cosines.append(functional.cosine_similarity(held, now, dim=1).numpy())
+    options = {"mode": "hold", "keyframe_interval": every}
+    return Point(HOLD, options, 1 / every, cosines, dense_milliseconds / every, control=True)
 
 
 @dataclass(eq=False)
@@ -171,7 +168,6 @@ class Bench:
     stretches: list[Stretch]  # of equal length
     stop: threading.Event  # set to stop measuring with a KeyboardInterrupt
     on_step: OnStep  # as in `tune_video`
-    points: list[Point]  # measured so far
 
     def steps(self, method: Method, stretch: Stretch, count: int | None = None) -> Iterator[tuple[Step, float]]:
         """What a method gives for the first `count` frames of a stretch (default: all), and its milliseconds."""
@@ -198,66 +194,43 @@ class Bench:
             self.dense.append(torch.stack(embeddings))
         self.dense_milliseconds = float(np.mean(milliseconds))
 
+    def holds(self) -> list[Point]:
+        """Holds by the clock, of lengths up to that of a stretch."""
+        longest = len(self.stretches[0].images)
+        lengths = sorted(set(np.geomspace(2, longest, MOST_HOLDS).round().astype(int).tolist()))
+        return [hold_by_the_clock(self.dense, every, self.dense_milliseconds) for every in lengths]
+
     def measure(self, family: str, options: dict, control: bool = False) -> Point:
         """
-        Measure one setting with a new stream for each stretch, and add its point. A stretch stands for the middle of a
-        longer video, so under a `cost_budget` it starts without credit, and its first keyframe is charged.
+        Measure one setting with a new stream for each stretch. A stretch stands for the middle of a longer video, so
+        under a `cost_budget` it starts without credit, and its first keyframe is charged.
         """
         length = len(self.stretches[0].images)
         if "mode" not in options or "preset" in options:
             options = spelt_out(options)
         interval = fitting_interval(options.get("keyframe_interval"), length)
-        options, counted = {**options, "keyframe_interval": interval}, whole_periods(length, interval)
+        options, counted = {**options, "keyframe_interval": interval}, length // interval * interval
         budget = options.get("cost_budget")
         patches = self.preprocess.patches_per_side(self.model.config.patch_size) ** 2
         looking = looking_cost(self.model, patches) / dense_cost(self.model, patches)
-        first_keyframe = (1 - looking) / interval if interval else 0
-        if budget is not None and budget <= looking + first_keyframe:
+        if budget is not None and budget <= looking + (1 - looking) / interval:
             options["cost_budget"] = budget = None  # no gate can keep it on so short a stretch
         method, total = Streamed(self.model, options), len(self.stretches) * counted
-        costs, cosines, milliseconds = [], [], []
-        for place, stretch in enumerate(self.stretches):
-            embeddings, figures = [], []
+        cosines, figures = [], []
+        for stretch, dense in zip(self.stretches, self.dense, strict=True):
+            embeddings = []
             for step, elapsed in self.steps(method, stretch, counted):
                 if not embeddings and budget is not None:
                     method.stream.credit = [budget - 1]
                 embeddings.append(step.embeddings[0].cpu())
                 figures.append((step.cost.item(), elapsed))
-                self.on_step(family, place * counted + len(figures), total, None)
-            cost, elapsed = np.mean(figures, axis=0).tolist()
-            costs.append(cost)
-            milliseconds.append(elapsed)
-            dense = self.dense[place][:counted].double()
-            similarity = torch.nn.functional.cosine_similarity(torch.stack(embeddings).double(), dense, dim=1)
-            cosines.append(similarity.numpy()[None])
-        point = Point(family, options, costs, cosines, float(np.mean(milliseconds)), control)
-        self.points.append(point)
+                self.on_step(family, len(figures), total, None)
+            pair = torch.stack(embeddings).double(), dense[:counted].double()
+            cosines.append(functional.cosine_similarity(*pair, dim=1).numpy())
+        cost, milliseconds = np.mean(figures, axis=0).tolist()
+        point = Point(family, options, cost, cosines, milliseconds, control)
         self.on_step(family, total, total, point)
         return point
-
-    def climb(self, family: str, ladder: Sequence[dict], requirement: Requirement, control: bool = False):
-        """
-        Measure settings from cheap to faithful until one passes the requirement or none can win any more, then bisect
-        between the last two.
-        """
-        below = above = None
-        for options in ladder:
-            best = choose(self.points, requirement)
-            point = self.measure(family, options, control)
-            if requirement.passed_by(point):
-                above = point
-                break
-            below = point
-            if requirement.max_cost is None and best is not None and point.cost() >= best.cost():
-                return  # a cheaper setting meets the requirement, and the rest of the ladder costs more
-        for _ in range(REFINEMENTS):
-            if below is None or above is None:
-                return
-            options = between(below.options, above.options)
-            if options in (below.options, above.options):
-                return
-            point = self.measure(family, options, control)
-            below, above = (below, point) if requirement.passed_by(point) else (point, above)
 
 
 def spelt_out(options: dict) -> dict:
@@ -265,19 +238,6 @@ def spelt_out(options: dict) -> dict:
     gate = NeuroFlowGateConfig.from_options(options)
     plain = NeuroFlowGateConfig(mode=gate.mode).to_dict()
     return {"mode": gate.mode} | {name: value for name, value in gate.to_dict().items() if value != plain[name]}
-
-
-def between(frugal: dict, faithful: dict) -> dict:
-    """Geometric means of the positive numbers in two settings; other options as in `faithful`."""
-    halfway = dict(faithful)
-    for name, value in faithful.items():
-        other = frugal.get(name)
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in (value, other))
-        if numbers and value != other:
-            mean = math.sqrt(value * other)
-            whole = isinstance(value, int) and isinstance(other, int)
-            halfway[name] = round(mean) if whole else float(f"{mean:.2g}")
-    return halfway
 
 
 # --- the job -------------------------------------------------------------------------------------------------------
@@ -300,9 +260,9 @@ def tune_video(
     Find settings of the gate for a model and a video. The model's own gate options play no part.
 
     Dense and the baselines (mode `hold`) run over a few stretches of consecutive frames, then each family of
-    candidates, from cheap to faithful, as long as it can still win. A baseline may be chosen. `keyframe_interval` is
-    at most the length of a stretch, because longer intervals were not measured. After Ctrl-C, the choice is among the
-    settings measured before.
+    candidates, from cheap to faithful, until one is faithful enough, too expensive, or beaten. A baseline may be
+    chosen. `keyframe_interval` is at most the length of a stretch, because longer intervals were not measured. After
+    Ctrl-C, the choice is among the settings measured before.
 
     Args:
         reader: the video, with the stride that the settings are for.
@@ -326,6 +286,7 @@ def tune_video(
             raise ValueError(f"`{name}` is {value}; expected a whole number of at least {least}.")
     preprocess.patches_per_side(model.config.patch_size)  # refuses too low a resolution
     on_step = on_step or (lambda *_: None)
+    families = {TRIGGERED_HOLD: TRIGGERED_HOLDS, **(FAMILIES if candidates is None else candidates)}
     with stop_on_interrupt() as stop:
 
         def on_frame(done: int, total: int):
@@ -335,24 +296,26 @@ def tune_video(
 
         plan = plan_stretches(reader.expected_frames, frames, stretches)
         read, note = read_stretches(reader, preprocess, plan, on_frame)
-        bench = Bench(model, preprocess, read, stop, on_step, points=[])
+        bench = Bench(model, preprocess, read, stop, on_step)
         bench.measure_dense()
-        bench.points += hold_by_the_clock(bench.dense, bench.dense_milliseconds)
-        status = "complete"
+        points, status = bench.holds(), "complete"
         try:
-            bench.climb(TRIGGERED_HOLD, TRIGGERED_HOLDS, requirement, control=True)
-            for family, ladder in (FAMILIES if candidates is None else candidates).items():
-                bench.climb(family, ladder, requirement)
+            for family, rungs in families.items():
+                for options in rungs:
+                    best = choose(points, requirement)
+                    points.append(bench.measure(family, options, control=family == TRIGGERED_HOLD))
+                    beaten = max_cost is None and best is not None and points[-1].cost >= best.cost
+                    if beaten or requirement.met_by(points[-1]) == (max_cost is None):
+                        break  # the rest of the family costs more
         except KeyboardInterrupt:
             status = "interrupted"
-    chosen = choose(bench.points, requirement)
+    chosen = choose(points, requirement)
     return TuneResult(
         status=status,
         requirement=requirement,
-        points=bench.points,
+        points=points,
         chosen=chosen,
-        nearest=chosen or nearest(bench.points, requirement),
-        first_frame=first_frame_repeated(bench.dense),
+        nearest=chosen or nearest(points, requirement),
         frames=[stretch.indices for stretch in read],
         dense_milliseconds=bench.dense_milliseconds,
         provenance=settings(reader, model, preprocess),

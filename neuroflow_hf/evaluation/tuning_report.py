@@ -11,7 +11,7 @@ from ..utils.files import staging_folder
 from ..utils.plots import save_plot
 from ..vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
 from .plots import plot_tuning
-from .points import STATISTICS, Point, best_baseline, choose, leave_one_out
+from .points import STATISTICS, Point, choose, most_faithful
 from .tuning import TuneResult
 
 # config.json last: where it exists, the others are of the same tuning
@@ -27,13 +27,10 @@ def point_figures(point: Point) -> dict:
         "family": point.family,
         "control": point.control,
         "options": point.options,
-        "cost": point.cost(),
+        "cost": point.cost,
         "cosine_to_dense": {name: point.fidelity(name) for name in STATISTICS},
+        "worst_stretch": {name: point.worst_fidelity(name) for name in STATISTICS},
         "milliseconds": point.milliseconds,
-        "stretches": [
-            {"cost": point.cost([place]), **{name: point.fidelity(name, [place]) for name in STATISTICS}}
-            for place in point.stretches
-        ],
     }
 
 
@@ -47,10 +44,8 @@ def tuning_summary(result: TuneResult) -> dict:
         "nearest": None if result.nearest is None else result.points.index(result.nearest),
         "stretches": [{"first": indices[0], "last": indices[-1], "frames": len(indices)} for indices in result.frames],
         "measured_frames": result.measured_frames,
-        "leave_one_out": leave_one_out(result.points, result.requirement),
         "dense_milliseconds": result.dense_milliseconds,
         **result.provenance,
-        "first_frame_repeated": point_figures(result.first_frame),
         "points": [point_figures(point) for point in result.points],
     }
 
@@ -76,7 +71,7 @@ def write_tuning(
     summary = {"command": command, "model": model_name or config.name_or_path, **tuning_summary(result)}
     with staging_folder(out, TUNE_FILES) as folder:
         title = f"{summary['video']['name']} at {summary['resolution']} px, {result.measured_frames} frames"
-        figure = plot_tuning(result.points, result.requirement, result.chosen, result.first_frame, title)
+        figure = plot_tuning(result.points, result.requirement, result.chosen, title)
         save_plot(figure, folder / "curve.png")
         (folder / "tune.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         if result.chosen is not None:
@@ -97,23 +92,25 @@ def setting_words(options: dict) -> str:
 
 def figure_words(point: Point, statistic: str) -> str:
     """A point's figures and settings as a phrase."""
-    return f"cost {point.cost():.3f}, {statistic} {point.fidelity(statistic):.4f}: {setting_words(point.options)}"
+    return f"cost {point.cost:.3f}, {statistic} {point.fidelity(statistic):.4f}: {setting_words(point.options)}"
 
 
 def compared_points(result: TuneResult) -> list[tuple[str, Point]]:
     """The chosen (or nearest) point and those to compare it with, each once, with a label."""
-    requirement, points, found = result.requirement, result.points, result.nearest
+    requirement, found = result.requirement, result.nearest
+    baselines, others = ([point for point in result.points if point.control is kind] for kind in (True, False))
+    affordable = [point for point in baselines if point.cost <= found.cost]
     candidates = [
         ("nearest" if result.chosen is None else "chosen", found),
-        ("best baseline at no more cost", best_baseline(points, requirement, found.cost())),
-        ("best baseline that meets it", choose([point for point in points if point.control], requirement)),
-        ("best of the others", choose([point for point in points if not point.control], requirement)),
+        ("best baseline at no more cost", most_faithful(affordable, requirement)),
+        ("best baseline that meets it", choose(baselines, requirement)),
+        ("best of the others", choose(others, requirement)),
     ]
-    labels = {}
+    labels: dict[Point, str] = {}
     for label, point in candidates:
         if point is not None:
             labels.setdefault(point, label)
-    return [*((label, point) for point, label in labels.items()), ("first frame repeated", result.first_frame)]
+    return [(label, point) for point, label in labels.items()]
 
 
 def tuning_rows(result: TuneResult) -> list[list[str]]:
@@ -123,16 +120,15 @@ def tuning_rows(result: TuneResult) -> list[list[str]]:
     """
     statistic, rows = result.requirement.statistic, []
     for label, point in compared_points(result):
-        worst = min(point.fidelity(statistic, [place]) for place in point.stretches)
-        cosines = [f"{value:.4f}" for value in (*(point.fidelity(name) for name in ("mean", "p5", "min")), worst)]
-        rows.append([label, f"{point.cost():.3f}", *cosines, f"{point.milliseconds:.1f}"])
+        cosines = [*(point.fidelity(name) for name in STATISTICS), point.worst_fidelity(statistic)]
+        rows.append([label, f"{point.cost:.3f}", *(f"{value:.4f}" for value in cosines), f"{point.milliseconds:.1f}"])
     return [*rows, ["dense", "1", "1", "1", "1", "1", f"{result.dense_milliseconds:.1f}"]]
 
 
 def tuning_sentences(result: TuneResult) -> list[str]:
-    """The settings, whether a baseline won, the check on stretches left out, and how much was measured."""
+    """The settings, whether a baseline won, and how much was measured."""
     requirement, points, statistic = result.requirement, result.points, result.requirement.statistic
-    sentences = [f"{label}: {setting_words(point.options)}" for label, point in compared_points(result)[:-1]]
+    sentences = [f"{label}: {setting_words(point.options)}" for label, point in compared_points(result)]
     if result.chosen is None:
         sentences.append(
             f"No setting meets the requirement ({requirement}). The nearest has "
@@ -144,14 +140,6 @@ def tuning_sentences(result: TuneResult) -> list[str]:
         sentences.append(
             "A baseline wins: on this footage, no measured setting does better than holding embeddings, so the "
             f"baseline was written. Of the other settings, {best}."
-        )
-    checks = leave_one_out(points, requirement)
-    if checks:
-        met = sum(check["met"] for check in checks)
-        values = ", ".join(f"{check['fidelity']:.4f} at cost {check['cost']:.3f}" for check in checks)
-        sentences.append(
-            "Check on footage left out: settings chosen without one of the stretches meet the requirement on it in "
-            f"{met} of {len(checks)} cases ({statistic} {values})."
         )
     sentences.append(
         f"Measured: {len(points)} settings on {result.measured_frames} frames, in {len(result.frames)} stretches of "

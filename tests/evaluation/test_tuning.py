@@ -10,25 +10,13 @@ from transformers import SiglipVisionModel
 
 import neuroflow_hf.evaluation.tuning
 from neuroflow_hf import NeuroFlowGateConfig, NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
-from neuroflow_hf.evaluation.points import (
-    Point,
-    Requirement,
-    best_baseline,
-    choose,
-    first_frame_repeated,
-    fitting_interval,
-    held_cosines,
-    hold_by_the_clock,
-    hold_lengths,
-    leave_one_out,
-    nearest,
-    similarities,
-    whole_periods,
-)
+from neuroflow_hf.evaluation.points import Point, Requirement, choose, most_faithful, nearest
 from neuroflow_hf.evaluation.tuning import (
     FAMILIES,
     TRIGGERED_HOLDS,
-    between,
+    fitting_interval,
+    hold_by_the_clock,
+    ladder,
     plan_stretches,
     tune_video,
 )
@@ -67,76 +55,38 @@ def checkpoints(stock_folder, stock_vision, tmp_path_factory):
 @pytest.fixture
 def few_candidates(monkeypatch):
     monkeypatch.setattr(neuroflow_hf.evaluation.tuning, "FAMILIES", SMALL)
-    monkeypatch.setattr(neuroflow_hf.evaluation.tuning, "TRIGGERED_HOLDS", TRIGGERED_HOLDS[1::2])
+    monkeypatch.setattr(neuroflow_hf.evaluation.tuning, "TRIGGERED_HOLDS", TRIGGERED_HOLDS[2::3])
 
 
 def point(cost, *cosines, control=False, **options):
     """A point whose stretches have these cosines, a list of frames for each."""
-    values = [np.array([frames], dtype=float) for frames in cosines]
-    return Point("any", {"mode": "context", **options}, [cost] * len(values), values, 1.0, control)
+    values = [np.array(frames, dtype=float) for frames in cosines]
+    return Point("any", {"mode": "context", **options}, cost, values, 1.0, control)
 
 
 # --- baselines -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [1, 2, 5, 11])
-def test_holding_equals_a_naive_computation(every):
-    dense = torch.randn(11, 8, generator=torch.Generator().manual_seed(0))
-    found = held_cosines(similarities(dense), every)
-    assert found.shape == (every, 10)
-    for phase in range(every):
-        held = dense[0]
-        for frame in range(1, 11):
-            if frame % every == phase % every:
-                held = dense[frame]
-            expected = torch.cosine_similarity(held, dense[frame], dim=0).item()
-            assert found[phase, frame - 1] == pytest.approx(expected, abs=1e-6)
-
-
-def test_holding_is_what_mode_hold_does(vision):
+@pytest.mark.parametrize("every", [1, 2, 3, 9])
+def test_holding_is_what_mode_hold_does(vision, every):
     images = torch.randn(9, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         dense = vision(pixel_values=images).pooler_output
-        stream = vision.new_stream(mode="hold", keyframe_interval=3)
+        stream = vision.new_stream(mode="hold", keyframe_interval=every)
         held = torch.cat([vision(pixel_values=image[None], stream=stream).pooler_output for image in images])
-    expected = torch.cosine_similarity(held, dense)[1:].double().numpy()
-    np.testing.assert_allclose(held_cosines(similarities(dense), 3)[0], expected, atol=1e-5)
-
-
-def test_baselines_by_the_clock_cost_one_frame_of_each_hold():
-    dense = [torch.randn(10, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
-    baselines = hold_by_the_clock(dense, dense_milliseconds=10.0)
-    assert [one.options["keyframe_interval"] for one in baselines] == list(range(2, 11))
-    assert [one.cost() for one in baselines] == pytest.approx([1 / every for every in range(2, 11)])
-    assert all(one.control and len(one.cosines) == 2 for one in baselines)
-    assert baselines[0].milliseconds == 5
-    # a hold as long as the stretch, begun with it, is the first frame repeated
-    first = first_frame_repeated(dense)
-    np.testing.assert_allclose(baselines[-1].cosines[1][0], first.cosines[1][0])
-    assert first.cost() == 0
-
-
-def test_long_holds_are_not_all_tried():
-    assert hold_lengths(1) == [] and hold_lengths(3) == [2, 3]
-    lengths = hold_lengths(1000)
-    assert lengths[:23] == list(range(2, 25)) and lengths[-1] == 1000 and len(lengths) < 70
-    assert lengths == sorted(set(lengths))
-
-
-def test_statistics_are_taken_in_each_phase_and_then_averaged():
-    cosines = np.array([[1.0, 0.8, 0.6], [0.9, 0.9, 0.3]])
-    two = Point("any", {}, [0.5], [cosines], 1.0)
-    assert two.fidelity("mean") == pytest.approx(0.75)
-    assert two.fidelity("min") == pytest.approx(0.45)
-    assert two.fidelity("p5") == pytest.approx(np.mean([np.percentile(row, 5) for row in cosines]))
+    found = hold_by_the_clock([dense, dense[:every]], every, dense_milliseconds=10.0)
+    counted = 9 // every * every
+    expected = torch.cosine_similarity(held, dense)[:counted].double().numpy()
+    np.testing.assert_allclose(found.cosines[0], expected, atol=1e-5)
+    assert len(found.cosines[1]) == every
+    assert found.control and found.cost == 1 / every and found.milliseconds == 10 / every
 
 
 def test_intervals_are_made_to_fit_a_stretch():
     assert [fitting_interval(every, 40) for every in (None, 100, 24, 12, 6, 3, 1)] == [40, 40, 20, 13, 5, 3, 1]
     for length in (2, 12, 33, 40):
         for wanted in range(1, 60):
-            interval = fitting_interval(wanted, length)
-            assert 1 <= interval <= length and length - whole_periods(length, interval) < interval
+            assert 1 <= fitting_interval(wanted, length) <= length
 
 
 # --- the choice ----------------------------------------------------------------------------------------------------
@@ -163,8 +113,7 @@ def test_baselines_compete_and_dense_does_not_count_as_saving():
     assert choose([ours, dense], Requirement(min_cosine=0.99)) is ours
     assert choose([ours, dense], Requirement(min_cosine=0.999)) is None
     assert nearest([ours, dense], Requirement(min_cosine=0.999)) is ours
-    assert best_baseline([ours, control, dense], Requirement(min_cosine=0.99), cost=0.2) is control
-    assert best_baseline([ours, control, dense], Requirement(min_cosine=0.99), cost=0.05) is None
+    assert most_faithful([ours, control], Requirement(min_cosine=0.99)) is control
 
 
 def test_the_statistic_decides():
@@ -173,15 +122,10 @@ def test_the_statistic_decides():
     assert choose([steady, lapse], Requirement(min_cosine=0.97, statistic="mean")) is lapse
 
 
-def test_leaving_one_stretch_out_shows_a_choice_that_does_not_carry_over():
-    cheap, safe = point(0.1, [0.999], [0.999], [0.9]), point(0.2, [0.999], [0.999], [0.999])
-    requirement = Requirement(min_cosine=0.99)
-    assert choose([cheap, safe], requirement) is safe
-    checks = leave_one_out([cheap, safe], requirement)
-    assert [check["met"] for check in checks] == [True, True, False]
-    assert checks[2]["fidelity"] == pytest.approx(0.9)
-    assert leave_one_out([point(0.1, [0.999])], requirement) == []
-    assert leave_one_out([cheap], Requirement(min_cosine=0.9999)) == []
+def test_figures_are_of_all_frames_and_of_the_worst_stretch():
+    two = point(0.1, [1.0, 0.8], [0.6])
+    assert two.fidelity("mean") == pytest.approx(0.8) and two.fidelity("min") == 0.6
+    assert two.worst_fidelity("mean") == 0.6
 
 
 @pytest.mark.parametrize(
@@ -209,12 +153,11 @@ def test_stretches_are_spread_over_the_video():
     assert plan_stretches(500, 60, 1) == [range(0, 60)]
 
 
-def test_settings_half_way():
-    a = {"mode": "context", "threshold": 0.04, "keyframe_interval": 20, "dilate": 1}
-    b = {"mode": "context", "threshold": 0.01, "keyframe_interval": 5, "dilate": 1, "sentinels": 0.1}
-    halfway = {"mode": "context", "threshold": 0.02, "keyframe_interval": 10, "dilate": 1, "sentinels": 0.1}
-    assert between(a, b) == halfway
-    assert between(b, b) == b
+def test_a_ladder_goes_from_one_end_to_the_other():
+    rungs = ladder("context", threshold=(0.1, 0.001), keyframe_interval=(40, 3))
+    assert rungs[0] == {"mode": "context", "threshold": 0.1, "keyframe_interval": 40}
+    assert rungs[4]["threshold"] == 0.01 and rungs[4]["keyframe_interval"] == 11
+    assert rungs[-1] == {"mode": "context", "threshold": 0.001, "keyframe_interval": 3}
 
 
 def test_the_candidates_are_settings_and_go_from_frugal_to_faithful():
@@ -233,7 +176,7 @@ def test_a_budget_is_measured_as_in_the_long_run(clip, vision):
     how = {"max_cost": 0.9, "candidates": {"one": [options], "presets": FAMILIES["presets"]}}
     result = tune_video(VideoReader(clip), vision, Preprocessor(resolution=24), frames=24, stretches=1, **how)
     found = next(one for one in result.points if one.family == "one")
-    assert 0.25 < found.cost() < 0.36
+    assert 0.25 < found.cost < 0.36
     short = tune_video(VideoReader(clip), vision, Preprocessor(resolution=24), frames=8, stretches=1, **how)
     found = next(one for one in short.points if one.family == "presets")
     assert found.options["cost_budget"] is None and found.options["keyframe_interval"] == 8
@@ -254,7 +197,7 @@ def test_a_point_is_what_a_stream_gives(clip, vision):
     )
     (found,) = [point for point in result.points if point.family == "one"]
     assert result.frames == [list(range(12)), list(range(28, 40))] and result.measured_frames == 24
-    images = [Preprocessor(resolution=24)(frame.image) for frame in VideoReader(clip)]
+    images, costs = [Preprocessor(resolution=24)(frame.image) for frame in VideoReader(clip)], []
     for place, indices in enumerate(result.frames):
         stream = vision.new_stream(**options)
         with torch.no_grad():
@@ -262,8 +205,9 @@ def test_a_point_is_what_a_stream_gives(clip, vision):
             dense = [vision(pixel_values=images[index]).pooler_output for index in indices]
         pairs = zip(outputs, dense, strict=True)
         cosines = [torch.cosine_similarity(output.pooler_output, other).item() for output, other in pairs]
-        np.testing.assert_allclose(found.cosines[place][0], cosines, atol=1e-5)
-        assert found.costs[place] == pytest.approx(np.mean([output.cost.item() for output in outputs]))
+        np.testing.assert_allclose(found.cosines[place], cosines, atol=1e-5)
+        costs += [output.cost.item() for output in outputs]
+    assert found.cost == pytest.approx(np.mean(costs))
     assert steps[0] == ("reading", 1, 40, None) and steps[-1] == ("one", 24, 24, found)
     assert result.status == "complete" and result.chosen in result.points
 
@@ -305,7 +249,7 @@ def test_the_model_s_own_gate_does_not_count(clip, stock_vision):
         ).points
         for model in (other, plain)
     ]
-    assert [point.cost() for point in points[0]] == [point.cost() for point in points[1]]
+    assert [point.cost for point in points[0]] == [point.cost for point in points[1]]
 
 
 def test_a_video_of_one_frame_is_refused(vision, tmp_path):
@@ -362,7 +306,6 @@ def test_what_cannot_be_reached_is_said_and_no_configuration_is_left(clip, check
 def test_the_words_say_who_won(clip, vision):
     class Stub:
         requirement = Requirement(min_cosine=0.99)
-        first_frame = point(0.0, [0.9], [0.9], control=True)
         frames = [list(range(3)), list(range(5, 8))]
         measured_frames, dense_milliseconds = 6, 9.0
 
@@ -379,15 +322,9 @@ def test_the_words_say_who_won(clip, vision):
     assert tuning_sentences(won)[0] == "chosen: context, threshold 0.5"
     assert any("A baseline wins" in words and "threshold 0.5" in words for words in tuning_sentences(lost))
     assert any("No setting meets" in words for words in tuning_sentences(none))
-    assert any("2 of 2 cases" in sentence for sentence in tuning_sentences(won))
-    assert [row[0] for row in tuning_rows(won)] == [
-        "chosen",
-        "best baseline that meets it",
-        "first frame repeated",
-        "dense",
-    ]
-    assert [row[0] for row in tuning_rows(lost)] == ["chosen", "best of the others", "first frame repeated", "dense"]
-    assert [row[0] for row in tuning_rows(none)] == ["nearest", "first frame repeated", "dense"]
+    assert [row[0] for row in tuning_rows(won)] == ["chosen", "best baseline that meets it", "dense"]
+    assert [row[0] for row in tuning_rows(lost)] == ["chosen", "best of the others", "dense"]
+    assert [row[0] for row in tuning_rows(none)] == ["nearest", "dense"]
     assert tuning_rows(won)[0][1:] == ["0.200", "0.9935", "0.9921", "0.9920", "0.9920", "1.0"]
 
 
