@@ -265,7 +265,6 @@ def beforehand_table(report: dict) -> str:
 def run_table(summary: dict) -> str:
     """Speed and fidelity of a run."""
     times, cosines, held = (summary[key] for key in ("milliseconds_per_frame", "cosine_to_dense", "held_at_cost"))
-    every = summary["dense_every"]
     frames = [("skip rate", summary["skip_rate"], ".1%"), ("cost (dense = 1)", summary["cost"], ".3f")]
     frames += [(f"milliseconds, {way}", times[way], ".1f") for way in ("streamed", "dense")]
     columns = {key: lambda row, key=key: format(row[1][key], row[2]) for key in ("median", "p5", "p95")}
@@ -273,7 +272,6 @@ def run_table(summary: dict) -> str:
         "streamed (cost {cost[mean]:.2f})": cosines["streamed"],
         "baseline: first frame repeated": cosines["first_frame"],
     }
-    found |= {f"baseline: dense every {every} frames (cost {1 / every:.2f})": cosines["held"]}
     found |= {f"baseline: dense every {held['every']} frames (cost {held['cost']:.2f})": held["cosine"]}
     rows = ({"name": name.format(**summary), **cosine} for name, cosine in found.items())
     fidelity = {"cosine to dense": "{name}", **{key: f"{{{key}:.4f}}" for key in ("mean", "p5", "min")}}

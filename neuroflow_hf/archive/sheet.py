@@ -37,7 +37,7 @@ def moment_sheet(dataset: str | Path, moments: Sequence[dict], title: str) -> np
         require_unchanged(Path(dataset), video)
         picture = fitted(frame_at(video, moment["frame"], moment["best"]).image, *CELL)
         times = f"{clock(moment['start'])} to {clock(moment['end'])}"
-        cells.append((picture, [[("VIDEO", video.name)], [("TIME", times), ("SCORE", f"{moment['score']:.3f}")]]))
+        cells.append((picture, [f"video {video.name}", f"time {times}, score {moment['score']:.3f}"]))
     return contact_sheet(cells, title, cell_width=CELL[1], legend="")
 
 

@@ -7,20 +7,21 @@ from pathlib import Path
 import numpy as np
 
 from ..video.label_records import MOST_CHARACTERS, percent, shortened
-from ..video.overlay import OverlayWriter, Rows, captioned, fitted, marked_picture
+from ..video.overlay import OverlayWriter, captioned, fitted, marked_picture
 from .watch import Seen
 
 ONE_CELL, MANY_CELLS = (540, 960), (270, 480)  # height and width of a camera's picture in pixels
 
 
-def cell_caption(seen: Seen, labelled: bool) -> Rows:
-    """The rows under a camera's picture."""
+def cell_caption(seen: Seen, labelled: bool) -> list[str]:
+    """The lines under a camera's picture."""
     name = seen.source if "://" in seen.source else Path(seen.source).name
-    rows = [[("CAMERA", shortened(name, MOST_CHARACTERS)), ("COST (DENSE = 1)", f"{seen.cost:.2f}")]]
+    lines = [f"{shortened(name, MOST_CHARACTERS)}   cost {seen.cost:.2f} of dense"]
     if labelled:
-        label = "" if seen.label is None else f"{shortened(seen.label, MOST_CHARACTERS)}   {percent(seen.confidence)}"
-        rows.append([("LABEL, CONFIDENCE", label)])
-    return rows
+        lines.append(
+            "" if seen.label is None else f"{shortened(seen.label, MOST_CHARACTERS)} {percent(seen.confidence)}"
+        )
+    return lines
 
 
 def tiled(cells: Sequence[np.ndarray]) -> np.ndarray:

@@ -41,12 +41,12 @@ def timeline(records: Sequence[FrameRecord], names: Sequence[str]) -> list[dict]
 def agreement(records: Sequence[FrameRecord], cost: float) -> dict:
     """
     On how many of the sampled frames after the first (`compared_frames`) the best label is dense's: with the streamed
-    embedding (`streamed`), with the first sample's dense embedding (`first_frame`), with the last sample's (`held`),
-    and with the baseline at no more than `cost` (`held_at_cost`, see `compare_held`).
+    embedding (`streamed`), with the first sample's dense embedding (`first_frame`), and with the baseline at no more
+    than `cost` (`held_at_cost`, see `compare_held`).
     """
     compared = list(compare_with_dense(records, best_labels, operator.eq).values())[1:]
     found: dict = {"compared_frames": len(compared)}
-    for name in ("streamed", "first_frame", "held"):
+    for name in ("streamed", "first_frame"):
         found[name] = sum(one[name] for one in compared)
     held = compare_held(records, cost, best_labels, operator.eq)
     found["held_at_cost"] = held and {
@@ -84,9 +84,9 @@ def label_line(record: FrameRecord, names: Sequence[str]) -> dict:
 
 
 def label_caption(record: FrameRecord, names: Sequence[str]) -> str:
-    """The best label and its confidence."""
+    """The best label and its confidence, as a line of a caption."""
     place = top_label(record)
-    return f"{shortened(names[place], MOST_CHARACTERS)} {percent(record.label_logits[place].sigmoid().item())}"
+    return f"label {shortened(names[place], MOST_CHARACTERS)} {percent(record.label_logits[place].sigmoid().item())}"
 
 
 def object_caption(line: dict) -> str:

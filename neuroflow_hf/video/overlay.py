@@ -18,14 +18,11 @@ from .reader import ffmpeg_name
 
 ACCENT = (255, 176, 0)
 BACKGROUND = (17, 20, 24)
-LABEL = (139, 148, 158)
 TEXT = (240, 246, 252)
 MOVING = (64, 156, 255)
 REUSED_BRIGHTNESS = 0.42
 LEGEND = "full colour, outlined: encoded on this frame; dark grey: reused from memory"
 OBJECTS_LEGEND = LEGEND + "; blue box: moving object"
-
-Rows = Sequence[Sequence[tuple[str, str]]]  # of a caption: columns of (label, value) in each
 
 # Time unit of overlay videos in seconds: at all common rates, frames last a multiple; MPEG-4 takes no shorter one.
 TICK = Fraction(1, 60000)
@@ -122,44 +119,23 @@ def fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
     """The font of the plots, which comes with matplotlib."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
-def fitting_font(texts: Sequence[str], width: float, most: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The largest font from 6 to `most` pixels in which each of `texts` fits into `width` pixels; 6 if none does."""
-    for size in range(most, 6, -1):
-        if all(font(size, bold).getlength(text) <= width for text in texts):
-            return font(size, bold)
-    return font(6, bold)
-
-
-def caption_strip(width: int, fields: Sequence[tuple[str, str]], size: int) -> np.ndarray:
+def captioned(picture: np.ndarray, lines: Sequence[str], size: int) -> np.ndarray:
     """
-    A dark strip of columns, each a small label above its value: uint8 RGB [height, width, 3]. `size` is the largest
-    height of the values' font in pixels; fonts shrink if a text does not fit. The height is even and depends on `size`
-    alone.
+    A picture, uint8 RGB [H, W, 3], above a dark strip with lines of text: uint8 RGB [H', W, 3]. `size` is that of the
+    font in pixels; it shrinks if a line does not fit. The strip's height is even, and the same for as many lines.
     """
-    label_size, margin = round(0.6 * size), round(0.5 * size)
-    height = 2 * round((label_size + size + 2.6 * margin) / 2)
-    strip = Image.new("RGB", (width, height), BACKGROUND)
+    width, height = picture.shape[1], 2 * round(0.9 * size)
+    strip = Image.new("RGB", (width, height * len(lines)), BACKGROUND)
     draw = ImageDraw.Draw(strip)
-    column = (width - 2 * margin) / len(fields)
-    room = column - margin
-    label_font = fitting_font([label for label, _ in fields], room, label_size)
-    value_font = fitting_font([value for _, value in fields], room, size, bold=True)
-    for place, (label, value) in enumerate(fields):
-        left = margin + place * column
-        draw.text((left, margin + label_size), label, fill=LABEL, font=label_font, anchor="ls")
-        draw.text((left, height - margin), value, fill=TEXT, font=value_font, anchor="ls")
-    return np.asarray(strip)
-
-
-def captioned(picture: np.ndarray, rows: Rows, size: int) -> np.ndarray:
-    """A picture, uint8 RGB [H, W, 3], above a `caption_strip` for each row: uint8 RGB [H', W, 3]."""
-    return np.concatenate([picture, *(caption_strip(picture.shape[1], fields, size) for fields in rows)])
+    for place, line in enumerate(lines):
+        fitting = int(size * min(1.0, (width - size) / max(1.0, font(size).getlength(line))))
+        draw.text((size / 2, (place + 0.5) * height), line, fill=TEXT, font=font(max(6, fitting)), anchor="lm")
+    return np.concatenate([picture, np.asarray(strip)])
 
 
 def marked_picture(
@@ -178,24 +154,24 @@ def marked_picture(
     return outline_objects(picture, boxes, captions, width / image.shape[1]) if boxes else picture
 
 
-def overlay_frame(picture: np.ndarray, rows: Rows) -> np.ndarray:
+def overlay_frame(picture: np.ndarray, lines: Sequence[str]) -> np.ndarray:
     """
     A frame of the overlay video, uint8 RGB [H, W, 3]: a `marked_picture` above its caption. Its sides are even, and
-    the same for all frames of a video with equally many rows.
+    the same for all frames of a video with equally many lines.
     """
     missing = max(0, MIN_WIDTH - picture.shape[1])  # narrow videos get margins, so that captions stay legible
     picture = np.pad(picture, ((0, 0), (missing // 2, missing - missing // 2), (0, 0)))
-    return captioned(picture, rows, size=round(picture.shape[1] / 48))
+    return captioned(picture, lines, size=round(picture.shape[1] / 50))
 
 
 def contact_sheet(
-    cells: Sequence[tuple[np.ndarray, Rows]], title: str, cell_width: int = 480, legend: str = LEGEND
+    cells: Sequence[tuple[np.ndarray, Sequence[str]]], title: str, cell_width: int = 480, legend: str = LEGEND
 ) -> np.ndarray:
     """
     A grid of pictures, four in a row, each under its caption: uint8 RGB [H', W', 3].
 
     Args:
-        cells: picture, uint8 RGB [H, W, 3], and rows of the caption; at least one cell, all of one size.
+        cells: picture, uint8 RGB [H, W, 3], and lines of the caption; at least one cell, all of one size.
         title: in one line.
         cell_width: in pixels, at least.
         legend: what the colours mean, in one line; empty for pictures without marks.
@@ -208,49 +184,14 @@ def contact_sheet(
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for panel in panels:
         panel.set_axis_off()
-    for panel, (picture, rows) in zip(panels, cells, strict=False):
+    for panel, (picture, caption) in zip(panels, cells, strict=False):
         panel.imshow(picture)
-        texts = [", ".join(f"{label.lower()} {value}" for label, value in fields) for fields in rows]
-        panel.set_title("\n".join(texts), loc="left", fontsize=8, parse_math=False)
+        panel.set_title("\n".join(caption), loc="left", fontsize=8, parse_math=False)
     if legend:
         figure.supxlabel(legend, x=0.012, ha="left", fontsize=9)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
-# --- collecting over a run -----------------------------------------------------------------------------------------
-
-
-class SheetCells:
-    """
-    Keeps evenly spaced cells of a run of unknown length: whenever it holds more than four times as many as wanted, it
-    drops every second one, and takes only every second one of those offered from then on.
-
-    Args:
-        wanted: maximum number of cells that `evenly` returns.
-    """
-
-    def __init__(self, wanted: int = 8):
-        self.wanted = wanted
-        self.step = 1
-        self.offered = 0
-        self.cells: list[tuple[np.ndarray, Rows]] = []
-
-    def offer(self, picture: np.ndarray, rows: Rows):
-        """Keep or ignore a cell: a picture, uint8 RGB [H, W, 3], and the rows of its caption."""
-        if self.offered % self.step == 0:
-            self.cells.append((picture, rows))
-        self.offered += 1
-        if len(self.cells) > 4 * self.wanted:
-            self.cells = self.cells[::2]
-            self.step *= 2
-
-    def evenly(self) -> list[tuple[np.ndarray, Rows]]:
-        """At most `wanted` cells, evenly spaced from the first to the last one kept."""
-        count = min(self.wanted, len(self.cells))
-        places = np.round(np.linspace(0, len(self.cells) - 1, count)).astype(int)
-        return [self.cells[place] for place in places]
 
 
 class OverlayWriter:

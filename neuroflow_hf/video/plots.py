@@ -16,10 +16,13 @@ LABEL_COLOURS = (*FAMILY_COLOURS, DARK, "#22d3ee", "#78350f", "#f472b6")
 LEGEND_LABEL, LEGEND_WIDTH, LEGEND_ROW = 50, 120, 0.22
 
 
-def plot_run(records: Sequence[FrameRecord], title: str, names: Sequence[str] = ()) -> Figure:
+def plot_run(
+    records: Sequence[FrameRecord], title: str, names: Sequence[str] = (), held: dict | None = None
+) -> Figure:
     """
     Panels over time: the cost of every frame; the cosine to dense on sampled frames, beside the baselines; and each
-    label's confidence on every frame. Without samples or labels, their panel is left out.
+    label's confidence on every frame. Without samples or labels, their panel is left out. `held` is the baseline of
+    `held_at_cost`.
     """
     compared, labelled = compare_with_dense(records), len(names) > 0
     columns = legend_columns(names)
@@ -28,7 +31,7 @@ def plot_run(records: Sequence[FrameRecord], title: str, names: Sequence[str] = 
     panels = figure.subplots(1 + bool(compared) + labelled, 1, sharex=True, squeeze=False)[:, 0]
     draw_cost(panels[0], records)
     if compared:
-        draw_fidelity(panels[1], [records[place].time for place in compared], list(compared.values()))
+        draw_fidelity(panels[1], [records[place].time for place in compared], list(compared.values()), held)
     if labelled:
         scores = torch.stack([record.label_logits for record in records]).sigmoid()
         confidences = dict(zip(names, scores.T.tolist(), strict=True))
@@ -56,17 +59,15 @@ def draw_cost(panel: Axes, records: Sequence[FrameRecord]):
     panel.set_ylabel("cost relative to dense")
 
 
-def draw_fidelity(panel: Axes, times: Sequence[float], cosines: Sequence[dict[str, float]]):
+def draw_fidelity(panel: Axes, times: Sequence[float], cosines: Sequence[dict[str, float]], held: dict | None):
     """Cosine to dense on the sampled frames; the baselines as thin lines."""
+    streamed, first = ([values[name] for values in cosines] for name in ("streamed", "first_frame"))
     marks = {"marker": "o", "markersize": 3.5} if len(times) <= 120 else {}
-    styles = {
-        "streamed": {"color": OURS, "linewidth": 1.8, "label": "streamed", "zorder": 3, **marks},
-        "first_frame": {"color": BASELINE_FIRST, "linewidth": 1.1, "label": "baseline: first frame repeated"},
-        "held": {"color": BASELINE_HELD, "linewidth": 1.1, "label": "baseline: last dense sample held"},
-    }
-    styles["held"]["linestyle"] = (0, (3, 2))
-    for name, style in styles.items():
-        panel.plot(times, [values[name] for values in cosines], **style)
+    panel.plot(times, streamed, color=OURS, linewidth=1.8, label="streamed", zorder=3, **marks)
+    panel.plot(times, first, color=BASELINE_FIRST, linewidth=1.1, label="baseline: first frame repeated")
+    if held is not None:
+        label = f"baseline: dense every {held['every']} frames, mean"
+        panel.axhline(held["cosine"]["mean"], color=BASELINE_HELD, linewidth=1.1, linestyle=(0, (3, 2)), label=label)
     panel.set_ylabel("cosine to dense")
 
 

@@ -59,18 +59,14 @@ def compare_with_dense(
 ) -> dict[int, dict[str, float]]:
     """
     Similarity to the dense output on each sampled frame, by the record's place: of the streamed output (`"streamed"`),
-    of the first sample's dense output (`"first_frame"`), and of the last sample's (`"held"`). On the first sample,
-    both baselines are the dense output itself. `outputs` gives the streamed and the dense output of a record.
+    and of the first sample's dense output (`"first_frame"`). `outputs` gives the streamed and the dense output of a
+    record.
     """
-    compared, first, held = {}, None, None
+    compared, first = {}, None
     for place, (streamed, dense) in enumerate(map(outputs, records)):
-        if dense is None:
-            continue
-        if not compared:
-            first = held = dense
-        pairs = {"streamed": streamed, "first_frame": first, "held": held}
-        compared[place] = {name: similarity(output, dense) for name, output in pairs.items()}
-        held = dense
+        if dense is not None:
+            first = dense if first is None else first
+            compared[place] = {"streamed": similarity(streamed, dense), "first_frame": similarity(first, dense)}
     return compared
 
 
@@ -112,8 +108,8 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 
 def figures(records: Sequence[FrameRecord]) -> dict:
     """
-    The figures of a run, keyframes included. Fidelity and median speed-up leave out the first sample, on which the
-    stream and both baselines are dense.
+    The figures of a run, keyframes included. Fidelity and median speed-up leave out the first sample, on which stream
+    and baselines are dense.
     """
     sampled = [record for record in records if record.dense_embedding is not None]
     compared = list(compare_with_dense(records).values())[1:]
@@ -132,7 +128,7 @@ def figures(records: Sequence[FrameRecord]) -> dict:
         "compared_frames": len(compared),
         "compared_keyframes": sum(record.keyframe for record in sampled[1:]),
         "cosine_to_dense": {
-            name: spread([cosines[name] for cosines in compared]) for name in ("streamed", "first_frame", "held")
+            name: spread([cosines[name] for cosines in compared]) for name in ("streamed", "first_frame")
         },
         "held_at_cost": held_at_cost(records, mean_cost(records)),
     }
@@ -164,7 +160,6 @@ def frame_line(record: FrameRecord, cosines: dict[str, float] | None) -> dict:
     if cosines is not None:
         line["cosine_to_dense"] = round(cosines["streamed"], 7)
         line["cosine_first_frame"] = round(cosines["first_frame"], 7)
-        line["cosine_held"] = round(cosines["held"], 7)
         line["dense_milliseconds"] = round(record.dense_milliseconds, 3)
     return line
 
@@ -188,26 +183,21 @@ def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, Tensor]:
     return tensors
 
 
-def caption(record: FrameRecord, sample: tuple[float, float] | None) -> list[tuple[str, str]]:
-    """The columns, (label, value), under a frame; `sample` is time and cosine to dense of the last sampled frame."""
-    value = "-"
-    if sample is not None:
-        time_, cosine_ = sample
-        value = f"{cosine_:.4f}" if time_ == record.time else f"{cosine_:.4f} at {time_:.1f} s"
+def caption(record: FrameRecord, sample: tuple[float, float] | None) -> str:
+    """The text under a frame; `sample` is time and cosine to dense of the last sampled frame."""
     encoded = f"all {record.patches}" if record.keyframe else f"{record.active} of {record.patches}"
-    return [
-        ("FRAME", f"{record.index}  ({record.time:.1f} s)"),
-        ("PATCHES ENCODED", encoded),
-        ("SKIPPED", f"{record.skip_rate:.1%}"),
-        ("COST, DENSE = 1", f"{record.cost:.3f}"),
-        ("COSINE TO DENSE", value),
-    ]
+    text = f"frame {record.index} ({record.time:.1f} s)   {encoded} patches encoded   cost {record.cost:.3f} of dense"
+    if sample is not None:
+        at = "" if sample[0] == record.time else f" at {sample[0]:.1f} s"
+        text += f"   cosine to dense {sample[1]:.4f}{at}"
+    return text
 
 
-def short_caption(record: FrameRecord, sample: tuple[float, float] | None) -> list[tuple[str, str]]:
+def short_caption(record: FrameRecord, sample: tuple[float, float] | None) -> str:
     """The same for the contact sheet."""
     share = "all" if record.keyframe else f"{1 - record.skip_rate:.1%}"
-    return [("TIME", f"{record.time:.1f} s"), ("ENCODED", share), ("COSINE", f"{sample[1]:.4f}" if sample else "-")]
+    cosine = f", cosine {sample[1]:.4f}" if sample else ""
+    return f"time {record.time:.1f} s, encoded {share}{cosine}"
 
 
 def gate_rule(gate: NeuroFlowGateConfig) -> str:

@@ -32,7 +32,7 @@ from ..vision.stream import NeuroFlowStream
 from .label_records import label_caption, label_figures, label_line, object_caption
 from .labels import Labels
 from .objects import find_objects, object_line, require_objects_found
-from .overlay import LEGEND, OBJECTS_LEGEND, OverlayWriter, SheetCells, contact_sheet, marked_picture, overlay_frame
+from .overlay import LEGEND, OBJECTS_LEGEND, OverlayWriter, contact_sheet, marked_picture, overlay_frame
 from .plots import plot_run
 from .prefetch import prefetch
 from .preprocess import Preprocessor
@@ -53,6 +53,7 @@ from .records import (
 # the summary is moved last: where it exists, the other files are of the same run
 RUN_FILES = ("frames.jsonl", "embeddings.safetensors", "overlay.mp4", "contact_sheet.png", "plot.png", "summary.json")
 DENSE_SAMPLES = 25
+SHEET_CELLS = 8
 STORED_SETTINGS = ("model", "weights", "gate", "resolution", "dtype", "versions")
 
 
@@ -192,31 +193,36 @@ class RunPictures:
         writer: of the overlay video; None for no overlay.
         names: of the labels; empty without labels.
         covered: from `covered_share`.
-        only_sampled: whether the contact sheet shows only frames that were compared with dense.
+        every: the contact sheet shows some of every Nth frame.
     """
 
-    def __init__(self, writer: OverlayWriter | None, names: Sequence[str], covered: float, only_sampled: bool):
-        self.writer, self.names, self.covered, self.only_sampled = writer, names, covered, only_sampled
-        self.cells = SheetCells()
+    def __init__(self, writer: OverlayWriter | None, names: Sequence[str], covered: float, every: int):
+        self.writer, self.names, self.covered, self.every = writer, names, covered, every
+        self.drawn = 0
+        self.cells: list[tuple[np.ndarray, list[str]]] = []  # pictures and captions for the contact sheet
         self.sample: tuple[float, float] | None = None  # time of the last sampled frame, and its cosine to dense
 
     def add(self, image: np.ndarray, mask: np.ndarray, record: FrameRecord):
         """Draw a frame."""
-        is_sampled = record.dense_embedding is not None
-        if is_sampled:
+        if record.dense_embedding is not None:
             self.sample = record.time, cosine(record.embedding, record.dense_embedding)
-        label_rows = [[("LABEL", label_caption(record, self.names))]] if self.names else []
+        label_lines = [label_caption(record, self.names)] if self.names else []
         objects = record.objects or ()
         boxes, texts = [line["box"] for line in objects], [object_caption(line) for line in objects]
-        on_sheet = is_sampled or not self.only_sampled
+        on_sheet, self.drawn = self.drawn % self.every == 0, self.drawn + 1
         if not on_sheet and self.writer is None:
             return
         picture = marked_picture(image, mask, self.covered, boxes, texts)
         if on_sheet:
-            self.cells.offer(picture, [short_caption(record, self.sample), *label_rows])
+            self.cells.append((picture, [short_caption(record, self.sample), *label_lines]))
         if self.writer is not None:
-            rows = [caption(record, self.sample), *label_rows]
-            self.writer.write(overlay_frame(picture, rows), record.time)
+            lines = [caption(record, self.sample), *label_lines]
+            self.writer.write(overlay_frame(picture, lines), record.time)
+
+    def sheet(self, title: str, legend: str) -> np.ndarray:
+        """The contact sheet, uint8 RGB [H, W, 3], of at most SHEET_CELLS frames, evenly spaced."""
+        places = np.linspace(0, len(self.cells) - 1, min(SHEET_CELLS, len(self.cells))).round().astype(int)
+        return contact_sheet([self.cells[place] for place in places], title, legend=legend)
 
     def close(self):
         """Finish the overlay video."""
@@ -281,7 +287,9 @@ def run_video(
     with staging_folder(out, RUN_FILES) as folder:
         writer = OverlayWriter(folder / "overlay.mp4") if overlay else None
         names = () if labels is None else labels.names
-        pictures = RunPictures(writer, names, covered, only_sampled=dense_every > 0)
+        interval = max(1, dense_every)  # sheets show frames that were compared with dense
+        sheet_every = interval * max(1, reader.expected_frames // (interval * SHEET_CELLS))
+        pictures = RunPictures(writer, names, covered, sheet_every)
         frames = encode_video(reader, model, preprocess, stream, dense_every, labels, objects)
         try:
             with stop_on_interrupt() as stop, contextlib.closing(pictures), contextlib.closing(frames):
@@ -305,8 +313,9 @@ def run_video(
         if labels is not None:
             lines = [line | label_line(record, names) for line, record in zip(lines, records, strict=True)]
         (folder / "frames.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        save_plot(plot_run(records, title, names), folder / "plot.png")
-        sheet = contact_sheet(pictures.cells.evenly(), title, legend=OBJECTS_LEGEND if objects else LEGEND)
+        measured = figures(records)
+        save_plot(plot_run(records, title, names, measured["held_at_cost"]), folder / "plot.png")
+        sheet = pictures.sheet(title, OBJECTS_LEGEND if objects else LEGEND)
         Image.fromarray(sheet).save(folder / "contact_sheet.png")
         summary = {
             "status": status,
@@ -316,7 +325,7 @@ def run_video(
             "dense_every": dense_every,
             "gate": stream.gate.to_dict(),
             **settings(reader, model, preprocess),
-            **figures(records),
+            **measured,
             "stream_bytes": stream.nbytes,
         }
         if labels is not None:

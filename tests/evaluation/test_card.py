@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 
-from eval.vision.zero_shot_small import card_results
+from eval.vision.zero_shot_small import card_results, card_tables
 from neuroflow_hf.evaluation.card import (
     MARKS,
     card_with_results,
@@ -16,6 +16,7 @@ from neuroflow_hf.evaluation.card import (
     existing_card,
     new_card,
 )
+from neuroflow_hf.utils.files import fill_block
 
 ROOT = Path(__file__).parents[2]
 HEAD = """---
@@ -145,6 +146,8 @@ def test_the_card_agrees_with_the_json():
     assert card.data.model_name == name and card.data.license == "apache-2.0"
     found = {(one.dataset_name, one.metric_name): one.metric_value for one in card.data.eval_results}
     assert found == {(one.dataset_name, one.metric_name): one.metric_value for one in card_results(report)}
+    text = (ROOT / "models" / name / "README.md").read_text(encoding="utf-8")
+    assert fill_block(text, "figures", card_tables(report)) == text
     held_out = report["held-out renderings, photographs and phrasings"]
     assert round(held_out["top1"], 4) in found.values() and round(held_out["top5"], 4) in found.values()
 

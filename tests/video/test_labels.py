@@ -246,7 +246,6 @@ def test_agreement_counts_the_stream_and_the_baselines():
         "compared_frames": 3,
         "streamed": 2,
         "first_frame": 1,
-        "held": 1,
         "held_at_cost": {"every": 4, "cost": 0.25, "compared_frames": 2, "agreed": 0},
     }
     alone = agreement(records[:1], cost=0.25)
@@ -260,7 +259,7 @@ def test_a_frame_s_line_and_caption():
     assert line["label_scores"] == pytest.approx({"a dog": 0.5, "a cat": 0.880797}, abs=1e-6)
     assert line["confidence"] == line["label_scores"]["a cat"] == line["share"]
     assert "dense_label" not in label_line(record(0, (0.0, 2.0)), NAMES)
-    assert label_caption(record(0, (0.0, 2.0)), NAMES) == "b 88.1%"
+    assert label_caption(record(0, (0.0, 2.0)), NAMES) == "label b 88.1%"
 
 
 def test_small_probabilities_keep_their_digits_and_long_labels_their_beginning():
@@ -279,11 +278,10 @@ def test_small_probabilities_keep_their_digits_and_long_labels_their_beginning()
 
 def test_the_label_s_row_lies_under_the_caption_and_does_not_change_it():
     picture = np.zeros((360, 480, 3), dtype=np.uint8)
-    fields = [("FRAME", "1")] * 5
-    plain = overlay_frame(picture, [fields])
+    plain = overlay_frame(picture, ["frame 1"])
     sizes = set()
     for name in ("a", "a label with a great many words " * 4):
-        drawn = overlay_frame(picture, [fields, [("LABEL", label_caption(record(0, (2.0,)), [name]))]])
+        drawn = overlay_frame(picture, ["frame 1", label_caption(record(0, (2.0,)), [name])])
         np.testing.assert_array_equal(drawn[: len(plain)], plain)
         row = drawn[len(plain) :].astype(int)
         ink = (row - row[0, 0]).any(-1)
@@ -355,7 +353,6 @@ def test_the_files_of_a_run_say_the_same(finished, clip, folder):
     streamed = labels.logits(tensors["embeddings"])[::4].argmax(-1)
     counted = found["agreement"]
     assert counted["compared_frames"] == 4 and counted["streamed"] == int((dense == streamed)[1:].sum()) == 4
-    assert counted["held"] == int((dense[1:] == dense[:-1]).sum()) == 2
     assert counted["first_frame"] == int((dense[1:] == dense[0]).sum()) == 2
     with safe_open(out / "embeddings.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["labels"]) == list(LABELS)

@@ -14,9 +14,8 @@ from neuroflow_hf.utils.provenance import fingerprint
 from neuroflow_hf.video.overlay import (
     ACCENT,
     OverlayWriter,
-    SheetCells,
     border,
-    caption_strip,
+    captioned,
     contact_sheet,
     mark_encoded,
     marked_picture,
@@ -27,7 +26,7 @@ from neuroflow_hf.video.overlay import (
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader, ffmpeg_name
 from neuroflow_hf.video.records import FrameRecord, compare_with_dense, figures, held_at_cost
-from neuroflow_hf.video.run import run_video, sampling_step
+from neuroflow_hf.video.run import SHEET_CELLS, RunPictures, run_video, sampling_step
 from tests.cli.test_run import PROCESSOR, write_clip
 
 
@@ -58,7 +57,7 @@ def record(index, active=3, embedding=(1.0, 0.0), dense=None, milliseconds=1.0):
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
-def test_baselines_are_the_first_and_the_last_dense_sample():
+def test_the_baseline_is_the_first_dense_sample():
     records = [
         record(0, dense=(1.0, 0.0)),
         record(1),
@@ -68,10 +67,10 @@ def test_baselines_are_the_first_and_the_last_dense_sample():
     ]
     compared = compare_with_dense(records)
     assert list(compared) == [0, 2, 4]
-    assert compared[0] == pytest.approx({"streamed": 1, "first_frame": 1, "held": 1})
+    assert compared[0] == pytest.approx({"streamed": 1, "first_frame": 1})
     half = 0.5**0.5
-    assert compared[2] == pytest.approx({"streamed": 1, "first_frame": half, "held": half})
-    assert compared[4] == pytest.approx({"streamed": half, "first_frame": 0, "held": half})
+    assert compared[2] == pytest.approx({"streamed": 1, "first_frame": half})
+    assert compared[4] == pytest.approx({"streamed": half, "first_frame": 0})
 
 
 def test_the_baseline_at_the_stream_s_cost_is_compared_at_its_oldest():
@@ -105,7 +104,7 @@ def test_figures_count_keyframes_and_leave_the_first_sample_out_of_the_fidelity(
 def test_figures_without_samples_have_no_fidelity():
     found = figures([record(0, active=12), record(1)])
     assert found["speed_up"] is None and found["milliseconds_per_frame"]["dense"] is None
-    assert found["cosine_to_dense"] == {"streamed": None, "first_frame": None, "held": None}
+    assert found["cosine_to_dense"] == {"streamed": None, "first_frame": None}
 
 
 @pytest.mark.parametrize(
@@ -300,36 +299,36 @@ def test_the_border_lies_inside_and_closes_at_the_edge():
 @pytest.mark.parametrize("size", [(576, 768), (32, 48), (2160, 3840), (999, 401), (48, 1000)])
 def test_overlay_frames_have_even_sides_and_one_size(size):
     picture = marked_picture(np.zeros((*size, 3), dtype=np.uint8), np.zeros((2, 2), dtype=bool))
-    frames = [
-        overlay_frame(picture, [[("LABEL", text)] * 5])
-        for text in ("1", "a value that is much too long for its column")
-    ]
+    frames = [overlay_frame(picture, [text]) for text in ("1", "a caption that is much too long for its picture " * 3)]
     assert frames[0].shape == frames[1].shape
     assert frames[0].shape[0] % 2 == frames[0].shape[1] % 2 == 0
     assert frames[0].shape[1] >= 480 and max(overlay_size(*size)) <= 960
 
 
 def test_captions_are_not_clipped():
-    strip = caption_strip(480, [("PATCHES ENCODED", "a value that is much too long")] * 3, size=24)
-    ink = (strip.astype(int) - strip[0, 0]).any(-1)
-    assert ink.any() and not ink[:, -6:].any() and not ink[:2].any() and not ink[-2:].any()
-    for left in (164, 316):  # where the second and the third column begin
-        assert not ink[:, left - 8 : left].any() and ink[:, left : left + 8].any()
+    picture = np.zeros((10, 480, 3), dtype=np.uint8)
+    for line in ("short", "a line that is much too long for its picture " * 3):
+        strip = captioned(picture, [line, line], size=24)[10:]
+        ink = (strip.astype(int) - strip[0, 0]).any(-1)
+        assert ink.any() and not ink[:, -6:].any() and not ink[:2].any() and not ink[-2:].any()
+        np.testing.assert_array_equal(strip[: len(strip) // 2], strip[len(strip) // 2 :])
 
 
-def test_the_contact_sheet_keeps_evenly_spaced_cells():
-    cells = SheetCells(wanted=4)
-    for value in range(200):
-        cells.offer(np.full((6, 8, 3), value, dtype=np.uint8), [[("AT", str(value))]])
-    kept = [int(picture[0, 0, 0]) for picture, _ in cells.evenly()]
-    gaps = np.diff(kept)
-    assert kept[0] == 0 and kept[-1] > 180 and gaps.max() <= 1.5 * gaps.min()
-    assert len(cells.cells) <= 17
-    sheets = [contact_sheet((2 * cells.evenly())[:wanted], "title", cell_width=100) for wanted in (1, 4, 5)]
+def test_the_contact_sheet_has_evenly_spaced_frames():
+    pictures = RunPictures(None, (), 1.0, every=3)
+    for value in range(60):
+        pictures.add(np.full((6, 8, 3), value, dtype=np.uint8), np.ones((2, 2), bool), record(value))
+    assert [caption for _, caption in pictures.cells] == [
+        [f"time {value / 10:.1f} s, encoded 25.0%"] for value in range(0, 60, 3)
+    ]
+    pictures.cells = pictures.cells[:4]
+    sheets = [pictures.sheet("title", ""), contact_sheet(pictures.cells[:1], "title", cell_width=480, legend="")]
     assert all(sheet.dtype == np.uint8 and sheet.shape[1] >= 400 for sheet in sheets)
-    assert sheets[0].shape == sheets[1].shape and sheets[2].shape[0] > 1.5 * sheets[1].shape[0]
-    value = kept[-1]  # the darkest of grey is the first picture, and each picture is there
-    assert ((sheets[1] == value).all(-1).sum() > 1000) and not ((sheets[0] == value).all(-1).sum() > 1000)
+    assert sheets[0].shape == sheets[1].shape
+    last = pictures.cells[-1][0][0, 0]  # a shade of grey that only the last picture has
+    counts = [(sheet == last).all(-1).sum() for sheet in sheets]
+    assert counts[0] > 1000 > counts[1]
+    assert contact_sheet(pictures.cells * 2, "title").shape[0] > 1.5 * sheets[0].shape[0] and SHEET_CELLS == 8
 
 
 def test_an_overlay_without_frames_writes_nothing(tmp_path):
