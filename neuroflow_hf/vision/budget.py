@@ -3,7 +3,7 @@
 import copy
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # which imports this module
     from .gate_config import NeuroFlowGateConfig
@@ -54,7 +54,7 @@ def with_affordable_budget(gate: "NeuroFlowGateConfig", looking: float) -> "Neur
     Raises:
         ValueError: if the user set the budget.
     """
-    if not gate.is_paced or cast(float, gate.cost_budget) > looking:
+    if gate.cost_budget is None or not gate.is_paced or gate.cost_budget > looking:
         return gate
     reason = f"looking at every frame costs {looking:.3g} of dense"
     if gate.cost_budget != gate.preset_budget:

@@ -1,15 +1,18 @@
 """
-What a stream with a `cost_budget` does with a frame: hold its last output, encode its active patches, or make it a
-keyframe.
+What a stream with a `cost_budget` or a `min_fidelity` does with a frame: hold its last output, encode its active
+patches, or make it a keyframe.
 
-What costs no more than the stream may spend on one frame is done at once. What costs more is spaced evenly: something
-of cost `c` comes after `c / allowance` frames, sooner if more has changed than usual by then. The allowance is the
-long-run rate where half of the reserve is saved, more above that, and less below. So in steady motion about half of it
-is kept, and a cut or a burst is answered at once. In a debt of a dense frame, nothing is encoded.
+Under a budget, what costs no more than the stream may spend on one frame is done at once. What costs more is spaced
+evenly: it waits until the allowances of the frames since patches were last encoded pay for it, less long if more has
+changed than usual by then. What they pay too much counts for the next time. The allowance is the long-run rate where
+half of the reserve is saved, more above that, and less below. So in steady motion about half of it is kept, and a cut
+or a burst is answered at once. In a debt of a dense frame, nothing is encoded.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
+
+from .error_estimate import ErrorEstimate
 
 STEERING = 0.125  # the allowance is this much higher with a full reserve than with none, in dense frames
 # With more than this share of its patches active, a frame is better encoded as a keyframe, more seldom. Found, as the
@@ -21,23 +24,58 @@ FORGETTING = 0.3  # weight of the latest value in a running mean
 HOLD, SPARSE, KEYFRAME = "hold", "sparse", "keyframe"
 
 
+def allowance_of(rate: float, credit: float, reserve: float) -> float:
+    """
+    What a stream may spend on a frame, in dense frames.
+
+    Args:
+        rate: what a frame adds to the credit, less what looking at it costs.
+        credit: what the stream has saved. Below 0 it is in debt.
+        reserve: the most that it can save.
+    """
+    return rate + STEERING * (credit / reserve - 0.5)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """
+    What the gate sees of a frame.
+
+    Args:
+        active_fraction (`float`): the share of active patches, which is about what encoding them costs.
+        mean_surprise (`float`): over all patches.
+        active_surprise (`float`): the active patches' part of it.
+    """
+
+    active_fraction: float
+    mean_surprise: float
+    active_surprise: float = 0.0
+
+    @property
+    def best_encoded(self) -> tuple[str, float]:
+        """How the frame is best encoded, and about what that costs."""
+        return (SPARSE, self.active_fraction) if self.active_fraction <= SPARSE_LIMIT else (KEYFRAME, 1.0)
+
+
 @dataclass(frozen=True)
 class Pace:
     """
     What the controller remembers of a stream.
 
     Args:
-        waited (`int`): frames since patches were last encoded.
+        paid (`float`): what the allowances of the frames since patches were last encoded pay for, at most a keyframe.
         since_keyframe (`int`): frames since the last keyframe.
         last_surprise (`float`): mean surprise of the last frame, if it was held; else 0.
         usual_surprise (`float`): running mean of the mean surprise of frames that were encoded after waiting; 0 before
             the first in a scene.
+        error (`ErrorEstimate`): how far the output is from dense.
     """
 
-    waited: int = 0
+    paid: float = 0.0
     since_keyframe: int = 0
     last_surprise: float = 0.0
     usual_surprise: float = 0.0
+    error: ErrorEstimate = field(default_factory=ErrorEstimate)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Pace":
@@ -47,58 +85,78 @@ class Pace:
         Raises:
             ValueError: if they are something else.
         """
-        known = isinstance(values, dict) and values.keys() == {field.name for field in fields(cls)}
-        if not known or not all(type(value) in (int, float) and math.isfinite(value) for value in values.values()):
+        try:
+            pace = cls(**{**values, "error": ErrorEstimate(**values["error"])})
+            numbers = [*vars(pace.error).values(), *(vars(pace)[name] for name in values if name != "error")]
+        except (TypeError, KeyError):
+            numbers = [None]
+        if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
             raise ValueError(f"The state's pace is {values!r}; expected a finite number for each field of `Pace`.")
-        return cls(**values)
+        return pace
 
     def is_cut(self, mean_surprise: float) -> bool:
         """Whether a frame with this mean surprise shows another scene than the one before."""
         return 0 < CUT * self.usual_surprise < mean_surprise - self.last_surprise
 
-    def after(self, action: str, mean_surprise: float) -> "Pace":
-        """The pace after a frame."""
+    def after(self, action: str, changes: Changes, allowance: float) -> "Pace":
+        """The pace after a frame; arguments as of [`choose`]."""
         since = 0 if action == KEYFRAME else self.since_keyframe + 1
-        usual = self.usual_surprise
+        paid, usual, surprise = self.paid + allowance, self.usual_surprise, changes.mean_surprise
         if action == HOLD:
-            return Pace(self.waited + 1, since, mean_surprise, usual)
-        if self.is_cut(mean_surprise):
+            return Pace(min(paid, 1.0), since, surprise, usual, self.error.after_hold())
+        if self.is_cut(surprise):
             usual = 0.0  # of the next scene, nothing is known
-        elif self.waited:
-            usual = usual + FORGETTING * (mean_surprise - usual) if usual else mean_surprise
-        return Pace(0, since, 0.0, usual)
+        elif self.last_surprise:
+            usual = usual + FORGETTING * (surprise - usual) if usual else surprise
+        if action == KEYFRAME:
+            error, cost = self.error.after_keyframe(surprise), 1.0
+        else:
+            error, cost = self.error.after_sparse(changes.active_surprise), changes.active_fraction
+        return Pace(max(min(paid - cost, allowance), 0.0), since, 0.0, usual, error)
+
+
+def least_action(error: ErrorEstimate, changes: Changes, min_fidelity: float) -> str:
+    """The cheapest action after which the estimated cosine to dense is at least `min_fidelity`."""
+    allowed = 1 - min_fidelity
+    if error.if_held(changes.mean_surprise) <= allowed:
+        return HOLD
+    action, _ = changes.best_encoded
+    if action == SPARSE and error.if_sparse(changes.mean_surprise, changes.active_surprise) <= allowed:
+        return SPARSE
+    return KEYFRAME
 
 
 def choose(
     pace: Pace,
-    rate: float,
+    changes: Changes,
+    allowance: float,
     credit: float,
-    reserve: float,
-    active_fraction: float,
-    mean_surprise: float,
     interval: int | None = None,
+    min_fidelity: float | None = None,
 ) -> str:
     """
     What to do with a frame: `HOLD`, `SPARSE` or `KEYFRAME`.
 
     Args:
         pace: of the stream.
-        rate: what a frame adds to the credit, less what looking at it costs.
+        changes: on this frame.
+        allowance: as of [`allowance_of`]; at least 1 without a budget.
         credit: what the stream has saved, in dense frames. Below 0 it is in debt.
-        reserve: the most that it can save.
-        active_fraction: the share of active patches, which is about what encoding them costs.
-        mean_surprise: over all patches.
         interval: a keyframe after so many frames without one, as soon as the credit pays for it; None for never.
+        min_fidelity: cosine to dense to keep. Under a budget, no more than that needs is done; without, no less.
     """
-    allowance = rate + STEERING * (credit / reserve - 0.5)
-    action, cost = (SPARSE, active_fraction) if active_fraction <= SPARSE_LIMIT else (KEYFRAME, 1.0)
+    action, cost = changes.best_encoded
     if interval is not None and pace.since_keyframe + 1 >= interval and credit >= 1:
         return KEYFRAME
+    if min_fidelity is not None:
+        least = least_action(pace.error, changes, min_fidelity)
+        if least == HOLD or allowance >= 1:
+            return least
     if credit <= -1:
         return HOLD  # where few patches cost much, as in mode `mlp`, `active_fraction` is too low an estimate
     if cost <= allowance:
         return action
-    if action == KEYFRAME and pace.is_cut(mean_surprise):
+    if action == KEYFRAME and pace.is_cut(changes.mean_surprise):
         return KEYFRAME
-    urgency = (mean_surprise / pace.usual_surprise) ** 0.5 if pace.usual_surprise else 1.0
-    return action if credit > 0 and (pace.waited + 1) * allowance * urgency >= cost else HOLD
+    urgency = (changes.mean_surprise / pace.usual_surprise) ** 0.5 if pace.usual_surprise else 1.0
+    return action if credit > 0 and (pace.paid + allowance) * urgency >= cost else HOLD

@@ -21,7 +21,7 @@ from .modes import MODES
 from .patches import embed_tokens, project_patches
 from .sparse_adapter import NO_ADAPTER, SparseAdapter
 from .stream import NeuroFlowStream
-from .stream_state import OUTPUT, POOLED, StreamGeometry
+from .stream_state import OUTPUT, POOLED, POOLED_CHANGE, StreamGeometry
 from .summary import SUMMARY_OUTPUT, SummaryGrid, remember_summary
 from .tower import Pooling, VisionTower
 
@@ -85,6 +85,8 @@ def encode_frame(
         adapter.check(stream.gate)
     mode, exact = MODES[stream.gate.mode], stream.gate.mode == "dense"  # which is the stock model bit for bit
     pooling = model.pooling(exact)
+    if pooling is None and stream.gate.min_fidelity is not None:
+        raise ValueError("Gate option `min_fidelity` is of the pooled output, and this model has no pooling head.")
     with stream.unchanged_by_errors():
         stream.begin_frame(geometry, hidden_states)
         looking = frame_cost(model, stream.gate, mode, geometry, 0, 0, projected=True, pooling=pooling)
@@ -346,6 +348,11 @@ def pool(
         fresh = head(active.of_live(tokens), active.live)
     else:
         fresh = torch.cat([head(tokens[index : index + 1, : active.counts[index]], [index]) for index in active.live])
+    if stream.gate.min_fidelity is not None:
+        before = stream.memory[POOLED][active.live] if POOLED in stream.memory else fresh
+        wide = torch.promote_types(fresh.dtype, torch.float32)
+        change = 1 - nn.functional.cosine_similarity(fresh.to(wide), before.to(wide), dim=-1)
+        active.remember_streams(stream.memory, POOLED_CHANGE, change)
     return active.remember_streams(stream.memory, POOLED, fresh)
 
 

@@ -1,9 +1,11 @@
 """The gate: compare a frame's signal with a stream's references, choose the active set, update the references."""
 
+from dataclasses import replace
+
 import torch
 
 from .active_set import ActiveSet
-from .controller import HOLD, KEYFRAME, SPARSE, Pace, choose
+from .controller import HOLD, KEYFRAME, SPARSE, Changes, Pace, allowance_of, choose
 from .gate_config import NeuroFlowGateConfig
 from .selection import (
     has_only_finite,
@@ -16,7 +18,7 @@ from .selection import (
     without_global_motion,
 )
 from .stream import NeuroFlowStream
-from .stream_state import AGE, LAST_UPDATE
+from .stream_state import AGE, LAST_UPDATE, POOLED_CHANGE
 
 
 def choose_active(
@@ -32,7 +34,7 @@ def choose_active(
     1. a keyframe by number: everything is active;
     2. a keyframe by what the frame shows (`asks_for_keyframe`), unless the stream is in debt: everything is;
     3. nearly all patches are active (`full_above`): the frame becomes a keyframe;
-    4. with a `cost_budget`, the controller may hold the frame, or make it a keyframe.
+    4. with a `cost_budget` or a `min_fidelity`, the controller may hold the frame, or make it a keyframe.
 
     Raises:
         ValueError: if a stream's pixels are not finite.
@@ -49,7 +51,10 @@ def choose_active(
     else:
         scores, looked_at, mean_scores, changed, mask = None, signal, nothing.sum(-1), nothing, nothing.clone()
 
-    numbers = (has_only_finite(looked_at), mean_scores, changed.sum(-1), mask.sum(-1), (changed & mask).sum(-1))
+    numbers = [has_only_finite(looked_at), mean_scores, changed.sum(-1), mask.sum(-1), (changed & mask).sum(-1)]
+    if gate.min_fidelity is not None and scores is not None:
+        change = stream.memory.get(POOLED_CHANGE, torch.zeros_like(mean_scores))
+        numbers += [(scores * mask).mean(-1), change]
     count = fixed_count(gate, num_patches)
     if torch.compiler.is_compiling() and count is not None:
         # a compiled graph cannot read numbers from the device, so it cannot name the stream
@@ -60,17 +65,22 @@ def choose_active(
         require_finite([finite for finite, *_ in per_stream])
 
     keyframes, counts, changed_counts, paces = stream.due_keyframes(), [], [], []
-    for index, (_, mean_score, num_changed, num_active, num_both) in enumerate(per_stream):
-        credit, pace = stream.credit[index], stream.pace[index]
+    for index, (_, mean_score, num_changed, num_active, num_both, *for_fidelity) in enumerate(per_stream):
+        credit, pace, allowance = stream.credit[index], stream.pace[index], 1.0
         if num_active > gate.full_above * num_patches:
             num_active = num_patches
+        changes = Changes(num_active / num_patches, mean_score)
+        if for_fidelity:
+            changes = replace(changes, active_surprise=for_fidelity[0])
+            pace = replace(pace, error=pace.error.learned(for_fidelity[1]))
+        if gate.cost_budget is not None:
+            allowance = allowance_of(gate.cost_budget - looking, credit, gate.cost_reserve)
         if keyframes[index] or (
             gate.budget.allows_encoding(credit) and asks_for_keyframe(gate, mean_score, num_changed / num_patches)
         ):
             action = KEYFRAME
-        elif gate.cost_budget is not None and gate.is_paced:
-            fraction, rate = num_active / num_patches, gate.cost_budget - looking
-            action = choose(pace, rate, credit, gate.cost_reserve, fraction, mean_score, gate.keyframe_interval)
+        elif gate.is_paced:
+            action = choose(pace, changes, allowance, credit, gate.keyframe_interval, gate.min_fidelity)
         else:
             action = KEYFRAME if num_active == num_patches and gate.full_above < 1 else SPARSE
         keyframes[index] = action == KEYFRAME
@@ -79,8 +89,11 @@ def choose_active(
             num_both = num_changed if action == KEYFRAME else 0
         counts.append(int(num_active))
         changed_counts.append((int(num_changed), int(num_both)))
-        # without a budget nothing is counted: numbers that differ on every frame would compile a graph anew
-        paces.append(pace.after(action if num_active else HOLD, mean_score) if gate.is_paced else pace)
+        # without the controller nothing is counted: numbers that differ on every frame would compile a graph anew
+        if gate.is_paced:
+            first = stream.frames[index] == 0
+            pace = Pace() if first else pace.after(action if num_active else HOLD, changes, allowance)
+        paces.append(pace)
     for value, count in ((True, num_patches), (False, 0)):
         streams = [index for index in range(batch_size) if counts[index] == count]
         if streams:

@@ -118,6 +118,12 @@ class NeuroFlowGateConfig:
             The most that a stream saves under a `cost_budget`, in dense frames; it starts with as much, and again
             after a reset. More follows longer events without a gap, and lets the cost of T frames in a row exceed the
             budget by up to `(cost_reserve + 2) / T`.
+        min_fidelity (`float`, *optional*):
+            The cosine of the pooled output to dense's that a stream keeps, by an estimate that it learns as it runs
+            (`vision/error_estimate.py`): a frame is held, encoded sparsely or made a keyframe, whichever is the
+            cheapest that keeps it. 0.99 suits labels, 0.999 what must not change. It replaces the preset's
+            `cost_budget`; with a `cost_budget` of your own, frames are held where the fidelity allows it, and the
+            budget decides on the others. Needs a pooling head.
         ema_rate (`float`, defaults to 0.01):
             The share of the new signal in the running mean, per frame, in (0, 1]. 0.01 forgets in about 100 frames.
             A keyframe restarts all running means, so with `keyframe_interval` none reaches further back than that.
@@ -153,6 +159,7 @@ class NeuroFlowGateConfig:
     keyframe_surprise: float | int | None = None
     cost_budget: float | int | None = None
     cost_reserve: float | int = 4.0
+    min_fidelity: float | int | None = None
     ema_rate: float | int = 0.01
     slow_ema_rate: float | int | None = None
     memory_blend: float | int = 1.0
@@ -187,6 +194,7 @@ class NeuroFlowGateConfig:
         require("keyframe_fraction", lambda value: 0 <= value <= 1, "a fraction from 0 to 1, or None for never")
         require("keyframe_surprise", lambda value: 0 <= value <= 2, "a mean surprise from 0 to 2, or None for never")
         require("sentinels", lambda value: 0 <= value <= 1, "a fraction of the patches from 0 to 1")
+        require("min_fidelity", lambda value: 0 < value < 1, "a cosine above 0 and below 1, such as 0.99")
         for name in ("ema_rate", "slow_ema_rate", "memory_blend", "cost_budget"):
             require(name, is_rate, "a share above 0 and at most 1")
         require("cost_reserve", lambda value: math.isfinite(value) and value >= 1, "at least 1 dense frame")
@@ -229,6 +237,8 @@ class NeuroFlowGateConfig:
                 raise ValueError(f"Unknown preset {preset!r}; expected one of {', '.join(PRESETS)}.")
             own_budget = "cost_budget" in merged
             merged = PRESETS[preset] | merged
+            if merged.get("min_fidelity") is not None and not own_budget:
+                merged["cost_budget"] = None
         gate = make_options(cls, "gate", merged, also_known=("preset",))
         if preset is not None and not own_budget:
             gate.preset_budget = gate.cost_budget
@@ -256,12 +266,14 @@ class NeuroFlowGateConfig:
     @property
     def has_keyframe_trigger(self) -> bool:
         """Whether a frame's surprise can make it a keyframe."""
-        return self.keyframe_fraction is not None or self.keyframe_surprise is not None
+        triggers = (self.keyframe_fraction, self.keyframe_surprise, self.min_fidelity)
+        return any(trigger is not None for trigger in triggers)
 
     @property
     def is_paced(self) -> bool:
-        """Whether the controller decides when to encode: under a `cost_budget`, where a frame is looked at."""
-        return self.cost_budget is not None and self.needs_surprise and not self.everything_active
+        """Whether the controller decides when to encode, for a `cost_budget` or a `min_fidelity`."""
+        controlled = self.cost_budget is not None or self.min_fidelity is not None
+        return controlled and self.needs_surprise and not self.everything_active
 
     @property
     def sentinel_share(self) -> float:

@@ -115,7 +115,7 @@ class NaiveStream:
     def __init__(self, model: VisionTower, gate: NeuroFlowGateConfig, looking: float = 0.0):
         self.model, self.gate, self.looking = model, gate, looking
         self.held: list[float] = []  # mean surprise of the frames since patches were last encoded
-        self.since_keyframe, self.usual_surprise = 0, 0.0
+        self.since_keyframe, self.usual_surprise, self.paid = 0, 0.0, 0.0
         self.frame, self.credit = 0, float(gate.cost_reserve)
         self.references: dict[str, list[torch.Tensor]] = {}
         self.age: list[int] = []
@@ -125,6 +125,9 @@ class NaiveStream:
             {name: {} for name in ("key", "value", "mlp")} for _ in model.encoder_layers()
         ]
         self.pooled = torch.zeros(0)  # until the first frame, which is a keyframe
+        # for `min_fidelity`: error per surprise, surprise encoded since the last keyframe, and on the last frame
+        self.error_rate, self.encoded, self.latest = 1.0, 0.0, 0.0
+        self.before = self.pooled
         self.changed: set[int] = set()
 
     def step(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -137,6 +140,10 @@ class NaiveStream:
         tokens = {place - prefix: token for place, token in enumerate(model.before_layers(embedded))}
         signal = patches if self.gate.signal == "patch" else list(embedded[prefix:])
 
+        if self.latest >= 1e-4:
+            rate = naive_surprise(self.pooled, self.before) / self.latest
+            self.error_rate = max(rate, 0.85 * self.error_rate + 0.15 * rate)
+        self.before = self.pooled
         self.cells = naive_cells(grid, self.gate.summary_tokens)
         active, keyframe = self.choose(signal, grid)
         weights = {}
@@ -185,7 +192,7 @@ class NaiveStream:
     def choose(self, signal: list[torch.Tensor], grid: tuple[int, int]) -> tuple[list[int], bool]:
         """The active patches of a frame, ascending, and whether it is a keyframe."""
         gate, everything = self.gate, list(range(len(signal)))
-        paced = gate.cost_budget is not None and gate.needs_surprise
+        paced = (gate.cost_budget or gate.min_fidelity) and gate.needs_surprise
         if gate.mode == "dense" or gate.threshold <= -1 or self.frame == 0:
             return everything, True
         if gate.keyframe_interval is not None and not paced and self.frame % gate.keyframe_interval == 0:
@@ -196,7 +203,7 @@ class NaiveStream:
             max(naive_surprise(signal[patch], reference[patch]) for reference in self.references.values())
             for patch in everything
         ]
-        mean_surprise = sum(scores) / len(scores)
+        surprises, mean_surprise = scores, sum(scores) / len(scores)
         if gate.global_motion_norm:
             scores = [score - mean_surprise for score in scores]
         self.changed = {patch for patch in everything if scores[patch] > gate.threshold}
@@ -209,15 +216,26 @@ class NaiveStream:
             keyframe |= gate.full_above < 1 and len(active) == len(signal)
             return (everything, True) if keyframe else (active, False)
         keyframe &= self.credit > 0
+        cost, allowance = len(active) / len(signal), 1.0
+        if gate.cost_budget:
+            allowance = gate.cost_budget - self.looking + (self.credit / gate.cost_reserve - 0.5) / 8
+        self.paid += allowance
+        seen = sum(surprises[patch] for patch in active) / len(signal)
         if not keyframe:
-            active, keyframe = self.pace(active, len(active) / len(signal), mean_surprise)
+            active, keyframe = self.pace(active, cost, allowance, mean_surprise, seen)
         self.since_keyframe = 0 if keyframe else self.since_keyframe + 1
+        self.latest = 0.0
         if not (keyframe or active):
             self.held.append(mean_surprise)
+            self.paid = min(self.paid, 1)
             return [], False
+        self.latest = mean_surprise if keyframe else seen
+        self.encoded = 0.0 if keyframe else self.encoded + seen
+        left = self.paid - (1 if keyframe else cost)
+        self.paid = 0 if left < 0 or allowance < 0 else min(left, allowance)
         if self.is_cut(mean_surprise):
             self.usual_surprise = 0.0
-        elif self.held:
+        elif self.held and self.held[-1] > 0:
             usual = self.usual_surprise
             self.usual_surprise = 0.7 * usual + 0.3 * mean_surprise if usual else mean_surprise
         self.held = []
@@ -228,13 +246,23 @@ class NaiveStream:
         jump = mean_surprise - (self.held[-1] if self.held else 0)
         return self.usual_surprise > 0 and jump > 1.5 * self.usual_surprise
 
-    def pace(self, active: list[int], cost: float, mean_surprise: float) -> tuple[list[int], bool]:
-        """The active patches as far as the budget allows them on this frame, and whether it is a keyframe."""
+    def pace(
+        self, active: list[int], cost: float, allowance: float, mean_surprise: float, seen: float
+    ) -> tuple[list[int], bool]:
+        """
+        The active patches, whose part of the mean surprise is `seen`, as far as budget and fidelity allow or ask for
+        them on this frame, and whether it is a keyframe.
+        """
         gate, many = self.gate, cost > 0.5
-        rate = (gate.cost_budget or 0) - self.looking
-        allowance = rate + (self.credit / gate.cost_reserve - 0.5) / 8
         if gate.keyframe_interval and self.since_keyframe + 1 >= gate.keyframe_interval and self.credit >= 1:
             return [], True
+        if gate.min_fidelity:
+            allowed = (1 - gate.min_fidelity) / self.error_rate  # in surprise
+            if mean_surprise + 0.15 * self.encoded <= allowed:
+                return [], False
+            if not gate.cost_budget:
+                enough = mean_surprise - seen + 0.15 * (self.encoded + seen) <= allowed
+                return (active, False) if enough and not many else ([], True)
         if self.credit <= -1:
             return [], False
         if (1 if many else cost) <= allowance:
@@ -242,7 +270,7 @@ class NaiveStream:
         if many and self.is_cut(mean_surprise):
             return [], True
         urgency = math.sqrt(mean_surprise / self.usual_surprise) if self.usual_surprise else 1
-        if self.credit <= 0 or (len(self.held) + 1) * allowance * urgency < (1 if many else cost):
+        if self.credit <= 0 or self.paid * urgency < (1 if many else cost):
             return [], False
         return ([], True) if many else (active, False)
 

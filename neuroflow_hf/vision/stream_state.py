@@ -10,6 +10,7 @@ adds, such as a CLS token), D features, in the type of the model's features unle
 | `output` | [B, T, D] | each token after the final layer norm, as last encoded; not in `eliminate` |
 | `hidden_state_l` | [B, T, D] | the same of layer l's output (0: the encoder's input), for those that are asked for |
 | `pooled` | [B, D] | the embedding; only if the model pools |
+| `pooled_change` | [B], float32 | `1 - cos` of it to the one before, where patches were encoded; with `min_fidelity` |
 | `last_update` | [B, N, D] | reference: each patch's signal when it was last encoded |
 | `ema`, `slow_ema` | [B, N, D], float32 | references: running means of each patch's signal |
 | `age` | [B, N], int64 | how many frames ago each patch was encoded; only with `keeps_age` |
@@ -34,10 +35,11 @@ from .hidden_states import hidden_state_name
 from .layer_step import ModeSpec
 from .summary import SUMMARY_KEY, SUMMARY_OUTPUT, SUMMARY_VALUE
 
-STATE_FORMAT = 5
+STATE_FORMAT = 6
 
 # `ema` and `slow_ema` are named by `NeuroFlowGateConfig.mean_rates`.
-OUTPUT, POOLED, LAST_UPDATE, AGE = "output", "pooled", "last_update", "age"
+OUTPUT, POOLED, POOLED_CHANGE = "output", "pooled", "pooled_change"
+LAST_UPDATE, AGE = "last_update", "age"
 KEY, VALUE, MLP = "key", "value", "mlp"
 
 
@@ -87,6 +89,7 @@ def stored_by(gate: NeuroFlowGateConfig) -> dict:
         "slow_ema_rate set": gate.slow_ema_rate is not None,
         "max_age set": gate.keeps_age,
         "summary_tokens": gate.summary_tokens,
+        "min_fidelity set": gate.min_fidelity is not None,
         "keyframe_fraction or keyframe_surprise set": gate.mode == "hold" and gate.has_keyframe_trigger,
     }
 
@@ -111,6 +114,8 @@ def memory_layout(
     layout: dict[str, tuple[int, ...]] = dict.fromkeys(gate.references, (streams, patches, dim))
     if mode.pools_all_patches:
         layout |= dict.fromkeys((OUTPUT, *map(hidden_state_name, hidden_states)), (streams, tokens, dim))
+    if gate.min_fidelity is not None:
+        layout[POOLED_CHANGE] = (streams,)
     if gate.keeps_age:
         layout[AGE] = (streams, patches)
     for layer in range(geometry.num_layers):

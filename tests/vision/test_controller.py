@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from neuroflow_hf.vision.budget import CostBudget
-from neuroflow_hf.vision.controller import HOLD, KEYFRAME, SPARSE, Pace, choose
+from neuroflow_hf.vision.controller import HOLD, KEYFRAME, SPARSE, Changes, Pace, allowance_of, choose
+from neuroflow_hf.vision.error_estimate import ErrorEstimate
 
 RESERVE = 4.0
 
@@ -12,11 +13,12 @@ def played(surprises_of, frames: int, rate: float, active: float = 1.0) -> tuple
     The actions, and the credit at the end, of a stream on which `active` of the patches change;
     `surprises_of(frame, waited)` is the mean surprise of a frame that follows `waited` held ones.
     """
-    budget, credit, pace, actions = CostBudget(rate, RESERVE), RESERVE, Pace(), []
+    budget, credit, pace, actions, waited = CostBudget(rate, RESERVE), RESERVE, Pace(), [], 0
     for frame in range(1, frames):
-        surprise = surprises_of(frame, pace.waited)
-        action = choose(pace, rate, credit, RESERVE, active, surprise)
-        pace = pace.after(action, surprise)
+        surprise, allowance = surprises_of(frame, waited), allowance_of(rate, credit, RESERVE)
+        action = choose(pace, Changes(active, surprise), allowance, credit)
+        pace = pace.after(action, Changes(active, surprise), allowance)
+        waited = waited + 1 if action == HOLD else 0
         credit = budget.credit_after(credit, frame, {HOLD: 0.0, SPARSE: active, KEYFRAME: 1.0}[action])
         actions.append(action)
     return actions, credit
@@ -27,7 +29,7 @@ def steady(frame: int, waited: int) -> float:
     return 0.02 * (waited + 1)
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.75])
 def test_steady_motion_is_encoded_evenly_within_the_budget(rate):
     actions, credit = played(steady, 600, rate)
     actions = actions[200:]
@@ -58,5 +60,46 @@ def test_few_active_patches_are_encoded_on_every_frame_that_pays_for_them():
 
 
 def test_in_a_debt_of_a_dense_frame_nothing_is_encoded():
-    assert choose(Pace(waited=500), 0.5, -1.0, RESERVE, 0.01, 1.0) == HOLD
-    assert choose(Pace(waited=500), 0.5, -0.9, RESERVE, 0.01, 1.0) == SPARSE
+    assert choose(Pace(paid=1.0), Changes(0.01, 1.0), 0.5, -1.0) == HOLD
+    assert choose(Pace(paid=1.0), Changes(0.01, 1.0), 0.5, -0.9) == SPARSE
+
+
+def test_the_estimate_learns_a_higher_rate_at_once_and_a_lower_one_slowly():
+    estimate = ErrorEstimate(rate=0.2).after_keyframe(0.1)
+    assert estimate.learned(0.05).rate == pytest.approx(0.5)
+    assert 0.1 < estimate.learned(0.0).rate < 0.2
+    assert estimate.after_hold().learned(0.05).rate == 0.2  # nothing was encoded that could teach anything
+
+
+def test_what_sparse_frames_leave_over_adds_up_until_a_keyframe():
+    estimate, held = ErrorEstimate(rate=0.2), [0.0]
+    for _ in range(3):
+        expected = estimate.if_sparse(0.1, 0.1)
+        assert expected < estimate.if_held(0.1)
+        estimate = estimate.after_sparse(0.1)
+        held.append(estimate.if_held(0.0))
+        assert held[-1] == pytest.approx(expected)
+    assert held == sorted({*held})
+    assert estimate.after_keyframe(0.1).if_held(0.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (Changes(0.1, 0.01, 0.01), HOLD),
+        (Changes(0.1, 0.1, 0.1), SPARSE),
+        (Changes(0.1, 0.1, 0.01), KEYFRAME),  # the change is spread over patches that are not active
+        (Changes(0.6, 0.1, 0.1), KEYFRAME),  # a keyframe costs little more
+    ],
+)
+def test_the_cheapest_action_that_keeps_the_fidelity(changes, expected):
+    pace = Pace(error=ErrorEstimate(rate=0.2))
+    assert choose(pace, changes, allowance=1.0, credit=RESERVE, min_fidelity=0.99) == expected
+
+
+def test_a_budget_decides_where_holding_would_not_keep_the_fidelity():
+    pace = Pace(error=ErrorEstimate(rate=0.2))
+    options = {"allowance": 0.05, "credit": RESERVE, "min_fidelity": 0.99}
+    assert choose(pace, Changes(0.04, 0.01, 0.01), **options) == HOLD  # which the budget would pay for
+    assert choose(pace, Changes(0.04, 0.1, 0.1), **options) == SPARSE
+    assert choose(pace, Changes(0.9, 0.1, 0.1), **options) == HOLD

@@ -317,6 +317,7 @@ OPTIONS = {
     "keyframe_surprise": st.one_of(st.none(), st.floats(0, 2)),
     "cost_budget": st.one_of(st.none(), st.floats(1e-6, 1)),
     "cost_reserve": st.floats(1, 100),
+    "min_fidelity": st.one_of(st.none(), st.floats(1e-6, 0.999999)),
     "sentinels": st.one_of(st.integers(0, 1), st.floats(0, 1)),
     "ema_rate": st.floats(1e-6, 1),
     "memory_blend": st.floats(1e-6, 1),

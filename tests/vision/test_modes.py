@@ -46,6 +46,7 @@ gate_options = st.fixed_dictionaries(
         "keyframe_surprise": maybe | st.floats(0.1, 0.9),
         "cost_budget": maybe | st.floats(0.2, 1),
         "cost_reserve": st.sampled_from([1.0, 2.5]),
+        "min_fidelity": maybe | st.sampled_from([0.3, 0.9, 0.99]),
         "sentinels": st.sampled_from([0, 0.1, 1]),
         "ema_rate": st.sampled_from([0.05, 0.5, 1.0]),
         "memory_blend": st.sampled_from([1.0, 0.5]),
@@ -105,6 +106,16 @@ def test_the_budget_is_paced_as_by_the_reference(smallest_vision):
         gate = NeuroFlowGateConfig(cost_budget=budget, cost_reserve=2, keyframe_interval=9)
         actives = follow_reference(smallest_vision, gate, frames)
         assert {0, 16} < {*actives} and 9 < actives.count(16) < 45
+
+
+@pytest.mark.parametrize("budget", [None, 0.6])
+def test_the_fidelity_is_kept_as_by_the_reference(smallest_vision, budget):
+    """Frames that are held, encoded sparsely, and keyframes."""
+    changed = (0.1, 0.2, 0.8, 0.0, 0.1)
+    frames = [frame for seed, share in enumerate(changed) for frame in random_video(8, seed=seed, changed=share, size=16)]
+    gate = NeuroFlowGateConfig(min_fidelity=0.9, cost_budget=budget, threshold=0.05)
+    actives = follow_reference(smallest_vision, gate, frames)
+    assert 0 in actives and 16 in actives and any(0 < count < 16 for count in actives)
 
 
 def follow_reference(model, gate, frames):
