@@ -1,6 +1,7 @@
 """Outputs of dense and of methods on the clips of `vision_policies.py`, encoded once and kept in the cache."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from eval.vision import clips as clips_module
 from eval.vision.clips import SOURCES, Clip
+from eval.vision.codec_motion import codec_motion
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.evaluation.methods import PatchSurprise, dense_cost, patches_of
 from neuroflow_hf.utils.files import write_whole
@@ -69,24 +71,34 @@ class ClipRecorder:
         if not missing and self.path(clip.name, None).is_file():
             return
         model = self.model
-        pixels = [self.preprocess(image, model.dtype) for image in there_and_back(clip.frames, self.frames)]
+        pictures = list(there_and_back(clip.frames, self.frames))
+        pixels = [self.preprocess(image, model.dtype) for image in pictures]
+        begun = time.process_time()
         encoded = [model(frame) for frame in pixels]
+        seconds = time.process_time() - begun
         patches = torch.cat([one.last_hidden_state for one in encoded])
         signal = torch.cat([project_patches(model, frame, as_product=True) for frame in pixels])
         by_patch = functional.normalize(signal.float(), dim=-1).transpose(0, 1)
         surprise = 1 - by_patch @ by_patch.mT  # [N, T, T], of each patch
         whole = dense_cost(model, patches_of(model, pixels[0]))
+        displacement, size = map(torch.from_numpy, codec_motion(pictures))
         dense = {
             "outputs": torch.cat([one.pooler_output for one in encoded]).half(),
             "mean_surprise": surprise.mean(0),
             "changed": (surprise > CHANGED).float().mean(0),
+            "displacement": displacement,
+            "packet_size": size,
             # what a frame costs on which a triggered baseline encodes, and on which it holds
             "costs": torch.tensor([part / whole for part in PatchSurprise(model, 0).costs(pixels[0], whole)]),
         }
         write_whole(self.path(clip.name, None), save(dense))
+        list(model.stream_frames(pixels[:2]))  # the first call in a process takes longer
         for options in missing.values():
+            begun = time.process_time()
             outputs = list(model.stream_frames(pixels, **options))
+            share = (time.process_time() - begun) / seconds
             found = {
+                "time": torch.tensor(share),  # processor time of all frames, the first included, over dense's
                 "outputs": torch.cat([one.pooler_output for one in outputs]).half(),
                 "cost": torch.cat([one.cost for one in outputs]),
             }

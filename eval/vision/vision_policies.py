@@ -9,10 +9,12 @@ with a dense forward of the same frame, except the first, which every method enc
 output and of the patches.
 
 All baselines hold the dense output of an earlier frame: of every k-th frame (all k, all phases), or of the last frame
-whose mean surprise or share of changed patches exceeded a level, or of the first frame. A baseline can also switch
-between two settings, so its value at any cost is the mixture of the two settings nearest in cost. For each clip and
-each statistic, the best baseline is chosen afterwards, which favours the baselines. A preset also stands beside the
-baseline that one can choose beforehand: dense every 1 / `cost_budget` frames.
+whose mean surprise or share of changed patches exceeded a level, or at which the motion vectors or the packets of an
+H.264 encoder added up to one, or of the first frame. A baseline can also switch between two settings, so its value at
+any cost is the mixture of the two settings nearest in cost. For each clip and each statistic, the best baseline is
+chosen afterwards, which favours the baselines: once at equal cost, and once at equal processor time. A preset also
+stands beside the baseline that one can choose beforehand: dense every 1 / `cost_budget` frames. And beside an oracle
+that nobody can run: it sees the error of the held output, and encodes when that exceeds a level.
 
 Intervals are 95 %, from a paired moving-block bootstrap over frames, and over clips where results of clips are pooled.
 What was recorded is kept in the cache, embeddings in float16, which hides differences below about 1e-6. Writes
@@ -48,8 +50,10 @@ from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.vision.gate_config import DEFAULT_PRESET, PRESETS, NeuroFlowGateConfig
 from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
 
+FIDELITIES = (0.95, 0.98, 0.99, 0.995, 0.999)
 METHODS = {
     **{preset: {"preset": preset} for preset in PRESETS},
+    **{f"fidelity {least}": {"min_fidelity": least} for least in FIDELITIES},
     "extrapolate": {"mode": "extrapolate"},
     "context": {"mode": "context"},
     "reconstruct (the paper's C)": {"mode": "reconstruct", "reference": "ema", "ema_rate": 0.05},
@@ -61,9 +65,14 @@ DEVELOPMENT = (
     *("walker", "street-cuts", "carphone", "webcam", "big-buck-bunny", "city-by-night"),
     *("waving-grass", "hand-held"),
 )
-EVERY, SURPRISE, SHARE = "every k", "mean surprise", "share changed"  # families of baselines
+# families of baselines, and the oracle
+EVERY, SURPRISE, SHARE, ORACLE = "every k", "mean surprise", "share changed", "oracle"
+MOTION, PACKETS = "motion vectors", "packet sizes"
 SURPRISE_LEVELS = tuple(np.geomspace(0.003, 0.4, 15).tolist())
 FRACTION_LEVELS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+MOTION_LEVELS = tuple(np.geomspace(0.0005, 2, 25).tolist())
+PACKET_LEVELS = tuple(np.geomspace(0.001, 8, 25).tolist())
+ERROR_LEVELS = tuple(np.geomspace(1e-5, 0.5, 40).tolist())
 LONGEST_INTERVAL = 100
 
 STATISTICS = ("pooled_mean", "pooled_p5")
@@ -85,14 +94,16 @@ class Outcome:
         cost: cost relative to dense, mean over the F frames after the first.
         cosines: cosine of the output to dense's on these frames, [V, F].
         delays: [E], frames from each event until the output follows it.
+        time: processor time relative to dense; of a baseline, what its dense frames take.
     """
 
     cost: float
     cosines: np.ndarray
     delays: np.ndarray
+    time: float
 
 
-def outcome(cost: float, outputs: Tensor, dense: Tensor, events: Sequence[int]) -> Outcome:
+def outcome(cost: float, outputs: Tensor, dense: Tensor, events: Sequence[int], time: float | None = None) -> Outcome:
     """The outcome of unit outputs [V, T, D], with dense's [T, D]."""
     cosines = (outputs * dense).sum(-1)
     delays = []
@@ -100,7 +111,7 @@ def outcome(cost: float, outputs: Tensor, dense: Tensor, events: Sequence[int]) 
         followed = (cosines > outputs @ dense[event - 1])[:, event : event + DELAY_CAP]
         frames = torch.where(followed.any(1), followed.int().argmax(1), followed.shape[1])
         delays.append(frames.double().mean().item())
-    return Outcome(cost, cosines[:, 1:].double().numpy(), np.array(delays))
+    return Outcome(cost, cosines[:, 1:].double().numpy(), np.array(delays), cost if time is None else time)
 
 
 def held_every(interval: int, dense: Tensor) -> Tensor:
@@ -117,6 +128,16 @@ def held_when(distance: Tensor, level: float) -> list[int]:
     return held
 
 
+def held_since(amounts: Tensor, level: float) -> list[int]:
+    """For each of T frames, the frame that is held: a new one when the amounts [T] since it exceed the level."""
+    held, total = [0], 0.0
+    for number, amount in enumerate(amounts.tolist()[1:], start=1):
+        total += amount
+        held.append(number if total > level else held[-1])
+        total = total if total <= level else 0.0
+    return held
+
+
 def baselines(recorded: dict[str, Tensor], events: Sequence[int]) -> dict[str, list[Outcome]]:
     """The baselines' outcomes by family, from what was recorded of dense; setting i is the same on every clip."""
     dense = recorded["outputs"]
@@ -124,15 +145,19 @@ def baselines(recorded: dict[str, Tensor], events: Sequence[int]) -> dict[str, l
     by_clock = [outcome(1 / k, held_every(k, dense), dense, events) for k in range(1, LONGEST_INTERVAL + 1)]
     families = {EVERY: [first, *by_clock], "first frame": [first]}
     keyframe, looking = recorded["costs"].tolist()
-    for family, distance, levels in (
-        (SURPRISE, recorded["mean_surprise"], SURPRISE_LEVELS),
-        (SHARE, recorded["changed"], FRACTION_LEVELS),
-    ):
+    triggered = {
+        SURPRISE: [held_when(recorded["mean_surprise"], level) for level in SURPRISE_LEVELS],
+        SHARE: [held_when(recorded["changed"], level) for level in FRACTION_LEVELS],
+        MOTION: [held_since(recorded["displacement"], level) for level in MOTION_LEVELS],
+        PACKETS: [held_since(recorded["packet_size"], level) for level in PACKET_LEVELS],
+        ORACLE: [held_when(1 - dense @ dense.T, level) for level in ERROR_LEVELS],
+    }
+    for family, settings in triggered.items():
+        looks = looking if family in (SURPRISE, SHARE) else 0.0
         families[family] = [first]
-        for level in levels:
-            held = held_when(distance, level)
+        for held in settings:
             encoded = np.mean([number == kept for number, kept in enumerate(held)][1:])
-            cost = float(encoded * keyframe + (1 - encoded) * looking)
+            cost = float(encoded * (keyframe if looks else 1) + (1 - encoded) * looks)
             families[family].append(outcome(cost, dense[held][None], dense, events))
         families[family].append(outcome(1.0, dense[None], dense, events))
     return families
@@ -169,7 +194,7 @@ def measure(clip: Clip, recorder: ClipRecorder, methods: dict[str, dict]) -> Mea
         clip,
         outcome(1.0, dense[None], dense, events),
         {
-            name: outcome(one["cost"][1:].mean().item(), one["outputs"][None], dense, events)
+            name: outcome(one["cost"][1:].mean().item(), one["outputs"][None], dense, events, one["time"].item())
             for name, one in found.items()
         },
         {name: one["patches"].tolist() for name, one in found.items() if "patches" in one},
@@ -204,6 +229,15 @@ def compared(own: Outcome, baseline: Mixture, name: str, drawn: np.ndarray) -> t
     return [value, control, baseline.family, *interval, verdict(value - control, interval)], draws
 
 
+def mixtures_at(families: dict[str, list[Outcome]], cost: float) -> dict[str, Mixture]:
+    """Each family of baselines at a cost."""
+    found = {}
+    for family, settings in families.items():
+        shares = shares_at([setting.cost for setting in settings], cost)
+        found[family] = Mixture(family, [(share, settings[place]) for share, place in shares if share > 0])
+    return found
+
+
 def judge(method: str, options: dict, measured: Measured) -> tuple[dict, dict[str, np.ndarray]]:
     """
     Compare a method with the best baselines at its cost, on one clip, and a preset with the one chosen beforehand.
@@ -215,25 +249,27 @@ def judge(method: str, options: dict, measured: Measured) -> tuple[dict, dict[st
     own, clip = measured.methods[method], measured.clip
     row: dict = {"method": method, "clip": clip.name, "kind": clip.kind, "cost": own.cost}
     row["development"] = clip.name in DEVELOPMENT
-    mixtures = []
-    for family, settings in measured.families.items():
-        shares = shares_at([setting.cost for setting in settings], own.cost)
-        mixtures.append(Mixture(family, [(share, settings[place]) for share, place in shares if share > 0]))
-    row["equal_cost"], draws = {}, {}
+    at_cost, at_time = (mixtures_at(measured.families, share) for share in (own.cost, own.time))
+    oracle, holds = at_cost.pop(ORACLE), list(at_cost.values())
+    row["equal_cost"], row["equal_time"], row["oracle"], draws = {}, {"time": own.time}, {}, {}
     for name in STATISTICS:
-        judged = [compared(own, mixture, name, measured.drawn) for mixture in mixtures]
+        judged = [compared(own, mixture, name, measured.drawn) for mixture in holds]
         row["equal_cost"][name], draws[name] = max(judged, key=lambda one: one[0][1])
+        slower = [compared(own, at_time[family], name, measured.drawn) for family in at_cost]
+        row["equal_time"][name], draws[f"time {name}"] = max(slower, key=lambda one: one[0][1])
+        row["oracle"][name] = oracle.mean(lambda one, name=name: statistic(name, one.cosines).item())
+    least = options.get("min_fidelity")
+    if least is not None:
+        row["promise"] = {"cosine": least, "kept": float((own.cosines >= least).mean())}
     budget = NeuroFlowGateConfig.from_options(**options).cost_budget
     if budget is not None:
-        settings = measured.families[EVERY]
-        shares = shares_at([setting.cost for setting in settings], budget)
-        beforehand = Mixture(EVERY, [(share, settings[place]) for share, place in shares if share > 0])
+        beforehand = mixtures_at({EVERY: measured.families[EVERY]}, budget)[EVERY]
         row["beforehand"] = {}
         for name in STATISTICS:
             row["beforehand"][name], draws[f"beforehand {name}"] = compared(own, beforehand, name, measured.drawn)
     if method in measured.patches:
         row["patches"] = dict(zip(("own", "held"), measured.patches[method], strict=True))
-    held = {mixture.family: mixture.mean(lambda one: one.delays) for mixture in mixtures}
+    held = {mixture.family: mixture.mean(lambda one: one.delays) for mixture in holds}
     beyond = {name: delays - measured.dense.delays for name, delays in {"method": own.delays, **held}.items()}
     row["delays"] = [
         {name: float(delays[place]) for name, delays in beyond.items()} for place in range(len(own.delays))
@@ -277,9 +313,16 @@ def pooled_row(method: str, clips: str, rows: Sequence[dict], draws: Sequence[di
     pooled["cost"], names = float(np.mean([row["cost"] for row in rows])), [row["clip"] for row in rows]
     for name in STATISTICS:
         pooled[name] = pooled_figure([row["equal_cost"][name] for row in rows], [one[name] for one in draws], names)
+        timed = [row["equal_time"][name] for row in rows]
+        pooled[f"time {name}"] = pooled_figure(timed, [one[f"time {name}"] for one in draws], names)
+        pooled[f"oracle {name}"] = float(np.mean([row["oracle"][name] for row in rows]))
         if "beforehand" in rows[0]:
             key = f"beforehand {name}"
             pooled[key] = pooled_figure([row["beforehand"][name] for row in rows], [one[key] for one in draws], names)
+    pooled["time"] = float(np.mean([row["equal_time"]["time"] for row in rows]))
+    if "promise" in rows[0]:
+        kept = [row["promise"]["kept"] for row in rows]
+        pooled["promise"] = {"kept": float(np.mean(kept)), "least_kept": min(kept)}
     if "patches" in rows[0]:
         figures = np.mean([list(row["patches"].values()) for row in rows], axis=0).tolist()
         own, held = (dict(zip(PATCH_FIGURES, values, strict=True)) for values in figures)
@@ -425,7 +468,14 @@ def main(
         "block": BLOCK,
         "resamples": RESAMPLES,
         "level_below": LEVEL,
-        "controls": {EVERY: LONGEST_INTERVAL, SURPRISE: SURPRISE_LEVELS, SHARE: FRACTION_LEVELS},
+        "controls": {
+            EVERY: LONGEST_INTERVAL,
+            SURPRISE: SURPRISE_LEVELS,
+            SHARE: FRACTION_LEVELS,
+            MOTION: MOTION_LEVELS,
+            PACKETS: PACKET_LEVELS,
+            ORACLE: ERROR_LEVELS,
+        },
         "methods": {name: PRESETS.get(name, chosen_options) for name, chosen_options in options.items()},
         **policies_report(measured, options),
     }
