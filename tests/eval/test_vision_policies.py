@@ -10,6 +10,7 @@ from eval.vision import vision_policies as policies
 from eval.vision.clip_recorder import cosines_of_held_patches, there_and_back
 from eval.vision.clip_statistics import drawn_blocks
 from eval.vision.clips import Clip
+from eval.vision.codec_motion import codec_motion
 from neuroflow_hf.evaluation.statistics import middle
 from neuroflow_hf.video.preprocess import Preprocessor
 from tests.conftest import IMAGE_SIZE
@@ -108,18 +109,39 @@ def test_held_patches_equal_a_naive_loop():
     assert torch.equal(cosines_of_held_patches(dense, 3), torch.stack(found))
 
 
+def test_a_held_frame_is_replaced_when_what_happened_since_adds_up():
+    amounts = torch.tensor([9.0, 0.5, 0.5, 0.25, 0.0, 2.0, 0.1])
+    assert policies.held_since(amounts, 1.0) == [0, 0, 0, 3, 3, 5, 5]
+    assert policies.held_since(amounts, 100.0) == [0] * 7
+
+
+def test_the_codec_sees_what_moves_and_a_still_picture_costs_nothing():
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    frames = [picture] * 3 + [np.roll(picture, 8 * shift, axis=1) for shift in range(1, 4)]
+    displacement, size = codec_motion(frames)
+    assert len(displacement) == len(size) == 6
+    assert displacement[0] == size[0] == 0
+    assert displacement[1:3].max() < 0.005 < displacement[3:].min()
+    assert displacement[3:].max() < 0.2  # 8 of 128 columns
+    assert size[1:3].max() < size[3:].min()
+
+
 def made_up(method, baselines, name="clip"):
     """A clip with a method's outcome, a family of baselines, and dense."""
-    dense = policies.Outcome(1.0, np.ones((1, 40)), np.zeros(0))
+    dense = policies.Outcome(1.0, np.ones((1, 40)), np.zeros(0), 1.0)
     drawn = policies.resampled_frames(40, seed=0)
     clip = Clip(name, "", True, "", lambda: iter(()))
-    return policies.Measured(clip, dense, {"ours": method}, {}, {"every k": baselines}, drawn)
+    return policies.Measured(
+        clip, dense, {"ours": method}, {}, {"every k": baselines, policies.ORACLE: [dense]}, drawn
+    )
 
 
 def test_a_method_stands_beside_the_mixture_of_the_baselines_nearest_in_cost():
     cosines = np.random.default_rng(0).uniform(0.2, 0.6, (1, 40))
-    cheap, dear = (policies.Outcome(cost, cosines + gain, np.zeros(0)) for cost, gain in ((0.1, 0.0), (0.5, 0.2)))
-    measured = made_up(policies.Outcome(0.2, cosines + 0.15, np.zeros(0)), [dear, cheap])
+    cheap, dear = (
+        policies.Outcome(cost, cosines + gain, np.zeros(0), cost) for cost, gain in ((0.1, 0.0), (0.5, 0.2))
+    )
+    measured = made_up(policies.Outcome(0.2, cosines + 0.15, np.zeros(0), 0.3), [dear, cheap])
     row, draws = policies.judge("ours", {"mode": "context", "cost_budget": 0.4}, measured)
     for name in policies.STATISTICS:
         value, control, family, low, high, verdict = row["equal_cost"][name]
@@ -127,9 +149,14 @@ def test_a_method_stands_beside_the_mixture_of_the_baselines_nearest_in_cost():
         assert value - control == pytest.approx(0.1) and (family, verdict) == ("every k", "above")
         np.testing.assert_allclose(draws[name], 0.1)  # both sides are resampled alike
         assert low == pytest.approx(0.1) and high == pytest.approx(0.1)
+        value, control, *_ = row["equal_time"][name]  # half-way between the two
+        assert value - control == pytest.approx(0.05)
+        assert row["oracle"][name] == pytest.approx(1)
         value, control, *_, verdict = row["beforehand"][name]  # at the budget, not at the method's cost
         assert value - control == pytest.approx(0) and verdict == "level"
-    assert "beforehand" not in policies.judge("ours", {"mode": "context"}, measured)[0]
+    row, _ = policies.judge("ours", {"mode": "context", "min_fidelity": 0.5}, measured)
+    assert "beforehand" not in row
+    assert row["promise"] == {"cosine": 0.5, "kept": (cosines + 0.15 >= 0.5).mean()}
 
 
 # --- all clips ---
