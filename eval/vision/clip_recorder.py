@@ -78,8 +78,7 @@ class ClipRecorder:
         seconds = time.process_time() - begun
         patches = torch.cat([one.last_hidden_state for one in encoded])
         signal = torch.cat([project_patches(model, frame, as_product=True) for frame in pixels])
-        by_patch = functional.normalize(signal.float(), dim=-1).transpose(0, 1)
-        surprise = 1 - by_patch @ by_patch.mT  # [N, T, T], of each patch
+        surprise, between = 1 - between_frames(signal), between_frames(patches)
         whole = dense_cost(model, patches_of(model, pixels[0]))
         displacement, size = map(torch.from_numpy, codec_motion(pictures))
         dense = {
@@ -105,7 +104,7 @@ class ClipRecorder:
             if outputs[0].token_mask is None:
                 own = torch.cat([one.last_hidden_state for one in outputs[1:]])
                 every = int(1 / found["cost"][1:].mean().clamp(min=1 / self.frames, max=1))
-                held = cosines_of_held_patches(patches, every)
+                held = cosines_of_held_patches(between, every)
                 cosines = functional.cosine_similarity(own, patches[1:], dim=-1)
                 found["patches"] = torch.tensor([patch_figures(cosines), patch_figures(held)])
             write_whole(self.path(clip.name, options), save(found))
@@ -122,11 +121,16 @@ def patch_figures(cosines: Tensor) -> list[float]:
     return [cosines.mean().item(), p5, p1, cosines.min(dim=1).values.mean().item()]
 
 
-def cosines_of_held_patches(dense: Tensor, every: int) -> Tensor:
-    """Cosines [M, N] of dense patches [T, N, D] to those of the last of every k-th frame, over all phases."""
+def between_frames(patches: Tensor) -> Tensor:
+    """Cosines [N, T, T] of each patch between all frames, from [T, N, D]."""
+    by_patch = functional.normalize(patches.float(), dim=-1).transpose(0, 1)
+    return by_patch @ by_patch.mT
+
+
+def cosines_of_held_patches(between: Tensor, every: int) -> Tensor:
+    """Cosines [M, N] of dense patches to those of the last of every k-th frame, over all phases; [N, T, T] between."""
     phases = []
     for phase in range(every):
-        frames = torch.arange(max(phase, 1), len(dense))
-        held = dense[frames - (frames - phase) % every]
-        phases.append(functional.cosine_similarity(dense[frames], held, dim=-1))
-    return torch.cat(phases)
+        frames = torch.arange(max(phase, 1), between.shape[1])
+        phases.append(between[:, frames, frames - (frames - phase) % every])
+    return torch.cat(phases, dim=1).T

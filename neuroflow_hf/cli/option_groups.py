@@ -99,6 +99,7 @@ GATE_OPTIONS: Group = {
     "keyframe_interval": gate(int, "Encode all patches every Nth frame.", "the preset's", metavar="N"),
     "keyframe_fraction": gate(float, "Encode all patches if more than this share changed.", "never"),
     "cost_budget": gate(float, "Keep the mean cost relative to dense below this.", "the preset's"),
+    "min_fidelity": gate(float, "Keep the estimated cosine to dense above this, whatever it costs.", "none"),
     "global_motion_norm": gate(bool, "Subtract a frame's mean surprise first.", "no", "--global-motion-norm"),
     "ema_rate": gate(float, "Rate of the running mean (ema, both).", "0.01"),
 }
