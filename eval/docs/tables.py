@@ -240,6 +240,45 @@ def is_below_hold(row: dict) -> bool:
     return mean[0] - mean[1] < -0.3e-3 or p5[0] - p5[1] < -1e-3
 
 
+def oracle_table(report: dict) -> str:
+    """The clips on which a preset is below the best hold, beside a hold that sees its own error."""
+    columns = {"preset": "`{method}`", "clip": "{clip}", "cost": "{cost:.3f}"}
+    for name in ("mean", "p5"):
+        key = f"pooled_{name}"
+        columns[name] = f"{{equal_cost[{key}][0]:.4f}}"
+        columns[f"best hold's {name}"] = f"{{equal_cost[{key}][1]:.4f}} ({{equal_cost[{key}][2]}})"
+        columns[f"oracle's {name}"] = f"{{oracle[{key}]:.4f}}"
+    rows = [row for row in report["clips"] if row["method"] in PRESETS and is_below_hold(row)]
+    return table(rows, columns)
+
+
+def promises_table(report: dict) -> str:
+    """What `min_fidelity` promises, and what is kept."""
+    columns = {
+        "`min_fidelity`": lambda row: row["method"].removeprefix("fidelity "),
+        "clips": "{clips} ({count})",
+        "frames that keep it": "{promise[kept]:.1%}",
+        "on the worst clip": "{promise[least_kept]:.0%}",
+        "cost": "{cost:.3f}",
+    }
+    for name in ("mean", "p5"):
+        columns[f"{name} (best hold)"] = f"{{pooled_{name}[value]:.4f}} ({{pooled_{name}[control]:.4f}})"
+    rows = [row for row in report["pooled"] if "promise" in row and row["clips"] != "fixed camera"]
+    return table(rows, columns, "`{command}`: {frames} frames a clip, {tower}.".format(**report))
+
+
+def times_table(report: dict) -> str:
+    """Presets and promised fidelities beside the best hold that takes as much processor time."""
+    columns = method_and_cost() | {"processor time (dense = 1)": "{time:.3f}"}
+    for name in ("mean", "p5"):
+        key = f"time pooled_{name}"
+        columns[f"{name} (best hold)"] = f"{{{key}[value]:.4f}} ({{{key}[control]:.4f}})"
+        columns[f"{name}: difference, thousandths"] = lambda row, key=key: " to ".join(
+            f"{1e3 * end:+.2f}" for end in row[key]["interval"]
+        )
+    return table([row for row in pooled(report) if row["method"] in PRESETS or "promise" in row], columns)
+
+
 def delays_table(report: dict) -> str:
     """How many frames pass between an event and the output's change."""
     rows = pooled(report)
@@ -628,6 +667,9 @@ BLOCKS = {
     "holding": (holding_table, "vision_policies"),
     "beforehand": (beforehand_table, "vision_policies"),
     "delays": (delays_table, "vision_policies"),
+    "oracle": (oracle_table, "vision_policies"),
+    "promises": (promises_table, "vision_policies"),
+    "times": (times_table, "vision_policies"),
     "speed": (speed_table, "benchmark_vision"),
     "streams": (streams_table, "benchmark_streams"),
     "search": (search_table, "benchmark_search"),

@@ -201,9 +201,11 @@ def short_caption(record: FrameRecord, sample: tuple[float, float] | None) -> st
 
 
 def gate_rule(gate: NeuroFlowGateConfig) -> str:
-    """The token budget or threshold, and the cost budget, in words."""
-    rule = f"{gate.token_budget} patches" if gate.token_budget else f"threshold {gate.threshold:g}"
-    return rule if gate.cost_budget is None else f"{rule}, cost budget {gate.cost_budget:g}"
+    """The token budget or threshold, the cost budget and the fidelity to keep, in words."""
+    rules = [f"{gate.token_budget} patches" if gate.token_budget else f"threshold {gate.threshold:g}"]
+    rules += [f"cost budget {gate.cost_budget:g}"] * (gate.cost_budget is not None)
+    rules += [f"fidelity {gate.min_fidelity:g}"] * (gate.min_fidelity is not None)
+    return ", ".join(rules)
 
 
 def run_title(gate: NeuroFlowGateConfig, video: str, resolution: int) -> str:

@@ -245,6 +245,7 @@ def test_a_budget_that_does_not_pay_for_looking_is_refused_and_changes_nothing(v
 def test_a_run_says_what_it_may_cost():
     assert gate_rule(NeuroFlowGateConfig()) == "threshold 0.01"
     assert gate_rule(NeuroFlowGateConfig(token_budget=9, cost_budget=0.1)) == "9 patches, cost budget 0.1"
+    assert gate_rule(NeuroFlowGateConfig(min_fidelity=0.99)) == "threshold 0.01, fidelity 0.99"
 
 
 @pytest.fixture
