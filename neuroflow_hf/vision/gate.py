@@ -56,10 +56,11 @@ def choose_active(
         change = stream.memory.get(POOLED_CHANGE, torch.zeros_like(mean_scores))
         numbers += [(scores * mask).mean(-1), change]
     count = fixed_count(gate, num_patches)
+    per_stream: list[list[float]]
     if torch.compiler.is_compiling() and count is not None:
         # a compiled graph cannot read numbers from the device, so it cannot name the stream
         torch._assert_async(numbers[0].all(), "The frame of a stream has NaN or infinite pixel values.")
-        per_stream = [(True, 0, 0, count, 0)] * batch_size
+        per_stream = [[True, 0, 0, count, 0]] * batch_size
     else:  # the one time in a frame that the host waits for the device
         per_stream = torch.stack([number.double() for number in numbers], dim=-1).tolist()
         require_finite([finite for finite, *_ in per_stream])
