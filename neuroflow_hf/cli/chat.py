@@ -17,7 +17,7 @@ from .option_groups import BYPASS_OPTIONS, GENERATION, with_groups
 if TYPE_CHECKING:
     from ..drift.conversation import Conversation
 
-HELP = "/reset begins anew, /help shows this, Ctrl-C stops an answer, Ctrl-D or /exit ends."
+HELP = "/reset starts over, /help shows this, Ctrl-C stops an answer, Ctrl-D or /exit ends."
 
 
 @with_groups(how=GENERATION, own=BYPASS_OPTIONS)
@@ -29,7 +29,7 @@ def chat(
     """
     Talk with a language model. Only what is new in a turn is computed.
 
-    Type /reset to begin anew. Ctrl-C stops an answer, Ctrl-D ends.
+    Type /reset to start over. Ctrl-C stops an answer, Ctrl-D ends.
     Lines may be piped in, too. Answers alone go to standard output.
     Nothing is bypassed unless you ask for it.
     """
@@ -46,7 +46,7 @@ def chat(
             except ValueError as error:  # the conversation is as before
                 if not is_terminal():
                     raise
-                typer.echo(f"Error: {error} /reset begins anew.", err=True)
+                typer.echo(f"Error: {error} /reset starts over.", err=True)
             except EOFError:
                 break
 
@@ -88,7 +88,7 @@ def obey(conversation: "Conversation", text: str) -> bool:
         raise EOFError
     if command == "/reset":
         conversation.reset()
-        typer.echo("The conversation begins anew.", err=True)
+        typer.echo("The conversation starts over.", err=True)
     elif command == "/help":
         typer.echo(HELP, err=True)
     elif command.startswith("/") and command[1:].isalpha():

@@ -8,13 +8,13 @@ from transformers import Cache
 from .chat_template import begin_messages, encode_rendered, message, render, require_unicode
 from .continuation import Continuation, Decoding, continue_tokens
 
-LEAST_ROOM = 16  # tokens; an answer that must be shorter is not begun
+LEAST_ROOM = 16  # tokens that must be left for an answer
 
 
 class Conversation:
     """
-    Messages of a user and a model's answers. A new message is laid behind the tokens of the last answer as the model
-    generated them, so only new tokens enter the model.
+    Messages of a user and a model's answers. A new message is appended to the tokens that the model generated, so that
+    only new tokens are computed.
 
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`].
@@ -23,9 +23,9 @@ class Conversation:
         system: the system message; None for the template's own, if it has one.
 
     Attributes:
-        messages: all so far, as the chat template takes them.
-        tokens: token ids of all that was said so far, without the last end token.
-        cache: the KV cache of the first of these tokens; None for none.
+        messages: the conversation so far, as the chat template takes it.
+        tokens: its token ids, without the last end token.
+        cache: the KV cache of the first of these tokens; None before the first answer.
 
     Raises:
         ValueError: for a tokenizer without a chat template.
@@ -41,14 +41,14 @@ class Conversation:
     def reset(self):
         """Forget all but the system message."""
         self.messages = begin_messages(self.system)
-        self.rendered, self.tokens = "", []  # one is the text of the other
+        self.rendered, self.tokens = "", []  # the conversation as text and as token ids
         self.cache: Cache | None = None
 
     def encode(self, rendered: str) -> list[int]:
-        """Token ids of the conversation in its template: those so far, and new ones; all anew if the text differs."""
+        """Token ids of the rendered conversation. Earlier tokens are kept, unless the text before them changed."""
         if self.tokens and rendered.startswith(self.rendered):
             return self.tokens + encode_rendered(self.tokenizer, rendered[len(self.rendered) :])
-        self.cache = None  # a template that changes earlier messages
+        self.cache = None  # the template changed earlier messages
         return encode_rendered(self.tokenizer, rendered)
 
     def ask(

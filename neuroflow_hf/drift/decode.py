@@ -1,9 +1,8 @@
 """
 Decode batches of prompts token by token, and compare a bypass with the dense model on them.
 
-Rows are padded on the left. Every row of a batch decides for itself whether it bypasses, and rows that do are left out
-of the cache layers' computation; so a batch changes no row's text beyond rounding, but a layer's weights are read as
-long as one row needs them. Batches show what a bypass does to texts, and say little about the time of a single one.
+Rows are padded on the left. Each row of a batch bypasses on its own, so its text is the same as alone, up to rounding.
+The time of a batch says little about the time of a single text: a layer's weights are read if one row needs them.
 """
 
 import copy
@@ -118,8 +117,8 @@ def decode(
 @torch.inference_mode()
 def feed_densely(model, batch: Batch, opening: Batch):
     """
-    Give a batch of prompts, and the same batch without its last tokens, the cache of what both feed densely, so that
-    runs need not feed it again.
+    Store in a batch of prompts, and in the same batch without its last tokens, the cache of the positions that every
+    run feeds densely. Runs continue from it.
     """
     cache, first = None, 0
     for part in (opening, batch):
@@ -169,8 +168,8 @@ class DriftBench:
     Prompts, the dense model's answers to them, and measurements against these answers.
 
     A measurement decodes twice: greedily after the whole prompt, and along the prompt's last tokens (teacher forcing),
-    for perplexity and divergence. What comes before is fed in one piece, and so densely; it is fed once, and every run
-    continues from a copy of the dense cache.
+    for perplexity and divergence. The tokens before these are fed once, densely; every run continues from a copy of
+    the cache.
 
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`].

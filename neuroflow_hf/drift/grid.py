@@ -96,7 +96,7 @@ def full_grid(num_layers: int, thresholds: dict[int, dict[str, float]]) -> list[
     At most ten bypasses: the published pairs of layers at the published threshold, and, because a threshold may bypass
     all steps of one checkpoint and none of another, at thresholds for equal bypass rates (of `thresholds_for_rates`,
     by gate layer); at one of these rates, an entropy guard, gate and cache layer swapped (inverted control), the MLP
-    and the whole block. The most telling ones come first, since a run takes hours on a small machine.
+    and the whole block. The most important ones come first, since a run takes hours on a small machine.
     """
     pairs, matched = scaled_pairs(num_layers), f"{MATCHED_RATE:g}"
     gate, cache = pairs[FIRST]
@@ -134,7 +134,7 @@ def own_configuration(num_layers: int, options: dict) -> Configuration:
 
 
 def weights_left_out(model, bypass: NeuroFlowBypassConfig) -> float:
-    """The share of the weights that a dense step of one token multiplies by which a bypassed step leaves out."""
+    """Of the weights that a dense step of one token is multiplied by, the share that a bypassed step leaves out."""
     used = sum(parameter.numel() for parameter in model.parameters())
     if not model.config.tie_word_embeddings:
         used -= model.get_input_embeddings().weight.numel()  # looked up

@@ -1,4 +1,4 @@
-"""Generate JSON that a schema describes, and tell what in it the schema left open. Needs `llguidance`."""
+"""Generate JSON of a schema, and tell which of its tokens the schema left open. Needs `llguidance`."""
 
 import json
 from collections.abc import Sequence
@@ -37,19 +37,19 @@ class JsonGrammar:
         tokens: of `grammar_tokens`.
 
     Raises:
-        ValueError: for a schema that is none, or uses what `llguidance` does not support.
+        ValueError: for a schema that is no object, or uses what `llguidance` does not support.
     """
 
     def __init__(self, schema: dict, tokens: Any):
         from llguidance import LLMatcher
 
-        said = json.dumps(schema)[:200]
+        shown = json.dumps(schema)[:200]
         if not isinstance(schema, dict):
-            raise ValueError(f'The schema is {said}; expected an object such as {{"type": "object"}}.')
+            raise ValueError(f'The schema is {shown}; expected an object such as {{"type": "object"}}.')
         self.tokens = tokens
         self.matcher = LLMatcher(tokens, LLMatcher.grammar_from_json_schema(schema, overrides=SPACING))
         if self.matcher.is_error():
-            raise ValueError(f"The schema {said} cannot be used: {self.matcher.get_error().splitlines()[0]}.")
+            raise ValueError(f"The schema {shown} cannot be used: {self.matcher.get_error().splitlines()[0]}.")
 
     def allowed(self) -> torch.Tensor:
         """Which tokens may come next, bool [V]; after the end of the JSON only the end token."""
@@ -105,7 +105,7 @@ class JsonSchemaProcessor(LogitsProcessor):
 
 
 def leaves(value: Any, path: tuple = ()) -> dict[tuple, Any]:
-    """The parts of parsed JSON that hold no others, by path, such as `{("items", 0, "name"): "cup"}`."""
+    """The values of parsed JSON that are no objects or lists, by path, such as `{("items", 0, "name"): "cup"}`."""
     if not isinstance(value, dict | list) or not value:
         return {path: value}
     parts = value.items() if isinstance(value, dict) else enumerate(value)

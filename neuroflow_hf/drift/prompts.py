@@ -90,7 +90,7 @@ def read_json_lines(path: Path, names: Sequence[str], example: str) -> Iterator[
 
 
 def make_prompt(found: dict, where: str) -> Prompt:
-    """The prompt in an object; a ValueError that begins with `where` if its text or task is none."""
+    """The prompt in a JSON object. ValueError, beginning with `where`, if its text or task is not a text."""
     prompt, task = found["prompt"], found.get("task", OWN)
     for name, value in (("prompt", prompt), ("task", task)):
         if not isinstance(value, str) or not value.strip():

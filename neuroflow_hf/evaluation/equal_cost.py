@@ -181,7 +181,7 @@ def frame_draws(lengths: Sequence[int], samples: int, seed: int) -> Iterator[np.
 
 
 def enough_to_draw(lengths: Sequence[int]) -> bool:
-    """Whether `frame_draws` has something to vary: five videos, or two blocks in one."""
+    """Whether there is enough data for `frame_draws`: five videos, or two blocks in one."""
     return len(lengths) >= MIN_VIDEOS or max(lengths) >= 2 * BLOCK
 
 
@@ -195,7 +195,7 @@ class Question:
 
 
 def questions(dense: Outcome, labels: int = 0) -> list[Question]:
-    """The figures to compare: cosines, and, as far as dense has them, agreement and accuracy among the labels."""
+    """The figures to compare: cosines; with labels also agreement; with true labels also accuracy."""
     found = [Question(name, lambda one: one.cosine, reduce) for name, reduce in COSINES.items()]
     if dense.agrees:
         found.append(Question("agreement", lambda one: one.agrees, lambda values: float(values.mean())))

@@ -142,9 +142,7 @@ def record(checkpoint: Checkpoint, reader: VideoReader, specs: Sequence[MethodSp
 def outcome_of(
     spec: MethodSpec, recording: VideoRecording, dense: VideoRecording, video: EvalVideo, labels: Labels | None
 ) -> Outcome:
-    """
-    A method's outcome on one video. The video's label is that of the mean of its frames' normalised embeddings.
-    """
+    """A method's outcome on one video. The video's label is that of the mean of its frames' normalised embeddings."""
     embeddings, reference = recording.embeddings_of(dense)[1:], dense.embeddings[1:]
     cosine = torch.nn.functional.cosine_similarity(embeddings.double(), reference.double(), dim=-1)
     cost, skip, milliseconds = (
@@ -190,7 +188,7 @@ class Evaluation:
         specs: from `chosen_methods`, dense first.
         settings: [`EvalSettings`]; None for the defaults.
         fresh: record everything again.
-        on_step: called with the name of a video, what is being done, the video's place and the number of videos.
+        on_step: called with the name of a video, the current step, the number of videos done and of all videos.
 
     Raises:
         ValueError: for a resolution of less than one patch.
@@ -262,7 +260,7 @@ class Evaluation:
         return finite(self.report(measured, skipped))
 
     def report(self, measured: dict[int, list[Outcome]], skipped: dict[int, str]) -> dict:
-        """The report, from the outcomes of all methods, or why the video was skipped, by the video's place."""
+        """The report, from each video's outcomes or the reason why it was skipped, by the video's place."""
         checkpoint, labels, videos = self.checkpoint, self.checkpoint.labels, self.videos.videos
         model, side = checkpoint.model, checkpoint.preprocess.patches_per_side(checkpoint.model.config.patch_size)
         names = [] if labels is None else list(labels.names)

@@ -39,18 +39,6 @@ class PairedCounts(NamedTuple):
         return sum(self)
 
 
-def normal_quantile(confidence: float) -> float:
-    """
-    How many standard deviations around the mean hold a share `confidence` of a normal distribution: 1.96 for 0.95.
-
-    Raises:
-        ValueError: unless `confidence` lies between 0 and 1.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` is {confidence}; expected a share between 0 and 1, such as 0.95.")
-    return float(norm.ppf((1 + confidence) / 2))
-
-
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """
     Wilson's score interval of a share; 0 to 1 without trials.
@@ -62,7 +50,8 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"There are {successes} successes in {trials} trials; expected from 0 to all of them.")
-    normal_quantile(confidence)
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` is {confidence}; expected a share between 0 and 1, such as 0.95.")
     if not trials:
         return Interval(0.0, 1.0)
     found = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
@@ -118,7 +107,7 @@ def paired_ratio(counts: PairedCounts, confidence: float = 0.95) -> Interval | N
     of_ratio = math.sqrt((counts.only_first + counts.only_second + 2) / (first * second))
     of_first = math.sqrt((1 - first / (some + 2)) / first)
     of_second = math.sqrt((1 - second / (some + 2)) / second)
-    each = 1 - 2 * norm.sf(normal_quantile(confidence) * of_ratio / (of_first + of_second))
+    each = 1 - 2 * norm.sf(norm.isf((1 - confidence) / 2) * of_ratio / (of_first + of_second))
     ours, theirs = wilson(counts.first, some, each), wilson(counts.second, some, each)
     return Interval(ours.low / theirs.high, ours.high / theirs.low if theirs.low else math.inf)
 

@@ -219,13 +219,6 @@ def test_frames_are_turned_and_mirrored_as_players_show_them(tmp_path, matrix):
             assert np.abs(frame.image - expected).mean() < 8
 
 
-@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-def test_rotation_is_applied(tmp_path, degrees):
-    path = write_video(tmp_path / "phone.mp4", frames=[three_corners()] * 4, rotation=degrees)
-    expected = np.rot90(three_corners(), degrees // 90).astype(int)
-    assert np.abs(next(iter(VideoReader(path))).image - expected).mean() < 8
-
-
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_the_rotation_of_a_photo_is_applied(tmp_path, orientation):
     exif = Image.Exif()
@@ -637,7 +630,7 @@ IMAGES = {
 
 @pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
 @pytest.mark.parametrize("image", IMAGES)
-@pytest.mark.parametrize("resolution", [32, 97, 224, 448, 1024])
+@pytest.mark.parametrize("resolution", [32, 97, 448])
 def test_pixels_match_the_hugging_face_processor(image, resolution, resample):
     image = IMAGES[image]()
     reference = SiglipImageProcessorPil(
