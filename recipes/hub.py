@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -38,39 +37,31 @@ from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
 CONFIG, CARD, LICENCE = "config.json", "README.md", "LICENSE"
 PROCESSOR, GENERATION = "processor_config.json", "generation_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-NEEDED = {"a configuration": (CONFIG,), "weights": WEIGHTS}  # by models of every family
 TOKENIZER = ("tokenizer.json", "tokenizer.model")
+# by what it is, the names that a file may have
+NEEDED = {"a configuration": (CONFIG,), "weights": WEIGHTS}
+SIGLIP_NEEDS = {"a preprocessor": ("preprocessor_config.json", PROCESSOR)}
+# the configuration of a tokenizer knows the special tokens
+PHI3_NEEDS = {"a tokenizer": TOKENIZER, "a tokenizer's configuration": ("tokenizer_config.json",)}
 
 
-@dataclass(frozen=True)
-class Family:
-    """What the models of one family need in their repositories."""
+def choose_class(config_file: Path) -> type:
+    """
+    The class that a checkpoint is saved as.
 
-    name: str  # as people call it
-    # by what it is, the names that the file may have, beside configuration and weights
-    needed: dict[str, tuple[str, ...]]
-    # from the stored configuration to the class that the model is saved as, or None for other models
-    choose_class: Callable[[dict], type | None]
-    # adds to the repository's folder what only the family's models need
-    complete: Callable[[Path], None] = lambda repository: None
-
-
-def choose_siglip_class(stored: dict) -> type | None:
-    """SigLIP's class for a stored configuration. Raises a ValueError for SigLIP 2's NaFlex."""
-    model_type = adopt_model_type(stored.get("model_type"))
-    if model_type == NeuroFlowSiglipVisionConfig.model_type:
+    Raises:
+        ValueError: for other models than SigLIP and Phi-3, SigLIP 2's NaFlex, and heads that would be lost.
+    """
+    stored = json.loads(config_file.read_text(encoding="utf-8"))
+    kind, heads = adopt_model_type(stored.get("model_type")), stored.get("architectures") or []
+    if kind == NeuroFlowSiglipVisionConfig.model_type:
         return NeuroFlowSiglipVisionModel
-    if model_type != NeuroFlowSiglipConfig.model_type:
-        return None
-    is_classifier = any(name.endswith("ForImageClassification") for name in stored.get("architectures") or [])
-    return NeuroFlowSiglipForImageClassification if is_classifier else NeuroFlowSiglipModel
-
-
-def choose_phi3_class(stored: dict) -> type | None:
-    """Phi-3's class for a stored configuration. ValueError for one with another head, which would be lost."""
-    if stored.get("model_type") not in ("phi3", NeuroFlowPhi3Config.model_type):
-        return None
-    others = [name for name in stored.get("architectures") or [] if not name.endswith("ForCausalLM")]
+    if kind == NeuroFlowSiglipConfig.model_type:
+        is_classifier = any(name.endswith("ForImageClassification") for name in heads)
+        return NeuroFlowSiglipForImageClassification if is_classifier else NeuroFlowSiglipModel
+    if kind not in ("phi3", NeuroFlowPhi3Config.model_type):
+        raise ValueError(f"{config_file} has `model_type` {kind!r}; expected SigLIP or Phi-3, or NeuroFlow's.")
+    others = [name for name in heads if not name.endswith("ForCausalLM")]
     if others:
         raise ValueError(
             f"The configuration's `architectures` are {others}; expected `Phi3ForCausalLM`: only language models are "
@@ -90,21 +81,6 @@ def name_processor(repository: Path):
         file.write_text(json.dumps({"processor_class": "SiglipProcessor"}, indent=2) + "\n", encoding="utf-8")
 
 
-FAMILIES = (
-    Family(
-        name="SigLIP",
-        needed={"a preprocessor": ("preprocessor_config.json", PROCESSOR)},
-        choose_class=choose_siglip_class,
-        complete=name_processor,
-    ),
-    Family(
-        name="Phi-3",
-        # its configuration knows the special tokens
-        needed={"a tokenizer": TOKENIZER, "a tokenizer's configuration": ("tokenizer_config.json",)},
-        choose_class=choose_phi3_class,
-    ),
-)
-
 # Weights that are too large to keep under models/: by the folder's name, what makes (or finds) a folder with them.
 RECIPES: dict[str, Callable[[], Path]] = {
     "neuroflow-siglip-dinov2-small": lambda: build_tower(default_tower_dir()),
@@ -119,7 +95,7 @@ def build_hub_repository(source: Path, output: Path) -> Path:
 
     Args:
         source: Folder of the model, with its card `README.md`. Weights (safetensors), `config.json` and what else
-            `FAMILIES` says (SigLIP: preprocessor or processor; Phi-3: tokenizer), of the stock model or of NeuroFlow,
+            the model needs (SigLIP: preprocessor or processor; Phi-3: tokenizer), of the stock model or of NeuroFlow,
             lie in it or, where its name is in `RECIPES`, come from there. A file in `source` goes before one of the
             same name from the recipe: a `config.json` with other options under `gate` or `bypass`, for example. All
             other files that lie directly in it are taken along; a `LICENSE` is taken from the checkout if it has none.
@@ -132,7 +108,7 @@ def build_hub_repository(source: Path, output: Path) -> Path:
     Raises:
         FileNotFoundError: if something is missing; the message names all of it.
         FileExistsError: if there is something at `output` that is not a repository of this kind.
-        ValueError: if the checkpoint is of no family in `FAMILIES`, or lacks weights that the model needs.
+        ValueError: as in `choose_class`, and if the checkpoint lacks weights that the model needs.
     """
     source, output = Path(source), Path(output)
     if output.exists() and not may_be_replaced(output):
@@ -148,8 +124,9 @@ def build_hub_repository(source: Path, output: Path) -> Path:
     if source.name in RECIPES and not find(WEIGHTS, folders):
         folders.append(Path(RECIPES[source.name]()))
     require(NEEDED, folders)
-    family, model_class = find_family(find((CONFIG,), folders))
-    require(family.needed, folders)
+    model_class = choose_class(find((CONFIG,), folders))
+    is_language_model = model_class is NeuroFlowPhi3ForCausalLM
+    require(PHI3_NEEDS if is_language_model else SIGLIP_NEEDS, folders)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
@@ -165,7 +142,8 @@ def build_hub_repository(source: Path, output: Path) -> Path:
             # what was saved goes first, and in particular this version's code before any that lies with the weights
             if path.is_file() and not (repository / path.name).exists():
                 shutil.copyfile(path, repository / path.name)
-        family.complete(repository)
+        if not is_language_model:
+            name_processor(repository)
         if output.exists():
             output.rename(Path(temporary) / "previous")
         repository.rename(output)
@@ -202,22 +180,6 @@ def require(needed: dict[str, tuple[str, ...]], folders: list[Path]):
             f"A Hub repository needs {', '.join(missing)}, and there is none in {' or '.join(map(str, folders))}. "
             f"Weights and what goes with them are made by recipe only for: {', '.join(RECIPES)}."
         )
-
-
-def find_family(config_file: Path) -> tuple[Family, type]:
-    """
-    The family of a checkpoint, and the class that it is saved as.
-
-    Raises:
-        ValueError: for other models than those of `FAMILIES`, and for heads that are not published.
-    """
-    stored = json.loads(config_file.read_text(encoding="utf-8"))
-    for family in FAMILIES:
-        model_class = family.choose_class(stored)
-        if model_class is not None:
-            return family, model_class
-    names = " or ".join(family.name for family in FAMILIES)
-    raise ValueError(f"{config_file} has `model_type` {stored.get('model_type')!r}; expected {names}, or NeuroFlow's.")
 
 
 def load_model(model_class: type, config_file: Path, weights_file: Path):

@@ -7,12 +7,15 @@ import typer
 
 from . import options
 from .errors import EXIT_DAMAGED, EXIT_INTERRUPTED, one_line_errors
+from .option_groups import with_groups
 from .options import option
 from .progress import CommandProgress
-from .vision_model import given_labels, parse_gate, with_config
+from .vision_model import VISION, check_vision
 
 
+@with_groups(how=VISION)
 def embed(
+    how: dict,
     paths: Annotated[
         list[str], typer.Argument(help="Videos, folders, quoted patterns, or .txt files with one of these a line.")
     ],
@@ -24,15 +27,7 @@ def embed(
     streams: Annotated[
         int | None, option("Encode N videos in one call.", default="as many as there are, at most 16", metavar="N")
     ] = None,
-    model: options.VisionModel = None,
-    resolution: options.Resolution = None,
-    dtype: options.Dtype = "float32",
-    device: options.Device = "auto",
-    labels: options.Labels = None,
-    template: options.Template = None,
-    config: options.GateFile = None,
     preset: options.Preset = None,
-    gate: options.GateOptions = None,
     debug: options.Debug = False,
 ):
     """
@@ -43,8 +38,7 @@ def embed(
     """
     with one_line_errors(debug, nothing_done="finished videos are kept."):
         from ..archive.embed import FAILURES, embed_videos, video_paths
-        from ..loading import default_model, dtype_named, load_model_with_labels, usable_device
-        from ..video.labels import TEMPLATE
+        from ..loading import default_model
 
         if fps is not None:
             if every is not None:
@@ -52,14 +46,9 @@ def embed(
             if not fps > 0:
                 raise ValueError(f"--fps is {fps}; expected a number above 0.")
             every = 1 / fps
-        weights_dtype = dtype_named(dtype)
-        names = given_labels(labels, template)
-        usable_device(device)
-        gate_options = with_config(config, options.given(preset=preset) | parse_gate(gate or []), model)
-        videos = video_paths(paths)
-        source = model or default_model()
-        how = (template or TEMPLATE, weights_dtype, device, resolution)
-        loaded, preprocess, embedded = load_model_with_labels(source, names, *how)
+        gate_options, load = check_vision(how, options.given(preset=preset))
+        videos, source = video_paths(paths), how["model"] or default_model()
+        loaded, preprocess, embedded = load()
         with CommandProgress("MB") as progress:
             result = embed_videos(
                 videos,

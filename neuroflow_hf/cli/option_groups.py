@@ -120,6 +120,7 @@ def with_groups(**groups: Group) -> Callable[[Callable], Callable]:
         signature = inspect.signature(command)
         parameters: list[inspect.Parameter] = []
         for name, parameter in signature.parameters.items():
+            parameter = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)  # in any order, with defaults or not
             if name not in groups:
                 parameters.append(parameter)
             for member, (annotation, default) in groups.get(name, {}).items():

@@ -14,26 +14,19 @@ from .option_groups import GATE_OPTIONS, with_groups
 from .options import option
 from .output import command_line, figure_table, print_written
 from .progress import CommandProgress
-from .vision_model import given_labels, parse_gate, with_config
+from .vision_model import VISION, check_vision
 
 MOST_STRETCHES = 20  # printed of the labels' timeline
 
 
-@with_groups(chosen=GATE_OPTIONS)
+@with_groups(chosen=GATE_OPTIONS, how=VISION)
 def run(
     chosen: dict,
+    how: dict,
     video: Annotated[Path | None, typer.Argument(help="Video file.", show_default="the clip that ships here")] = None,
-    model: options.VisionModel = None,
     out: options.Out = Path("neuroflow-run"),
-    resolution: options.Resolution = None,
     stride: options.Stride = 1,
     max_frames: options.MaxFrames = None,
-    dtype: options.Dtype = "float32",
-    device: options.Device = "auto",
-    labels: options.Labels = None,
-    template: options.Template = None,
-    config: options.GateFile = None,
-    gate: options.GateOptions = None,
     dense_every: Annotated[
         int | None,
         option(
@@ -60,25 +53,17 @@ def run(
     Files of an earlier run in the output folder are replaced.
     """
     with one_line_errors(debug, nothing_done="nothing was written."):
-        gate_options = options.given(**chosen) | parse_gate(gate or [])
-
-        from ..loading import default_model, dtype_named, load_model_with_labels, usable_device
+        from ..loading import default_model
         from ..utils.files import prepare_folder
-        from ..video.labels import TEMPLATE
         from ..video.reader import VideoReader, bundled_clip
         from ..video.run import require_comparison, run_video
 
         # check what is quick to check before loading the model
-        weights_dtype = dtype_named(dtype)
-        names = given_labels(labels, template)
+        gate_options, load = check_vision(how, options.given(**chosen))
         reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
-        usable_device(device)
         require_comparison(dense_every)
-        gate_options = with_config(config, gate_options, model)
         prepare_folder(out)
-        source = model or default_model()
-        how = (template or TEMPLATE, weights_dtype, device, resolution)
-        loaded, preprocess, embedded = load_model_with_labels(source, names, *how)
+        loaded, preprocess, embedded = load()
         with CommandProgress("frames") as progress:
 
             def on_frame(record):
@@ -95,7 +80,7 @@ def run(
                 overlay=overlay,
                 labels=embedded,
                 objects=objects,
-                model_name=model or source.name,
+                model_name=how["model"] or default_model().name,
                 command=command_line(),
                 on_frame=on_frame,
             )

@@ -1,8 +1,48 @@
-"""What commands that run a vision model over videos share: gate options, labels, loading."""
+"""What commands that run a vision model over videos share: model, labels, gate options."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from . import options
+from .option_groups import Group
+
+VISION: Group = {
+    "model": (options.VisionModel, None),
+    "resolution": (options.Resolution, None),
+    "dtype": (options.Dtype, "float32"),
+    "device": (options.Device, "auto"),
+    "labels": (options.Labels, None),
+    "template": (options.Template, None),
+    "config": (options.GateFile, None),
+    "gate": (options.GateOptions, None),
+}
+
+
+def check_vision(how: dict, gate_options: dict) -> tuple[dict, Callable[[], tuple]]:
+    """
+    Check the values of the options `VISION`, which takes no time, before the model is loaded.
+
+    Returns:
+        The gate options, with those of `--gate` and, beneath them, of `--config`; and a function that loads the model,
+        its preprocessing, and its labels (None without).
+
+    Raises:
+        ValueError: for a value that cannot be used.
+    """
+    from ..loading import default_model, dtype_named, load_model_with_labels, usable_device
+    from ..video.labels import TEMPLATE
+
+    dtype, names = dtype_named(how["dtype"]), given_labels(how["labels"], how["template"])
+    usable_device(how["device"])
+    gate_options = with_config(how["config"], gate_options | parse_gate(how["gate"] or []), how["model"])
+
+    def load() -> tuple:
+        source, template = how["model"] or default_model(), how["template"] or TEMPLATE
+        return load_model_with_labels(source, names, template, dtype, how["device"], how["resolution"])
+
+    return gate_options, load
 
 
 def parse_gate(settings: list[str]) -> dict[str, Any]:

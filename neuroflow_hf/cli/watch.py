@@ -10,18 +10,19 @@ from rich.console import Console
 
 from . import options
 from .errors import one_line_errors
+from .option_groups import with_groups
 from .options import option
 from .output import figure_table
-from .vision_model import given_labels, parse_gate, with_config
+from .vision_model import VISION, check_vision
 
 
+@with_groups(how=VISION)
 def watch(
+    how: dict,
     sources: Annotated[
         list[str],
         typer.Argument(help="Cameras: /dev/video0, RTSP or HTTP URLs; or video files, which play at their own speed."),
     ],
-    labels: options.Labels = None,
-    template: options.Template = None,
     overlay: Annotated[
         Path | None,
         option("Write a video of all cameras that marks encoded patches.", metavar="FILE.mp4", default="none"),
@@ -32,13 +33,7 @@ def watch(
     fps: Annotated[
         float | None, option("Look at most N times a second.", default="as often as possible", metavar="N")
     ] = None,
-    model: options.VisionModel = None,
-    resolution: options.Resolution = None,
-    dtype: options.Dtype = "float32",
-    device: options.Device = "auto",
-    config: options.GateFile = None,
     preset: options.Preset = None,
-    gate: options.GateOptions = None,
     debug: options.Debug = False,
 ):
     """
@@ -53,30 +48,24 @@ def watch(
         from ..cameras.sources import open_source, source_name
         from ..cameras.watch import watch_cameras
         from ..cameras.webhook import post_json
-        from ..loading import default_model, dtype_named, load_model_with_labels, usable_device
-        from ..video.labels import TEMPLATE
         from ..video.run import covered_share
 
-        if labels is None and overlay is None:
+        if how["labels"] is None and overlay is None:
             raise ValueError("There is nothing to report; give --labels 'a person, a car', or --overlay FILE.mp4.")
         if overlay is not None and (overlay.suffix != ".mp4" or not overlay.absolute().parent.is_dir()):
             raise ValueError(f"--overlay {overlay} cannot be written; expected an .mp4 file in a folder that exists.")
         send = None if webhook is None else post_json(webhook)
-        weights_dtype = dtype_named(dtype)
-        names = given_labels(labels, template)
-        usable_device(device)
-        gate_options = with_config(config, options.given(preset=preset) | parse_gate(gate or []), model)
+        gate_options, load = check_vision(how, options.given(preset=preset))
         opened = {}
         for place in sources:
             if source_name(place) in opened:
                 raise ValueError(f"{source_name(place)} is given twice; give each source once.")
             opened[source_name(place)] = open_source(place)
-        how = (template or TEMPLATE, weights_dtype, device, resolution)
-        loaded, preprocess, embedded = load_model_with_labels(model or default_model(), names, *how)
+        loaded, preprocess, embedded = load()
         hook = None if send is None else Webhook(send)
         mosaic = None
         if overlay is not None:
-            mosaic = Mosaic(overlay, list(opened), covered_share(loaded, preprocess), labelled=names is not None)
+            mosaic = Mosaic(overlay, list(opened), covered_share(loaded, preprocess), embedded is not None)
             stack.callback(mosaic.close)
 
         def emit(event: dict):

@@ -35,7 +35,7 @@ def test_piped_lines(chat_folder, answers):
     result = chat(chat_folder, ["hello", "", "what", "/reset", "what"])
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == answers("hello", "what") + answers("what")
-    assert "begins anew" in result.stderr and ">" not in result.output
+    assert "starts over" in result.stderr and ">" not in result.output
 
 
 def test_commands(chat_folder, answers):

@@ -55,22 +55,16 @@ def save_tiny_models(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_python_examples_run_and_show_true_shapes(page, checkout):
+def test_python_examples_run_and_show_true_shapes(page, checkout, capsys):
     names = {}
     save_tiny_models(page)
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)
         for expression, shape in re.findall(r"^(\S+\.shape)  # (\([\d, ]+\))", block, re.MULTILINE):
             assert tuple(eval(expression, names)) == eval(shape)
-
-
-def test_readme_prints_a_cost_for_each_frame_and_saves_the_stream(checkout, capsys):
-    names = {}
-    save_tiny_models(ROOT / "README.md")
-    for block in blocks(ROOT / "README.md", "python"):
-        exec(compile(block, "README.md", "exec"), names)
-    assert capsys.readouterr().out.count("cost") == 5
-    assert Path("stream.safetensors").exists()
+    if page.name == "README.md":  # a cost for each frame, and a saved stream
+        assert capsys.readouterr().out.count("cost") == 5
+        assert Path("stream.safetensors").exists()
 
 
 def test_readme_is_short():
