@@ -1,19 +1,26 @@
 """Plots of a run over time: cost, cosine to dense, and the labels' confidence."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..utils.plots import BASELINE_FIRST, BASELINE_HELD, DARK, FAMILY_COLOURS, KEYFRAME, OURS, tidy, titled_figure
+from ..utils.plots import (
+    BASELINE_FIRST,
+    BASELINE_HELD,
+    DARK,
+    FAMILY_COLOURS,
+    KEYFRAME,
+    OURS,
+    legend_below,
+    tidy,
+    titled_figure,
+)
 from .label_records import shortened
 from .records import FrameRecord, compare_with_dense
 
 LABEL_COLOURS = (*FAMILY_COLOURS, DARK, "#22d3ee", "#78350f", "#f472b6")
-# of a legend: characters of a label, characters in a row, height of a row in inches
-LEGEND_LABEL, LEGEND_WIDTH, LEGEND_ROW = 50, 120, 0.22
 
 
 def plot_run(
@@ -25,8 +32,7 @@ def plot_run(
     `held_at_cost`.
     """
     compared, labelled = compare_with_dense(records), len(names) > 0
-    columns = legend_columns(names)
-    legend_height = LEGEND_ROW * math.ceil(min(len(names), len(LABEL_COLOURS) + 1) / columns)
+    legend_height = 0.12 * min(len(names), len(LABEL_COLOURS) + 1)  # inches, in two columns
     figure = titled_figure(title, 10, 3.2 + 2.4 * bool(compared) + 2.4 * labelled + legend_height)
     panels = figure.subplots(1 + bool(compared) + labelled, 1, sharex=True, squeeze=False)[:, 0]
     draw_cost(panels[0], records)
@@ -39,8 +45,10 @@ def plot_run(
     for panel in panels:
         tidy(panel, "y")
         panel.margins(x=0.01)
-        beside = columns if labelled and panel is panels[-1] else 3
-        panel.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=beside, frameon=False, fontsize=10)
+        if labelled and panel is panels[-1]:
+            legend_below(figure, panel, columns=2)
+        else:
+            panel.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=10)
     figure.align_ylabels()
     panels[-1].set_xlabel("time in the video (s)")
     return figure
@@ -90,11 +98,5 @@ def draw_labels(panel: Axes, times: Sequence[float], labels: dict[str, Sequence[
 
 def legend_text(name: str) -> str:
     """A label for a legend: shortened, and without what matplotlib hides or sets as a formula."""
-    text = shortened(name, LEGEND_LABEL)
+    text = shortened(name, 50)
     return " " * text.startswith("_") + text.replace("$", r"\$")
-
-
-def legend_columns(names: Iterable[str]) -> int:
-    """The number of columns of a legend, at most 4, that fit the longest of `names`."""
-    longest = max((len(legend_text(name)) for name in names), default=0)
-    return min(4, LEGEND_WIDTH // (longest + 8))

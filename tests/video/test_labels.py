@@ -298,7 +298,7 @@ def test_the_plot_has_a_panel_for_labels_only_if_there_are_some(compared):
     figure = plot_run(records, "title", ["costs $5", "_"])
     assert len(figure.axes) == 2 + compared
     figure.canvas.draw()
-    texts = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == [r"costs \$5", " _"]
     assert figure.axes[-1].get_ylim() == pytest.approx((0, 0.315))
 
@@ -308,7 +308,7 @@ def test_of_many_labels_the_highest_are_coloured():
     figure = plot_run(records, "title", [f"label {i}" for i in range(30)])
     figure.canvas.draw()
     panel = figure.axes[-1]
-    texts = [text.get_text() for text in panel.get_legend().get_texts()]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
     count = len(LABEL_COLOURS)
     assert texts == [*(f"label {i}" for i in range(30 - count, 30)), f"{30 - count} others, never as high"]
     assert len(panel.lines) == 30 and len({line.get_color() for line in panel.lines}) == count + 1
