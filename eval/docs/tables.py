@@ -393,7 +393,7 @@ def variants_table(report: dict) -> str:
         settings = variant["settings"]
         about = {
             "name": name,
-            "method": "all weights" if settings.get("method") == "full" else "adapter",
+            "method": "adapter" if settings["method"] == "lora" else "all weights",
             "summary": settings["summary_tokens"] or 0,
             "steps": variant["steps"],
             "minutes": variant["seconds"] / 60,

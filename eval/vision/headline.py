@@ -8,7 +8,7 @@ The small SigLIP on held-out clips: composed ones over photographs that have the
 suffice. Every third frame is used, the first one is a keyframe. Two activities: 3% of the patches are encoded on every
 sparse frame, or those above the threshold. Each method meets the same frames in one run, dense frames first. The
 adapters are those of `python -m recipes.siglip_small.sparse_adapter VARIANT`; variants that were not trained are left
-out. Fidelity is the cosine to the original dense model.
+out. Fidelity is the cosine to the original dense model, also of the tower that was trained whole.
 
 Writes `eval/results/headline.json`, shown in `docs/results/distillation.md`.
 """
@@ -21,13 +21,13 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from eval.docs.tables import headline_table
 from eval.report import RESULTS, provenance, publish, rounded
@@ -52,9 +52,10 @@ PLAN: dict[int, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     896: (("local", "crossing"), (), 6),
     1792: (("local",), (), 3),
 }
-MOST_FOR_OTHERS = 896  # the largest side at which architecture D and pruning are measured
+MOST_FOR_OTHERS = 896  # the largest side at which the other towers, architecture D and pruning are measured
 ACTIVITIES = {"97% skipped": "budget", "own activity": "threshold"}
 ORACLE = "dense outputs of the active patches (bound)"
+FULL = "published"  # the variant that is a whole tower
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Method:
     """A way to encode sparse frames."""
 
     options: dict = field(default_factory=dict)  # of the gate
-    variant: str | None = None  # of the recipe, whose adapter is used; None for the checkpoint as it is
+    variant: str | None = None  # of the recipe, whose adapter or tower is used; None for the checkpoint as it is
     activities: tuple[str, ...] = tuple(ACTIVITIES)  # in which of ACTIVITIES it is measured
 
 
@@ -73,6 +74,7 @@ def summary(mode: str) -> dict:
 
 METHODS = {
     "eliminate": Method({"mode": "eliminate"}),
+    "eliminate, distilled as published": Method({"mode": "eliminate"}, FULL),
     "eliminate, distilled by LoRA": Method({"mode": "eliminate"}, "eliminate"),
     "eliminate with summary": Method(summary("eliminate")),
     "eliminate with summary, distilled": Method(summary("eliminate"), "eliminate-summary"),
@@ -101,10 +103,12 @@ class Bench(composed_bench.Bench):
     def __init__(self, console: Console):
         super().__init__()
         self.tower: NeuroFlowSiglipVisionModel = self.model.vision_model
-        self.adapters, self.console = {}, console
+        self.adapters, self.full, self.console = {}, None, console
         for name in VARIANTS:
             folder = variant_folder(name)
-            if (folder / "sparse_adapter.json").is_file():
+            if name == FULL and (folder / "model.safetensors").is_file():
+                self.full = NeuroFlowSiglipVisionModel.from_pretrained(folder).eval()
+            elif (folder / "sparse_adapter.json").is_file():
                 self.adapters[name] = read_adapter(folder, self.tower)
 
     @functools.cached_property
@@ -135,7 +139,9 @@ class Bench(composed_bench.Bench):
         return measure_clip(self, self.clip_at(side, name, count), side)
 
     def tower_of(self, method: Method) -> NeuroFlowSiglipVisionModel | None:
-        """The tower with a method's adapter; None if it was not trained."""
+        """The tower of a method, with its adapter; None if it was not trained."""
+        if method.variant == FULL:
+            return self.full
         if method.variant is not None and method.variant not in self.adapters:
             return None
         self.tower.sparse_adapter = self.adapters.get(method.variant)
@@ -158,9 +164,14 @@ def measure_clip(bench: Bench, clip: Clip, side: int) -> dict[str, np.ndarray]:
         found[f"{name}|{activity}|embeddings"] = torch.stack(embeddings).squeeze(1).numpy()
         found[f"{name}|{activity}|ms"], found[f"{name}|{activity}|cost"] = np.array(milliseconds), np.array(costs)
 
+    def dense(tower: nn.Module) -> list[tuple[Any, float]]:
+        return [timed(lambda: tower(pixels, **interpolate), pixels.device) for pixels in clip.pixels]  # noqa: B023
+
     bench.tower.sparse_adapter = None
-    outputs = [timed(lambda: bench.tower(pixels, **interpolate), pixels.device) for pixels in clip.pixels]  # noqa: B023
+    outputs = dense(bench.tower)
     keep("dense", "", [(output.pooler_output, ms, 1.0) for output, ms in outputs])
+    if bench.full is not None and side <= MOST_FOR_OTHERS:
+        keep(f"dense of {FULL}", "", [(output.pooler_output, ms, 1.0) for output, ms in dense(bench.full)])
     num_patches, states, masks = (side // bench.tower.config.patch_size) ** 2, {}, []
     for activity, rule in ACTIVITIES.items():
         limit = {"token_budget": math.ceil((1 - SKIPPED) * num_patches)} if rule == "budget" else {}
@@ -172,7 +183,7 @@ def measure_clip(bench: Bench, clip: Clip, side: int) -> dict[str, np.ndarray]:
                 method.options if "preset" in method.options else {"threshold": THRESHOLD, **limit, **method.options}
             )
             stream, rows = tower.new_stream(**options), []
-            kept = (stream.gate.mode, stream.gate.summary_tokens, "preset" in method.options)
+            kept = (tower is bench.full, stream.gate.mode, stream.gate.summary_tokens, "preset" in method.options)
             for number, pixels in enumerate(clip.pixels):
                 if number == 0 and kept in states:  # a keyframe is the same with an adapter and without
                     state, output = states[kept]
@@ -291,7 +302,7 @@ def rows_of(bench: Bench, side: int, measured: list[dict[str, np.ndarray]]) -> I
     yield figures("dense", "", every_dense, dense_ms, 1.0)
     yield figures("keyframe repeated", "", [held(array, len(array)) for array in every_dense], None, 0.0)
     names = {tuple(key.split("|")[:2]) for clip in measured for key in clip if "|" in key} - {("dense", "")}
-    order = list(METHODS)
+    order = [f"dense of {FULL}", *METHODS]
     for name, activity in sorted(names, key=lambda pair: (pair[1], order.index(pair[0]) if pair[0] in order else 99)):
         if any(f"{name}|{activity}|ms" not in clip for clip in measured):
             continue
@@ -341,6 +352,7 @@ def main(
     weights = key_of(
         tower=fingerprint(bench.tower),
         variants={name: fingerprint(adapter) for name, adapter in bench.adapters.items()},
+        full=None if bench.full is None else fingerprint(bench.full),
         code=model_version(),
         methods={name: dataclasses.asdict(method) for name, method in METHODS.items()},
     )

@@ -18,8 +18,8 @@ QUICK = {"steps": 40, "clip_frames": 8, "keyframe_ages": (8, 8), "batch": 2, "ev
 training = functools.partial(unset, panel="Training")
 TRAINING: Group = {
     "steps": training(int, "Optimizer steps.", "600"),
-    "learning_rate": training(float, "Largest learning rate.", "0.0002"),
-    "batch": training(int, "Clips encoded together.", "4", metavar="N"),
+    "learning_rate": training(float, "Largest learning rate.", "0.0002; full: 3e-05"),
+    "batch": training(int, "Clips encoded together.", "4; full: 1", metavar="N"),
     "accumulate": training(int, "Batches of a step.", "1", metavar="N"),
     "clip_frames": training(int, "Frames of a clip.", "24", metavar="N"),
     "frame_stride": training(int, "Use every Nth frame of the videos.", "3", metavar="N"),
@@ -44,6 +44,10 @@ def distill(
     model: options.VisionModel = None,
     mode: Annotated[str, option("Mode to distill: eliminate, reconstruct, context or extrapolate.")] = "reconstruct",
     out: options.Out = Path("neuroflow-distilled"),
+    method: Annotated[
+        str,
+        option("lora: an adapter that changes sparse frames only; full: all weights, as the paper, which forgets."),
+    ] = "lora",
     held_out: Annotated[
         Path | None,
         option("Video or folder to measure on.", default="every fifth video, or the last quarter of each"),
@@ -85,7 +89,9 @@ def distill(
         chosen = {"mode": mode, "rank": rank, "targets": names, **(QUICK if quick else {}), **own}
         if summary_tokens is not None:
             chosen["summary_tokens"] = summary_tokens
-        settings = DistillSettings(**chosen)
+        settings = (
+            DistillSettings.published(**chosen) if method == "full" else DistillSettings(method=method, **chosen)
+        )
         training = [video.path for place in videos or [None] for video in find_videos(place, truth=False).videos]
         measured = None if held_out is None else [item.path for item in find_videos(held_out, truth=False).videos]
         prepare_folder(out)
@@ -113,8 +119,11 @@ def distill(
             raise typer.Exit(EXIT_INTERRUPTED)
         files = write_report(result, out, base, command_line())
     print_wide(figure_table(HEADERS, held_out_rows(result)), width=100)
-    print_written(out, ["adapter_model.safetensors", "adapter_config.json", "sparse_adapter.json", *files])
-    typer.echo(f'Use it: NeuroFlowSiglipModel.from_pretrained("{source}", sparse_adapter="{out}")')
+    if method == "lora":
+        print_written(out, ["adapter_model.safetensors", "adapter_config.json", "sparse_adapter.json", *files])
+        typer.echo(f'Use it: NeuroFlowSiglipModel.from_pretrained("{source}", sparse_adapter="{out}")')
+    else:
+        print_written(out, ["model.safetensors", "config.json", *files])
 
 
 def parse_sides(text: str) -> tuple[int, ...]:

@@ -7,6 +7,15 @@ from torch.nn import functional as F
 SMALL_ANGLE = 0.02  # radians, a cosine of 0.9998: what is nearer than this counts as right
 
 
+def embedding_loss(student: Tensor, teacher: Tensor, mse: float, cosine: float) -> Tensor:
+    """
+    `mse` times the mean squared error, and `cosine` times 1 - cosine, of embeddings [B, D]: a scalar. With 1 and 0.5,
+    the loss of the paper's distillation.
+    """
+    distance = 1 - F.cosine_similarity(student, teacher, dim=-1)
+    return mse * F.mse_loss(student, teacher) + cosine * distance.mean()
+
+
 def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     log(1 + angle / SMALL_ANGLE) of the angle between embeddings [B, D], in radians, averaged: a scalar. A smaller

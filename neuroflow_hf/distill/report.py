@@ -82,19 +82,30 @@ def plot_distillation(result: DistillResult) -> Figure:
 
 
 def card(result: DistillResult, base: str, command: str) -> str:
-    """The card of the adapter."""
+    """The card of the adapter, or of the model."""
     settings = result.settings
     about = ModelCardData(base_model=base, library_name="transformers", tags=["neuroflow", "siglip", "video"])
-    what = (
-        f"A sparse adapter for `{base}` in mode `{settings.mode}`: low-rank weights (rank {settings.rank}, "
-        f"{', '.join(settings.targets)}) that apply on sparse frames of a video only. On keyframes, and without a "
-        "stream, the model computes what it computed before, to the bit."
-    )
-    use = (
-        "```python\nfrom neuroflow_hf import NeuroFlowSiglipModel\n\n"
-        f'model = NeuroFlowSiglipModel.from_pretrained("{base}", sparse_adapter="path/to/this/folder")\n'
-        "stream = model.new_stream(keyframe_interval=30)\n```"
-    )
+    if settings.method == "lora":
+        what = (
+            f"A sparse adapter for `{base}` in mode `{settings.mode}`: low-rank weights (rank {settings.rank}, "
+            f"{', '.join(settings.targets)}) that apply on sparse frames of a video only. On keyframes, and without a "
+            "stream, the model computes what it computed before, to the bit."
+        )
+        use = (
+            "```python\nfrom neuroflow_hf import NeuroFlowSiglipModel\n\n"
+            f'model = NeuroFlowSiglipModel.from_pretrained("{base}", sparse_adapter="path/to/this/folder")\n'
+            "stream = model.new_stream(keyframe_interval=30)\n```"
+        )
+    else:
+        what = (
+            f"The vision tower of `{base}`, all of whose weights were trained for mode `{settings.mode}`. Zero-shot "
+            "accuracy is lost by this; compare with the original tower before using it."
+        )
+        use = (
+            "```python\nfrom neuroflow_hf import NeuroFlowSiglipVisionModel\n\n"
+            f'model = NeuroFlowSiglipVisionModel.from_pretrained("path/to/this/folder")\n'
+            f'stream = model.new_stream(mode="{settings.mode}", keyframe_interval=30)\n```'
+        )
     table = markdown_table((HEADERS, held_out_rows(result)))
     return (
         f"---\n{about.to_yaml()}\n---\n\n# {base}, distilled for `{settings.mode}`\n\n{what}\n\n{use}\n\n"

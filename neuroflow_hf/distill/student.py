@@ -1,4 +1,4 @@
-"""The student: the model with a sparse adapter that is trained."""
+"""The student: the model with a sparse adapter that is trained, or a copy of it that is trained whole."""
 
 import copy
 from pathlib import Path
@@ -13,13 +13,18 @@ from .settings import DistillSettings
 
 class Student:
     """
-    A student of a dense model, whose own weights are not changed: `model` encodes clips, and `trained` is its adapter.
-    `base` is the checkpoint's name.
+    A student of a dense model, whose own weights are not changed: `model` encodes clips, and `trained` is the module
+    that holds what is trained. `base` is the checkpoint's name.
     """
 
     def __init__(
         self, teacher: NeuroFlowSiglipVisionModel, settings: DistillSettings, summary_tokens: int, base: str | None
     ):
+        self.settings = settings
+        if settings.method == "full":
+            self.model = copy.deepcopy(teacher).requires_grad_(True)
+            self.trained: nn.Module = self.model
+            return
         torch.manual_seed(settings.seed)
         gate = settings.gate(summary_tokens)
         adapter = SparseAdapter(teacher, gate, settings.rank, settings.rank, settings.targets, base)
@@ -43,9 +48,14 @@ class Student:
                 value.copy_(weights[name])
 
     def save(self, folder: Path) -> None:
-        """Write the adapter in half precision."""
-        self.model.sparse_adapter = copy.deepcopy(self.trained).half()
+        """Write the adapter in half precision, or the whole model."""
+        if self.settings.method == "full":
+            self.model.save_pretrained(folder)
+            return
+        adapter = self.model.sparse_adapter
+        assert adapter is not None
+        self.model.sparse_adapter = copy.deepcopy(adapter).half()
         try:
             self.model.save_sparse_adapter(folder)
         finally:
-            self.model.sparse_adapter = self.trained
+            self.model.sparse_adapter = adapter

@@ -1,7 +1,6 @@
 """The training loop: clips through streams, their embeddings towards the dense model's."""
 
-import io
-import pickle
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from ..evaluation.methods import is_native
@@ -21,12 +22,12 @@ from ..video.preprocess import Preprocessor
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .clips import Batch, ClipSet
-from .losses import angle_loss, patch_loss, relation_loss
+from .losses import angle_loss, embedding_loss, patch_loss, relation_loss
 from .measure import HeldOut, improvement, measure, measured_clips, plain_values
 from .settings import DistillSettings
 from .student import Student
 
-STATE = "state.pt"
+STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def distill(
         )
     summary_tokens = settings.summary_tokens_for(min(map(clips.grid_at, clips.resolutions)))
     student = Student(model, settings, summary_tokens, base)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     digests = {"videos": clips.digests[: len(videos)], "held_out": clips.digests[len(videos) :]}
     key = settings.key(**digests, weights=fingerprint(model))
     state = read_state(out / STATE, key, student, optimizer)
@@ -152,7 +153,8 @@ def distill(
                 measured = measure(student.model, clips, summary_tokens)
                 state.held_out[state.step] = measured
                 before, best = state.held_out[0], state.held_out[state.best_step]
-                if improvement(before, measured) > improvement(before, best):
+                # the paper's recipe ends with its last weights
+                if settings.method == "full" or improvement(before, measured) > improvement(before, best):
                     state.best_step, state.best = state.step, student.weights()
             on_step("steps", state.step, settings.steps, measured)
             state.seconds = time.monotonic() - begun
@@ -225,25 +227,28 @@ def clip_losses(
     settings: DistillSettings,
 ) -> Iterator[Tensor]:
     """
-    The loss of each sparse frame of a batch, which sum to the batch's. What a stream remembers carries no gradient, so
-    each frame's is complete when it is yielded, and memory stays that of one frame.
+    The loss of each frame of a batch, which sum to the batch's. What a stream remembers carries no gradient, so each
+    frame's is complete when it is yielded, and memory stays that of one frame.
     """
     preprocess = clips.preprocess_at(batch.frames.shape[-1])
     stream = model.new_stream(batch.frames.shape[1], **gate.to_dict())
+    first = 0 if settings.method == "full" else 1  # a keyframe teaches an adapter nothing
     for number in range(len(batch.frames)):
         pixels = preprocess.normalise(batch.frames[number], model.dtype, model.device)
-        with torch.set_grad_enabled(number > 0):  # a keyframe teaches an adapter nothing
+        with torch.set_grad_enabled(number >= first):
             output = model(pixels, interpolate_pos_encoding=not is_native(model, pixels), stream=stream)
-        if number == 0:
+        if number < first:
             continue
         teacher = batch.teacher[number].to(model.device)
-        loss = angle_loss(output.pooler_output, teacher)
+        loss = embedding_loss(output.pooler_output, teacher, settings.mse, settings.cosine)
+        if settings.angle:
+            loss = loss + settings.angle * angle_loss(output.pooler_output, teacher)
         if settings.patches and batch.patches is not None:
             active, wanted = output.active_mask.flatten(1), batch.patches[number].to(model.device)
             loss = loss + settings.patches * patch_loss(output.last_hidden_state, wanted, active)
         if settings.relations:
             loss = loss + settings.relations * relation_loss(output.pooler_output, teacher)
-        yield loss / (len(batch.frames) - 1)
+        yield loss / (len(batch.frames) - first)
 
 
 def average_gradients(student: Student, accelerator: Accelerator) -> None:
@@ -270,10 +275,19 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 def write_state(path: Path, key: str, state: State, student: Student, optimizer: torch.optim.Optimizer) -> None:
     """Write everything to go on from, whole or not at all."""
-    stored = {**vars(state), "key": key, "held_out": plain_values(state.held_out)}
-    buffer = io.BytesIO()
-    torch.save({**stored, "weights": student.weights(), "optimizer": optimizer.state_dict()}, buffer)
-    write_whole(path, buffer.getvalue())
+    about = {
+        "key": key,
+        "step": state.step,
+        "losses": state.losses,
+        "held_out": plain_values(state.held_out),
+        "best_step": state.best_step,
+        "seconds": state.seconds,
+    }
+    tensors = {f"weights.{name}": value for name, value in student.weights().items()}
+    tensors |= {f"best.{name}": value for name, value in state.best.items()}
+    for place, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{place}.{name}": value.cpu().contiguous() for name, value in moments.items()}
+    write_whole(path, save(tensors, metadata={"neuroflow_distill": json.dumps(about)}))
 
 
 def read_state(path: Path, key: str, student: Student, optimizer: torch.optim.Optimizer) -> State | None:
@@ -286,18 +300,28 @@ def read_state(path: Path, key: str, student: Student, optimizer: torch.optim.Op
     if not path.is_file():
         return None
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged; delete it to begin anew.") from error
-    if stored.pop("key") != key:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["neuroflow_distill"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to begin anew.") from error
+    if about["key"] != key:
         raise ValueError(
             f"{path.parent} holds a distillation with other settings, videos or weights. Choose another folder, or "
             f"delete {path.name} in it to begin anew."
         )
-    student.set_weights(stored.pop("weights"))
-    optimizer.load_state_dict(stored.pop("optimizer"))
-    stored["held_out"] = {
-        step: {name: HeldOut(**figures) for name, figures in measured.items()}
-        for step, measured in stored["held_out"].items()
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    student.set_weights(part("weights."))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in part("optimizer.").items():
+        place, field = name.split(".")
+        moments.setdefault(int(place), {})[field] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    held_out = {
+        int(step): {name: HeldOut(**figures) for name, figures in measured.items()}
+        for step, measured in about["held_out"].items()
     }
-    return State(**stored)
+    return State(about["step"], about["losses"], held_out, about["best_step"], part("best."), about["seconds"])

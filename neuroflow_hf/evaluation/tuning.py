@@ -26,13 +26,16 @@ from .methods import Dense, Method, Step, Streamed, dense_cost, looking_cost
 from .points import Point, Requirement, choose, nearest
 
 SHORTEST_STRETCH = 12
-RUNGS = 9
+RUNGS = 7
 MOST_HOLDS = 30  # lengths of holds that are tried
 
 
-def ladder(mode: str, **ends: tuple[float, float]) -> list[dict]:
-    """Settings of one mode from cheap to faithful: each option goes from one end to the other in geometric steps."""
-    rungs: list[dict] = [{"mode": mode} for _ in range(RUNGS)]
+def ladder(mode: str, fixed: dict | None = None, **ends: tuple[float, float]) -> list[dict]:
+    """
+    Settings of one mode from cheap to faithful: each option goes from one end to the other in geometric steps, and
+    those in `fixed` stay.
+    """
+    rungs = [{"mode": mode, **(fixed or {})} for _ in range(RUNGS)]
     for name, (cheap, faithful) in ends.items():
         for rung, value in zip(rungs, np.geomspace(cheap, faithful, RUNGS).tolist(), strict=True):
             rung[name] = round(value) if isinstance(cheap, int) else float(f"{value:.2g}")
@@ -51,6 +54,9 @@ FAMILIES: dict[str, list[dict]] = {
         "extrapolate", threshold=(0.05, 0.006), sentinels=(0.02, 0.1), cost_budget=(0.06, 0.6)
     ),
     "presets": [PRESETS["thrifty"], PRESETS["balanced"], PRESETS["faithful"]],
+    "extrapolate, dilated and paced": ladder(
+        "extrapolate", {"dilate": 1}, sentinels=(0.04, 0.1), cost_budget=(0.1, 0.75)
+    ),
     "context, keyframes by the clock": ladder("context", threshold=(0.1, 0.003), keyframe_interval=(40, 3)),
 }
 HOLD = "hold by the clock"

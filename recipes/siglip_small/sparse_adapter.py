@@ -1,5 +1,5 @@
 """
-Sparse adapters for `models/neuroflow-siglip-small`, each in less than an hour on two cores:
+Sparse adapters for `models/neuroflow-siglip-small`, and the paper's recipe, each in less than an hour on two cores:
 
     python -m recipes.siglip_small.sparse_adapter reconstruct    # run again to continue
 
@@ -41,6 +41,7 @@ VARIANTS = {
     "eliminate-summary": DistillSettings(**COMMON, mode="eliminate", summary_tokens=64, steps=150),
     "eliminate": DistillSettings(**COMMON, mode="eliminate", summary_tokens=0, steps=150),
     "extrapolate": DistillSettings(**COMMON, mode="extrapolate", summary_tokens=0, steps=200, learning_rate=5e-5),
+    "published": DistillSettings.published(clip_frames=12, evaluate_every=30, steps=90),
 }
 
 

@@ -33,11 +33,19 @@ def test_distill(clip, model_folder, tmp_path):
     assert again.exit_code == 0 and "step 4" not in again.stderr  # nothing is trained again
 
 
+def test_full(clip, model_folder, tmp_path):
+    options = ("--method", "full", "--mode", "eliminate", "--steps", 2, "--clip-frames", 4, "--frame-stride", 1)
+    done = run(clip, "--model", model_folder, "--out", tmp_path, *options)
+    assert done.exit_code == 0, done.output
+    assert NeuroFlowSiglipVisionModel.from_pretrained(tmp_path).config.model_type == "neuroflow_siglip_vision_model"
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (("--mode", "dense"), "Mode `dense` cannot be distilled"),
         (("--mode", "hold"), "Mode `hold` cannot be distilled"),
+        (("--method", "some"), "expected one of lora, full"),
         (("--targets", "head"), "expected some of q_proj"),
         (("--resolutions", "big"), "expected such as 224,448"),
         (("--clip-frames", "500"), "No training video has a clip of 500 frames"),

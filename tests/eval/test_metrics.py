@@ -81,18 +81,18 @@ def test_paired_intervals_of_known_counts():
     assert mcnemar(6, 16) == pytest.approx(0.0525, abs=1e-4)
 
 
-TABLES = [  # of 12 questions
-    PairedCounts(both, first, second, 12 - both - first - second)
-    for both in range(13)
-    for first in range(13 - both)
-    for second in range(13 - both - first)
+TABLES = [  # of 16 questions
+    PairedCounts(both, first, second, 16 - both - first - second)
+    for both in range(17)
+    for first in range(17 - both)
+    for second in range(17 - both - first)
 ]
 
 
 @pytest.mark.parametrize("interval", [paired_difference, paired_ratio])
 def test_paired_intervals_hold_the_truth_about_as_often_as_they_say(interval):
     bounds = np.array([interval(counts) or (0, math.inf) for counts in TABLES])
-    ways = [math.factorial(12) / math.prod(map(math.factorial, counts)) for counts in TABLES]
+    ways = [math.factorial(16) / math.prod(map(math.factorial, counts)) for counts in TABLES]
     for cells in [(0.6, 0.1, 0.15, 0.15), (0.3, 0.2, 0.1, 0.4), (0.8, 0.05, 0.1, 0.05)]:
         both, first, second, _ = cells
         truth = first - second if interval is paired_difference else (both + first) / (both + second)

@@ -154,10 +154,11 @@ def test_stretches_are_spread_over_the_video():
 
 
 def test_a_ladder_goes_from_one_end_to_the_other():
-    rungs = ladder("context", threshold=(0.1, 0.001), keyframe_interval=(40, 3))
-    assert rungs[0] == {"mode": "context", "threshold": 0.1, "keyframe_interval": 40}
-    assert rungs[4]["threshold"] == 0.01 and rungs[4]["keyframe_interval"] == 11
-    assert rungs[-1] == {"mode": "context", "threshold": 0.001, "keyframe_interval": 3}
+    rungs = ladder("context", {"dilate": 1}, threshold=(0.1, 0.001), keyframe_interval=(40, 3))
+    assert rungs[0] == {"mode": "context", "dilate": 1, "threshold": 0.1, "keyframe_interval": 40}
+    middle = rungs[len(rungs) // 2]
+    assert middle["threshold"] == 0.01 and middle["keyframe_interval"] == 11
+    assert rungs[-1] == {"mode": "context", "dilate": 1, "threshold": 0.001, "keyframe_interval": 3}
 
 
 def test_the_candidates_are_settings_and_go_from_frugal_to_faithful():
