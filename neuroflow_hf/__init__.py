@@ -14,6 +14,7 @@ from .attachment import Attachment, StreamSession, attach
 from .language.bypass_config import NeuroFlowBypassConfig
 from .language.bypass_state import BypassStatistics
 from .language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
+from .language.drafter import NeuroFlowDrafter, NeuroFlowDrafterConfig
 from .language.lossless_config import NeuroFlowLosslessConfig
 from .language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM, NeuroFlowPhi3Model
 from .language.speculative_decoding import LosslessCounts, NeuroFlowLosslessOutput
@@ -65,6 +66,8 @@ __all__ = [
     "NeuroFlowDinov2Model",
     "NeuroFlowDinov2WithRegistersConfig",
     "NeuroFlowDinov2WithRegistersModel",
+    "NeuroFlowDrafter",
+    "NeuroFlowDrafterConfig",
     "NeuroFlowGateConfig",
     "NeuroFlowLosslessConfig",
     "NeuroFlowLosslessOutput",

@@ -634,26 +634,17 @@ def json_table(report: dict) -> str:
     return f"{markdown_table(json_drift.json_table(report))}\n\n`{report['command']}`: {json_drift.describe(report)}"
 
 
-def drafters_table(report: dict) -> str:
-    """The drafters that `neuroflow tune-drafts` found, by the time that they save."""
-    rows = [{"prompts": "searched on", **row} for row in report["drafters"]]
-    rows.append({"prompts": "held out", **report["held_out"]})
-    for row in rows:
-        row["parts"] = f"{len(row['attention'])} + {len(row['mlp'])}"
-    columns = {
-        "prompts": "{prompts}",
-        "attention + MLP parts left out": "{parts}",
-        "cost of a draft token (dense step = 1)": "{cost:.2f}",
-        "agreement": "{agreement:.0%}",
-        "agreement needed": "{needed:.0%}",
-        "speed, at most (dense = 1)": "{speed:.2f}",
-    }
-    note = (
-        "`{0}`: {model}, {prompts} prompts, half of them held out, {new_tokens} tokens of each, {dtype}. Dense "
-        "forwards cost: {1}."
-    )
-    checks = ", ".join(f"{int(n) + 1} tokens {cost:.2f}" for n, cost in report["check"].items() if n != "0")
-    return table(rows, columns, note.format(report["command"], checks, **report["settings"]))
+def check_table(report: dict) -> str:
+    """What a verification costs by its number of tokens."""
+    names = {"turned": "weights times tokens", "usual": "tokens times weights, the usual product"}
+    counts = [count for count in report["costs"]["turned"] if count != "1"]
+    columns = {"products": "{name}"} | {f"{count} tokens, in dense steps": f"{{t{count}:.2f}}" for count in counts}
+    rows = [
+        {"name": words, **{f"t{count}": report["costs"][name][count] for count in counts}}
+        for name, words in names.items()
+    ]
+    note = f"`{report['command']}`: {report['model']}, one thread, processor time, the least of seven."
+    return table(rows, columns, note)
 
 
 BLOCKS = {
@@ -692,7 +683,7 @@ BLOCKS = {
     "patches": (patches_table, "vision_policies"),
     "tower share": (tower_share_table, "tower_share"),
     "lossless": (lossless_table, "benchmark_lossless"),
-    "drafters": (drafters_table, "tune_drafts"),
+    "checks": (check_table, "check_costs"),
 }
 
 

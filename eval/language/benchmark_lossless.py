@@ -2,6 +2,7 @@
 How fast lossless generation is: the loop with each drafter and without drafts, and transformers' own loops.
 
     python -m eval.language.benchmark_lossless --limit 3 --new-tokens 48 --turns 1    # SmolLM2, fetched on first use
+    python -m eval.language.benchmark_lossless --drafter FOLDER --limit 10 --new-tokens 48 --turns 1
     python -m eval.language.benchmark_lossless --model CHECKPOINT --output other.json
 
 Prompts: `eval/prompts/prompts.jsonl`, a line each: `{"task": ..., "prompt": ...}`. Greedy text until the end token or
@@ -9,7 +10,7 @@ Prompts: `eval/prompts/prompts.jsonl`, a line each: `{"task": ..., "prompt": ...
 so that a slow phase of the machine affects all alike. A prompt's time is the median of its turns. Comparisons are
 paired: a variant's speed on a prompt over that of the loop without drafts. The stock model's own `generate`, with and
 without its prompt lookup, is timed too, to tell the gain of a lean loop from the gain of drafts. With `--bypass`,
-the bypassed model drafts, too.
+the bypassed model drafts, too; with `--drafter`, a trained drafter alone, and together with the lookup.
 
 Processor time counts, since other programs delay the clock on a shared machine; the clock is written down, too. The
 rule that decides whether drafting pays reads processor time here, and the clock elsewhere.
@@ -52,6 +53,7 @@ from neuroflow_hf.utils.provenance import checkout_commit, model_version
 
 STOCK = {"stock": {}, "stock lookup": {"prompt_lookup_num_tokens": 10}}  # 10: the value of transformers' guide
 DRAFTERS = {"dense": "none", "lookup": "lookup", "bypass": "bypass"}
+TRAINED = {"drafter": {"max_ngram": 0}, "drafter and lookup": {}}  # variants of `--drafter`, and their options
 CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
 ROUNDING = 1e-5
 RESAMPLES = 2000
@@ -76,7 +78,9 @@ def generate(model, ids: torch.Tensor, variant: str, options: dict, new_tokens: 
     else:
         kwargs["custom_generate"] = functools.partial(
             decode_losslessly,
-            options=NeuroFlowLosslessConfig.from_options({**options, "drafter": DRAFTERS[variant]}),
+            options=NeuroFlowLosslessConfig.from_options(
+                {**options, **TRAINED[variant]} if variant in TRAINED else {**options, "drafter": DRAFTERS[variant]}
+            ),
             make_drafts=functools.partial(Drafts, clock=time.process_time),
         )
     begun = {name: clock() for name, clock in CLOCKS.items()}
@@ -189,6 +193,9 @@ def main(
     bypass: Annotated[
         str | None, typer.Option(help="JSON: options of a bypass that drafts.", show_default="none drafts")
     ] = None,
+    drafter: Annotated[
+        Path | None, typer.Option(help="Folder of a trained drafter.", show_default="none drafts")
+    ] = None,
     options: Annotated[str | None, typer.Option(help="JSON: other options of lossless generation.")] = None,
     threads: Annotated[int, typer.Option(help="Number of torch threads.")] = 1,
     seed: Annotated[int, typer.Option(help="Random seed for the order of variants.")] = 0,
@@ -201,13 +208,18 @@ def main(
     model = model or smollm2_folder()
     torch.set_num_threads(threads)
     lossless = json.loads(options or "{}") | ({"bypass": json.loads(bypass)} if bypass else {})
+    lossless |= {"drafter": str(drafter)} if drafter else {}
+    variants = [name for name in (*STOCK, *DRAFTERS) if name != "bypass" or bypass] + (
+        list(TRAINED) if drafter else []
+    )
     settings = {
         "model": model.name,
         "weights": digest_of(*sorted(model.glob("*.safetensors"))),
         "prompts": digest_of(prompts),
         **{"new_tokens": new_tokens, "least_tokens": least_tokens, "turns": turns, "seed": seed, "dtype": "float32"},
         "options": lossless,
-        "variants": [name for name in (*STOCK, *DRAFTERS) if name != "bypass" or bypass],
+        "drafter": drafter and digest_of(*sorted(drafter.glob("*.safetensors"))),
+        "variants": variants,
         **{name: provenance()[name] for name in ("machine", "versions")},
         "code": model_version(),
     }
@@ -221,7 +233,7 @@ def main(
     language_model = NeuroFlowPhi3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     rows = prompts_in_turn(prompts, limit)
     encoded = {number: torch.tensor([encode_prompt(tokenizer, prompt)]) for number, prompt in rows}
-    for variant in settings["variants"]:  # warm-up
+    for variant in variants:  # warm-up
         generate(language_model, encoded[rows[0][0]], variant, lossless, 8)
     for number, prompt in rows:
         if number in done:

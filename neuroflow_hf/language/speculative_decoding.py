@@ -10,8 +10,8 @@ makes both agree about as often as two distributions can (a Gumbel coupling: Dal
 Without drafts, the same loop is a baseline: it shows how much of a speed-up is due to drafts.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -33,7 +33,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .bypass_config import NEVER, NeuroFlowBypassConfig
 from .bypass_state import find_state
-from .draft_policy import Drafts, DraftWithBypass
+from .draft_policy import Drafts, DraftWithModel
+from .drafter import DrafterState, load_drafter
 from .few_tokens import linear_layers, turned
 from .layer_skip import LayerChanges
 from .lossless_config import NeuroFlowLosslessConfig
@@ -70,7 +71,7 @@ class LosslessCounts:
         tokens: new tokens.
         checks: dense forwards after the prompt's, each of which gave at least one token.
         drafts: checks with a draft.
-        draft_steps: bypassed forwards.
+        draft_steps: forwards of the bypassed model or the drafter.
         drafted: draft tokens.
         accepted: draft tokens that verification kept.
     """
@@ -126,6 +127,8 @@ class DecodingState:
         self.changes: LayerChanges | None = None
         self.linear_layers = linear_layers(model)
         bypass = options.draft_bypass(model.config.num_hidden_layers, model.config.bypass_similarities)
+        self.drafter = DrafterState(load_drafter(options.drafter, model), model) if options.is_trained else None
+        self.states = torch.empty(0)  # [n, D], final hidden states at the last forward's tokens, for the drafter
         if options.drafter == "bypass":
             if bypass.passes_over_layers:
                 self.changes = LayerChanges(bypass.layers, options.reuse)
@@ -142,8 +145,12 @@ class DecodingState:
         if self.changes is not None:
             self.changes.begin()
             inputs["bypass_step"] = self.changes
+        if self.drafter is not None:
+            inputs["output_hidden_states"] = True
         output = self.model(**inputs)
         self.cache = output.past_key_values
+        if self.drafter is not None:
+            self.states = output.hidden_states[-1][0]
         return output.logits[0]
 
     def feed_prompt(self, next_sequence_length: int | None) -> torch.Tensor:
@@ -169,6 +176,8 @@ class DecodingState:
         logits = self.forward(inputs, 1, self.check_bypass)
         if positions is not None:
             self.first_position = int(positions[0, -1]) + 1 - self.cache.get_seq_length()
+        if self.attention_mask is not None:
+            self.states = self.states[-int(self.attention_mask.sum()) :]  # without padding
         return logits
 
     def feed_again(self) -> torch.Tensor:
@@ -225,26 +234,40 @@ class DecodingState:
                     limit = min(limit, self.switch - fed)
         return limit
 
-    def draft(self, token: int, length: int, choose: Choose, ends: set[int]) -> list[int]:
+    def draft(self, length: int, choose: Choose, ends: set[int]) -> tuple[list[int], list[float]]:
         """
-        Up to `length` tokens that the bypassed model generates after `token`. The cache is left as it was.
+        Up to `length` tokens that the drafter or the bypassed model generates after the text, and the probability that
+        it gives to each. All caches are left as they were.
 
         Args:
             choose: chooses a token by its logits.
             ends: tokens that end a text.
         """
         drafted: list[int] = []
+        probabilities: list[float] = []
+        with nullcontext() if self.drafter else self.drafting_with_bypass(drafted):
+            while len(drafted) < length:
+                tokens = self.tokens + drafted
+                if self.drafter is None:
+                    logits = self.feed(tokens[-1:], 1, self.draft_bypass)
+                else:
+                    logits = self.drafter.logits_after(tokens)
+                drafted.append(choose(logits, drafted))
+                probabilities.append(logits[0].float().softmax(dim=0)[drafted[-1]].item())
+                if probabilities[-1] < self.options.min_confidence or drafted[-1] in ends:
+                    break
+        if self.drafter is not None:
+            self.drafter.take_back(len(drafted))
+        return drafted, probabilities
+
+    @contextmanager
+    def drafting_with_bypass(self, drafted: list[int]) -> Iterator[None]:
+        """Within the context, the bypassed model drafts these tokens; after it, the cache is as before."""
         # layers replace their tensors on every write, so references to the old ones are enough
         kept = [dict(vars(layer)) for layer in self.cache.layers]
         if self.changes is not None:
             self.changes.is_drafting = True
-        while len(drafted) < length:
-            logits = self.feed([token], 1, self.draft_bypass)
-            token = choose(logits, drafted)
-            drafted.append(token)
-            unsure = logits[0].float().softmax(dim=0)[token].item() < self.options.min_confidence
-            if unsure or token in ends:
-                break
+        yield
         state = find_state(self.cache)
         for layer, fields in zip(self.cache.layers, kept, strict=True):
             if layer is not state:
@@ -253,12 +276,13 @@ class DecodingState:
             self.changes.is_drafting = False
         elif state is not None:
             state.crop(-len(drafted))
-        return drafted
 
     def check(self, drafted: list[int]) -> torch.Tensor:
         """Feed the last token and a draft densely and return the logits after each of them, [1 + drafted, V]."""
         if self.must_feed_again:
-            return self.feed_again()
+            logits = self.feed_again()
+            self.states = self.states[-1:]  # the drafter knows the others
+            return logits
         record_past(self.cache, bool(drafted))
         with turned(self.linear_layers, len(drafted) + 1):
             logits = self.feed([self.tokens[-1], *drafted], len(drafted) + 1, self.check_bypass)
@@ -267,7 +291,9 @@ class DecodingState:
         return logits
 
     def take_back(self, length: int) -> None:
-        """Remove the last positions from the cache, so that it holds all tokens but the last."""
+        """Remove the last positions from the cache, so that it holds all tokens but the last, and tell the drafter."""
+        if self.drafter is not None:
+            self.drafter.unread.append(self.states[: len(self.states) - length])
         if self.changes is not None:
             self.changes.last = -1 - length
         if length or any(getattr(layer, "record_past", False) for layer in self.cache.layers):
@@ -326,7 +352,7 @@ def decode_losslessly(
     generation_config: GenerationConfig,
     options: NeuroFlowLosslessConfig,
     streamer: BaseStreamer | None = None,
-    make_drafts: Callable[[NeuroFlowLosslessConfig, DraftWithBypass], Drafts] = Drafts,
+    make_drafts: Callable[[NeuroFlowLosslessConfig, DraftWithModel], Drafts] = Drafts,
     **model_kwargs: Any,
 ) -> torch.Tensor | NeuroFlowLosslessOutput:
     """
@@ -334,7 +360,8 @@ def decode_losslessly(
 
     Args:
         options: the drafter and its options.
-        make_drafts: makes a [`Drafts`] from the options and the bypassed model's `(token, length) -> tokens`.
+        make_drafts: makes a [`Drafts`] from the options and the model's or the drafter's `length -> tokens and their
+            probabilities`.
 
     Logits processors and stopping criteria are called once for every token that is kept, in the order of the text, as
     in dense generation. They may keep state, such as a grammar or a cache.
@@ -352,14 +379,14 @@ def decode_losslessly(
     def choose(logits: torch.Tensor, drafted: list[int]) -> int:
         return next_token(score(logits, stateless, tokens + drafted), samples)
 
-    def draft_with_bypass(token: int, length: int) -> list[int]:
+    def draft_with_model(length: int) -> tuple[list[int], list[float]]:
         # the verification draws with the same random numbers
         with fork_rng(input_ids.device) if samples else nullcontext():
-            drafted = sequence.draft(token, length, choose, stop.ends)
+            drafted, probabilities = sequence.draft(length, choose, stop.ends)
         counts.draft_steps += len(drafted)
-        return drafted
+        return drafted, probabilities
 
-    drafts = make_drafts(options, draft_with_bypass)
+    drafts = make_drafts(options, draft_with_model)
     wants = generation_config.return_dict_in_generate
     kept_scores: list[torch.Tensor] | None = [] if wants and generation_config.output_scores else None
     kept_logits: list[torch.Tensor] | None = [] if wants and generation_config.output_logits else None

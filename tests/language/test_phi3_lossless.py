@@ -36,6 +36,7 @@ from tests.phi3_models import (
     KINDS,
     VOCABULARY,
     adopt,
+    make_drafter,
     make_ours,
     make_stock,
     make_tokenizer,
@@ -43,10 +44,10 @@ from tests.phi3_models import (
     run_steps,
 )
 
-DRAFTERS = ("none", "lookup", "bypass")
+DRAFTERS = ("none", "lookup", "bypass", "trained")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_drafter = pytest.mark.parametrize("drafter", DRAFTERS)
-each_that_drafts = pytest.mark.parametrize("drafter", ["lookup", "bypass"])  # lookup also has steps without a draft
+each_that_drafts = pytest.mark.parametrize("drafter", DRAFTERS[1:])  # lookup also has steps without a draft
 NEW = 24
 
 
@@ -57,8 +58,16 @@ def models(kind, seed=0):
     return stock, adopt(stock)
 
 
+@functools.cache
+def untrained_drafter():
+    """A drafter that fits all of these models, and is kept now and then."""
+    return make_drafter(models("plain")[1])
+
+
 def options_of(drafter, **options):
-    """Drafts of a fixed length, from a drafter that skips the second and third layers."""
+    """Drafts of a fixed length, from a drafter that skips the second and third layers, or from an untrained one."""
+    if drafter == "trained":
+        options |= {"drafter": untrained_drafter(), "max_ngram": 0}
     return {
         "drafter": drafter,
         "draft_length": 3,
@@ -82,7 +91,7 @@ def assert_same_text(stock, text, expected, prompt_length):
 @each_kind
 @pytest.mark.parametrize(
     "drafter, draft_length",
-    [("none", None), ("lookup", None), ("lookup", 5), ("bypass", None), ("bypass", 1), ("bypass", 5)],
+    [("none", None), *itertools.product(("lookup", "bypass", "trained"), (None, 5)), ("bypass", 1), ("trained", 1)],
 )
 def test_the_text_is_that_of_dense_generation(kind, drafter, draft_length):
     stock, ours = models(kind)
@@ -102,6 +111,8 @@ def test_the_text_is_that_of_dense_generation(kind, drafter, draft_length):
     assert counts.accepted <= counts.drafted
     if drafter == "bypass":
         assert counts.draft_steps == counts.drafted > 0
+    elif drafter == "trained":
+        assert counts.draft_steps >= counts.drafted
     else:
         assert counts.draft_steps == 0
     if drafter == "none":
@@ -146,7 +157,7 @@ def test_a_draft_changes_by_what_each_run_of_layers_changed_at_the_last_position
 class Scripted:
     """Drafts from a script, in the place of `Drafts`."""
 
-    def __init__(self, script, options, draft_with_bypass):
+    def __init__(self, script, options, draft_with_model):
         self.script = script
 
     def next(self, tokens, limit):
@@ -211,7 +222,7 @@ def test_whatever_drafts(kind, drafter, prompt, seed, draft_length, target, thre
     stock, ours = models(kind, seed)
     ids = torch.tensor([prompt])
     lossless = {
-        "drafter": drafter,
+        "drafter": untrained_drafter() if drafter == "trained" else drafter,
         "draft_length": draft_length,
         "min_confidence": min_confidence,
         "reuse": reuse,
@@ -769,10 +780,10 @@ class Machine:
         options = NeuroFlowLosslessConfig(drafter=drafter, **options)
         self.drafts = Drafts(options, self.draft_tokens, lambda: self.now)
 
-    def draft_tokens(self, token, length):
+    def draft_tokens(self, length):
         self.now += self.draft * length
         right = self.text[self.length : self.length + min(length, self.right)]
-        return right + [0] * (length - len(right))
+        return right + [0] * (length - len(right)), [0.9] * len(right) + [0.1] * (length - len(right))
 
     def steps(self, count):
         """The lengths of the drafts of so many steps."""

@@ -1,0 +1,1 @@
+"""What a drafter of SmolLM2 is trained on."""
