@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.conftest import TINY_VISION, lively
+from tests.conftest import TINY_VISION, lively, random_video
 
 IMAGE, VIDEO = 97, 98
 VISION = {"model_type": "siglip_vision_model", **TINY_VISION, "vision_use_head": False}
@@ -76,6 +76,12 @@ class Tiny:
         options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
         answer = model.generate(**inputs, **options)
         return answer.sequences, torch.stack(answer.logits)
+
+
+def still_and_moving(frames: int) -> torch.Tensor:
+    """Two clips [2, T, C, H, W] in float64: one of a single picture, one of which little changes."""
+    moving = torch.cat(random_video(frames, changed=0.05)).double()
+    return torch.stack([moving[:1].expand_as(moving), moving])
 
 
 def vlm(text: str, **options) -> dict:

@@ -46,7 +46,7 @@ def attach(model: nn.Module, preset: str = "faithful", rows: Rows = "auto", **ga
     """
     if rows not in get_args(Rows):
         raise ValueError(f"`rows` is {rows!r}; expected one of {', '.join(map(repr, get_args(Rows)))}.")
-    attachment = Attachment(rows, {"preset": preset, **gate_options})
+    attachment = Attachment(model, rows, {"preset": preset, **gate_options})
     if NeuroFlowGateConfig.from_options(attachment.gate_options).mode == "eliminate":
         raise ValueError("Mode `eliminate` returns active patches only, and these models read all; choose another.")
     towers = find_towers(model)

@@ -1,17 +1,18 @@
 """What is remembered from call to call: by one request, and by an attached model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import SiglipVisionModel
+from transformers import PreTrainedModel, SiglipVisionModel
 
 from ..vision.gate_config import GateOption
 from ..vision.stream import NeuroFlowStream
 from .classes import STOCK, VIDEO_METHOD, change_classes
+from .static_tokens import drop_static_tokens, image_tokens_of
 
 Rows = Literal["auto", "frames", "cameras", "images"]
 # what `Attachment.using` set; outside of the attachments, since a model that holds a ContextVar cannot be copied
@@ -27,11 +28,14 @@ class StreamSession:
         streams (`dict[str, NeuroFlowStream]`): by the tower's name in the model, filled by the first call.
         cost (`torch.FloatTensor` of shape `(rows,)`, *optional*):
             Multiply-adds of the tower for each row of the last call, over those of a dense one; None if it was dense.
+        retention_mask (`torch.BoolTensor` of shape `(image tokens,)`, *optional*):
+            Which image tokens the last `drop_static_tokens` kept, flattened over clips, frames, rows and columns.
     """
 
     def __init__(self) -> None:
         self.streams: dict[str, NeuroFlowStream] = {}
         self.cost: torch.Tensor | None = None
+        self.retention_mask: torch.Tensor | None = None
 
     def stream_of(self, tower: str, cameras: int) -> NeuroFlowStream | None:
         """
@@ -60,8 +64,8 @@ class Attachment:
         gate_options (`dict`): the options of new streams. May be changed between calls.
     """
 
-    def __init__(self, rows: Rows, gate_options: dict[str, GateOption]):
-        self.rows, self.gate_options = rows, gate_options
+    def __init__(self, model: nn.Module, rows: Rows, gate_options: dict[str, GateOption]):
+        self.model, self.rows, self.gate_options = model, rows, gate_options
         self.towers: dict[str, SiglipVisionModel] = {}
         self.video_models: list[nn.Module] = []
         self.own_session = StreamSession()
@@ -100,6 +104,48 @@ class Attachment:
     def cost(self) -> torch.Tensor | None:
         """Of the session's last call, see [`StreamSession`]."""
         return self.session.cost
+
+    @property
+    def share_kept(self) -> float | None:
+        """The share of the image tokens that the session's last `drop_static_tokens` kept."""
+        mask = self.session.retention_mask
+        return None if mask is None else mask.float().mean().item()
+
+    def drop_static_tokens(
+        self, inputs: Mapping[str, Any], retention_mask: torch.Tensor | None = None
+    ) -> dict[str, Any]:
+        """
+        Encode the frames of a prompt, and leave out the image tokens that repeat earlier frames:
+        `model.generate(**attached.drop_static_tokens(inputs))`.
+
+        A clip's first frame keeps all of its tokens; later ones keep those that read a patch that was encoded. Tokens
+        keep their positions, and the answer's positions follow the last of them. For Gemma 3 and PaliGemma, whose
+        frames are images of the prompt (`rows="frames"`), and videos of LLaVA-OneVision.
+
+        Args:
+            inputs: of the processor. Features that were computed before are taken from `mm_encoder_outputs`; the
+                images of a prompt must then be consecutive frames of one stream.
+            retention_mask (`torch.BoolTensor` of shape `(image tokens,)`, *optional*):
+                Which tokens to keep, instead of the gate's choice: one value for each image token, flattened over
+                clips, frames, rows and columns. vLLM's EVS and VideoLLaMA 3 make masks of this shape.
+
+        Returns:
+            `dict`: inputs with features in place of pixels, fewer tokens, and `position_ids`. Prompts that keep
+            different numbers are padded on the left. The share is in `share_kept`, the mask in the session.
+
+        Raises:
+            ValueError: for other models, for frames that were encoded densely or are of different cameras, and if text
+                and features do not fit.
+        """
+        images = image_tokens_of(self.model).modality == "image"
+        if images and self.rows == "cameras" and not inputs.get("mm_encoder_outputs"):
+            raise ValueError(
+                'With `rows="cameras"`, the images of a prompt are of different cameras, and what they repeat is not '
+                'in the prompt. Use `rows="frames"`, or pass the frames\' features in `mm_encoder_outputs`.'
+            )
+        model = cast(PreTrainedModel, self.model)
+        trimmed, self.session.retention_mask = drop_static_tokens(model, inputs, retention_mask)
+        return trimmed
 
     def reset(self) -> None:
         """Forget the session's streams: the next call starts new ones, of any number of cameras."""
