@@ -386,22 +386,21 @@ def headline_table(report: dict) -> str:
     return table(report["rows"], columns)
 
 
-def variants_table(report: dict) -> str:
+def adapters_table(*reports: dict) -> str:
     """Figures on held-out clips before and after each distillation, and of the keyframe repeated."""
     rows = []
-    for name, variant in report["variants"].items():
-        settings = variant["settings"]
+    for report in reports:
+        settings, after = report["settings"], report["held_out"][str(report["best_step"])]
         about = {
-            "name": name,
+            "name": report["command"].split()[-1],
             "method": "adapter" if settings["method"] == "lora" else "all weights",
             "summary": settings["summary_tokens"] or 0,
-            "steps": variant["steps"],
-            "minutes": variant["seconds"] / 60,
+            "steps": len(report["losses"]),
+            "minutes": report["seconds"] / 60,
         }
-        after = variant["held_out"][str(variant["best_step"])]
         rows += [
             {**about, "share": share, "before": before, "after": after[share]}
-            for share, before in variant["held_out"]["0"].items()
+            for share, before in report["held_out"]["0"].items()
         ]
     columns = {
         "variant": "`{name}`",
@@ -415,13 +414,6 @@ def variants_table(report: dict) -> str:
         "keyframe repeated: mean, p5": "{before[repeated_mean]:.4f}, {before[repeated_p5]:.4f}",
     }
     return table(rows, columns)
-
-
-def adapters_table(*reports: dict) -> str:
-    """Distillations at several activities, each report as `neuroflow distill` writes it."""
-    return variants_table(
-        {"variants": {report["settings"]["mode"]: {"steps": len(report["losses"]), **report} for report in reports}}
-    )
 
 
 def held_out_table(report: dict) -> str:
@@ -665,8 +657,10 @@ BLOCKS = {
     "streams": (streams_table, "benchmark_streams"),
     "search": (search_table, "benchmark_search"),
     "headline": (headline_table, "headline"),
-    "variants": (variants_table, "headline"),
-    "adapters": (adapters_table, "distill_reconstruct", "distill_extrapolate"),
+    "adapters": (
+        adapters_table,
+        *("distill_reconstruct", "distill_extrapolate", "distill_eliminate_summary", "distill_published"),
+    ),
     "held-out": (held_out_table, "distill_reconstruct"),
     "run": (run_table, "run"),
     "labels": (labels_table, "run_labels"),

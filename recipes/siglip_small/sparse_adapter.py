@@ -5,11 +5,13 @@ Sparse adapters for `models/neuroflow-siglip-small`, and the paper's recipe, eac
 
 Clips to learn from are recorded footage (`footage.csv`) and composed clips of every motion, of the drawings and
 photographs of training; the held-out clips, on which the best weights are chosen, have other drawings, photographs and
-footage. Clips, states and results lie in the recipes' cache. `eval/vision/headline.py` compares the variants.
+footage. Clips, states and results lie in the recipes' cache, figures in `eval/results`, and `eval/vision/headline.py`
+compares the variants.
 """
 
 import csv
 import dataclasses
+import shutil
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +38,7 @@ SIDE, COMPOSED_FRAMES, FRAMES_PER_SECOND = 448, 96, 30
 SPLITS = {"training": (8, 101), "held out": (2, 102)}  # clips of each motion, seed
 
 COMMON = {"clip_frames": 12, "keyframe_ages": (12, 12), "evaluate_every": 40}
+RESULTS = Path(__file__).parents[2] / "eval" / "results"
 VARIANTS = {
     "reconstruct": DistillSettings(**COMMON, mode="reconstruct", summary_tokens=64, steps=240),
     "eliminate-summary": DistillSettings(**COMMON, mode="eliminate", summary_tokens=64, steps=150),
@@ -125,6 +128,7 @@ def main(
     if not result.finished:
         raise typer.Exit(130)
     write_report(result, folder, CHECKPOINT.name, f"python -m recipes.siglip_small.sparse_adapter {variant}")
+    shutil.copy(folder / "distill.json", RESULTS / f"distill_{variant.replace('-', '_')}.json")
 
 
 if __name__ == "__main__":
