@@ -52,7 +52,8 @@ PLAN: dict[int, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     896: (("local", "crossing"), (), 6),
     1792: (("local",), (), 3),
 }
-MOST_FOR_OTHERS = 896  # the largest side at which the other towers, architecture D and pruning are measured
+MOST_FOR_OTHERS = 896  # the largest side at which architecture D and pruning are measured
+TRAINED_SIDE = 224  # at which the tower was trained whole: the only side at which it is measured
 ACTIVITIES = {"97% skipped": "budget", "own activity": "threshold"}
 ORACLE = "dense outputs of the active patches (bound)"
 SHIPPED = CHECKPOINT.with_name(f"{CHECKPOINT.name}-reconstruct")
@@ -169,14 +170,15 @@ def measure_clip(bench: Bench, clip: Clip, side: int) -> dict[str, np.ndarray]:
     bench.tower.sparse_adapter = None
     outputs = dense(bench.tower)
     keep("dense", "", [(output.pooler_output, ms, 1.0) for output, ms in outputs])
-    if bench.full is not None and side <= MOST_FOR_OTHERS:
+    if bench.full is not None and side == TRAINED_SIDE:
         keep(f"dense of {FULL}", "", [(output.pooler_output, ms, 1.0) for output, ms in dense(bench.full)])
     num_patches, states, masks = (side // bench.tower.config.patch_size) ** 2, {}, []
     for activity, rule in ACTIVITIES.items():
         limit = {"token_budget": math.ceil((1 - SKIPPED) * num_patches)} if rule == "budget" else {}
         for name, method in METHODS.items():
             tower = bench.tower_of(method)
-            if tower is None or activity not in method.activities:
+            elsewhere = method.variant == FULL and side != TRAINED_SIDE
+            if tower is None or elsewhere or activity not in method.activities:
                 continue
             options = (
                 method.options if "preset" in method.options else {"threshold": THRESHOLD, **limit, **method.options}
@@ -336,16 +338,16 @@ def main(
     """Measure what is missing, and write and show the report."""
     console = Console(stderr=True)
     bench, rows = Bench(console), []
-    weights = key_of(
-        tower=fingerprint(bench.tower),
-        variants={name: fingerprint(adapter) for name, adapter in bench.adapters.items()},
-        full=None if bench.full is None else fingerprint(bench.full),
-        code=model_version(),
-        methods={name: dataclasses.asdict(method) for name, method in METHODS.items()},
-    )
     folder = default_tower_dir().parent / "eval" / "headline"
     for side in map(int, sides.split(",")):
         motions, recorded, count = PLAN[side]
+        weights = key_of(
+            tower=fingerprint(bench.tower),
+            variants={name: fingerprint(adapter) for name, adapter in bench.adapters.items()},
+            full=None if bench.full is None or side != TRAINED_SIDE else fingerprint(bench.full),
+            code=model_version(),
+            methods={name: dataclasses.asdict(method) for name, method in METHODS.items()},
+        )
         measured = []
         for name in (*motions, *recorded):
             path = folder / f"{side}-{name.replace(' ', '-')}-{count}-{weights}.npz"
