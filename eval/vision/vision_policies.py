@@ -50,7 +50,7 @@ from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.vision.gate_config import DEFAULT_PRESET, PRESETS, NeuroFlowGateConfig
 from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
 
-FIDELITIES = (0.95, 0.98, 0.99, 0.995, 0.999)
+FIDELITIES = (0.98, 0.99, 0.999)
 METHODS = {
     **{preset: {"preset": preset} for preset in PRESETS},
     **{f"fidelity {least}": {"min_fidelity": least} for least in FIDELITIES},

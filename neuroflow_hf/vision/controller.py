@@ -63,7 +63,7 @@ class Pace:
     What the controller remembers of a stream.
 
     Args:
-        paid (`float`): what the allowances of the frames since patches were last encoded pay for, at most a keyframe.
+        paid (`float`): what the allowances of the frames since patches were last encoded pay for.
         since_keyframe (`int`): frames since the last keyframe.
         last_surprise (`float`): mean surprise of the last frame, if it was held; else 0.
         usual_surprise (`float`): running mean of the mean surprise of frames that were encoded after waiting; 0 before
@@ -103,7 +103,7 @@ class Pace:
         since = 0 if action == KEYFRAME else self.since_keyframe + 1
         paid, usual, surprise = self.paid + allowance, self.usual_surprise, changes.mean_surprise
         if action == HOLD:
-            return Pace(min(paid, 1.0), since, surprise, usual, self.error.after_hold())
+            return Pace(paid, since, surprise, usual, self.error.after_hold())
         if self.is_cut(surprise):
             usual = 0.0  # of the next scene, nothing is known
         elif self.last_surprise:

@@ -10,7 +10,7 @@ until the next keyframe.
 from dataclasses import dataclass, replace
 
 FIRST_RATE = 1.0  # error per mean surprise before anything is known: more than of nearly all streams
-LEFT_OVER = 0.15  # share of the error that is left of patches that were encoded among outdated ones
+LEFT_OVER = 0.3  # share of the error that is left of patches that were encoded among outdated ones
 FORGETTING = 0.15  # weight of the latest rate in a running mean, if it is lower than the mean
 LEAST_SURPRISE = 1e-4  # of less, the embedding moves by rounding as well
 

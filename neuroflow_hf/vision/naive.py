@@ -227,7 +227,6 @@ class NaiveStream:
         self.latest = 0.0
         if not (keyframe or active):
             self.held.append(mean_surprise)
-            self.paid = min(self.paid, 1)
             return [], False
         self.latest = mean_surprise if keyframe else seen
         self.encoded = 0.0 if keyframe else self.encoded + seen
@@ -258,10 +257,10 @@ class NaiveStream:
             return [], True
         if gate.min_fidelity:
             allowed = (1 - gate.min_fidelity) / self.error_rate  # in surprise
-            if mean_surprise + 0.15 * self.encoded <= allowed:
+            if mean_surprise + 0.3 * self.encoded <= allowed:
                 return [], False
             if not gate.cost_budget:
-                enough = mean_surprise - seen + 0.15 * (self.encoded + seen) <= allowed
+                enough = mean_surprise - seen + 0.3 * (self.encoded + seen) <= allowed
                 return (active, False) if enough and not many else ([], True)
         if self.credit <= -1:
             return [], False

@@ -55,6 +55,16 @@ def test_a_cut_within_steady_motion_is_a_keyframe_at_once_and_no_spree_follows(r
     assert after.count(KEYFRAME) <= 8 * rate + 1
 
 
+def test_a_milder_cut_after_a_quiet_scene_is_a_keyframe_at_once():
+    """Much less has changed than at the last cut, and much was saved since."""
+    pace, cut, milder = Pace(), Changes(1.0, 0.9), Changes(1.0, 0.1)
+    for changes in (cut, milder):
+        for _ in range(100):
+            pace = pace.after(HOLD, Changes(0.0, 0.001), allowance=0.1)
+        assert choose(pace, changes, allowance=0.1, credit=RESERVE) == KEYFRAME
+        pace = pace.after(KEYFRAME, changes, allowance=0.1)
+
+
 def test_few_active_patches_are_encoded_on_every_frame_that_pays_for_them():
     assert set(played(steady, 200, 0.25, active=0.1)[0]) == {SPARSE}
 
