@@ -595,6 +595,25 @@ def tower_share_table(report: dict) -> str:
     return table(report["rows"], columns, f"`{report['command']}`: counted, not timed; prompts of {prompts} tokens.")
 
 
+def static_tokens_table(report: dict) -> str:
+    """Fidelity and cost of image tokens left out, by the gate and by others at the same number of tokens."""
+    columns = {
+        "clips": "{clips} ({count})",
+        "number of tokens": "{at}: {kept:.0%}",
+        "method": "{method}",
+        "cosine mean": "{mean:.4f}",
+        "p5": "{p5:.4f}",
+        "cost: tower": "{tower_share:.2f}",
+        "prefill": "{prefill_share:.2f}",
+        "sum (all tokens = 1)": "{cost:.2f}",
+        "seconds: tower + prefill": "{tower_seconds:.1f} + {prefill_seconds:.1f} = {seconds:.1f}",
+    }
+    note = (
+        "`{command}`: {frames} frames at most, every {every}th of the video, and {prompt} words; means over the clips."
+    )
+    return table(report["rows"], columns, note.format(**report))
+
+
 def lossless_table(report: dict) -> str:
     """Tokens per second with each drafter and with none."""
     settings, last = report["settings"], list(report["summary"].values())[-1]
@@ -682,6 +701,7 @@ BLOCKS = {
     "drift-json": (json_table, "json_drift"),
     "patches": (patches_table, "vision_policies"),
     "tower share": (tower_share_table, "tower_share"),
+    "static tokens": (static_tokens_table, "static_tokens"),
     "lossless": (lossless_table, "benchmark_lossless"),
     "checks": (check_table, "check_costs"),
 }

@@ -112,7 +112,10 @@ class Attachment:
         return None if mask is None else mask.float().mean().item()
 
     def drop_static_tokens(
-        self, inputs: Mapping[str, Any], retention_mask: torch.Tensor | None = None
+        self,
+        inputs: Mapping[str, Any],
+        min_change: float | None = None,
+        retention_mask: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """
         Encode the frames of a prompt, and leave out the image tokens that repeat earlier frames:
@@ -125,6 +128,9 @@ class Attachment:
         Args:
             inputs: of the processor. Features that were computed before are taken from `mm_encoder_outputs`; the
                 images of a prompt must then be consecutive frames of one stream.
+            min_change (`float`, *optional*):
+                Keep the tokens whose features are further than this, as `1 - cosine`, from those of the last token
+                that was kept at their place, instead of the gate's choice. Also for frames that were encoded densely.
             retention_mask (`torch.BoolTensor` of shape `(image tokens,)`, *optional*):
                 Which tokens to keep, instead of the gate's choice: one value for each image token, flattened over
                 clips, frames, rows and columns. vLLM's EVS and VideoLLaMA 3 make masks of this shape.
@@ -144,7 +150,7 @@ class Attachment:
                 'in the prompt. Use `rows="frames"`, or pass the frames\' features in `mm_encoder_outputs`.'
             )
         model = cast(PreTrainedModel, self.model)
-        trimmed, self.session.retention_mask = drop_static_tokens(model, inputs, retention_mask)
+        trimmed, self.session.retention_mask = drop_static_tokens(model, inputs, min_change, retention_mask)
         return trimmed
 
     def reset(self) -> None:

@@ -1,6 +1,6 @@
 """
-Fewer image tokens for the language model: of the frames after a clip's first, only the tokens whose patches were
-encoded. F is the number of frames, N of the tokens of a frame.
+Fewer image tokens for the language model: of the frames after a clip's first, only the tokens that changed. F is the
+number of frames, N of the tokens of a frame.
 """
 
 import inspect
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
+from torch.nn.functional import cosine_similarity, pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -35,6 +35,11 @@ class ImageTokens:
     def pixels(self) -> str:
         """The name of the pixels among a processor's outputs."""
         return "pixel_values_videos" if self.modality == "video" else "pixel_values"
+
+    def per_frame(self, model: Any) -> int:
+        """N."""
+        vision = model.config.vision_config
+        return self.pool(model, torch.zeros(1, (vision.image_size // vision.patch_size) ** 2, 1)).shape[1]
 
 
 def pool_gemma3(model: Any, patches: torch.Tensor) -> torch.Tensor:
@@ -78,11 +83,24 @@ def retained_by_gate(model: nn.Module, tokens: ImageTokens, active_mask: torch.T
     return tokens.pool(model, active_mask.flatten(1).unsqueeze(-1).float()).squeeze(-1) > 0
 
 
-def first_frames(tokens: ImageTokens, num_frames: int, rows: int, in_prompts: torch.Tensor) -> torch.Tensor:
+def changed_since_kept(frames: torch.Tensor, first: list[int], min_change: float) -> torch.Tensor:
+    """
+    Which tokens of frames [F, N, D] are further than this (1 - cosine) from the last kept one of their place: bool
+    [F, N]. All tokens of the `first` frames are kept.
+    """
+    last, masks = frames[0], []
+    for number, frame in enumerate(frames):
+        keep = 1 - cosine_similarity(frame, last, dim=-1) > min_change
+        masks.append(torch.ones_like(keep) if number in first else keep)
+        last = torch.where(masks[-1].unsqueeze(-1), frame, last)
+    return torch.stack(masks)
+
+
+def first_frames(tokens: ImageTokens, num_frames: int, rows: int, in_prompts: torch.Tensor) -> list[int]:
     """The number of each clip's first frame: of a row of a video, of the images of a prompt."""
     if tokens.modality == "video":
-        return torch.arange(0, num_frames, num_frames // rows)
-    return (in_prompts.cumsum(0) - in_prompts)[in_prompts > 0]
+        return list(range(0, num_frames, num_frames // rows))
+    return (in_prompts.cumsum(0) - in_prompts)[in_prompts > 0].tolist()
 
 
 def encode(model: nn.Module, tokens: ImageTokens, inputs: Mapping[str, Any]) -> Any:
@@ -94,7 +112,10 @@ def encode(model: nn.Module, tokens: ImageTokens, inputs: Mapping[str, Any]) -> 
 
 
 def drop_static_tokens(
-    model: PreTrainedModel, inputs: Mapping[str, Any], retention_mask: torch.Tensor | None = None
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    min_change: float | None = None,
+    retention_mask: torch.Tensor | None = None,
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """See [`Attachment.drop_static_tokens`]. Returns the new inputs and the retention mask, bool [F * N]."""
     tokens, ids = image_tokens_of(model), inputs.get("input_ids")
@@ -107,21 +128,27 @@ def drop_static_tokens(
     is_image = ids == getattr(model.config, f"{tokens.modality}_token_id")
     if is_image.sum() != count:
         raise ValueError(f"The text has {is_image.sum()} {tokens.modality} tokens for {count} features.")
+    num_tokens = count - tokens.closing * rows
     if retention_mask is None:
-        if features.get("active_mask") is None:
+        active_mask = features.get("active_mask")
+        if min_change is None and active_mask is None:
             raise ValueError(
                 "These frames were encoded densely, so it is not known what changed. Attach the model with "
-                '`rows="frames"` and call `eval()`, or pass a `retention_mask`.'
+                '`rows="frames"` and call `eval()`, or pass `min_change`.'
             )
-        retained = retained_by_gate(model.base_model, tokens, features["active_mask"])
-        num_frames, per_frame = retained.shape
-        retained[first_frames(tokens, num_frames, rows, is_image.sum(-1).cpu() // per_frame)] = True
+        per_frame = tokens.per_frame(model.base_model)
+        first = first_frames(tokens, num_tokens // per_frame, rows, is_image.sum(-1) // per_frame)
+        if min_change is None:
+            retained = retained_by_gate(model.base_model, tokens, active_mask)
+            retained[first] = True
+        else:
+            frames = pooled[:, : num_tokens // rows].reshape(-1, per_frame, pooled.shape[-1])
+            retained = changed_since_kept(frames, first, min_change)
         retention_mask = retained.flatten()
-    expected = count - tokens.closing * rows
-    if retention_mask.dtype != torch.bool or retention_mask.shape != (expected,):
+    if retention_mask.dtype != torch.bool or retention_mask.shape != (num_tokens,):
         raise ValueError(
             f"`retention_mask` is {retention_mask.dtype} of shape {tuple(retention_mask.shape)}; expected bool of "
-            f"shape ({expected},), one value for each image token of each frame."
+            f"shape ({num_tokens},), one value for each image token of each frame."
         )
     kept = pad(retention_mask.to(pooled.device).view(rows, -1), (0, tokens.closing), value=True)
     # a row for each token, which is what beams and chunks of the prompt can be cut from

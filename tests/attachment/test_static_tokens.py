@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -185,6 +186,30 @@ def test_a_pooled_token_is_kept_if_any_of_its_patches_was_encoded(name, grid):
     ]
     retained = retained_by_gate(model, IMAGE_TOKENS[model.config.model_type], active)
     assert retained.flatten().tolist() == expected and 0 < sum(expected) < len(expected)
+
+
+@each_model
+def test_tokens_that_moved_away_from_the_last_one_kept(name):
+    """Against plain loops; of two clips, where each prompt has one. Dense frames, too."""
+    model, attached = attached_model(name, mode="dense")
+    clips = torch.stack([still_and_moving(FRAMES)[1], still_and_moving(FRAMES)[1].flip(0)])
+    inputs, tokens = prompt(name, clips), MODELS[name].tokens
+    with torch.no_grad():
+        full = getattr(model.base_model, f"get_{KINDS[name]}_features")(inputs[PIXELS[KINDS[name]]]).pooler_output
+    frames = full[:, : FRAMES * tokens].reshape(2, FRAMES, tokens, -1)
+    shares = []
+    for level in (-1, 0.05, 3):
+        expected = torch.ones(2, FRAMES, tokens, dtype=torch.bool)
+        for number, place in itertools.product(range(2), range(tokens)):
+            last = 0
+            for time in range(1, FRAMES):
+                similar = torch.cosine_similarity(*frames[number, [last, time], place], dim=0)
+                expected[number, time, place] = bool(1 - similar > level)
+                last = time if expected[number, time, place] else last
+        attached.drop_static_tokens(inputs, min_change=level)
+        assert torch.equal(attached.session.retention_mask, expected.flatten())
+        shares.append(attached.share_kept)
+    assert shares[0] == 1 and 0.26 < shares[1] < 0.95 and shares[2] == 1 / FRAMES
 
 
 def test_a_mask_from_elsewhere():
