@@ -203,8 +203,10 @@ def short_caption(record: FrameRecord, sample: tuple[float, float] | None) -> st
 def gate_rule(gate: NeuroFlowGateConfig) -> str:
     """The token budget or threshold, the cost budget and the fidelity to keep, in words."""
     rules = [f"{gate.token_budget} patches" if gate.token_budget else f"threshold {gate.threshold:g}"]
-    rules += [f"cost budget {gate.cost_budget:g}"] * (gate.cost_budget is not None)
-    rules += [f"fidelity {gate.min_fidelity:g}"] * (gate.min_fidelity is not None)
+    if gate.cost_budget is not None:
+        rules.append(f"cost budget {gate.cost_budget:g}")
+    if gate.min_fidelity is not None:
+        rules.append(f"fidelity {gate.min_fidelity:g}")
     return ", ".join(rules)
 
 
