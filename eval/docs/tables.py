@@ -26,7 +26,7 @@ REMOVED = "propagate"  # measurement removed this mode (docs/results/dropped.md)
 # Recorded with the presets as they were before the controller of the cost budget. To be measured again; then the name
 # goes from this list.
 BEFORE_CONTROLLER = {
-    *("accuracy", "fidelity", "headline_variants", "motion_masks", "reaction", "run", "run_labels"),
+    *("accuracy", "fidelity", "headline_variants", "motion_masks", "reaction"),
 }
 MASKS = {
     "balanced, last_update, 0.01": "`balanced` (default)",
