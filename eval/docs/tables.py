@@ -202,6 +202,11 @@ def glance_table(
     return table(rows, {"question": "{0}", "measured": "{1}", "best baseline at equal cost": "{2}"})
 
 
+def thousandths(key: str) -> Callable:
+    """A column of the interval of a difference, in thousandths."""
+    return lambda row: " to ".join(f"{1e3 * end:+.2f}" for end in row[key]["interval"])
+
+
 def policies_table(report: dict) -> str:
     """The methods over all clips, each beside the best baseline at its own cost."""
     losses = {name: {} for name in PRESETS}
@@ -212,9 +217,7 @@ def policies_table(report: dict) -> str:
     columns = method_and_cost()
     for name, key in {"mean cosine": "pooled_mean", "p5": "pooled_p5"}.items():
         columns[name], columns[f"best baseline's {name}"] = f"{{{key}[value]:.4f}}", f"{{{key}[control]:.4f}}"
-        columns[f"difference in {name}, thousandths"] = lambda row, key=key: " to ".join(
-            f"{1e3 * end:+.2f}" for end in row[key]["interval"]
-        )
+        columns[f"difference in {name}, thousandths"] = thousandths(key)
     counts = "{pooled_mean[clips][above]}, {pooled_mean[clips][level]}, {pooled_mean[clips][below]}"
     below = (f"`{name}` on {', '.join(of)} (by at most {max(of.values()):.2f})" for name, of in losses.items() if of)
     note = "`{command}`: {clips_measured} clips, {frames} frames each, {tower}.".format(**report)
@@ -285,9 +288,7 @@ def times_table(report: dict) -> str:
     for name in ("mean", "p5"):
         key = f"time pooled_{name}"
         columns[f"{name} (best hold)"] = f"{{{key}[value]:.4f}} ({{{key}[control]:.4f}})"
-        columns[f"{name}: difference, thousandths"] = lambda row, key=key: " to ".join(
-            f"{1e3 * end:+.2f}" for end in row[key]["interval"]
-        )
+        columns[f"{name}: difference, thousandths"] = thousandths(key)
     return table([row for row in pooled(report) if row["method"] in PRESETS or "promise" in row], columns)
 
 
@@ -306,9 +307,7 @@ def beforehand_table(report: dict) -> str:
         key = f"beforehand pooled_{name}"
         columns[name] = f"{{{key}[value]:.4f}}"
         columns[f"its {name}"] = f"{{{key}[control]:.4f}}"
-        columns[f"{name}: difference, thousandths"] = lambda row, key=key: " to ".join(
-            f"{1e3 * end:+.2f}" for end in row[key]["interval"]
-        )
+        columns[f"{name}: difference, thousandths"] = thousandths(key)
     rows = [row for row in report["pooled"] if row["method"] in PRESETS and row["clips"] != "fixed camera"]
     return table(rows, columns)
 

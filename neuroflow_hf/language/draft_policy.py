@@ -176,10 +176,8 @@ class Drafts:
         self.found, start = self.lookup.find(tokens) if self.uses_lookup else (0, 0)
         length = min(self.length(), limit) if self.found or self.options.drafter == "bypass" else 0
         if self.options.is_trained and limit > 0 and self.is_trained_better(length):
-            self.found, draft = (
-                0,
-                self.draft_with_drafter(min(limit, self.options.draft_length or self.options.max_draft)),
-            )
+            most = min(limit, self.options.draft_length or self.options.max_draft)
+            self.found, draft = 0, self.draft_with_drafter(most)
         elif self.found and length > 0:
             draft = repeated(tokens, start, length)
         elif self.found:

@@ -143,7 +143,7 @@ def choose(
         allowance: as of [`allowance_of`]; at least 1 without a budget.
         credit: what the stream has saved, in dense frames. Below 0 it is in debt.
         interval: a keyframe after so many frames without one, as soon as the credit pays for it; None for never.
-        min_fidelity: cosine to dense to keep. Under a budget, no more than that needs is done; without, no less.
+        min_fidelity: cosine to dense to keep. No more is done than that needs, and no less if a keyframe may be paid.
     """
     action, cost = changes.best_encoded
     if interval is not None and pace.since_keyframe + 1 >= interval and credit >= 1:

@@ -44,7 +44,7 @@ class NeuroFlowVisionOutput(BaseModelOutputWithPooling):
             The patches that were encoded on this frame.
         surprise (`torch.FloatTensor` of shape `(B, grid_h, grid_w)`, *optional*):
             `1 - cos(signal, reference)`, float32; 1 on a stream's first frame. None if it was not computed (mode
-            `dense`, and `hold` without `keyframe_fraction` and `keyframe_surprise`).
+            `dense`, and `hold` without `keyframe_fraction`, `keyframe_surprise` and `min_fidelity`).
         skip_rate (`torch.FloatTensor` of shape `(B,)`): `1 - |active| / N`, at layer 0.
         cost (`torch.FloatTensor` of shape `(B,)`):
             Multiply-adds spent on this frame, gate and head included, over those of a dense frame.

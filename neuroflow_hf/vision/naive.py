@@ -259,7 +259,7 @@ class NaiveStream:
             allowed = (1 - gate.min_fidelity) / self.error_rate  # in surprise
             if mean_surprise + 0.3 * self.encoded <= allowed:
                 return [], False
-            if not gate.cost_budget:
+            if allowance >= 1:  # without a budget, or with one that pays for anything
                 enough = mean_surprise - seen + 0.3 * (self.encoded + seen) <= allowed
                 return (active, False) if enough and not many else ([], True)
         if self.credit <= -1:

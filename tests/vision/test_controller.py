@@ -113,3 +113,7 @@ def test_a_budget_decides_where_holding_would_not_keep_the_fidelity():
     assert choose(pace, Changes(0.04, 0.01, 0.01), **options) == HOLD  # which the budget would pay for
     assert choose(pace, Changes(0.04, 0.1, 0.1), **options) == SPARSE
     assert choose(pace, Changes(0.9, 0.1, 0.1), **options) == HOLD
+    # a spread change: the budget would encode the few active patches, the fidelity needs a keyframe
+    spread = Changes(0.04, 0.1, 0.01)
+    assert choose(pace, spread, **options) == SPARSE
+    assert choose(pace, spread, **options | {"allowance": 1.04}) == KEYFRAME
