@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,29 @@ class Query:
     confidence: Callable[[float], float] | None = None
 
 
+def load_for_texts(metadata: dict, source: str | None = None, device: str = "auto") -> tuple[Any, Any]:
+    """
+    The dataset's checkpoint with its text tower, and its tokenizer; arguments and errors are those of `text_query`.
+    """
+    source = checkpoint_of(metadata, source)
+    try:
+        model, _, tokenizer = load_text_model(source, getattr(torch, metadata["dtype"]), device)
+    except NoTextTowerError as error:
+        raise NoTextTowerError(
+            f"{source} reads no text, so texts cannot be looked for. Search by a picture, with --image, or embed "
+            "the videos with a whole SigLIP or SigLIP 2 checkpoint."
+        ) from error
+    require_same_checkpoint(metadata, model.vision_model, source)
+    return model, tokenizer
+
+
 def text_query(
-    metadata: dict, text: str, template: str = TEMPLATE, source: str | None = None, device: str = "auto"
+    metadata: dict,
+    text: str,
+    template: str = TEMPLATE,
+    source: str | None = None,
+    device: str = "auto",
+    loaded: tuple[Any, Any] | None = None,
 ) -> Query:
     """
     Embed a text.
@@ -41,6 +63,7 @@ def text_query(
         template: the text around it, with `{}`; `"{}"` for whole sentences.
         source: folder or Hub name of the checkpoint; default: the one that the dataset names.
         device: as in `load_model`.
+        loaded: what `load_for_texts` gave for this dataset, to embed several texts.
 
     Raises:
         ValueError: for an empty text, one that is too long, and another checkpoint than the dataset's.
@@ -50,15 +73,7 @@ def text_query(
     if not text.strip():
         raise ValueError("The text is empty; expected what to look for, such as `a dog`.")
     check_labels([text], template)
-    source = checkpoint_of(metadata, source)
-    try:
-        model, _, tokenizer = load_text_model(source, getattr(torch, metadata["dtype"]), device)
-    except NoTextTowerError as error:
-        raise NoTextTowerError(
-            f"{source} reads no text, so {text!r} cannot be looked for. Search by a picture, with --image, or embed "
-            "the videos with a whole SigLIP or SigLIP 2 checkpoint."
-        ) from error
-    require_same_checkpoint(metadata, model.vision_model, source)
+    model, tokenizer = loaded or load_for_texts(metadata, source, device)
     labels = embed_labels(model, tokenizer, [text], template)
 
     def confidence(cosine: float) -> float:

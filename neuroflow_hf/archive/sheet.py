@@ -33,20 +33,29 @@ def moment_sheet(dataset: str | Path, moments: Sequence[dict], title: str) -> np
     """
     cells = []
     for moment in moments:
-        video = Path(moment["video"])
-        require_unchanged(Path(dataset), video)
-        picture = fitted(frame_at(video, moment["frame"], moment["best"]).image, *CELL)
-        times = f"{clock(moment['start'])} to {clock(moment['end'])}"
-        cells.append((picture, [f"video {video.name}", f"time {times}, score {moment['score']:.3f}"]))
+        lines = [f"video {Path(moment['video']).name}", f"time {span(moment)}, score {moment['score']:.3f}"]
+        cells.append((moment_picture(dataset, moment), lines))
     return contact_sheet(cells, title, cell_width=CELL[1], legend="")
+
+
+def span(moment: dict) -> str:
+    """A moment's begin and end."""
+    return f"{clock(moment['start'])} to {clock(moment['end'])}"
+
+
+def moment_picture(dataset: str | Path, moment: dict) -> np.ndarray:
+    """The best frame of a moment, uint8 RGB [*CELL, 3]. Arguments and errors are those of `moment_sheet`."""
+    video = Path(moment["video"])
+    require_unchanged(Path(dataset), video)
+    return fitted(frame_at(video, moment["frame"], moment["best"]).image, *CELL)
 
 
 def require_unchanged(dataset: Path, video: Path):
     """FileNotFoundError or VideoError unless a video is as it was when it was embedded."""
     if not video.exists():
         raise FileNotFoundError(
-            f"{video} was embedded and is no longer there, so the contact sheet lacks its picture. Put it back, or "
-            "leave --out out."
+            f"{video} was embedded and is no longer there, so its pictures cannot be shown. Put it back, or delete "
+            f"{file_of(dataset, video)} from the dataset."
         )
     file = file_of(dataset, video)
     if file.exists() and read_metadata(file)["video"] != video_state(video):

@@ -274,7 +274,7 @@ def test_a_checkpoint_without_text_is_named(world, stock_vision, tmp_path):
     (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     options = ("--out", tmp_path / "dataset", "--model", tmp_path / "tower")
     assert call("embed", world / "videos" / "short.mkv", *options).exit_code == 0
-    assert_refused("reads no text, so 'dog' cannot be looked for", tmp_path / "dataset", "dog")
+    assert_refused("reads no text, so texts cannot be looked for", tmp_path / "dataset", "dog")
     Image.new("RGB", (30, 20)).save(tmp_path / "picture.png")
     assert call("search", tmp_path / "dataset", "--image", tmp_path / "picture.png").exit_code == 0
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import neuroflow_hf.loading
 import neuroflow_hf.video.reader
 from neuroflow_hf.cli.main import app
-from neuroflow_hf.cli.run import baseline_note
 from neuroflow_hf.cli.vision_model import parse_gate
+from neuroflow_hf.video.run_tables import baseline_note
 from neuroflow_hf.vision.gate_config import MODE_NAMES
 from tests.conftest import make_stock_tower
 from tests.processes import neuroflow, start

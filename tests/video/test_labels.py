@@ -13,7 +13,6 @@ from safetensors import safe_open
 from transformers import SiglipConfig, SiglipForImageClassification, SiglipModel, SiglipTextConfig, pipeline
 
 from neuroflow_hf import NeuroFlowSiglipModel
-from neuroflow_hf.cli.run import timeline_table
 from neuroflow_hf.loading import ModelLoadError, load_model, load_model_with_labels, load_text_model
 from neuroflow_hf.utils.provenance import fingerprint
 from neuroflow_hf.video.label_records import agreement, label_caption, label_line, percent, shortened, timeline
@@ -23,6 +22,7 @@ from neuroflow_hf.video.plots import LABEL_COLOURS, plot_run
 from neuroflow_hf.video.reader import VideoReader
 from neuroflow_hf.video.records import FrameRecord
 from neuroflow_hf.video.run import run_video
+from neuroflow_hf.video.run_tables import timeline_rows
 from tests.cli.test_run import ALL_FILES, PROCESSOR, assert_clean_error, call, count_frames, read_run
 from tests.conftest import TINY_TEXT, TINY_VISION, lively
 from tests.vision.test_pipelines import LABELS, PIPELINE_TEXT, make_processor
@@ -410,7 +410,8 @@ def test_a_long_timeline_says_where_the_rest_is(clip, folder, tmp_path, monkeypa
     assert "and 2 more" in result.stdout and f"{tmp_path / 'summary.json'}" in result.stdout.replace("\n", "")
     monkeypatch.undo()
     stretch = {"start": 0.0, "end": 0.1, "frames": 1, "label": "[bold]", "confidence": 0.5, "share": 0.5}
-    assert timeline_table({"names": ["[bold]"], "timeline": [stretch] * 30}).row_count == 20
+    _, rows = timeline_rows({"names": ["[bold]"], "timeline": [stretch] * 30})
+    assert rows == [("[bold]", "0.0 to 0.1", "1", "50.0%", "50.0%")] * 30
 
 
 @pytest.mark.parametrize(
