@@ -52,9 +52,8 @@ def choose_active(
         scores, looked_at, mean_scores, changed, mask = None, signal, nothing.sum(-1), nothing, nothing.clone()
 
     numbers = [has_only_finite(looked_at), mean_scores, changed.sum(-1), mask.sum(-1), (changed & mask).sum(-1)]
-    if gate.min_fidelity is not None and scores is not None:
-        change = stream.memory.get(POOLED_CHANGE, torch.zeros_like(mean_scores))
-        numbers += [(scores * mask).mean(-1), change]
+    if gate.is_paced and scores is not None:
+        numbers += [(scores * mask).mean(-1), stream.memory.get(POOLED_CHANGE, torch.zeros_like(mean_scores))]
     count = fixed_count(gate, num_patches)
     per_stream: list[list[float]]
     if torch.compiler.is_compiling() and count is not None:
@@ -66,14 +65,14 @@ def choose_active(
         require_finite([finite for finite, *_ in per_stream])
 
     keyframes, counts, changed_counts, paces = stream.due_keyframes(), [], [], []
-    for index, (_, mean_score, num_changed, num_active, num_both, *for_fidelity) in enumerate(per_stream):
+    for index, (_, mean_score, num_changed, num_active, num_both, *for_pace) in enumerate(per_stream):
         credit, pace, allowance = stream.credit[index], stream.pace[index], 1.0
         if num_active > gate.full_above * num_patches:
             num_active = num_patches
-        changes = Changes(num_active / num_patches, mean_score)
-        if for_fidelity:
-            changes = replace(changes, active_surprise=for_fidelity[0])
-            pace = replace(pace, error=pace.error.learned(for_fidelity[1]))
+        active_surprise, pooled_change = for_pace or (0.0, 0.0)
+        changes = Changes(num_active / num_patches, mean_score, active_surprise)
+        if gate.min_fidelity is not None:
+            pace = replace(pace, error=pace.error.learned(pooled_change))
         if gate.cost_budget is not None:
             allowance = allowance_of(gate.cost_budget - looking, credit, gate.cost_reserve)
         if keyframes[index] or (
@@ -81,7 +80,9 @@ def choose_active(
         ):
             action = KEYFRAME
         elif gate.is_paced:
-            action = choose(pace, changes, allowance, credit, gate.keyframe_interval, gate.min_fidelity)
+            action = choose(
+                pace, changes, allowance, credit, gate.cost_reserve, gate.keyframe_interval, gate.min_fidelity
+            )
         else:
             action = KEYFRAME if num_active == num_patches and gate.full_above < 1 else SPARSE
         keyframes[index] = action == KEYFRAME

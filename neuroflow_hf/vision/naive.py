@@ -116,6 +116,7 @@ class NaiveStream:
         self.model, self.gate, self.looking = model, gate, looking
         self.held: list[float] = []  # mean surprise of the frames since patches were last encoded
         self.since_keyframe, self.usual_surprise, self.paid = 0, 0.0, 0.0
+        self.unchanged, self.after_cut = 0, False
         self.frame, self.credit = 0, float(gate.cost_reserve)
         self.references: dict[str, list[torch.Tensor]] = {}
         self.age: list[int] = []
@@ -224,6 +225,7 @@ class NaiveStream:
         if not keyframe:
             active, keyframe = self.pace(active, cost, allowance, mean_surprise, seen)
         self.since_keyframe = 0 if keyframe else self.since_keyframe + 1
+        self.unchanged = 0 if cost else self.unchanged + 1
         self.latest = 0.0
         if not (keyframe or active):
             self.held.append(mean_surprise)
@@ -233,17 +235,23 @@ class NaiveStream:
         left = self.paid - (1 if keyframe else cost)
         self.paid = 0 if left < 0 or allowance < 0 else min(left, allowance)
         if self.is_cut(mean_surprise):
-            self.usual_surprise = 0.0
-        elif self.held and self.held[-1] > 0:
+            self.usual_surprise, self.after_cut = 0.0, True
+        elif cost and self.held and self.held[-1] > 0:
             usual = self.usual_surprise
             self.usual_surprise = 0.7 * usual + 0.3 * mean_surprise if usual else mean_surprise
+            self.after_cut = False
         self.held = []
         return (everything, True) if keyframe else (active, False)
 
     def is_cut(self, mean_surprise: float) -> bool:
-        """Whether so much changed in one frame as usually between keyframes, and half of that more."""
+        """
+        Whether so much changed in one frame as usually between keyframes, and half of that more. Where that is
+        unknown since a cut, a mean surprise of 0.3.
+        """
         jump = mean_surprise - (self.held[-1] if self.held else 0)
-        return self.usual_surprise > 0 and jump > 1.5 * self.usual_surprise
+        if self.usual_surprise > 0:
+            return jump > 1.5 * self.usual_surprise
+        return self.after_cut and jump > 0.3
 
     def pace(
         self, active: list[int], cost: float, allowance: float, mean_surprise: float, seen: float
@@ -264,6 +272,8 @@ class NaiveStream:
                 return (active, False) if enough and not many else ([], True)
         if self.credit <= -1:
             return [], False
+        if not cost and self.unchanged >= 2 and self.encoded > 0 and self.credit >= gate.cost_reserve / 2 + 1:
+            return [], True
         if (1 if many else cost) <= allowance:
             return ([], True) if many else (active, False)
         if many and self.is_cut(mean_surprise):

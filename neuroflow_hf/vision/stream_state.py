@@ -35,7 +35,7 @@ from .hidden_states import hidden_state_name
 from .layer_step import ModeSpec
 from .summary import SUMMARY_KEY, SUMMARY_OUTPUT, SUMMARY_VALUE
 
-STATE_FORMAT = 6
+STATE_FORMAT = 7
 
 # `ema` and `slow_ema` are named by `NeuroFlowGateConfig.mean_rates`.
 OUTPUT, POOLED, POOLED_CHANGE = "output", "pooled", "pooled_change"

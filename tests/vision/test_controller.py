@@ -16,8 +16,8 @@ def played(surprises_of, frames: int, rate: float, active: float = 1.0) -> tuple
     budget, credit, pace, actions, waited = CostBudget(rate, RESERVE), RESERVE, Pace(), [], 0
     for frame in range(1, frames):
         surprise, allowance = surprises_of(frame, waited), allowance_of(rate, credit, RESERVE)
-        action = choose(pace, Changes(active, surprise), allowance, credit)
-        pace = pace.after(action, Changes(active, surprise), allowance)
+        action = choose(pace, Changes(active, surprise, surprise), allowance, credit, RESERVE)
+        pace = pace.after(action, Changes(active, surprise, surprise), allowance)
         waited = waited + 1 if action == HOLD else 0
         credit = budget.credit_after(credit, frame, {HOLD: 0.0, SPARSE: active, KEYFRAME: 1.0}[action])
         actions.append(action)
@@ -57,12 +57,34 @@ def test_a_cut_within_steady_motion_is_a_keyframe_at_once_and_no_spree_follows(r
 
 def test_a_milder_cut_after_a_quiet_scene_is_a_keyframe_at_once():
     """Much less has changed than at the last cut, and much was saved since."""
-    pace, cut, milder = Pace(), Changes(1.0, 0.9), Changes(1.0, 0.1)
+    pace, cut, milder = Pace(), Changes(1.0, 0.9, 0.9), Changes(1.0, 0.1, 0.1)
     for changes in (cut, milder):
         for _ in range(100):
-            pace = pace.after(HOLD, Changes(0.0, 0.001), allowance=0.1)
-        assert choose(pace, changes, allowance=0.1, credit=RESERVE) == KEYFRAME
+            pace = pace.after(HOLD, Changes(0.0, 0.001, 0.0), allowance=0.1)
+        assert choose(pace, changes, allowance=0.1, credit=RESERVE, reserve=RESERVE) == KEYFRAME
         pace = pace.after(KEYFRAME, changes, allowance=0.1)
+
+
+@pytest.mark.parametrize(("second", "action"), [(0.4, KEYFRAME), (0.2, HOLD)])
+def test_a_cut_just_after_a_cut_is_a_keyframe_at_once(second, action):
+    cut = Changes(1.0, 0.9, 0.9)
+    pace = Pace(usual_surprise=0.02).after(KEYFRAME, cut, allowance=0.1)
+    assert choose(pace, Changes(1.0, second, second), 0.1, 1.0, RESERVE) == action
+
+
+def test_a_scene_at_rest_is_encoded_in_full_once_where_half_of_the_reserve_is_left():
+    still, moving = Changes(0.0, 0.001, 0.0), Changes(0.05, 0.02, 0.02)
+    paces = [Pace().after(SPARSE, moving, 0.1)]
+    for _ in range(3):
+        paces.append(paces[-1].after(HOLD, still, 0.1))
+    assert [choose(pace, still, 0.1, RESERVE, RESERVE) for pace in paces] == [SPARSE, SPARSE, KEYFRAME, KEYFRAME]
+    assert choose(paces[-1], still, 0.1, RESERVE / 2 + 0.9, RESERVE) == SPARSE
+    assert choose(paces[-1], moving, 0.1, RESERVE, RESERVE) == SPARSE
+    settled = paces[-1].after(KEYFRAME, still, 0.1)
+    assert settled.usual_surprise == 0  # how much frames change that are encoded is not learned from it
+    for _ in range(10):
+        settled = settled.after(HOLD, still, 0.1)
+        assert choose(settled, still, 0.1, RESERVE, RESERVE) == SPARSE  # of no patch: nothing is left to put right
 
 
 def test_few_active_patches_are_encoded_on_every_frame_that_pays_for_them():
@@ -70,8 +92,8 @@ def test_few_active_patches_are_encoded_on_every_frame_that_pays_for_them():
 
 
 def test_in_a_debt_of_a_dense_frame_nothing_is_encoded():
-    assert choose(Pace(paid=1.0), Changes(0.01, 1.0), 0.5, -1.0) == HOLD
-    assert choose(Pace(paid=1.0), Changes(0.01, 1.0), 0.5, -0.9) == SPARSE
+    assert choose(Pace(paid=1.0), Changes(0.01, 1.0, 1.0), 0.5, -1.0, RESERVE) == HOLD
+    assert choose(Pace(paid=1.0), Changes(0.01, 1.0, 1.0), 0.5, -0.9, RESERVE) == SPARSE
 
 
 def test_the_estimate_learns_a_higher_rate_at_once_and_a_lower_one_slowly():
@@ -104,12 +126,12 @@ def test_what_sparse_frames_leave_over_adds_up_until_a_keyframe():
 )
 def test_the_cheapest_action_that_keeps_the_fidelity(changes, expected):
     pace = Pace(error=ErrorEstimate(rate=0.2))
-    assert choose(pace, changes, allowance=1.0, credit=RESERVE, min_fidelity=0.99) == expected
+    assert choose(pace, changes, allowance=1.0, credit=RESERVE, reserve=RESERVE, min_fidelity=0.99) == expected
 
 
 def test_a_budget_decides_where_holding_would_not_keep_the_fidelity():
     pace = Pace(error=ErrorEstimate(rate=0.2))
-    options = {"allowance": 0.05, "credit": RESERVE, "min_fidelity": 0.99}
+    options = {"allowance": 0.05, "credit": RESERVE, "reserve": RESERVE, "min_fidelity": 0.99}
     assert choose(pace, Changes(0.04, 0.01, 0.01), **options) == HOLD  # which the budget would pay for
     assert choose(pace, Changes(0.04, 0.1, 0.1), **options) == SPARSE
     assert choose(pace, Changes(0.9, 0.1, 0.1), **options) == HOLD
