@@ -158,7 +158,7 @@ def frame_table(frames: list[EmbeddedFrame], labels: Labels | None, schema: pa.S
 
 class VideoFile:
     """
-    The file of one video: written under another name, and renamed by `finish`.
+    The file of one video, written under another name; whoever keeps the dataset renames it to `file_of`.
 
     Args:
         dataset: the folder.
@@ -171,8 +171,7 @@ class VideoFile:
     def __init__(self, dataset: Path, video: Path, metadata: dict, dim: int, labels: Labels | None):
         versions = {name: version(name) for name in ("neuroflow-hf", "torch", "transformers")}
         self.labels, self.schema = labels, frame_schema(dim, labels is not None, metadata | {"versions": versions})
-        self.path = file_of(dataset, video)
-        self.partial = dataset / f".{self.path.name}.{secrets.token_hex(4)}.part"
+        self.partial = dataset / f".{file_of(dataset, video).name}.{secrets.token_hex(4)}.part"
         # numbers that hardly repeat: a dictionary and compression would save a twentieth, and triple the time to read
         compressed = dict.fromkeys(self.schema.names, "snappy") | {"embedding.list.element": "none"}
         repeating = [name for name in self.schema.names if name != "embedding"]
@@ -185,12 +184,12 @@ class VideoFile:
         if len(self.waiting) == ROWS:
             self._write()
 
-    def finish(self):
-        """Write what waits, and give the file its name."""
+    def close(self) -> Path:
+        """Write what waits; the path of the whole file."""
         if self.waiting:
             self._write()
         self.writer.close()
-        self.partial.replace(self.path)
+        return self.partial
 
     def discard(self):
         """Delete what was written."""

@@ -10,53 +10,21 @@ import contextlib
 import glob
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from ..evaluation.datasets import find_videos
 from ..utils.files import prepare_folder, write_whole
 from ..utils.jobs import stop_on_interrupt
 from ..video.labels import Labels
-from ..video.prefetch import prefetch
 from ..video.preprocess import Preprocessor
-from ..video.reader import VideoReader
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
-from ..vision.stream import NeuroFlowStream
-from .dataset import EmbeddedFrame, VideoFile, dataset_settings, finished_videos, video_state
+from .dataset import dataset_settings, file_of, finished_videos
+from .job import EmbedJob, Ended, Event, Waiting, Work, embed_waiting
 
 FAILURES = "failures.jsonl"
 MOST_STREAMS = 16  # more gained nothing on CPUs, and each takes memory and a thread
-
-
-@dataclass(frozen=True, eq=False)
-class DecodedFrame:
-    """A frame's pixel values, [1, C, R, R], and the share of its video's frames that are decoded with it."""
-
-    video: Path
-    frame: int
-    seconds: float
-    pixel_values: torch.Tensor
-    share: float
-
-
-@dataclass(frozen=True)
-class VideoBegin:
-    """The beginning of a video, and its `video_state` before it was opened."""
-
-    video: Path
-    state: dict
-
-
-@dataclass(frozen=True)
-class VideoEnd:
-    """The end of a video; `reason` says what is wrong, or is empty; without `keep`, its frames cannot be used."""
-
-    video: Path
-    reason: str = ""
-    keep: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,90 +70,6 @@ def video_paths(places: Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
-# --- decoding and encoding -----------------------------------------------------------------------------------------
-
-
-def decode_videos(
-    waiting: deque[Path], prepare: Callable[..., torch.Tensor], every: float | None
-) -> Iterator[VideoBegin | DecodedFrame | VideoEnd]:
-    """
-    Decode videos, one after the other: the beginning of each, its frames, and its end.
-
-    Args:
-        waiting: the videos; several threads may take from it.
-        prepare: gives the pixel values of an image.
-        every: as in `VideoReader`.
-    """
-    while True:
-        try:
-            video = waiting.popleft()
-        except IndexError:
-            return
-        state, reason = None, ""
-        try:
-            state = video_state(video)
-            yield VideoBegin(video, state)
-            reader = VideoReader(video, every=every)
-            for frame in reader:
-                share = (frame.index + 1) / max(reader.frame_count, frame.index + 1)
-                yield DecodedFrame(video, frame.index, frame.time, prepare(frame.image), share)
-        except Exception as error:  # damaged files raise all kinds of errors
-            reason = " ".join(str(error).split()) or type(error).__name__
-        keep = True
-        with contextlib.suppress(OSError):  # deleted just now
-            if state is not None and not video.exists():
-                reason = f"{video} was deleted while it was read; the frames before are kept"
-            elif state is not None and video_state(video) != state:
-                reason, keep = f"{video} changed while it was read; the next run reads it again", False
-        yield VideoEnd(video, reason, keep)
-
-
-def encode_rows(
-    rows: Sequence[Iterator[VideoBegin | DecodedFrame | VideoEnd]],
-    model: NeuroFlowSiglipVisionModel,
-    stream: NeuroFlowStream,
-    interpolate: bool,
-) -> Iterator[VideoBegin | tuple[EmbeddedFrame, float] | VideoEnd]:
-    """
-    Encode one frame of each row per call, until no row has any. A row is a stream, which restarts after a video's end.
-
-    Args:
-        rows: of `decode_videos`.
-        stream: new, of as many streams as there are rows.
-        interpolate: whether the frames have another resolution than the model.
-
-    Yields:
-        Each frame with the share of its video that is done, and each video's beginning and end.
-    """
-    while True:
-        decoded: list[DecodedFrame | None] = []
-        for place, row in enumerate(rows):
-            item = next(row, None)
-            while isinstance(item, VideoBegin | VideoEnd):
-                yield item
-                if isinstance(item, VideoEnd):
-                    stream.reset(place)
-                item = next(row, None)
-            decoded.append(item)
-        going = [place for place, item in enumerate(decoded) if item is not None]
-        if not going:
-            return
-        if len(going) < len(rows):
-            stream.keep(going)
-            rows = [rows[place] for place in going]
-        frames = [item for item in decoded if item is not None]
-        with torch.inference_mode():
-            pixel_values = torch.cat([frame.pixel_values for frame in frames])
-            output = model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate, stream=stream)
-        embeddings = output.pooler_output.float().cpu()
-        keyframes = output.active_mask.flatten(1).all(dim=1).tolist()
-        for frame, embedding, cost, keyframe in zip(frames, embeddings, output.cost.tolist(), keyframes, strict=True):
-            yield EmbeddedFrame(frame.video, frame.frame, frame.seconds, embedding, cost, keyframe), frame.share
-
-
-# --- the job -------------------------------------------------------------------------------------------------------
-
-
 def embed_videos(
     videos: Sequence[Path],
     model: NeuroFlowSiglipVisionModel,
@@ -198,6 +82,7 @@ def embed_videos(
     labels: Labels | None = None,
     model_name: str = "",
     on_step: Callable[[str, float, float], None] | None = None,
+    work: Work = embed_waiting,
 ) -> EmbedResult:
     """
     Embed videos and write a Parquet file for each to a folder, together a dataset.
@@ -217,6 +102,7 @@ def embed_videos(
         labels: also store the best of these and its confidence, from `load_model_with_labels`.
         model_name: for the metadata.
         on_step: called with what is done in words, the bytes of video that are done, and those of all.
+        work: who embeds: this process, or the machines of `cluster_work`.
 
     Raises:
         ValueError: for options out of range, a dataset of other settings, and embeddings that are not finite.
@@ -228,54 +114,41 @@ def embed_videos(
         raise ValueError(f"`streams` is {streams}; expected a number of videos, at least 1.")
     options = gate_options or {}
     settings = dataset_settings(model, preprocess, model.new_stream(**options).gate, every, labels)
-    out = prepare_folder(out)
+    out = prepare_folder(out).absolute()
     kept = finished_videos(out, settings) & set(videos)
-    for partial in out.glob(".*.parquet.*.part"):  # of a run that was killed
-        partial.unlink()
     progress = EmbedProgress({video: size_of(video) for video in videos}, kept)
     # the largest first: at the end, few streams are left for a long one
     waiting = deque(sorted(set(videos) - kept, key=lambda video: (-progress.sizes[video], video)))
     failures = {video: reason for video, reason in read_failures(out).items() if Path(video) not in waiting}
-    files: dict[Path, VideoFile] = {}
-    states: dict[Path, dict] = {}
-    embedded, count = 0, min(len(waiting), streams or MOST_STREAMS)
+    metadata = settings | {"model": model_name}
+    job = EmbedJob(model, preprocess, options, streams or MOST_STREAMS, every, labels, out, metadata)
+    embedded = 0
 
+    delete_partial(out)  # of a run that was killed
     with contextlib.ExitStack() as stack:
+        stack.callback(delete_partial, out)
         stop = stack.enter_context(stop_on_interrupt())
-        stack.callback(lambda: [file.discard() for file in files.values()])
-        rows = []
-        for _ in range(count):
-            decoded = decode_videos(waiting, lambda image: preprocess(image, model.dtype, model.device), every)
-            rows.append(stack.enter_context(contextlib.closing(prefetch(decoded))))
-        stream = model.new_stream(max(1, count), **options)
-        for item in encode_rows(rows, model, stream, preprocess.resolution != model.config.image_size):
-            if isinstance(item, VideoBegin):
-                states[item.video] = item.state
-                continue
-            if isinstance(item, VideoEnd):
-                if item.reason:  # first, so that a kill after it leaves the video to be tried again
-                    failures[str(item.video)] = item.reason
+        for event in stack.enter_context(contextlib.closing(work(waiting, job))):
+            if isinstance(event, Ended):
+                if event.reason:  # first, so that a kill after it leaves the video to be tried again
+                    failures[str(event.video)] = event.reason
                     write_failures(out, failures)
-                if item.video in files and item.keep:
-                    files.pop(item.video).finish()
+                if event.partial is not None:
+                    event.partial.replace(file_of(out, event.video))
                     embedded += 1
-                elif item.video in files:
-                    files.pop(item.video).discard()
-                step = progress.ended(item.video)
-            else:
-                frame, share = item
-                if frame.video not in files:
-                    metadata = {**settings, "model": model_name, "video": states[frame.video]}
-                    files[frame.video] = VideoFile(out, frame.video, metadata, len(frame.embedding), labels)
-                files[frame.video].add(frame)
-                step = progress.reached(frame.video, share)
             if on_step is not None:
-                on_step(*step)
+                on_step(*progress.after(event))
             if stop.is_set():
                 break
         interrupted = stop.is_set()
     write_failures(out, failures)
     return EmbedResult(len(progress.sizes), len(kept), embedded, failures, interrupted)
+
+
+def delete_partial(out: Path):
+    """Delete the files of videos that are not finished."""
+    for partial in out.glob(".*.part"):
+        partial.unlink(missing_ok=True)
 
 
 def size_of(video: Path) -> int:
@@ -300,19 +173,18 @@ class EmbedProgress:
         self.done, self.videos_done = sum(sizes[video] for video in kept), len(kept)
         self.shares: dict[Path, float] = {}  # of the videos that are being embedded
 
-    def reached(self, video: Path, share: float) -> tuple[str, float, float]:
-        """A share of a video is done: what is done in words, and in bytes, and the bytes of all videos."""
-        self.shares[video] = share
-        return self._step(f"{video.name} {share:.0%}")
-
-    def ended(self, video: Path) -> tuple[str, float, float]:
-        """A video is done; returns the same."""
-        self.shares.pop(video, None)
-        self.done += self.sizes[video]
-        self.videos_done += 1
-        return self._step(f"{video.name} done")
-
-    def _step(self, what: str) -> tuple[str, float, float]:
+    def after(self, event: Event) -> tuple[str, float, float]:
+        """Take in what happened: what is done in words, and in bytes, and the bytes of all videos."""
+        if isinstance(event, Waiting):
+            what = event.reason
+        elif isinstance(event, Ended):
+            self.shares.pop(event.video, None)
+            self.done += self.sizes[event.video]
+            self.videos_done += 1
+            what = f"{event.video.name} done"
+        else:
+            self.shares[event.video] = event.share
+            what = f"{event.video.name} {event.share:.0%}"
         running = sum(share * self.sizes[video] for video, share in self.shares.items())
         return f"{self.videos_done} of {len(self.sizes)} videos, {what}", self.done + running, self.total
 
