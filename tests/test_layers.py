@@ -147,6 +147,7 @@ answers["without av"] = tried("from neuroflow_hf.video import VideoReader", "av"
 answers["without pyarrow"] = tried("import neuroflow_hf.archive.dataset", "pyarrow")
 answers["without gguf"] = tried("import neuroflow_hf.conversion.gguf_file", "gguf")
 del sys.modules["typer"], sys.modules["av"], sys.modules["pyarrow"], sys.modules["gguf"]
+answers["without ray"] = tried("import neuroflow_hf.archive.cluster", "ray")
 import recipes.siglip_dinov2_small.build
 answers["building the tower"] = sorted(sys.modules)
 print(json.dumps(answers))
@@ -177,7 +178,8 @@ def test_loading_models_imports_no_extra(answers):
 
 
 @pytest.mark.parametrize(
-    "missing, extra", [("typer", "cli"), ("av", "video"), ("pyarrow", "archive"), ("gguf", "convert")]
+    "missing, extra",
+    [("typer", "cli"), ("av", "video"), ("pyarrow", "archive"), ("ray", "cluster"), ("gguf", "convert")],
 )
 def test_a_missing_extra_is_named(answers, missing, extra):
     assert f'pip install "neuroflow-hf[{extra}]"' in answers[f"without {missing}"]

@@ -67,11 +67,13 @@ class Ended:
         video: the file.
         reason: what is wrong with it, or empty.
         partial: the closed file with its rows, which waits for its name; None if there are none to keep.
+        missing: whether there was no such file.
     """
 
     video: Path
     reason: str
     partial: Path | None
+    missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def embed_waiting(waiting: deque[Path], job: EmbedJob) -> Iterator[Event]:
                     partial = file.close()
                 elif file is not None:
                     file.discard()
-                yield Ended(item.video, item.reason, partial)
+                yield Ended(item.video, item.reason, partial, item.missing)
             else:
                 decoded, embedded = item
                 if embedded.video not in files:
@@ -142,11 +144,12 @@ class DecodedFrame:
 
 @dataclass(frozen=True)
 class VideoEnd:
-    """The end of a video; `reason` says what is wrong, or is empty; without `keep`, its frames cannot be used."""
+    """The end of a video: what is wrong, or nothing; whether to keep its frames; whether there was no such file."""
 
     video: Path
-    reason: str = ""
-    keep: bool = True
+    reason: str
+    keep: bool
+    missing: bool
 
 
 def decode_videos(waiting: deque[Path], job: EmbedJob) -> Iterator[DecodedFrame | VideoEnd]:
@@ -172,7 +175,7 @@ def decode_videos(waiting: deque[Path], job: EmbedJob) -> Iterator[DecodedFrame 
                 reason = f"{video} was deleted while it was read; the frames before are kept"
             elif state is not None and video_state(video) != state:
                 reason, keep = f"{video} changed while it was read; the next run reads it again", False
-        yield VideoEnd(video, reason, keep)
+        yield VideoEnd(video, reason, keep, missing=state is None)
 
 
 def encode_rows(

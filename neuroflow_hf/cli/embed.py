@@ -1,5 +1,7 @@
 """`neuroflow embed`: the embeddings of many videos, as a Parquet dataset."""
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +29,18 @@ def embed(
     streams: Annotated[
         int | None, option("Encode N videos in one call.", default="as many as there are, at most 16", metavar="N")
     ] = None,
+    ray: Annotated[
+        str | None,
+        option(
+            "Embed on a Ray cluster whose machines share the folders: auto, ray://HOST:10001, or local to start one.",
+            default="this machine alone",
+            metavar="ADDRESS",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        option("With --ray: embed by N workers.", default="one for each GPU, else for each machine", metavar="N"),
+    ] = None,
     preset: options.Preset = None,
     debug: options.Debug = False,
 ):
@@ -36,8 +50,8 @@ def embed(
     After an interruption, the same command goes on with the videos that are not finished. Videos that cannot be read
     to their end are listed in failures.jsonl.
     """
-    with one_line_errors(debug, nothing_done="finished videos are kept."):
-        from ..archive.embed import FAILURES, embed_videos, video_paths
+    with one_line_errors(debug, nothing_done="finished videos are kept."), contextlib.ExitStack() as stack:
+        from ..archive.embed import FAILURES, embed_videos, embed_waiting, video_paths
         from ..loading import default_model
 
         if fps is not None:
@@ -46,8 +60,19 @@ def embed(
             if not fps > 0:
                 raise ValueError(f"--fps is {fps}; expected a number above 0.")
             every = 1 / fps
+        device, work = how["device"], embed_waiting
+        if ray is not None:
+            how = how | {"device": "cpu"}  # from where the workers get the model
+        elif workers is not None:
+            raise ValueError("--workers needs --ray: it says how many workers of a cluster embed.")
         gate_options, load = check_vision(how, options.given(preset=preset))
         videos, source = video_paths(paths), how["model"] or default_model()
+        if ray is not None:
+            # else Ray prints a page about each worker that dies, and reports to its makers that it was started
+            os.environ |= {"RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_USAGE_STATS_ENABLED": "0"} | os.environ
+            from ..archive.cluster import cluster_work
+
+            work = stack.enter_context(cluster_work(ray, workers, device))
         loaded, preprocess, embedded = load()
         with CommandProgress("MB") as progress:
             result = embed_videos(
@@ -61,6 +86,7 @@ def embed(
                 labels=embedded,
                 model_name=str(Path(source).resolve() if Path(source).exists() else source),
                 on_step=lambda what, done, total: progress.show(what, done / 1e6, total / 1e6),
+                work=work,
             )
     typer.echo(f"{result.videos} videos: {result.embedded} embedded, {result.kept} were there already. Dataset: {out}")
     if result.failures:
