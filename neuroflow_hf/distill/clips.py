@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..evaluation.datasets import file_digest
-from ..evaluation.methods import is_native
 from ..utils.files import write_whole
 from ..utils.provenance import fingerprint, key_of
 from ..video.preprocess import Preprocessor
@@ -198,7 +197,7 @@ def teach(
     pooled, patches = [], []
     for part in frames.split(TEACHER_BATCH):
         pixels = preprocess.normalise(part, model.dtype, model.device)
-        output = model(pixels, interpolate_pos_encoding=not is_native(model, pixels))
+        output = model(pixels, interpolate_pos_encoding=True)
         pooled.append(output.pooler_output.to(torch.float16).cpu())
         if with_patches:
             patches.append(output.last_hidden_state.to(torch.float16).cpu())

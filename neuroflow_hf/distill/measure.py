@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..evaluation.methods import is_native
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .clips import Clip, ClipSet
@@ -88,7 +87,7 @@ def measure_batch(
     batch, stream, rows = clips.batch(chosen, side), model.new_stream(len(chosen), **gate.to_dict()), []
     for number, (frames, teacher) in enumerate(zip(batch.frames, batch.teacher, strict=True)):
         pixels = clips.preprocess_at(side).normalise(frames, model.dtype, model.device)
-        output = model(pixels, interpolate_pos_encoding=not is_native(model, pixels), stream=stream)
+        output = model(pixels, interpolate_pos_encoding=True, stream=stream)
         if number:
             found = cosines(output.pooler_output.cpu(), teacher)
             rows.append((found, cosines(batch.teacher[0], teacher), output.cost.cpu()))

@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..evaluation.methods import is_native
 from ..utils.files import prepare_folder, write_whole
 from ..utils.jobs import stop_on_interrupt
 from ..utils.provenance import fingerprint
@@ -236,7 +235,7 @@ def clip_losses(
     for number in range(len(batch.frames)):
         pixels = preprocess.normalise(batch.frames[number], model.dtype, model.device)
         with torch.set_grad_enabled(number >= first):
-            output = model(pixels, interpolate_pos_encoding=not is_native(model, pixels), stream=stream)
+            output = model(pixels, interpolate_pos_encoding=True, stream=stream)
         if number < first:
             continue
         teacher = batch.teacher[number].to(model.device)

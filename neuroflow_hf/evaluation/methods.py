@@ -11,7 +11,7 @@ Costs are multiply-adds relative to a dense frame of the same resolution.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,8 +45,8 @@ class MethodSpec:
 
     name: str  # unique among the methods compared
     family: str  # the curve over cost to which it belongs
-    kind: str  # a key of `MAKERS`
-    options: dict[str, Any] = field(default_factory=dict)  # of the kind's maker
+    kind: str  # a key of `KINDS`
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of the kind's class
     control: bool = False  # whether it is a baseline
 
     def to_dict(self) -> dict:
@@ -71,12 +71,6 @@ def patches_of(tower: nn.Module, pixel_values: Tensor) -> int:
     """Number of patches of each frame in [B, 3, H, W]."""
     height, width = pixel_values.shape[-2:]
     return (height // tower.config.patch_size) * (width // tower.config.patch_size)
-
-
-def is_native(tower: nn.Module, pixel_values: Tensor) -> bool:
-    """Whether frames [B, 3, H, W] have the checkpoint's own size, so that positions need no interpolation."""
-    patch, native = tower.config.patch_size, tower.config.image_size // tower.config.patch_size
-    return all(side // patch == native for side in pixel_values.shape[-2:])
 
 
 def sizes_of(tower: nn.Module) -> dict[str, int]:
@@ -120,8 +114,8 @@ class DenseFrames:
         missing = [row for row in rows if row not in self._rows]
         if missing:
             part = pixel_values if len(missing) == len(pixel_values) else pixel_values[missing]
-            output = self.tower(part, interpolate_pos_encoding=not is_native(self.tower, part))
-            self._rows.update(zip(missing, output.pooler_output.float(), strict=True))
+            embeddings = self.tower(part, interpolate_pos_encoding=True).pooler_output.float()
+            self._rows.update(zip(missing, embeddings, strict=True))
         if not rows:
             return torch.empty(0, self.tower.config.hidden_size, device=pixel_values.device)
         return torch.stack([self._rows[row] for row in rows])
@@ -135,9 +129,9 @@ class Method(ABC):
     Gives an embedding for every frame.
 
     Attributes:
-        name: of the method and its setting.
-        follows: whether an embedding depends on earlier frames, so that the method has to see them all.
-        nbytes: bytes that the method remembers of the videos.
+        name: the method and its setting.
+        follows: whether an embedding depends on earlier frames, so that the method has to see all frames.
+        nbytes: size of what the method remembers of the videos.
     """
 
     name = ""
@@ -154,8 +148,8 @@ class Method(ABC):
 
         Args:
             pixel_values: [B, 3, H, W], as the checkpoint's preprocessing makes them, in the model's dtype.
-            wanted: bool [B], which embeddings are needed; None for all. A method that does not follow leaves out the
-                others: their rows are NaN.
+            wanted: bool [B], which embeddings are needed; None for all. A method that does not follow computes only
+                these; the other rows are NaN.
         """
 
 
@@ -220,34 +214,32 @@ class Smaller(EachFrame):
 
 
 class Merged(EachFrame):
-    """Every frame with [`token_merging`]; options as of `make_schedule`."""
+    """Every frame with token merging; `r` and `schedule` are as in `token_merging.make_schedule`."""
 
     def __init__(self, model: nn.Module, r: int, schedule: str = "constant"):
         self.tower = tower_of(model)
         self.schedule = token_merging.make_schedule(schedule, r, len(self.tower.encoder.layers))
 
     def encode(self, pixel_values: Tensor, rows: Sequence[int]) -> tuple[Tensor, float]:
-        interpolate = not is_native(self.tower, pixel_values)
-        embeddings, _, _ = token_merging.encode(self.tower, pixel_values[rows], self.schedule, interpolate)
+        embeddings, _, _ = token_merging.encode(self.tower, pixel_values[rows], self.schedule)
         patches = patches_of(self.tower, pixel_values)
         spent = token_merging.frame_cost(self.schedule, patches, **sizes_of(self.tower))
         return embeddings, spent / dense_cost(self.tower, patches)
 
 
 class Streamed(Method):
-    """A NeuroFlow stream. `options` of the gate override the package's defaults; the checkpoint's play no part."""
+    """A NeuroFlow stream with the package's default gate options, or those given; the checkpoint's are not used."""
 
-    def __init__(self, model: nn.Module, options: dict):
+    def __init__(self, model: nn.Module, **gate: Any):
         self.tower = tower_of(model)
-        self.gate = NeuroFlowGateConfig.from_options({}, **options)
+        self.gate = NeuroFlowGateConfig.from_options({}, **gate)
         self.stream = None
 
     def start(self, count: int):
         self.stream = self.tower.new_stream(batch_size=count, **self.gate.to_dict())
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        interpolate = not is_native(self.tower, pixel_values)
-        output = self.tower(pixel_values, stream=self.stream, interpolate_pos_encoding=interpolate)
+        output = self.tower(pixel_values, stream=self.stream, interpolate_pos_encoding=True)
         return Step(output.pooler_output.float(), output.cost.float(), output.skip_rate.float())
 
     @property
@@ -257,12 +249,12 @@ class Streamed(Method):
 
 class Held(Method):
     """
-    Dense embeddings of keyframes, held in between. Keyframes are the first frame of each video, and those for which
-    `fires` is true, as far as the budget allows.
+    Dense embeddings of keyframes, held in between. Keyframes are the first frame of each video, and frames for which
+    `fires` is true and the budget allows one.
 
     Args:
         model: with or without a text tower.
-        frames: dense embeddings shared with other methods; None for its own.
+        frames: dense embeddings that are shared with other methods.
         budget: `cost_budget` of the gate; None for no limit.
     """
 
@@ -319,13 +311,13 @@ class Held(Method):
 class EveryFrames(Held):
     """
     A keyframe every k frames; for None, only the first frame. The keyframes of several videos fall on different
-    frames, so that figures of frames sampled at regular intervals favour no k. `how` is `frames` and `budget`.
+    frames, so that frames sampled at regular intervals favour no k. `how` is `frames` and `budget`.
 
     Raises:
         ValueError: if k is below 1.
     """
 
-    def __init__(self, model: nn.Module, k: int | None, **how):
+    def __init__(self, model: nn.Module, k: int | None = None, **how):
         if k is not None and k < 1:
             raise ValueError(f"`k` is {k}; expected a number of frames of at least 1, or None for never.")
         super().__init__(model, **how)
@@ -417,33 +409,31 @@ class PixelDifference(Difference):
         return whole + looking, looking
 
 
-# --- made from descriptions ----------------------------------------------------------------------------------------
-
-# by kind; the arguments after `frames` are the options of a `MethodSpec`
-MAKERS: dict[str, Callable[..., Method]] = {
-    "dense": lambda model, frames: Dense(model, frames),
-    "stream": lambda model, frames, **gate: Streamed(model, gate),
-    "first": lambda model, frames: EveryFrames(model, None, frames=frames),
-    "every": lambda model, frames, k: EveryFrames(model, k, frames=frames),
-    "surprise": lambda model, frames, level, budget=None: PatchSurprise(model, level, frames=frames, budget=budget),
-    "pixels": lambda model, frames, level: PixelDifference(model, level, frames=frames),
-    "smaller": lambda model, frames, resolution: Smaller(model, resolution),
-    "merged": lambda model, frames, r, schedule="constant": Merged(model, r, schedule),
+KINDS: dict[str, type[Method]] = {
+    "dense": Dense,
+    "stream": Streamed,
+    "first": EveryFrames,
+    "every": EveryFrames,
+    "surprise": PatchSurprise,
+    "pixels": PixelDifference,
+    "smaller": Smaller,
+    "merged": Merged,
 }
 
 
 def make_methods(model: nn.Module, specs: Sequence[MethodSpec]) -> list[Method]:
     """
-    Make methods from their descriptions; those that return dense embeddings share them.
+    Make methods from their descriptions. Methods that return dense embeddings share them.
 
     Raises:
         ValueError: for an unknown kind, and options out of range.
     """
     frames, methods = DenseFrames(model), []
     for spec in specs:
-        if spec.kind not in MAKERS:
-            raise ValueError(f"There is no kind of method {spec.kind!r}; expected one of {', '.join(MAKERS)}.")
-        method = MAKERS[spec.kind](model, frames, **spec.options)
+        if spec.kind not in KINDS:
+            raise ValueError(f"There is no kind of method {spec.kind!r}; expected one of {', '.join(KINDS)}.")
+        shared = {"frames": frames} if spec.shares_dense else {}
+        method = KINDS[spec.kind](model, **shared, **spec.options)
         method.name = spec.name
         methods.append(method)
     return methods

@@ -270,7 +270,6 @@ class Evaluation:
             "model": {
                 "name": checkpoint.name,
                 "weights": self.store.weights,
-                "reads_text": labels is not None,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "resolution": checkpoint.preprocess.resolution,
                 "grid": [side, side],

@@ -101,9 +101,7 @@ def pool(head: nn.Module, tokens: Tensor, sizes: Tensor) -> Tensor:
     return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]
 
 
-def encode(
-    model: nn.Module, pixel_values: Tensor, schedule: Sequence[int], interpolate_pos_encoding: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def encode(model: nn.Module, pixel_values: Tensor, schedule: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """
     Encode frames [B, C, H, W] with a SigLIP vision model that merges tokens and has a pooling head.
 
@@ -111,13 +109,13 @@ def encode(
         Embeddings [B, D]; tokens after the last layer norm [B, n, D]; their sizes [B, n].
 
     Raises:
-        ValueError: if the schedule, how many pairs each layer merges, does not have a number, 0 or more, for each.
+        ValueError: if `schedule` does not have the number of pairs that each layer merges, 0 or more.
     """
     layers = model.encoder.layers
     if len(schedule) != len(layers) or min(schedule, default=0) < 0:
         raise ValueError(f"The schedule is {list(schedule)}; expected a number, 0 or more, for each of {len(layers)}.")
     patches = project_patches(model, pixel_values, as_product=False)
-    hidden = patches + model.patch_positions(patches, pixel_values, interpolate_pos_encoding)
+    hidden = patches + model.patch_positions(patches, pixel_values, interpolate=True)
     sizes = torch.ones(hidden.shape[:2], device=hidden.device)
     for layer, (_, r) in zip(layers, merges(schedule, hidden.shape[1]), strict=True):
         hidden, sizes = encoder_layer(layer, hidden, sizes, r)

@@ -221,7 +221,7 @@ class Bench:
         looking = looking_cost(self.model, patches) / dense_cost(self.model, patches)
         if budget is not None and budget <= looking + (1 - looking) / interval:
             options["cost_budget"] = budget = None  # no gate can keep it on so short a stretch
-        method, total = Streamed(self.model, options), len(self.stretches) * counted
+        method, total = Streamed(self.model, **options), len(self.stretches) * counted
         cosines, figures = [], []
         for stretch, dense in zip(self.stretches, self.dense, strict=True):
             embeddings = []

@@ -127,7 +127,7 @@ def report_text(report: dict) -> str:
 def fill_block(text: str, name: str, content: str) -> str:
     """Replace what stands in `text` between `<!-- NAME:begin -->` and `<!-- NAME:end -->`."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"Expected `{begin}` and `{end}` once each.")
+    if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
+        raise ValueError(f"Expected `{begin}` and `{end}` once each, in this order.")
     before, rest = text.split(begin)
     return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"

@@ -86,12 +86,11 @@ def encode_video(
     Yields:
         The frame, its active mask, bool [grid_h, grid_w], and its record.
     """
-    interpolate = preprocess.resolution != model.config.image_size
     covered = covered_share(model, preprocess)
     turn = threading.Lock()
 
     def forward(pixel_values, **kwargs):
-        return model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate, **kwargs)
+        return model(pixel_values=pixel_values, interpolate_pos_encoding=True, **kwargs)
 
     def prepared():
         frames = iter(reader)

@@ -52,15 +52,15 @@ def held_video(batch_size=1):
 @pytest.mark.parametrize("mode", ["context", "extrapolate", "reconstruct", "mlp", "eliminate"])
 def test_a_stream_is_the_models_own(vision, mode):
     frames = random_video(6, 2)
-    embeddings, costs = run(Streamed(vision, {"mode": mode, "threshold": 0.02}), frames)
+    embeddings, costs = run(Streamed(vision, mode=mode, threshold=0.02), frames)
     expected, expected_costs = streamed(vision, frames, mode=mode, threshold=0.02)
     assert torch.equal(embeddings, expected) and torch.equal(costs, expected_costs)
 
 
 def test_a_streams_options_are_laid_over_the_packages_defaults(vision):
     assert vision.new_stream().gate.mode == "context"  # the model's own are others
-    assert Streamed(vision, {"preset": "thrifty"}).gate.keyframe_interval == 60
-    assert Streamed(vision, {}).gate.mode == "extrapolate"
+    assert Streamed(vision, preset="thrifty").gate.keyframe_interval == 60
+    assert Streamed(vision).gate.mode == "extrapolate"
 
 
 @pytest.mark.parametrize("level", [0.01, 0.1, 0.4])

@@ -84,7 +84,7 @@ def test_tokens_become_fewer_and_stand_for_all_patches(vision64):
     assert torch.isfinite(embeddings).all()
     alone = tome.encode(vision64, pictures()[1:], schedule)[0]
     assert_close_in_norm(alone, embeddings[1:], FLOAT32_MERGED)
-    smaller = tome.encode(vision64, pictures(size=16), [2, 2, 2], interpolate_pos_encoding=True)
+    smaller = tome.encode(vision64, pictures(size=16), [2, 2, 2])
     assert smaller[1].shape == (2, 16 - 6, 32)
 
 
