@@ -1,6 +1,5 @@
 """What the scripts of this folder share: the provenance of figures, and writing reports, pictures and tables."""
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -42,7 +41,7 @@ def rounded(report: Any, digits: int = 6) -> Any:
 
 def write_json(path: Path, report: dict):
     """Write a report; if the process is interrupted, the old file stays."""
-    write_whole(path, json.dumps(report, indent=2) + "\n")
+    write_whole(path, report_text(report))
 
 
 def publish(output: Path, report: dict, table: str, pictures: Mapping[str, Figure] | None = None):
@@ -50,7 +49,7 @@ def publish(output: Path, report: dict, table: str, pictures: Mapping[str, Figur
     Write a report as JSON and its pictures, and print its table in Markdown. Pictures go to `docs/` if the report is
     in `eval/results/`, else to its folder.
     """
-    write_whole(output, report_text(report))
+    write_json(output, report)
     folder = ROOT / "docs" if output.resolve().parent == RESULTS else output.parent
     for name, figure in (pictures or {}).items():
         save_plot(figure, folder / name)

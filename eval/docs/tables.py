@@ -22,7 +22,6 @@ PAGES = (
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "models" / "neuroflow-siglip-small-reconstruct" / "README.md",
 )
-REMOVED = "propagate"  # measurement removed this mode (docs/results/dropped.md); its rows stay in the JSON files
 # Recorded with the presets as they were before the controller of the cost budget. To be measured again; then the name
 # goes from this list.
 BEFORE_CONTROLLER = {
@@ -39,29 +38,18 @@ MASKS = {
 MASK_COLUMNS = {
     "IoU with the thing": "thing",
     "IoU with the change": "change",
-    "patches marked where nothing moved": "false share",
+    "false alarms where nothing moved": "false share",
     "boxes: recall": "recall",
-    "precision": "precision",
-    "label right: of the object": "object",
-    "of the whole frame": "whole frame",
-    "of the true patches": "truth's mask",
+    "boxes: precision": "precision",
+    "label accuracy: object": "object",
+    "label accuracy: whole frame": "whole frame",
+    "label accuracy: true patches": "truth's mask",
 }
 
 
 def load(result: str) -> dict:
-    """A report, without the rows of the removed mode."""
-
-    def keep(part):
-        if isinstance(part, dict):
-            return {name: keep(value) for name, value in part.items() if not name.startswith(f"`{REMOVED}")}
-        if isinstance(part, list):
-            return [keep(row) for row in part if not (isinstance(row, dict) and REMOVED in str(names_of(row)))]
-        return part
-
-    def names_of(row):
-        return [row.get(key) for key in ("mode", "name", "method")]
-
-    return keep(json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8")))
+    """A report in `eval/results/`."""
+    return json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8"))
 
 
 def table(rows: Iterable[dict | tuple], columns: dict[str, str | Callable], *notes: str) -> str:
@@ -272,8 +260,8 @@ def promises_table(report: dict) -> str:
     columns = {
         "`min_fidelity`": lambda row: row["method"].removeprefix("fidelity "),
         "clips": "{clips} ({count})",
-        "frames that keep it": "{promise[kept]:.1%}",
-        "on the worst clip": "{promise[least_kept]:.0%}",
+        "frames at or above it": "{promise[kept]:.1%}",
+        "the same, worst clip": "{promise[least_kept]:.0%}",
         "cost": "{cost:.3f}",
     }
     for name in ("mean", "p5"):
@@ -295,7 +283,7 @@ def times_table(report: dict) -> str:
 def delays_table(report: dict) -> str:
     """How many frames pass between an event and the output's change."""
     rows = pooled(report)
-    columns = method_and_cost() | {"its delay": "{delay[method]:.1f}"}
+    columns = method_and_cost() | {"the method's delay": "{delay[method]:.1f}"}
     columns |= {name: f"{{delay[{name}]:.1f}}" for name in rows[0]["delay"] if name not in ("events", "method")}
     return table(rows, columns, f"Mean of {rows[0]['delay']['events']} events, baselines at equal cost.")
 
@@ -306,7 +294,7 @@ def beforehand_table(report: dict) -> str:
     for name in ("mean", "p5"):
         key = f"beforehand pooled_{name}"
         columns[name] = f"{{{key}[value]:.4f}}"
-        columns[f"its {name}"] = f"{{{key}[control]:.4f}}"
+        columns[f"the hold's {name}"] = f"{{{key}[control]:.4f}}"
         columns[f"{name}: difference, thousandths"] = thousandths(key)
     rows = [row for row in report["pooled"] if row["method"] in PRESETS and row["clips"] != "fixed camera"]
     return table(rows, columns)
@@ -441,10 +429,10 @@ def held_out_table(report: dict) -> str:
     for share, before in report["held_out"]["0"].items():
         after = report["held_out"][str(report["best_step"])][share]
         rows += [
-            {"share": share, "what": "before", **before},
+            {"share": share, "what": "the checkpoint's", **before},
             {"share": share, "what": "with the adapter", **after},
         ]
-    columns = {"encoded on a sparse frame": "{share}", "cost": "{cost:.3f}", "": "{what}"}
+    columns = {"patches encoded on a sparse frame": "{share}", "cost": "{cost:.3f}", "weights": "{what}"}
     columns |= {"mean": "{mean:.4f}", "p5": "{p5:.4f}"}
     columns |= {"keyframe repeated: mean, p5": "{repeated_mean:.4f}, {repeated_p5:.4f}"}
     return table(rows, columns)
@@ -456,7 +444,7 @@ def streams_table(report: dict) -> str:
     columns = {"mode": "`{mode}`", "cameras": "{cameras}"}
     columns |= {f"frames/s: {name}": f"{{frames_per_second[{way}][median]:.1f}}" for name, way in ways.items()}
     for name, way in (("a call each", "separate_calls"), ("dense", "dense")):
-        columns[f"times {name}"] = lambda row, way=way: (
+        columns[f"speed ({name} = 1)"] = lambda row, way=way: (
             f"{row['frames_per_second']['one_call']['median'] / row['frames_per_second'][way]['median']:.1f}"
         )
     return table(report["cases"], columns, "`{command}`: {dtype}, {machine[threads]} threads.".format(**report))
@@ -470,7 +458,7 @@ def search_table(report: dict) -> str:
         "seconds of processor time": lambda row: (
             f"{sum(of['median'] for of in row['processor_seconds'].values()):.2f}"
         ),
-        "of these, to compare": "{processor_seconds[similarities][median]:.2f}",
+        "of which comparing": "{processor_seconds[similarities][median]:.2f}",
     }
     return table(report["cases"], columns, "`{command}`, {machine[threads]} threads.".format(**report))
 
@@ -483,10 +471,10 @@ def throughput_table(report: dict) -> str:
         return lambda row: f"{found[row[0]][key]:.2f}" if row[0] in found else ""
 
     columns = {
-        "": lambda row: f"`{row[0]}`" if row[0] in found else f"{row[0]}",
+        "encoded by": lambda row: f"`{row[0]}`" if row[0] in found else f"{row[0]}",
         "frames/s": "{1:.1f}",
         "cost": of_preset("cost"),
-        "times the best dense": of_preset("times_dense"),
+        "speed (best dense = 1)": of_preset("times_dense"),
         "aim: 0.85 / cost": of_preset("aim"),
     }
     note = "`{command}`: {videos} videos, {dtype} on {device}, {machine[threads]} threads. Best dense: {best_dense}."
@@ -561,7 +549,7 @@ def fidelity_table(report: dict) -> str:
 
 
 def laws_table(report: dict) -> str:
-    """Which of the published observations hold."""
+    """The published observations, each with what was measured and a verdict."""
     columns = {"published observation": "{claim}", "measured": "{measured}", "baseline": "{control}"}
     note = "`{command}`: {clips[in_all]} composed clips of {clips[frames]} frames, {labels} labels.".format(**report)
     return table(report["findings"], columns | {"verdict": "{verdict}"}, note)
@@ -569,7 +557,7 @@ def laws_table(report: dict) -> str:
 
 def motion_table(report: dict) -> str:
     """How well masks, boxes and labels fit the things that move, over all kinds of motion."""
-    masks, objects, labels = (report[part]["all motions"] for part in ("masks", "objects", "labels"))
+    masks, objects, labels = report["masks"], report["objects"], report["labels"]
     pixels = max((way for way in masks if way.startswith("pixels")), key=lambda way: masks[way]["change"]["value"])
     ways = MASKS | {pixels: "baseline: difference of pixels, best level"}
     rows = [
@@ -588,18 +576,18 @@ def patches_table(report: dict) -> str:
     columns = {"method": method_and_cost()["method"], "clips": "{clips} ({count})", "cost": "{cost:.3f}"}
     for whose, head in (("own", ""), ("held", "held: ")):
         columns |= {f"{head}{name}": f"{{patches[{whose}][{name}]:.4f}}" for name in ("mean", "p5", "p1")}
-        columns[f"{head}worst of a frame"] = f"{{patches[{whose}][worst]:.3f}}"
+        columns[f"{head}worst patch of a frame, mean"] = f"{{patches[{whose}][worst]:.3f}}"
     rows = [row for row in report["pooled"] if "patches" in row and row["clips"] != "held out"]
     return table(rows, columns, "`{command}`: {frames} frames a clip, {tower}.".format(**report))
 
 
 def tower_share_table(report: dict) -> str:
-    """The tower's part in a whole forward pass of larger models."""
+    """The tower's share of the multiply-adds of larger models."""
     columns = {
         "model": "{model}",
         "images": "{images}",
         "tower, billion multiply-adds": lambda row: f"{row['tower'] / 1e9:,.0f}",
-        "all": lambda row: f"{row['whole'] / 1e9:,.0f}",
+        "whole model, billion multiply-adds": lambda row: f"{row['whole'] / 1e9:,.0f}",
         "the tower's share": "{share:.0%}",
     }
     prompts = " and ".join(f"{tokens} ({model})" for model, tokens in report["prompt_tokens"].items())
@@ -607,7 +595,7 @@ def tower_share_table(report: dict) -> str:
 
 
 def static_tokens_table(report: dict) -> str:
-    """Fidelity and cost of image tokens left out, by the gate and by others at the same number of tokens."""
+    """Fidelity and cost of leaving out image tokens: by the gate, and by other rules at the same number of tokens."""
     columns = {
         "clips": "{clips} ({count})",
         "number of tokens": "{at}: {kept:.0%}",
@@ -631,8 +619,8 @@ def lossless_table(report: dict) -> str:
     columns = {"task": "{task}", "drafts": "{name}", "tokens/s": "{processor[tokens_per_second]:.0f}"}
     columns |= {
         "speed (dense = 1)": estimate("processor.times_dense.median", "processor.times_dense.interval", form=".2f"),
-        "least": "{processor[times_dense][least]:.2f}",
-        "by the clock": estimate("wall.times_dense.median", "wall.times_dense.interval", form=".2f"),
+        "slowest text": "{processor[times_dense][least]:.2f}",
+        "speed by wall clock": estimate("wall.times_dense.median", "wall.times_dense.interval", form=".2f"),
         "acceptance rate": estimate("acceptance", form=".0%"),
         "draft length, tokens": estimate("draft_length", form=".1f"),
         "tokens per verification": estimate("tokens_per_check", form=".1f"),
@@ -642,7 +630,7 @@ def lossless_table(report: dict) -> str:
     measured = sum(case["tokens"] >= settings["least_tokens"] for case in report["cases"])
     note = (
         "`{0}`: {model}, {1} prompts with texts of {least_tokens} to {new_tokens} tokens, {dtype}, {turns} turn(s), "
-        "{machine[threads]} thread(s). Speed in processor time, beside it the clock's. Texts that differ from the "
+        "{machine[threads]} thread(s). Speed in processor time, and by wall clock. Texts that differ from the "
         "stock model's: {2} where its two highest logits are within rounding, {3} elsewhere."
     )
     return table(rows, columns, note.format(report["command"], measured, *differ, **settings))
@@ -665,7 +653,7 @@ def json_table(report: dict) -> str:
 
 
 def check_table(report: dict) -> str:
-    """What a verification costs by its number of tokens."""
+    """What a verification costs, by its number of tokens."""
     names = {"turned": "weights times tokens", "usual": "tokens times weights, the usual product"}
     counts = [count for count in report["costs"]["turned"] if count != "1"]
     columns = {"products": "{name}"} | {f"{count} tokens, in dense steps": f"{{t{count}:.2f}}" for count in counts}

@@ -10,7 +10,7 @@ from eval.report import finding
 from neuroflow_hf.drift.grid import FIRST, LAST, MATCHED_RATE, PUBLISHED_RATE, PUBLISHED_THRESHOLD
 from neuroflow_hf.drift.metrics import column, rate_of
 from neuroflow_hf.drift.tables import total_of
-from neuroflow_hf.evaluation.statistics import difference_interval, mean, paired_interval, zero_failure_bound
+from neuroflow_hf.evaluation.statistics import difference_interval, mean, mean_interval, zero_failure_bound
 
 PUBLISHED_DRIFT = {FIRST: {"code": 0.0, "structured": 0.12, "prose": 0.66}, LAST: {"code": 0.0, "prose": 0.83}}
 PUBLISHED_PERPLEXITY = 0.007 / 3.886  # relative
@@ -160,7 +160,7 @@ def compared(claim: str, first: dict, other: dict | None, options: dict, expects
     if other is None:
         return None
     differences = [more - less for less, more in zip(column(first, "drift"), column(other, "drift"), strict=True)]
-    low, high = paired_interval(differences, [0.0] * len(differences), **options)
+    low, high = mean_interval(differences, **options)
     expected, opposite = ("above", "below") if expects_more else ("below", "above")
     return finding(
         claim,

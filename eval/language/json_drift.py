@@ -25,7 +25,7 @@ from neuroflow_hf.drift.grid import full_grid
 from neuroflow_hf.drift.json_schema import JsonGrammar, JsonSchemaProcessor, grammar_tokens, value_drift
 from neuroflow_hf.drift.metrics import position_drift
 from neuroflow_hf.drift.prompts import CHAT, encode_prompt, make_prompt, read_json_lines
-from neuroflow_hf.evaluation.statistics import mean, paired_interval
+from neuroflow_hf.evaluation.statistics import mean, mean_interval
 from neuroflow_hf.language.calibration import cut_at_end, end_tokens
 from neuroflow_hf.loading import load_language_model
 from neuroflow_hf.utils.files import report_text, write_whole
@@ -122,7 +122,7 @@ def summarise(rows: list[dict]) -> dict:
         values = [float(row[name]) for row in rows if row[name] is not None]
         found[name] = {
             "mean": mean(values),
-            "interval": paired_interval(values, [0.0] * len(values)),
+            "interval": mean_interval(values),
             "n": len(values),
         }
     return found

@@ -82,7 +82,6 @@ def figures(values: dict[str, np.ndarray], name: str) -> dict:
         "difference": own - theirs,
         "interval": statistic_interval(values[name], mean_of_scenes, lambda drawn: mean_of_scenes(dense[drawn])),
         "retained": own / theirs if theirs else None,
-        "scenes": int((~np.isnan(values[name])).sum()),
     }
 
 
@@ -105,11 +104,9 @@ def accuracy_report(evidence: Evidence) -> dict:
             row["top1"]["best control"] = best_baseline(spec.name, values[1], costs, families, mean_of_scenes)
         row["motions"] = {}
         for motion, places in evidence.motions.items():
-            found = {k: {name: values[k][name][places] for name in (spec.name, DENSE.name)} for k in TOP}
-            row["motions"][motion] = {
-                "cost": costs_by_motion[motion][spec.name],
-                **{f"top{k}": figures(found[k], spec.name) for k in TOP},
-            }
+            found = {name: values[1][name][places] for name in (spec.name, DENSE.name)}
+            cost = costs_by_motion[motion][spec.name]
+            row["motions"][motion] = {"cost": cost, "top1": figures(found, spec.name)}
         results.append(row)
     recordings = evidence.recordings[DENSE.name]
     counted = sum(len(labels_asked(recordings[scene.name], scene)) for scene in evidence.scenes)

@@ -111,7 +111,6 @@ def fidelity_report(evidence: Evidence) -> dict:
             "control": spec.control,
             **of_all[spec.name],
             **{figure: reduce(cosines[spec.name]) for figure, reduce in COSINES.items()},
-            "frames": cosines[spec.name].size,
             "trend": float(slope(frames, cosines[spec.name])),
             "trend_interval": slope_interval(frames, cosines[spec.name]),
             "bytes": nbytes[-1],
@@ -120,8 +119,7 @@ def fidelity_report(evidence: Evidence) -> dict:
         if changing:
             row["changing"] = of_changing[spec.name]
         results.append(row)
-    about = {**evidence.about, "changing": [scenes[place].name for place in changing]}
-    return rounded({**about, "block": BLOCK, "resamples": RESAMPLES, "results": results}, digits=8)
+    return rounded({**evidence.about, "block": BLOCK, "resamples": RESAMPLES, "results": results}, digits=8)
 
 
 main = command(fidelity_report, fidelity_table, Plan(clips=1, frames=QUICK_FRAMES, methods=METHODS), "fidelity")

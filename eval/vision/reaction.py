@@ -12,8 +12,8 @@ until the next event. If the method has not followed by then, the delay is *cens
 with censored delays are lower bounds. A method that gave the new label before the event, wrongly, has no delay, which
 favours methods that hold old outputs.
 
-Means are over events. Intervals are 95 %, from a bootstrap over clips with all their events. Baselines at a method's
-own cost are as in `accuracy.py`. Writes `eval/results/reaction.json`, shown in `docs/results/delay.md`.
+Means are over events. Intervals are 95 %, from a bootstrap over clips with all their events. Methods are compared with
+baselines at their own cost as in `accuracy.py`. Writes `eval/results/reaction.json`, shown in `docs/results/delay.md`.
 """
 
 from collections.abc import Sequence
@@ -143,9 +143,7 @@ def reaction_report(evidence: Evidence) -> dict:
             "cost": costs[spec.name],
             "delay": mean_of_scenes(excess[None]).item(),
             "interval": statistic_interval(excess, mean_of_scenes),
-            "p90": float(np.nanquantile(excess, 0.9)),
             "censored": sum(delay.censored for delay in found),
-            "already": sum(delay.already for delay in found),
         }
         if not spec.control and spec != DENSE:
             compared = best_baseline(spec.name, excesses, costs, families, sooner)

@@ -5,19 +5,19 @@ Is a preset ever further from dense than holding a dense frame at the same cost?
     python -m eval.vision.vision_policies --clips pan,webcam --methods balanced
 
 Every clip of `clips.py`, 120 frames each; a clip with fewer frames is played forward and back. Every frame is compared
-with a dense forward of the same frame, except the first, which every method encodes in full. Cosine of the pooled
-output and of the patches.
+with a dense forward of the same frame, except the first, which every method encodes in full. The figure is the cosine,
+of the pooled output and of the patches.
 
-All baselines hold the dense output of an earlier frame: of every k-th frame (all k, all phases), or of the last frame
-whose mean surprise or share of changed patches exceeded a level, or at which the motion vectors or the packets of an
-H.264 encoder added up to one, or of the first frame. A baseline can also switch between two settings, so its value at
-any cost is the mixture of the two settings nearest in cost. For each clip and each statistic, the best baseline is
-chosen afterwards, which favours the baselines: once at equal cost, and once at equal processor time. A preset also
-stands beside the baseline that one can choose beforehand: dense every 1 / `cost_budget` frames. And beside an oracle
-that nobody can run: it sees the error of the held output, and encodes when that exceeds a level.
+All baselines hold the dense output of an earlier frame. They encode a new frame every k frames (all k, all phases);
+when its mean surprise or its share of changed patches exceeds a level; when the motion vectors or packet sizes of an
+H.264 encoder, summed since the last encoded frame, exceed a level; or never. A baseline can also switch between two
+settings, so its value at any cost is the mixture of the two settings nearest in cost. For each clip and each statistic,
+the best baseline is chosen afterwards, which favours the baselines: once at equal cost, and once at equal processor
+time. A preset is also compared with the baseline that can be chosen beforehand, dense every 1 / `cost_budget` frames,
+and with an oracle, which sees the error of the held output and encodes when it exceeds a level.
 
 Intervals are 95 %, from a paired moving-block bootstrap over frames, and over clips where results of clips are pooled.
-What was recorded is kept in the cache, embeddings in float16, which hides differences below about 1e-6. Writes
+Recordings are kept in the cache, embeddings in float16, which hides differences below about 1e-6. Writes
 `eval/results/vision_policies.json` and `docs/policies.png`, shown in `docs/results/fidelity.md`,
 `docs/results/holding.md`, `docs/guides/vlms.md` and README.
 """
@@ -60,7 +60,7 @@ METHODS = {
     "eliminate (the paper's B, not distilled)": {"mode": "eliminate", "reference": "ema", "ema_rate": 0.05},
     "mlp (the paper's A)": {"mode": "mlp"},
 }
-# The controller of the cost budget was made on these clips. The others show it on what it was not made on.
+# The controller of the cost budget was developed on these clips; the others are held out.
 DEVELOPMENT = (
     *("walker", "street-cuts", "carphone", "webcam", "big-buck-bunny", "city-by-night"),
     *("waving-grass", "hand-held"),
@@ -121,7 +121,7 @@ def held_every(interval: int, dense: Tensor) -> Tensor:
 
 
 def held_when(distance: Tensor, level: float) -> list[int]:
-    """For each of T frames, the frame whose embedding is held: a new one when the distance [T, T] to it is more."""
+    """For each of T frames, the held frame: a new one when the distance [T, T] to the held one exceeds a level."""
     held = [0]
     for number in range(1, len(distance)):
         held.append(number if distance[held[-1], number] > level else held[-1])
@@ -129,7 +129,7 @@ def held_when(distance: Tensor, level: float) -> list[int]:
 
 
 def held_since(amounts: Tensor, level: float) -> list[int]:
-    """For each of T frames, the frame that is held: a new one when the amounts [T] since it exceed the level."""
+    """For each of T frames, the held frame: a new one when the sum of the amounts [T] since then exceeds a level."""
     held, total = [0], 0.0
     for number, amount in enumerate(amounts.tolist()[1:], start=1):
         total += amount
@@ -291,8 +291,8 @@ def pooled_draws(draws: np.ndarray, seed: int = 0) -> np.ndarray:
     return draws[chosen, rng.integers(resamples, size=(resamples, clips))].mean(1)
 
 
-def pooled_figure(rows: Sequence[list], draws: Sequence[np.ndarray], clips: Sequence[str]) -> dict:
-    """A statistic over clips, from their CLIP_COLUMNS and resampled differences."""
+def pooled_figure(rows: Sequence[list], draws: Sequence[np.ndarray]) -> dict:
+    """A statistic over clips, from each clip's CLIP_COLUMNS and resampled differences."""
     found = [dict(zip(CLIP_COLUMNS, row, strict=True)) for row in rows]
     value, control = (float(np.mean([one[key] for one in found])) for key in ("value", "control"))
     interval, verdicts = middle(pooled_draws(np.stack(draws))), [one["verdict"] for one in found]
@@ -303,22 +303,17 @@ def pooled_figure(rows: Sequence[list], draws: Sequence[np.ndarray], clips: Sequ
         "interval": interval,
         "verdict": verdict(value - control, interval),
         "clips": {name: verdicts.count(name) for name in ("above", "level", "below")},
-        "below": [clip for clip, one in zip(clips, verdicts, strict=True) if one == "below"],
     }
 
 
 def pooled_row(method: str, clips: str, rows: Sequence[dict], draws: Sequence[dict[str, np.ndarray]]) -> dict:
-    """A method over some clips: means, intervals and verdicts. Delays are means over events."""
+    """A method over several clips: means, intervals and verdicts. Delays are means over events."""
     pooled: dict = {"method": method, "clips": clips, "count": len(rows)}
-    pooled["cost"], names = float(np.mean([row["cost"] for row in rows])), [row["clip"] for row in rows]
+    pooled["cost"] = float(np.mean([row["cost"] for row in rows]))
     for name in STATISTICS:
-        pooled[name] = pooled_figure([row["equal_cost"][name] for row in rows], [one[name] for one in draws], names)
-        timed = [row["equal_time"][name] for row in rows]
-        pooled[f"time {name}"] = pooled_figure(timed, [one[f"time {name}"] for one in draws], names)
-        pooled[f"oracle {name}"] = float(np.mean([row["oracle"][name] for row in rows]))
-        if "beforehand" in rows[0]:
-            key = f"beforehand {name}"
-            pooled[key] = pooled_figure([row["beforehand"][name] for row in rows], [one[key] for one in draws], names)
+        for part, key in (("equal_cost", name), ("equal_time", f"time {name}"), ("beforehand", f"beforehand {name}")):
+            if part in rows[0]:
+                pooled[key] = pooled_figure([row[part][name] for row in rows], [one[key] for one in draws])
     pooled["time"] = float(np.mean([row["equal_time"]["time"] for row in rows]))
     if "promise" in rows[0]:
         kept = [row["promise"]["kept"] for row in rows]
@@ -334,7 +329,7 @@ def pooled_row(method: str, clips: str, rows: Sequence[dict], draws: Sequence[di
 
 
 def policies_report(measured: Sequence[Measured], methods: dict[str, dict]) -> dict:
-    """The figures of all methods: over all clips, over those of fixed cameras and those held out; and by clip."""
+    """The figures of all methods: over all clips, over held-out clips, over clips of fixed cameras, and by clip."""
     report: dict = {"clip_columns": CLIP_COLUMNS, "patch_figures": PATCH_FIGURES, "pooled": [], "clips": []}
     parts: dict[str, Callable[[dict], bool]] = {
         "all": lambda row: True,

@@ -2,7 +2,7 @@
 Decode batches of prompts token by token, and compare a bypass with the dense model on them.
 
 Rows are padded on the left. Each row of a batch bypasses on its own, so its text is the same as alone, up to rounding.
-The time of a batch says little about the time of a single text: a layer's weights are read if one row needs them.
+Do not take times from batches: a layer's weights are read as soon as one row needs them.
 """
 
 import copy
@@ -38,8 +38,7 @@ class Decoded:
     """What a batch was decoded to: B rows of n new tokens, on the CPU."""
 
     tokens: torch.Tensor  # int64 [B, n]; rows continue past their end token
-    similarity: torch.Tensor  # float32 [B, n - 1], the gate's, at the steps that fed tokens 0 to n - 2; NaN if dense
-    bypassed: torch.Tensor  # bool [B, n - 1], whether layers were bypassed at these steps
+    bypassed: torch.Tensor  # bool [B, n - 1], whether layers were bypassed at the steps that fed tokens 0 to n - 2
 
 
 def make_batches(rows: Sequence[Sequence[int]], batch_size: int, padding: int = 0) -> list[Batch]:
@@ -103,15 +102,11 @@ def decode(
         text.ids = torch.cat([text.ids, token[:, None].cpu()], dim=1)
         text.mask = pad(text.mask, (0, 1), value=1)
         output = feed(model, text, length + step, length + step + 1, output.past_key_values, bypass)
-    fed = len(tokens) - 1
-    similarity = torch.full((len(done), fed), torch.nan)
-    bypassed = torch.zeros(similarity.shape, dtype=torch.bool)
-    state = find_state(output.past_key_values)
+    fed, state = len(tokens) - 1, find_state(output.past_key_values)
+    bypassed = torch.zeros(len(done), fed, dtype=torch.bool)
     if state is not None and fed:
-        statistics = state.statistics()
-        similarity = statistics.similarity[:, -fed:].float().cpu()
-        bypassed = statistics.bypassed_mask[:, -fed:].cpu()
-    return Decoded(torch.stack(tokens, dim=1).cpu(), similarity, bypassed)
+        bypassed = state.statistics().bypassed_mask[:, -fed:].cpu()
+    return Decoded(torch.stack(tokens, dim=1).cpu(), bypassed)
 
 
 @torch.inference_mode()
@@ -178,7 +173,7 @@ class DriftBench:
         new_tokens: number of tokens to generate after each prompt.
         forced_tokens: how many tokens at the end of each prompt are scored; every prompt has to have 2 more. 0: none.
         batch_size: prompts at once. Memory has to hold the dense cache of all prompts twice, and the dense logits of
-            the forced tokens, `forced_tokens * V` floats for each prompt.
+            the scored tokens, `forced_tokens * V` floats for each prompt.
         ends: end tokens.
         on_prompts: called after each batch with the number of prompts finished.
     """
@@ -203,7 +198,7 @@ class DriftBench:
             feed_densely(model, batch, opening)
             greedy = Greedy()
             free = decode(model, batch, new_tokens, False, greedy, ends)
-            logits, _ = self.force(model, batch, opening, False)
+            logits = self.force(model, batch, opening, False)
             for row, index in enumerate(batch.indices):
                 tokens = cut_at_end(free.tokens[row].tolist(), ends)
                 margins, entropies = torch.stack(greedy.confidence[: len(tokens)])[:, row].T.tolist()
@@ -213,8 +208,8 @@ class DriftBench:
         self, batch_size: int, padding: int = 0, indices: Sequence[int] | None = None
     ) -> list[tuple[Batch, Batch]]:
         """
-        Prompts (default: all) in batches, whole and without their last tokens: those that are scored, and one before
-        them, which the dense prompt predicts.
+        Prompts (default: all) in batches: whole, and without the scored tokens and the one before them, which is
+        predicted by the part that is fed densely.
         """
         cut = -1 - self.forced_tokens
         indices = range(len(self.rows)) if indices is None else indices
@@ -232,13 +227,13 @@ class DriftBench:
             done += len(batch.indices)
             self.on_prompts(done)
 
-    def force(self, model, batch: Batch, opening: Batch, bypass: dict | bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits [B, n, V] that predict the n scored tokens, and whether their steps were bypassed, [B, n]."""
+    def force(self, model, batch: Batch, opening: Batch, bypass: dict | bool) -> torch.Tensor:
+        """The logits [B, n, V] that predict the n scored tokens."""
         if not self.forced_tokens:
-            return torch.zeros(len(batch.indices), 0, 1), torch.zeros(len(batch.indices), 0, dtype=torch.bool)
+            return torch.zeros(len(batch.indices), 0, 1)
         forced = Forced(batch.ids[:, opening.ids.shape[1] :])
-        run = decode(model, opening, forced.tokens.shape[1], bypass, forced)
-        return torch.stack(forced.logits, dim=1)[:, 1:], run.bypassed
+        decode(model, opening, forced.tokens.shape[1], bypass, forced)
+        return torch.stack(forced.logits, dim=1)[:, 1:]
 
     def measure(
         self, bypass: dict | bool, model=None, batches: Sequence[tuple[Batch, Batch]] | None = None
@@ -251,20 +246,18 @@ class DriftBench:
         model, records = model or self.model, {}
         for batch, opening in self.each(self.batches if batches is None else batches):
             free = decode(model, batch, self.new_tokens, bypass, ends=self.ends)
-            logits, bypassed = self.force(model, batch, opening, bypass)
+            logits = self.force(model, batch, opening, bypass)
             for row, index in enumerate(batch.indices):
-                records[index] = self.compare(index, row, free, logits[row], bypassed[row])
+                records[index] = self.compare(index, row, free, logits[row])
         return records
 
-    def compare(
-        self, index: int, row: int, free: Decoded, logits: torch.Tensor, bypassed: torch.Tensor
-    ) -> PromptRecord:
+    def compare(self, index: int, row: int, free: Decoded, logits: torch.Tensor) -> PromptRecord:
         """Compare a prompt with dense, from its row in a greedy run, and logits [n, V] along the prompt's end."""
         dense, labels = self.dense[index], torch.tensor(self.rows[index][len(self.rows[index]) - len(logits) :])
         tokens = cut_at_end(free.tokens[row].tolist(), self.ends)
         first = first_divergence(dense.tokens, tokens)
         steps = len(tokens) - 1  # the last token is not fed
-        found, similarity = compare_steps(dense.logits, logits), free.similarity[row, :steps]
+        found = compare_steps(dense.logits, logits)
         return PromptRecord(
             self.tasks[index],
             drift=position_drift(dense.tokens, tokens),
@@ -274,14 +267,10 @@ class DriftBench:
             forced_steps=len(logits),
             forced_divergent=int((~found.same_top1).sum()),
             kl=found.kl.tolist(),
-            scored_tokens=len(logits),
             dense_nll=negative_log_likelihood(dense.logits, labels).sum().item(),
             nll=negative_log_likelihood(logits, labels).sum().item(),
             steps=steps,
             bypassed=int(free.bypassed[row, :steps].sum()),
-            similarity=similarity[~similarity.isnan()].tolist(),
-            entropy_bypassed=found.entropy[bypassed].tolist(),
-            entropy_computed=found.entropy[~bypassed].tolist(),
         )
 
     def similarity(self, gate_layer: int, indices: Sequence[int]) -> list[tuple[float, float]]:

@@ -1,6 +1,4 @@
-"""
-How far a text is from the dense model's: figures of tokens and logits, for one prompt and for many.
-"""
+"""How far a text is from the dense model's: figures of tokens and logits, for one prompt and for many."""
 
 import itertools
 import math
@@ -11,14 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..evaluation.statistics import bootstrap_interval, mean, paired_interval, quantile, zero_failure_bound
+from ..evaluation.statistics import bootstrap_interval, mean, mean_interval, quantile, zero_failure_bound
 from ..utils.files import significant
 from .prompts import ALL, order_tasks
 
 # fields of `PromptRecord` that a report keeps of each prompt
 COLUMNS = (
     *("drift", "first_divergence", "margin", "forced_steps", "forced_divergent"),
-    *("scored_tokens", "dense_nll", "nll", "steps", "bypassed"),
+    *("dense_nll", "nll", "steps", "bypassed"),
 )
 
 
@@ -59,7 +57,6 @@ class StepComparison(NamedTuple):
 
     same_top1: torch.Tensor  # bool [n], whether both have the same most probable token
     kl: torch.Tensor  # float64 [n], KL(dense || other) in nats
-    entropy: torch.Tensor  # float64 [n], of the dense distribution, in nats
 
 
 def compare_steps(dense: torch.Tensor, other: torch.Tensor) -> StepComparison:
@@ -72,7 +69,6 @@ def compare_steps(dense: torch.Tensor, other: torch.Tensor) -> StepComparison:
     return StepComparison(
         same_top1=dense.argmax(dim=-1) == other.argmax(dim=-1),
         kl=kl_divergence(dense, other),
-        entropy=torch.special.entr(dense.double().softmax(dim=-1)).sum(dim=-1),
     )
 
 
@@ -92,17 +88,13 @@ class PromptRecord:
     drift: float = 0.0  # share of positions with another token, in greedy generation
     first_divergence: int | None = None  # the first such position
     margin: float | None = None  # between dense's two highest logits at that position
-    forced_steps: int = 0  # steps after the prompt under teacher forcing
-    forced_divergent: int = 0  # those with another most probable token than dense
-    kl: list[float] = field(default_factory=list)  # KL(dense || other) at each forced step, in nats
-    scored_tokens: int = 0  # tokens of the prompt's second half that were scored
-    dense_nll: float = 0.0  # their total negative log-likelihood, in nats, under the dense model
-    nll: float = 0.0  # and under the other
-    steps: int = 0  # of greedy generation
-    bypassed: int = 0  # those that were bypassed
-    similarity: list[float] = field(default_factory=list)  # the gate's, at each step that has one
-    entropy_bypassed: list[float] = field(default_factory=list)  # of dense, in nats, at bypassed forced steps
-    entropy_computed: list[float] = field(default_factory=list)  # and at the other forced steps
+    forced_steps: int = 0  # tokens at the end of the prompt that are predicted under teacher forcing
+    forced_divergent: int = 0  # number of these steps whose most probable token is not dense's
+    kl: list[float] = field(default_factory=list)  # KL(dense || other) at each of these steps, in nats
+    dense_nll: float = 0.0  # total negative log-likelihood of these tokens, in nats, under the dense model
+    nll: float = 0.0  # the same under the other model
+    steps: int = 0  # steps of greedy generation
+    bypassed: int = 0  # number of these steps that were bypassed
 
 
 def columns(records: Sequence[PromptRecord]) -> dict[str, dict[str, list]]:
@@ -129,31 +121,24 @@ def summarise_tasks(records: Sequence[PromptRecord], **bootstrap) -> dict[str, d
 
 def summarise(records: Sequence[PromptRecord], **bootstrap) -> dict:
     """
-    Summary of some prompts, with 95 % intervals from a bootstrap over prompts. Shares are 0 to 1, KL divergence and
-    entropy in nats; figures without data are None.
+    Summary of some prompts, with 95 % intervals from a bootstrap over prompts. Shares are 0 to 1, KL divergence is in
+    nats; figures without data are None.
     """
 
     def total(name: str) -> int:
         return sum(getattr(record, name) for record in records)
 
-    def joined(name: str) -> list[float]:
-        return [value for record in records for value in getattr(record, name)]
-
-    drifts, kl, similarity = [record.drift for record in records], joined("kl"), joined("similarity")
-    firsts, margins = (
-        [value for record in records if (value := getattr(record, name)) is not None]
-        for name in ("first_divergence", "margin")
-    )
+    drifts, kl = [record.drift for record in records], [value for record in records for value in record.kl]
+    firsts = [record.first_divergence for record in records if record.first_divergence is not None]
     ratio = {"statistic": lambda sums: sums[:, 0] / sums[:, 1], **bootstrap}
     return {
         "prompts": len(records),
         "drift": mean(drifts),
-        "drift_interval": paired_interval(drifts, [0.0] * len(drifts), **bootstrap),
+        "drift_interval": mean_interval(drifts, **bootstrap),
         "diverged_prompts": len(firsts),
         # without a divergence, a bootstrap would give (0, 0)
         "diverged_bound": None if firsts else zero_failure_bound(len(records)),
         "first_divergence": {"min": min(firsts, default=None), "median": quantile(firsts, 0.5)},
-        "margin": {"median": quantile(margins, 0.5), "max": max(margins, default=None)},
         "forced_steps": total("forced_steps"),
         "forced_divergent": share(total("forced_divergent"), total("forced_steps")),
         "forced_interval": bootstrap_interval([(r.forced_divergent, r.forced_steps) for r in records], **ratio),
@@ -164,24 +149,22 @@ def summarise(records: Sequence[PromptRecord], **bootstrap) -> dict:
         },
         "perplexity": perplexity(records, **bootstrap),
         "bypass_rate": share(total("bypassed"), total("steps")),
-        "similarity": {f"p{p}": quantile(similarity, p / 100) for p in (10, 50, 90)},
-        "entropy": {kind: mean(joined(f"entropy_{kind}")) for kind in ("bypassed", "computed")},
     }
 
 
 def perplexity(records: Sequence[PromptRecord], **bootstrap) -> dict:
     """Both perplexities, and their difference with a paired interval; None if nothing was scored."""
-    tokens = sum(record.scored_tokens for record in records)
+    tokens = sum(record.forced_steps for record in records)
     if not tokens:
-        return {"tokens": 0, "dense": None, "bypass": None, "delta": None, "interval": None}
+        return {"dense": None, "bypass": None, "delta": None, "interval": None}
 
     def delta(sums):
         return np.exp(sums[:, 1] / sums[:, 2]) - np.exp(sums[:, 0] / sums[:, 2])
 
-    rows = [(record.dense_nll, record.nll, float(record.scored_tokens)) for record in records]
+    rows = [(record.dense_nll, record.nll, float(record.forced_steps)) for record in records]
     dense, other = (math.exp(min(700, math.fsum(row[column] for row in rows) / tokens)) for column in (0, 1))
     interval = bootstrap_interval(rows, delta, **bootstrap)
-    return {"tokens": tokens, "dense": dense, "bypass": other, "delta": other - dense, "interval": interval}
+    return {"dense": dense, "bypass": other, "delta": other - dense, "interval": interval}
 
 
 def share(part: float, whole: float) -> float | None:

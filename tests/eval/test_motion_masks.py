@@ -8,7 +8,6 @@ import torch
 
 from eval.vision.composed_bench import Clip, measure_clips
 from eval.vision.motion_masks import (
-    ALL,
     MASK_COLUMNS,
     OBJECT_COLUMNS,
     box_iou,
@@ -117,21 +116,20 @@ def test_clips_are_measured_and_controls_do_what_they_must(model, tmp_path):
     measured = measure_clips(
         TinyBench(model), measure_motion, 1, 16, Processes(), tmp_path, motions=("crossing", "still", "several")
     )
-    masks, objects, labels = masks_table(measured), objects_table(measured), labels_table(measured)
-    nothing, everything = masks[ALL]["nothing"], masks[ALL]["everything"]
-    assert nothing["thing"]["value"] == 0 == nothing["false share"]["value"]
+    clips = {motion: [figures] for motion, figures in measured}
+    every = [figures for _, figures in measured]
+    everything = masks_table(every)["everything"]
     assert everything["false share"]["value"] == 1 and 0 < everything["thing"]["value"] < 1
     assert everything["thing"]["value"] <= everything["change"]["value"]
-    assert masks["still"]["context, last_update, 0.01"]["false share"]["value"] == 0
-    assert masks["still"]["context, last_update, 0.01"]["thing"]["value"] is None
-    own = masks["crossing"]["context, last_update, 0.01"]
-    assert own["change"]["value"] > 0.3 > nothing["change"]["value"] == 0
-    assert objects[ALL]["nothing"]["found"] == 0 == objects[ALL]["nothing"]["recall"]["value"]
-    assert objects["still"]["everything"]["things"] == 0
-    assert objects[ALL]["everything"]["matched"] <= objects[ALL]["everything"]["things"]
-    for row in labels[ALL].values():
+    still, own = (masks_table(clips[name])["context, last_update, 0.01"] for name in ("still", "crossing"))
+    assert still["false share"]["value"] == 0 and still["thing"]["value"] is None
+    assert own["change"]["value"] > 0.3
+    objects = objects_table(every)["everything"]
+    assert objects_table(clips["still"])["everything"]["things"] == 0 < objects["things"]
+    assert objects["matched"] <= objects["things"]
+    for row in labels_table(every).values():
         assert row["object"]["value"] is None or 0 <= row["object"]["value"] <= 1
-    assert set(MASK_COLUMNS) <= set(own) and set(OBJECT_COLUMNS) <= set(objects[ALL]["nothing"])
+    assert set(MASK_COLUMNS) <= set(own) and set(OBJECT_COLUMNS) <= set(objects)
 
 
 def mean_brightness(bench, clip):
@@ -170,14 +168,15 @@ def test_readmes_table_is_made_of_the_report(model, tmp_path):
     measured = measure_clips(
         TinyBench(model), measure_motion, 1, 16, Processes(), tmp_path, motions=("crossing", "still")
     )
+    clips = [figures for _, figures in measured]
     report = {
         "command": "python -m eval.vision.motion_masks",
         "clips": {"in_all": 2, "frames": 16},
         "labels_known": 4,
         "least_iou": 0.3,
-        "masks": masks_table(measured),
-        "objects": objects_table(measured),
-        "labels": labels_table(measured),
+        "masks": masks_table(clips),
+        "objects": objects_table(clips),
+        "labels": labels_table(clips),
     }
     lines = motion_table(report).splitlines()
     assert {line.count("|") for line in lines[:9]} == {10} and not lines[9]

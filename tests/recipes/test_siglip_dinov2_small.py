@@ -335,7 +335,7 @@ def test_default_folder(monkeypatch, tmp_path):
 
 def test_model_card_s_figures_are_those_of_the_json():
     card = tower_fidelity.CARD.read_text(encoding="utf-8")
-    result = json.loads(tower_fidelity.RESULT.read_text(encoding="utf-8"))
+    result = json.loads((tower_fidelity.RESULTS / "tower_fidelity.json").read_text(encoding="utf-8"))
     assert fill_block(card, "figures", tower_fidelity.figures_block(result)) == card
 
 
