@@ -1,10 +1,10 @@
 """
-Composed clips of which everything is known: what is seen, where, and from which frame on.
+Composed clips with ground truth: which thing is where, in every frame.
 
 Drawings of things move before photographs, in the kinds of motion of MOTIONS, for 16 to 10,000 frames. A clip is a
-small specification, and a frame is a pure function of it and the frame's number: nothing is kept, any frame can be
-asked for alone, and the same (seed, motion, number) gives the same clip on every machine with the same material and
-the same Pillow. Things are placed on whole pixels.
+small specification, and a frame is a pure function of the specification and the frame's number. The same seed, motion
+and number give the same clip on every machine with the same material and the same Pillow. Things are placed on whole
+pixels.
 """
 
 import io
@@ -51,7 +51,7 @@ class Actor:
     period: int = 1  # frames of one round; of `entering` and `leaving`, frames on the way
     phase: float = 0.0  # where in the round it starts, 0 to 1; of `entering` and `leaving`, 0
     start: int = 0  # the frame at which `entering` and `leaving` set off
-    present: tuple[int, int] = (0, MOST)  # the frames on which it is there, from the first until before the second
+    present: tuple[int, int] = (0, MOST)  # first frame on which the thing is present, and the first without it again
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,24 +101,24 @@ class Truth:
 
 
 def frame(spec: ClipSpec, number: int) -> tuple[np.ndarray, Truth]:
-    """A clip's frame, uint8 RGB [side, side, 3], and what is in it. IndexError if the clip has no such frame."""
+    """A clip's frame, uint8 RGB [side, side, 3], and its truth. IndexError for a number out of range."""
     if not 0 <= number < spec.frames:
         raise IndexError(f"There is no frame {number}; the clip has frames 0 to {spec.frames - 1}.")
     return filmed(spec, number, scene(spec, number)), truth(spec, number)
 
 
 def frames(spec: ClipSpec) -> Iterator[np.ndarray]:
-    """All of a clip's frames in order, as a stream, uint8 RGB [side, side, 3]."""
+    """All frames of a clip in order, uint8 RGB [side, side, 3] each."""
     return (filmed(spec, number, scene(spec, number)) for number in range(spec.frames))
 
 
 def right_labels(spec: ClipSpec) -> tuple[str | None, ...]:
-    """The right label of each frame; no frame is drawn for it."""
+    """The right label of each frame, without drawing the frames."""
     return tuple(truth(spec, number).label for number in range(spec.frames))
 
 
 def scene(spec: ClipSpec, number: int) -> np.ndarray:
-    """What is before the camera: float32 [side, side, 3], 0 to 255."""
+    """The scene before the camera: float32 [side, side, 3], 0 to 255."""
     top, left = view(spec, number)
     picture = spec.ground[top : top + spec.side, left : left + spec.side].astype(np.float32)
     for actor in spec.actors:
@@ -173,7 +173,7 @@ def view(spec: ClipSpec, number: int) -> tuple[int, int]:
 
 
 def place(spec: ClipSpec, actor: Actor, number: int) -> tuple[tuple[slice, slice], tuple[slice, slice]] | None:
-    """Where an actor is in the picture, and which part of its cut that is; None if nothing of it is."""
+    """The part of the picture that an actor covers, and that part of its cut; None if it is outside."""
     if not actor.present[0] <= number < actor.present[1]:
         return None
     offsets = path_offset(actor, number)
@@ -191,7 +191,7 @@ def place(spec: ClipSpec, actor: Actor, number: int) -> tuple[tuple[slice, slice
 
 
 def path_offset(actor: Actor, number: int) -> tuple[float, float]:
-    """How far along its reach an actor is, down and across, -1 to 1."""
+    """An actor's offset from its centre, down and across, in units of its reach: -1 to 1."""
     progress = (number - actor.start) / actor.period
     turns = progress + actor.phase
     if actor.path == "local":
@@ -214,18 +214,19 @@ def path_offset(actor: Actor, number: int) -> tuple[float, float]:
 
 
 def key_of(seed: int, motion: str, number: int) -> tuple[int, int, int]:
-    """What a clip's random numbers depend on."""
+    """The seed of a clip's random numbers."""
     return seed, list(MOTIONS).index(motion), number
 
 
 def specify(material: Any, motion: str, number: int, *, frames: int = 64, seed: int = 0, side: int = SIDE) -> ClipSpec:
     """
-    A clip by its number: each from 0 is another one. Clips of more frames, 16 to 10,000, go on in the same way.
-    `material` has `drawings`, by thing a list of what has a `picture` in RGBA, and `grounds`, a list of what has a
-    `picture` in RGB, at least 16 pixels each way, as of `load_material`; `side` is of the picture in pixels.
+    The clip of a motion with a number, 0 or more, of 16 to 10,000 frames.
+    `material`, such as of `load_material`, has `drawings`, by thing a list of objects with a `picture` in RGBA, and
+    `grounds`, a list of objects with a `picture` in RGB, at least 16 pixels wide and high. `side` is a frame's side in
+    pixels.
 
     Raises:
-        ValueError: for a motion or a number of frames that there is not; for too few things.
+        ValueError: for an unknown motion, a number of frames out of range, and too few things.
     """
     if motion not in MOTIONS:
         raise ValueError(f"There is no motion {motion!r}; expected one of {', '.join(MOTIONS)}.")

@@ -35,7 +35,7 @@ def debian_package(name: str, version: str, sha256: str) -> Package:
 
 def fetch(package: Package, folder: Path) -> Path:
     """
-    The checked file of a package in `folder`; if it is not there, it is downloaded, which is said on stderr.
+    The checked file of a package in `folder`. A missing file is downloaded, with a message on stderr.
 
     Raises:
         RuntimeError: the registry's client is missing, or could not download it.
@@ -48,7 +48,7 @@ def fetch(package: Package, folder: Path) -> Path:
     Console(stderr=True).print(f"Downloading {package.filename} with {package.command[0]}, to keep in {folder}")
     if shutil.which(package.command[0]) is None:
         raise RuntimeError(
-            f"`{package.command[0]}` is needed to download {package.filename}, and is not here. Install it, or put "
+            f"`{package.command[0]}` is needed to download {package.filename} and was not found. Install it, or put "
             f"the file into {folder}."
         )
     with tempfile.TemporaryDirectory(dir=folder) as partial:

@@ -3,10 +3,10 @@ Does a bypass change JSON whose syntax a grammar enforces?
 
     python -m eval.language.json_drift    # after eval.language.token_drift, whose thresholds it takes
 
-Each line of the prompts is `{"prompt": text, "schema": JSON schema}`. Dense and bypass generate apart, each under the
-grammar of the schema. Texts are compared in the tokenizer's own tokens, so that another tokenisation of the same text
-is no drift. A token is forced if the schema leaves no other text at its place; the others are free. Finished bypasses
-are kept in the file, and the same command continues.
+Each line of the prompts is `{"prompt": text, "schema": JSON schema}`. Dense and bypass generate separately, each under
+the grammar of the schema. Texts are tokenized again before they are compared, so that another tokenization of the same
+text is no drift. A token is forced if the schema leaves no other text at its place; all others are free. Finished
+bypasses are kept in the file, and the same command continues.
 """
 
 import json
@@ -96,7 +96,7 @@ def parsed(text: str) -> Any:
 
 
 def compare(dense: dict, other: dict, grammar: JsonGrammar, tokenizer: Any) -> dict:
-    """Drift of a text from the dense one: of tokens as generated, of the tokenizer's own tokens, and of values."""
+    """Drift of a text from the dense one, in the tokenizer's own tokens and in values."""
     own = [tokenizer(one["text"], add_special_tokens=False)["input_ids"] for one in (dense, other)]
     forced = [grammar.forced(tokens) for tokens in own]
     free = [
@@ -105,7 +105,6 @@ def compare(dense: dict, other: dict, grammar: JsonGrammar, tokenizer: Any) -> d
     ]
     values = [parsed(one["text"]) for one in (dense, other)]
     return {
-        "generated_drift": position_drift(dense["tokens"], other["tokens"]),
         "drift": position_drift(*own),
         "free_drift": position_drift(*free),
         "value_drift": None if None in values else value_drift(*values),
@@ -118,7 +117,7 @@ def compare(dense: dict, other: dict, grammar: JsonGrammar, tokenizer: Any) -> d
 def summarise(rows: list[dict]) -> dict:
     """Figures over all prompts, with 95 % intervals over prompts."""
     found: dict[str, Any] = {"bypass_rate": sum(row["bypassed"] for row in rows) / sum(row["steps"] for row in rows)}
-    for name in ("generated_drift", "drift", "free_drift", "value_drift", "valid", "forced", "same_text"):
+    for name in ("drift", "free_drift", "value_drift", "valid", "forced", "same_text"):
         values = [float(row[name]) for row in rows if row[name] is not None]
         found[name] = {
             "mean": mean(values),

@@ -46,7 +46,6 @@ SWAPS = ("active", "stored sparse", "stored dense", "all stored", "random as man
 TRAVELLING = ("crossing", "arc", "oscillating")
 STAYING = ("still", "local")
 PUBLISHED_SKIPS = (0.555, 0.663, 0.84)
-PUBLISHED_TOP1 = (0.6960, 0.7045, 0.7155)
 LEVEL_TOP1, LEVEL_COSINE, LEVEL_STABILITY = 0.03, 0.01, 0.05
 PUBLISHED_STABILITY = {"inactive": 0.83, "active": 0.41}
 PUBLISHED_SHIFT = 0.73

@@ -11,9 +11,9 @@ of the pooled output and of the patches.
 All baselines hold the dense output of an earlier frame. They encode a new frame every k frames (all k, all phases);
 when its mean surprise or its share of changed patches exceeds a level; when the motion vectors or packet sizes of an
 H.264 encoder, summed since the last encoded frame, exceed a level; or never. A baseline can also switch between two
-settings, so its value at any cost is the mixture of the two settings nearest in cost. For each clip and each statistic,
-the best baseline is chosen afterwards, which favours the baselines: once at equal cost, and once at equal processor
-time. A preset is also compared with the baseline that can be chosen beforehand, dense every 1 / `cost_budget` frames,
+settings, so its value at any cost is the mixture of the two settings nearest in cost. For each clip and statistic, the
+best baseline is chosen afterwards, which favours the baselines: once at equal cost, and once at equal processor time.
+A preset is also compared with the baseline that can be chosen beforehand, dense every 1 / `cost_budget` frames,
 and with an oracle, which sees the error of the held output and encodes when it exceeds a level.
 
 Intervals are 95 %, from a paired moving-block bootstrap over frames, and over clips where results of clips are pooled.

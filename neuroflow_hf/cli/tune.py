@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .errors import EXIT_INTERRUPTED, EXIT_UNREACHED, one_line_errors
+from .errors import EXIT_UNREACHED, one_line_errors
 from .options import option
 from .output import command_line, figure_table, print_wide, print_written
 from .progress import CommandProgress
@@ -45,7 +45,7 @@ def tune(
     with one_line_errors(debug, nothing_done="nothing was written."):
         from ..evaluation.points import Requirement
         from ..evaluation.tuning import tune_video
-        from ..evaluation.tuning_report import checkpoint_config, figure_words, next_steps, write_tuning
+        from ..evaluation.tuning_report import checkpoint_config, figure_words, write_tuning
         from ..loading import default_model, dtype_named, load_model, usable_device
         from ..utils.files import prepare_folder
         from ..video.reader import VideoReader, bundled_clip
@@ -71,16 +71,7 @@ def tune(
         config = checkpoint_config(source)
         files = write_tuning(result, out, config, model_name=model or source.name, command=command_line())
     print_tuning(result)
-    if result.chosen is not None:
-        used = {"model": model, "resolution": resolution, "stride": stride if stride > 1 else None, "config": out}
-        for line in next_steps(video, used, type(config).__name__, source):
-            typer.echo(line)
     print_written(out, (file.name for file in files))
-    if result.note:
-        typer.echo(f"The video broke off: {result.note}. The frames before count.", err=True)
-    if result.status == "interrupted":
-        typer.echo(f"Stopped by Ctrl-C; {len(result.points)} settings were measured before.", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED)
     if result.chosen is None:
         raise typer.Exit(EXIT_UNREACHED)
 

@@ -1,6 +1,6 @@
 """Tables of a drift report, for the terminal and for Markdown."""
 
-from ..utils.tables import Table, interval, markdown_table, number, with_interval
+from ..utils.tables import Table, markdown_table, number, with_interval
 from .prompts import ALL, order_tasks
 
 
@@ -43,29 +43,6 @@ def summary_table(report: dict) -> Table:
     return headers, rows
 
 
-def details_table(report: dict) -> Table:
-    """A row for each entry and task, with figures that the summary leaves out."""
-    headers = ["configuration", "task", "steps bypassed", "texts that differ", "first divergence, median"]
-    headers += ["top-1 differs, 95%", "KL, 95%", "KL, P99", "perplexity: dense", "difference, 95%"]
-    rows = [
-        [
-            entry["name"],
-            task,
-            number(figures["bypass_rate"] if "options" in entry else None, ".1%"),
-            f"{figures['diverged_prompts']} of {figures['prompts']}",
-            number(figures["first_divergence"]["median"], ".0f"),
-            interval(figures["forced_interval"], ".2%"),
-            interval(figures["kl"]["interval"], ".2g"),
-            number(figures["kl"]["p99"], ".2g"),
-            number(figures["perplexity"]["dense"], ".3f"),
-            interval(figures["perplexity"]["interval"], "+.3f"),
-        ]
-        for entry in entries_of(report)
-        for task, figures in entry["tasks"].items()
-    ]
-    return headers, rows
-
-
 def description(report: dict) -> str:
     """Describe the measurement in a paragraph."""
     model, settings, prompts = report["model"], report["settings"], report["prompts"]
@@ -76,9 +53,9 @@ def description(report: dict) -> str:
         f"{model['dtype']}. Prompts: {counts}{cut}; {settings['new_tokens']} new tokens each, greedy. Drift: share of "
         "positions with another token than dense, with its 95 % interval from a bootstrap over prompts. `1->22`: "
         "layer 1 decides, layer 22 reuses its output. `for 20%`: at the threshold that this share of the steps "
-        f"reaches, on {settings['few']} prompts of each task. Top-1 differs, KL (in nats) and perplexity (its "
-        f"increase): over the last {settings['forced_tokens']} tokens of each prompt, fed one by one. Rows without a "
-        "threshold compare dense with dense: the noise floor, on the same few prompts."
+        f"reaches, on {settings['few']} prompts of each task. Top-1 differs, KL (in nats) and increase of perplexity: "
+        f"over the last {settings['forced_tokens']} tokens of each prompt, fed one by one. Rows without a threshold "
+        "compare dense with dense, the noise floor, on the same few prompts."
         + "".join(
             f" Similarity at layer {layer}: P10 {gate['p10']:.2f}, P50 {gate['p50']:.2f}, P90 {gate['p90']:.2f}."
             for layer, gate in report["gates"].items()
@@ -93,7 +70,5 @@ def drift_markdown(report: dict) -> str:
         description(report),
         f"`{report['command']}`" if report["command"] else "",
         markdown_table(summary_table(report)),
-        "## By task",
-        markdown_table(details_table(report)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

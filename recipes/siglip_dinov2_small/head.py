@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Dinov2Model, SiglipVisionModel
@@ -23,8 +24,8 @@ BATCH = 32
 
 def random_view(photo: Image.Image, rng: np.random.Generator, size: int = IMAGE_SIZE) -> Image.Image:
     """
-    A random part of a photograph, perhaps mirrored and blurred, with random brightness: RGB of (size, size) pixels, 10
-    to 100 % of the photograph's area, sides 3:4 to 4:3 before resizing.
+    A random crop of a photograph with random brightness, sometimes mirrored or blurred: RGB of (size, size) pixels.
+    The crop has 10 to 100 % of the photograph's area and an aspect ratio of 3:4 to 4:3.
     """
     area = photo.width * photo.height * rng.uniform(0.1, 1.0)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -43,9 +44,8 @@ def random_view(photo: Image.Image, rng: np.random.Generator, size: int = IMAGE_
 
 def training_views(photos: Sequence[Image.Image], count: int, seed: int) -> Iterator[Image.Image]:
     """
-    `count` views of (224, 224) pixels, taking the photographs in turn. A third of them are two photographs side by
-    side: these photographs show few things, and the head should also learn what the CLS output makes of several at
-    once.
+    `count` views of (224, 224) pixels, from the photographs in turn. A third of the views show two photographs side by
+    side, because most photographs show one thing, and the head should also learn the CLS output of several things.
     """
     rng = np.random.default_rng(seed)
     for index in range(count):
@@ -58,7 +58,7 @@ def training_views(photos: Sequence[Image.Image], count: int, seed: int) -> Iter
 
 
 def to_pixels(views: Sequence[Image.Image]) -> Tensor:
-    """Normalise RGB images of equal size as DINOv2 was trained: (B, 3, H, W) float32, ImageNet mean and deviation."""
+    """Normalise RGB images of equal size by ImageNet's mean and deviation, as DINOv2 does: (B, 3, H, W) float32."""
     pixels = torch.from_numpy(np.stack([np.asarray(view) for view in views])).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(IMAGE_MEAN).view(3, 1, 1)) / torch.tensor(IMAGE_STD).view(3, 1, 1)
 
@@ -77,18 +77,15 @@ def paired_features(
 
 
 def training_features(
-    tower: SiglipVisionModel, original: Dinov2Model, views: Sequence[Image.Image], progress: Progress
+    tower: SiglipVisionModel, original: Dinov2Model, views: Sequence[Image.Image], console: Console
 ) -> tuple[Tensor, Tensor]:
     """Tower's patch features (M, N, D) float16 and original's CLS outputs (M, D) float32 of the training views."""
     patches, targets = [], []
-    task = progress.add_task("Computing features", total=len(views))
-    for start in range(0, len(views), BATCH):
-        batch = views[start : start + BATCH]
-        ours, _, _, cls = paired_features(tower, original, to_pixels(batch))
-        # Half precision halves the 350 MB that these take; the head sees far larger noise from dropped patches.
+    for start in track(range(0, len(views), BATCH), "Computing features", console=console):
+        ours, _, _, cls = paired_features(tower, original, to_pixels(views[start : start + BATCH]))
+        # half precision halves the 350 MB; dropping patches adds far more noise
         patches.append(ours.half())
         targets.append(cls)
-        progress.advance(task, len(batch))
     return torch.cat(patches), torch.cat(targets)
 
 
@@ -100,8 +97,8 @@ def start_head_at_mean(head: nn.Module) -> None:
     """
     Set SigLIP's pooling head, in place, so that it gives the mean patch feature, or nearly.
 
-    Values and outputs pass unchanged, the MLP adds nothing, and the probe is small, so all patches weigh alike. From
-    there a few photographs teach corrections; from random weights they would have to teach everything.
+    Values and outputs pass unchanged, the MLP adds nothing, and the probe is small, so that all patches have about the
+    same weight. A few photographs are enough to train from there, but not from random weights.
     """
     dim = head.attention.embed_dim
     head.attention.in_proj_weight[2 * dim :] = torch.eye(dim)
@@ -114,8 +111,8 @@ def start_head_at_mean(head: nn.Module) -> None:
 
 def probe_weights(head: nn.Module, patches: Tensor) -> Tensor:
     """
-    How much each head of SigLIP's pooling head looks at each of the patches float32 (B, N, D): (B, N, heads), which
-    sum to 1 over the patches.
+    Attention weights of SigLIP's pooling head over patches float32 (B, N, D): (B, N, heads), which sum to 1 over the
+    patches.
     """
     attention = head.attention
     heads, width = attention.num_heads, attention.head_dim
@@ -129,12 +126,12 @@ def probe_weights(head: nn.Module, patches: Tensor) -> Tensor:
 
 def pool(head: nn.Module, patches: Tensor, weights: Tensor | None = None) -> Tensor:
     """
-    `head(patches)` of SigLIP's pooling head, float32 (B, N, D) to (B, D), in another order, many times faster to
-    train.
+    `head(patches)` of SigLIP's pooling head, float32 (B, N, D) to (B, D), computed in another order, which is many
+    times faster to train.
 
-    The head asks with a single query, the probe. So each attention head's key matrix can be applied to the query once
+    The head has a single query, the probe. So each attention head's key matrix can be applied to the query once
     instead of to every patch, and its value matrix to the weighted mean of the patches instead of to every patch.
-    `weights` are those of `probe_weights`, if they are at hand.
+    `weights`, from `probe_weights`, are computed if they are not given.
     """
     attention = head.attention
     heads, width = attention.num_heads, attention.head_dim
@@ -147,9 +144,7 @@ def pool(head: nn.Module, patches: Tensor, weights: Tensor | None = None) -> Ten
     return pooled + head.mlp(head.layernorm(pooled))
 
 
-def fit_head(
-    head: nn.Module, patches: Tensor, targets: Tensor, *, epochs: int, seed: int, progress: Progress | None = None
-) -> float:
+def fit_head(head: nn.Module, patches: Tensor, targets: Tensor, *, epochs: int, seed: int, console: Console) -> float:
     """
     Train SigLIP's pooling head, in place, so that it gives the targets (M, D) float32 for the patches (M, N, D).
 
@@ -160,13 +155,12 @@ def fit_head(
     batches = math.ceil(len(targets) / BATCH)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=epochs * batches, pct_start=0.1)
-    task = progress.add_task("Fitting the pooling head", total=epochs) if progress else None
     head.train()
     with seeded(seed):
-        for _ in range(epochs):
+        for _ in track(range(epochs), "Fitting the pooling head", console=console):
             total = 0.0
             for chosen in torch.randperm(len(targets)).split(BATCH):
-                # Half of the patches, anew each time: few photographs, so the head must not learn them by heart.
+                # a random half of the patches, against overfitting to few photographs
                 kept = torch.randperm(patches.shape[1])[: patches.shape[1] // 2]
                 pooled = pool(head, patches[chosen][:, kept].float())
                 wanted = targets[chosen]
@@ -177,7 +171,5 @@ def fit_head(
                 optimizer.step()
                 schedule.step()
                 total += loss.item() * len(chosen)
-            if progress:
-                progress.advance(task)
     head.eval()
     return total / len(targets)

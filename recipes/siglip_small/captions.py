@@ -1,4 +1,4 @@
-"""What is said of a picture: captions with the facts that they assert, and the prompts of zero-shot classification."""
+"""Captions with the facts that they assert, and the prompts of zero-shot classification."""
 
 from dataclasses import dataclass
 
@@ -52,7 +52,7 @@ EMPTY_PHRASES = (
     "just a background",
     "an empty place with nothing in it",
 )
-# Scenes of photographs and footage that are no things, and what they are called.
+# Names of scenes in photographs and footage.
 SCENES = {
     "person": ("a person", "people", "somebody", "a human", "persons"),
     "street": ("a street", "a road in a town", "a street scene"),
@@ -107,7 +107,7 @@ class Caption:
 
 
 def with_article(name: str, thing: Thing | None = None) -> str:
-    """`a dog`, `an apple`; names that are plurals, and those that begin with a number of something, stay bare."""
+    """A name with its article, such as `a dog` or `an apple`; plurals get none."""
     if thing is not None and name == thing.plural:
         return name
     if name.split()[0].endswith("s") and name.split()[0] not in ("bus", "glass", "octopus", "cactus", "christmas"):
@@ -116,25 +116,25 @@ def with_article(name: str, thing: Thing | None = None) -> str:
 
 
 def phrase(thing: Thing, phrasing: str, name: str | None = None) -> str:
-    """A phrasing filled with a thing, by its name or another one."""
+    """A phrasing filled with a thing's name, or another name for it."""
     name = name or thing.name
     return phrasing.format(with_article(name, thing), name=name)
 
 
 def any_name(thing: Thing, rng: np.random.Generator) -> str:
-    """The thing's name, or at times a synonym."""
+    """The thing's name, or sometimes a synonym."""
     if thing.synonyms and rng.random() < 0.3:
         return thing.synonyms[rng.integers(len(thing.synonyms))]
     return thing.name
 
 
 def pick(options, rng: np.random.Generator):
-    """One of several."""
+    """A random option."""
     return options[int(rng.integers(len(options)))]
 
 
 def caption(facts: frozenset[str], rng: np.random.Generator) -> Caption:
-    """Something that is true of a picture with these facts, which must not be none."""
+    """A caption that is true of a picture with these facts (at least one)."""
     names = sorted(fact for fact in facts if fact in BY_NAME)
     scenes = sorted(fact for fact in facts if fact in SCENES or fact == NOTHING)
     kinds = sorted(fact for fact in facts if fact in GENERAL)
@@ -168,7 +168,7 @@ def caption(facts: frozenset[str], rng: np.random.Generator) -> Caption:
 
 
 def name_caption(name: str, rng: np.random.Generator) -> Caption:
-    """A thing said in one of the training's phrasings."""
+    """A caption that names a thing, in one of TRAINING_PHRASINGS."""
     thing = BY_NAME[name]
     return Caption(phrase(thing, pick(TRAINING_PHRASINGS, rng), any_name(thing, rng)), frozenset({name}))
 
@@ -179,7 +179,7 @@ def prompts(phrasing: str) -> list[str]:
 
 
 def all_words() -> list[str]:
-    """Texts that hold every word that captions are made of, for the tokenizer."""
+    """Texts with every word of the captions, to train the tokenizer on."""
     rng = np.random.default_rng(0)
     texts = [phrase(thing, phrasing) for thing in things() for phrasing in TRAINING_PHRASINGS]
     texts += [name for thing in things() for name in (thing.name, thing.plural, *thing.synonyms)]

@@ -1,4 +1,4 @@
-"""Pictures out of drawings and photographs, each with what is in it; a picture depends on its number alone."""
+"""Compose pictures from drawings and photographs, with their facts; a picture depends on its random generator only."""
 
 import io
 import math
@@ -21,7 +21,7 @@ from recipes.siglip_small.sources import (
 
 SIDE = 224
 SPLITS = ("training", "held out", "unseen style")
-MOST_COVERED = 0.4  # what is behind drawings that cover more than this is not said to be seen
+MOST_COVERED = 0.4  # if drawings cover more than this, the facts leave out the photograph behind them
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Picture:
     Attributes:
         image: RGB, SIDE x SIDE.
         placed: the drawings in it, the largest first.
-        facts: as of `facts_of`.
-        covered: bool [SIDE, SIDE], where there are drawings.
+        facts: facts, from `facts_of`.
+        covered: bool [SIDE, SIDE], the pixels that drawings cover.
     """
 
     image: Image.Image
@@ -43,12 +43,12 @@ class Picture:
 @dataclass(frozen=True)
 class Material:
     """
-    What pictures of one split are made of.
+    Drawings and photographs of one split.
 
     Attributes:
-        drawings: by thing.
-        photos: what is shown alone.
-        grounds: what drawings are put on. Where it is measured which thing is recognised, none of them shows a thing.
+        drawings: drawings by thing.
+        photos: photographs that are shown alone.
+        grounds: photographs that drawings are placed on; in the held-out splits, none of them shows a thing.
     """
 
     drawings: dict[str, list[Drawing]]
@@ -57,7 +57,7 @@ class Material:
 
 
 def split_drawings() -> dict[str, dict[str, list[Drawing]]]:
-    """The drawings of each of SPLITS, by thing, as `load_material` says."""
+    """The drawings of each of SPLITS, by thing, split as in `load_material`."""
     chosen: dict[str, dict[str, list[Drawing]]] = {split: {} for split in SPLITS}
     for name, every in drawings().items():
         found = [drawing for drawing in every if drawing.style != HELD_OUT_STYLE]
@@ -70,9 +70,8 @@ def split_drawings() -> dict[str, dict[str, list[Drawing]]]:
 
 def load_material() -> dict[str, Material]:
     """
-    The material of each of SPLITS. `held out`: one rendering of each thing of which another one, of the same emoji, is
-    in training. `unseen style`: a style of which no drawing of any thing is in training. Photographs for training, and
-    those held out.
+    The material of each of SPLITS. `held out`: one rendering of each thing of which training has another rendering of
+    the same emoji. `unseen style`: drawings of a style that training does not have. Both have held-out photographs.
     """
     chosen = split_drawings()
     pictures = [*photos(), *footage()]
@@ -91,8 +90,8 @@ def load_material() -> dict[str, Material]:
 
 def compose(material: Material, rng: np.random.Generator) -> Picture:
     """
-    One picture: mostly one to three drawings before a photograph or a plain ground, now and then several of the same;
-    sometimes a photograph alone.
+    One picture: in most cases one to three drawings before a photograph or a plain ground, sometimes several drawings
+    of one thing, or a photograph alone.
     """
     draw = rng.random()
     if draw < 0.1:
@@ -121,7 +120,7 @@ def assemble(
     sides: list[float],
     shows: tuple[str, ...],
 ) -> Picture:
-    """Drawings of the things `names`, their longer sides shares `sides` of the picture's, put on a ground."""
+    """Drawings of the things `names` on a ground; `sides` are their longer sides relative to the picture's."""
     taken: list[tuple[float, float, float, float]] = []
     placed, covered = [], Image.new("L", (SIDE, SIDE))
     one_drawing: dict[str, Drawing] = {}
@@ -158,7 +157,7 @@ def photograph_alone(material: Material, rng: np.random.Generator) -> Picture:
 
 
 def one_of(photos: list[Photo], rng: np.random.Generator) -> Photo:
-    """A photograph; all scenes are equally frequent, for footage has many frames of few."""
+    """A random photograph. All scenes are equally likely, because footage has many frames of few scenes."""
     scenes = sorted({photo.shows for photo in photos if photo.shows})
     place = rng.integers(len(scenes) + sum(not photo.shows for photo in photos))
     shows = scenes[place] if place < len(scenes) else ()
@@ -167,7 +166,7 @@ def one_of(photos: list[Photo], rng: np.random.Generator) -> Photo:
 
 
 def crop(photo: Image.Image, rng: np.random.Generator, least: float) -> Image.Image:
-    """A part of a photograph, at least that share of its area, perhaps mirrored, SIDE x SIDE."""
+    """A crop of at least the share `least` of a photograph's area, sometimes mirrored, SIDE x SIDE."""
     area = photo.width * photo.height * rng.uniform(least, 1.0)
     aspect = math.exp(rng.uniform(-0.3, 0.3)) * photo.width / photo.height
     width = min(photo.width, round(math.sqrt(area * aspect)))
@@ -178,7 +177,7 @@ def crop(photo: Image.Image, rng: np.random.Generator, least: float) -> Image.Im
 
 
 def plain_ground(rng: np.random.Generator) -> Image.Image:
-    """One colour, or one that fades into another."""
+    """A ground of one colour, or of a gradient between two."""
     first, second = rng.integers(0, 256, 3), rng.integers(0, 256, 3)
     if rng.random() < 0.4:
         first = second = np.full(3, 255) if rng.random() < 0.5 else first
@@ -190,7 +189,7 @@ def plain_ground(rng: np.random.Generator) -> Image.Image:
 
 
 def tinted(drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A drawing in one colour, in another one."""
+    """A drawing of one colour, in a random colour."""
     tint = Image.new("RGBA", drawing.size, (*(int(value) for value in rng.integers(0, 256, 3)), 255))
     tint.putalpha(drawing.getchannel("A"))
     return tint
@@ -198,8 +197,8 @@ def tinted(drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def turned(drawing: Image.Image, rng: np.random.Generator, side: int) -> Image.Image:
     """
-    A drawing at its size, turned by up to 25 degrees, perhaps mirrored, its colours changed: mostly a little, at times
-    another hue, or none.
+    A drawing scaled to `side`, rotated by up to 25 degrees, sometimes mirrored, with changed brightness, contrast and
+    saturation, sometimes with another hue or without colours.
     """
     scale = side / max(drawing.size)
     cut = drawing.resize([max(2, round(scale * length)) for length in drawing.size], Image.Resampling.BILINEAR)
@@ -218,7 +217,7 @@ def turned(drawing: Image.Image, rng: np.random.Generator, side: int) -> Image.I
 
 
 def other_hue(picture: Image.Image, by: int) -> Image.Image:
-    """The picture's hues, of 256, turned by so many."""
+    """The picture with its hue shifted, in steps of 1/256 of the circle."""
     hue, saturation, value = picture.convert("HSV").split()
     return Image.merge("HSV", (hue.point(lambda old: (old + by) % 256), saturation, value)).convert("RGB")
 
@@ -226,7 +225,7 @@ def other_hue(picture: Image.Image, by: int) -> Image.Image:
 def free_place(
     size: tuple[int, int], taken: list[tuple[float, float, float, float]], rng: np.random.Generator
 ) -> tuple[float, float, float, float] | None:
-    """A box of that size in the picture that covers no more than a tenth of any other; None if none is found."""
+    """A random box of a size that covers less than a tenth of any taken box; None if none is found."""
     width, height = size
     if width > SIDE * 1.15 or height > SIDE * 1.15:
         return (
@@ -253,7 +252,7 @@ def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 def spoiled(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The picture as cameras give it: brightness, blur, noise, compression, each now and then; grey at times."""
+    """The picture with random degradations of a camera: brightness, grey, blur, noise, compression."""
     picture = ImageEnhance.Brightness(picture).enhance(rng.uniform(0.75, 1.25))
     if rng.random() < 0.05:
         picture = picture.convert("L").convert("RGB")

@@ -1,17 +1,15 @@
 """
-The composed clip that ships with the package, on which zero-shot labels can be seen at work.
+The composed clip that ships with the package, for zero-shot labels.
 
     python -m recipes.siglip_small.demo_clip     # writes neuroflow_hf/assets/things.mp4
 
-A fixed camera over a lawn. A dog walks through, a bicycle rides by, a cat comes and stays, and in between there is
-nothing to see. Drawings: Noto Emoji (Google, Apache-2.0); the lawn:
-scikit-image's `grass.png` (CC0). A little sensor noise lies over everything, as in a recording.
+A fixed camera films a lawn. A dog walks through, a bicycle rides by, a cat comes and stays; in between, the lawn is
+empty. Sensor noise is added. Drawings: Noto Emoji (Google, Apache-2.0); the lawn: scikit-image's `grass.png` (CC0).
 """
 
 import io
 import math
-from collections.abc import Iterator
-from fractions import Fraction
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import av
@@ -32,7 +30,7 @@ SCRIPT = (
 
 
 def lawn() -> Image.Image:
-    """The ground, a little coloured: the photograph is grey."""
+    """The ground: a grey photograph, tinted green."""
     photo = Image.open(io.BytesIO(read_member("scikit-image", "skimage/data/grass.png"))).convert("L")
     photo = photo.resize((WIDTH, WIDTH), Image.Resampling.BICUBIC).crop((0, 0, WIDTH, HEIGHT))
     grey = np.asarray(photo, dtype=np.float32)
@@ -40,7 +38,7 @@ def lawn() -> Image.Image:
 
 
 def frames() -> Iterator[np.ndarray]:
-    """uint8 RGB [HEIGHT, WIDTH, 3], one after the other."""
+    """The clip's frames, uint8 RGB [HEIGHT, WIDTH, 3]."""
     ground, rng = lawn(), np.random.default_rng(0)
     pictures = {name: first_noto(name) for name in {entry[0] for entry in SCRIPT}}
     for number in range(FRAMES):
@@ -66,19 +64,23 @@ def first_noto(name: str) -> Image.Image:
     return next(drawing.picture for drawing in drawings()[name] if drawing.style == "noto")
 
 
-def main() -> None:
-    """Write the clip, whole or not at all."""
-    partial = OUTPUT.with_name(OUTPUT.name + ".part")
+def write_video(path: Path, pictures: Iterable[np.ndarray], rate: int, **options: str) -> None:
+    """
+    Write pictures, uint8 RGB [H, W, 3], as H.264 with the encoder's `options`, whole or not at all. An odd last row or
+    column is left out.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
     with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream(
-            "libx264", rate=Fraction(FRAMES_PER_SECOND), options={"crf": "26", "preset": "slow"}
-        )
-        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
-        for frame in frames():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures:
+            stream.height, stream.width = height, width = [side - side % 2 for side in picture.shape[:2]]
+            picture = np.ascontiguousarray(picture[:height, :width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
-    partial.replace(OUTPUT)
+    partial.replace(path)
 
 
 if __name__ == "__main__":
-    main()
+    write_video(OUTPUT, frames(), FRAMES_PER_SECOND, crf="26", preset="slow")

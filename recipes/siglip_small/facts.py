@@ -1,7 +1,6 @@
 """
-What is true of a picture, as a set of facts, and what a caption asserts, as facts too: a caption is true of a picture
-that has all its facts. So every caption of a batch is judged against every picture, and a dog in another picture is
-no negative for "a dog".
+Facts: a picture has a set of facts, a caption asserts some, and it is true of every picture that has all of these. So
+every caption of a batch can be compared with every picture, and another picture of a dog is no negative for "a dog".
 
 Facts are strings: `dog` (there is one), `2 dog` (there are exactly two), `left dog`, `animal` (a thing of that kind),
 `street` (a scene), `nothing` (no thing at all).
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from recipes.siglip_small.sources import things
 
 NOTHING = "nothing"
-# What the groups of `things.csv` are called; the others have no name that a caption would use.
+# Names in captions of the groups in `things.csv`; groups without an entry are never named.
 KINDS = {
     "animal": ("animal",),
     "bird": ("bird", "animal"),
@@ -54,7 +53,7 @@ class Placed:
 
 
 def general_facts(name: str) -> tuple[str, ...]:
-    """The kinds that a thing is of."""
+    """The kinds that a thing belongs to."""
     if name in HUMANS:
         return ("person",)
     return KINDS.get(CATEGORIES.get(name, ""), ())
@@ -64,7 +63,7 @@ CATEGORIES = {thing.name: thing.category for thing in things()}
 
 
 def place_of(placed: Placed) -> str | None:
-    """Where a thing is, if it is clearly there."""
+    """The place in the picture, one of PLACES; None if it is between places."""
     sideways, upright = placed.x - 0.5, placed.y - 0.5
     if max(abs(sideways), abs(upright)) < 0.1:
         return "middle"

@@ -1,4 +1,4 @@
-"""What the frozen tower makes of composed pictures, kept on disk in half precision; continues where it stopped."""
+"""Features of composed pictures by the frozen tower, kept on disk in half precision. Interrupted runs continue."""
 
 import json
 import math
@@ -27,8 +27,8 @@ class Pictures(Dataset):
     Composed pictures by number: `pixels` float32 [3, 224, 224] and the picture.
 
     Args:
-        material: what they are made of.
-        seed: of the split; a picture depends on it and on its number alone.
+        material: drawings and photographs.
+        seed: seed of the split; a picture depends on the seed and its number only.
         first, stop: the range of numbers.
     """
 
@@ -49,7 +49,7 @@ def collate(items: list[tuple[torch.Tensor, Picture]]) -> tuple[torch.Tensor, li
 
 
 def open_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A float16 array on disk, made if it is not there; ValueError if one of another shape is."""
+    """A float16 array on disk, made if it is missing; ValueError if the file has another shape."""
     if not path.is_file():
         np.lib.format.open_memmap(path, "w+", np.float16, shape).flush()
     found = np.load(path, mmap_mode="r+")
@@ -59,7 +59,7 @@ def open_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def patch_shares(where: np.ndarray, num_patches: int) -> np.ndarray:
-    """Of a mask bool [H, W] each patch's share, float [N], row by row."""
+    """The share of each patch that a mask bool [H, W] covers: float [N], row by row."""
     side = math.isqrt(num_patches)
     height, width = where.shape[0] // side, where.shape[1] // side
     return where.reshape(side, height, side, width).mean((1, 3)).reshape(num_patches)
@@ -70,9 +70,9 @@ class FeatureStore:
     Patch features of `count` pictures and what is in them.
 
     Args:
-        folder: `features.npy`, float16 [count, N, D]; `covered.npy`, float16 [count, N], each patch's share that
-            drawings cover; and `facts.jsonl`, a line for every picture that is done.
-        count: how many pictures.
+        folder: folder of `features.npy`, float16 [count, N, D]; `covered.npy`, float16 [count, N], the share of each
+            patch that drawings cover; and `facts.jsonl`, a line for every finished picture.
+        count: number of pictures.
         shape: (N, D).
     """
 
@@ -86,11 +86,11 @@ class FeatureStore:
 
     @property
     def done(self) -> int:
-        """How many pictures have features."""
+        """Number of finished pictures."""
         return len(self.lines)
 
     def add(self, features: torch.Tensor, pictures: list[Picture]):
-        """Append features [S, N, D] of some pictures."""
+        """Append features [S, N, D] of S pictures."""
         self.features[self.done : self.done + len(pictures)] = features.half().numpy()
         self.covered[self.done : self.done + len(pictures)] = [
             patch_shares(picture.covered, self.covered.shape[1]) for picture in pictures

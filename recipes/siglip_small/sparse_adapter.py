@@ -3,22 +3,17 @@ Sparse adapters for `models/neuroflow-siglip-small`, and the paper's recipe, eac
 
     python -m recipes.siglip_small.sparse_adapter reconstruct    # run again to continue
 
-Clips to learn from are recorded footage (`footage.csv`) and composed clips of every motion, of the drawings and
-photographs of training; the held-out clips, on which the best weights are chosen, have other drawings, photographs and
-footage. Clips, states and results lie in the recipes' cache, figures in `eval/results`, and `eval/vision/headline.py`
-compares the variants.
+Training clips are recorded footage (`footage.csv`) and composed clips of every motion, from the training drawings and
+photographs. The best weights are chosen on held-out clips, from other drawings, photographs and footage. Clips, states
+and results lie in the recipes' cache, figures in `eval/results`; `eval/vision/headline.py` compares the variants.
 """
 
 import csv
 import dataclasses
 import shutil
-from collections.abc import Iterable
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
-import av
-import numpy as np
 import typer
 from rich.console import Console
 
@@ -31,6 +26,7 @@ from recipes.composed_clips import MOTIONS, frames, specify
 from recipes.recordings import RECORDINGS
 from recipes.siglip_dinov2_small.build import default_tower_dir
 from recipes.siglip_small.compose import load_material
+from recipes.siglip_small.demo_clip import write_video
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "neuroflow-siglip-small"
 FOOTAGE = Path(__file__).with_name("footage.csv")
@@ -49,7 +45,7 @@ VARIANTS = {
 
 
 def write_clips(folder: Path, console: Console) -> dict[str, list[Path]]:
-    """Write the videos of each of SPLITS to `folder`, as far as they are missing; their paths."""
+    """Write the missing videos of each of SPLITS to `folder`; return the paths of all."""
     with FOOTAGE.open(newline="", encoding="utf-8") as file:
         split_of = {row["clip"]: row["split"] for row in csv.DictReader(file)}
     paths: dict[str, list[Path]] = {split: [] for split in SPLITS}
@@ -58,7 +54,8 @@ def write_clips(folder: Path, console: Console) -> dict[str, list[Path]]:
         if split in SPLITS:
             path = folder / split.replace(" ", "-") / f"{footage.name}.mp4"
             if not path.is_file():
-                write_video(path, footage.load(default_tower_dir().parent, console).frames())
+                pictures = footage.load(default_tower_dir().parent, console).frames()
+                write_video(path, pictures, FRAMES_PER_SECOND, crf="18")
             paths[split].append(path)
     material = None
     for split, (count, seed) in SPLITS.items():
@@ -68,30 +65,13 @@ def write_clips(folder: Path, console: Console) -> dict[str, list[Path]]:
                 if not path.is_file():
                     material = material or load_material()
                     spec = specify(material[split], motion, number, frames=COMPOSED_FRAMES, seed=seed, side=SIDE)
-                    write_video(path, frames(spec))
+                    write_video(path, frames(spec), FRAMES_PER_SECOND, crf="18")
                 paths[split].append(path)
     return paths
 
 
-def write_video(path: Path, pictures: Iterable[np.ndarray]) -> None:
-    """Write frames, uint8 RGB [H, W, 3], as H.264, whole or not at all. An odd last row or column is left out."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    with av.open(str(partial), "w", format="mp4") as container:
-        stream = None
-        for picture in pictures:
-            height, width = (side - side % 2 for side in picture.shape[:2])
-            if stream is None:
-                stream = container.add_stream("libx264", rate=Fraction(FRAMES_PER_SECOND), options={"crf": "18"})
-                stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-            picture = np.ascontiguousarray(picture[:height, :width])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    partial.replace(path)
-
-
 def variant_folder(name: str) -> Path:
-    """Where a variant is trained and its result lies."""
+    """The folder in which a variant is trained, and of its result."""
     return default_tower_dir().parent / "distilled" / name
 
 
@@ -99,7 +79,7 @@ def main(
     variant: Annotated[str, typer.Argument(help=f"One of {', '.join(VARIANTS)}.")],
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="the recipe's")] = None,
 ):
-    """Train a variant, or go on where it was stopped."""
+    """Train a variant, or continue an interrupted training."""
     if variant not in VARIANTS:
         raise typer.BadParameter(f"{variant!r} is none of {', '.join(VARIANTS)}.")
     console = Console(stderr=True)

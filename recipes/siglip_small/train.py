@@ -5,14 +5,13 @@ Train the embedded SigLIP: from packages to `models/neuroflow-siglip-small`, in 
 
 Composes pictures, computes the frozen tower's patch features once, then trains the pooling head, a small text tower,
 the scale and the bias with SigLIP's sigmoid loss (Zhai et al., 2023), every caption of a batch against every picture.
-So that a text tower can be had in minutes, two stages go before: the pooling head learns, by the same loss, against a
-vector for each fact, to name what is largest, and to look at what is in the picture rather than behind it; and the
-text tower learns to put a text where its facts are.
+Two stages come first, so that the text tower is trained in minutes. First, the pooling head learns by the same loss,
+with a vector for each fact in place of captions, to name the largest drawing and to attend to drawings rather than the
+background. Second, the text tower learns to embed a text at the vectors of its facts.
 
-Each step can be interrupted and is continued by the same command; the checkpoint appears whole, at the end.
+The same command continues an interrupted training; the checkpoint is written whole, at the end.
 """
 
-import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from neuroflow_hf.loading import quiet_transformers
 from neuroflow_hf.utils.files import staging_folder
-from neuroflow_hf.utils.provenance import fingerprint
+from neuroflow_hf.utils.provenance import code_version, fingerprint, key_of
 from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
 from recipes.siglip_dinov2_small.head import pool, probe_weights
 from recipes.siglip_small.captions import Caption, caption, name_caption, prompts
@@ -44,37 +43,37 @@ from recipes.siglip_small.sources import HERE, cache_folder, things
 
 NAME = "neuroflow-siglip-small"
 OUTPUT = HERE.parent.parent / "models" / NAME
-MATERIAL_FILES = ("sources.py", "facts.py", "compose.py", "things.csv", "photos.csv", "footage.csv")
+MATERIAL_CODE = ("sources.py", "facts.py", "compose.py")
+MATERIAL_TABLES = ("things.csv", "photos.csv", "footage.csv")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The settings of the training."""
 
-    pictures: int = 24576  # how many are composed for training
-    fact_epochs: int = 16  # passes over them in the first stage, without texts
-    reading_steps: int = 600  # of the second stage, without pictures
-    epochs: int = 2  # passes in the third stage, with both
-    batch: int = 256  # pictures a step
-    captions: int = 128  # texts a step; each is compared with every picture of the step
-    named_captions: int = 48  # of these, so many name a thing at random, whatever the pictures show
-    # of the pooling head in the first stage and, twice as much, of the text tower in the second
+    pictures: int = 24576  # number of training pictures
+    fact_epochs: int = 16  # passes over the pictures in the first stage, without texts
+    reading_steps: int = 600  # steps of the second stage, without pictures
+    epochs: int = 2  # passes over the pictures in the third stage, with texts
+    batch: int = 256  # pictures in a step
+    captions: int = 128  # texts in a step; each is compared with every picture of the step
+    named_captions: int = 48  # number of these texts that name a random thing, in the pictures or not
+    # learning rate of the pooling head in the first stage; twice as high for the text tower in the second
     learning_rate: float = 1e-3
-    # of the text tower in the third stage; a tenth of it of the pooling head, which is trained already, and ten times
-    # as much of scale and bias. Much higher, and the third stage unlearns names of renderings that are not in
-    # training.
+    # learning rate of the text tower in the third stage; a tenth of it for the pooling head, which is trained already,
+    # and ten times as high for scale and bias. With a much higher rate, names of held-out renderings are unlearned.
     joint_rate: float = 1e-4
-    naming: float = 25.0  # weight, in the first stage, of the loss that has the largest drawing named among all things
-    looking: float = 1.0  # weight, in the first stage, of the loss that draws the head's attention to the drawings
-    kept_patches: float = 0.5  # of each picture's patches, the share that the head sees in a step
-    seed: int = 0  # of the pictures, the weights, the order and the captions
+    naming: float = 25.0  # weight of `naming_loss` in the first stage
+    looking: float = 1.0  # weight of `looking_loss` in the first stage
+    kept_patches: float = 0.5  # share of each picture's patches that the head sees in a step
+    seed: int = 0  # random seed of the pictures, the weights, the order and the captions
 
 
 def sigmoid_loss(logits: Tensor, is_true: Tensor) -> Tensor:
     """
     SigLIP's loss for pictures and captions with any number of true pairs, from logits and bool [P, C]: the binary
-    cross entropies, summed over pictures, averaged over captions. A caption counts by one over the number of pictures
-    that it is true of: "a person" would outweigh a hundred things otherwise.
+    cross entropies, summed over pictures, averaged over captions. A caption is weighted by one over the number of
+    pictures that it is true of; otherwise "a person" would outweigh a hundred things.
     """
     signs = torch.where(is_true, 1.0, -1.0)
     of_captions = -functional.logsigmoid(signs * logits).sum(0)
@@ -83,8 +82,8 @@ def sigmoid_loss(logits: Tensor, is_true: Tensor) -> Tensor:
 
 def looking_loss(weights: Tensor, covered: Tensor) -> Tensor:
     """
-    Minus the logarithm of the pooling head's attention [P, n, heads] that falls on patches that drawings cover at
-    least in part, from each patch's share [P, n]: the mean over pictures that have a drawing, and heads.
+    Minus the logarithm of the share of the pooling head's attention [P, n, heads] on covered patches, mean over the
+    pictures with a drawing, and over heads. `covered` [P, n] is the share of each patch that drawings cover.
     """
     is_covered = (covered > 0.3).float()
     seen = is_covered.sum(1) > 0
@@ -146,7 +145,7 @@ def tokens_of(tokenizer, texts: list[str]) -> Tensor:
 
 class Facts(nn.Module):
     """
-    A unit vector for each of F facts, in the place of a text's embedding.
+    A unit vector for each of F facts, used in place of text embeddings.
 
     Args:
         names: of the facts.
@@ -162,11 +161,11 @@ class Facts(nn.Module):
         self.numbers = {name: number for number, name in enumerate(known)}
 
     def number_of_thing(self, name: str) -> int:
-        """Which of `of_things` is the fact that there is such a thing."""
+        """The index in `of_things` of the fact that a thing is in the picture."""
         return self.numbers[name]
 
     def target(self, facts: frozenset[str]) -> Tensor:
-        """Where a text that asserts these facts should be: [D], the direction of their sum."""
+        """The embedding [D] that a text that asserts these facts should have: the direction of their sum."""
         unit = functional.normalize(self.vectors.detach()[[self.places[fact] for fact in sorted(facts)]], dim=-1)
         return functional.normalize(unit.sum(0), dim=0)
 
@@ -181,8 +180,8 @@ class Facts(nn.Module):
 @torch.no_grad()
 def begin_facts(trained: "Trained", store: FeatureStore) -> Facts:
     """
-    Facts that occur, each at the mean of the pictures that it is true of. Before, the pooling head's output is
-    shifted, in place, so that its mean over pictures is 0: as it comes, all outputs point in much the same direction.
+    The facts that occur, each at the mean of the pictures that it is true of. First, the pooling head's output is
+    shifted, in place, so that its mean over pictures is 0: unshifted, all outputs have nearly the same direction.
     """
     known = store.facts()
     names = sorted(set().union(*known))
@@ -203,7 +202,7 @@ def begin_facts(trained: "Trained", store: FeatureStore) -> Facts:
 
 def learn_facts(trained: "Trained", store: FeatureStore, recipe: Recipe) -> tuple[Facts, list[float]]:
     """
-    First stage: pooling head, scale and bias, and a vector for each fact instead of a text tower, by the same loss.
+    First stage: train pooling head, scale and bias, with a vector for each fact instead of a text tower.
 
     Returns:
         The facts, and each epoch's mean loss.
@@ -241,22 +240,22 @@ def learn_facts(trained: "Trained", store: FeatureStore, recipe: Recipe) -> tupl
 
 def naming_loss(logits: Tensor, named: Tensor) -> Tensor:
     """
-    Cross entropy of the largest drawing's name among all things: from logits [P, T] and the thing's place, int64 [P],
-    -1 where there is no drawing, which does not count.
+    Cross entropy of the largest drawing's name among all things, from logits [P, T] and the thing's index, int64 [P].
+    Pictures without a drawing have index -1 and are ignored.
     """
     return functional.cross_entropy(logits, named, ignore_index=-1)
 
 
 def learn_to_read(trained: "Trained", facts: Facts, tokenizer, store: FeatureStore, recipe: Recipe) -> list[float]:
     """
-    Second stage: the text tower, so that a text lies where the facts that it asserts lie. From nothing, the pictures
-    alone would teach it to read many times more slowly.
+    Second stage: train the text tower to embed a text at the facts that it asserts. Training on the pictures alone
+    would take many times longer.
 
     Returns:
         The mean loss, 1 - cosine, of every hundred steps.
     """
     text_model, known, losses = trained.text_model, store.facts(), []
-    with torch.no_grad():  # as of the pooling head: texts are told apart from the start
+    with torch.no_grad():  # centre the embeddings, as for the pooling head
         text_model.head.bias -= text_model(input_ids=tokens_of(tokenizer, prompts("{}"))).pooler_output.mean(0)
     optimizer = torch.optim.AdamW(text_model.parameters(), lr=2 * recipe.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -284,7 +283,7 @@ def learn_to_read(trained: "Trained", facts: Facts, tokenizer, store: FeatureSto
 def some_patches(
     store: FeatureStore, chosen: np.ndarray, recipe: Recipe, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Features [P, n, D] of the chosen pictures, of a random share of the patches, and how far drawings cover them."""
+    """Features [P, n, D] of a random share of the chosen pictures' patches, and the covered share of each patch."""
     num_patches = store.features.shape[1]
     kept = rng.permutation(num_patches)[: round(recipe.kept_patches * num_patches)]
     found = (array[chosen][:, kept] for array in (store.features, store.covered))
@@ -292,7 +291,7 @@ def some_patches(
 
 
 def draw_captions(facts: list[frozenset[str]], recipe: Recipe, rng: np.random.Generator) -> list[Caption]:
-    """The texts of a step: most are true of some of its pictures, the rest name any thing."""
+    """The texts of a step: most are true of some of its pictures, the others name a random thing."""
     count = recipe.captions - recipe.named_captions
     those = [facts[place] for place in rng.choice(len(facts), count, replace=len(facts) < count)]
     names = [thing.name for thing in things()]
@@ -302,8 +301,8 @@ def draw_captions(facts: list[frozenset[str]], recipe: Recipe, rng: np.random.Ge
 
 def train(model: SiglipModel, tokenizer, store: FeatureStore, recipe: Recipe, folder: Path) -> list[dict]:
     """
-    Third stage: pooling head, text tower, scale and bias together, in place. `folder` keeps the state after each
-    epoch; a state that is there is continued. Returns mean loss and seconds of each epoch.
+    Third stage: train pooling head, text tower, scale and bias together, in place. The state after each epoch is kept
+    in `folder`, and an earlier state is continued. Returns mean loss and seconds of each epoch.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
     trained = Trained(model).train()
@@ -346,7 +345,7 @@ def train(model: SiglipModel, tokenizer, store: FeatureStore, recipe: Recipe, fo
 
 
 def first_stages(model: SiglipModel, tokenizer, store: FeatureStore, recipe: Recipe, folder: Path) -> dict:
-    """The stages before the joint one, in place, or what was kept of them in `folder`; returns their losses."""
+    """Run the first two stages, in place, or load their result from `folder`; returns their losses."""
     trained, weights, said = Trained(model), folder / "first_stages.safetensors", folder / "first_stages.json"
     if said.is_file():
         load_model(trained, weights)
@@ -360,11 +359,10 @@ def first_stages(model: SiglipModel, tokenizer, store: FeatureStore, recipe: Rec
 
 
 def material_key(tower: SiglipVisionModel) -> str:
-    """8 hex digits that change with the tower's weights and with whatever the pictures depend on."""
-    digest = hashlib.blake2b(fingerprint(tower).encode(), digest_size=4)
-    for name in MATERIAL_FILES:
-        digest.update((HERE / name).read_bytes())
-    return digest.hexdigest()
+    """16 hex digits that change with the tower's weights and with everything that the pictures depend on."""
+    code = code_version(HERE / name for name in MATERIAL_CODE)
+    tables = [(HERE / name).read_text(encoding="utf-8") for name in MATERIAL_TABLES]
+    return key_of(tower=fingerprint(tower), code=code, tables=tables)
 
 
 def save_checkpoint(model: SiglipModel, tokenizer, folder: Path, record: dict) -> None:
@@ -382,7 +380,7 @@ def main(
     epochs: Annotated[int, typer.Option(help="Number of passes over the pictures.")] = Recipe.epochs,
     seed: Annotated[int, typer.Option(help="Random seed of pictures and training.")] = Recipe.seed,
 ) -> None:
-    """Train the checkpoint, or continue."""
+    """Train the checkpoint, or continue an interrupted training."""
     started, recipe = time.perf_counter(), Recipe(pictures=pictures, epochs=epochs, seed=seed)
     tower = SiglipVisionModel.from_pretrained(build_tower(default_tower_dir())).eval()
     key = material_key(tower)
@@ -392,7 +390,7 @@ def main(
     tower = SiglipVisionModel.from_pretrained(default_tower_dir()).eval()
     tokenizer = make_tokenizer()
     model = make_model(tower, tokenizer, recipe.seed)
-    settings = hashlib.blake2b(repr((recipe, key)).encode(), digest_size=4).hexdigest()
+    settings = key_of(recipe=vars(recipe), material=key)
     folder = cache_folder() / "training" / f"{NAME}-{settings}"
     folder.mkdir(parents=True, exist_ok=True)
     early = first_stages(model, tokenizer, store, recipe, folder)

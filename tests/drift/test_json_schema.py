@@ -82,7 +82,7 @@ def test_another_tokenisation_of_the_same_text_is_no_drift(tokenizer, tokens):
     apart = [tokenizer.convert_tokens_to_ids(letter) for letter in text.replace(" ", "\u0120")]
     dense, other = {"text": text, "tokens": apart}, {"text": text, "tokens": tokenizer(text)["input_ids"]}
     found = compare(dense, other, JsonGrammar(SCHEMA, tokens), tokenizer)
-    assert found["generated_drift"] > 0 and found["drift"] == found["free_drift"] == found["value_drift"] == 0
+    assert found["drift"] == found["free_drift"] == found["value_drift"] == 0
     changed = text.replace("cat", "cow")
     found = compare(dense, {"text": changed, "tokens": []}, JsonGrammar(SCHEMA, tokens), tokenizer)
     # free: "1", ",", "ca" densely; "1", ",", "o" in the other

@@ -256,7 +256,6 @@ def test_from_clips_to_fidelity(recorded):
     assert rows["balanced"]["p5"] == pytest.approx(rows["balanced"]["best control"]["value"], abs=1e-6)
     assert "| `balanced` |" in fidelity_table(report)
     changing = [place for place, scene in enumerate(found.scenes) if scene.changes]
-    assert report["changing"] == [found.scenes[place].name for place in changing]
     assert 0 < len(changing) < len(found.scenes)
     costs = [found.costs([place])["balanced"] for place in changing]
     assert rows["balanced"]["changing"]["cost"] == pytest.approx(sum(costs) / len(costs), abs=1e-6)

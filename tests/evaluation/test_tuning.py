@@ -1,6 +1,5 @@
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -210,7 +209,7 @@ def test_a_point_is_what_a_stream_gives(clip, vision):
         costs += [output.cost.item() for output in outputs]
     assert found.cost == pytest.approx(np.mean(costs))
     assert steps[0] == ("reading", 1, 40, None) and steps[-1] == ("one", 24, 24, found)
-    assert result.status == "complete" and result.chosen in result.points
+    assert result.chosen in result.points
 
 
 def test_the_climb_stops_where_it_can_no_longer_win(clip, vision):
@@ -282,12 +281,10 @@ def test_the_written_configuration_is_taken_everywhere(kind, clip, checkpoints, 
         model = model_class.from_pretrained(checkpoint, config=out)
         assert model.new_stream().gate == gate
         assert torch.equal(next(model.parameters()), next(model_class.from_pretrained(checkpoint).parameters()))
-    printed = next(line for line in result.stdout.splitlines() if "from_pretrained" in line)
-    assert classes[-1].__name__ + ".from_pretrained" in printed and str(out) in printed
     assert type(checkpoint_config(checkpoint)) is classes[-1].config_class
 
-    command = next(line for line in result.stdout.splitlines() if line.startswith("Next: neuroflow run"))
-    again = call(*command.split()[2:], "--out", tmp_path / "run", "--no-overlay", "--dilate", 2)
+    how = ("--model", checkpoint, "--config", out, "--out", tmp_path / "run", "--no-overlay", "--dilate", 2)
+    again = call("run", clip, *how)
     assert again.exit_code == 0, again.output
     ran = json.loads((tmp_path / "run" / "summary.json").read_text())["gate"]
     assert ran == gate.to_dict() | {"dilate": 2}
@@ -301,7 +298,6 @@ def test_what_cannot_be_reached_is_said_and_no_configuration_is_left(clip, check
     assert result.exit_code == 3
     assert {path.name for path in tmp_path.iterdir()} == ALL_FILES - {"config.json"}
     assert "No setting meets the requirement" in result.stdout and "nearest" in result.stdout
-    assert "Next" not in result.stdout
 
 
 def test_the_words_say_who_won(clip, vision):
@@ -327,23 +323,6 @@ def test_the_words_say_who_won(clip, vision):
     assert [row[0] for row in tuning_rows(lost)] == ["chosen", "best of the others", "dense"]
     assert [row[0] for row in tuning_rows(none)] == ["nearest", "dense"]
     assert tuning_rows(won)[0][1:] == ["0.200", "0.9935", "0.9921", "0.9920", "0.9920", "1.0"]
-
-
-def test_ctrl_c_names_the_best_so_far(clip, checkpoints, few_candidates, tmp_path, monkeypatch):
-    measure = neuroflow_hf.evaluation.tuning.Bench.measure
-
-    def interrupted(bench, family, options, control=False):
-        if not control:
-            signal.raise_signal(signal.SIGINT)
-        return measure(bench, family, options, control)
-
-    monkeypatch.setattr(neuroflow_hf.evaluation.tuning.Bench, "measure", interrupted)
-    options = ("--model", checkpoints["vision"], "--out", tmp_path, "--frames", 24, "--max-cost", 0.5)
-    result = call("tune", clip, *options)
-    assert result.exit_code == 130 and "Ctrl-C" in result.stderr
-    report = json.loads((tmp_path / "tune.json").read_text())
-    assert report["status"] == "interrupted" and all(point["control"] for point in report["points"])
-    assert load_gate(tmp_path)["mode"] == "hold"
 
 
 def test_ctrl_c_before_there_is_anything_writes_nothing(clip, checkpoints, tmp_path, monkeypatch):
@@ -378,15 +357,13 @@ def test_values_out_of_range(clip, checkpoints, tmp_path, options, words):
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_video_that_breaks_off_counts_up_to_there(checkpoints, few_candidates, tmp_path):
+def test_of_a_video_that_is_cut_short_whole_stretches_are_measured(checkpoints, few_candidates, tmp_path):
     whole = write_clip(tmp_path / "whole.mp4", frames=60, codec="libx264", options={"movflags": "faststart"})
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole.read_bytes()[: int(0.8 * whole.stat().st_size)])
     result = call("tune", cut, "--model", checkpoints["vision"], "--out", tmp_path / "out", "--max-cost", 0.5)
     assert result.exit_code == 0, result.output
-    assert (
-        "broke off" in result.stderr and "cut.mp4" in json.loads((tmp_path / "out" / "tune.json").read_text())["note"]
-    )
+    assert 12 <= json.loads((tmp_path / "out" / "tune.json").read_text())["measured_frames"] < 60
 
 
 # --- the configuration for `run` -----------------------------------------------------------------------------------

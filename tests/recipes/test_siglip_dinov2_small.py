@@ -188,10 +188,10 @@ def test_head_starts_near_the_mean_patch():
 
 def test_fitting_lowers_the_loss_and_repeats():
     patches, targets = torch.randn(40, 8, DIM), torch.randn(40, DIM)
-    first = tower_head.fit_head(random_head(), patches, targets, epochs=1, seed=0)
+    first = tower_head.fit_head(random_head(), patches, targets, epochs=1, seed=0, console=QUIET)
     head, again = random_head(), random_head()
-    assert tower_head.fit_head(head, patches, targets, epochs=20, seed=0) < first
-    tower_head.fit_head(again, patches, targets, epochs=20, seed=0)
+    assert tower_head.fit_head(head, patches, targets, epochs=20, seed=0, console=QUIET) < first
+    tower_head.fit_head(again, patches, targets, epochs=20, seed=0, console=QUIET)
     assert all(torch.equal(a, b) for a, b in zip(head.parameters(), again.parameters(), strict=True))
 
 
