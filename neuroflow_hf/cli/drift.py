@@ -41,7 +41,7 @@ def drift(
     debug: options.Debug = False,
 ):
     """
-    Measure what a bypass changes in the text: token drift from the dense model, beside the noise floor.
+    Measure what a bypass changes in the text: token drift from the dense model, compared with the noise floor.
 
     With bypass options, measure that bypass. Without, measure a grid of them: the published layers, thresholds and
     targets, in the model's proportions. After an interruption, the same command continues.

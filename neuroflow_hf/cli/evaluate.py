@@ -30,14 +30,14 @@ def evaluate(
     methods: Annotated[
         str | None,
         option(
-            "Presets or modes to measure beside the baselines, separated by commas, such as 'balanced, context'.",
+            "Presets or modes to compare with the baselines, separated by commas, such as 'balanced, context'.",
             default="the presets",
         ),
     ] = None,
     config: Annotated[
         Path | None,
         option(
-            "Also measure the gate options of this configuration (file or folder), as written by `neuroflow tune`.",
+            "Also measure the gate options of this configuration (file or folder), such as `neuroflow tune` writes.",
             default="none",
         ),
     ] = None,

@@ -61,7 +61,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     The text to answer: as given, from the file, or from standard input; a file's final line break is left out.
 
     Raises:
-        ValueError: if there is no prompt, an empty one, or two, and for bytes that are not UTF-8.
+        ValueError: for no prompt, an empty prompt, two prompts, and bytes that are not UTF-8.
         OSError: if the file cannot be read.
     """
     if prompt_file is not None and prompt is not None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def language_model(name: str | None) -> str | Path:
     """
-    What `--model` names: a folder or Hub name as it is; for `smollm2` and for None, the folder with SmolLM2, which is
-    fetched and converted on first use.
+    The model that `--model` names: a folder or Hub name unchanged; for `smollm2` and None, the folder of SmolLM2,
+    which is fetched and converted on first use.
 
     Raises:
         ModelLoadError, RuntimeError, ValueError, OSError: if it is not there and cannot be made.
@@ -32,8 +32,8 @@ def language_model(name: str | None) -> str | Path:
 
 def with_own_threshold(model: Any, tokenizer: Any, own: dict, raw: bool = False) -> dict:
     """
-    Given bypass options with a threshold instead of a rate; ValueError for wrong ones. A checkpoint that is not
-    calibrated for that is calibrated on a few built-in prompts first, which is said on stderr.
+    Bypass options with a threshold in place of a rate. A checkpoint without the similarities that this needs is
+    calibrated on a few built-in prompts first, with a message on stderr. ValueError for wrong options.
     """
     from ..drift.calibrate import PROMPTS, calibrate, is_calibrated, with_threshold
 
@@ -52,8 +52,8 @@ def with_own_threshold(model: Any, tokenizer: Any, own: dict, raw: bool = False)
 
 def load_with_decoding(how: dict, own: dict, raw: bool = False) -> tuple[Any, Any, "Decoding"]:
     """
-    A language model, its tokenizer, and how it generates, by the values of the options `GENERATION` and
-    `BYPASS_OPTIONS`. The seed is set. Wrong options are refused, with a ValueError, before anything is printed.
+    A language model, its tokenizer, and how it generates, from the values of the options `GENERATION` and
+    `BYPASS_OPTIONS`. Sets the random seed. Wrong options raise a ValueError before anything is printed.
     """
     own = given_bypass(own)
     if how["bypass"] and how["lossless"]:

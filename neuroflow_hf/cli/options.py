@@ -68,7 +68,7 @@ Labels = Annotated[
 Template = Annotated[
     str | None,
     option(
-        "Text to compare with the frames; {} stands for the label.",
+        "Text to compare with the frames; {} is replaced by the label.",
         default="This is a photo of {}.",
         panel=LABELS,
     ),

@@ -25,7 +25,7 @@ def search(
     ] = 2.0,
     template: Annotated[
         str | None,
-        option("Text to compare with the frames; {} stands for the given one.", default="This is a photo of {}."),
+        option("Text to compare with the frames; {} is replaced by the given one.", default="This is a photo of {}."),
     ] = None,
     model: Annotated[
         str | None,
@@ -58,7 +58,7 @@ def search(
         if (text is None) == (image is None):
             raise ValueError("Give a text to look for, or a picture with --image: one of them.")
         if template is not None and text is None:
-            raise ValueError("--template goes with a text; there is none.")
+            raise ValueError("--template needs a text to search for; give one.")
         if out is not None and out.suffix.lower() not in Image.registered_extensions():
             raise ValueError(f"--out {out} is no name of a picture file; expected one such as moments.jpg.")
         usable_device(device)

@@ -65,7 +65,7 @@ def with_config(config: Path | None, gate_options: dict, model: str | None) -> d
     Gate options with those of a configuration beneath them.
 
     Raises:
-        ValueError: for a preset beside the configuration, and for wrong options of the default model.
+        ValueError: for a preset together with a configuration, and for wrong options of the default model.
     """
     from ..loading import load_gate
     from ..vision.gate_config import NeuroFlowGateConfig

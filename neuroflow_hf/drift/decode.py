@@ -78,7 +78,7 @@ def decode(
     Feed the prompts, then up to `steps` new tokens one by one. The last token is not fed.
 
     Args:
-        model: a [`NeuroFlowPhi3ForCausalLM`]. Its own bypass options play no part.
+        model: a [`NeuroFlowPhi3ForCausalLM`]. Its own bypass options are not used.
         batch: the prompts.
         steps: number of new tokens, at least 1.
         bypass: options of [`NeuroFlowBypassConfig`]; False for dense.

@@ -1,4 +1,4 @@
-"""Generate JSON of a schema, and tell which of its tokens the schema left open. Needs `llguidance`."""
+"""Generate JSON of a schema, and find the tokens that the schema forces. Needs `llguidance`."""
 
 import json
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ class JsonGrammar:
             raise ValueError(f"Token {token} does not continue JSON of the schema.")
 
     def forced(self, tokens: Sequence[int]) -> list[bool]:
-        """Whether the schema leaves no choice but the text of each of these tokens, which begin a text."""
+        """For each token of a text, whether the schema allows no other text at its place."""
         self.matcher.reset()
         found = []
         for token in tokens:

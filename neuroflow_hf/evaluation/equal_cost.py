@@ -30,7 +30,7 @@ COSINES = {
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a method gave: lists with an item for each video, which has F frames after the first one."""
+    """A method's results: lists with an item for each video, which has F frames after the first one."""
 
     spec: MethodSpec
     cost: list[np.ndarray]  # relative to dense, float64 [F]
@@ -121,8 +121,8 @@ class Mixture:
 
 def affordable(families: Mapping[str, Sequence], cost: float, cost_of: Callable) -> list[Mixture]:
     """
-    What each family offers for at most `cost`: the mixture of the two settings nearest in cost, and every cheaper
-    setting, because a higher cost need not help.
+    The mixtures of each family that cost at most `cost`: that of the two settings nearest in cost, and every cheaper
+    setting alone, because a higher cost need not help.
     """
     found = []
     for family, settings in families.items():
@@ -139,15 +139,15 @@ def ranked_at(
     families: Mapping[str, Sequence], cost: float, cost_of: Callable, value_of: Callable
 ) -> list[tuple[float, Mixture]]:
     """
-    The baselines for a mean cost of at most `cost` with their figures, the best last; those without a figure (NaN) are
-    left out. `cost_of` and `value_of` are from a setting to its cost, and to its figure; larger is better.
+    The baselines for a mean cost of at most `cost` with their figures, the best last, without those whose figure is
+    NaN. `cost_of` and `value_of` give a setting's cost and figure; larger figures are better.
     """
     found = [(float(mixture.mean(value_of)), mixture) for mixture in affordable(families, cost, cost_of)]
     return sorted((pair for pair in reversed(found) if not math.isnan(pair[0])), key=lambda pair: pair[0])
 
 
 def baseline_families(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """The baselines by family. Every family also gets dense, and those that hold get the first frame repeated."""
+    """The baselines by family. Dense is added to every family, the first frame repeated to those that hold."""
     (dense,), (first,) = ([one for one in outcomes if one.spec.kind == kind] for kind in ("dense", "first"))
     families: dict[str, list[Outcome]] = {}
     for outcome in outcomes:

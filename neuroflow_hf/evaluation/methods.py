@@ -139,7 +139,7 @@ class Method(ABC):
     nbytes = 0
 
     def start(self, count: int):  # noqa: B027  # optional
-        """Begin anew with `count` videos, B."""
+        """Start `count` new videos, B."""
 
     @abstractmethod
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
@@ -154,12 +154,12 @@ class Method(ABC):
 
 
 def true_rows(mask: Tensor | None, count: int) -> list[int]:
-    """The places that are true in a mask, bool [count]; all places for None."""
+    """The indices at which a mask, bool [count], is true; all indices for None."""
     return list(range(count)) if mask is None else mask.nonzero()[:, 0].tolist()
 
 
 class EachFrame(Method):
-    """Encodes each frame by itself, at the same cost."""
+    """Encodes each frame independently, at the same cost."""
 
     follows = False
     skip_rate: float | None = None
@@ -301,7 +301,7 @@ class Held(Method):
         """Whether the frames [B, 3, H, W] should be keyframes: bool [B], on the CPU."""
 
     def remember(self, rows: Sequence[int]):
-        """Note which frames of the last call of `fires` became keyframes."""
+        """Take note of the frames of the last call of `fires` that became keyframes."""
 
     @abstractmethod
     def costs(self, pixel_values: Tensor, whole: int) -> tuple[float, float]:

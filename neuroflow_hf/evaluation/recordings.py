@@ -16,7 +16,7 @@ from ..video.preprocess import Preprocessor
 from ..vision.gate_config import NeuroFlowGateConfig
 from .methods import MethodSpec, tower_of
 
-# code beside the models', and libraries, that all recordings depend on
+# code (except that of the models) and libraries that all recordings depend on
 CODE = ("evaluation/methods.py", "evaluation/token_merging.py", "video/preprocess.py")
 LIBRARIES = ("torch", "transformers", "pillow")
 
@@ -27,8 +27,9 @@ class RecordingStore:
 
     Args:
         folder: of the files; made when the first one is written.
-        model: in evaluation mode, with or without a text tower; recordings depend on its weights, dtype and device.
-        preprocess: the checkpoint's.
+        model: a model in evaluation mode, with or without a text tower; recordings depend on its weights, dtype and
+            device.
+        preprocess: the checkpoint's preprocessing.
         code, libraries: further files of the package, and further libraries, that the recordings depend on.
     """
 
@@ -46,7 +47,7 @@ class RecordingStore:
         self.weights = fingerprint(self.tower)
 
     def path(self, name: str, spec: MethodSpec, **depends) -> Path:
-        """The path of a method's recording, present or not; `depends` is what else it depends on, such as frames."""
+        """The path of a method's recording, whether it exists or not; `depends` are further parts of its key."""
         options = spec.options
         if spec.kind == "stream":
             options = NeuroFlowGateConfig.from_options({}, **options).to_dict()
@@ -64,7 +65,7 @@ class RecordingStore:
 
 
 def passes_of(specs: Sequence[MethodSpec]) -> list[list[MethodSpec]]:
-    """Methods to record in one pass: all that share dense embeddings; others alone, so that each is saved at once."""
+    """Methods to record in one pass: all that share dense embeddings; any other alone, so that it is saved at once."""
     together = [spec for spec in specs if spec.shares_dense]
     return [*([together] if together else []), *([spec] for spec in specs if not spec.shares_dense)]
 

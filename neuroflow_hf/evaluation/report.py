@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from ..utils.tables import Table, escaped, markdown_table, number, with_interval
 from ..vision.gate_config import DEFAULT_PRESET
 
-MOST_VIDEOS = 60  # rows of the table of videos; all are in the JSON file
-MOST_SKIPPED = 20  # videos listed as skipped; all are in the JSON file
+MOST_VIDEOS = 60  # rows of the table by video; the JSON file has all videos
+MOST_SKIPPED = 20  # videos listed as skipped; the JSON file has all
 
 
 def compared(entry: dict, question: str, form: str, scale: float = 1.0) -> list[str]:
-    """Cells: a method's figure, the best baseline's at its cost, and the difference with interval and verdict."""
+    """Cells: a method's figure, the best baseline's at that cost, and the difference with interval and verdict."""
     found = entry.get("beside", {}).get(question)
     if found is None:
         return [number(entry["figures"]["cosine"].get(question), form), "-", "-"]
@@ -33,7 +33,7 @@ def dense_entry(report: dict) -> dict:
 
 
 def fidelity_table(report: dict) -> Table:
-    """Cost and cosine to dense of each stream, beside the best baseline at its cost."""
+    """Cost and cosine to dense of each stream, compared with the best baseline at its cost."""
     headers = ["method", "cost", "skip rate", "mean", "best baseline", "difference, thousandths"]
     headers += ["p5", "best baseline", "difference, thousandths", "p1", "ms"]
     rows = []
@@ -56,23 +56,23 @@ def fidelity_table(report: dict) -> Table:
 
 
 def best_table(report: dict) -> Table:
-    """The best baseline at the cost of each stream, by figure."""
+    """For each stream and figure, the best baseline at the stream's cost."""
     rows = [
         [entry["name"], question, number(found["control"]), found["family"], found["best"]]
         for entry in streams(report)
         for question, found in entry["beside"].items()
         if found is not None
     ]
-    return ["method", "figure", "best baseline's", "family", "settings"], rows
+    return ["method", "figure", "of the best baseline", "family", "settings"], rows
 
 
 def accuracy_table(report: dict) -> Table:
-    """Accuracy over videos, beside dense and the best baseline at each stream's cost."""
+    """Accuracy over videos, compared with dense and the best baseline at each stream's cost."""
     ks = [k for k in (1, 5) if f"top{k}" in dense_entry(report)["figures"]["accuracy"]]
     headers = ["method", "cost"]
     for k in ks:
-        headers += [f"top-{k} (95 %)", "retained of dense's", "difference, points", "only it, only dense"]
-        headers += ["McNemar's p", "best baseline", "difference to it, points"]
+        headers += [f"top-{k} (95 %)", "share of dense's", "difference to dense, points"]
+        headers += ["right: only it, only dense", "McNemar's p", "best baseline", "difference to baseline, points"]
     rows = []
     for entry in [dense_entry(report), *streams(report)]:
         accuracy, row = entry["figures"]["accuracy"], [entry["name"], number(entry["figures"]["cost"], ".3f")]
@@ -128,11 +128,11 @@ def shown_method(report: dict) -> dict:
 
 
 def videos_table(report: dict) -> Table:
-    """One stream video by video, beside dense."""
+    """One stream's figures by video."""
     entry, dense = shown_method(report), dense_entry(report)
     labelled, true = bool(report["labels"]["names"]), report["labels"]["true"]
     headers = ["video", "cost", "mean", "p5"]
-    headers += ["agreement with dense", "dense's label", "its label"] * labelled + ["true label"] * true
+    headers += ["agreement with dense", "label: dense", "label: method"] * labelled + ["true label"] * true
     rows = []
     for place, name in enumerate(report["videos"]["names"][:MOST_VIDEOS]):
         ours, theirs = entry["videos"][place], dense["videos"][place]

@@ -17,8 +17,7 @@ TUNED = "own settings"  # those of a configuration file
 FIRST = MethodSpec("first frame repeated", "first frame", "first", control=True)
 
 EMA = {"reference": "ema", "ema_rate": 0.05}  # the paper's gate
-# mode, what it is in the paper, the option that differs between settings, its values (the first is used alone with
-# `few`), other options
+# mode, its name in the paper, the option that is varied, its values (only the first with `few`), other options
 MODE_SETTINGS: tuple[tuple[str, str, str, tuple[float, ...], dict], ...] = (
     ("extrapolate", "", "sentinels", (0.05, 0.02, 0.2), {}),
     ("context", "", "threshold", (0.01, 0.001, 0.05), {}),
@@ -31,7 +30,7 @@ EVERY, FEW_EVERY = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 48), (4, 8)
 # from near 0 to near 1 of dense's cost on any footage
 SURPRISE_LEVELS, FEW_SURPRISE_LEVELS = np.geomspace(0.002, 0.4, 14), (0.05, 0.1)
 PIXEL_LEVELS, FEW_PIXEL_LEVELS = np.geomspace(0.005, 0.7, 14), (0.1, 0.2)
-BUDGET_LEVELS = (0.02, 0.1)  # the first asks for a keyframe at any motion, the second ignores small changes
+BUDGET_LEVELS = (0.02, 0.1)  # the first takes a keyframe at any motion, the second ignores small changes
 BUDGETS, FEW_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5), (0.15, 0.25)
 SMALLER_SHARES = (0.5, 0.25, 0.375, 0.625, 0.75)  # of the side
 # of the patches, in each layer; by schedule
@@ -46,8 +45,8 @@ def preset_methods() -> list[MethodSpec]:
 def mode_methods(few: bool = False) -> list[MethodSpec]:
     """Every mode at several settings; with `few`, at one, and without `extrapolate`, which is the presets' mode."""
     return [
-        MethodSpec(f"{mode}{note}, {dial} {value:g}", mode + note, "stream", {"mode": mode, dial: value, **others})
-        for mode, note, dial, values, others in MODE_SETTINGS
+        MethodSpec(f"{mode}{note}, {name} {value:g}", mode + note, "stream", {"mode": mode, name: value, **others})
+        for mode, note, name, values, others in MODE_SETTINGS
         if not (few and mode == "extrapolate")
         for value in (values[:1] if few else values)
     ]

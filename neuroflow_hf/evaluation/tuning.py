@@ -253,7 +253,7 @@ def tune_video(
     on_step: OnStep | None = None,
 ) -> TuneResult:
     """
-    Find settings of the gate for a model and a video. The model's own gate options play no part.
+    Find settings of the gate for a model and a video. The model's own gate options are not used.
 
     Dense and the baselines (mode `hold`) run over a few stretches of consecutive frames, then each family of
     candidates, from cheap to faithful, until one is faithful enough, too expensive, or beaten. A baseline may be

@@ -9,8 +9,8 @@ from .statistics import PairedCounts, mcnemar, paired_difference, paired_ratio, 
 
 def ranks(name: str, scores: Sequence[Sequence[float]], references: Sequence[int]) -> np.ndarray:
     """
-    The rank of the true label among L scores in each of M rows, int [M]: how many other labels score at least as much.
-    `references` are the true labels' places; `name` names the scores in errors.
+    The rank of the true label among L scores in each of M rows, int [M]: the number of other labels that score at
+    least as much. `references` are the true labels' indices; `name` is the scores' name in errors.
 
     Raises:
         ValueError: for no rows, rows of different lengths, scores that are NaN, and labels out of range.

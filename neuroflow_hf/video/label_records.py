@@ -40,9 +40,9 @@ def timeline(records: Sequence[FrameRecord], names: Sequence[str]) -> list[dict]
 
 def agreement(records: Sequence[FrameRecord], cost: float) -> dict:
     """
-    On how many of the sampled frames after the first (`compared_frames`) the best label is dense's: with the streamed
-    embedding (`streamed`), with the first sample's dense embedding (`first_frame`), and with the baseline at no more
-    than `cost` (`held_at_cost`, see `compare_held`).
+    The number of sampled frames after the first (`compared_frames`) on which the best label is dense's: of the
+    streamed embedding (`streamed`), of the first sample's dense embedding (`first_frame`), and of the baseline at no
+    more than `cost` (`held_at_cost`, see `compare_held`).
     """
     compared = list(compare_with_dense(records, best_labels, operator.eq).values())[1:]
     found: dict = {"compared_frames": len(compared)}
@@ -97,7 +97,7 @@ def object_caption(line: dict) -> str:
 
 
 def top_label(record: FrameRecord) -> int:
-    """The place of the best label, by logits, because two scores can both round to 1."""
+    """The index of the best label, by logits, because two scores can both round to 1."""
     return int(record.label_logits.argmax())
 
 

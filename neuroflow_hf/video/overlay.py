@@ -109,7 +109,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture, uint8 RGB [H, W, 3], as large as fits into [height, width, 3], with black beside it."""
+    """A picture, uint8 RGB [H, W, 3], scaled to fit into [height, width, 3], on black."""
     scale = min(height / picture.shape[0], width / picture.shape[1])
     shape = [max(1, round(scale * length)) for length in picture.shape[:2]]
     top, left = (height - shape[0]) // 2, (width - shape[1]) // 2
@@ -126,8 +126,9 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 def captioned(picture: np.ndarray, lines: Sequence[str], size: int) -> np.ndarray:
     """
-    A picture, uint8 RGB [H, W, 3], above a dark strip with lines of text: uint8 RGB [H', W, 3]. `size` is that of the
-    font in pixels; it shrinks if a line does not fit. The strip's height is even, and the same for as many lines.
+    A picture, uint8 RGB [H, W, 3], above a dark strip with lines of text: uint8 RGB [H', W, 3]. `size` is the font
+    size in pixels; lines that do not fit are set smaller. The strip's height is even and depends only on the number of
+    lines.
     """
     width, height = picture.shape[1], 2 * round(0.9 * size)
     strip = Image.new("RGB", (width, height * len(lines)), BACKGROUND)
@@ -218,7 +219,7 @@ class OverlayWriter:
         self.container.mux(self.stream.encode(frame))
 
     def close(self):
-        """Finish the file; without frames, there is none."""
+        """Finish the file. If no frame was written, no file is."""
         if self.container is not None:
             self.container.mux(self.stream.encode(None))
             self.container.close()

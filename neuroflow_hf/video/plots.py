@@ -27,9 +27,9 @@ def plot_run(
     records: Sequence[FrameRecord], title: str, names: Sequence[str] = (), held: dict | None = None
 ) -> Figure:
     """
-    Panels over time: the cost of every frame; the cosine to dense on sampled frames, beside the baselines; and each
-    label's confidence on every frame. Without samples or labels, their panel is left out. `held` is the baseline of
-    `held_at_cost`.
+    Panels over time: the cost of every frame; the cosine to dense on sampled frames, of the stream and the baselines;
+    and each label's confidence on every frame. The panels of samples and of labels are drawn only if there are any.
+    `held` is the baseline of `held_at_cost`.
     """
     compared, labelled = compare_with_dense(records), len(names) > 0
     legend_height = 0.12 * min(len(names), len(LABEL_COLOURS) + 1)  # inches, in two columns

@@ -21,9 +21,10 @@ _RESAMPLE_MODES = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic
 class Preprocessor:
     """Turns RGB frames into SigLIP pixel values: resize, rescale, normalise.
 
-    Gives what Hugging Face's image processor gives for the same settings, without PIL. The resized image is rounded to
-    whole grey levels as in PIL. A few values in a thousand (2 in 100 for some bilinear ratios) round to another level,
-    because torch keeps its filter weights in fewer bits. Unchanged input pixels give unchanged pixel values.
+    The result is that of Hugging Face's image processor with the same settings, without PIL. The resized image is
+    rounded to whole grey levels as in PIL. A few values in a thousand (2 in 100 for some bilinear ratios) round to
+    another level, because torch keeps its filter weights in fewer bits. Unchanged input pixels give unchanged pixel
+    values.
 
     The horizontal pass comes first, as in torchvision and Pillow up to 12. Pillow 13 starts with the vertical pass
     where the height shrinks more (tall frames), which rounds differently around hard edges.

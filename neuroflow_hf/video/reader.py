@@ -65,7 +65,7 @@ class VideoError(ValueError):
 
 
 class DamagedVideoError(VideoError):
-    """The file is cut short. Raised after all frames before the cut were given out; the message says where it is."""
+    """The file is cut short. Raised after all frames before the cut; the message says where the cut is."""
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -90,26 +90,26 @@ class Frame:
 class VideoReader:
     """Frames of a video file, in display order.
 
-    Building a reader opens the file and decodes its first frame, so an unusable file fails here. Each iteration opens
-    the file anew: a reader holds no open file and can be used again.
+    The constructor opens the file and decodes its first frame, so an unusable file fails here. Each iteration opens
+    the file again: a reader holds no open file and can be used several times.
 
     The first frame is the first one that can be decoded: a recording that begins between keyframes begins with its
     first keyframe. Packets that fail to decode, and pictures that the decoder had to patch up, are left out; a warning
-    says how many. Where time stamps are missing or go back, as in joined recordings, a frame follows the one before it
-    by 1 / `fps`.
+    gives their number. Where time stamps are missing or go back, as in joined recordings, a frame follows the previous
+    one by 1 / `fps`.
 
     Args:
         path: a local video file, in any format that PyAV (FFmpeg) decodes. A name with a colon is a file, too.
-        start: index of the first frame to give out. Frames before it are decoded and dropped, never sought over, so
-            that an index always means the same frame.
-        stride: give out every `stride`-th frame. 1 (the default) is right for a fixed camera: neighbouring frames are
-            the most alike.
-        max_frames: stop after this many frames; None reads to the end.
-        every: seconds; of each interval of this length give out the first frame only. None for all frames.
+        start: index of the first frame to yield. Frames before it are decoded and dropped, so that an index always
+            means the same frame.
+        stride: yield every `stride`-th frame. 1 (the default) is best for a fixed camera, whose neighbouring frames
+            are the most alike.
+        max_frames: stop after N frames; None reads to the end.
+        every: yield only the first frame of each interval of this length, in seconds; None for all frames.
 
     Attributes:
         path: the file.
-        width, height: size of the frames given out, in pixels.
+        width, height: size of the frames in pixels.
         fps: frames a second on average, as the file states or its first frames suggest; None if unknown.
         failed_frames: number of frames left out of the last iteration.
 
@@ -169,7 +169,7 @@ class VideoReader:
 
     @functools.cached_property
     def expected_frames(self) -> int:
-        """How many frames an iteration should give out after `start`, `stride` and `max_frames`, without `every`."""
+        """Number of frames that an iteration should yield with `start`, `stride` and `max_frames`, without `every`."""
         end = None if self.max_frames is None else self.start + (self.max_frames - 1) * self.stride + 1
         return len(range(self.start, self._count(end), self.stride))
 
@@ -182,7 +182,7 @@ class VideoReader:
         return count
 
     def __iter__(self) -> Iterator[Frame]:
-        """Decode from the beginning and give out the selected frames."""
+        """Decode from the beginning and yield the selected frames."""
         self.failed_frames = given = decoded = 0
         time, interval = 0.0, -1
         try:
