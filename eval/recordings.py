@@ -1,13 +1,13 @@
 """
-Recordings: what methods return for scenes, stored once, so that many questions can be answered from them.
+Recordings: the outputs of methods on scenes, stored once and used by several scripts.
 
     recorder = Recorder(model, preprocess, folder, RecordSettings(dense_every=8))
     recorder.run(batches, specs)  # records what is missing; several processes share the work
     recordings = recorder.load(batches[0], specs[0])  # one for each scene
 
-A batch of B scenes is recorded with one call for each frame. Each batch and method has one file, whose name holds a
-key of everything it depends on: weights, code, libraries, preprocessing, scenes, settings, options. A file that exists
-is not recorded again; if anything that it depends on changes, it is not used.
+A batch of B scenes is recorded with one call for each frame. Each batch and method has one file, whose name has a key
+of everything that it depends on: weights, code, libraries, preprocessing, scenes, settings, options. What has a file
+is not recorded again.
 
 Embeddings are kept of *sampled* frames, which are the same for all methods: one random frame of every `dense_every`
 (at fixed distances, a method with a period would always be seen in the same phase), and all frames around those where

@@ -1,4 +1,4 @@
-"""What an H.264 encoder says of a clip for nothing: motion vectors and the sizes of packets."""
+"""Motion vectors and packet sizes of an H.264 encoder, which cost a decoder nothing."""
 
 import io
 from collections.abc import Sequence

@@ -96,8 +96,8 @@ def measure_clips(
 ) -> Measured:
     """
     Call `measure`, a function from the bench and a clip to arrays, for `clips` clips of each motion. Each process
-    measures its share and stores the figures of each clip in `folder` at once. Figures of the same code, weights and
-    clip that are already there are read instead.
+    measures its share and stores each clip's figures in `folder`. Stored figures of the same code, weights and clip
+    are read instead.
     """
     names = [(motion, number) for number in range(clips) for motion in motions]
     found, version = [], measuring_version(measure)
@@ -122,7 +122,7 @@ def stored_figures(path: Path, measure: Callable[[], Figures]) -> Figures:
 
 
 def measuring_version(measure: Callable) -> str:
-    """A key of the code and drawings that figures depend on: what measures, what composes, the models."""
+    """A key of everything that figures depend on: the code that measures and composes, the models, the drawings."""
     recipe = ROOT / "recipes" / "siglip_small"
     files = [Path(inspect.getfile(measure)), Path(__file__), Path(composed_clips.__file__), *recipe.glob("*.py")]
     video = [f"video/{name}.py" for name in ("preprocess", "labels", "motion", "objects")]

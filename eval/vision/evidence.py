@@ -49,8 +49,8 @@ NOTHING = "nothing"
 FRAMES = 125
 QUICK_FRAMES = 1000
 SLOW_MODES = ("mlp",)
-MOST_CHANGES = 8  # events looked at in one clip; in some clips the label changes all the time
-FEWEST_SCENES = 3  # an interval from fewer means nothing
+MOST_CHANGES = 8  # events that are used of one clip; in some clips the label changes all the time
+FEWEST_SCENES = 3  # fewer give no interval
 Statistic = Callable[[np.ndarray], np.ndarray]  # values of drawn scenes [R, S, m] to [R]
 
 # --- what is recorded ------------------------------------------------------------------------------------------------
@@ -81,8 +81,8 @@ class Plan:
 
     def specs(self, model: torch.nn.Module) -> list[MethodSpec]:
         """
-        The methods to record. A quick run leaves out the mode that takes longest on a processor, and has two settings
-        of each baseline that holds dense frames: with many, almost every frame would be a dense one of some setting.
+        The methods to record. A quick run leaves out the slowest mode, and has two settings of each baseline that
+        holds dense frames: with many settings, nearly every frame would be encoded densely for one of them.
         """
         few = self.quick or self.few_settings
         modes = [spec for spec in mode_methods(few) if not (self.quick and spec.options["mode"] in SLOW_MODES)]
@@ -93,7 +93,7 @@ class Plan:
 def chosen(specs: Sequence[MethodSpec], names: str | None) -> list[MethodSpec]:
     """
     The methods whose name or family begins with one of `names`, which are separated by `|`. Dense and the first frame
-    repeated are always among them, because everything is compared with these.
+    repeated are always included, because everything is compared with them.
 
     Raises:
         typer.BadParameter: if no method begins with one of the names.
@@ -314,9 +314,9 @@ def best_baseline(
     statistic: Statistic,
 ) -> dict | None:
     """
-    A method against the best family of baselines at no more than its own cost (see `ranked_at`), pooled over S scenes,
-    from values [S, m] and mean costs by name. Of a mixture of two baselines, the statistic is the mean of theirs,
-    weighted by their shares; larger is better.
+    Compare a method with the best family of baselines at no more than its own cost (see `ranked_at`), pooled over S
+    scenes, from values [S, m] and mean costs by name. The statistic of a mixture of two baselines is the mean of their
+    statistics, weighted by their shares. A larger statistic is better.
 
     Returns:
         `value` and `control`, the statistic of the method and of the best baseline; `family` of that baseline;

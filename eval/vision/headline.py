@@ -4,12 +4,12 @@ Speed and fidelity in one row: how fast is a sparse frame, and how close to dens
     python -m eval.vision.headline                   # an hour on two idle cores; run again to continue
     python -m eval.vision.headline --sides 224,448
 
-The small SigLIP on held-out clips: composed ones over photographs that have the pixels, and recorded ones where theirs
-suffice. Every third frame is used, the first one is a keyframe. Two activities: 3% of the patches are encoded on every
-sparse frame, or those above the threshold. Each method meets the same frames in one run, dense frames first. The
-adapter of `reconstruct` is the one that ships; the others are those of `python -m recipes.siglip_small.sparse_adapter
-VARIANT`, and are left out if they were not trained. Fidelity is the cosine to the original dense model, also of the
-tower that was trained whole.
+The small SigLIP on held-out clips: composed clips over photographs of enough pixels, and recorded clips at sides up to
+their own. Every third frame is used; the first is a keyframe. Two activities: 3% of the patches are encoded on every
+sparse frame, or the patches above the threshold. All methods encode the same frames in one run, dense frames first.
+The adapter of `reconstruct` is the one that ships; the others are made by `python -m
+recipes.siglip_small.sparse_adapter VARIANT`, and are left out if they were not trained. Fidelity is the cosine to the
+original dense model, also for the tower that was trained as a whole.
 
 Writes `eval/results/headline.json`, shown in `docs/results/distillation.md`.
 """
@@ -52,7 +52,7 @@ PLAN: dict[int, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     1792: (("local",), (), 3),
 }
 MOST_FOR_OTHERS = 896  # the largest side at which architecture D and pruning are measured
-TRAINED_SIDE = 224  # at which the tower was trained whole: the only side at which it is measured
+TRAINED_SIDE = 224  # the side at which the whole tower was trained, and the only one at which it is measured
 ACTIVITIES = {"97% skipped": "budget", "own activity": "threshold"}
 ORACLE = "dense outputs of the active patches (bound)"
 SHIPPED = CHECKPOINT.with_name(f"{CHECKPOINT.name}-reconstruct")
@@ -90,7 +90,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Clip:
-    """Pixel values [T, 1, 3, R, R], and the place of the right label of each frame, -1 where there is none."""
+    """Pixel values [T, 1, 3, R, R], and the index of each frame's right label, -1 for a frame without one."""
 
     pixels: list[Tensor]
     truth: np.ndarray
@@ -112,7 +112,7 @@ class Bench(composed_bench.Bench):
 
     @functools.cached_property
     def material(self):
-        """Held-out drawings, and held-out photographs that show no thing and have the pixels of the largest side."""
+        """Held-out drawings, and held-out photographs that show no thing and are large enough for every side."""
 
         def is_ground(row: dict[str, str]) -> bool:
             return row["split"] == "held out" and row["empty"] == "yes"
@@ -147,13 +147,13 @@ class Bench(composed_bench.Bench):
         return self.tower
 
 
-# --- what one clip gives ---------------------------------------------------------------------------------------------
+# --- one clip --------------------------------------------------------------------------------------------------------
 
 
 def measure_clip(bench: Bench, clip: Clip, side: int) -> dict[str, np.ndarray]:
     """
-    Arrays by `METHOD|ACTIVITY|WHAT`: `embeddings` [T, D], `ms` [T], `cost` [T]. ORACLE is the bound of all modes that
-    pool what is stored of the patches: it takes the active ones out of the dense model's output.
+    Arrays by `METHOD|ACTIVITY|WHAT`: `embeddings` [T, D], `ms` [T], `cost` [T]. ORACLE bounds all modes that pool
+    stored patches: its active patches come from the dense model's output.
     """
     interpolate = {"interpolate_pos_encoding": side != bench.tower.config.image_size}
     found: dict[str, np.ndarray] = {"truth": clip.truth}
@@ -232,9 +232,8 @@ def half_dense(tower: NeuroFlowSiglipVisionModel, pixels: Tensor, active: Tensor
 
 def pruned(tower: NeuroFlowSiglipVisionModel, pixels: Tensor, active: Tensor, side: int) -> Tensor:
     """
-    A baseline in the manner of DynamicViT (Rao et al., 2021), without its training and without a video: after a
-    quarter, a half and three quarters of the layers, the 70% of the patches stay that the pooling head's probe attends
-    to most: [1, D].
+    A baseline after DynamicViT (Rao et al., 2021), untrained and frame by frame: after a quarter, a half and three
+    quarters of the layers, only the 70% of the patches are kept that the pooling head's probe attends to most: [1, D].
     """
     hidden, layers = embed(tower, pixels, side), list(tower.encoder.layers)
     stages = {len(layers) * quarter // 4 for quarter in (1, 2, 3)}
@@ -257,7 +256,7 @@ def cosines(embeddings: np.ndarray, dense: np.ndarray) -> np.ndarray:
 
 
 def held(dense: np.ndarray, every: int) -> np.ndarray:
-    """Dense embeddings [T, D] of which every `every`-th is computed and repeated."""
+    """Dense embeddings [T, D] of every `every`-th frame, each repeated until the next."""
     places = np.arange(len(dense))
     return dense[places - places % every]
 

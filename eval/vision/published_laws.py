@@ -6,12 +6,12 @@ Which of the paper's observations hold for the embedded checkpoint, on composed 
     python -m eval.vision.published_laws --quick
 
 Six observations concern the published dual memory: mode `reconstruct` with a running mean of rate 0.01 as the gate's
-reference. Accuracy hardly depends on the skip rate; it is lost where things travel; the entropy of the pooling head's
-attention grows with the loss; features of inactive patches are stable; the shift of active patches costs more than
-the staleness of inactive ones; the running mean keeps ghosts of what has left. Each is decided by a rule, from figures
-with 95 % intervals of a bootstrap over clips, and shown with a baseline. If the interval does not decide, the verdict
-is open. Writes `eval/results/published_laws.json`, shown in `docs/results/published.md`. T is the number of frames, N
-of patches.
+reference. Accuracy hardly depends on the skip rate; accuracy is lost where things travel; the entropy of the pooling
+head's attention grows with the loss; features of inactive patches are stable; the shift of active patches costs more
+than the staleness of inactive ones; the running mean keeps ghosts of things that have left. A rule decides each one
+from figures with 95 % intervals of a bootstrap over clips; a baseline is shown, too. If the interval does not decide,
+the verdict is open. Writes `eval/results/published_laws.json`, shown in `docs/results/published.md`. T is the number
+of frames, N of patches.
 """
 
 from collections.abc import Callable, Sequence
@@ -259,7 +259,7 @@ def less(values: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> list[np.
 
 
 def clear_of(found: Estimate, level: float = 0.0) -> tuple[bool, bool]:
-    """Whether the interval lies above a level, and whether it lies below."""
+    """Whether the interval is above a level, and whether it is below."""
     return found.known and found.low > level, found.known and found.high < level
 
 
@@ -276,7 +276,7 @@ def law(claim: str, rule: str, measured: str, decided: tuple[bool, bool], baseli
 
 
 def findings(measured: Measured) -> list[dict]:
-    """All laws that these clips can decide."""
+    """The findings on all laws for which these clips have data."""
     laws = (
         saturation, displacement, entropy_follows_loss, inactive_patches_are_stable, shift_costs_more, ghosts_cost,
     )  # fmt: skip
@@ -296,18 +296,18 @@ def saturation(measured: Measured) -> list[dict]:
     first = mean(less(each(measured, right, FIRST), each(measured, right, most)))
     where = f"{least}: {skips[least]:.1%} skipped, {most}: {skips[most]:.1%}"
     baseline = f"first frame repeated, 100% skipped: {shown(first, '{:+.2f}', 100)} points to {most}"
-    apart, unknown = "cannot be told of one setting", (False, False)
+    apart, unknown = "unknown if both are one setting", (False, False)
     return [
         law(
             "accuracy hardly depends on the skip rate (69.6 / 70.45 / 71.55% at 55.5 / 66.3 / 84.0% skip)",
-            f"holds if the interval of the difference lies within {LEVEL_TOP1:.0%}, not if beside it; {apart}",
+            f"holds if the interval of the difference lies within {LEVEL_TOP1:.0%}, not if outside; {apart}",
             f"{shown(top1, '{:+.2f}', 100)} points of top-1 ({where})",
             unknown if least == most else within(top1, 0, LEVEL_TOP1),
             baseline,
         ),
         law(
             "fidelity hardly depends on the skip rate",
-            f"holds if the interval of the difference of `1 - cos` lies within {LEVEL_COSINE}, not if beside; {apart}",
+            f"holds if the interval of the difference of `1 - cos` is within {LEVEL_COSINE}, not if outside; {apart}",
             f"{shown(fidelity, '{:+.4f}')} ({where})",
             unknown if least == most else within(fidelity, 0, LEVEL_COSINE),
             baseline,
@@ -316,7 +316,7 @@ def saturation(measured: Measured) -> list[dict]:
 
 
 def displacement(measured: Measured) -> list[dict]:
-    """Whether the published method loses most where things travel."""
+    """Whether the published method loses most on clips in which things travel."""
     travelling = [one for one in measured if one[0] in TRAVELLING]
     staying = [one for one in measured if one[0] in STAYING]
     if not travelling or not staying:
@@ -404,7 +404,7 @@ def inactive_patches_are_stable(measured: Measured) -> list[dict]:
         found.append(
             law(
                 f"{kind} patches' cosine between frames is {published}",
-                f"holds if the interval lies within {LEVEL_STABILITY} of it, does not hold if beside that",
+                f"holds if the interval lies within {LEVEL_STABILITY} of it, does not hold if outside",
                 shown(value, "{:.3f}"),
                 within(value, published, LEVEL_STABILITY),
                 baseline,
@@ -414,7 +414,7 @@ def inactive_patches_are_stable(measured: Measured) -> list[dict]:
 
 
 def shift_costs_more(measured: Measured) -> list[dict]:
-    """Whether encoding active patches without their surroundings costs more than keeping stale inactive ones."""
+    """Whether encoding active patches alone costs more fidelity than keeping stale inactive patches."""
     of_active, of_echo, of_stale, of_stored, random = (each(measured, gain, name) for name in SWAPS)
     both = share(of_active, of_stored)
     with_echo = share([a + b for a, b in zip(of_active, of_echo, strict=True)], of_stale)
@@ -433,7 +433,7 @@ def shift_costs_more(measured: Measured) -> list[dict]:
         ),
         law(
             f"the shift of active patches is {PUBLISHED_SHIFT:.0%} of the gap",
-            "holds if the interval of its share lies within 10 points of that, does not hold if beside them",
+            "holds if the interval of its share lies within 10 points of that, does not hold if outside",
             said,
             within(both, PUBLISHED_SHIFT, 0.1),
             baseline,
@@ -486,8 +486,8 @@ def ghosts_cost(measured: Measured) -> list[dict]:
 
 def equal_cost(measured: Measured) -> tuple[Mixture, tuple[float, float]]:
     """
-    A mixture of `last_update` settings that costs as much as MEMORY, and both costs. If all settings cost less, it is
-    the most expensive one; if all cost more, the cheapest.
+    The mixture of `last_update` settings that costs as much as MEMORY, and both costs. If all settings cost less, it
+    is the most expensive setting; if all cost more, the cheapest.
     """
     target = over_clips(measured, f"{MEMORY}: cost")
     settings = [f"last_update {level:g}" for level in LAST_UPDATE_THRESHOLDS]

@@ -4,12 +4,12 @@ How much of a clip do fewer image tokens keep, and what do they save: in the tow
     OMP_NUM_THREADS=1 python -m eval.vision.static_tokens
 
 T frames of a clip, every fourth, go through the real small tower and are pooled 2x2 to N tokens a frame, as in
-LLaVA-OneVision. `faithful` and `balanced` keep the tokens that read a patch which the gate encoded (`gate`), or those
-whose streamed features are furthest from the last token kept at their place (`min_change`). Beside them, at the same
-number of tokens: whole frames at even distances, without the others in the tower; and the rule of vLLM's EVS, which
-encodes all frames and keeps the tokens that differ most from the frame before; and `min_change` after the dense tower.
-Fidelity: each token that was left out is replaced by the last one at its place that was kept; cosine to the dense
-token, over the frames after the first.
+LLaVA-OneVision. `faithful` and `balanced` keep the tokens of which the gate encoded a patch (`gate`), or the tokens
+whose streamed features are furthest from the last token kept at their place (`min_change`). Baselines with the same
+number of tokens: whole frames at even distances, where the tower encodes no other frames; the rule of vLLM's EVS,
+which encodes all frames and keeps the tokens that differ most from the frame before; and `min_change` after the dense
+tower. Fidelity is the cosine to the dense token over the frames after the first, where each token that was left out is
+replaced by the last one kept at its place.
 
 Multiply-adds are those of LLaVA-OneVision 7B, the tower's in the proportion that the small tower had. Processor time
 is the small tower's, plus a language model of Qwen2 0.5B's sizes with random weights, of which one layer is measured
@@ -44,7 +44,7 @@ CLIPS = {
     "moving camera": ("pan", "hand-held", "city-by-night"),
 }
 PRESETS = ("faithful", "balanced")
-FIXED_SHARE = 0.3  # of the tokens, beside what the gate keeps
+FIXED_SHARE = 0.3  # share of the tokens, compared at in addition to the shares that the gate keeps
 EVERY, FRAMES, PROMPT = 4, 24, 32  # the last: words of the prompt
 # of LLaVA-OneVision 7B, whose tokens are 14 x 14 a frame
 TOWER_7B = {"num_patches": 729, "num_layers": 26, "dim": 1152, "inner": 4304, "patch_features": 588, "num_heads": 16}
@@ -77,7 +77,7 @@ def even_frames(num_frames: int, kept: int) -> Tensor:
 
 
 def cosines(tokens: Tensor, mask: Tensor, dense: Tensor) -> np.ndarray:
-    """Cosines [T - 1, N] to dense [T, N, D] of tokens of which the last kept one stands for those left out."""
+    """Cosines [T - 1, N] to dense [T, N, D], where the last kept token replaces those that were left out."""
     numbers = torch.arange(len(mask))[:, None].expand(mask.shape)
     last = torch.where(mask, numbers, 0).cummax(0).values
     shown = tokens.gather(0, last[..., None].expand(tokens.shape))

@@ -10,9 +10,9 @@ are composed as in training, but from held-out renderings (for each thing, one f
 picture) on held-out photographs, and from a style that training did not have (OpenMoji). They are compared with
 pictures of training renderings, grey pictures, pictures with shuffled patches, and chance. Two more questions give the
 name of the largest drawing and ask where it is, and how many there are; their baseline is the most frequent answer.
-Intervals are Wilson's, 95 %. The model runs in bfloat16. The last command measures a second checkpoint that the recipe
-made, for comparison with the first. Writes
-`eval/results/zero_shot_small.json` and the figures of the model card, `models/neuroflow-siglip-small/README.md`.
+Intervals are Wilson's, 95 %. The model runs in bfloat16. The last command measures the checkpoint of a second run of
+the recipe. Writes `eval/results/zero_shot_small.json` and the figures of the model card,
+`models/neuroflow-siglip-small/README.md`.
 """
 
 import itertools
@@ -154,12 +154,12 @@ def breakdown(pictures: Sequence[Picture], right: list[bool]) -> dict:
 
 
 def place_texts(thing) -> dict[str, str]:
-    """For each place, a text that says that a thing is there."""
+    """A text for each place that a thing may be at."""
     return {place: f"{with_article(thing.name, thing)} {words[0]}" for place, words in PLACE_WORDS.items()}
 
 
 def number_texts(thing) -> dict[int, str]:
-    """For each number, a text that says that there are so many."""
+    """A text for each number of a thing."""
     return {1: f"one {thing.name}", **{number: f"{word} {thing.plural}" for number, word in NUMBERS.items()}}
 
 
@@ -177,9 +177,9 @@ def details(
     pictures: Sequence[Picture], images: torch.Tensor, texts_of: Callable, truth_of: Callable, embed: Callable
 ):
     """
-    How often the best of the texts `texts_of(thing)` is the right one, on pictures with drawings of one thing, of unit
+    The accuracy of the best of the texts `texts_of(thing)`, on pictures with drawings of one thing and their unit
     embeddings [P, D]; and the baseline, which always gives the most frequent answer. `truth_of` gives a picture's
-    right answer, or None if it is not used; `embed` gives texts' unit embeddings.
+    right answer, or None to leave the picture out; `embed` gives texts' unit embeddings.
     """
     by_name = {thing.name: thing for thing in things()}
     right, truths = [], []
@@ -205,7 +205,7 @@ def photographs(material: Material, model: SiglipModel, texts: torch.Tensor, nam
 
 
 def measure(model: SiglipModel, tokenizer, material: dict[str, Material], pictures: int) -> dict:
-    """All figures, from `pictures` held-out pictures and half as many of each other kind."""
+    """All figures, from `pictures` held-out pictures and half that number of each other kind."""
     names = [thing.name for thing in things()]
     texts = {
         phrasing: embed_texts(model, tokenizer, prompts(phrasing))
@@ -341,9 +341,7 @@ def write_card(checkpoint: Path, report: dict):
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
-    pictures: Annotated[
-        int, typer.Option(help="Number of held-out pictures; half as many of each other kind.")
-    ] = 1600,
+    pictures: Annotated[int, typer.Option(help="Number of held-out pictures; half of it for each other kind.")] = 1600,
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "zero_shot_small.json",
     card: Annotated[bool, typer.Option(help="Write the figures into the model card.")] = True,
     card_only: Annotated[

@@ -18,6 +18,7 @@ from neuroflow_hf.evaluation.methods import MethodSpec
 from neuroflow_hf.evaluation.settings import DENSE, FIRST
 from neuroflow_hf.utils.processes import Processes
 from neuroflow_hf.video.preprocess import Preprocessor
+from recipes import composed_clips
 from recipes.composed_clips import MOTIONS, specify
 from tests.conftest import IMAGE_SIZE
 
@@ -267,6 +268,7 @@ def test_the_command_records_writes_and_continues(vision, material, tmp_path, mo
     monkeypatch.setattr(evidence, "load_material", lambda: {"held out": material})
     monkeypatch.setattr(evidence, "text_embeddings", lambda *_: texts)
     monkeypatch.setattr(evidence, "default_tower_dir", lambda: tmp_path / "cache" / "tower")
+    monkeypatch.setattr(composed_clips, "MOTIONS", {name: MOTIONS[name] for name in ("still", "crossing")})
     output = tmp_path / "out" / "accuracy.json"
     for _ in range(2):
         accuracy.main(clips=1, frames=16, methods="every 4", output=output)

@@ -185,6 +185,8 @@ def suite(vision, monkeypatch, tmp_path):
     monkeypatch.setattr(policies, "NAMES", ("one", "walker"))
     methods = {"exact": {"mode": "dense"}, "context": {"mode": "context"}, "first": {"mode": "hold"}}
     monkeypatch.setattr(policies, "METHODS", methods)
+    monkeypatch.setattr(policies, "RESAMPLES", 50)
+    monkeypatch.setattr(policies, "LONGEST_INTERVAL", FRAMES)
 
     def run(**options):
         output = tmp_path / "out" / "policies.json"
