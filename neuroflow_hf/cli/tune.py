@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .errors import EXIT_UNREACHED, one_line_errors
+from .errors import EXIT_INTERRUPTED, EXIT_UNREACHED, one_line_errors
 from .options import option
 from .output import command_line, figure_table, print_wide, print_written
 from .progress import CommandProgress
@@ -72,6 +72,9 @@ def tune(
         files = write_tuning(result, out, config, model_name=model or source.name, command=command_line())
     print_tuning(result)
     print_written(out, (file.name for file in files))
+    if result.status == "interrupted":
+        typer.echo(f"Stopped by Ctrl-C; {len(result.points)} settings were measured before.", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED)
     if result.chosen is None:
         raise typer.Exit(EXIT_UNREACHED)
 

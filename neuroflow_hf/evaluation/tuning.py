@@ -9,6 +9,7 @@ the cheapest that stays close enough to dense, or the closest that is cheap enou
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..utils.jobs import timed
+from ..utils.jobs import stop_on_interrupt, timed
 from ..video.preprocess import Preprocessor
 from ..video.reader import DamagedVideoError, VideoReader
 from ..video.run import settings
@@ -69,6 +70,7 @@ OnStep = Callable[[str, int, int, Point | None], None]
 class TuneResult:
     """The result of a tuning."""
 
+    status: str  # `"complete"`, or `"interrupted"` (Ctrl-C); then `points` has the settings measured before
     requirement: Requirement
     points: list[Point]  # all measured settings, including baselines
     chosen: Point | None  # the point that meets the requirement best; None if none does
@@ -165,6 +167,7 @@ class Bench:
     model: NeuroFlowSiglipVisionModel  # model, preprocess: from `load_model`
     preprocess: Preprocessor
     stretches: list[Stretch]  # of equal length
+    stop: threading.Event  # set to stop measuring with a KeyboardInterrupt
     on_step: OnStep  # as in `tune_video`
 
     def steps(self, method: Method, stretch: Stretch, count: int | None = None) -> Iterator[tuple[Step, float]]:
@@ -172,6 +175,8 @@ class Bench:
         model = self.model
         method.start(1)
         for image in stretch.images[:count]:
+            if self.stop.is_set():
+                raise KeyboardInterrupt
             pixel_values = self.preprocess.normalise(image, model.dtype, model.device)
             with torch.inference_mode():
                 yield timed(lambda x=pixel_values: method.step(x), model.device)
@@ -257,7 +262,8 @@ def tune_video(
 
     Dense and the baselines (mode `hold`) run over a few stretches of consecutive frames, then each family of
     candidates, from cheap to faithful, until one is faithful enough, too expensive, or beaten. A baseline may be
-    chosen. `keyframe_interval` is at most the length of a stretch, because longer intervals were not measured.
+    chosen. `keyframe_interval` is at most the length of a stretch, because longer intervals were not measured. After
+    Ctrl-C, the choice is among the settings measured before.
 
     Args:
         reader: the video, with the stride that the settings are for.
@@ -273,6 +279,7 @@ def tune_video(
     Raises:
         ValueError: for bounds, numbers, gate options or a resolution out of range, and videos of a single frame.
         VideoError: if the video cannot be read.
+        KeyboardInterrupt: for Ctrl-C before dense is measured.
     """
     requirement = Requirement(min_cosine, max_cost, statistic)
     for name, value, least in (("frames", frames, 2), ("stretches", stretches, 1)):
@@ -283,18 +290,23 @@ def tune_video(
     families = {TRIGGERED_HOLD: TRIGGERED_HOLDS, **(FAMILIES if candidates is None else candidates)}
     plan = plan_stretches(reader.expected_frames, frames, stretches)
     read = read_stretches(reader, preprocess, plan, lambda done, total: on_step("reading", done, total, None))
-    bench = Bench(model, preprocess, read, on_step)
-    bench.measure_dense()
-    points = bench.holds()
-    for family, rungs in families.items():
-        for options in rungs:
-            best = choose(points, requirement)
-            points.append(bench.measure(family, options, control=family == TRIGGERED_HOLD))
-            beaten = max_cost is None and best is not None and points[-1].cost >= best.cost
-            if beaten or requirement.met_by(points[-1]) == (max_cost is None):
-                break  # the rest of the family costs more
+    with stop_on_interrupt() as stop:
+        bench = Bench(model, preprocess, read, stop, on_step)
+        bench.measure_dense()
+        points, status = bench.holds(), "complete"
+        try:
+            for family, rungs in families.items():
+                for options in rungs:
+                    best = choose(points, requirement)
+                    points.append(bench.measure(family, options, control=family == TRIGGERED_HOLD))
+                    beaten = max_cost is None and best is not None and points[-1].cost >= best.cost
+                    if beaten or requirement.met_by(points[-1]) == (max_cost is None):
+                        break  # the rest of the family costs more
+        except KeyboardInterrupt:
+            status = "interrupted"
     chosen = choose(points, requirement)
     return TuneResult(
+        status=status,
         requirement=requirement,
         points=points,
         chosen=chosen,

@@ -36,6 +36,7 @@ def point_figures(point: Point) -> dict:
 def tuning_summary(result: TuneResult) -> dict:
     """`tune.json` without the command and the model; `chosen` and `nearest` are indices of `points`."""
     return {
+        "status": result.status,
         "requirement": asdict(result.requirement),
         "chosen": None if result.chosen is None else result.points.index(result.chosen),
         "nearest": None if result.nearest is None else result.points.index(result.nearest),

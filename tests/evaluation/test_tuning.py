@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -209,7 +210,7 @@ def test_a_point_is_what_a_stream_gives(clip, vision):
         costs += [output.cost.item() for output in outputs]
     assert found.cost == pytest.approx(np.mean(costs))
     assert steps[0] == ("reading", 1, 40, None) and steps[-1] == ("one", 24, 24, found)
-    assert result.chosen in result.points
+    assert result.status == "complete" and result.chosen in result.points
 
 
 def test_the_climb_stops_where_it_can_no_longer_win(clip, vision):
@@ -323,6 +324,23 @@ def test_the_words_say_who_won(clip, vision):
     assert [row[0] for row in tuning_rows(lost)] == ["chosen", "best of the others", "dense"]
     assert [row[0] for row in tuning_rows(none)] == ["nearest", "dense"]
     assert tuning_rows(won)[0][1:] == ["0.200", "0.9935", "0.9921", "0.9920", "0.9920", "1.0"]
+
+
+def test_ctrl_c_names_the_best_so_far(clip, checkpoints, few_candidates, tmp_path, monkeypatch):
+    measure = neuroflow_hf.evaluation.tuning.Bench.measure
+
+    def interrupted(bench, family, options, control=False):
+        if not control:
+            signal.raise_signal(signal.SIGINT)
+        return measure(bench, family, options, control)
+
+    monkeypatch.setattr(neuroflow_hf.evaluation.tuning.Bench, "measure", interrupted)
+    options = ("--model", checkpoints["vision"], "--out", tmp_path, "--frames", 24, "--max-cost", 0.5)
+    result = call("tune", clip, *options)
+    assert result.exit_code == 130 and "Ctrl-C" in result.stderr
+    report = json.loads((tmp_path / "tune.json").read_text())
+    assert report["status"] == "interrupted" and all(point["control"] for point in report["points"])
+    assert load_gate(tmp_path)["mode"] == "hold"
 
 
 def test_ctrl_c_before_there_is_anything_writes_nothing(clip, checkpoints, tmp_path, monkeypatch):
