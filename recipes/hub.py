@@ -1,4 +1,6 @@
-"""Make complete Hub repositories out of the folders under `models/`: weights, configuration, code, card, licence.
+"""
+Make complete Hub repositories out of the folders under `models/`: weights, configuration, code, card, licence. Of the
+small SigLIP also a Space, with the page of `neuroflow app`.
 
 Command: `python -m recipes.hub [--models DIR] [--output DIR]`
 """
@@ -33,6 +35,8 @@ from neuroflow_hf.vision.modeling_neuroflow_siglip import (
     NeuroFlowSiglipVisionModel,
 )
 from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
+from recipes.space.build import MODEL as SPACE_MODEL
+from recipes.space.build import build_space
 
 CONFIG, CARD, LICENCE = "config.json", "README.md", "LICENSE"
 PROCESSOR, GENERATION = "processor_config.json", "generation_config.json"
@@ -232,15 +236,19 @@ def main(
     models: Annotated[Path, typer.Option(help="Folder with one folder per model.")] = Path("models"),
     output: Annotated[Path, typer.Option(help="Folder for the repositories, one per model.")] = Path("dist/hub"),
 ) -> None:
-    """Write a complete Hub repository for every model, and print what is in it."""
+    """Write a complete Hub repository for every model, and the Space, and print what is in them."""
     logging.disable_progress_bar()
     try:
         sources = sorted(path for path in models.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not sources:
             raise FileNotFoundError(f"There is no model in {models}; expected a folder for each.")
-        for source in sources:
-            build = copy_adapter if (source / ADAPTER).is_file() else build_hub_repository
-            repository = build(source, output / source.name)
+        builders = [
+            (copy_adapter if (source / ADAPTER).is_file() else build_hub_repository, source, output / source.name)
+            for source in sources
+        ]
+        builders += [(build_space, source, output / "space") for source in sources if source.name == SPACE_MODEL]
+        for build, source, target in builders:
+            repository = build(source, target)
             typer.echo(repository)
             for path in sorted(repository.iterdir()):
                 typer.echo(f"  {path.stat().st_size / 2**10:10.1f} KiB  {path.name}")

@@ -18,6 +18,7 @@ LAYERS = [
     ("eval",),
     ("recipes",),
     ("neuroflow_hf.cli",),
+    ("neuroflow_hf.app",),
     ("neuroflow_hf.distill", "neuroflow_hf.attachment", "neuroflow_hf.archive", "neuroflow_hf.cameras"),
     ("neuroflow_hf.evaluation", "neuroflow_hf.drift"),
     ("neuroflow_hf.conversion",),
@@ -94,6 +95,8 @@ def test_a_wrong_import_is_noticed(tmp_path, monkeypatch):
         "neuroflow_hf/evaluation/run.py": "import recipes.hub",
         "neuroflow_hf/attachment/tower.py": "from ..distill.train import distill",
         "neuroflow_hf/video/run.py": "from ..archive.dataset import VideoFile",
+        "neuroflow_hf/app/page.py": "from ..cli.main import app",
+        "neuroflow_hf/archive/search.py": "from ..app.parts import Jobs",
         "recipes/hub.py": "from eval import report",
     }
     for name, source in wrong.items():
@@ -146,7 +149,8 @@ answers["without typer"] = tried("import neuroflow_hf.cli.main", "typer")
 answers["without av"] = tried("from neuroflow_hf.video import VideoReader", "av")
 answers["without pyarrow"] = tried("import neuroflow_hf.archive.dataset", "pyarrow")
 answers["without gguf"] = tried("import neuroflow_hf.conversion.gguf_file", "gguf")
-del sys.modules["typer"], sys.modules["av"], sys.modules["pyarrow"], sys.modules["gguf"]
+answers["without gradio"] = tried("import neuroflow_hf.app.page", "gradio")
+del sys.modules["typer"], sys.modules["av"], sys.modules["pyarrow"], sys.modules["gguf"], sys.modules["gradio"]
 answers["without ray"] = tried("import neuroflow_hf.archive.cluster", "ray")
 import recipes.siglip_dinov2_small.build
 answers["building the tower"] = sorted(sys.modules)
@@ -179,7 +183,10 @@ def test_loading_models_imports_no_extra(answers):
 
 @pytest.mark.parametrize(
     "missing, extra",
-    [("typer", "cli"), ("av", "video"), ("pyarrow", "archive"), ("ray", "cluster"), ("gguf", "convert")],
+    [
+        *(("typer", "cli"), ("av", "video"), ("pyarrow", "archive"), ("ray", "cluster"), ("gguf", "convert")),
+        ("gradio", "app"),
+    ],
 )
 def test_a_missing_extra_is_named(answers, missing, extra):
     assert f'pip install "neuroflow-hf[{extra}]"' in answers[f"without {missing}"]

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from .app import serve_app
 from .calibrate import calibrate
 from .chat import chat
 from .convert import convert
@@ -39,6 +40,10 @@ def main(
     """SigLIP over video without computing again what did not change."""
 
 
-COMMANDS = (run, embed, search, watch, tune, distill, evaluate, generate, chat, calibrate, drift, convert, tune_drafts)
+COMMANDS = (
+    *(run, embed, search, watch, serve_app, tune, distill, evaluate),
+    *(generate, chat, calibrate, drift, convert, tune_drafts),
+)
+NAMES = {serve_app: "app", evaluate: "eval", tune_drafts: "tune-drafts"}
 for command in COMMANDS:
-    app.command({evaluate: "eval", tune_drafts: "tune-drafts"}.get(command))(command)
+    app.command(NAMES.get(command))(command)

@@ -1,0 +1,132 @@
+"""The tab *Text*: an answer of the dense model beside one with a bypass, the tokens that differ marked."""
+
+import functools
+import html
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..conversion.smollm2 import NAME, smollm2_folder
+from ..drift.calibrate import PROMPTS, calibrate, is_calibrated, with_threshold
+from ..drift.chat_template import encode_text
+from ..drift.continuation import Decoding, comparison_in_words, continue_tokens, figures_in_words
+from ..loading import load_language_model
+from .parts import IN_TURN, Jobs, OnStep, paragraphs, two_buttons
+
+MOST_TOKENS = 256
+
+
+def text_tab(jobs: Jobs, source: str | Path, device: str):
+    """Build the tab; SmolLM2 is fetched when somebody first generates with it."""
+
+    @functools.lru_cache(maxsize=1)
+    def load() -> tuple:
+        return load_language_model(source, device=device)
+
+    def fetch(on_step: OnStep) -> tuple:
+        nonlocal source
+        if source == NAME:
+            source = smollm2_folder(on_step)
+        return load()
+
+    def generate(
+        prompt: str,
+        rate: float,
+        target: str,
+        most: float,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008, as Gradio finds it
+    ) -> tuple:
+        with jobs.job(request, progress) as on_step:
+            if not prompt.strip():
+                raise ValueError("The prompt is empty; expected some text.")
+            model, tokenizer = fetch(on_step)
+            own = {"rate": rate, "target": target}
+            if not is_calibrated(model, own):
+                show = functools.partial(on_step, "choosing the threshold", total=len(PROMPTS))
+                calibrate(model, tokenizer, on_prompts=show)
+            ids, most = encode_text(tokenizer, prompt), min(int(most), MOST_TOKENS)
+            ways = {"dense": Decoding(most), "bypass": Decoding(most, bypass=with_threshold(model, own))}
+            continue_tokens(model, tokenizer, ids, Decoding(2))  # warm up
+            dense, bypassed = found = [
+                continue_tokens(model, tokenizer, ids, way, is_stopped=counter(name, most, on_step))
+                for name, way in ways.items()
+            ]
+        columns = [
+            text_in_html(marked_text(tokenizer, part.tokens, marks), figures_in_words(model, part, way))
+            for part, way, marks in zip(found, ways.values(), differing(dense.tokens, bypassed.tokens), strict=True)
+        ]
+        return *columns, f"{comparison_in_words(dense, bypassed)} Tokens that differ are marked."
+
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            prompt = gr.Textbox("Explain what a hash map is.", label="Prompt", lines=4)
+            rate = gr.Slider(0.05, 1, 0.2, step=0.05, label="Share of steps to bypass")
+            target = gr.Radio(["attention", "mlp", "block"], value="attention", label="Reused output")
+            most = gr.Slider(8, MOST_TOKENS, 64, step=8, label="New tokens at most")
+            with gr.Row():
+                start, cancel = two_buttons("Generate")
+            if source == NAME:
+                gr.Markdown("The model is SmolLM2-135M-Instruct; if it is not here, its 93 MB are fetched first.")
+        with gr.Column(scale=3, min_width=300):
+            with gr.Row():
+                columns = []
+                for name in ("Dense", "Bypass"):
+                    with gr.Column(min_width=280):
+                        gr.Markdown(f"### {name}")
+                        columns.append(gr.HTML(min_height=200))
+            drift = gr.Markdown()
+    inputs = [prompt, rate, target, most]
+    running = start.click(generate, inputs, [*columns, drift], show_progress_on=columns, **IN_TURN)
+    cancel.click(jobs.cancel, cancels=running, queue=False, api_visibility="private")
+
+
+def counter(name: str, most: int, on_step: OnStep) -> Any:
+    """What a generation asks after each token, to show the progress; it never stops the text itself."""
+    done = 0
+
+    def is_stopped() -> bool:
+        nonlocal done
+        done += 1
+        on_step(f"{name}: token {done} of at most {most}", done, most)
+        return False
+
+    return is_stopped
+
+
+def differing(dense: Sequence[int], other: Sequence[int]) -> tuple[list[bool], list[bool]]:
+    """
+    Which tokens of two texts differ: for each text, True for the tokens outside the runs that both have in the same
+    order. An inserted token marks itself, and not all that follow.
+    """
+    marks = [True] * len(dense), [True] * len(other)
+    for first, second, size in SequenceMatcher(None, dense, other, autojunk=False).get_matching_blocks():
+        marks[0][first : first + size] = marks[1][second : second + size] = [False] * size
+    return marks
+
+
+def marked_text(tokenizer: Any, tokens: Sequence[int], marks: Sequence[bool]) -> list[tuple[str, bool]]:
+    """
+    A text in pieces, each with its mark. Pieces are cut out of the decoded whole, since tokens alone may lack spaces
+    or be parts of a character; such a character belongs to the piece in which it is complete.
+    """
+    pieces, end, before = [], 0, ""
+    runs = [(mark, len(list(group))) for mark, group in groupby(marks)]
+    for place, (mark, size) in enumerate(runs):
+        end += size
+        text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        if place + 1 < len(runs):
+            text = text.rstrip("\ufffd")  # of a character that is not complete
+        pieces.append((text[len(before) :], mark))
+        before = text
+    return [piece for piece in pieces if piece[0]]
+
+
+def text_in_html(pieces: Sequence[tuple[str, bool]], lines: Sequence[str]) -> str:
+    """The pieces of a text, above lines that describe it."""
+    text = "".join(f"<mark>{html.escape(piece)}</mark>" if mark else html.escape(piece) for piece, mark in pieces)
+    return f'<div class="answer">{text}</div>{paragraphs(lines)}'
