@@ -8,6 +8,7 @@ Embedding on the machines of a Ray cluster, which share the folders of the video
 import contextlib
 import functools
 import math
+import socket
 from collections import Counter
 from collections.abc import Iterator
 
@@ -20,6 +21,8 @@ try:
     from .workers import embed_on_workers
 except ImportError as error:
     raise ImportError('A Ray cluster needs the extra `cluster`: pip install "neuroflow-hf[cluster]".') from error
+
+CONNECT_SECONDS = 10
 
 
 @contextlib.contextmanager
@@ -44,8 +47,9 @@ def cluster_work(address: str, workers: int | None = None, device: str = "auto")
         if not ray.is_initialized():
             options: dict = {"include_dashboard": False} if address == "local" else {}
             try:
+                require_open_port(address)
                 ray.init(address, log_to_driver=False, logging_level="error", **options)
-            except (OSError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
                 reason = str(error).partition("\n")[0]
                 raise ConnectionError(
                     f"Cannot reach a Ray cluster at {address!r} ({reason}); expected `auto`, `local`, or an address "
@@ -53,6 +57,13 @@ def cluster_work(address: str, workers: int | None = None, device: str = "auto")
                 ) from error
             stack.callback(ray.shutdown)
         yield functools.partial(embed_on_workers, places=worker_places(ray.nodes(), workers, device))
+
+
+def require_open_port(address: str) -> None:
+    """Raise an OSError if nothing listens at an address with a port, which Ray would try again for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
 
 
 def worker_places(nodes: list[dict], workers: int | None, device: str) -> list[dict]:

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -51,7 +52,8 @@ def nodes():
     """A cluster of two nodes with a CPU each."""
     from ray.cluster_utils import Cluster
 
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # on a machine that is busy with other tests
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # on a busy machine
+    os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", "300")
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes.add_node(num_cpus=1)
     yield nodes
@@ -76,6 +78,7 @@ def wait_for(found, driver):
     return things
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc").exists(), reason="Workers are found by /proc, which is not there.")
 def test_after_kills_of_driver_and_worker_the_dataset_is_that_of_one_machine(nodes, folder, stock_vision, tmp_path):
     stock_vision.save_pretrained(tmp_path / "model")
@@ -327,3 +330,7 @@ def test_workers_share_the_machines():
 def test_what_the_command_refuses(folder, tmp_path):
     result = call("embed", folder, "--out", tmp_path / "out", "--workers", 2)
     assert result.exit_code == 2 and "--workers needs --ray" in result.output
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    result = call("embed", folder, "--out", tmp_path / "out", "--ray", address)  # nothing listens there any more
+    assert result.exit_code != 0 and f"Cannot reach a Ray cluster at '{address}'" in result.output
