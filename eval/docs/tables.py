@@ -636,6 +636,16 @@ def lossless_table(report: dict) -> str:
     return table(rows, columns, note.format(report["command"], measured, *differ, **settings))
 
 
+def drafter_table(report: dict) -> str:
+    """How often a trained drafter's drafts agree with the model on held-out prompts, and after each epoch."""
+    rows = [{"task": task, **row} for task, row in report["held_out"].items()]
+    columns = {"task": "{task}", "held-out tokens": "{tokens}", "first draft token agrees": "{agreement[0]:.0%}"}
+    columns |= {"first two agree": "{agreement[1]:.0%}", "all three agree": "{agreement[2]:.0%}"}
+    epochs = ", ".join(f"{first:.0%}" for first, *_ in report["agreement"])
+    note = f"`{report['command']}`: {report['texts']} texts of {report['tokens']} tokens. First token after each epoch: "
+    return table(rows, columns, f"{note}{epochs}.")
+
+
 def drift_table(report: dict) -> str:
     """Drift by task, a bypass in each row."""
     return f"{markdown_table(summary_table(report))}\n\n`{report['command']}`: {description(report)}"
@@ -702,6 +712,7 @@ BLOCKS = {
     "tower share": (tower_share_table, "tower_share"),
     "static tokens": (static_tokens_table, "static_tokens"),
     "lossless": (lossless_table, "benchmark_lossless"),
+    "drafter": (drafter_table, "drafter_training"),
     "checks": (check_table, "check_costs"),
 }
 
