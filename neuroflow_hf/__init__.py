@@ -11,6 +11,7 @@ from transformers import (
 )
 
 from .attachment import Attachment, StreamSession, attach
+from .export import export_stream
 from .language.bypass_config import NeuroFlowBypassConfig
 from .language.bypass_state import BypassStatistics
 from .language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
@@ -84,4 +85,5 @@ __all__ = [
     "NeuroFlowVisionOutput",
     "StreamSession",
     "attach",
+    "export_stream",
 ]

@@ -619,6 +619,27 @@ def tower_share_table(report: dict) -> str:
     return table(report["rows"], columns, f"`{report['command']}`: counted, not timed; prompts of {prompts} tokens.")
 
 
+def export_table(report: dict) -> str:
+    """How close exported streams are to the engine's."""
+    columns = {
+        "runs in": "{way}",
+        "type": "{dtype}",
+        "largest difference": "{difference:.0e}",
+        "cosine to the engine: mean": "{to_engine:.5f}",
+        "least": "{to_engine_least:.5f}",
+        "least of a patch": "{patches_to_engine_least:.5f}",
+        "to dense: mean": "{to_dense:.4f}",
+        "p5": "{to_dense_p5:.4f}",
+        "same patches encoded": lambda row: "" if row["same_patches"] is None else f"{row['same_patches']:.0%}",
+    }
+    note = (
+        "`{command}`: {model}, {frames} frames, every {every}th of two clips, mode `extrapolate`, {token_budget} of "
+        "256 patches on a sparse frame, every {interval}th a keyframe. The engine is that in float32; differences of "
+        "the embedding are relative to its largest element; the last column is the share of sparse frames."
+    )
+    return table(report["rows"], columns, note.format(command=report["command"], **report["settings"]))
+
+
 def static_tokens_table(report: dict) -> str:
     """Fidelity and cost of leaving out image tokens: by the gate, and by other rules at the same number of tokens."""
     columns = {
@@ -737,6 +758,7 @@ BLOCKS = {
     "patches": (patches_table, "vision_policies"),
     "tower share": (tower_share_table, "tower_share"),
     "static tokens": (static_tokens_table, "static_tokens"),
+    "export": (export_table, "export_fidelity"),
     "lossless": (lossless_table, "benchmark_lossless"),
     "drafter": (drafter_table, "drafter_training"),
     "checks": (check_table, "check_costs"),

@@ -82,7 +82,10 @@ class ActiveSet:
     @computed_once
     def rows(self) -> torch.Tensor:
         """int64 [M]: the active tokens' places in memories laid out as [B * T, D], ascending."""
-        return torch.nonzero_static(self.mask.flatten(), size=sum(self.counts)).squeeze(1)
+        mask, size = self.mask.flatten(), sum(self.counts)
+        if torch.compiler.is_exporting():  # ONNX has no operator for the other
+            return torch.arange(len(mask), 0, -1, device=mask.device).masked_fill(~mask, 0).topk(size).indices
+        return torch.nonzero_static(mask, size=size).squeeze(1)
 
     @computed_once
     def among_live(self) -> "ActiveSet":

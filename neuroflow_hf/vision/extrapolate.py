@@ -7,6 +7,7 @@ difference between their new and their stored features, the innovation, is carri
 estimate is simple kriging: a Gaussian process whose covariance is the likeness of the patches.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +51,25 @@ def correction_weights(
     source_unit, source_changed = unit[sources], changed[sources]
     to_all = likeness(unit, source_unit) * (changed.unsqueeze(1) == source_changed)
     among = likeness(source_unit, source_unit) * (source_changed.unsqueeze(1) == source_changed)
-    among.diagonal().add_(NOISE)
-    # positive definite by the noise: `cholesky_ex` skips the check, which would synchronise with the device
-    weights = to_all @ torch.cholesky_inverse(torch.linalg.cholesky_ex(among).L)
-    return weights.masked_fill(encoded.unsqueeze(1), 0)
+    among = among + NOISE * torch.eye(len(sources), dtype=among.dtype, device=among.device)
+    if torch.compiler.is_exporting():  # ONNX has no operator for the other
+        inverse = inverse_by_products(among, NOISE, len(sources) + NOISE)
+    else:  # positive definite by the noise: `cholesky_ex` skips the check, which would synchronise with the device
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(among).L)
+    return (to_all @ inverse).masked_fill(encoded.unsqueeze(1), 0)
+
+
+def inverse_by_products(matrix: torch.Tensor, least: float, most: float) -> torch.Tensor:
+    """
+    The inverse of a symmetric matrix [S, S] whose eigenvalues lie between `least` > 0 and `most`, by Newton's
+    iteration. Each step squares the error, `1 - matrix @ inverse`; there are as many as the matrix's precision needs.
+    """
+    error, precision = (most - least) / (most + least), torch.finfo(matrix.dtype).eps
+    twice = 2 * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    inverse = twice / (least + most)
+    for _ in range(math.ceil(math.log2(math.log(precision) / math.log(error)))):
+        inverse = inverse @ (twice - matrix @ inverse)
+    return inverse
 
 
 @dataclass(frozen=True)
@@ -89,7 +105,8 @@ class Correction:
 def build_corrections(features: torch.Tensor, active: ActiveSet) -> list[Correction]:
     """
     One correction for each stream with both encoded and stale patches, either among those that changed or among those
-    that did not.
+    that did not. A compiled graph, which does not know how many changed, takes all encoded patches as sources: from
+    those of a group without stale patches, nothing is carried over.
 
     Args:
         features: [B, N, D], the stored outputs, before this frame's are written.
@@ -99,10 +116,13 @@ def build_corrections(features: torch.Tensor, active: ActiveSet) -> list[Correct
         from_changed, from_still = count_sources(active, stream)
         if from_changed or from_still:
             rows = active.rows[first_row : first_row + count] - stream * active.num_tokens
-            row_changed = active.changed[stream, rows]
-            is_source = (row_changed & bool(from_changed)) | (~row_changed & bool(from_still))
-            is_source[: active.num_prefix] = False  # they are no patches, and say little about any
-            sources = torch.nonzero_static(is_source, size=from_changed + from_still).squeeze(1)
+            if from_changed + from_still == count - active.num_prefix:
+                sources = torch.arange(active.num_prefix, count, device=rows.device)
+            else:
+                row_changed = active.changed[stream, rows]
+                is_source = (row_changed & bool(from_changed)) | (~row_changed & bool(from_still))
+                is_source[: active.num_prefix] = False  # they are no patches, and say little about any
+                sources = torch.nonzero_static(is_source, size=from_changed + from_still).squeeze(1)
             places = rows[sources]
             weights = correction_weights(features[stream], places, active.changed[stream], active.mask[stream])
             corrections.append(Correction(stream, weights.to(features.dtype), first_row + sources, places))

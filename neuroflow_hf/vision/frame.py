@@ -306,8 +306,10 @@ def blend(stream: NeuroFlowStream, name: str, fresh: torch.Tensor, active: Activ
     share = stream.gate.memory_blend
     if share == 1 or all(active.keyframes):
         return fresh
-    plain = torch.tensor(active.keyframes).repeat_interleave(torch.tensor(active.counts)).to(fresh.device)
     blended = torch.lerp(active.gather(stream.memory[name]), fresh, share)
+    if not any(active.keyframes):
+        return blended
+    plain = torch.tensor(active.keyframes).repeat_interleave(torch.tensor(active.counts)).to(fresh.device)
     return torch.where(plain.unsqueeze(1), fresh, blended)
 
 

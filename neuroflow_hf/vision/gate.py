@@ -8,6 +8,7 @@ from .active_set import ActiveSet
 from .controller import HOLD, KEYFRAME, SPARSE, Changes, Pace, allowance_of, choose
 from .gate_config import NeuroFlowGateConfig
 from .selection import (
+    ROUNDING,
     has_only_finite,
     highest,
     oldest,
@@ -109,8 +110,7 @@ def fixed_count(gate: NeuroFlowGateConfig, num_patches: int) -> int | None:
         return num_patches
     if not gate.needs_surprise:
         return 0
-    looks = gate.has_keyframe_trigger or gate.mode == "extrapolate"
-    if gate.token_budget is None or looks or gate.cost_budget is not None:
+    if gate.token_budget is None or gate.has_keyframe_trigger or gate.cost_budget is not None:
         return None
     return min(num_patches, max(gate.token_budget, gate.least_active))
 
@@ -160,10 +160,11 @@ def apply_policies(
         refreshed = refreshed_in_turn(gate, grid, stream.memory[AGE], mask)
         scores = scores.masked_fill(refreshed, torch.inf)
         mask = mask | refreshed
+    ranked = scores.masked_fill(scores.abs() < ROUNDING, 0)
     if gate.token_budget is not None:
-        mask = highest(scores, gate.token_budget)
+        mask = highest(ranked, gate.token_budget)
     if gate.least_active:
-        mask = mask | highest(scores, gate.least_active)
+        mask = mask | highest(ranked, gate.least_active)
     return changed, mask
 
 

@@ -12,7 +12,7 @@ import torch
 
 from .extrapolate import COMMON_SHARE, LIKENESS_WIDTH, NOISE
 from .gate_config import NeuroFlowGateConfig
-from .selection import turns
+from .selection import ROUNDING, turns
 from .tower import LayerParts, VisionTower
 
 
@@ -296,7 +296,8 @@ class NaiveStream:
         if gate.mode == "extrapolate":
             still = [patch for patch in longest_ago if patch not in changed | refreshed]
             refreshed |= set(still[: min(len(changed), gate.most_sentinels(len(scores)))])
-        by_surprise = sorted(everything, key=lambda patch: (0, 0) if patch in refreshed else (1, -scores[patch]))
+        ranked = [score if abs(score) >= ROUNDING else 0 for score in scores]
+        by_surprise = sorted(everything, key=lambda patch: (0, 0) if patch in refreshed else (1, -ranked[patch]))
         active = changed | refreshed if gate.token_budget is None else set(by_surprise[: gate.token_budget])
         return sorted(active | set(by_surprise[: gate.least_active]))
 

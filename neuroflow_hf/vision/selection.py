@@ -8,6 +8,8 @@ from torch.nn import functional as F
 # On a CPU, this many patches are compared at a time: intermediate results stay in the cache. For large N, that is five
 # times faster.
 PATCHES_AT_A_TIME = 256
+# A surprise below this is rounding in float32. It must not choose patches: an exported stream rounds otherwise.
+ROUNDING = 1e-10
 
 
 def surprise(signal: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

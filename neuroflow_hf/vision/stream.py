@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils import _pytree as pytree
 
 from .controller import Pace
 from .gate_config import NeuroFlowGateConfig
@@ -372,3 +374,17 @@ class NeuroFlowStream:
             "gate": self.gate.to_dict(),
             "preset_budget": self.gate.preset_budget,
         }
+
+
+def refuse_export(stream: NeuroFlowStream) -> NoReturn:
+    """Say what to export instead. Only `torch.export` asks for the paths of its inputs."""
+    raise TypeError(
+        "`torch.export` cannot take a stream, whose memory changes with every frame. Export functions of its memory: "
+        "`neuroflow_hf.export_stream(model, folder, token_budget=...)`."
+    )
+
+
+# To code that maps a function over all inputs, a stream is a container without tensors, and stays itself.
+pytree.register_pytree_node(
+    NeuroFlowStream, lambda stream: ([], stream), lambda _, stream: stream, flatten_with_keys_fn=refuse_export
+)

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.vision.active_set import ActiveSet
-from neuroflow_hf.vision.extrapolate import COMMON_SHARE, NOISE, build_corrections, correction_weights, likeness
+from neuroflow_hf.vision.extrapolate import (
+    COMMON_SHARE,
+    NOISE,
+    build_corrections,
+    correction_weights,
+    inverse_by_products,
+    likeness,
+)
 from tests.conftest import NUM_PATCHES, assert_close_in_norm, random_video
 
 
@@ -43,6 +50,17 @@ def test_weights_are_those_of_a_gaussian_process(seed, encoded):
         among = covariance[sources][:, sources] + NOISE * torch.eye(len(sources), dtype=torch.float64)
         expected = torch.linalg.solve(among, covariance[sources, patch])
         assert_close_in_norm(weights[patch], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alike", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("sources", [1, 7, 100])
+def test_the_inverse_of_exported_programs_is_as_exact_as_its_type(sources, alike, dtype):
+    unit = torch.eye(sources, dtype=torch.float64) * (1 - alike) + alike * torch.eye(sources, dtype=torch.float64)[0]
+    unit = torch.nn.functional.normalize(unit, dim=-1)
+    matrix = likeness(unit, unit) + NOISE * torch.eye(sources, dtype=torch.float64)
+    inverse = inverse_by_products(matrix.to(dtype), NOISE, sources + NOISE)
+    assert_close_in_norm(inverse, torch.linalg.inv(matrix).to(dtype), 200 * torch.finfo(dtype).eps)
 
 
 def test_patches_learn_more_from_those_like_them():
