@@ -18,10 +18,7 @@ LAYERS = [
     ("eval",),
     ("recipes",),
     ("neuroflow_hf.cli",),
-<<<<<<< HEAD
     ("neuroflow_hf.app",),
-    ("neuroflow_hf.distill", "neuroflow_hf.attachment", "neuroflow_hf.archive", "neuroflow_hf.cameras"),
-=======
     (
         "neuroflow_hf.distill",
         "neuroflow_hf.attachment",
@@ -29,7 +26,6 @@ LAYERS = [
         "neuroflow_hf.cameras",
         "neuroflow_hf.export",
     ),
->>>>>>> 55d043c (Export streams as two programs for ONNX Runtime, OpenVINO and torch.export)
     ("neuroflow_hf.evaluation", "neuroflow_hf.drift"),
     ("neuroflow_hf.conversion",),
     ("neuroflow_hf.loading",),

@@ -688,8 +688,10 @@ def drafter_table(report: dict) -> str:
     columns = {"task": "{task}", "held-out tokens": "{tokens}", "first draft token agrees": "{agreement[0]:.0%}"}
     columns |= {"first two agree": "{agreement[1]:.0%}", "all three agree": "{agreement[2]:.0%}"}
     epochs = ", ".join(f"{first:.0%}" for first, *_ in report["agreement"])
-    note = f"`{report['command']}`: {report['texts']} texts of {report['tokens']} tokens. First token after each epoch: "
-    return table(rows, columns, f"{note}{epochs}.")
+    note = (
+        f"`{report['command']}`: {report['texts']} texts of {report['tokens']} tokens. First token after each epoch:"
+    )
+    return table(rows, columns, f"{note} {epochs}.")
 
 
 def drift_table(report: dict) -> str:
