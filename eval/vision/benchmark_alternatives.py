@@ -1,7 +1,7 @@
 """
 Is a stream faster than what one would take instead, on the same frames in the same run?
 
-    python -m eval.vision.benchmark_alternatives                       # 25 minutes on two idle cores
+    python -m eval.vision.benchmark_alternatives                       # 15 minutes on two idle cores
     python -m eval.vision.benchmark_alternatives --resolutions 224 --methods 'dense, torch,balanced'
 
 Dense in five forms: transformers' model with torch's attention, the same by torch.compile, by ONNX Runtime and by
@@ -32,7 +32,7 @@ from transformers import SiglipVisionModel
 
 from eval.docs.tables import alternatives_table
 from eval.report import RESULTS, provenance, publish
-from neuroflow_hf import PRESETS, NeuroFlowSiglipVisionModel
+from neuroflow_hf import PRESETS, NeuroFlowSiglipVisionModel, export_stream
 from neuroflow_hf.loading import default_model
 from neuroflow_hf.utils.jobs import timed
 from neuroflow_hf.video import Preprocessor, bundled_clip, read_frames
@@ -40,7 +40,7 @@ from neuroflow_hf.video import Preprocessor, bundled_clip, read_frames
 STOCK = "dense, torch"
 CHANGED = 0.01  # the presets' threshold
 STRETCHES = 7
-FRAMES = {224: 98, 448: 98, 896: 35}  # that are encoded; at other resolutions, OTHERWISE
+FRAMES = {224: 98, 448: 56, 896: 21}  # that are encoded; at other resolutions, OTHERWISE
 OTHERWISE = 14
 UNTIMED = 2
 FIXED = "context, 3% of the patches"  # the same number on every frame, which programs without Python can encode
@@ -51,6 +51,7 @@ STREAMS = {
     FIXED: {"mode": "context", "token_budget": 0.03},
     "reconstruct, as published": {"mode": "reconstruct", "reference": "ema", "ema_rate": 0.05, "threshold": CHANGED},
 }
+Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]  # inputs and outputs of a program, by name
 Encode = Callable[[torch.Tensor], tuple[torch.Tensor, float]]  # embeddings [B, D] and cost of a frame [B, C, H, W]
 
 
@@ -79,35 +80,78 @@ def by_torch(dense: Callable[[torch.Tensor], torch.Tensor]) -> Encode:
     return lambda pixel_values: (dense(pixel_values), 1.0)
 
 
+def onnx_session(path: Path) -> Run:
+    """A program by ONNX Runtime."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow down others' turns
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(None, inputs), strict=True))
+
+
+def openvino_compiled(program: Path | openvino.Model) -> openvino.CompiledModel:
+    """A program for OpenVINO."""
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.compile_model(program, "CPU", settings)
+
+
+def openvino_session(path: Path) -> Run:
+    """A program by OpenVINO."""
+    compiled = openvino_compiled(path)
+    return lambda inputs: {port.any_name: value.copy() for port, value in compiled(inputs).items()}
+
+
 def by_onnx(dense: nn.Module, example: torch.Tensor) -> Encode:
     """The model by ONNX Runtime."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "dense.onnx")
         torch.onnx.export(dense, (example,), path, dynamo=True, verbose=False)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow down others' turns
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda pixel_values: (torch.from_numpy(session.run(None, {name: pixel_values.numpy()})[0]), 1.0)
+        run = onnx_session(path)
+    return lambda pixel_values: (
+        torch.from_numpy(next(iter(run({"pixel_values": pixel_values.numpy()}).values()))),
+        1.0,
+    )
 
 
 def by_openvino(dense: nn.Module, example: torch.Tensor) -> Encode:
     """The model by OpenVINO."""
-    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.compile_model(openvino.convert_model(dense, example_input=example), "CPU", settings)
+    compiled = openvino_compiled(openvino.convert_model(dense, example_input=example))
     return lambda pixel_values: (torch.from_numpy(compiled(pixel_values.numpy())[0].copy()), 1.0)
 
 
-def by_stream(model: NeuroFlowSiglipVisionModel, options: dict, example: torch.Tensor) -> Encode:
-    """A stream of the model; a `token_budget` below 1 is a share of the patches."""
+def in_patches(options: dict, model: NeuroFlowSiglipVisionModel, example: torch.Tensor) -> dict:
+    """Options whose `token_budget`, if it is a share of the patches, is a number of them."""
     if (budget := options.get("token_budget", 1)) < 1:
-        options = {**options, "token_budget": round(budget * (example.shape[-1] // model.config.patch_size) ** 2)}
-    stream = model.new_stream(**options)
+        return {**options, "token_budget": round(budget * (example.shape[-1] // model.config.patch_size) ** 2)}
+    return options
+
+
+def by_stream(model: NeuroFlowSiglipVisionModel, options: dict, example: torch.Tensor) -> Encode:
+    """A stream of the model."""
+    stream = model.new_stream(**in_patches(options, model, example))
 
     def encode(pixel_values: torch.Tensor) -> tuple[torch.Tensor, float]:
         output = model(pixel_values=pixel_values, interpolate_pos_encoding=True, stream=stream)
         return output.pooler_output, output.cost.item()
+
+    return encode
+
+
+def by_export(model: NeuroFlowSiglipVisionModel, format: str, options: dict, example: torch.Tensor) -> Encode:
+    """A stream as exported: the first frame by the keyframe program, the others by the sparse one."""
+    options, in_torch = in_patches(options, model, example), by_stream(model, options, example)
+    cost = [in_torch(example)[1] for _ in range(2)][1]  # the same on every sparse frame
+    file, session = {"onnx": ("{}.onnx", onnx_session), "openvino": ("openvino_{}.xml", openvino_session)}[format]
+    with tempfile.TemporaryDirectory() as folder:
+        export_stream(model, folder, format=format, **options)
+        keyframe, sparse = (session(Path(folder, file.format(name))) for name in ("keyframe", "sparse"))
+    state: dict[str, np.ndarray] = {}
+
+    def encode(pixel_values: torch.Tensor) -> tuple[torch.Tensor, float]:
+        outputs = (sparse if state else keyframe)({"pixel_values": pixel_values.numpy(), **state})
+        state.update({name[4:]: value for name, value in outputs.items() if name.startswith("new_state.")})
+        return torch.from_numpy(outputs["pooler_output"]), cost
 
     return encode
 
@@ -117,7 +161,12 @@ def preparations(example: torch.Tensor) -> dict[str, Callable[[], Encode]]:
     checkpoint, options = default_model(), {"dtype": torch.float32}
     stock = SiglipVisionModel.from_pretrained(checkpoint, **options, attn_implementation="sdpa").eval()
     model = NeuroFlowSiglipVisionModel.from_pretrained(checkpoint, **options).eval()
-    dense = PooledOutput(stock, interpolate_pos_encoding=example.shape[-1] != stock.config.image_size).eval()
+    is_native = example.shape[-1] == stock.config.image_size
+    dense = PooledOutput(stock, interpolate_pos_encoding=not is_native).eval()
+    exported = {
+        f"{FIXED}, {runtime}": lambda format=format: by_export(model, format, STREAMS[FIXED], example)
+        for runtime, format in (("ONNX Runtime", "onnx"), ("OpenVINO", "openvino"))
+    }
     return {
         STOCK: lambda: by_torch(dense),
         "dense, torch.compile": lambda: by_torch(torch.compile(dense)),
@@ -126,6 +175,7 @@ def preparations(example: torch.Tensor) -> dict[str, Callable[[], Encode]]:
         "dense, int8 weights": lambda: by_torch(int8_copy(dense)),
         **{name: lambda options=options: by_stream(model, options, example) for name, options in STREAMS.items()},
         f"{FIXED}, torch.compile": lambda: by_stream(torch.compile(model, fullgraph=True), STREAMS[FIXED], example),
+        **(exported if is_native else {}),  # programs have the checkpoint's own resolution
         "balanced, int8 weights": lambda: by_stream(int8_copy(model), {"preset": "balanced"}, example),
     }
 
