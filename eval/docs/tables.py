@@ -139,15 +139,16 @@ def presets_table(report: dict) -> str:
 
 
 def glance_table(
-    accuracy: dict, reaction: dict, fidelity: dict, vision: dict, headline: dict, drift: dict, lossless: dict
+    accuracy: dict, reaction: dict, fidelity: dict, alternatives: dict, headline: dict, drift: dict, lossless: dict
 ) -> str:
     """README's results at a glance for the default preset: one row for each question."""
     results = (accuracy["results"], reaction["own"]["results"], fidelity["results"])
     labels, delay, cosine = (next(row for row in rows if row["name"] == "balanced") for rows in results)
     top1, texts = labels["top1"], lossless["summary"]["all"]
     lookup, stock = (texts[name]["processor"]["times_dense"] for name in ("lookup", "stock lookup"))
-    case, wanted = ("mode", "resolution", "dtype", "active"), ("extrapolate", 448, "float32", 0.03)
-    faster = next(ratio for found, _, ratio in ratios(vision) if tuple(found[key] for key in case) == wanted)
+    ways = {row["method"]: row for row in alternatives["rows"] if row["resolution"] == 448}
+    times, own = {name: row["ms"] for name, row in ways.items()}, ways["balanced"]
+    best = min(time for name, time in times.items() if name.startswith("dense"))
     large = {
         row["method"]: row for row in headline["rows"] if row["side"] == 1792 and row["activity"] != "own activity"
     }
@@ -174,7 +175,11 @@ def glance_table(
             f"{cosine['p5']:.3f}",
             f"{cosine['best control']['control']:.3f}",
         ),
-        ("Times faster than dense, 448 px, 3% of the patches active, CPU, float32", f"{faster:.1f}", ""),
+        (
+            f"Times faster than transformers' model, 448 px, the shipped street clip at cost {own['cost']:.2f}, CPU",
+            f"{times['dense, torch'] / own['ms']:.1f}",
+            f"{times['dense, torch'] / best:.1f} (dense, int8 weights: the fastest of five)",
+        ),
         (
             f"SmolLM2, {sum(drift['prompts']['of_task'].values())} texts: tokens that change if an attention layer is "
             "bypassed on a fifth of the steps",
@@ -384,6 +389,22 @@ def alternatives_table(report: dict) -> str:
     versions = " and ".join(f"{name} {version}" for name, version in report["alternatives"].items())
     note = f"`{report['command']}`: float32, {report['machine']['threads']} threads on the CPU, {versions}."
     return table(rows, columns, note)
+
+
+def linear_costs_table(report: dict) -> str:
+    """What a layer's products take on few rows, by way, and how much more each row costs than among all."""
+    names, last = list(report["rows"][0]["ms"]), report["rows"][-1]
+    usual = names[0]
+    columns: dict[str, str | Callable] = {"rows": "{rows}", f"{usual}: ms": lambda row: f"{row['ms'][usual]:.2f}"}
+    columns[f"a row, relative to {last['rows']} rows"] = lambda row: (
+        f"{row['ms'][usual] / row['rows'] / (last['ms'][usual] / last['rows']):.2f}"
+    )
+    for name in names[1:]:
+        columns[f"{name}: times faster"] = lambda row, name=name: f"{row['ms'][usual] / row['ms'][name]:.2f}"
+    note = (
+        f"`{report['command']}`: width {report['width']}, {report['inner']} in the MLP, float32, one thread, medians."
+    )
+    return table(report["rows"], columns, note)
 
 
 def headline_table(report: dict) -> str:
@@ -727,7 +748,8 @@ BLOCKS = {
     "presets": (presets_table, "vision_policies"),
     "glance": (
         glance_table,
-        *("accuracy", "reaction", "fidelity", "benchmark_vision", "headline", "token_drift", "benchmark_lossless"),
+        *("accuracy", "reaction", "fidelity", "benchmark_alternatives", "headline", "token_drift"),
+        "benchmark_lossless",
     ),
     "policies": (policies_table, "vision_policies"),
     "modes": (policies_table, "vision_modes"),
@@ -738,6 +760,7 @@ BLOCKS = {
     "promises": (promises_table, "vision_policies"),
     "times": (times_table, "vision_policies"),
     "speed": (speed_table, "benchmark_vision"),
+    "linear costs": (linear_costs_table, "linear_costs"),
     "alternatives": (alternatives_table, "benchmark_alternatives"),
     "streams": (streams_table, "benchmark_streams"),
     "search": (search_table, "benchmark_search"),

@@ -2,7 +2,7 @@
 Is a stream faster than what one would take instead, on the same frames in the same run?
 
     python -m eval.vision.benchmark_alternatives                       # 15 minutes on two idle cores
-    python -m eval.vision.benchmark_alternatives --resolutions 224 --methods 'dense, torch,balanced'
+    python -m eval.vision.benchmark_alternatives --resolutions 224 --methods 'balanced;thrifty'
 
 Dense in five forms: transformers' model with torch's attention, the same by torch.compile, by ONNX Runtime and by
 OpenVINO, and with int8 weights. Against them presets, modes with a token budget, and the method as it was published.
@@ -218,7 +218,7 @@ def measure_resolution(resolution: int, methods: list[str] | None, console: Cons
 @torch.inference_mode()
 def main(
     resolutions: Annotated[str, typer.Option(help="Sides in pixels, with commas.")] = "224,448,896",
-    methods: Annotated[str | None, typer.Option(help="Time only these methods, with semicolons.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Time dense and these methods, with semicolons.")] = None,
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "benchmark_alternatives.json",
 ):
     """Time all methods at all resolutions, and show the table."""

@@ -20,7 +20,7 @@ STEERING = 0.125  # the allowance is this much higher with a full reserve than w
 # other numbers, by eval/vision/vision_policies.py.
 SPARSE_LIMIT = 0.5
 CUT = 1.5  # a scene cut changes this much more in one frame than usual between keyframes
-NEW_SCENE = 0.3  # mean surprise of a cut just after another, when nothing is usual yet
+NEW_SCENE = 0.3  # mean surprise of a cut where nothing is usual: just after another, or in a scene at rest
 REST = 3  # frames in a row without an active patch: a scene at rest. Cameras often repeat one or two frames.
 FORGETTING = 0.3  # weight of the latest value in a running mean
 
@@ -103,7 +103,9 @@ class Pace:
 
     def is_cut(self, mean_surprise: float) -> bool:
         """Whether a frame with this mean surprise shows another scene than the one before."""
-        least = CUT * self.usual_surprise or (NEW_SCENE if self.after_cut else math.inf)
+        least = CUT * self.usual_surprise
+        if not least:
+            least = NEW_SCENE if self.after_cut or self.unchanged else math.inf
         return mean_surprise - self.last_surprise > least
 
     def is_at_rest(self, changes: Changes) -> bool:

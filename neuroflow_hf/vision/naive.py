@@ -225,7 +225,7 @@ class NaiveStream:
         if not keyframe:
             active, keyframe = self.pace(active, cost, allowance, mean_surprise, seen)
         self.since_keyframe = 0 if keyframe else self.since_keyframe + 1
-        self.unchanged = 0 if cost else self.unchanged + 1
+        is_cut, self.unchanged = self.is_cut(mean_surprise), 0 if cost else self.unchanged + 1
         self.latest = 0.0
         if not (keyframe or active):
             self.held.append(mean_surprise)
@@ -234,7 +234,7 @@ class NaiveStream:
         self.encoded = 0.0 if keyframe else self.encoded + seen
         left = self.paid - (1 if keyframe else cost)
         self.paid = 0 if left < 0 or allowance < 0 else min(left, allowance)
-        if self.is_cut(mean_surprise):
+        if is_cut:
             self.usual_surprise, self.after_cut = 0.0, True
         elif cost and self.held and self.held[-1] > 0:
             usual = self.usual_surprise
@@ -246,12 +246,12 @@ class NaiveStream:
     def is_cut(self, mean_surprise: float) -> bool:
         """
         Whether so much changed in one frame as usually between keyframes, and half of that more. Where that is
-        unknown since a cut, a mean surprise of 0.3.
+        unknown since a cut, or nothing changed on the frame before, a mean surprise of 0.3.
         """
         jump = mean_surprise - (self.held[-1] if self.held else 0)
         if self.usual_surprise > 0:
             return jump > 1.5 * self.usual_surprise
-        return self.after_cut and jump > 0.3
+        return (self.after_cut or self.unchanged > 0) and jump > 0.3
 
     def pace(
         self, active: list[int], cost: float, allowance: float, mean_surprise: float, seen: float

@@ -72,6 +72,14 @@ def test_a_cut_just_after_a_cut_is_a_keyframe_at_once(second, action):
     assert choose(pace, Changes(1.0, second, second), 0.1, 1.0, RESERVE) == action
 
 
+@pytest.mark.parametrize(("frames", "action"), [(1, KEYFRAME), (0, HOLD)])
+def test_a_cut_in_a_scene_at_rest_is_a_keyframe_at_once(frames, action):
+    pace = Pace()
+    for _ in range(frames):
+        pace = pace.after(HOLD, Changes(0.0, 0.001, 0.0), allowance=0.1)
+    assert choose(pace, Changes(1.0, 0.5, 0.5), 0.1, 1.0, RESERVE) == action
+
+
 def test_a_scene_at_rest_is_encoded_in_full_once_where_half_of_the_reserve_is_left():
     still, moving = Changes(0.0, 0.001, 0.0), Changes(0.05, 0.02, 0.02)
     paces = [Pace().after(SPARSE, moving, 0.1)]
