@@ -39,9 +39,11 @@ format: $(READY)  ## apply the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## time the modes against dense: half an hour on two cores; run again to continue
+bench: $(READY)  ## time modes, presets and other runtimes against dense: an hour on two idle cores
 	$(BIN)/python -m eval.vision.benchmark_vision
 	$(BIN)/python -m eval.vision.benchmark_streams
+	$(BIN)/python -m eval.vision.benchmark_alternatives
+	$(BIN)/python -m eval.vision.linear_costs
 
 drift: $(READY)  ## measure what a bypass changes in the text; run again to continue
 	$(BIN)/python -m eval.language.token_drift --max-prompts 50 --batch-size 100
