@@ -179,7 +179,7 @@ def export_stream(
         `ExportedModel.from_pretrained(folder)` loads them again.
 
     Raises:
-        ValueError: for a format, a mode or an option that cannot be exported.
+        ValueError: for a format, a mode, an option or a type that cannot be exported.
         ImportError: without the packages of the extra `export`.
     """
     if format not in FORMATS:
@@ -191,6 +191,12 @@ def export_stream(
         exporter: Any = get_exporter_class(format)()
     except ImportError as error:
         raise ImportError(f'{error} Install `pip install "neuroflow-hf[export]"`.') from error
+    dtype = getattr(getattr(model, "vision_model", model), "dtype", torch.float32)
+    if format == "openvino" and dtype != torch.float32:
+        raise ValueError(
+            f"The model is in {dtype}, and transformers' exporter writes OpenVINO's programs in float32. Load it in "
+            "float32; the device's `INFERENCE_PRECISION_HINT` chooses the type that OpenVINO computes in."
+        )
     components = {}
     for name, (program, inputs) in programs(model, token_budget, batch_size, **gate_options).items():
         components[name] = exporter.export(program, inputs, exporter.config_class()).components["model"]

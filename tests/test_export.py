@@ -182,6 +182,13 @@ def test_what_cannot_be_exported_is_refused_by_name(model, tmp_path, options, me
     assert not list(tmp_path.iterdir())
 
 
+def test_openvino_takes_a_float32_model(model64, tmp_path):
+    pytest.importorskip("openvino")
+    with pytest.raises(ValueError, match=r"in torch\.float64, .* Load it in float32"):
+        export_stream(model64, tmp_path, BUDGET, format="openvino")
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_models_are_refused(tmp_path):
     with pytest.raises(TypeError, match="Cannot export streams of a SiglipVisionModel"):
         export_stream(make_stock_tower("siglip"), tmp_path, BUDGET)

@@ -266,7 +266,7 @@ def test_what_the_command_refuses(world, stock_vision, tmp_path):
     assert_refused("There is no picture", dataset, "--image", tmp_path / "none.png")
     assert_refused("no name of a picture file", dataset, "dog", "--out", tmp_path / "a.parquet")
     assert_refused("no .parquet file", tmp_path, "dog")
-    assert_refused("--template goes with a text", dataset, "--image", text, "--template", "{}")
+    assert_refused("--template needs a text to search for", dataset, "--image", text, "--template", "{}")
 
 
 def test_a_checkpoint_without_text_is_named(world, stock_vision, tmp_path):
