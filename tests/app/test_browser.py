@@ -25,6 +25,8 @@ from tests.phi3_models import save_checkpoint
 from tests.processes import start
 from tests.vision.test_pipelines import LABELS, PIPELINE_TEXT, make_processor
 
+pytestmark = pytest.mark.alone
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROMPT = "the quick brown fox"
 
