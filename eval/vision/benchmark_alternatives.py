@@ -69,7 +69,7 @@ class PooledOutput(nn.Module):
 
 def int8_copy(model: nn.Module) -> nn.Module:
     """A copy whose linear layers have int8 weights, and round activations as they come."""
-    with warnings.catch_warnings():  # torchao, which is to replace it, is slower than float32 without torch.compile
+    with warnings.catch_warnings():  # deprecated in favour of torchao
         warnings.simplefilter("ignore")
         how = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), how)

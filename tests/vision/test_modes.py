@@ -108,6 +108,15 @@ def test_the_budget_is_paced_as_by_the_reference(smallest_vision):
         assert {0, 16} < {*actives} and 9 < actives.count(16) < 45
 
 
+def test_a_scene_at_rest_becomes_a_keyframe_as_by_the_reference(smallest_vision):
+    moving, other = random_video(4, seed=1, changed=0.2, size=16), random_video(1, seed=9, size=16)
+    gate = NeuroFlowGateConfig(cost_budget=0.3, keyframe_interval=None)
+    actives = follow_reference(smallest_vision, gate, [*moving, *moving[-1:] * 8, *other * 4])
+    assert 0 < max(actives[1:5]) < 16
+    assert actives[5:12] == [0, 0, 16, 0, 0, 0, 0]  # once, since it leaves no error
+    assert actives[12:] == [16, 0, 0, 0]  # a cut
+
+
 @pytest.mark.parametrize("budget", [None, 0.6])
 def test_the_fidelity_is_kept_as_by_the_reference(smallest_vision, budget):
     """Frames that are held, encoded sparsely, and keyframes."""
