@@ -146,8 +146,8 @@ def embed_videos(
 
 
 def delete_partial(out: Path):
-    """Delete the files of videos that are not finished."""
-    for partial in out.glob(".*.part"):
+    """Delete the files of videos that are not finished, and no other program's."""
+    for partial in out.glob(".*.parquet.*.part"):
         partial.unlink(missing_ok=True)
 
 

@@ -74,7 +74,7 @@ def embed_on_workers(waiting: deque[Path], job: EmbedJob, places: list[dict]) ->
     """
     if job.model.device.type != "cpu":
         raise ValueError(f"The model is on {job.model.device}; expected the CPU, from where workers get it.")
-    sign = job.out / f".{secrets.token_hex(4)}.part"  # deleted with what is not finished
+    sign = job.out / f".sign.parquet.{secrets.token_hex(4)}.part"  # deleted with what is not finished
     deaths: Counter[Path] = Counter()
 
     def hire(place: dict) -> Hired:

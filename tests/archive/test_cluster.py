@@ -252,9 +252,12 @@ def test_ctrl_c_keeps_what_is_finished_and_dismisses_all(embed, whole, tmp_path)
         if "done" in what:
             signal.raise_signal(signal.SIGINT)
 
+    other = tmp_path / ".download.part"  # of another program
+    other.touch()
     result = embed(tmp_path, calls, on_step=on_step)
     assert result.interrupted and calls.killed == calls.hired
-    assert not [path for path in tmp_path.iterdir() if path.suffix == ".part"]
+    assert [path for path in tmp_path.iterdir() if path.suffix == ".part"] == [other]
+    other.unlink()
     assert not embed(tmp_path, Calls()).interrupted
     assert contents(tmp_path) == contents(whole)
     assert_same_rows(tmp_path, whole)
