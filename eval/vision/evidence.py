@@ -254,7 +254,7 @@ def command(report_of: Callable, table_of: Callable, default: Plan, name: str, d
         """Record what is missing, compare, and write and show the report."""
         processes = Processes()
         device = "auto" if processes.device is None else str(processes.device)
-        model, preprocess, tokenizer = load_text_model(CHECKPOINT, torch.bfloat16, device)
+        model, preprocess, tokenizer = load_text_model(CHECKPOINT, device=device)
         plan = Plan(clips, frames, quick, few_settings, methods)
         batches = composed_batches(load_material()["held out"], plan)
         texts = text_embeddings(model, tokenizer)
