@@ -349,7 +349,7 @@ def policies_report(measured: Sequence[Measured], methods: dict[str, dict]) -> d
 # --- the picture -----------------------------------------------------------------------------------------------------
 
 VERDICT_COLOURS = {"above": "#15803d", "level": "#9ca3af", "below": "#b91c1c"}
-FAMILY_LINES = {EVERY: "#475569", SURPRISE: "#2563eb", SHARE: "#93c5fd"}
+FAMILY_LINES = {EVERY: "#475569", SURPRISE: "#2563eb", SHARE: "#93c5fd", MOTION: "#16a34a", PACKETS: "#86efac"}
 METHOD_COLOURS = ("#d97706", "#dc2626", "#db2777", "#7c3aed", "#0d9488", "#65a30d", "#854d0e", "#111827")
 LEAST_ERROR = 1e-5
 
