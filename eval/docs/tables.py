@@ -761,6 +761,8 @@ BLOCKS = {
     ),
     "policies": (policies_table, "vision_policies"),
     "modes": (policies_table, "vision_modes"),
+    "dinov2": (policies_table, "vision_policies_dinov2"),
+    "dinov2 beforehand": (beforehand_table, "vision_policies_dinov2"),
     "holding": (holding_table, "vision_policies"),
     "beforehand": (beforehand_table, "vision_policies"),
     "delays": (delays_table, "vision_policies"),

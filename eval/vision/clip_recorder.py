@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from torch.nn import functional
 from eval.vision import clips as clips_module
 from eval.vision.clips import SOURCES, Clip
 from eval.vision.codec_motion import codec_motion
-from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.evaluation.methods import PatchSurprise, dense_cost, patches_of
 from neuroflow_hf.utils.files import write_whole
 from neuroflow_hf.utils.provenance import code_version, fingerprint, key_of, model_version
@@ -49,13 +49,13 @@ class ClipRecorder:
     Outputs of dense and of methods on clips, stored once.
 
     Args:
-        model: with a pooling head.
+        model: a tower that gives one embedding of a frame.
         preprocess: of the model.
         folder: of the files; a file's name holds a key of all that it depends on.
         frames: of each clip.
     """
 
-    def __init__(self, model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor, folder: Path, frames: int):
+    def __init__(self, model: Any, preprocess: Preprocessor, folder: Path, frames: int):
         self.model, self.preprocess, self.folder, self.frames = model, preprocess, folder, frames
         code = code_version(map(Path, (__file__, clips_module.__file__, footage.__file__, reader.__file__)))
         table = footage.TABLE.read_text(encoding="utf-8")
@@ -70,13 +70,13 @@ class ClipRecorder:
         missing = {name: options for name, options in methods.items() if not self.path(clip.name, options).is_file()}
         if not missing and self.path(clip.name, None).is_file():
             return
-        model = self.model
+        model, others = self.model, self.model.num_prefix_tokens
         pictures = list(there_and_back(clip.frames, self.frames))
         pixels = [self.preprocess(image, model.dtype) for image in pictures]
         begun = time.process_time()
         encoded = [model(frame) for frame in pixels]
         seconds = time.process_time() - begun
-        patches = torch.cat([one.last_hidden_state for one in encoded])
+        patches = torch.cat([one.last_hidden_state[:, others:] for one in encoded])
         signal = torch.cat([project_patches(model, frame, as_product=True) for frame in pixels])
         surprise, between = 1 - between_frames(signal), between_frames(patches)
         whole = dense_cost(model, patches_of(model, pixels[0]))
@@ -102,7 +102,7 @@ class ClipRecorder:
                 "cost": torch.cat([one.cost for one in outputs]),
             }
             if outputs[0].token_mask is None:
-                own = torch.cat([one.last_hidden_state for one in outputs[1:]])
+                own = torch.cat([one.last_hidden_state[:, others:] for one in outputs[1:]])
                 every = int(1 / found["cost"][1:].mean().clamp(min=1 / self.frames, max=1))
                 held = cosines_of_held_patches(between, every)
                 cosines = functional.cosine_similarity(own, patches[1:], dim=-1)

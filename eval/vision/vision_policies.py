@@ -3,6 +3,7 @@ Is a preset ever further from dense than holding a dense frame at the same cost?
 
     torchrun --nproc_per_node 2 -m eval.vision.vision_policies    # an hour on two cores; run again to continue
     python -m eval.vision.vision_policies --clips pan,webcam --methods balanced
+    python -m eval.vision.vision_policies --tower dinov2 --methods faithful,balanced,thrifty
 
 Every clip of `clips.py`, 120 frames each; a clip with fewer frames is played forward and back. Every frame is compared
 with a dense forward of the same frame, except the first, which every method encodes in full. The figure is the cosine,
@@ -18,8 +19,8 @@ and with an oracle, which sees the error of the held output and encodes when it 
 
 Intervals are 95 %, from a paired moving-block bootstrap over frames, and over clips where results of clips are pooled.
 Recordings are kept in the cache, embeddings in float16, which hides differences below about 1e-6. Writes
-`eval/results/vision_policies.json` and `docs/policies.png`, shown in `docs/results/fidelity.md`,
-`docs/results/holding.md`, `docs/guides/vlms.md` and README.
+`eval/results/vision_policies.json` and `docs/policies.png` (`--tower dinov2`: with `_dinov2` in their names), shown in
+`docs/results/fidelity.md`, `docs/results/holding.md`, `docs/guides/vlms.md` and README.
 """
 
 import itertools
@@ -27,7 +28,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -42,14 +43,15 @@ from eval.report import RESULTS, provenance, publish, rounded, tidy
 from eval.vision.clip_recorder import FRAMES, PATCH_FIGURES, ClipRecorder, load_clip
 from eval.vision.clip_statistics import drawn_blocks
 from eval.vision.clips import NAMES, Clip
-from neuroflow_hf import NeuroFlowSiglipVisionModel
+from neuroflow_hf import NeuroFlowDinov2Model, NeuroFlowSiglipVisionModel
 from neuroflow_hf.evaluation.equal_cost import LEVEL, Mixture, shares_at, verdict
 from neuroflow_hf.evaluation.statistics import middle
 from neuroflow_hf.utils.processes import Processes
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.vision.gate_config import DEFAULT_PRESET, PRESETS, NeuroFlowGateConfig
-from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir
+from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir, load_original_from_wheels, wheel_dir
 
+TOWERS = {"siglip": "DINOv2-small in SigLIP's architecture", "dinov2": "DINOv2-small"}
 FIDELITIES = (0.98, 0.99, 0.999)
 METHODS = {
     **{preset: {"preset": preset} for preset in PRESETS},
@@ -440,13 +442,22 @@ def main(
     methods: Annotated[str | None, typer.Option(help="Measure only these methods, separated by commas.")] = None,
     clips: Annotated[str | None, typer.Option(help="Measure only these clips, separated by commas.")] = None,
     frames: Annotated[int, typer.Option(help="Frames of each clip.", min=3)] = FRAMES,
-    output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "vision_policies.json",
+    tower: Annotated[
+        Literal["siglip", "dinov2"], typer.Option(help="Run DINOv2-small in SigLIP's architecture, or as it is.")
+    ] = "siglip",
+    output: Annotated[
+        Path | None, typer.Option(help="Write this JSON file; default: in eval/results, by the tower.")
+    ] = None,
 ):
     """Record what is missing, compare methods with baselines, and write the report and the picture."""
     options = {name: METHODS[name] for name in chosen(methods, list(METHODS), "methods")}
     names = chosen(clips, NAMES, "clips")
     processes, folder = Processes(), build_tower(default_tower_dir())
-    model = NeuroFlowSiglipVisionModel.from_pretrained(folder).eval()
+    model: Any
+    if tower == "siglip":
+        model = NeuroFlowSiglipVisionModel.from_pretrained(folder).eval()
+    else:
+        model = NeuroFlowDinov2Model.from_dinov2(load_original_from_wheels(wheel_dir(folder)))
     recorder = ClipRecorder(model, Preprocessor.from_pretrained(folder), folder.parent / "policies", frames)
     for place in processes.share(len(names)):
         recorder.record(load_clip(names[place], folder.parent), options)
@@ -457,7 +468,7 @@ def main(
     measured = [measure(load_clip(name, folder.parent), recorder, options) for name in names]
     report = {
         **provenance(),
-        "tower": "DINOv2-small in SigLIP's architecture, 224 px, float32",
+        "tower": f"{TOWERS[tower]}, 224 px, float32",
         "clips_measured": len(names),
         "frames": frames,
         "block": BLOCK,
@@ -475,8 +486,10 @@ def main(
         **policies_report(measured, options),
     }
     shown = DEFAULT_PRESET if DEFAULT_PRESET in options else next(iter(options))
-    picture = plot_policies(report, measured, shown)
-    publish(output, report, f"{policies_table(report)}\n\n{delays_table(report)}", {"policies.png": picture})
+    name = "policies" if tower == "siglip" else f"policies_{tower}"
+    output = output or RESULTS / f"vision_{name}.json"
+    pictures = {f"{name}.png": plot_policies(report, measured, shown)}
+    publish(output, report, f"{policies_table(report)}\n\n{delays_table(report)}", pictures)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from torch.nn import functional
 from ..vision import cost
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.patches import project_patches
-from ..vision.pooling import can_fold_probe
 from ..vision.selection import surprise
+from ..vision.tower import VisionTower
 from . import token_merging
 
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -62,34 +62,40 @@ class MethodSpec:
 # --- the model -----------------------------------------------------------------------------------------------------
 
 
-def tower_of(model: nn.Module) -> nn.Module:
+def tower_of(model: nn.Module) -> VisionTower:
     """The vision tower of a model with or without a text tower."""
     return getattr(model, "vision_model", model)
 
 
-def patches_of(tower: nn.Module, pixel_values: Tensor) -> int:
+def patches_of(tower: VisionTower, pixel_values: Tensor) -> int:
     """Number of patches of each frame in [B, 3, H, W]."""
     height, width = pixel_values.shape[-2:]
     return (height // tower.config.patch_size) * (width // tower.config.patch_size)
 
 
-def sizes_of(tower: nn.Module) -> dict[str, int]:
+def sizes_of(tower: VisionTower) -> dict[str, int]:
     """The model's sizes as arguments of the functions in `vision/cost.py`."""
-    config = tower.config
+    config, parts = tower.config, tower.encoder_layers()[0].parts()
     return {
-        "dim": config.hidden_size,
-        "inner": config.intermediate_size,
+        "dim": parts.dim,
+        "inner": parts.inner,
         "patch_features": config.num_channels * config.patch_size**2,
-        "num_heads": config.num_attention_heads,
+        "num_heads": parts.num_heads,
     }
 
 
-def dense_cost(tower: nn.Module, num_patches: int) -> int:
-    """Multiply-adds of a dense frame of `num_patches` patches."""
-    return cost.dense_frame(num_patches, len(tower.encoder.layers), **sizes_of(tower), pooled=True)
+def dense_cost(tower: VisionTower, num_patches: int) -> int:
+    """Multiply-adds of a dense frame of `num_patches` patches, its pooling included."""
+    sizes, tokens = sizes_of(tower), num_patches + tower.num_prefix_tokens
+    pooling = tower.pooling(exact=True)
+    return (
+        cost.patch_projection(num_patches, sizes["dim"], sizes["patch_features"])
+        + cost.encoder(tokens, len(tower.encoder_layers()), sizes["dim"], sizes["inner"])
+        + (0 if pooling is None else pooling.dense_cost(tokens))
+    )
 
 
-def looking_cost(tower: nn.Module, num_patches: int) -> int:
+def looking_cost(tower: VisionTower, num_patches: int) -> int:
     """Multiply-adds of projecting a frame's patches and comparing them with one reference."""
     sizes = sizes_of(tower)
     projection = cost.patch_projection(num_patches, sizes["dim"], sizes["patch_features"])
@@ -387,11 +393,11 @@ class PatchSurprise(Difference):
         return surprise(now, reference).mean(-1)
 
     def costs(self, pixel_values: Tensor, whole: int) -> tuple[float, float]:
-        patches, sizes = patches_of(self.tower, pixel_values), sizes_of(self.tower)
-        keyframe = whole + cost.gate(patches, sizes["dim"], 1)  # reuses the projection of the patches
-        if can_fold_probe(self.tower.head):
-            of_head = {"tokens": patches, **{name: sizes[name] for name in ("dim", "inner", "num_heads")}}
-            keyframe += cost.pooling_head(**of_head, folded=True) - cost.pooling_head(**of_head, folded=False)
+        patches, pooling = patches_of(self.tower, pixel_values), self.tower.pooling(exact=False)
+        keyframe = whole + cost.gate(patches, sizes_of(self.tower)["dim"], 1)  # reuses the projection of the patches
+        if pooling is not None:
+            tokens = patches + self.tower.num_prefix_tokens
+            keyframe += pooling.cost(tokens, with_summary=False) - pooling.dense_cost(tokens)
         return keyframe, looking_cost(self.tower, patches)
 
 

@@ -140,7 +140,7 @@ def _write_tower(folder: Path, model_wheel: Path, seed: int, console: Console) -
 
     with quiet_transformers():
         tower.save_pretrained(folder)
-    _write_json(folder / "preprocessor_config.json", preprocessor_config())
+    write_json(folder / "preprocessor_config.json", preprocessor_config())
     recipe = {
         "command": "python -m recipes.siglip_dinov2_small.build",
         "seed": seed,
@@ -161,7 +161,7 @@ def _write_tower(folder: Path, model_wheel: Path, seed: int, console: Console) -
         # The constant that eval/vision/tower_fidelity.py compares the pooling head with.
         "mean_training_cls": targets.mean(dim=0).tolist(),
     }
-    _write_json(folder / "recipe.json", recipe)
+    write_json(folder / "recipe.json", recipe)
 
 
 def preprocessor_config() -> dict:
@@ -180,7 +180,7 @@ def preprocessor_config() -> dict:
     }
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     """Write `content` as indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -13,7 +13,7 @@ from eval.vision.clips import Clip
 from eval.vision.codec_motion import codec_motion
 from neuroflow_hf.evaluation.statistics import middle
 from neuroflow_hf.video.preprocess import Preprocessor
-from tests.conftest import IMAGE_SIZE
+from tests.conftest import IMAGE_SIZE, make_stock_tower
 
 FRAMES = 16
 
@@ -191,7 +191,7 @@ def suite(vision, monkeypatch, tmp_path):
     def run(**options):
         output = tmp_path / "out" / "policies.json"
         policies.main(frames=FRAMES, output=output, **options)
-        assert (output.parent / "policies.png").is_file()
+        assert (output.parent / ("policies_dinov2.png" if "tower" in options else "policies.png")).is_file()
         return json.loads(output.read_text())
 
     return run
@@ -224,6 +224,15 @@ def test_from_clips_to_the_report_and_the_picture(suite, vision, monkeypatch):
         suite(methods="contxt")
     with pytest.raises(typer.BadParameter, match="Unknown clips: three"):
         suite(clips="three")
+
+
+def test_dinov2_is_measured_as_it_is(suite, monkeypatch):
+    monkeypatch.setattr(policies, "load_original_from_wheels", lambda folder: make_stock_tower("dinov2"))
+    report = suite(tower="dinov2")
+    (exact,) = (row for row in report["pooled"] if row["method"] == "exact" and row["clips"] == "all")
+    assert report["tower"].startswith("DINOv2-small, ") and exact["cost"] == 1
+    assert exact["patches"]["own"]["p1"] == pytest.approx(1, abs=1e-5)
+    assert len(exact["patches"]["held"]) == len(exact["patches"]["own"])
 
 
 def test_a_short_clip_is_played_forward_and_back():

@@ -24,7 +24,7 @@ from neuroflow_hf.evaluation.settings import (
     preset_methods,
     smaller_baselines,
 )
-from tests.conftest import NUM_PATCHES, assert_close_in_norm, random_video
+from tests.conftest import NUM_PATCHES, assert_close_in_norm, each_tower, random_video
 
 FLOAT32_EMBEDDINGS = 1e-6  # methods return float32, whatever the model's dtype
 
@@ -63,6 +63,7 @@ def test_a_streams_options_are_laid_over_the_packages_defaults(vision):
     assert Streamed(vision).gate.mode == "extrapolate"
 
 
+@each_tower
 @pytest.mark.parametrize("level", [0.01, 0.1, 0.4])
 def test_triggered_by_surprise_is_mode_hold(vision64, level):
     frames = held_video()

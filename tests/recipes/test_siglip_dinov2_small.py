@@ -16,12 +16,14 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from eval.report import fill_block
 from eval.vision import tower_fidelity
 from neuroflow_hf import NeuroFlowDinov2Model
+from neuroflow_hf.loading import load_tower
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader, bundled_clip
 from recipes.siglip_dinov2_small import build as tower
 from recipes.siglip_dinov2_small import head as tower_head
 from recipes.siglip_dinov2_small import weights as tower_weights
 from recipes.siglip_dinov2_small import wheels as tower_wheels
+from recipes.siglip_dinov2_small.original import write_original
 from tests.conftest import assert_close_in_norm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,7 +298,7 @@ def test_an_interrupted_build_leaves_nothing(fake_wheels, monkeypatch, reason):
     def fails(path, content):
         raise reason
 
-    monkeypatch.setattr(tower, "_write_json", fails)
+    monkeypatch.setattr(tower, "write_json", fails)
     with pytest.raises(reason):
         tower.build_tower(fake_wheels, quiet=True)
     assert not tower.is_complete(fake_wheels)
@@ -328,6 +330,17 @@ def test_default_folder(monkeypatch, tmp_path):
     assert tower.default_tower_dir() == tmp_path / tower.TOWER_NAME
     monkeypatch.delenv("NEUROFLOW_CACHE")
     assert tower.default_tower_dir().parts[-3:] == (".cache", "neuroflow", tower.TOWER_NAME)
+
+
+def test_the_original_is_written_with_its_own_weights(fake_wheels):
+    folder = write_original(fake_wheels.with_name("original"))
+    model, preprocess = load_tower(folder, device="cpu")
+    original = tower.load_original_from_wheels(tower.wheel_dir(folder))
+    pixels = preprocess(np.zeros((30, 40, 3), dtype=np.uint8))
+    assert type(model) is NeuroFlowDinov2Model
+    assert torch.equal(model(pixels).pooler_output, original(pixels).pooler_output)
+    with pytest.raises(FileExistsError):
+        write_original(folder)
 
 
 # --- figures
