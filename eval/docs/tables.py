@@ -524,7 +524,10 @@ def throughput_table(report: dict) -> str:
         "speed (best dense = 1)": of_preset("times_dense"),
         "aim: 0.85 / cost": of_preset("aim"),
     }
-    note = "`{command}`: {videos} videos, {dtype} on {device}, {machine[threads]} threads. Best dense: {best_dense}."
+    note = (
+        "`{command}`: {videos} videos of {frames} frames ({dense_frames} for dense), {dtype} on {device}, "
+        "{machine[threads]} threads. Best dense: {best_dense}."
+    )
     return table(report["frames_per_second"].items(), columns, note.format(**report))
 
 
@@ -774,6 +777,7 @@ BLOCKS = {
     "alternatives": (alternatives_table, "benchmark_alternatives"),
     "streams": (streams_table, "benchmark_streams"),
     "search": (search_table, "benchmark_search"),
+    "embed": (throughput_table, "embed_throughput"),
     "headline": (headline_table, "headline"),
     "headline variants": (headline_variants_table, "headline_variants"),
     "adapters": (adapters_table, "distill_reconstruct", "distill_extrapolate"),

@@ -1,17 +1,19 @@
 """
 How many frames per second does `neuroflow embed` give, from file to Parquet, against batched dense?
 
-    python -m eval.vision.embed_throughput     # half an hour on two idle cores
+    python -m eval.vision.embed_throughput     # 20 minutes on two idle cores
 
-Copies of the clip that ships with the package are embedded by `embed_videos`, as the command does it. Dense takes the
-same way with all patches encoded, and as many videos in one call as suit it best (`--batches`). The ways take turns,
-so that a machine that slows down slows all of them. Decoding, and preprocessing after it, are also timed alone, in one
-thread. SigLIP-base's geometry at 224 px with random weights, unless `--model` names a checkpoint.
+Copies of the clip that ships with the package are embedded by `embed_videos`, as the command does it. Dense does the
+same with all patches encoded, and with the number of videos in one call that suits it best (`--batches`). All its
+frames cost the same, so it gets fewer. The methods take turns, so that a machine that slows down slows all of them.
+Decoding, and preprocessing after it, are also timed alone, in one thread. SigLIP-base's geometry at 224 px with random
+weights, unless `--model` names a checkpoint.
 
-Writes `eval/results/embed_throughput.json`. Run it on a machine that does nothing else.
+Writes `eval/results/embed_throughput.json`, shown in `docs/guides/archives.md`. Run it on a machine that does nothing
+else.
 """
 
-import shutil
+import itertools
 import statistics
 import tempfile
 import time
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
+import av
 import pyarrow.parquet as pq
 import torch
 import typer
@@ -34,6 +37,19 @@ from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader, bundled_clip
 
 DENSE = {"mode": "dense"}
+
+
+def write_copies(folder: Path, videos: int, frames: int) -> list[Path]:
+    """Copies of the clip's first frames, as they are encoded there."""
+    paths = [folder / f"{frames}-{number:02d}.mkv" for number in range(videos)]
+    for path in paths:
+        with av.open(str(bundled_clip())) as clip, av.open(str(path), "w") as copy:
+            stream = copy.add_stream_from_template(clip.streams.video[0])
+            for packet in itertools.islice(clip.demux(video=0), frames):
+                if packet.size:  # an empty packet marks the end
+                    packet.stream = stream
+                    copy.mux(packet)
+    return paths
 
 
 def time_embedding(videos: list[Path], model, preprocess: Preprocessor, gate: dict, streams: int) -> dict:
@@ -56,11 +72,19 @@ def rate_of(items: Iterable, work: Callable = lambda item: item) -> float:
     return count / (time.perf_counter() - begun)
 
 
-def measure(videos: list[Path], model, preprocess: Preprocessor, presets: list[str], batches: list[int], repeats: int):
-    """Frames per second of all ways, the median of the repeats: what `throughput_table` shows."""
-    ways = {f"dense, {batch} in one call": (DENSE, batch) for batch in batches}
-    ways |= {preset: ({"preset": preset}, len(videos)) for preset in presets}
-    rates: dict[str, list[float]] = {name: [] for name in ("decoding", "decoding and preprocessing", *ways)}
+def measure(
+    videos: list[Path],
+    dense_videos: list[Path],
+    model,
+    preprocess: Preprocessor,
+    presets: list[str],
+    batches: list[int],
+    repeats: int,
+) -> dict:
+    """Frames per second of all methods, the median of the repeats: what `throughput_table` shows."""
+    methods = {f"dense, {batch} in one call": (dense_videos, DENSE, batch) for batch in batches}
+    methods |= {preset: (videos, {"preset": preset}, len(videos)) for preset in presets}
+    rates: dict[str, list[float]] = {name: [] for name in ("decoding", "decoding and preprocessing", *methods)}
     costs = {}
     for _ in track(range(repeats), "rounds", console=Console(stderr=True)):
         rates["decoding"].append(rate_of(VideoReader(videos[0])))
@@ -68,12 +92,12 @@ def measure(videos: list[Path], model, preprocess: Preprocessor, presets: list[s
         rates["decoding and preprocessing"].append(
             rate_of(images, lambda image: preprocess(image, model.dtype, model.device))
         )
-        for name, (gate, streams) in ways.items():
-            found = time_embedding(videos, model, preprocess, gate, streams)
+        for name, (paths, gate, streams) in methods.items():
+            found = time_embedding(paths, model, preprocess, gate, streams)
             rates[name].append(found["frames_per_second"])
             costs[name] = found["cost"]
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    best = max((name for name, (gate, _) in ways.items() if gate is DENSE), key=medians.__getitem__)
+    best = max((name for name in methods if name not in presets), key=medians.__getitem__)
     return {
         "frames_per_second": medians,
         "all": rates,
@@ -92,8 +116,10 @@ def measure(videos: list[Path], model, preprocess: Preprocessor, presets: list[s
 
 def main(
     videos: Annotated[int, typer.Option(help="Embed N videos, all in one call.")] = 16,
+    frames: Annotated[int, typer.Option(help="Use the clip's first N frames.")] = 60,
+    dense_frames: Annotated[int, typer.Option(help="Use its first N frames for dense.")] = 10,
     presets: Annotated[str, typer.Option(help="Presets, separated by commas.")] = "faithful,balanced,thrifty",
-    batches: Annotated[str, typer.Option(help="Videos in one call for dense, separated by commas.")] = "1,4,8,16",
+    batches: Annotated[str, typer.Option(help="Videos in one call for dense, separated by commas.")] = "1,4,16",
     model: Annotated[str | None, typer.Option(help="A checkpoint; default: SigLIP-base with random weights.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -108,10 +134,11 @@ def main(
     else:
         loaded, preprocess = load_model(model, dtype_named(dtype), device)
     with tempfile.TemporaryDirectory() as folder:
-        copies = [Path(shutil.copy(bundled_clip(), f"{folder}/{place:02d}.mp4")) for place in range(videos)]
+        copies, fewer = (write_copies(Path(folder), videos, count) for count in (frames, dense_frames))
         numbers = [int(batch) for batch in batches.split(",")]
-        measured = measure(copies, loaded, preprocess, presets.split(","), numbers, repeats)
-    report = {**provenance(), "model": model, "videos": videos, "dtype": dtype, "device": device, **measured}
+        measured = measure(copies, fewer, loaded, preprocess, presets.split(","), numbers, repeats)
+    report = {**provenance(), "model": model, "videos": videos, "dtype": dtype, "device": device}
+    report |= {"frames": frames, "dense_frames": dense_frames, **measured}
     publish(output, report, throughput_table(report))
 
 

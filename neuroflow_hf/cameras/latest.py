@@ -1,18 +1,13 @@
-"""
-All threads and queues of `neuroflow watch`: one thread for each source, which puts the newest picture into a slot, and
-one that sends events to a webhook.
-"""
+"""A thread for each source, which keeps its newest picture."""
 
-import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .sources import Picture, Source, reason_of
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a lost source is tried again; doubled each time
-MOST_WAITING = 1000  # events for a webhook that is slower than they come
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,50 +129,3 @@ class LatestPictures:
         with self.changed:
             self.changes.append(change)
             self.changed.notify()
-
-
-class Webhook:
-    """
-    Sends events, one after the other, in a thread: an address that answers slowly delays nothing.
-
-    Args:
-        send: sends one event, and raises if that fails.
-        seconds_left: how long `close` waits for events that were not sent yet.
-
-    Attributes:
-        sent, failed: numbers of events; failed are also those that came while `MOST_WAITING` waited.
-        reason: why the last one failed.
-    """
-
-    def __init__(self, send: Callable[[dict], None], seconds_left: float = 5.0):
-        self.send, self.seconds_left = send, seconds_left
-        self.sent, self.failed, self.reason = 0, 0, ""
-        self.waiting: queue.Queue = queue.Queue(MOST_WAITING)
-        self.thread = threading.Thread(target=self._run, name="neuroflow-webhook", daemon=True)
-        self.thread.start()
-
-    def post(self, event: dict):
-        """Send an event when those before it are sent."""
-        try:
-            self.waiting.put_nowait(event)
-        except queue.Full:
-            self.failed, self.reason = self.failed + 1, f"{MOST_WAITING} events wait already"
-
-    def close(self):
-        """Send what waits, for at most `seconds_left`."""
-        until = time.monotonic() + self.seconds_left
-        while self.thread.is_alive() and time.monotonic() < until:
-            try:
-                self.waiting.put_nowait(None)
-                break
-            except queue.Full:
-                time.sleep(0.05)
-        self.thread.join(max(0.0, until - time.monotonic()))
-
-    def _run(self):
-        while (event := self.waiting.get()) is not None:
-            try:
-                self.send(event)
-                self.sent += 1
-            except Exception as error:
-                self.failed, self.reason = self.failed + 1, reason_of(error)

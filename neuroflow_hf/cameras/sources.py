@@ -7,11 +7,10 @@ dropped, nothing but the decoding is paid for. It raises when the source is lost
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import av
 import numpy as np
@@ -32,24 +31,43 @@ class SourceLostError(OSError):
 
 
 def source_name(place: str) -> str:
-    """The name of a source for output: a URL without user and password."""
-    if "://" not in place:
+    """
+    The name of a source in all output. A URL loses what may be secret: user and password, and all values after `=` in
+    its path and query.
+    """
+    protocol, separator, rest = place.partition("://")
+    if not separator:
         return place
-    parts = urlsplit(place)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    host, slash, path = re.fullmatch(r"([^/?]*)([/?]?)(.*)", rest.rpartition("@")[2].partition("#")[0]).groups()
+    path, question, query = (slash + path).partition("?")
+    parts = [part.partition("=")[0] + "=..." if "=" in part else "..." for part in query.split("&")]
+    return f"{protocol}://{host}{re.sub('=[^&/]*', '=...', path)}{question}{'&'.join(parts) if query else ''}"
+
+
+def open_sources(places: Sequence[str]) -> dict[str, tuple[Source, bool]]:
+    """
+    Sources by name, each with whether it is live: those that are not end, and are not tried again.
+
+    Args:
+        places: `/dev/video0` or other video devices, RTSP or HTTP URLs, or files.
+
+    Raises:
+        ValueError: for a source that is given twice, and a URL of another protocol.
+        VideoError, FileNotFoundError: for a file that is no video. Cameras may be away; they are tried again.
+    """
+    opened: dict[str, tuple[Source, bool]] = {}
+    for number, place in enumerate(places, 1):
+        name = source_name(place)
+        if place in places[: number - 1]:
+            raise ValueError(f"{name} is given twice; give each source once.")
+        if name in opened:  # URLs that differ in what is left out of their names
+            name = f"{name} (source {number})"
+        opened[name] = open_source(place)
+    return opened
 
 
 def open_source(place: str) -> tuple[Source, bool]:
-    """
-    A source, and whether it is live: those that are not end, and are not tried again.
-
-    Args:
-        place: `/dev/video0` or another video device, an RTSP or HTTP URL, or a file.
-
-    Raises:
-        ValueError: for a URL of another protocol.
-        VideoError, FileNotFoundError: for a file that is no video; cameras may be away, and are tried again.
-    """
+    """One of `open_sources`."""
     protocol = re.match(r"(\w+)://", place)
     if protocol is not None:
         if protocol[1].lower() not in PROTOCOLS:
@@ -58,7 +76,7 @@ def open_source(place: str) -> tuple[Source, bool]:
         return partial(live_pictures, place, None, LIVE | options), True
     if place.startswith("/dev/"):
         return partial(live_pictures, place, "v4l2", LIVE), True
-    VideoReader(place)  # a file: what is wrong with it is said at once
+    VideoReader(place)  # raises if the file cannot be used
     return partial(played_pictures, Path(place)), False
 
 
@@ -77,7 +95,8 @@ def live_pictures(place: str, container_format: str | None, options: dict[str, s
     except av.ExitError as error:
         raise SourceLostError(f"it sent nothing for {READ_SECONDS} seconds") from error
     except (av.FFmpegError, OSError) as error:
-        raise SourceLostError(reason_of(error).replace(place, source_name(place))) from error
+        # the message would show the whole URL
+        raise SourceLostError(error.strerror or type(error).__name__) from error
     raise SourceLostError("it ended")
 
 

@@ -1,26 +1,93 @@
-"""Events to an HTTP address."""
+"""Events to an HTTP address, sent by a thread."""
 
+import base64
 import json
+import queue
+import threading
+import time
 import urllib.request
 from collections.abc import Callable
+from urllib.parse import unquote, urlsplit
+
+from .sources import reason_of, source_name
 
 SECONDS = 5  # for an answer
+MOST_WAITING = 1000  # events for an address that is slower than they come
 
 
 def post_json(url: str) -> Callable[[dict], None]:
     """
-    A function that sends an event to an address as JSON, by POST, and raises an OSError if that does not take it.
+    A function that sends an event to an address as JSON, by POST, and raises an OSError if that does not take it. User
+    and password before the host are sent as basic authentication.
 
     Raises:
         ValueError: if it is no HTTP address.
     """
-    if not url.lower().startswith(("http://", "https://")):
-        raise ValueError(f"--webhook {url} is no address; expected one that begins with http:// or https://.")
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable()
+    except ValueError:  # a port that is no number; the message may show a password
+        valid = False
+    if not valid or " " in url:
+        raise ValueError(
+            f"--webhook {source_name(url)} is no address; expected one that begins with http:// or https://."
+        )
+    user, _, host = parts.netloc.rpartition("@")
+    headers = {"Content-Type": "application/json"}
+    if user:
+        headers["Authorization"] = f"Basic {base64.b64encode(unquote(user).encode()).decode()}"
+    address = parts._replace(netloc=host, fragment="").geturl()
 
     def post(event: dict):
-        body, header = json.dumps(event).encode(), {"Content-Type": "application/json"}
-        request = urllib.request.Request(url, body, header, method="POST")
+        request = urllib.request.Request(address, json.dumps(event).encode(), headers, method="POST")
         with urllib.request.urlopen(request, timeout=SECONDS):
             pass
 
     return post
+
+
+class Webhook:
+    """
+    Sends events, one after the other, in a thread: an address that answers slowly delays nothing.
+
+    Args:
+        send: of `post_json`; sends one event, and raises if that fails.
+        seconds_left: how long `close` waits for events that were not sent yet.
+
+    Attributes:
+        sent, failed: numbers of events; failed are also those that came while `MOST_WAITING` waited.
+        reason: why the last one failed.
+    """
+
+    def __init__(self, send: Callable[[dict], None], seconds_left: float = 5.0):
+        self.send, self.seconds_left = send, seconds_left
+        self.sent, self.failed, self.reason = 0, 0, ""
+        self.waiting: queue.Queue = queue.Queue(MOST_WAITING)
+        self.thread = threading.Thread(target=self._run, name="neuroflow-webhook", daemon=True)
+        self.thread.start()
+
+    def post(self, event: dict):
+        """Send an event when those before it are sent."""
+        try:
+            self.waiting.put_nowait(event)
+        except queue.Full:
+            self.failed, self.reason = self.failed + 1, f"{MOST_WAITING} events wait already"
+
+    def close(self):
+        """Send what waits, for at most `seconds_left`."""
+        until = time.monotonic() + self.seconds_left
+        while self.thread.is_alive() and time.monotonic() < until:
+            try:
+                self.waiting.put_nowait(None)
+                break
+            except queue.Full:
+                time.sleep(0.05)
+        self.thread.join(max(0.0, until - time.monotonic()))
+
+    def _run(self):
+        while (event := self.waiting.get()) is not None:
+            try:
+                self.send(event)
+                self.sent += 1
+            except Exception as error:
+                self.failed, self.reason = self.failed + 1, reason_of(error)

@@ -43,11 +43,10 @@ def watch(
     that is lost is tried again. Ctrl-C ends with a summary.
     """
     with one_line_errors(debug, nothing_done="nothing was watched."), contextlib.ExitStack() as stack:
-        from ..cameras.latest import Webhook
         from ..cameras.mosaic import Mosaic
-        from ..cameras.sources import open_source, source_name
+        from ..cameras.sources import open_sources
         from ..cameras.watch import watch_cameras
-        from ..cameras.webhook import post_json
+        from ..cameras.webhook import Webhook, post_json
         from ..video.run import covered_share
 
         if how["labels"] is None and overlay is None:
@@ -56,11 +55,7 @@ def watch(
             raise ValueError(f"--overlay {overlay} cannot be written; expected an .mp4 file in a folder that exists.")
         send = None if webhook is None else post_json(webhook)
         gate_options, load = check_vision(how, options.given(preset=preset))
-        opened = {}
-        for place in sources:
-            if source_name(place) in opened:
-                raise ValueError(f"{source_name(place)} is given twice; give each source once.")
-            opened[source_name(place)] = open_source(place)
+        opened = open_sources(sources)
         loaded, preprocess, embedded = load()
         hook = None if send is None else Webhook(send)
         mosaic = None

@@ -1,5 +1,6 @@
 """Watching cameras: nothing queues, a lost source disturbs no other, a stream is as if alone, events are true."""
 
+import base64
 import json
 import signal
 import socket
@@ -18,12 +19,12 @@ import torch
 from PIL import Image
 
 from neuroflow_hf.cameras import sources
-from neuroflow_hf.cameras.latest import Arrival, Change, LatestPictures, Webhook
+from neuroflow_hf.cameras.latest import Arrival, Change, LatestPictures
 from neuroflow_hf.cameras.mosaic import Mosaic, tiled
-from neuroflow_hf.cameras.sources import SourceLostError, open_source, source_name
+from neuroflow_hf.cameras.sources import SourceLostError, open_source, open_sources, source_name
 from neuroflow_hf.cameras.streams import CameraStreams
 from neuroflow_hf.cameras.watch import Seen, watch_cameras
-from neuroflow_hf.cameras.webhook import post_json
+from neuroflow_hf.cameras.webhook import Webhook, post_json
 from neuroflow_hf.video.labels import Labels
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoError, VideoReader
@@ -264,8 +265,6 @@ def test_ctrl_c_ends_with_the_summary_and_options_are_checked(vision):
 
 
 def test_sources_by_name(tmp_path):
-    assert source_name("rtsp://me:secret@camera:554/main?a=1") == "rtsp://camera:554/main?a=1"
-    assert source_name("/dev/video0") == "/dev/video0"
     assert open_source("/dev/video9")[1] and open_source("RTSP://camera/main")[1]
     clip = write_clip(tmp_path / "clip.mkv", 5)
     source, live = open_source(str(clip))
@@ -283,13 +282,37 @@ def test_sources_by_name(tmp_path):
         next(open_source("/dev/video99")[0]())
 
 
-def test_secrets_in_a_url_are_not_shown():
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("rtsp://me:secret@camera:554/main?a=secret&b=", "rtsp://camera:554/main?a=...&b=..."),
+        ("rtsp://me:se/secret@camera/a", "rtsp://camera/a"),
+        ("rtsp://camera/user=me&password=secret&channel=1/sub", "rtsp://camera/user=...&password=...&channel=.../sub"),
+        ("http://camera?secret", "http://camera?..."),
+        ("http://camera/a#secret", "http://camera/a"),
+        ("http://[::1]:80/a", "http://[::1]:80/a"),
+        ("/dev/video0", "/dev/video0"),
+        ("a=b?c=d.mp4", "a=b?c=d.mp4"),
+    ],
+)
+def test_secrets_in_a_url_have_no_place_in_its_name(url, name):
+    assert source_name(url) == name
+
+
+def test_cameras_that_differ_in_secrets_only_have_two_names():
+    opened = open_sources(["http://camera/?id=1", "http://camera/?id=2", "http://camera/"])
+    assert list(opened) == ["http://camera/?id=...", "http://camera/?id=... (source 2)", "http://camera/"]
+
+
+def test_secrets_in_a_url_are_not_shown(capfd):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        url = f"rtsp://me:secret@127.0.0.1:{free.getsockname()[1]}/a"
-        with pytest.raises(SourceLostError) as caught:  # nobody listens
-            next(open_source(url)[0]())
-    assert "refused" in str(caught.value) and "secret" not in str(caught.value)
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        for url in (f"rtsp://me:secret@{address}/a", f"http://{address}/'secret'?token=secret"):
+            with pytest.raises(SourceLostError) as caught:  # nobody listens
+                next(open_source(url)[0]())
+            assert "refused" in str(caught.value) and "secret" not in str(caught.value)
+    assert "secret" not in "".join(capfd.readouterr())  # FFmpeg has a log of its own
 
 
 class Camera(BaseHTTPRequestHandler):
@@ -356,7 +379,7 @@ class Scenario:
             signal.raise_signal(signal.SIGINT)
 
     def run(self, model, places):
-        opened = {source_name(place): open_source(place) for place in places}
+        opened = open_sources(places)
         latest = partial(LatestPictures, first_pause=0.1, longest_pause=0.5)
         how = {"emit": self.emit, "on_round": self.on_round, "latest": latest}
         return watch_cameras(opened, model, PREPROCESS, GATE, **how)
@@ -421,7 +444,7 @@ class Hook(BaseHTTPRequestHandler):
 
     def do_POST(self):
         event = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.events.append((self.headers["Content-Type"], event))
+        self.server.events.append((self.headers["Content-Type"], self.headers["Authorization"], event))
         self.send_response(200 if "label" in event else 500)
         self.end_headers()
 
@@ -432,20 +455,23 @@ class Hook(BaseHTTPRequestHandler):
 def test_a_webhook_gets_events_in_order_and_failures_are_counted():
     server = serve(Hook)
     server.events = []
-    hook = Webhook(post_json(f"http://127.0.0.1:{server.server_address[1]}/"))
+    hook = Webhook(post_json(f"http://me:se%40cret@127.0.0.1:{server.server_address[1]}/"))
     events = [{"label": "a"}, {"event": "lost"}, {"label": "b"}]
     for event in events:
         hook.post(event)
     hook.close()
     server.shutdown()
-    assert server.events == [("application/json", event) for event in events]
+    header = f"Basic {base64.b64encode(b'me:se@cret').decode()}"
+    assert server.events == [("application/json", header, event) for event in events]
     assert (hook.sent, hook.failed) == (2, 1) and "500" in hook.reason
-    with pytest.raises(ValueError, match="http://"):
-        post_json("file:///etc/passwd")
+    for wrong in ("file:///etc/passwd", "http://me:secret@", "http://me:secret@host:no", "http://host/?a=secret b"):
+        with pytest.raises(ValueError, match=r"is no address.*http://") as caught:
+            post_json(wrong)
+        assert "secret" not in str(caught.value)
 
 
 def test_a_webhook_that_hangs_delays_nothing(monkeypatch):
-    monkeypatch.setattr("neuroflow_hf.cameras.latest.MOST_WAITING", 3)
+    monkeypatch.setattr("neuroflow_hf.cameras.webhook.MOST_WAITING", 3)
     hang = threading.Event()
     hook = Webhook(lambda _: hang.wait(20), seconds_left=0.1)
     begun = time.monotonic()
