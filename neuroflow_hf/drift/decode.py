@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
-from ..language.bypass import confidence_of
+from ..language.bypass import entropy_of
 from ..language.bypass_config import NeuroFlowBypassConfig
 from ..language.bypass_state import find_state
 from ..language.calibration import PADDING, cut_at_end, gate_similarities
@@ -127,11 +127,12 @@ class Greedy:
     """Chooses the most probable token, and keeps margin and entropy of each step's logits."""
 
     def __init__(self):
-        self.confidence: list[torch.Tensor] = []  # [B, 2] for each step
+        self.confidence: list[torch.Tensor] = []  # [B, 2] for each step: margin and entropy
 
     def __call__(self, step: int, logits: torch.Tensor) -> torch.Tensor:
         """The tokens [B] for logits [B, V]."""
-        self.confidence.append(confidence_of(logits).cpu())
+        first, second = logits.float().topk(2, dim=-1).values.unbind(-1)
+        self.confidence.append(torch.stack([first - second, entropy_of(logits)], dim=-1).cpu())
         return logits.argmax(dim=-1)
 
 

@@ -33,7 +33,7 @@ class Configuration:
         bypass = self.bypass
         layers = f"{bypass.gate_layer}->{'+'.join(map(str, bypass.layers))}{' inverted' if bypass.is_inverted else ''}"
         words = [layers, bypass.target]
-        for name, unit in (("guard_entropy", "entropy"), ("guard_margin", "margin"), ("max_consecutive", "at most")):
+        for name, unit in (("guard_entropy", "entropy"), ("max_consecutive", "at most")):
             if self.options.get(name) is not None:
                 words.append(f"{unit} {self.options[name]:g}")
         words.append(f"threshold {bypass.threshold:g}" if self.asked_rate is None else f"for {self.asked_rate:.0%}")
@@ -129,7 +129,7 @@ def own_configuration(num_layers: int, options: dict) -> Configuration:
     layers = (resolved.gate_layer, *resolved.cache_layers)
     pairs = scaled_pairs(num_layers) if num_layers >= 3 else {}
     named = [name for name, pair in pairs.items() if layers in (pair, pair[::-1])]
-    kept = {name: value for name, value in resolved.to_dict().items() if value is not None}
+    kept = {name: value for name, value in vars(resolved).items() if value is not None}
     return Configuration(named[0] if named else "own", kept)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -62,20 +62,17 @@ class NeuroFlowBypassConfig:
         rate (`float`, *optional*):
             Instead of `threshold`: choose it so that this share of the steps, above 0 and at most 1, reaches it, by
             the similarities that `model.calibrate_bypass` or `neuroflow calibrate` stored in the model's
-            configuration. `max_consecutive` and guards bypass fewer steps than that.
+            configuration. `max_consecutive` and `guard_entropy` bypass fewer steps than that.
         target (`str`, defaults to `"attention"`):
             What is skipped in a cache layer. `"attention"`: query, attention and output projection; keys and values
             are still projected. `"mlp"`: the MLP, which has about two thirds of a layer's weights. `"block"`: both.
         max_consecutive (`int`, *optional*):
             After this many bypassed steps in a row the next one computes everything, which limits the age of a reused
             output. 1 or 2 are good values.
-        guard_margin (`float`, *optional*):
-            Bypass only if the model was confident when it predicted the token that is fed now: its highest logit was
-            at least this much above the second. Most drift comes from steps at which it was not. 2 is a good start.
-            Needs the language-model head.
         guard_entropy (`float`, *optional*):
-            Bypass only if the entropy of that prediction, in nats, was at most this. 1 is a good start. Needs the
-            language-model head.
+            Bypass only if the model was sure when it predicted the token that is fed now: if the entropy of that
+            prediction, in nats, was at most this. Most drift comes from steps at which it was not. 1 is a good start.
+            Needs the language-model head.
 
     Raises:
         ValueError: for an unknown option (with the nearest known one), or a value outside its range.
@@ -87,7 +84,6 @@ class NeuroFlowBypassConfig:
     rate: float | int | None = None
     target: Literal["attention", "mlp", "block"] = "attention"
     max_consecutive: int | None = None
-    guard_margin: float | int | None = None
     guard_entropy: float | int | None = None
 
     def __post_init__(self) -> None:
@@ -99,14 +95,11 @@ class NeuroFlowBypassConfig:
                 raise ValueError(f"Bypass option `{name}` is {value!r}; expected {expected}.")
 
         require(
-            "threshold",
-            lambda value: math.isfinite(value) and value >= ALWAYS,
-            "a finite cosine of at least -1 (above 1 for never)",
+            "threshold", lambda value: ALWAYS <= value < math.inf, "a finite cosine of at least -1 (above 1: never)"
         )
         require("rate", lambda value: 0 < value <= 1, "a share of the steps, above 0 and at most 1, or None")
         require("max_consecutive", lambda value: value >= 1, "a whole number of at least 1, or None for no cap")
-        for name in ("guard_margin", "guard_entropy"):
-            require(name, lambda value: math.isfinite(value) and value >= 0, "a finite number of at least 0, or None")
+        require("guard_entropy", lambda value: 0 <= value < math.inf, "a finite number of at least 0, or None")
 
     @classmethod
     def from_options(cls, base: dict | None = None, **options: BypassOption) -> "NeuroFlowBypassConfig":
@@ -177,10 +170,6 @@ class NeuroFlowBypassConfig:
             )
         return replace(self, cache_layers=layers)
 
-    def to_dict(self) -> dict:
-        """All options as plain values."""
-        return asdict(self)
-
     @property
     def layers(self) -> list[int]:
         """`cache_layers` of resolved options."""
@@ -199,13 +188,7 @@ class NeuroFlowBypassConfig:
     @property
     def is_guarded(self) -> bool:
         """Whether the logits of the language-model head decide, too."""
-        return self.guard_margin is not None or self.guard_entropy is not None
-
-    @property
-    def passes_over_layers(self) -> bool:
-        """Whether resolved options bypass whole layers on every step of one token, whatever gate and head say."""
-        depends = self.is_guarded or self.is_inverted or self.max_consecutive is not None
-        return self.target == "block" and self.threshold == ALWAYS and not depends
+        return self.guard_entropy is not None
 
     @property
     def is_inverted(self) -> bool:

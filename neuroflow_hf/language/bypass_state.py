@@ -63,7 +63,7 @@ class BypassState:
     cache takes B * T * 2 * kv_width per layer, so one cache layer with `block` takes as much again as its keys and
     values, and more with grouped heads. Bypassed steps take next to nothing until rows are reordered. All positions
     are kept because the cache may be cropped to any length, and the next step reuses the output of the last position
-    that is left. Lossless drafts that skip whole layers store nothing (`layer_skip.py`).
+    that is left.
     """
 
     is_bypass_state = True  # instead of `isinstance`: code loaded from the Hub has a class of its own

@@ -1,6 +1,6 @@
 """The options of lossless generation: how tokens are drafted before the dense model verifies them."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -26,14 +26,8 @@ class NeuroFlowLosslessConfig:
         bypass (`dict`, *optional*):
             What the drafter `"bypass"` skips: options of [`NeuroFlowBypassConfig`] that override
             `{"target": "block", "threshold": -1}` and, as `cache_layers`, the second half of the layers but the last.
-            More layers make a draft cheaper and worse. By default, whole layers are skipped on every step and cost
-            nothing. With other targets, thresholds or guards they still write keys and values, and on a small model
-            save next to nothing. A `rate` needs the model's similarities, as in [`NeuroFlowBypassConfig`], by
-            default those of layer 1. The configuration's own `bypass` is not used here.
-        reuse (`bool`, defaults to `True`):
-            Whether a draft adds to the hidden states what the skipped layers added last. False leaves the layers out;
-            try it on a model that was trained with layer dropout, with layers that are not neighbours
-            (`"cache_layers": [1, 3, 5, ...]`). Only for drafts that skip whole layers.
+            More layers make a draft cheaper and worse. A `rate` needs the model's similarities, as in
+            [`NeuroFlowBypassConfig`], by default those of layer 1. The configuration's own `bypass` is not used here.
         draft_length (`int`, *optional*):
             Always draft this many tokens. By default, the length that pays best is chosen, or none, by the running
             acceptance rate and the times of dense steps, drafts and verifications in this generation.
@@ -50,7 +44,6 @@ class NeuroFlowLosslessConfig:
 
     drafter: Any = "lookup"
     bypass: dict | None = None
-    reuse: bool = True
     draft_length: int | None = None
     max_draft: int = 15
     max_ngram: int = 4
@@ -87,10 +80,6 @@ class NeuroFlowLosslessConfig:
         if not isinstance(options, dict):
             raise TypeError(f"`lossless` is {options!r}; expected a dict of options, or True.")
         return make_options(cls, "lossless", {**(own or {}), **options})
-
-    def to_dict(self) -> dict:
-        """All options as plain values."""
-        return asdict(self)
 
     def draft_bypass(self, num_layers: int, similarities: dict | None = None) -> NeuroFlowBypassConfig:
         """What the drafter `"bypass"` skips in a model; arguments and errors as of `NeuroFlowBypassConfig.resolve`."""

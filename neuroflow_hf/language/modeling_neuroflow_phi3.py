@@ -35,13 +35,12 @@ from transformers.models.phi3.modeling_phi3 import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .bypass import BypassStep, begin_step, record_confidence
+from .bypass import BypassStep, begin_step, bypassing_layer, layer_index, record_entropy
 from .bypass_config import NeuroFlowBypassConfig
 from .bypass_state import BypassStatistics, find_state
 from .calibration import dense_similarities, percentiles
 from .configuration_neuroflow_phi3 import NeuroFlowPhi3Config, adopt_phi3_config, checked_similarities
 from .from_llama import phi3_config, phi3_weights
-from .layer_skip import LayerChanges, layer_index
 from .lossless_config import NeuroFlowLosslessConfig
 from .speculative_decoding import decode_losslessly
 
@@ -50,19 +49,19 @@ class NeuroFlowPhi3DecoderLayer(Phi3DecoderLayer):
     """
     Modifications:
 
-    - `forward` takes a `bypass_step`, which runs the layers that it applies to.
+    - `forward` takes a `bypass_step`, by which the gate layer and the cache layers run.
     """
 
     def forward(  # type: ignore[override]  # what transformers' layer takes is passed on by keyword
         self,
         hidden_states: torch.Tensor,
-        bypass_step: BypassStep | LayerChanges | None = None,
+        bypass_step: BypassStep | None = None,
         **kwargs: Unpack[FlashAttentionKwargs],
     ) -> torch.Tensor:
         """`hidden_states` [B, n, D] to [B, n, D]."""
         if bypass_step is None or not bypass_step.applies_to(layer_index(self)):
             return super().forward(hidden_states, **kwargs)
-        return bypass_step.run(self, super().forward, hidden_states, **kwargs)
+        return bypassing_layer(self, hidden_states, bypass_step, **kwargs)  # type: ignore[call-arg]  # in `kwargs`
 
 
 class NeuroFlowPhi3PreTrainedModel(Phi3PreTrainedModel):
@@ -197,8 +196,8 @@ class NeuroFlowPhi3Model(NeuroFlowPhi3PreTrainedModel, Phi3Model):
         options = self.bypass_options(bypass)
         if options is not None and options.is_guarded and not has_head:
             raise ValueError(
-                "The bypass options `guard_margin` and `guard_entropy` need the logits of the language-model head, "
-                "and this model has none. Use `NeuroFlowPhi3ForCausalLM`, or leave the guard out."
+                "The bypass option `guard_entropy` needs the logits of the language-model head, and this model has "
+                "none. Use `NeuroFlowPhi3ForCausalLM`, or leave the guard out."
             )
         if use_cache is None:
             use_cache = self.config.use_cache
@@ -319,7 +318,7 @@ class NeuroFlowPhi3ForCausalLM(NeuroFlowPhi3PreTrainedModel, Phi3ForCausalLM):
         if options is not None and options.is_guarded and cache is not None:
             state = find_state(cache)
             if state is not None and state.end == cache.get_seq_length():
-                record_confidence(state, output.logits, logits_to_keep)
+                record_entropy(state, output.logits, logits_to_keep)
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ class NaiveBypass:
         self.gate: list[torch.Tensor | None] = []
         self.similarity: list[float] = []
         self.bypassed: list[bool] = []
-        self.confidence: list[tuple[float, float]] = []  # margin and entropy of the head's prediction
+        self.entropy: list[float] = []  # of the head's prediction
         self.stored: dict[str, list[torch.Tensor]] = {}
 
     def feed(self, tokens: list[int]) -> torch.Tensor:
@@ -104,21 +104,18 @@ class NaiveBypass:
         self.bypassed += [bypasses] * len(tokens)
         for scores in logits:
             probabilities = scores.softmax(dim=0).tolist()
-            first, second = sorted(scores.tolist(), reverse=True)[:2]
-            self.confidence.append((first - second, -sum(p * math.log(p) for p in probabilities if p > 0)))
+            self.entropy.append(-sum(p * math.log(p) for p in probabilities if p > 0))
         return torch.stack(logits)
 
     def decides(self, similarity: float) -> bool:
         """Whether the step that is being computed bypasses the cache layers."""
-        options, (margin, entropy) = self.options, self.confidence[-1]
+        options = self.options
         fires = options.threshold == -1 or similarity >= options.threshold  # False for NaN
         if options.max_consecutive is not None:
             recent = self.bypassed[-options.max_consecutive :]
             fires = fires and not (len(recent) == options.max_consecutive and all(recent))
-        if options.guard_margin is not None:
-            fires = fires and margin >= options.guard_margin
         if options.guard_entropy is not None:
-            fires = fires and entropy <= options.guard_entropy
+            fires = fires and self.entropy[-1] <= options.guard_entropy
         return fires
 
     def keep(self, name: str, output: torch.Tensor | None) -> torch.Tensor:
@@ -155,5 +152,5 @@ class NaiveBypass:
     def crop(self, length: int) -> None:
         """Forget all positions from `length` on."""
         by_position: list[list] = [*self.keys, *self.values, *self.stored.values()]
-        for positions in (*by_position, self.gate, self.similarity, self.bypassed, self.confidence):
+        for positions in (*by_position, self.gate, self.similarity, self.bypassed, self.entropy):
             del positions[length:]

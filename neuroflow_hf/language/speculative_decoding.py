@@ -36,7 +36,6 @@ from .bypass_state import find_state
 from .draft_policy import Drafts, DraftWithModel
 from .drafter import DrafterState, load_drafter
 from .few_tokens import linear_layers, turned
-from .layer_skip import LayerChanges
 from .lossless_config import NeuroFlowLosslessConfig
 
 # these depend on their arguments alone, so they may be called with draft tokens that are rejected later
@@ -124,17 +123,13 @@ class DecodingState:
         self.forward_kwargs: dict = {}
         self.draft_bypass: Bypass = False
         self.check_bypass: Bypass = False
-        self.changes: LayerChanges | None = None
         self.linear_layers = linear_layers(model)
         bypass = options.draft_bypass(model.config.num_hidden_layers, model.config.bypass_similarities)
         self.drafter = DrafterState(load_drafter(options.drafter, model), model) if options.is_trained else None
         self.states = torch.empty(0)  # [n, D], final hidden states at the last forward's tokens, for the drafter
         if options.drafter == "bypass":
-            if bypass.passes_over_layers:
-                self.changes = LayerChanges(bypass.layers, options.reuse)
-            else:
-                self.draft_bypass = bypass
-                self.check_bypass = replace(bypass, threshold=NEVER)  # dense, but records what drafts reuse
+            self.draft_bypass = bypass
+            self.check_bypass = replace(bypass, threshold=NEVER)  # dense, but records what drafts reuse
         # long RoPE: the number of positions up to which the frequencies are the short ones
         is_long = cast(dict, model.config.rope_parameters)["rope_type"] == "longrope"
         self.switch = model.config.original_max_position_embeddings if is_long else None
@@ -142,9 +137,6 @@ class DecodingState:
     def forward(self, inputs: dict, keep: int, bypass: Bypass) -> torch.Tensor:
         """The logits of the last `keep` tokens fed, [keep, V]."""
         inputs |= {"use_cache": True, "logits_to_keep": keep, "bypass": bypass, "return_dict": True}
-        if self.changes is not None:
-            self.changes.begin()
-            inputs["bypass_step"] = self.changes
         if self.drafter is not None:
             inputs["output_hidden_states"] = True
         output = self.model(**inputs)
@@ -265,16 +257,12 @@ class DecodingState:
         """Within the context, the bypassed model drafts these tokens; after it, the cache is as before."""
         # layers replace their tensors on every write, so references to the old ones are enough
         kept = [dict(vars(layer)) for layer in self.cache.layers]
-        if self.changes is not None:
-            self.changes.is_drafting = True
         yield
         state = find_state(self.cache)
         for layer, fields in zip(self.cache.layers, kept, strict=True):
             if layer is not state:
                 vars(layer).update(fields)
-        if self.changes is not None:
-            self.changes.is_drafting = False
-        elif state is not None:
+        if state is not None:
             state.crop(-len(drafted))
 
     def check(self, drafted: list[int]) -> torch.Tensor:
@@ -294,8 +282,6 @@ class DecodingState:
         """Remove the last positions from the cache, so that it holds all tokens but the last, and tell the drafter."""
         if self.drafter is not None:
             self.drafter.unread.append(self.states[: len(self.states) - length])
-        if self.changes is not None:
-            self.changes.last = -1 - length
         if length or any(getattr(layer, "record_past", False) for layer in self.cache.layers):
             self.cache.crop(-length)
         record_past(self.cache, False)

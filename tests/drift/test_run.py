@@ -77,7 +77,7 @@ def test_a_bypass_of_every_step_drifts():
 
 
 def test_the_configurations_own_options_play_no_part():
-    plain, other = make_ours(), make_ours(bypass=BYPASS | {"threshold": -1, "guard_margin": 0.5})
+    plain, other = make_ours(), make_ours(bypass=BYPASS | {"threshold": -1, "guard_entropy": 0.5})
     options = BYPASS | {"threshold": share_of(plain, 0.4)}
     assert make_bench(plain).measure(options) == make_bench(other).measure(options)
 

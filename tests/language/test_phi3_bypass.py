@@ -46,6 +46,15 @@ def threshold_of(model, ids, prompt_length=PROMPT, share=0.5, **options):
     return values[middle - 1 : middle + 1].mean().item()
 
 
+def run_naively(model, ids, prompt_length, options):
+    """The method in plain loops: a row's logits as `run_steps` gives them, [n, V], and what it remembers."""
+    with torch.no_grad():
+        naive = NaiveBypass(model, model.bypass_options(options))
+        logits = [naive.feed(ids[0, :prompt_length].tolist())[-1]]
+        logits += [naive.feed([token])[0] for token in ids[0, prompt_length:].tolist()]
+    return torch.stack(logits), naive
+
+
 def bypassed_at(model, cache):
     return model.bypass_statistics(cache).bypassed_mask.tolist()
 
@@ -63,40 +72,32 @@ def test_as_in_plain_loops(kind, target, layers):
         logits, cache = run_steps(model, ids, PROMPT, bypass=options)
         if 0 < model.bypass_statistics(cache).bypassed.item() < 10:
             break
-    with torch.no_grad():
-        naive = NaiveBypass(model, model.bypass_options(options))
-        expected = [naive.feed(ids[0, :PROMPT].tolist())[-1]]
-        expected += [naive.feed([token])[0] for token in ids[0, PROMPT:].tolist()]
+    expected, naive = run_naively(model, ids, PROMPT, options)
     statistics = model.bypass_statistics(cache)
     assert statistics.bypassed_mask[0].tolist() == naive.bypassed
     assert 0 < statistics.bypassed.item() < statistics.steps.item() == 10
-    assert_close_in_norm(logits[0], torch.stack(expected), FLOAT32)
+    assert_close_in_norm(logits[0], expected, FLOAT32)
     similarity = torch.tensor(naive.similarity)
     assert torch.equal(statistics.similarity[0].isnan(), similarity.isnan())
     assert_close_in_norm(statistics.similarity[0].nan_to_num(), similarity.nan_to_num(), FLOAT32)
 
 
-@pytest.mark.parametrize("policy", ["max_consecutive", "guard_margin", "guard_entropy", "always"])
+@pytest.mark.parametrize("policy", ["max_consecutive", "guard_entropy", "always"])
 @pytest.mark.parametrize("layers", ["one", "inverted"])
 def test_policies_as_in_plain_loops(policy, layers):
     model, ids = make_ours(), random_ids(1, 25, seed=1)
     options = LAYERS[layers] | {"target": "block", "threshold": -1}
-    with torch.no_grad():
-        if policy == "max_consecutive":
-            options |= {"max_consecutive": 2, "threshold": threshold_of(model, ids, share=0.1, **options)}
-        elif policy != "always":
-            naive = NaiveBypass(model, model.bypass_options(options))
-            naive.feed(ids[0].tolist())
-            column = ["guard_margin", "guard_entropy"].index(policy)
-            options[policy] = sorted(confidence[column] for confidence in naive.confidence)[12] + 1e-3
-        logits, cache = run_steps(model, ids, PROMPT, bypass=options)
-        naive = NaiveBypass(model, model.bypass_options(options))
-        expected = [naive.feed(ids[0, :PROMPT].tolist())[-1]]
-        expected += [naive.feed([token])[0] for token in ids[0, PROMPT:].tolist()]
+    if policy == "max_consecutive":
+        options |= {"max_consecutive": 2, "threshold": threshold_of(model, ids, share=0.1, **options)}
+    elif policy == "guard_entropy":
+        _, dense = run_naively(model, ids, 25, options)
+        options["guard_entropy"] = sorted(dense.entropy)[12] + 1e-3
+    logits, cache = run_steps(model, ids, PROMPT, bypass=options)
+    expected, naive = run_naively(model, ids, PROMPT, options)
     assert bypassed_at(model, cache) == [naive.bypassed]
     assert 2 < sum(naive.bypassed) <= 20
     assert (sum(naive.bypassed) == 20) == (policy == "always")
-    assert_close_in_norm(logits[0], torch.stack(expected), FLOAT32)
+    assert_close_in_norm(logits[0], expected, FLOAT32)
 
 
 @pytest.mark.parametrize("layers", LAYERS)
@@ -104,11 +105,9 @@ def test_a_prompt_of_one_token(layers):
     model, ids = make_ours(), random_ids(1, 9)
     options = LAYERS[layers] | {"target": "block", "threshold": 0.1}
     logits, cache = run_steps(model, ids, 1, bypass=options)
-    with torch.no_grad():
-        naive = NaiveBypass(model, model.bypass_options(options))
-        expected = [naive.feed([token])[0] for token in ids[0].tolist()]
+    expected, naive = run_naively(model, ids, 1, options)
     assert bypassed_at(model, cache) == [naive.bypassed]
-    assert_close_in_norm(logits[0], torch.stack(expected), FLOAT32)
+    assert_close_in_norm(logits[0], expected, FLOAT32)
 
 
 @each_pair
@@ -177,10 +176,10 @@ def flops(model, token, cache, **kwargs):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("fired", [0, 1, 2, 3])
+@pytest.mark.parametrize("fired", [0, 2, 3])
 @each_target
-def test_bypassed_rows_are_skipped(target, fired):
-    """Exactly the multiply-adds of query, attention, output projection and MLP, for exactly the rows that fired."""
+def test_bypassed_layers_are_skipped(target, fired):
+    """Exactly the multiply-adds of query, attention, output projection and MLP, where all rows fired."""
     model, ids = make_ours(), random_ids(3, PROMPT + 1)
     model.set_attn_implementation("eager")  # whose products the counter sees
     options = {"gate_layer": 0, "cache_layers": [1, 2], "target": target, "threshold": 2}
@@ -194,7 +193,7 @@ def test_bypassed_rows_are_skipped(target, fired):
     width, inner, positions = model.config.hidden_size, model.config.intermediate_size, PROMPT + 1
     attention = 2 * (2 * width * width + 2 * positions * width)
     saved = {"attention": attention, "mlp": 2 * 3 * width * inner, "block": attention + 2 * 3 * width * inner}
-    assert dense - bypassed == fired * 2 * saved[target]
+    assert dense - bypassed == (fired == 3) * 3 * 2 * saved[target]
 
 
 def test_an_adapted_projection_is_called():
@@ -292,10 +291,7 @@ def test_steps_of_several_tokens_are_dense_and_remembered():
         assert_close_in_norm(output.logits, dense.logits, FLOAT32)
         cache.crop(-2)  # a verified draft of which one token was right
         after = model(token, past_key_values=cache, bypass=options)
-        naive = NaiveBypass(model, model.bypass_options(options))
-        naive.feed(ids[0, :PROMPT].tolist())
-        for item in ids[0, PROMPT:].tolist():
-            naive.feed([item])
+        _, naive = run_naively(model, ids, PROMPT, options)
         naive.feed(random_ids(1, 3, seed=4)[0].tolist())
         naive.crop(15)
         assert_close_in_norm(after.logits[0], naive.feed(token[0].tolist()), FLOAT32)
@@ -332,14 +328,6 @@ def test_generations_do_not_meet():
                 model(ids[row : row + 1, position : position + 1], past_key_values=caches[row], bypass=options)
     _, together = run_steps(model, ids, PROMPT, bypass=options)
     assert [bypassed_at(model, cache)[0] for cache in caches] == bypassed_at(model, together)
-
-
-@each_target
-def test_one_generation_leaves_nothing_to_the_next(target):
-    model, ids = make_ours(bypass=LAYERS["several"] | {"target": target, "threshold": 0.2}), random_ids(2, 6)
-    first = model.generate(ids, max_new_tokens=9)
-    model.generate(random_ids(3, 4, seed=1), max_new_tokens=5)
-    assert torch.equal(model.generate(ids, max_new_tokens=9), first)
 
 
 @each_target
@@ -470,16 +458,16 @@ def test_long_rope_starts_anew():
 
 def test_a_guard_follows_the_logits_that_were_kept():
     model, ids = make_ours(), random_ids(2, 9)
-    options = LAYERS["one"] | {"threshold": -1, "guard_margin": 0.0}
+    options = LAYERS["one"] | {"threshold": -1, "guard_entropy": 99.0}
     keeps = [0, 1, 3, torch.tensor([8])]
     if hasattr(modeling_utils, "slice_logits_to_keep"):  # not in transformers 5.17
         keeps += [torch.tensor([[7, 8], [7, 8]]), torch.arange(9).ge(6).expand(2, 9)]
     for keep in keeps:
         with torch.no_grad():
             output = model(ids, bypass=options, logits_to_keep=keep)
-            confidence = find_state(output.past_key_values).whole("confidence")
+            entropy = find_state(output.past_key_values).whole("entropy")
             output = model(ids[:, :1], past_key_values=output.past_key_values, bypass=options)
-        assert not confidence[:, -1].isnan().any()
+        assert not entropy[:, -1].isnan().any()
         assert model.bypass_statistics(output.past_key_values).bypassed.tolist() == [1, 1]
 
 
@@ -502,7 +490,7 @@ def test_a_guard_follows_the_logits_that_were_kept():
         ({"threshold": "high"}, "threshold"),
         ({"target": "heads"}, "target"),
         ({"max_consecutive": 0}, "at least 1"),
-        ({"guard_margin": -1.0}, "guard_margin"),
+        ({"guard_entropy": -1.0}, "guard_entropy"),
         ({"guard_entropy": float("nan")}, "guard_entropy"),
     ],
 )
@@ -539,12 +527,11 @@ def test_options_of_a_call_are_laid_over_the_configuration():
     assert model.bypass_options() is None
 
 
-@pytest.mark.parametrize("guard", ["guard_margin", "guard_entropy"])
-def test_a_bare_model_refuses_a_guard(guard):
+def test_a_bare_model_refuses_a_guard():
     model = make_ours()
     with pytest.raises(ValueError, match="NeuroFlowPhi3ForCausalLM"):
-        model.model(random_ids(), bypass={guard: 1.0})
-    model.config.bypass = {guard: 1.0}
+        model.model(random_ids(), bypass={"guard_entropy": 1.0})
+    model.config.bypass = {"guard_entropy": 1.0}
     with pytest.raises(ValueError, match="NeuroFlowPhi3ForCausalLM"):
         model.model(random_ids())
 
@@ -582,7 +569,7 @@ def test_statistics_without_a_bypass_are_refused():
 
 def test_without_a_cache_all_is_dense():
     stock, ids = make_stock(), random_ids()
-    ours = adopt(stock, LAYERS["one"] | {"threshold": -1, "guard_margin": 0.0})
+    ours = adopt(stock, LAYERS["one"] | {"threshold": -1, "guard_entropy": 99.0})
     assert torch.equal(
         ours.generate(ids, max_new_tokens=5, use_cache=False), stock.generate(ids, max_new_tokens=5, use_cache=False)
     )
