@@ -26,6 +26,7 @@ except ImportError as error:
     raise ImportError('Parquet datasets need the extra `archive`: pip install "neuroflow-hf[archive]".') from error
 
 KEY = b"neuroflow"  # of the settings in a file's metadata
+SEGMENT_ROWS = 256  # of a segment, at least: a keyframe more in so many rows costs 0.3% of dense
 ROWS = 4096  # held in memory for each video that is being embedded
 
 
@@ -68,6 +69,7 @@ def dataset_settings(
         "preprocessing": asdict(preprocess),
         "gate": gate.to_dict(),
         "every": every,
+        "segment_rows": SEGMENT_ROWS,
         "labels": None if labels is None else {"names": labels.names, "template": labels.template},
     }
     return json.loads(json.dumps(settings))  # as they are read back: lists for tuples
@@ -191,7 +193,7 @@ class VideoFile:
         self.writer.close()
         return self.partial
 
-    def discard(self):
+    def discard(self) -> None:
         """Delete what was written."""
         self.writer.close()
         self.partial.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """
-The work on a dataset: decode videos, encode several at a time as streams of one call, and write a file for each.
+The work on a dataset: decode videos, encode several, or segments of one, as streams of one call, and write a file for
+each video.
 
 It takes videos from a queue and tells what happened; `embed.py` keeps the queue and gives the files their names. The
 same runs in this process and on the machines of a cluster.
@@ -8,7 +9,7 @@ same runs in this process and on the machines of a cluster.
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,10 +17,9 @@ import torch
 from ..video.labels import Labels
 from ..video.prefetch import prefetch
 from ..video.preprocess import Preprocessor
-from ..video.reader import VideoReader
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
-from ..vision.stream import NeuroFlowStream
-from .dataset import EmbeddedFrame, VideoFile, video_state
+from .dataset import EmbeddedFrame, VideoFile
+from .decode import DecodedFrame, PartEnd, PartQueue, VideoPart, decode_parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class EmbedJob:
     Args:
         model, preprocess: from `load_model`.
         gate_options: options of [`NeuroFlowGateConfig`] that override the model's.
-        streams: how many videos to encode in one call, at most.
+        streams: how many videos or segments to encode in one call, at most.
         every: as in `VideoReader`.
         labels: also store the best of these and its confidence.
         out: the folder of the dataset, an absolute path.
@@ -94,125 +94,119 @@ Work = Callable[[deque[Path], EmbedJob], Iterator[Event]]
 
 def embed_waiting(waiting: deque[Path], job: EmbedJob) -> Iterator[Event]:
     """Embed the videos in a queue, in this process; a [`Work`]. What is not finished when it is closed is deleted."""
-    files: dict[Path, VideoFile] = {}
+    videos: dict[Path, VideoRows] = {}
+    queue = PartQueue(waiting, job.every)
     with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [file.discard() for file in files.values()])
-        rows = []
-        for _ in range(min(len(waiting), job.streams)):
-            decoded = decode_videos(waiting, job)
-            rows.append(stack.enter_context(contextlib.closing(prefetch(decoded))))
-        stream = job.model.new_stream(max(1, len(rows)), **job.gate_options)
-        for item in encode_rows(rows, job, stream):
-            if isinstance(item, VideoEnd):
-                file, partial = files.pop(item.video, None), None
-                if file is not None and item.keep:
-                    partial = file.close()
-                elif file is not None:
-                    file.discard()
-                yield Ended(item.video, item.reason, partial, item.missing)
-            else:
-                decoded, embedded = item
-                if embedded.video not in files:
-                    metadata = job.metadata | {"video": decoded.state}
-                    files[embedded.video] = VideoFile(
-                        job.out, embedded.video, metadata, len(embedded.embedding), job.labels
-                    )
-                files[embedded.video].add(embedded)
-                yield Reached(embedded.video, decoded.share)
+        stack.callback(lambda: [rows.close(keep=False) for rows in videos.values()])
+        decoded = [
+            stack.enter_context(contextlib.closing(prefetch(decode_parts(queue, job.preprocess, job.model))))
+            for _ in range(job.streams)
+        ]
+        for item in encode_streams(decoded, job):
+            part = item.part if isinstance(item, PartEnd) else item[0].part
+            if part.video not in videos:
+                videos[part.video] = VideoRows(job, part)
+            rows = videos[part.video]
+            if not isinstance(item, PartEnd):
+                rows.add(*item)
+                yield Reached(part.video, rows.share)
+            elif rows.end(item):
+                del videos[part.video]
+                yield Ended(part.video, rows.reason, rows.close(rows.keep), missing=part.state is None)
 
 
-@dataclass(frozen=True, eq=False)
-class DecodedFrame:
+class VideoRows:
     """
-    One frame of a video.
+    Puts the rows of a video's segments, which are embedded side by side, in order and into its file. After a segment
+    that cannot be read to its end come no more rows.
 
-    Args:
-        video: the file.
-        state: its `video_state` before it was opened.
-        frame, seconds: as in `EmbeddedFrame`.
-        pixel_values: [1, C, R, R].
-        share: of the video's frames that are decoded with this one.
+    Attributes:
+        reason: what is wrong with the video, or empty.
+        keep: whether to keep its rows.
     """
 
-    video: Path
-    state: dict
-    frame: int
-    seconds: float
-    pixel_values: torch.Tensor
-    share: float
+    def __init__(self, job: EmbedJob, part: VideoPart):
+        self.job, self.part = job, part
+        self.file: VideoFile | None = None
+        self.reason, self.keep = "", True
+        self.number, self.frames_before = 0, 0  # of the segment whose rows are written; of those before it
+        self.rows: list[list[EmbeddedFrame]] = [[] for _ in range(part.count)]  # that wait for those before
+        self.ends: dict[int, PartEnd] = {}
+        self.reached = [0] * part.count
+
+    @property
+    def share(self) -> float:
+        """Of the video's frames, 0 to 1."""
+        return sum(self.reached) / max(self.part.total, *self.reached)
+
+    def add(self, decoded: DecodedFrame, embedded: EmbeddedFrame):
+        """Add a row of any segment."""
+        number = decoded.part.number
+        self.reached[number] = decoded.frame + 1
+        self.rows[number].append(embedded)
+        self._write()
+
+    def end(self, end: PartEnd) -> bool:
+        """Take in the end of a segment; whether all ended."""
+        number = end.part.number
+        self.ends[number], self.reached[number] = end, end.part.segment.frames
+        if not end.keep:
+            self.reason, self.keep = end.reason, False
+        self._write()
+        return len(self.ends) == self.part.count
+
+    def close(self, keep: bool) -> Path | None:
+        """Finish the file, or delete it; its path if there is one."""
+        if self.file is None:
+            return None
+        return self.file.close() if keep else self.file.discard()
+
+    def _write(self):
+        while not self.reason and self.number < self.part.count:
+            for row in self.rows[self.number]:
+                if self.file is None:
+                    metadata = self.job.metadata | {"video": self.part.state}
+                    self.file = VideoFile(self.job.out, row.video, metadata, len(row.embedding), self.job.labels)
+                self.file.add(replace(row, frame=self.frames_before + row.frame))
+            self.rows[self.number] = []
+            end = self.ends.get(self.number)
+            if end is None:
+                return
+            self.reason = end.reason
+            self.frames_before += end.frames
+            self.number += 1
 
 
-@dataclass(frozen=True)
-class VideoEnd:
-    """The end of a video: what is wrong, or nothing; whether to keep its frames; whether there was no such file."""
-
-    video: Path
-    reason: str
-    keep: bool
-    missing: bool
-
-
-def decode_videos(waiting: deque[Path], job: EmbedJob) -> Iterator[DecodedFrame | VideoEnd]:
-    """Decode the videos in a queue, one after the other: the frames of each, and its end."""
-    while True:
-        try:
-            video = waiting.popleft()
-        except IndexError:
-            return
-        state, reason = None, ""
-        try:
-            state = video_state(video)
-            reader = VideoReader(video, every=job.every)
-            for frame in reader:
-                share = (frame.index + 1) / max(reader.frame_count, frame.index + 1)
-                pixel_values = job.preprocess(frame.image, job.model.dtype, job.model.device)
-                yield DecodedFrame(video, state, frame.index, frame.time, pixel_values, share)
-        except Exception as error:  # damaged files raise all kinds of errors
-            reason = " ".join(str(error).split()) or type(error).__name__
-        keep = True
-        with contextlib.suppress(OSError):  # deleted just now
-            if state is not None and not video.exists():
-                reason = f"{video} was deleted while it was read; the frames before are kept"
-            elif state is not None and video_state(video) != state:
-                reason, keep = f"{video} changed while it was read; the next run reads it again", False
-        yield VideoEnd(video, reason, keep, missing=state is None)
-
-
-def encode_rows(
-    rows: Sequence[Iterator[DecodedFrame | VideoEnd]], job: EmbedJob, stream: NeuroFlowStream
-) -> Iterator[tuple[DecodedFrame, EmbeddedFrame] | VideoEnd]:
+def encode_streams(
+    decoded: Sequence[Iterator[DecodedFrame | PartEnd]], job: EmbedJob
+) -> Iterator[tuple[DecodedFrame, EmbeddedFrame] | PartEnd]:
     """
-    Encode one frame of each row per call, until no row has any. A row is a stream, which restarts after a video's end.
-
-    Args:
-        rows: of `decode_videos`.
-        job: what is done to the videos.
-        stream: new, of as many streams as there are rows.
-
-    Yields:
-        Each frame, and each video's end.
+    Encode one frame of each source per call, until none has any. Each source, of `decode_parts`, has a stream, which
+    restarts after a segment's end. Yields each frame, numbered as in its segment, and each segment's end.
     """
     interpolate = job.preprocess.resolution != job.model.config.image_size
+    stream = job.model.new_stream(len(decoded), **job.gate_options)
     while True:
-        decoded: list[DecodedFrame | None] = []
-        for place, row in enumerate(rows):
-            item = next(row, None)
-            while isinstance(item, VideoEnd):
+        frames: list[DecodedFrame] = []
+        going = []
+        for place, source in enumerate(decoded):
+            item = next(source, None)
+            while isinstance(item, PartEnd):
                 yield item
                 stream.reset(place)
-                item = next(row, None)
-            decoded.append(item)
-        going = [place for place, item in enumerate(decoded) if item is not None]
+                item = next(source, None)
+            if item is not None:
+                going.append(place)
+                frames.append(item)
         if not going:
             return
-        if len(going) < len(rows):
+        if len(going) < len(decoded):
             stream.keep(going)
-            rows = [rows[place] for place in going]
-        frames = [item for item in decoded if item is not None]
+            decoded = [decoded[place] for place in going]
         with torch.inference_mode():
             pixel_values = torch.cat([frame.pixel_values for frame in frames])
             output = job.model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate, stream=stream)
         embeddings = output.pooler_output.float().cpu()
         keyframes = output.active_mask.flatten(1).all(dim=1).tolist()
         for frame, embedding, cost, keyframe in zip(frames, embeddings, output.cost.tolist(), keyframes, strict=True):
-            yield frame, EmbeddedFrame(frame.video, frame.frame, frame.seconds, embedding, cost, keyframe)
+            yield frame, EmbeddedFrame(frame.part.video, frame.frame, frame.seconds, embedding, cost, keyframe)

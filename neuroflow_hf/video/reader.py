@@ -61,11 +61,11 @@ def labelled_clip() -> Path:
 
 
 class VideoError(ValueError):
-    """The file cannot be used as a video. The message names the file, what was expected and what to do."""
+    """The file cannot be used as a video."""
 
 
 class DamagedVideoError(VideoError):
-    """The file is cut short. Raised after all frames before the cut; the message says where the cut is."""
+    """The file is cut short. Raised after all frames before the cut."""
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -85,6 +85,24 @@ class Frame:
     index: int
     time: float
     image: np.ndarray
+
+
+@dataclass(frozen=True)
+class Segment:
+    """
+    A part of a video that can be decoded without the parts before it.
+
+    Attributes:
+        frames: number of its frames, failed ones included.
+        begin: time stamp of its first frame, a keyframe of the file; None for the video's beginning.
+        end: time stamp of the first frame after it; None for the video's end.
+        before: time stamp of the last frame before it.
+    """
+
+    frames: int
+    begin: int | None = None
+    end: int | None = None
+    before: int | None = None
 
 
 class VideoReader:
@@ -112,6 +130,7 @@ class VideoReader:
         width, height: size of the frames in pixels.
         fps: frames a second on average, as the file states or its first frames suggest; None if unknown.
         failed_frames: number of frames left out of the last iteration.
+        decoded_frames: number of frames decoded in the last iteration, whether it gave them or not.
 
     A cut is noticed where a packet is incomplete, and where an MP4, Matroska, WebM or AVI file has fewer bytes than it
     says. In MPEG-TS, GIF and fragmented MP4, a cut can pass for the end. Changed bytes that still decode pass for a
@@ -137,19 +156,19 @@ class VideoReader:
     ):
         """Check the arguments, open the file once and read its properties."""
         if start < 0:
-            raise ValueError(f"start must be 0 or more, got {start}")
+            raise ValueError(f"`start` is {start}; expected a number of frames, 0 or more.")
         if stride < 1:
-            raise ValueError(f"stride must be 1 or more, got {stride}")
+            raise ValueError(f"`stride` is {stride}; expected a number of frames, 1 or more.")
         if max_frames is not None and max_frames < 1:
-            raise ValueError(f"max_frames must be 1 or more, or None for all, got {max_frames}")
+            raise ValueError(f"`max_frames` is {max_frames}; expected 1 or more, or None for all.")
         if every is not None and not 0 < every < math.inf:
-            raise ValueError(f"every must be a number of seconds above 0, or None for all frames, got {every}")
+            raise ValueError(f"`every` is {every}; expected a number of seconds above 0, or None for all frames.")
         self.path = Path(path)
         self.every = every
         self.start = start
         self.stride = stride
         self.max_frames = max_frames
-        self.failed_frames = 0
+        self.failed_frames = self.decoded_frames = 0
         with _open(self.path) as (container, stream):
             rate = stream.average_rate or stream.guessed_rate
             self.fps = float(rate) if rate else None
@@ -157,67 +176,122 @@ class VideoReader:
                 frame = next(frame for frame in _decode(container, stream, self.path) if frame is not None)
             except (StopIteration, EOFError) as error:
                 raise VideoError(
-                    f"{self.path}: no frame can be decoded. The file is damaged, or of a kind that FFmpeg's decoder "
-                    f"{stream.codec_context.name!r} does not know, such as animated WebP; re-encode it"
+                    f"{self.path}: no frame can be decoded. The file is damaged, or FFmpeg's decoder "
+                    f"{stream.codec_context.name!r} does not support it, as with animated WebP. Re-encode it."
                 ) from error
+            self.first_stamp, self.unit = frame.pts, stream.time_base
             self.height, self.width = shown(frame, self.path).shape[:2]
 
     @functools.cached_property
     def frame_count(self) -> int:
         """Number of frames in the file, counted without decoding; failed frames are counted, too."""
-        return self._count(None)
+        return len(self._stamps(None)[0])
 
     @functools.cached_property
     def expected_frames(self) -> int:
         """Number of frames that an iteration should yield with `start`, `stride` and `max_frames`, without `every`."""
         end = None if self.max_frames is None else self.start + (self.max_frames - 1) * self.stride + 1
-        return len(range(self.start, self._count(end), self.stride))
+        return len(range(self.start, len(self._stamps(end)[0]), self.stride))
 
-    def _count(self, end: int | None) -> int:
-        """Number of the file's packets with a frame, at most `end`: headers state none, or those of another track."""
-        count = 0
+    def _stamps(self, end: int | None) -> tuple[list[int | None], set[int | None], bool]:
+        """
+        Time stamps of the file's frames in the order of decoding, at most `end`; those of keyframes; and whether the
+        file is whole. Packets are counted, since headers state no number, or that of another track.
+        """
+        stamps: list[int | None] = []
+        keyframes: set[int | None] = set()
         with contextlib.suppress(av.FFmpegError, EOFError, OSError), _open(self.path) as (container, stream):
             for packet in itertools.islice(_packets(container, stream, self.path), end):
-                count += not packet.is_discard
-        return count
+                if not packet.is_discard:
+                    stamps.append(packet.pts)
+                    if packet.is_keyframe:
+                        keyframes.add(packet.pts)
+            return stamps, keyframes, True
+        return stamps, keyframes, False
+
+    def segments(self, least: int) -> list[Segment]:
+        """
+        Cut the file into segments of at least `least` frames (with `every`: intervals), for `read`. It is cut where a
+        keyframe of the file is found by its time stamp. A file is one segment if it is cut short, if time stamps are
+        missing or repeated, or if a keyframe is not found.
+        """
+        stamps, keyframes, whole = self._stamps(None)
+        self.frame_count = len(stamps)
+        if not whole or None in (*stamps, self.first_stamp) or len(set(stamps)) < len(stamps):
+            return [Segment(len(stamps))]
+        stamps.sort()
+        cuts = [0]
+        with _open(self.path) as (container, stream):
+            for place in range(1, len(stamps)):
+                last, stamp, rows = cuts[-1], stamps[place], place - cuts[-1]
+                if self.every is not None:
+                    rows = min(rows, float((stamp - stamps[last]) * self.unit) / self.every)
+                if rows >= least and stamp in keyframes:
+                    frame = _seek(container, stream, self.path, stamp)
+                    if frame is None or frame.pts != stamp:
+                        return [Segment(len(stamps))]
+                    cuts.append(place)
+        begins = [None, *(stamps[place] for place in cuts[1:])]
+        befores = [None, *(stamps[place - 1] for place in cuts[1:])]
+        lengths = np.diff([*cuts, len(stamps)]).tolist()
+        return [Segment(*values) for values in zip(lengths, begins, [*begins[1:], None], befores, strict=True)]
 
     def __iter__(self) -> Iterator[Frame]:
         """Decode from the beginning and yield the selected frames."""
-        self.failed_frames = given = decoded = 0
+        return self.read(Segment(0))
+
+    def read(self, segment: Segment) -> Iterator[Frame]:
+        """Decode one of `segments` and yield its selected frames, which are numbered from the segment's beginning."""
+        self.failed_frames = self.decoded_frames = given = 0
         time, interval = 0.0, -1
         try:
             with _open(self.path) as (container, stream):
                 clock = _Clock(container, stream)
+                if segment.begin is not None:
+                    clock.offset = -self.first_stamp * self.unit
+                    interval = self._interval(clock.time(segment.before))
+                    container.seek(segment.begin, stream=stream)
                 for frame in _decode(container, stream, self.path):
                     if frame is None:
-                        self.failed_frames += 1
+                        self.failed_frames += segment.begin is None or self.decoded_frames > 0
                         continue
-                    time = clock.time(frame.pts)
-                    # a millionth of an interval, for times that are rounded
-                    due = decoded if self.every is None else math.floor(time / self.every + 1e-6)
-                    if decoded >= self.start and (decoded - self.start) % self.stride == 0 and due > interval:
+                    if segment.begin is not None and frame.pts < segment.begin:
+                        continue  # shown before the keyframe: it belongs to the segment before
+                    if segment.end is not None and frame.pts >= segment.end:
+                        return
+                    time, index = clock.time(frame.pts), self.decoded_frames
+                    self.decoded_frames += 1
+                    due = index if self.every is None else self._interval(time)
+                    if index >= self.start and (index - self.start) % self.stride == 0 and due > interval:
                         interval = due
                         image = shown(frame, self.path)
                         height, width = image.shape[:2]
                         if (height, width) != (self.height, self.width):
                             raise VideoError(
-                                f"{self.path}: frame {decoded} ({time:.2f} s) is {width}x{height}, those before it are"
-                                f" {self.width}x{self.height}; all must have one size: re-encode the file"
+                                f"{self.path}: the frame at {time:.2f} s is {width}x{height}, those before it are "
+                                f"{self.width}x{self.height}; expected frames of one size. Re-encode the file."
                             )
-                        yield Frame(decoded, time, image)
+                        yield Frame(index, time, image)
                         given += 1
                         if given == self.max_frames:
                             return
-                    decoded += 1
         except EOFError as cut:
-            message = f"{self.path}: the file is cut short after frame {decoded - 1} ({time:.2f} s): {cut}"
-            raise DamagedVideoError(message) from cut
+            raise DamagedVideoError(
+                f"{self.path}: the file is cut short after frame {self.decoded_frames - 1} ({time:.2f} s): {cut}."
+            ) from cut
         finally:
             if self.failed_frames:
                 message = f"{self.path}: {self.failed_frames} of its frames cannot be decoded and are left out."
                 warnings.warn(message, stacklevel=2)
-        if decoded <= self.start:
-            raise VideoError(f"{self.path}: start={self.start} is past the end: the file has {decoded} frames")
+        if self.decoded_frames <= self.start and segment.begin is None:
+            frames = self.decoded_frames
+            raise VideoError(
+                f"{self.path}: `start` is {self.start}; expected less than {frames}, its number of frames."
+            )
+
+    def _interval(self, time: float) -> int:
+        """The number of the interval of `every` seconds that a time lies in."""
+        return -1 if self.every is None else math.floor(time / self.every + 1e-6)  # times are rounded
 
 
 def read_frames(
@@ -238,16 +312,26 @@ def frame_at(path: str | Path, index: int, seconds: float) -> Frame:
         seconds: the frame's `time`.
     """
     path = Path(path)
-    with _open(path) as (container, stream), contextlib.suppress(EOFError, av.FFmpegError, StopIteration):
-        first = next(frame for frame in _decode(container, stream, path) if frame is not None)
-        if first.pts is not None and container.format.name != "avi":
-            sought = first.pts + round(seconds / stream.time_base)
-            container.seek(sought, stream=stream)
-            frames = (frame for frame in _decode(container, stream, path) if frame is not None)
-            frame = next(frame for frame in frames if frame.pts is not None and frame.pts >= sought)
-            if frame.pts == sought:
+    first_stamp = VideoReader(path).first_stamp
+    with _open(path) as (container, stream):
+        if first_stamp is not None:
+            sought = first_stamp + round(seconds / stream.time_base)
+            frame = _seek(container, stream, path, sought)
+            if frame is not None and frame.pts == sought:
                 return Frame(index, seconds, shown(frame, path))
     return next(iter(VideoReader(path, start=index, max_frames=1)))
+
+
+def _seek(container: Any, stream: Any, path: Path, stamp: int) -> av.VideoFrame | None:
+    """The first frame at or after a time stamp, by a seek; None if there is none, and in AVI, which has no times."""
+    if container.format.name == "avi":
+        return None
+    with contextlib.suppress(EOFError, av.FFmpegError):
+        container.seek(stamp, stream=stream)
+        for frame in _decode(container, stream, path):
+            if frame is not None and frame.pts is not None and frame.pts >= stamp:
+                return frame
+    return None
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -264,11 +348,11 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
     if not path.exists():
         if re.match(r"\w{2,}:/", str(path)):
             raise FileNotFoundError(
-                f"{path} is no video file; URLs are not opened: record to a file first, or pass frames of your own to "
-                "the model's `stream_frames`"
+                f"{path} is a URL, and URLs are not opened; expected a file. Record to a file, or pass frames to the "
+                "model's `stream_frames`."
             )
-        raise FileNotFoundError(f"no such video file: {path}")
-    advice = "expected a video file that FFmpeg decodes, such as .mp4, .mkv, .webm or .avi"
+        raise FileNotFoundError(f"There is no video file {path}.")
+    advice = "expected a video file that FFmpeg decodes, such as .mp4, .mkv, .webm or .avi."
     if not path.is_file():
         raise VideoError(f"{path} is a {'directory' if path.is_dir() else 'device or pipe'}; {advice}")
     if path.stat().st_size == 0:
@@ -285,7 +369,7 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
             raise VideoError(f"{path} has no video in it (read as {container.format.long_name}); {advice}")
         stream = streams[0]
         if stream.codec_context is None:
-            raise VideoError(f"{path}: there is no decoder for its video; re-encode it, for example as H.264")
+            raise VideoError(f"{path}: FFmpeg has no decoder for its video. Re-encode it, for example as H.264.")
         # Threads that decode whole frames would go on while a forward is timed, and report failures late or never.
         stream.thread_type = "SLICE"
         yield container, stream
@@ -387,8 +471,8 @@ def shown(frame: av.VideoFrame, path: Path) -> np.ndarray:
     (x, y), rest = ((c, b), (a, d)) if swapped else ((a, d), (b, c))
     if max(map(abs, rest)) > 0.02 * max(abs(x), abs(y)):  # about a degree
         raise VideoError(
-            f"{path}: the file asks for a rotation by {frame.rotation} degrees; only multiples of 90 are supported: "
-            "re-encode it upright"
+            f"{path}: the file asks for a rotation by {frame.rotation} degrees; expected a multiple of 90. Re-encode "
+            "it upright."
         )
     image = frame.to_ndarray(format="rgb24")
     if swapped:

@@ -267,7 +267,7 @@ def test_machines_that_see_other_folders_end_the_run(embed, folder, tmp_path, mo
     def not_there(video):
         raise FileNotFoundError(f"No such file: {video}")
 
-    monkeypatch.setattr("neuroflow_hf.archive.job.video_state", not_there)
+    monkeypatch.setattr("neuroflow_hf.archive.decode.video_state", not_there)
     with pytest.raises(FileNotFoundError, match=r"10\.0\.0\.7 does not see .*/middle\.mkv"):
         embed(tmp_path, Calls())
     shutil.copytree(folder, tmp_path / "videos")

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from neuroflow_hf.archive import dataset
 from neuroflow_hf.archive.dataset import file_of, read_metadata
 from neuroflow_hf.archive.embed import embed_videos, video_paths
 from neuroflow_hf.utils.provenance import fingerprint
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     (folder / "more").mkdir()
     for place, frames in enumerate(FRAMES):
-        write_clip(folder / ("more" if place == 3 else "") / f"video{place}.mkv", frames)
+        write_clip(folder / ("more" if place == 3 else "") / f"video{place}.mkv", frames, keyframe_interval=4)
     return folder
 
 
@@ -71,22 +72,43 @@ def whole(embed, tmp_path_factory):
 
 
 @pytest.mark.parametrize("streams", [1, 3])
-def test_a_video_does_not_depend_on_those_beside_it(embed, vision64, folder, tmp_path, streams):
+@pytest.mark.parametrize("segment_rows", [4, 256])
+def test_a_row_depends_on_its_segment_alone(embed, vision64, folder, tmp_path, monkeypatch, streams, segment_rows):
+    monkeypatch.setattr(dataset, "SEGMENT_ROWS", segment_rows)
     result = embed(tmp_path, streams=streams)
     assert (result.videos, result.kept, result.embedded, result.failures) == (4, 0, 4, {})
     found, seen = rows(tmp_path), 0
     for video in video_paths([folder]):
         frames = list(VideoReader(video))
-        pixel_values = [Preprocessor(resolution=24)(frame.image, torch.float64) for frame in frames]
-        with torch.no_grad():
-            for frame, output in zip(frames, vision64.stream_frames(pixel_values, **GATE), strict=True):
-                row = found[str(video), frame.index]
-                expected = output.pooler_output[0].half().tolist()
-                np.testing.assert_allclose(row["embedding"], expected, rtol=1e-3, atol=1e-6)
-                assert row["cost"] == output.cost.item() and row["keyframe"] == bool(output.active_mask.all())
-                assert row["seconds"] == frame.time
-                seen += 1
+        stored = pq.read_table(file_of(tmp_path, video))["frame"].to_pylist()
+        assert stored == [frame.index for frame in frames]
+        for begin in range(0, len(frames), segment_rows):
+            part = frames[begin : begin + segment_rows]
+            pixel_values = [Preprocessor(resolution=24)(frame.image, torch.float64) for frame in part]
+            with torch.no_grad():
+                for frame, output in zip(part, vision64.stream_frames(pixel_values, **GATE), strict=True):
+                    row = found[str(video), frame.index]
+                    expected = output.pooler_output[0].half().tolist()
+                    np.testing.assert_allclose(row["embedding"], expected, rtol=1e-3, atol=1e-6)
+                    assert row["cost"] == output.cost.item() and row["keyframe"] == bool(output.active_mask.all())
+                    assert row["seconds"] == frame.time
+                    seen += 1
     assert seen == len(found) == sum(FRAMES) and {row["keyframe"] for row in found.values()} == {True, False}
+
+
+def test_after_a_segment_with_an_error_come_no_more_rows(embed, folder, tmp_path, monkeypatch):
+    def broken(self, segment):
+        for frame in whole(self, segment):
+            if segment.begin is not None and frame.index == 2:
+                raise ValueError(f"broken at {frame.time}")
+            yield frame
+
+    whole = VideoReader.read
+    monkeypatch.setattr(VideoReader, "read", broken)
+    monkeypatch.setattr(dataset, "SEGMENT_ROWS", 4)
+    result = embed(tmp_path, [folder / "video1.mkv"])
+    assert result.failures == {str(folder / "video1.mkv"): "broken at 0.6"}  # the first of two
+    assert sorted(frame for _, frame in rows(tmp_path)) == list(range(6))
 
 
 def embed_and_die(folder, out, steps):
@@ -101,7 +123,10 @@ def embed_and_die(folder, out, steps):
         if next(left, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    embed_videos(video_paths([folder]), model, Preprocessor(resolution=24), out, GATE, streams=2, on_step=on_step)
+    videos = video_paths([folder])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "SEGMENT_ROWS", 4)
+        embed_videos(videos, model, Preprocessor(resolution=24), out, GATE, streams=2, on_step=on_step)
 
 
 def test_after_kills_nothing_is_lost_and_nothing_twice(folder, tmp_path):
@@ -174,7 +199,7 @@ def test_videos_that_change_or_vanish_meanwhile_are_listed_and_the_rest_goes_on(
     reasons = {Path(video).stem: reason for video, reason in result.failures.items()}
     assert reasons.keys() == {"a", "b", "c"} and result.embedded == 2 and not result.interrupted
     assert "changed while it was read" in reasons["a"] and "was deleted while it was read" in reasons["b"]
-    assert "no such" in reasons["c"].lower()
+    assert "There is no video file" in reasons["c"] or "No such file" in reasons["c"]
     assert not file_of(out, paths["a"]).exists() and len(pq.read_table(file_of(out, paths["b"]))) == 50
     assert {path.suffix for path in out.iterdir()} == {".parquet", ".jsonl"}
     again = embed(out, [paths["a"], paths["d"]])

@@ -515,7 +515,7 @@ def test_the_command_watches_files(stock_vision, tmp_path):
         "cannot be written": (clips[0], "--overlay", tmp_path / "none" / "a.mp4"),
         "is no address": (clips[0], "--overlay", overlay, "--webhook", "ftp://a"),
         "is no camera": ("ftp://me:secret@camera/a", "--overlay", overlay),
-        "no such video file": (tmp_path / "none.mkv", "--overlay", overlay),
+        "no video file": (tmp_path / "none.mkv", "--overlay", overlay),
     }.items():
         refused = call("watch", *arguments, "--model", model)
         assert refused.exit_code == 2 and words in refused.stderr and "secret" not in refused.stderr, refused.output

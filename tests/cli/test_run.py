@@ -34,12 +34,13 @@ PROCESSOR = {
 ALL_FILES = {"frames.jsonl", "embeddings.safetensors", "overlay.mp4", "contact_sheet.png", "plot.png", "summary.json"}
 
 
-def write_clip(path, frames, codec="ffv1", options=None):
+def write_clip(path, frames, codec="ffv1", options=None, keyframe_interval=None):
     """A video of 64x48 pixels, 10 frames a second: a bright square moves over noise that stands still."""
     ground = np.random.default_rng(0).integers(0, 160, (48, 64, 3), dtype=np.uint8)
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=10)
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.gop_size = keyframe_interval or stream.gop_size
         for i in range(frames):
             image = ground.copy()
             image[16:28, 2 * i % 52 : 2 * i % 52 + 12] = 255

@@ -1,0 +1,147 @@
+"""Decode videos in threads: each takes one segment of a video after the other."""
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..video.preprocess import Preprocessor
+from ..video.reader import Segment, VideoReader
+from . import dataset
+from .dataset import video_state
+
+
+@dataclass(frozen=True, eq=False)
+class VideoPart:
+    """
+    A segment of a video.
+
+    Args:
+        video: the file.
+        state: its `video_state` before it was opened; None if there is no such file.
+        reader: None for a video that cannot be read.
+        segment: to decode.
+        number, count: of this segment, from 0, and of all segments of the video.
+        total: number of frames of the video.
+        reason: why it cannot be read.
+    """
+
+    video: Path
+    state: dict | None
+    reader: VideoReader | None
+    segment: Segment
+    number: int = 0
+    count: int = 1
+    total: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedFrame:
+    """
+    One frame of a video.
+
+    Args:
+        part: where it belongs.
+        frame: its number in the segment, from 0.
+        seconds: since the video's first frame.
+        pixel_values: [1, C, R, R].
+    """
+
+    part: VideoPart
+    frame: int
+    seconds: float
+    pixel_values: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PartEnd:
+    """The end of a segment: its number of decoded frames, what is wrong or nothing, and whether to keep its video."""
+
+    part: VideoPart
+    frames: int
+    reason: str
+    keep: bool
+
+
+class PartQueue:
+    """
+    Gives several threads the segments of videos, in order.
+
+    Args:
+        waiting: the videos, which others may take from and add to.
+        every: as in `VideoReader`.
+    """
+
+    def __init__(self, waiting: deque[Path], every: float | None):
+        self.waiting, self.every = waiting, every
+        self.parts: deque[VideoPart] = deque()
+        self.opening = 0  # threads that open a video, which may have segments for all
+        self.changed = threading.Condition()
+
+    def take(self) -> VideoPart | None:
+        """The next segment; None if there is none."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.parts or self.waiting or not self.opening)
+                if self.parts:
+                    return self.parts.popleft()
+                try:
+                    video = self.waiting.popleft()
+                except IndexError:
+                    if not self.opening:
+                        return None
+                    continue
+                self.opening += 1
+            parts = cut_video(video, self.every)
+            with self.changed:
+                self.parts.extend(parts)
+                self.opening -= 1
+                self.changed.notify_all()
+
+
+def cut_video(video: Path, every: float | None) -> list[VideoPart]:
+    """The segments of a video. One that cannot be read is one part, with the reason."""
+    state = None
+    try:
+        state = video_state(video)
+        reader = VideoReader(video, every=every)
+        segments = reader.segments(dataset.SEGMENT_ROWS)
+    except Exception as error:  # damaged files raise all kinds of errors
+        return [VideoPart(video, state, None, Segment(0), reason=in_one_line(error))]
+    return [
+        VideoPart(video, state, copy(reader), segment, number, len(segments), reader.frame_count)
+        for number, segment in enumerate(segments)
+    ]
+
+
+def decode_parts(
+    queue: PartQueue, preprocess: Preprocessor, model: torch.nn.Module
+) -> Iterator[DecodedFrame | PartEnd]:
+    """Decode segments, one after the other: the frames of each, and its end."""
+    while (part := queue.take()) is not None:
+        reason, keep, frames = part.reason, True, 0
+        if part.reader is not None:
+            try:
+                for frame in part.reader.read(part.segment):
+                    pixel_values = preprocess(frame.image, model.dtype, model.device)
+                    yield DecodedFrame(part, frame.index, frame.time, pixel_values)
+            except Exception as error:
+                reason = in_one_line(error)
+            frames = part.reader.decoded_frames
+        with contextlib.suppress(OSError):  # deleted just now
+            if part.state is not None and not part.video.exists():
+                reason = f"{part.video} was deleted while it was read; the frames before are kept."
+            elif part.state is not None and video_state(part.video) != part.state:
+                reason, keep = f"{part.video} changed while it was read; the next run reads it again.", False
+        yield PartEnd(part, frames, reason, keep)
+
+
+def in_one_line(error: Exception) -> str:
+    """The message of an error."""
+    return " ".join(str(error).split()) or type(error).__name__
