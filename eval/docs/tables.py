@@ -414,8 +414,15 @@ def headline_table(report: dict) -> str:
     def figure(name: str, form: str) -> Callable:
         return lambda row: "" if row.get(name) is None else format(row[name], form)
 
+    several = [int(side) for side, clips in report.get("clips", {}).items() if len(clips) > 2]
+
     def hold(row: dict) -> str:
-        return f"{row['hold_mean']:.4f}, {row['hold_p5']:.4f}" if row["activity"] and "hold_mean" in row else ""
+        if not row["activity"] or "hold_mean" not in row:
+            return ""
+        above = row.get("above_hold") if row["side"] in several else None
+        return f"{row['hold_mean']:.4f}, {row['hold_p5']:.4f}" + (
+            "; {:+.3f} to {:+.3f}".format(*above) if above else ""
+        )
 
     columns = {
         "pixels": "{side}",
@@ -427,9 +434,34 @@ def headline_table(report: dict) -> str:
         "mean": figure("mean", ".4f"),
         "p5": figure("p5", ".4f"),
         "top-1": figure("top1", ".1%"),
-        "hold at equal cost: mean, p5": hold,
+        "hold at equal cost: mean, p5; difference to it": hold,
     }
     return table(report["rows"], columns)
+
+
+def stretch_table(report: dict) -> str:
+    """The error of sparse frames as a share of the repeated keyframe's, by the stretch of the position embeddings."""
+    by_place = {(row["method"], row["activity"], row["side"]): row["mean"] for row in report["rows"]}
+    sides = sorted({row["side"] for row in report["rows"]})
+
+    def share(side: int) -> Callable:
+        def cell(row: tuple) -> str:
+            mean = by_place.get((*row, side))
+            return "" if mean is None else f"{(1 - mean) / (1 - by_place['keyframe repeated', '', side]):.2f}"
+
+        return cell
+
+    methods = (
+        "eliminate",
+        "eliminate with summary",
+        "reconstruct",
+        "reconstruct with summary",
+        "context",
+        "extrapolate",
+    )
+    rows = [(method, activity) for activity in ("97% skipped", "own activity") for method in methods]
+    columns: dict = {"method": "{}", "patches encoded": lambda row: "3%" if "97%" in row[1] else "own"}
+    return table(rows, columns | {f"{side // sides[0]}x ({side})": share(side) for side in sides})
 
 
 def headline_variants_table(report: dict) -> str:
@@ -437,7 +469,7 @@ def headline_variants_table(report: dict) -> str:
     trivial = ("dense", "keyframe repeated")
     rows = [row for row in report["rows"] if row["method"] in trivial or "distilled" in row["method"]]
     rows += [row for row in report["rows"] if row["method"] == "dense of published"]
-    return headline_table({"rows": rows}) + "\n\n`{command}`, in commit `{commit:.7}`.".format(**report)
+    return headline_table({**report, "rows": rows}) + "\n\n`{command}`, in commit `{commit:.7}`.".format(**report)
 
 
 def adapters_table(*reports: dict) -> str:
@@ -779,6 +811,7 @@ BLOCKS = {
     "search": (search_table, "benchmark_search"),
     "embed": (throughput_table, "embed_throughput"),
     "headline": (headline_table, "headline"),
+    "stretch": (stretch_table, "headline"),
     "headline variants": (headline_variants_table, "headline_variants"),
     "adapters": (adapters_table, "distill_reconstruct", "distill_extrapolate"),
     "held-out": (held_out_table, "distill_reconstruct"),

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from eval.docs.tables import headline_table
 from eval.report import RESULTS, provenance, publish, rounded
 from eval.vision import composed_bench
+from neuroflow_hf.evaluation.statistics import mean_interval
 from neuroflow_hf.utils.jobs import timed
 from neuroflow_hf.utils.provenance import checkout_commit, fingerprint, key_of, model_version
 from neuroflow_hf.vision.adapter_files import read_adapter
@@ -290,6 +291,9 @@ def rows_of(bench: Bench, side: int, measured: list[dict[str, np.ndarray]]) -> I
             ]
             row["hold_mean"] = float(np.concatenate(holds).mean())
             row["hold_p5"] = float(np.quantile(np.concatenate(holds), 0.05))
+            row["above_hold"] = mean_interval(
+                [ours.mean() - hold.mean() for ours, hold in zip(found, holds, strict=True)]
+            )
         return row
 
     every_dense = [clip["dense||embeddings"] for clip in measured]

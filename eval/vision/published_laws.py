@@ -258,21 +258,24 @@ def less(values: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> list[np.
 # --- laws ------------------------------------------------------------------------------------------------------------
 
 
-def clear_of(found: Estimate, level: float = 0.0) -> tuple[bool, bool]:
-    """Whether the interval is above a level, and whether it is below."""
-    return found.known and found.low > level, found.known and found.high < level
+def above(found: Estimate, level: float = 0.0) -> tuple[str, bool, bool]:
+    """Rule and decision: whether the interval is above a level, and whether it is below."""
+    rule = f"holds if the interval is above {level:g}, does not hold if it is below"
+    return rule, found.known and found.low > level, found.known and found.high < level
 
 
-def within(found: Estimate, middle: float, reach: float) -> tuple[bool, bool]:
-    """Whether the interval lies within `middle` plus or minus `reach`, and whether it lies outside."""
+def within(found: Estimate, middle: float, reach: float) -> tuple[str, bool, bool]:
+    """Rule and decision: whether the interval lies within `middle` plus or minus `reach`, and whether outside."""
     low, high = middle - reach, middle + reach
     inside = found.known and low <= found.low and found.high <= high
-    return inside, found.known and (found.high < low or found.low > high)
+    rule = f"holds if the interval lies within {reach:g} of {middle:g}, does not hold if outside"
+    return rule, inside, found.known and (found.high < low or found.low > high)
 
 
-def law(claim: str, rule: str, measured: str, decided: tuple[bool, bool], baseline: str) -> dict:
-    """A law with its verdict and the baseline's figure. `decided`: whether it holds, and whether it does not."""
-    return {**finding(claim, rule, measured, *decided), "control": baseline}
+def law(claim: str, decided: tuple[str, bool, bool], measured: str, baseline: str) -> dict:
+    """A law with its rule and verdict, as of `above` or `within`, and the baseline's figure."""
+    rule, holds, fails = decided
+    return {**finding(claim, rule, measured, holds, fails), "control": baseline}
 
 
 def findings(measured: Measured) -> list[dict]:
@@ -284,7 +287,7 @@ def findings(measured: Measured) -> list[dict]:
 
 
 def saturation(measured: Measured) -> list[dict]:
-    """Whether accuracy and fidelity hardly depend on how much is skipped."""
+    """Whether accuracy and fidelity hardly depend on how much is skipped; unknown if two settings skip as much."""
     skips = {f"ema {threshold:g}": over_clips(measured, f"ema {threshold:g}: skip") for threshold in THRESHOLDS}
     least, most = (
         min(skips, key=lambda setting: abs(skips[setting] - published))
@@ -294,24 +297,16 @@ def saturation(measured: Measured) -> list[dict]:
         mean(less(each(measured, figure, most), each(measured, figure, least))) for figure in (right, loss)
     )
     first = mean(less(each(measured, right, FIRST), each(measured, right, most)))
-    where = f"{least}: {skips[least]:.1%} skipped, {most}: {skips[most]:.1%}"
+    where = f"({least}: {skips[least]:.1%} skipped, {most}: {skips[most]:.1%})"
     baseline = f"first frame repeated, 100% skipped: {shown(first, '{:+.2f}', 100)} points to {most}"
-    apart, unknown = "unknown if both are one setting", (False, False)
+    decided = [within(found, 0, level) for found, level in ((top1, LEVEL_TOP1), (fidelity, LEVEL_COSINE))]
+    if least == most:
+        decided = [(rule, False, False) for rule, *_ in decided]
+    top1_claim = "accuracy hardly depends on the skip rate (69.6 / 70.45 / 71.55% at 55.5 / 66.3 / 84.0% skip)"
+    points = f"{shown(top1, '{:+.2f}', 100)} points of top-1 {where}"
     return [
-        law(
-            "accuracy hardly depends on the skip rate (69.6 / 70.45 / 71.55% at 55.5 / 66.3 / 84.0% skip)",
-            f"holds if the interval of the difference lies within {LEVEL_TOP1:.0%}, not if outside; {apart}",
-            f"{shown(top1, '{:+.2f}', 100)} points of top-1 ({where})",
-            unknown if least == most else within(top1, 0, LEVEL_TOP1),
-            baseline,
-        ),
-        law(
-            "fidelity hardly depends on the skip rate",
-            f"holds if the interval of the difference of `1 - cos` is within {LEVEL_COSINE}, not if outside; {apart}",
-            f"{shown(fidelity, '{:+.4f}')} ({where})",
-            unknown if least == most else within(fidelity, 0, LEVEL_COSINE),
-            baseline,
-        ),
+        law(top1_claim, decided[0], points, baseline),
+        law("fidelity hardly depends on the skip rate", decided[1], f"{shown(fidelity, '{:+.4f}')} {where}", baseline),
     ]
 
 
@@ -321,8 +316,7 @@ def displacement(measured: Measured) -> list[dict]:
     staying = [one for one in measured if one[0] in STAYING]
     if not travelling or not staying:
         return []
-    moved = [one for one in measured if one[0] in (*TRAVELLING, *STAYING)]
-    distances = [figures["travelled"][1:] for _, figures in moved]
+    distances = [figures["travelled"][1:] for _, figures in (*travelling, *staying)]
 
     def points_lost(some: Measured, setting: str) -> list[np.ndarray]:
         return less(each(some, right, "dense"), each(some, right, setting))
@@ -333,30 +327,28 @@ def displacement(measured: Measured) -> list[dict]:
     error, error_first = (
         difference(each(travelling, loss, setting), each(staying, loss, setting)) for setting in (MEMORY, FIRST)
     )
-    rank, rank_first = (correlation(distances, each(moved, loss, setting)) for setting in (MEMORY, FIRST))
-    groups = f"{', '.join(TRAVELLING)} to {', '.join(STAYING)}"
-    rule = "holds if the interval is above 0, does not hold if it is below"
+    rank, rank_first = (
+        correlation(distances, each((*travelling, *staying), loss, setting)) for setting in (MEMORY, FIRST)
+    )
+    groups, first = f"({', '.join(TRAVELLING)} to {', '.join(STAYING)})", "first frame repeated:"
     return [
         law(
             "accuracy is lost where things travel across the frame (published: 29 to 43 points)",
-            rule,
-            f"{shown(points, '{:+.1f}', 100)} points more lost ({groups})",
-            clear_of(points),
-            f"first frame repeated: {shown(points_first, '{:+.1f}', 100)} points",
+            above(points),
+            f"{shown(points, '{:+.1f}', 100)} points more lost {groups}",
+            f"{first} {shown(points_first, '{:+.1f}', 100)} points",
         ),
         law(
             "fidelity is lost where things travel across the frame",
-            rule,
-            f"{shown(error, '{:+.4f}')} of `1 - cos` ({groups})",
-            clear_of(error),
-            f"first frame repeated: {shown(error_first, '{:+.4f}')}",
+            above(error),
+            f"{shown(error, '{:+.4f}')} of `1 - cos` {groups}",
+            f"{first} {shown(error_first, '{:+.4f}')}",
         ),
         law(
             "the further a thing is from where it was, the more is lost",
-            rule,
+            above(rank),
             f"rank correlation of distance and `1 - cos` {shown(rank, '{:+.2f}')}",
-            clear_of(rank),
-            f"first frame repeated: {shown(rank_first, '{:+.2f}')}",
+            f"{first} {shown(rank_first, '{:+.2f}')}",
         ),
     ]
 
@@ -371,9 +363,8 @@ def entropy_follows_loss(measured: Measured) -> list[dict]:
         found.append(
             law(
                 f"the more the pooling head's entropy differs from dense's, the more is lost ({setting})",
-                "holds if the interval of the rank correlation over frames is above 0, does not hold if below",
+                above(along),
                 f"{shown(along, '{:+.2f}')}; entropy {shown(mean(changes), '{:+.3f}')} nats to dense's",
-                clear_of(along),
                 f"correlation of loss with the share of active patches: {shown(of_share, '{:+.2f}')}",
             )
         )
@@ -382,34 +373,18 @@ def entropy_follows_loss(measured: Measured) -> list[dict]:
 
 def inactive_patches_are_stable(measured: Measured) -> list[dict]:
     """Whether the last layer's features are stable where the gate sees no change."""
-    floor = mean([one["floor"] for _, one in measured])
     rows = [tuple(one["stability"][0]) for _, one in measured if one["stability"][0][1] and one["stability"][0][3]]
     apart = estimate(rows, lambda total: total[:, 0] / total[:, 1] - total[:, 2] / total[:, 3])
-    far = stability_of(measured, 1, "inactive")
+    far, floor = stability_of(measured, 1, "inactive"), mean([one["floor"] for _, one in measured])
     baseline = (
         f"inactive over {FAR} frames: {shown(far, '{:.3f}')}; "
         f"another patch of the same frame: {shown(floor, '{:.3f}')}"
     )
-    found = [
-        law(
-            "the last layer changes less in inactive patches than in active ones",
-            "holds if the interval of the difference of cosines between neighbouring frames is above 0",
-            shown(apart, "{:+.3f}"),
-            clear_of(apart),
-            baseline,
-        )
-    ]
+    claim = "the last layer changes less in inactive patches than in active ones"
+    found = [law(claim, above(apart), shown(apart, "{:+.3f}"), baseline)]
     for kind, published in PUBLISHED_STABILITY.items():
-        value = stability_of(measured, 0, kind)
-        found.append(
-            law(
-                f"{kind} patches' cosine between frames is {published}",
-                f"holds if the interval lies within {LEVEL_STABILITY} of it, does not hold if outside",
-                shown(value, "{:.3f}"),
-                within(value, published, LEVEL_STABILITY),
-                baseline,
-            )
-        )
+        value, claim = stability_of(measured, 0, kind), f"{kind} patches' cosine between frames is {published}"
+        found.append(law(claim, within(value, published, LEVEL_STABILITY), shown(value, "{:.3f}"), baseline))
     return found
 
 
@@ -423,21 +398,10 @@ def shift_costs_more(measured: Measured) -> list[dict]:
         f"frames {shown(with_echo, '{:.0%}')}"
     )
     baseline = f"gain by active patches {shown(mean(of_active))}, by as many random ones {shown(mean(random))}"
+    claim = "the shift of active patches"
     return [
-        law(
-            "the shift of active patches costs more than the staleness of inactive ones",
-            "holds if the interval of the shift's share is above one half, does not hold if below",
-            said,
-            clear_of(both, 0.5),
-            baseline,
-        ),
-        law(
-            f"the shift of active patches is {PUBLISHED_SHIFT:.0%} of the gap",
-            "holds if the interval of its share lies within 10 points of that, does not hold if outside",
-            said,
-            within(both, PUBLISHED_SHIFT, 0.1),
-            baseline,
-        ),
+        law(f"{claim} costs more than the staleness of inactive ones", above(both, 0.5), said, baseline),
+        law(f"{claim} is {PUBLISHED_SHIFT:.0%} of the gap", within(both, PUBLISHED_SHIFT, 0.1), said, baseline),
     ]
 
 
@@ -463,25 +427,22 @@ def ghosts_cost(measured: Measured) -> list[dict]:
 
     frames = sum(int(one["gone"][1:].sum()) for _, one in left)
     mixed = " and ".join(setting for _, setting in mixture.parts)
-    where = f"{len(left)} clips, {frames} frames; {mixed} at cost {costs[1]:.3f}, {MEMORY} at {costs[0]:.3f}"
-    rule = "holds if the interval of what `last_update` gains is above 0, does not hold if it is below"
-    fidelity, labels = gained(cosine, True), gained(agree, True)
-    return [
-        law(
-            "a running mean keeps ghosts of what has left: fidelity",
-            rule,
-            f"{shown(fidelity, '{:+.4f}')} of cosine ({where})",
-            clear_of(fidelity),
-            f"on the other frames of these clips: {shown(gained(cosine, False), '{:+.4f}')}",
-        ),
-        law(
-            "a running mean keeps ghosts of what has left: labels",
-            rule,
-            f"{shown(labels, '{:+.1f}', 100)} points of agreement with dense ({where})",
-            clear_of(labels),
-            f"on the other frames of these clips: {shown(gained(agree, False), '{:+.1f}', 100)} points",
-        ),
-    ]
+    where = f"({len(left)} clips, {frames} frames; {mixed} at cost {costs[1]:.3f}, {MEMORY} at {costs[0]:.3f})"
+    found = []
+    for name, figure, form, scale, unit, points in (
+        ("fidelity", cosine, "{:+.4f}", 1, "of cosine", ""),
+        ("labels", agree, "{:+.1f}", 100, "points of agreement with dense", " points"),
+    ):
+        more, baseline = gained(figure, True), shown(gained(figure, False), form, scale)
+        found.append(
+            law(
+                f"a running mean keeps ghosts of what has left: {name}",
+                above(more),
+                f"{shown(more, form, scale)} {unit} {where}",
+                f"on the other frames of these clips: {baseline}{points}",
+            )
+        )
+    return found
 
 
 def equal_cost(measured: Measured) -> tuple[Mixture, tuple[float, float]]:

@@ -1,7 +1,7 @@
 """How close a student comes to the dense model on held-out clips, beside the keyframe repeated."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class HeldOut:
     repeated_mean: float  # repeated_mean, repeated_p5: of the same where the keyframe's embedding is repeated
     repeated_p5: float
     cost: float  # of a sparse frame, relative to dense
+    by_clip: list[float] = field(default_factory=list)  # the mean cosine of each clip, for paired comparisons
 
 
 def plain_values(held_out: dict[int, dict[str, HeldOut]]) -> dict[int, dict[str, dict]]:
@@ -65,13 +66,14 @@ def measure(model: NeuroFlowSiglipVisionModel, clips: ClipSet, summary_tokens: i
         parts = [
             measure_batch(model, clips, chosen[first : first + batch], gate) for first in range(0, len(chosen), batch)
         ]
-        ours, theirs, costs = (torch.cat(part) for part in zip(*parts, strict=True))
+        ours, theirs, costs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         found[name] = HeldOut(
             ours.mean().item(),
             ours.quantile(0.05).item(),
             theirs.mean().item(),
             theirs.quantile(0.05).item(),
             costs.mean().item(),
+            ours.mean(dim=0).tolist(),
         )
     return found
 
@@ -81,7 +83,7 @@ def measure_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
     Cosines to dense of the model and of the keyframe repeated, and costs, each for all sparse frames of B clips:
-    three times [(T - 1) * B].
+    three times [T - 1, B].
     """
     side = clips.resolutions[0]
     batch, stream, rows = clips.batch(chosen, side), model.new_stream(len(chosen), **gate.to_dict()), []
@@ -91,5 +93,5 @@ def measure_batch(
         if number:
             found = cosines(output.pooler_output.cpu(), teacher)
             rows.append((found, cosines(batch.teacher[0], teacher), output.cost.cpu()))
-    ours, theirs, costs = (torch.cat(column) for column in zip(*rows, strict=True))
+    ours, theirs, costs = (torch.stack(column) for column in zip(*rows, strict=True))
     return ours, theirs, costs

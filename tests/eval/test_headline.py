@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.docs.tables import headline_table
+from eval.docs.tables import headline_table, stretch_table
 from eval.vision import headline
 from eval.vision.headline import METHODS, Clip, half_dense, held, measure_clip, pruned, rows_of
 from neuroflow_hf.vision.gate_config import NeuroFlowGateConfig
@@ -83,6 +83,8 @@ def test_every_method_has_its_row_and_dense_is_1(bench, clip):
     assert ("eliminate with summary, distilled", "own activity") not in by_name  # was not trained
     assert by_name["reconstruct", "97% skipped"]["sparse_cost"] < by_name["reconstruct", "own activity"]["sparse_cost"]
     assert all(row["frames"] == 6 and 0 <= row["top1"] <= 1 for row in rows)
+    above = [(row["above_hold"], row["mean"] - row["hold_mean"]) for row in rows[2:] if "hold_mean" in row]
+    assert above and all(found == pytest.approx((gap, gap)) for found, gap in above)  # both clips are the same
     assert len(headline_table({"rows": rows}).splitlines()) == len(rows) + 2
 
 
@@ -99,3 +101,14 @@ def test_half_dense_and_pruned_give_an_embedding(bench, clip):
     some[:30] = False
     assert not torch.allclose(half_dense(tower, pixels, some, IMAGE_SIZE), dense, atol=1e-3)
     assert pruned(tower, pixels, everything, IMAGE_SIZE).shape == dense.shape
+
+
+def test_the_error_is_a_share_of_the_repeated_keyframes():
+    rows = [
+        {"side": side, "method": method, "activity": activity, "mean": mean}
+        for side, method, activity, mean in (
+            (224, "keyframe repeated", "", 0.8), (448, "keyframe repeated", "", 0.6),
+            (224, "context", "97% skipped", 0.9), (448, "context", "97% skipped", 0.5),
+        )
+    ]  # fmt: skip
+    assert "| context | 3% | 0.50 | 1.25 |" in stretch_table({"rows": rows})
