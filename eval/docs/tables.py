@@ -755,7 +755,8 @@ def drafter_table(report: dict) -> str:
     note = (
         f"`{report['command']}`: {report['texts']} texts of {report['tokens']} tokens. First token after each epoch:"
     )
-    return table(rows, columns, f"{note} {epochs}.")
+    costs = f"draft token {report['draft']:.2f}, verification of one {report['check'][0]:.2f}"
+    return table(rows, columns, f"{note} {epochs}. Times at its end, in dense steps: {costs}.")
 
 
 def drift_table(report: dict) -> str:

@@ -1,16 +1,15 @@
 """
 How fast lossless generation is: the loop with each drafter and without drafts, and transformers' own loops.
 
-    python -m eval.language.benchmark_lossless --limit 3 --new-tokens 48 --turns 1    # SmolLM2, fetched on first use
+    python -m eval.language.benchmark_lossless --limit 10 --new-tokens 48 --turns 1    # SmolLM2, fetched on first use
     python -m eval.language.benchmark_lossless --drafter FOLDER --limit 10 --new-tokens 48 --turns 1
-    python -m eval.language.benchmark_lossless --model CHECKPOINT --output other.json
 
-Prompts: `eval/prompts/prompts.jsonl`, a line each: `{"task": ..., "prompt": ...}`. Greedy text until the end token or
-`--new-tokens`, prompt included in the time. All variants take turns on every prompt, in a new random order each time,
-so that a slow phase of the machine affects all alike. A prompt's time is the median of its turns. Comparisons are
-paired: a variant's speed on a prompt over that of the loop without drafts. The stock model's own `generate`, with and
-without its prompt lookup, is timed too, to tell the gain of a lean loop from the gain of drafts. With `--bypass`,
-the bypassed model drafts, too; with `--drafter`, a trained drafter alone, and together with the lookup.
+Greedy text until the end token or `--new-tokens`, prompt included in the time. All variants take turns on every
+prompt, in a new random order each time, so that a slow phase of the machine affects all alike. A prompt's time is the
+median of its turns. Comparisons are paired: a variant's speed on a prompt over that of the loop without drafts. The
+stock model's own `generate`, with and without its prompt lookup, tells the gain of a lean loop from the gain of
+drafts. With `--bypass`, the bypassed model drafts, too; with `--drafter`, a trained drafter alone, and together with
+the lookup.
 
 Processor time counts, since other programs delay the clock on a shared machine; the clock is written down, too. The
 rule that decides whether drafting pays reads processor time here, and the clock elsewhere.
@@ -18,14 +17,12 @@ rule that decides whether drafting pays reads processor time here, and the clock
 Every text is compared with the stock model's. A text may differ from a token at which the stock model's two highest
 logits are closer than rounding (1e-5 in float32). Such differences are counted; others end the program with 1.
 
-Every finished prompt is written to `eval/results/benchmark_lossless.json` at once. The same command continues an
-interrupted run, unless `--fresh` is given.
+Every finished prompt is written to the file at once; the same command continues, unless `--fresh` is given.
 """
 
 import functools
 import hashlib
 import json
-import math
 import random
 import statistics
 import time
@@ -36,7 +33,6 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from transformers import AutoTokenizer
 
 from eval.docs.tables import lossless_table
@@ -57,6 +53,7 @@ TRAINED = {"drafter": {"max_ngram": 0}, "drafter and lookup": {}}  # variants of
 CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
 ROUNDING = 1e-5
 RESAMPLES = 2000
+LEAST_TOKENS = 16  # texts with fewer are ignored
 WHOLE = "all"  # tasks
 
 
@@ -188,7 +185,6 @@ def main(
     prompts: Annotated[Path, typer.Option(help="JSON lines with `task` and `prompt`.")] = EMBEDDED_PROMPTS,
     limit: Annotated[int | None, typer.Option(help="Maximum number of prompts of each task.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 128,
-    least_tokens: Annotated[int, typer.Option(help="Ignore texts with fewer tokens.")] = 16,
     turns: Annotated[int, typer.Option(help="Runs of every variant on each prompt.")] = 3,
     bypass: Annotated[
         str | None, typer.Option(help="JSON: options of a bypass that drafts.", show_default="none drafts")
@@ -196,18 +192,15 @@ def main(
     drafter: Annotated[
         Path | None, typer.Option(help="Folder of a trained drafter.", show_default="none drafts")
     ] = None,
-    options: Annotated[str | None, typer.Option(help="JSON: other options of lossless generation.")] = None,
     threads: Annotated[int, typer.Option(help="Number of torch threads.")] = 1,
     seed: Annotated[int, typer.Option(help="Random seed for the order of variants.")] = 0,
-    budget_minutes: Annotated[float, typer.Option(help="Start no prompt after N minutes.")] = math.inf,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore what is in the file.")] = False,
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "benchmark_lossless.json",
 ):
     """Time all variants on all prompts, compare their texts, and print the table."""
-    until, console = time.monotonic() + 60 * budget_minutes, Console()
     model = model or smollm2_folder()
     torch.set_num_threads(threads)
-    lossless = json.loads(options or "{}") | ({"bypass": json.loads(bypass)} if bypass else {})
+    lossless = {"bypass": json.loads(bypass)} if bypass else {}
     lossless |= {"drafter": str(drafter)} if drafter else {}
     variants = [name for name in (*STOCK, *DRAFTERS) if name != "bypass" or bypass] + (
         list(TRAINED) if drafter else []
@@ -216,17 +209,15 @@ def main(
         "model": model.name,
         "weights": digest_of(*sorted(model.glob("*.safetensors"))),
         "prompts": digest_of(prompts),
-        **{"new_tokens": new_tokens, "least_tokens": least_tokens, "turns": turns, "seed": seed, "dtype": "float32"},
+        **{"new_tokens": new_tokens, "least_tokens": LEAST_TOKENS, "turns": turns, "seed": seed, "dtype": "float32"},
         "options": lossless,
         "drafter": drafter and digest_of(*sorted(drafter.glob("*.safetensors"))),
         "variants": variants,
         **{name: provenance()[name] for name in ("machine", "versions")},
         "code": model_version(),
     }
-    report = {"settings": settings, "cases": []}
     before = json.loads(output.read_text(encoding="utf-8")) if output.exists() and not fresh else {}
-    if before.get("settings") == settings:
-        report["cases"] = before["cases"]
+    report = {"settings": settings, "cases": before["cases"] if before.get("settings") == settings else []}
     done = {case["number"] for case in report["cases"]}
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -238,21 +229,16 @@ def main(
     for number, prompt in rows:
         if number in done:
             continue
-        if time.monotonic() > until:
-            console.print("The time is up. Run the same command again to continue.")
-            break
         case = measure(language_model, encoded[number], random.Random(f"{seed} {number}"), settings)
         report["cases"].append({"number": number, "task": prompt.task, **case})
         write_json(output, {**provenance(), "commit": checkout_commit(), **report, "summary": summaries(report)})
-    if not summaries(report):
-        console.print("Nothing was measured.")
-        raise typer.Exit(1)
-    report = {**provenance(), "commit": checkout_commit(), **report}
-    write_json(output, {**report, "summary": summaries(report)})
     found = summaries(report)
-    show(lossless_table({**report, "summary": found}))
+    if not found:
+        print("Nothing was measured.")
+        raise typer.Exit(1)
+    show(lossless_table({**provenance(), **report, "summary": found}))
     if any(row["divergences"]["others"] for row in found[WHOLE].values()):
-        console.print("Some texts differ from the stock model's by more than rounding: see `divergences`.")
+        print("Some texts differ from the stock model's by more than rounding: see `divergences`.")
         raise typer.Exit(1)
 
 

@@ -27,10 +27,8 @@ def main() -> None:
         name: {str(count): value / seconds["usual"][1] for count, value in times.items()}
         for name, times in seconds.items()
     }
-    step = seconds["usual"][1]
-    write_json(
-        RESULTS / "check_costs.json", {**provenance(), "model": source.name, "step_seconds": step, "costs": costs}
-    )
+    found = {"model": source.name, "step_seconds": seconds["usual"][1], "costs": costs}
+    write_json(RESULTS / "check_costs.json", {**provenance(), **found})
 
 
 if __name__ == "__main__":

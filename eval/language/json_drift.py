@@ -13,14 +13,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from transformers import LogitsProcessorList
 
 from eval.report import RESULTS, provenance, show
 from neuroflow_hf.cli.errors import one_line_errors
 from neuroflow_hf.cli.language_model import language_model
-from neuroflow_hf.drift.decode import Batch, make_batches
+from neuroflow_hf.drift.decode import Batch, decode, make_batches
 from neuroflow_hf.drift.grid import full_grid
 from neuroflow_hf.drift.json_schema import JsonGrammar, JsonSchemaProcessor, grammar_tokens, value_drift
 from neuroflow_hf.drift.metrics import position_drift
@@ -33,6 +31,7 @@ from neuroflow_hf.utils.tables import Table, markdown_table, number, with_interv
 
 PROMPTS = Path(__file__).parents[1] / "prompts" / "json.jsonl"
 BYPASSES = 4  # the first ones of the grid: both pairs, the published threshold, the guard
+NEW_TOKENS = 128  # at most
 OTHER_SHAPE, SMALL_BATCH = "dense, another batch shape", 7
 LINE = '{"prompt": "Describe a cat in JSON.", "schema": {"type": "object", ...}}'
 Cases = list[tuple[list[int], JsonGrammar]]  # a prompt's token ids, and its grammar
@@ -53,21 +52,9 @@ def read_cases(path: Path, tokenizer: Any, tokens: Any) -> Cases:
 
 def generate(model, tokenizer, batch: Batch, grammars: list[JsonGrammar], new_tokens: int, bypass) -> list[dict]:
     """Text, length in tokens and bypassed steps of each prompt of a batch."""
-    output = model.generate(
-        batch.ids,
-        attention_mask=batch.mask,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        bypass=bypass,
-        logits_processor=LogitsProcessorList([JsonSchemaProcessor(grammars)]),
-        return_dict_in_generate=True,
-    )
-    new = output.sequences[:, batch.ids.shape[1] :]
-    steps = torch.zeros(new.shape[0], new.shape[1] - 1, dtype=torch.bool)
-    if bypass is not False:
-        steps = model.bypass_statistics(output.past_key_values).bypassed_mask[:, 1 - new.shape[1] :]
+    output = decode(model, batch, new_tokens, bypass, JsonSchemaProcessor(grammars), end_tokens(model))
     texts = []
-    for row, of_row in zip(new.tolist(), steps, strict=True):
+    for row, of_row in zip(output.tokens.tolist(), output.bypassed, strict=True):
         tokens = cut_at_end(row, end_tokens(model))
         # a text that is cut off may end in part of a character
         text = tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
@@ -160,23 +147,19 @@ def describe(report: dict) -> str:
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="Checkpoint.", show_default="SmolLM2")] = None,
-    prompts: Annotated[Path, typer.Option(help="File of prompts with schemas.")] = PROMPTS,
-    drift: Annotated[Path, typer.Option(help="Report to take thresholds from.")] = RESULTS / "token_drift.json",
-    new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 128,
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "json_drift.json",
     debug: Annotated[bool, typer.Option("--debug", help="Show errors with their traceback.")] = False,
 ):
     """Measure each bypass, and write the report after each."""
     with one_line_errors(debug, f"what was measured is in {output}; the same command continues."):
-        gates = json.loads(drift.read_text(encoding="utf-8"))["gates"]
-        source = language_model(model)
+        gates = json.loads((RESULTS / "token_drift.json").read_text(encoding="utf-8"))["gates"]
+        source = language_model(None)
         loaded, tokenizer = load_language_model(source)
         thresholds = {int(layer): gate["thresholds"] for layer, gate in gates.items()}
         grid = full_grid(loaded.config.num_hidden_layers, thresholds)
         options = {bypass.name: bypass.options for bypass in grid[:BYPASSES]}
-        cases = read_cases(prompts, tokenizer, grammar_tokens(tokenizer, loaded.config.vocab_size))
-        conditions = {"model": Path(source).name, "new_tokens": new_tokens, "bypasses": options}
+        cases = read_cases(PROMPTS, tokenizer, grammar_tokens(tokenizer, loaded.config.vocab_size))
+        conditions = {"model": Path(source).name, "new_tokens": NEW_TOKENS, "bypasses": options}
         conditions["prompts"] = [row for row, _ in cases]
         report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
         if any(report.get(name) != value for name, value in conditions.items()):
@@ -185,7 +168,7 @@ def main(
         for name, bypass in {"dense": False, OTHER_SHAPE: False, **options}.items():
             if name not in found:
                 batch_size = SMALL_BATCH if name == OTHER_SHAPE else len(cases)
-                texts = generate_all(loaded, tokenizer, cases, batch_size, new_tokens, bypass)
+                texts = generate_all(loaded, tokenizer, cases, batch_size, NEW_TOKENS, bypass)
                 for text, dense, (_, grammar) in zip(
                     texts, found["dense"]["prompts"] if found else texts, cases, strict=True
                 ):

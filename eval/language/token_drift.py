@@ -35,11 +35,6 @@ def cascade_of(report: dict) -> list[dict]:
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="Checkpoint.", show_default="SmolLM2")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts.", show_default="those in the checkout")
-    ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Number of tokens to generate after each prompt.")] = 64,
     max_prompts: Annotated[
         int | None, typer.Option(help="Maximum number of prompts of each task.", show_default="all")
     ] = None,
@@ -56,18 +51,16 @@ def main(
     path = output.with_name("drift_cascade.json") if cascade else output
     with one_line_errors(debug, f"what was measured is in {path}; the same command continues."):
         report = run_drift(
-            model=model,
-            prompts=prompts,
+            model=None,
+            prompts=None,
             path=path,
-            settings={"new_tokens": new_tokens, "batch_size": batch_size, "seed": seed},
+            settings={"batch_size": batch_size, "seed": seed},
             own=cascade_of(json.loads(output.read_text(encoding="utf-8"))) if cascade else None,
             max_prompts=max_prompts,
             tasks=["prose"] if cascade else None,
             fresh=fresh,
             command=provenance()["command"],
         )
-        if report is None:
-            return
         if not cascade:
             report["findings"] = drift_findings(report, seed=seed)
             write_whole(path, report_text(report))

@@ -18,11 +18,13 @@ from .progress import CommandProgress
 def calibrate(
     own: dict,
     out: Annotated[
-        Path | None, option("Folder to write a calibrated copy of the checkpoint to.", default="none")
-    ] = None,
-    in_place: Annotated[
-        bool, option("Change the checkpoint itself: its config.json, and nothing else.", "--in-place")
-    ] = False,
+        Path,
+        option(
+            "Folder to write a calibrated copy of the checkpoint to; of the checkpoint's own folder, only the "
+            "config.json is changed.",
+            default=False,
+        ),
+    ],
     model: options.LanguageModel = None,
     prompts: Annotated[
         Path | None,
@@ -47,8 +49,6 @@ def calibrate(
     """
     with one_line_errors(debug, nothing_done="nothing was written."):
         own = given_bypass(own)
-        if in_place == (out is not None):
-            raise ValueError("Give --out FOLDER for a calibrated copy, or --in-place to change the checkpoint itself.")
         if set(own) - {"gate_layer"} and "rate" not in own:
             raise ValueError("These bypass options are written with a threshold; give the --rate that it is for.")
 
@@ -60,8 +60,7 @@ def calibrate(
         weights_dtype = dtype_named(dtype)
         texts = [prompt.text for prompt in read_prompts(prompts)] if prompts else PROMPTS
         source = language_model(model)
-        target = Path(source) if out is None else out
-        require_writable(source, target)
+        require_writable(source, out)
         loaded, tokenizer = load_language_model(source, weights_dtype, device)
         checked = NeuroFlowBypassConfig.from_options(loaded.config.bypass, **own)
         checked.resolve_layers(loaded.config.num_hidden_layers)
@@ -70,7 +69,7 @@ def calibrate(
             calibrate(loaded, tokenizer, texts, own.get("gate_layer"), new_tokens, raw, on_prompts=show)
         if "rate" in own:
             loaded.config.bypass = {**(loaded.config.bypass or {}), **with_threshold(loaded, own)}
-        write_calibration(source, target, loaded.config)
+        write_calibration(source, out, loaded.config)
         found = loaded.config.bypass_similarities[str(checked.gate_layer)]
         low, middle, high = (found[percent] for percent in (10, 50, 90))
         typer.echo(
@@ -79,4 +78,4 @@ def calibrate(
         )
         if "rate" in own:
             typer.echo(f"Threshold for a rate of {own['rate']:g}: {loaded.config.bypass['threshold']:g}.")
-        typer.echo(f"Written to {target / 'config.json'}.")
+        typer.echo(f"Written to {out / 'config.json'}.")

@@ -62,8 +62,6 @@ def drift(
             device=device,
             command=command_line(),
         )
-        if report is None:
-            return
         write_drift(report, out / "drift.md", out / "drift.png")
     print_drift(report)
     print_written(out, ["drift.json", "drift.md", "drift.png"])
@@ -81,17 +79,16 @@ def run_drift(
     dtype: str = "float32",
     device: str = "auto",
     command: str = "",
-) -> dict | None:
+) -> dict:
     """
     Load a model and prompts (default: those in the checkout), measure with a progress bar, and write a JSON file.
     `settings` are options of `DriftSettings`; `own` and `fresh` are as in `DriftEvaluation`; `max_prompts` of each
-    task are used, and of `tasks` alone if given. Returns the report; None on all processes but the first.
+    task are used, and of `tasks` alone if given. Returns the report.
     """
     from ..drift.prompts import first_of_each, read_prompts
     from ..drift.run import DriftEvaluation, DriftSettings
     from ..loading import default_prompts, dtype_named, load_language_model
     from ..utils.files import prepare_folder
-    from ..utils.processes import Processes
 
     # check what is quick to check before loading the model
     weights_dtype, chosen = dtype_named(dtype), DriftSettings(**settings)
@@ -101,16 +98,14 @@ def run_drift(
     texts = [prompt for prompt in read_prompts(file) if tasks is None or prompt.task in tasks]
     texts = [texts[index] for index in first_of_each([prompt.task for prompt in texts], max_prompts)]
     prepare_folder(path.parent)
-    processes = Processes()
     source = language_model(model)
-    loaded, tokenizer = load_language_model(source, weights_dtype, processes.device_for(device))
+    loaded, tokenizer = load_language_model(source, weights_dtype, device)
     if own is not None:
         own = [with_own_threshold(loaded, tokenizer, options) for options in own]
     names = {"model": Path(source).name, "prompts": file.name, "command": command}
     with CommandProgress("prompts") as progress:
         how = (chosen, own, fresh, progress.show, names)
-        report = DriftEvaluation(loaded, tokenizer, texts, path, *how).run()
-    return report if processes.is_main else None
+        return DriftEvaluation(loaded, tokenizer, texts, path, *how).run()
 
 
 def write_drift(report: dict, table: Path, plot: Path):

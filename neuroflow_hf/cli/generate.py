@@ -1,7 +1,6 @@
 """`neuroflow generate`: answer a prompt, or continue a text, with a language model."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,9 +19,6 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="Text to answer; - reads standard input.", show_default="standard input")
     ] = None,
-    prompt_file: Annotated[
-        Path | None, option("File with the text to answer; a final line break is left out.", default="none")
-    ] = None,
     raw: Annotated[
         bool, option("Continue the text as it is, without the checkpoint's chat template.", "--raw")
     ] = False,
@@ -38,7 +34,7 @@ def generate(
     with one_line_errors(debug, nothing_done="the text is not complete."):
         if compare and how["temperature"] > 0:
             raise ValueError("--compare compares the most probable texts; leave out --temperature.")
-        text = read_prompt(prompt, prompt_file)
+        text = read_prompt(prompt)
 
         from transformers import TextStreamer
 
@@ -56,27 +52,15 @@ def generate(
             typer.echo(comparison_in_words(dense, found), err=True)
 
 
-def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """
-    The text to answer: as given, from the file, or from standard input; a file's final line break is left out.
-
-    Raises:
-        ValueError: for no prompt, an empty prompt, two prompts, and bytes that are not UTF-8.
-        OSError: if the file cannot be read.
-    """
-    if prompt_file is not None and prompt is not None:
-        raise ValueError("Give a PROMPT or --prompt-file, not both.")
-    if prompt is None and prompt_file is None and sys.stdin.isatty():
-        raise ValueError("There is no prompt; give one, name a --prompt-file, or pipe it in.")
-    if prompt_file is None and prompt not in (None, "-"):
-        text = prompt
-    else:
+def read_prompt(prompt: str | None) -> str:
+    """The text to answer; from standard input, a final line break is left out. ValueError if there is none."""
+    if prompt is None and sys.stdin.isatty():
+        raise ValueError("There is no prompt; give one, or pipe it in.")
+    if prompt in (None, "-"):
         try:
-            text = sys.stdin.read() if prompt_file is None else prompt_file.read_text(encoding="utf-8")
+            prompt = sys.stdin.read().removesuffix("\n")
         except UnicodeDecodeError as error:
-            name = prompt_file or "Standard input"
-            raise ValueError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}).") from error
-        text = text.removesuffix("\n")
-    if not text.strip():
+            raise ValueError(f"Standard input is not UTF-8 ({error.reason} at byte {error.start}).") from error
+    if not prompt.strip():
         raise ValueError("The prompt is empty; expected some text.")
-    return text
+    return prompt

@@ -24,9 +24,6 @@ def tune_drafts(
     new_tokens: Annotated[int, option("Generate N tokens after each prompt.", metavar="N")] = 64,
     epochs: Annotated[int, option("Passes over the texts.", metavar="N")] = 8,
     head_size: Annotated[int, option("Draft the N most frequent tokens.", metavar="N")] = 4096,
-    greedy: Annotated[
-        bool, option("Learn the model's greedy token alone, instead of its distribution.", "--greedy")
-    ] = False,
     device: options.Device = "auto",
     debug: options.Debug = False,
 ):
@@ -45,7 +42,7 @@ def tune_drafts(
         from ..utils.files import prepare_folder, report_text, write_whole
         from ..utils.provenance import machine_and_versions
 
-        settings = DrafterSettings(head_size=head_size, epochs=epochs, distill=not greedy)
+        settings = DrafterSettings(head_size=head_size, epochs=epochs)
         read = read_prompts(prompts)
         prepare_folder(out)
         source = language_model(model)
@@ -61,12 +58,7 @@ def tune_drafts(
         report = {"command": command_line(), **machine_and_versions(), "settings": about, **found}
         write_whole(out / "drafter.json", report_text(report))
     rows = [
-        (
-            task,
-            *(f"{share:.0%}" for share in row["agreement"]),
-            f"{row['length']}",
-            f"{row['speed']:.2f}",
-        )
+        (task, *(f"{share:.0%}" for share in row["agreement"]), str(row["length"]), f"{row['speed']:.2f}")
         for task, row in found["held_out"].items()
     ]
     print_wide(figure_table(HEADERS, rows, "held-out prompts"), width=100)

@@ -1,5 +1,6 @@
 """Checkpoints of Llama as checkpoints of this package's Phi-3."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def load_llama(
     require_place(source)
     files = sorted(path.name for path in Path(source).glob("*.gguf"))
     if files and not (Path(source) / "config.json").exists():
-        raise ModelLoadError(f"{source} has no config.json, but GGUF files; name one: --gguf {files[0]}.")
+        raise ModelLoadError(f"{source} has no config.json, but GGUF files; name one: --gguf {shlex.quote(files[0])}.")
     settings = read_config(LlamaConfig, "Llama", source)
     kind = settings.get("model_type")
     if kind in ("phi3", NeuroFlowPhi3Config.model_type):

@@ -78,18 +78,8 @@ def with_threshold(model: Any, options: dict) -> dict:
 
 
 def require_writable(source: str | Path, out: Path):
-    """
-    Refuse what `write_calibration` would, before the model is loaded.
-
-    Raises:
-        ValueError: for a Hub name in place of a folder.
-        FileExistsError: for a folder that is neither the checkpoint nor new.
-    """
-    if is_same(source, out):
-        return
-    if out == Path(source):
-        raise ValueError(f"{source} is no folder here, so it cannot be changed in place. Name a folder with --out.")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    """Raise a FileExistsError for a folder that is neither the checkpoint nor new, before the model is loaded."""
+    if not is_same(source, out) and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder; name a new one.")
 
 

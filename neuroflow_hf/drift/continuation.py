@@ -16,6 +16,8 @@ from ..language.speculative_decoding import LosslessCounts
 from ..loading import quiet_transformers
 from .metrics import first_divergence, position_drift
 
+ENOUGH_STEPS = 8  # of a text, to warn of a threshold that bypassed nearly all
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -81,12 +83,6 @@ class StopWhen(StoppingCriteria):
         return torch.full(input_ids.shape[:1], self.is_wanted(), device=input_ids.device)
 
 
-def all_end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The end tokens of the model's generation configuration, and the tokenizer's."""
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return set(end_tokens(model)).union(own)
-
-
 def continue_tokens(
     model: Any,
     tokenizer: Any,
@@ -116,7 +112,7 @@ def continue_tokens(
     if new_tokens < 1:
         raise ValueError(f"The prompt has {len(prompt)} tokens; the model has room for {room}, with the new ones.")
     ids = torch.tensor([list(prompt)], device=model.device)
-    ends = all_end_tokens(model, tokenizer)
+    ends = {*end_tokens(model), tokenizer.eos_token_id} - {None}
     is_dense = bool(decoding.lossless) or model.bypass_options(decoding.bypass) is None
     started = time.perf_counter()
     with quiet_transformers(), warnings.catch_warnings():
@@ -147,7 +143,7 @@ def continue_tokens(
 def figures_in_words(model: Any, found: Continuation, decoding: Decoding) -> list[str]:
     """Describe a generation in sentences."""
     count = len(found.tokens)
-    speed = f"{count} tokens in {found.seconds:.2f} s ({count / found.seconds:.1f} a second)."
+    speed = f"{count} token{'s' * (count > 1)} in {found.seconds:.2f} s ({count / found.seconds:.1f} a second)."
     return [speed, *notes_in_words(model, found, decoding)]
 
 
@@ -161,7 +157,8 @@ def notes_in_words(model: Any, found: Continuation, decoding: Decoding) -> list[
     if found.statistics is not None:
         options = model.bypass_options(decoding.bypass)
         lines.append(statistics_in_words(options, found.statistics))
-        if is_threshold_too_low(options, found.statistics):
+        steps, rate = found.statistics.steps.item(), found.statistics.rate.item()
+        if options.threshold > ALWAYS and steps >= ENOUGH_STEPS and rate > MAX_RATE:
             lines.append(
                 f"Warning: the threshold {options.threshold:g} bypassed more than {MAX_RATE:.0%} of the steps. It is "
                 "too low for this checkpoint; a rate, such as 0.2, chooses one by the checkpoint's similarities."
@@ -170,7 +167,7 @@ def notes_in_words(model: Any, found: Continuation, decoding: Decoding) -> list[
         counts = found.lossless
         lines.append(
             f"Lossless: {counts.accepted} of {counts.drafted} draft tokens accepted; after the prompt, "
-            f"{counts.checks} dense forwards and {counts.draft_steps} bypassed ones."
+            f"{counts.checks} dense forwards and {counts.draft_steps} to draft."
         )
     return lines
 
@@ -184,11 +181,6 @@ def statistics_in_words(options: NeuroFlowBypassConfig, statistics: BypassStatis
         f"Bypassed {statistics.rate.item():.1%} of {statistics.steps.item()} steps (gate layer {options.gate_layer}, "
         f"reusing the {options.target} of layer {layers}, threshold {options.threshold:g}){similarity}."
     )
-
-
-def is_threshold_too_low(options: NeuroFlowBypassConfig, statistics: BypassStatistics) -> bool:
-    """Whether a threshold, other than the one for always, bypassed nearly all steps of a text that is long enough."""
-    return options.threshold > ALWAYS and statistics.steps.item() >= 8 and statistics.rate.item() > MAX_RATE
 
 
 def comparison_in_words(dense: Continuation, found: Continuation) -> str:

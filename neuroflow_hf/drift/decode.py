@@ -1,5 +1,5 @@
 """
-Decode batches of prompts token by token, and compare a bypass with the dense model on them.
+Continue batches of prompts, and compare a bypass with the dense model on them.
 
 Rows are padded on the left. Each row of a batch bypasses on its own, so its text is the same as alone, up to rounding.
 Do not take times from batches: a layer's weights are read as soon as one row needs them.
@@ -8,11 +8,12 @@ Do not take times from batches: a layer's weights are read as soon as one row ne
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache
+from transformers import Cache, LogitsProcessor, LogitsProcessorList
 
 from ..language.bypass import entropy_of
 from ..language.bypass_config import NeuroFlowBypassConfig
@@ -37,7 +38,7 @@ class Batch:
 class Decoded:
     """What a batch was decoded to: B rows of n new tokens, on the CPU."""
 
-    tokens: torch.Tensor  # int64 [B, n]; rows continue past their end token
+    tokens: torch.Tensor  # int64 [B, n]; what follows a row's end token is padding
     bypassed: torch.Tensor  # bool [B, n - 1], whether layers were bypassed at the steps that fed tokens 0 to n - 2
 
 
@@ -56,97 +57,92 @@ def make_batches(rows: Sequence[Sequence[int]], batch_size: int, padding: int = 
     return batches
 
 
-def feed(model, batch: Batch, first: int, last: int, cache: Cache | None, bypass: dict | bool):
-    """The model's output for the positions `first` to `last` - 1 of a batch, after those in the cache."""
-    mask = batch.mask[:, :last].to(model.device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, first:]
-    ids = batch.ids[:, first:last].to(model.device)
-    how = {"use_cache": True, "logits_to_keep": 1, "bypass": bypass}
-    return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **how)
-
-
-@torch.inference_mode()
 def decode(
-    model,
+    model: Any,
     batch: Batch,
     steps: int,
     bypass: dict | bool = False,
-    choose: Callable[[int, torch.Tensor], torch.Tensor] = lambda step, logits: logits.argmax(dim=-1),
+    processor: LogitsProcessor | None = None,
     ends: Collection[int] = (),
+    **how: Any,
 ) -> Decoded:
     """
-    Feed the prompts, then up to `steps` new tokens one by one. The last token is not fed.
+    Continue the prompts by up to `steps` tokens, one by one. The last token is not fed.
 
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`]. Its own bypass options are not used.
         batch: the prompts.
         steps: number of new tokens, at least 1.
         bypass: options of [`NeuroFlowBypassConfig`]; False for dense.
-        choose: from the number of a new token, from 0, and its logits [B, V] to the tokens, int64 [B].
+        processor: sees the logits of every step, and may change them.
         ends: end tokens; decoding stops once every row has one.
+        how: arguments of `generate`; by default, the most probable token is taken.
     """
     if bypass is not False:
         bypass = NeuroFlowBypassConfig.from_options(bypass).resolve(model.config.num_hidden_layers)
-    length = batch.ids.shape[1]
-    cache = copy.deepcopy(batch.cache)
-    output = feed(model, batch, 0 if cache is None else cache.get_seq_length(), length, cache, bypass)
-    row_ends = torch.tensor(sorted(ends), dtype=torch.int64, device=model.device)
-    done = torch.zeros(len(batch.ids), dtype=torch.bool, device=model.device)
-    text, tokens = Batch(batch.indices, batch.ids, batch.mask), []
-    for step in range(steps):
-        token = choose(step, output.logits[:, -1])
-        tokens.append(token)
-        done |= torch.isin(token, row_ends)
-        if step + 1 == steps or bool(done.all()):
-            break
-        text.ids = torch.cat([text.ids, token[:, None].cpu()], dim=1)
-        text.mask = pad(text.mask, (0, 1), value=1)
-        output = feed(model, text, length + step, length + step + 1, output.past_key_values, bypass)
-    fed, state = len(tokens) - 1, find_state(output.past_key_values)
-    bypassed = torch.zeros(len(done), fed, dtype=torch.bool)
+    output = model.generate(
+        batch.ids.to(model.device),
+        attention_mask=batch.mask.to(model.device),
+        past_key_values=copy.deepcopy(batch.cache),
+        max_new_tokens=steps,
+        logits_processor=LogitsProcessorList([] if processor is None else [processor]),
+        eos_token_id=sorted(ends) or [model.config.vocab_size],  # which no token is
+        pad_token_id=PADDING,
+        bypass=bypass,
+        return_dict_in_generate=True,
+        **{"do_sample": False, "num_beams": 1} | how,
+    )
+    tokens, state = output.sequences[:, batch.ids.shape[1] :].cpu(), find_state(output.past_key_values)
+    fed = tokens.shape[1] - 1
+    bypassed = torch.zeros(len(tokens), fed, dtype=torch.bool)
     if state is not None and fed:
         bypassed = state.statistics().bypassed_mask[:, -fed:].cpu()
-    return Decoded(torch.stack(tokens, dim=1).cpu(), bypassed)
+    return Decoded(tokens, bypassed)
 
 
 @torch.inference_mode()
-def feed_densely(model, batch: Batch, opening: Batch):
+def feed_densely(model: Any, batch: Batch, opening: Batch):
     """
     Store in a batch of prompts, and in the same batch without its last tokens, the cache of the positions that every
     run feeds densely. Runs continue from it.
     """
     cache, first = None, 0
+    positions = (batch.mask.cumsum(dim=1) - 1).clamp(min=0)
     for part in (opening, batch):
         last = part.ids.shape[1] - FED_WITH_BYPASS
         if last > first:
-            cache = feed(model, batch, first, last, cache, False).past_key_values
+            ids, mask, places = batch.ids[:, first:last], batch.mask[:, :last], positions[:, first:last]
+            how = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1, "bypass": False}
+            ids, mask, places = (tensor.to(model.device) for tensor in (ids, mask, places))
+            cache = model(input_ids=ids, attention_mask=mask, position_ids=places, **how).past_key_values
             part.cache, first = copy.deepcopy(cache), last
 
 
-class Greedy:
-    """Chooses the most probable token, and keeps margin and entropy of each step's logits."""
+class Confidence(LogitsProcessor):
+    """Keeps margin and entropy of each step's logits."""
 
     def __init__(self):
-        self.confidence: list[torch.Tensor] = []  # [B, 2] for each step: margin and entropy
+        self.steps: list[torch.Tensor] = []  # [B, 2] for each step
 
-    def __call__(self, step: int, logits: torch.Tensor) -> torch.Tensor:
-        """The tokens [B] for logits [B, V]."""
-        first, second = logits.float().topk(2, dim=-1).values.unbind(-1)
-        self.confidence.append(torch.stack([first - second, entropy_of(logits)], dim=-1).cpu())
-        return logits.argmax(dim=-1)
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The logits [B, V] as they are."""
+        first, second = scores.topk(2, dim=-1).values.unbind(-1)
+        self.steps.append(torch.stack([first - second, entropy_of(scores)], dim=-1).cpu())
+        return scores
 
 
-class Forced:
-    """Chooses given tokens, int64 [B, n] (teacher forcing), and keeps the logits of each step."""
+class Forced(LogitsProcessor):
+    """Leaves only given tokens, int64 [B, n] (teacher forcing), and keeps the logits of each step."""
 
     def __init__(self, tokens: torch.Tensor):
         self.tokens = tokens
         self.logits: list[torch.Tensor] = []  # float32 [B, V] for each step, on the CPU
 
-    def __call__(self, step: int, logits: torch.Tensor) -> torch.Tensor:
-        """The tokens [B] of a step, from 0, with logits [B, V]."""
-        self.logits.append(logits.float().cpu())
-        return self.tokens[:, step].to(logits.device)
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] by which the tokens of this step are chosen."""
+        token = self.tokens[:, len(self.logits)].to(scores.device)
+        self.logits.append(scores.cpu())
+        return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
 
 @dataclass
@@ -181,7 +177,7 @@ class DriftBench:
 
     def __init__(
         self,
-        model,
+        model: Any,
         rows: Sequence[Sequence[int]],
         tasks: Sequence[str],
         new_tokens: int = 64,
@@ -197,12 +193,12 @@ class DriftBench:
         self.dense: list[DenseAnswer] = [None] * len(rows)
         for batch, opening in self.each(self.batches):
             feed_densely(model, batch, opening)
-            greedy = Greedy()
-            free = decode(model, batch, new_tokens, False, greedy, ends)
+            confidence = Confidence()
+            free = decode(model, batch, new_tokens, False, confidence, ends)
             logits = self.force(model, batch, opening, False)
             for row, index in enumerate(batch.indices):
                 tokens = cut_at_end(free.tokens[row].tolist(), ends)
-                margins, entropies = torch.stack(greedy.confidence[: len(tokens)])[:, row].T.tolist()
+                margins, entropies = torch.stack(confidence.steps[: len(tokens)])[:, row].T.tolist()
                 self.dense[index] = DenseAnswer(tokens, margins, entropies, logits[row])
 
     def make_batches(
@@ -258,7 +254,7 @@ class DriftBench:
         tokens = cut_at_end(free.tokens[row].tolist(), self.ends)
         first = first_divergence(dense.tokens, tokens)
         steps = len(tokens) - 1  # the last token is not fed
-        found = compare_steps(dense.logits, logits)
+        differs, kl = compare_steps(dense.logits, logits)
         return PromptRecord(
             self.tasks[index],
             drift=position_drift(dense.tokens, tokens),
@@ -266,8 +262,8 @@ class DriftBench:
             # always inside the dense text, because both texts end with an end token or are full
             margin=None if first is None else dense.margins[first],
             forced_steps=len(logits),
-            forced_divergent=int((~found.same_top1).sum()),
-            kl=found.kl.tolist(),
+            forced_divergent=int(differs.sum()),
+            kl=kl.tolist(),
             dense_nll=negative_log_likelihood(dense.logits, labels).sum().item(),
             nll=negative_log_likelihood(logits, labels).sum().item(),
             steps=steps,

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,24 +51,22 @@ def kl_divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return terms.sum(dim=-1).clamp(min=0)  # rounding may make it negative
 
 
-class StepComparison(NamedTuple):
-    """Two models compared at n steps, after the same tokens (teacher forcing)."""
+def compare_steps(dense: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Compare two models at n steps, after the same tokens (teacher forcing), by their logits [n, V].
 
-    same_top1: torch.Tensor  # bool [n], whether both have the same most probable token
-    kl: torch.Tensor  # float64 [n], KL(dense || other) in nats
+    Returns:
+        bool [n], whether another token is the most probable; and KL(dense || other) in nats, float64 [n].
 
-
-def compare_steps(dense: torch.Tensor, other: torch.Tensor) -> StepComparison:
-    """Compare the logits of n steps, [n, V] each. ValueError if their shapes differ."""
+    Raises:
+        ValueError: if the shapes differ.
+    """
     if dense.shape != other.shape or dense.ndim != 2:
         raise ValueError(
             f"The logits have shapes {list(dense.shape)} and {list(other.shape)}; expected [steps, vocabulary] "
             "twice. Compare both models after the same tokens."
         )
-    return StepComparison(
-        same_top1=dense.argmax(dim=-1) == other.argmax(dim=-1),
-        kl=kl_divergence(dense, other),
-    )
+    return dense.argmax(dim=-1) != other.argmax(dim=-1), kl_divergence(dense, other)
 
 
 def negative_log_likelihood(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,7 @@ Measure the token drift of bypasses: continue prompts densely and with bypasses,
     report = DriftEvaluation(model, tokenizer, prompts, Path("drift.json")).run()
     report["configurations"][0]["tasks"]["prose"]["drift"]
 
-The report is written after each configuration, and an interrupted run continues. Under `accelerate launch` or
-`torchrun`, the processes share the prompts, and the first one writes.
+The report is written after each configuration, and an interrupted run continues.
 """
 
 import copy
@@ -23,7 +22,6 @@ import torch
 from ..evaluation.statistics import quantile
 from ..language.calibration import end_tokens
 from ..utils.files import report_text, write_whole
-from ..utils.processes import Processes
 from ..utils.provenance import checkout_commit, dtype_name, fingerprint, machine_and_versions
 from .decode import DriftBench
 from .grid import (
@@ -98,7 +96,7 @@ class DriftEvaluation:
         names: `model`, `prompts` and `command`, for the report.
 
     Attributes:
-        report: the results so far, on all processes.
+        report: the results so far.
 
     Raises:
         ValueError: for options out of range, layers that the model does not have, no room for the new tokens, no
@@ -120,15 +118,10 @@ class DriftEvaluation:
         if not prompts:
             raise ValueError("There are no prompts; expected at least one.")
         self.model, self.path, self.on_step = model, path, on_step
-        self.settings, self.processes, names = settings or DriftSettings(), Processes(), names or {}
+        self.settings, names = settings or DriftSettings(), names or {}
         rows, cut = encode_prompts(tokenizer, prompts, prompt_limit(model.config, self.settings))
-        if len(rows) < self.processes.count:
-            raise ValueError(f"There are {len(rows)} prompts for {self.processes.count} processes; start fewer.")
-        self.indices = self.processes.share(len(rows))  # of this process's prompts
         tasks = [prompt.task for prompt in prompts]
-        self.rows, self.tasks = ([part[index] for index in self.indices] for part in (rows, tasks))
-        few = set(first_of_each(tasks, self.settings.few))
-        self.few = [place for place, index in enumerate(self.indices) if index in few]
+        self.rows, self.tasks, self.few = rows, tasks, first_of_each(tasks, self.settings.few)
         self.forced_tokens = max(0, min(self.settings.forced_tokens, min(map(len, rows)) - 2))
         self.layers = model.config.num_hidden_layers
         # refuse bad options before anything runs
@@ -150,11 +143,9 @@ class DriftEvaluation:
                 "tokens": sum(map(len, rows)),
                 "cut": cut,
             },
-            "processes": self.processes.count,
             **machine_and_versions(str(model.device)),
         }
-        report = self.begin(conditions, fresh) if self.processes.is_main else None
-        self.report = self.processes.broadcast(report)
+        self.report = self.begin(conditions, fresh)
         self.report["command"] = names.get("command")
 
     def begin(self, conditions: dict, fresh: bool) -> dict:
@@ -170,20 +161,20 @@ class DriftEvaluation:
 
     @functools.cached_property
     def bench(self) -> DriftBench:
-        """This process's prompts with the dense model's answers, generated at first use."""
+        """The prompts with the dense model's answers, generated at first use."""
         self.start_step("dense")
         sizes = (self.settings.new_tokens, self.forced_tokens, self.settings.batch_size)
         return DriftBench(self.model, self.rows, self.tasks, *sizes, end_tokens(self.model), self.on_prompts)
 
     def start_step(self, what: str, done: int = 0, total: int | None = None):
-        """Report the start of a step with `done` of `total` prompts finished; default: of this process's prompts."""
+        """Report the start of a step with `done` of `total` prompts finished; default: of all."""
         self.step = what, done, len(self.rows) if total is None else total
         self.on_prompts(0)
 
     def on_prompts(self, count: int):
         """Report that `count` prompts of the current step are finished."""
         what, done, total = self.step
-        if self.on_step is not None and self.processes.is_main:
+        if self.on_step is not None:
             self.on_step(what, done + count, total)
 
     def save(self):
@@ -191,16 +182,13 @@ class DriftEvaluation:
         commit = checkout_commit()
         if commit is not None and commit not in self.report["commits"]:
             self.report["commits"].append(commit)
-        if self.processes.is_main:
-            write_whole(self.path, report_text(self.report))
+        write_whole(self.path, report_text(self.report))
 
     def figures(self, name: str, bypass: dict | bool, done: int = 0, total: int | None = None, **how) -> dict:
-        """The figures of one configuration, over the prompts of all processes."""
+        """The figures of one configuration, over all prompts."""
         bench = self.bench
         self.start_step(name, done, total)
-        records = bench.measure(bypass, **how)
-        gathered = self.processes.gather([(self.indices[place], record) for place, record in records.items()])
-        records = [record for _, record in sorted(gathered, key=lambda pair: pair[0])]
+        records = [record for _, record in sorted(bench.measure(bypass, **how).items())]
         bootstrap = {"samples": self.settings.samples, "seed": self.settings.seed}
         return {"tasks": summarise_tasks(records, **bootstrap), "prompts": columns(records)}
 
@@ -210,7 +198,7 @@ class DriftEvaluation:
             if str(layer) not in self.report["gates"]:
                 bench = self.bench
                 self.start_step(f"similarity at layer {layer}")
-                steps = self.processes.gather(bench.similarity(layer, self.few))
+                steps = bench.similarity(layer, self.few)
                 self.report["gates"][str(layer)] = {
                     **{f"p{p}": quantile([value for value, _ in steps], p / 100) for p in (10, 50, 90)},
                     "steps": len(steps),

@@ -44,7 +44,6 @@ class DrafterSettings:
         passes: tokens of a draft that are trained, each from the prediction before it.
         batch: texts in a step.
         learning_rate: the largest, after which it falls to zero.
-        distill: whether to learn the model's distribution over the drafter's tokens, instead of its greedy token.
         seed: of the order of the texts.
     """
 
@@ -54,7 +53,6 @@ class DrafterSettings:
     passes: int = 2
     batch: int = 8
     learning_rate: float = 1e-3
-    distill: bool = True
     seed: int = 0
 
 
@@ -102,11 +100,10 @@ class Learner:
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`].
         drafter: its drafter.
-        distill: as in [`DrafterSettings`].
     """
 
-    def __init__(self, model: Any, drafter: NeuroFlowDrafter, distill: bool):
-        self.drafter, self.distill, self.device = drafter, distill, model.device
+    def __init__(self, model: Any, drafter: NeuroFlowDrafter):
+        self.drafter, self.device = drafter, model.device
         self.embeddings = model.get_input_embeddings().weight.detach()
         self.head = model.lm_head.weight.detach()[drafter.head_tokens]
         self.places = torch.full((len(self.embeddings),), IGNORED, device=self.device)  # of tokens in the head
@@ -144,13 +141,12 @@ class Learner:
             yield predicted, states[:, 1 + depth :], targets[:, 1 + depth :]
 
     def loss(self, texts: Sequence[Text], count: int) -> torch.Tensor:
-        """The mean loss of the first tokens of a draft."""
+        """The mean loss of the first tokens of a draft, by the model's distribution over the drafter's tokens."""
         total = torch.zeros((), device=self.device)
         for predicted, states, targets in self.passes(texts, count):
             kept = targets != IGNORED
             logits = predicted[kept] @ self.head.T
-            wanted = (states[kept] @ self.head.T).softmax(dim=-1) if self.distill else targets[kept]
-            total = total + cross_entropy(logits, wanted) / count
+            total = total + cross_entropy(logits, (states[kept] @ self.head.T).softmax(dim=-1)) / count
         return total
 
     @torch.no_grad()
@@ -209,7 +205,7 @@ def fit_drafter(
         optimizer, lambda step: min((step + 1) / warm, (total - step) / max(1, total - warm))
     )
     drafter, optimizer, scheduler = accelerator.prepare(drafter, optimizer, scheduler)
-    learner = Learner(model, drafter, settings.distill)
+    learner = Learner(model, drafter)
     progress = Progress(key)
     accelerator.register_for_checkpointing(progress)
     state = out / STATE
@@ -309,7 +305,7 @@ def tune_drafter(
     if fitted is None:
         return None
     drafter = NeuroFlowDrafter.from_pretrained(out, dtype=model.dtype).to(model.device)
-    learner, ids = Learner(model, drafter, settings.distill), held_out[0].tokens[None].to(model.device)
+    learner, ids = Learner(model, drafter), held_out[0].tokens[None].to(model.device)
     seconds = check_seconds(model, ids, range(1, DEEPEST + 2))
     checks, draft = [value / seconds[1] for value in seconds.values()], draft_seconds(model, drafter, ids) / seconds[1]
     by_task = {task: [text for text in held_out if tasks[text.index] == task] for task in dict.fromkeys(tasks)}

@@ -126,14 +126,14 @@ class BypassStep:
             output = output.masked_fill(~self.token_mask.unsqueeze(-1), torch.nan)
         if self.options.gate_layer in self.cache_layers and self.options.skips_attention and self.fired is not None:
             # a bypassed gate layer repeats its output, which would stay similar to itself for ever: store NaN
-            output = output.masked_fill(self.fired[:, None, None], torch.nan)
+            output = output.masked_fill(self.fired.to(output.device)[:, None, None], torch.nan)
         self.records[self.gate_name] = output
 
     def compute(self, name: str, part: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
         """The output [B, n, D] of a part of a cache layer for `inputs`; the last output for the rows that fired."""
         output = self.state.last(name) if self.all_fired else part(inputs)
         if self.fired is not None and not self.all_fired:
-            output = torch.where(self.fired[:, None, None], self.state.last(name), output)
+            output = torch.where(self.fired.to(output.device)[:, None, None], self.state.last(name), output)
         self.records[name] = output
         return output
 

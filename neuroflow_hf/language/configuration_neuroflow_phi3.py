@@ -57,7 +57,8 @@ class NeuroFlowPhi3Config(Phi3Config):
         super().__setattr__(name, value)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        refuse_flat_bypass_options(kwargs)
+        for name in {field.name for field in fields(NeuroFlowBypassConfig)} & kwargs.keys():  # would have no effect
+            raise ValueError(f"`{name}` is an option of the bypass; pass `bypass={{{name!r}: {kwargs[name]!r}}}`.")
         super().__post_init__(**kwargs)
 
 
@@ -85,15 +86,6 @@ def checked_lossless(options: dict, num_layers: int) -> dict:
 
 
 CHECKS = {"bypass": checked_bypass, "bypass_similarities": checked_similarities, "lossless": checked_lossless}
-
-
-def refuse_flat_bypass_options(kwargs: dict) -> None:
-    """Raise a ValueError for a bypass option outside `bypass`, where it would have no effect."""
-    for field in fields(NeuroFlowBypassConfig):
-        if field.name in kwargs:
-            raise ValueError(
-                f"`{field.name}` is an option of the bypass; pass `bypass={{{field.name!r}: {kwargs[field.name]!r}}}`."
-            )
 
 
 def adopt_phi3_config(config: Phi3Config) -> NeuroFlowPhi3Config:

@@ -91,12 +91,8 @@ class NeuroFlowDrafter(Phi3PreTrainedModel):
         """
         intermediate_size = min(intermediate_size, model.config.intermediate_size)
         own = {name: value for name, value in model.config.to_dict().items() if name in Phi3Config().to_dict()}
-        own |= {
-            "num_hidden_layers": 1,
-            "intermediate_size": intermediate_size,
-            "model_type": cls.config_class.model_type,
-        }
-        own |= {"sliding_window": None, "architectures": None, "dtype": None}
+        own |= {"num_hidden_layers": 1, "intermediate_size": intermediate_size, "sliding_window": None}
+        own |= {"model_type": cls.config_class.model_type, "architectures": None, "dtype": None}
         about = {"name": name, "weights": weights} | {field: getattr(model.config, field) for field in COMPARED}
         drafter = cls(NeuroFlowDrafterConfig(**own, head_size=len(head_tokens), drafts_for=about))
         last = {name: value.clone() for name, value in model.model.layers[-1].state_dict().items()}

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .configuration_neuroflow_phi3 import NeuroFlowPhi3Config
@@ -19,24 +19,7 @@ FUSED = {
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
 # what both configurations have, besides what all of transformers' configurations have
-SAME_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "attention_dropout",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
+SAME_FIELDS = set(LlamaConfig.__annotations__) & set(Phi3Config.__annotations__) - {"rope_parameters", "model_type"}
 PLAIN_MODULES = (nn.Linear, nn.Embedding, LlamaRMSNorm)
 
 

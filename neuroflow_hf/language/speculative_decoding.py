@@ -10,8 +10,8 @@ makes both agree about as often as two distributions can (a Gumbel coupling: Dal
 Without drafts, the same loop is a baseline: it shows how much of a speed-up is due to drafts.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -25,37 +25,28 @@ from transformers import (
     Phi3ForCausalLM,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import LogitsProcessorList, logits_process
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .bypass_config import NEVER, NeuroFlowBypassConfig
-from .bypass_state import find_state
 from .draft_policy import Drafts, DraftWithModel
 from .drafter import DrafterState, load_drafter
 from .few_tokens import linear_layers, turned
 from .lossless_config import NeuroFlowLosslessConfig
 
-# these depend on their arguments alone, so they may be called with draft tokens that are rejected later
+# these depend on their arguments alone, so drafts are made with them; others would see tokens that are rejected later
 STATELESS_PROCESSORS = (
-    logits_process.EpsilonLogitsWarper,
-    logits_process.EtaLogitsWarper,
-    logits_process.ForcedEOSTokenLogitsProcessor,
-    logits_process.MinLengthLogitsProcessor,
     logits_process.MinNewTokensLengthLogitsProcessor,
     logits_process.MinPLogitsWarper,
-    logits_process.NoBadWordsLogitsProcessor,
     logits_process.NoRepeatNGramLogitsProcessor,
     logits_process.RepetitionPenaltyLogitsProcessor,
-    logits_process.SequenceBiasLogitsProcessor,
     logits_process.SuppressTokensLogitsProcessor,
     logits_process.TemperatureLogitsWarper,
-    logits_process.TopHLogitsWarper,
     logits_process.TopKLogitsWarper,
     logits_process.TopPLogitsWarper,
-    logits_process.TypicalLogitsWarper,
 )
 Bypass = NeuroFlowBypassConfig | bool  # False for none
 Choose = Callable[[torch.Tensor, list[int]], int]  # `(logits [1, V], drafted so far) -> token`
@@ -237,33 +228,27 @@ class DecodingState:
         """
         drafted: list[int] = []
         probabilities: list[float] = []
-        with nullcontext() if self.drafter else self.drafting_with_bypass(drafted):
-            while len(drafted) < length:
-                tokens = self.tokens + drafted
-                if self.drafter is None:
-                    logits = self.feed(tokens[-1:], 1, self.draft_bypass)
-                else:
-                    logits = self.drafter.logits_after(tokens)
-                drafted.append(choose(logits, drafted))
-                probabilities.append(logits[0].float().softmax(dim=0)[drafted[-1]].item())
-                if probabilities[-1] < self.options.min_confidence or drafted[-1] in ends:
-                    break
-        if self.drafter is not None:
-            self.drafter.take_back(len(drafted))
-        return drafted, probabilities
-
-    @contextmanager
-    def drafting_with_bypass(self, drafted: list[int]) -> Iterator[None]:
-        """Within the context, the bypassed model drafts these tokens; after it, the cache is as before."""
         # layers replace their tensors on every write, so references to the old ones are enough
         kept = [dict(vars(layer)) for layer in self.cache.layers]
-        yield
-        state = find_state(self.cache)
+        while len(drafted) < length:
+            tokens = self.tokens + drafted
+            if self.drafter is None:
+                logits = self.feed(tokens[-1:], 1, self.draft_bypass)
+            else:
+                logits = self.drafter.logits_after(tokens)
+            drafted.append(choose(logits, drafted))
+            probabilities.append(logits[0].float().softmax(dim=0)[drafted[-1]].item())
+            if probabilities[-1] < self.options.min_confidence or drafted[-1] in ends:
+                break
+        if self.drafter is not None:
+            self.drafter.take_back(len(drafted))
+            return drafted, probabilities
         for layer, fields in zip(self.cache.layers, kept, strict=True):
-            if layer is not state:
+            if isinstance(layer, CacheLayerMixin):
                 vars(layer).update(fields)
-        if state is not None:
-            state.crop(-len(drafted))
+            else:
+                layer.crop(-len(drafted))  # the bypass's state appends to its lists
+        return drafted, probabilities
 
     def check(self, drafted: list[int]) -> torch.Tensor:
         """Feed the last token and a draft densely and return the logits after each of them, [1 + drafted, V]."""

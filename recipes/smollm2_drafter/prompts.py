@@ -72,12 +72,9 @@ def questions(model, tokenizer, count: int, batch_size: int = 64, length: int = 
     batch = make_batches([row] * batch_size, batch_size)[0]
     torch.manual_seed(SEED)
     found: dict[str, None] = {}
-
-    def choose(step: int, logits: torch.Tensor) -> torch.Tensor:
-        return torch.multinomial(logits.div(0.8).softmax(dim=-1), 1)[:, 0]
-
+    how = {"ends": [tokenizer.eos_token_id], "do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
     while len(found) < count:
-        for tokens in decode(model, batch, length, choose=choose, ends=[tokenizer.eos_token_id]).tokens:
+        for tokens in decode(model, batch, length, **how).tokens:
             text, ended, _ = tokenizer.decode(tokens).partition(end)
             text = text.strip()
             if ended and len(text) > 20 and text.isascii() and text[-1] in "?.":

@@ -58,7 +58,7 @@ def test_in_place(checkpoint, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("hello\nab\n")
     before = contents(checkpoint)
-    options = ("--in-place", "--prompts", prompts, "--gate-layer", 2, "--new-tokens", 8)
+    options = ("--out", checkpoint, "--prompts", prompts, "--gate-layer", 2, "--new-tokens", 8)
     result = call("calibrate", "--model", checkpoint, *options)
     assert result.exit_code == 0, result.output
     after = contents(checkpoint)
@@ -66,27 +66,24 @@ def test_in_place(checkpoint, tmp_path):
     assert after == before
     assert (old.pop("bypass_similarities"), new.pop("bypass_similarities").keys()) == (None, {"2"})
     assert new == old and new["bypass"] is None
-    assert call("calibrate", "--model", checkpoint, "--in-place", "--new-tokens", 8).exit_code == 0
+    assert call("calibrate", "--model", checkpoint, "--out", checkpoint, "--new-tokens", 8).exit_code == 0
     assert json.loads((checkpoint / "config.json").read_text())["bypass_similarities"].keys() == {"1", "2"}
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], ["--out", "--in-place"]),
-        (["--in-place", "--out", "out"], ["--out", "--in-place"]),
-        (["--in-place", "--cache-layers", "3"], ["--rate"]),
-        (["--in-place", "--rate", 2], ["rate", "at most 1"]),
-        (["--in-place", "--gate-layer", 9], ["layer 9"]),
-        (["--in-place", "--new-tokens", 1], ["at least 2"]),
-        (["--in-place", "--new-tokens", 255], ["room for 256"]),
-        (["--in-place", "--prompts", "gone.txt"], ["gone.txt"]),
-        (["--in-place", "--model", "some/name"], ["--out"]),
+        (["--cache-layers", "3"], ["--rate"]),
+        (["--rate", 2], ["rate", "at most 1"]),
+        (["--gate-layer", 9], ["layer 9"]),
+        (["--new-tokens", 1], ["at least 2"]),
+        (["--new-tokens", 255], ["room for 256"]),
+        (["--prompts", "gone.txt"], ["gone.txt"]),
     ],
 )
 def test_what_cannot_be_calibrated_changes_nothing(checkpoint, options, words):
     before = contents(checkpoint)
-    assert_clean_error(call("calibrate", "--model", checkpoint, *options), *words)
+    assert_clean_error(call("calibrate", "--model", checkpoint, "--out", checkpoint, *options), *words)
     assert contents(checkpoint) == before
 
 
@@ -97,8 +94,8 @@ def test_nothing_is_half_written(checkpoint, tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr("neuroflow_hf.drift.calibrate.write_whole", full)
-    for options in (["--in-place"], ["--out", out]):
-        assert_clean_error(call("calibrate", "--model", checkpoint, "--new-tokens", 8, *options), "no space")
+    for target in (checkpoint, out):
+        assert_clean_error(call("calibrate", "--model", checkpoint, "--new-tokens", 8, "--out", target), "no space")
     assert contents(checkpoint) == before and sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()

@@ -83,14 +83,6 @@ def test_a_gguf_file_is_converted(named, tmp_path):
     assert tokenizer.chat_template and tokenizer.eos_token_id == model.generation_config.eos_token_id == 2
 
 
-def test_an_empty_folder_is_filled_and_steps_are_said(llama_folder, tmp_path):
-    (tmp_path / "ours").mkdir()
-    steps = []
-    files = convert(llama_folder, tmp_path / "ours", on_step=lambda *step: steps.append(step[0]))
-    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == files
-    assert steps == ["Reading weights", "Writing"]
-
-
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
@@ -136,13 +128,9 @@ def test_unusable_checkpoints(llama_folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "llama", "phi3"]
 
 
-def test_a_folder_of_gguf_files_names_the_option(tmp_path):
-    write_gguf(tmp_path / "some.Q8_0.gguf", make_gguf_llama())
-    assert_clean_error(call("convert", tmp_path, tmp_path / "ours"), "--gguf some.Q8_0.gguf")
-
-
 def test_other_commands_name_the_conversion(llama_folder, tmp_path):
     file = write_gguf(tmp_path / "the model.gguf", make_gguf_llama())
+    assert_clean_error(call("convert", tmp_path, tmp_path / "ours"), "--gguf 'the model.gguf'")
     for command in (["generate", "hello"], ["drift", "--out", tmp_path / "drift"]):
         found = call(*command, "--model", llama_folder)
         assert_clean_error(found, "holds a Llama", f"`neuroflow convert {llama_folder} OUT`")

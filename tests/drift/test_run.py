@@ -1,25 +1,22 @@
-"""The drift evaluation on tiny models: dense against dense, batches, caches, what is continued, two processes."""
+"""The drift evaluation on tiny models: dense against dense, batches, caches, what is continued."""
 
 import json
 
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from eval.docs.tables import drift_table, findings_table
 from eval.language.findings import drift_findings
 from eval.report import FAILS, HOLDS, UNKNOWN
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
 from neuroflow_hf.cli.drift import write_drift
-from neuroflow_hf.cli.main import app
 from neuroflow_hf.drift.decode import FED_WITH_BYPASS, Batch, DriftBench, decode, feed_densely, make_batches
 from neuroflow_hf.drift.metrics import COLUMNS
 from neuroflow_hf.drift.prompts import Prompt
 from neuroflow_hf.drift.run import LEAST, DriftEvaluation, DriftSettings
 from neuroflow_hf.drift.tables import summary_table
 from tests.phi3_models import make_ours, make_tokenizer
-from tests.processes import call_in_two, neuroflow
 
 TEXTS = ["the quick brown fox", "hello", "a b c", "one two three four five six seven", "xylem", "jumps over"]
 PROMPTS = [Prompt(text, task) for task in ("code", "structured", "prose") for text in TEXTS[:2]]
@@ -82,36 +79,13 @@ def test_the_configurations_own_options_play_no_part():
     assert make_bench(plain).measure(options) == make_bench(other).measure(options)
 
 
-@pytest.mark.parametrize("kind", ["plain", "window", "partial"])
-def test_rows_of_a_batch_are_as_alone(kind):
-    model = make_ours(kind)
-    options = BYPASS | {"threshold": share_of(model, 0.5)}
-    together, alone = (measure(make_bench(model, batch_size=size), options) for size in (6, 1))
-    for first, second in zip(together, alone, strict=True):
-        assert (first.drift, first.first_divergence, first.bypassed) == (
-            second.drift,
-            second.first_divergence,
-            second.bypassed,
-        )
-        assert first.forced_divergent == second.forced_divergent
-        assert first.kl == pytest.approx(second.kl, abs=1e-4)
-        assert first.nll == pytest.approx(second.nll, abs=1e-3)
-    assert 0 < sum(record.bypassed for record in together) < sum(record.steps for record in together)
-
-
 @pytest.mark.parametrize("kind", ["plain", "window"])
-def test_decoding_is_what_generate_gives(kind):
-    """With the prompt fed whole, and with all but its last tokens fed densely beforehand."""
+def test_runs_continue_from_a_prompt_that_was_fed_densely(kind):
     model = make_ours(kind)
     options = BYPASS | {"threshold": share_of(model, 0.5)}
     (batch,) = make_batches(make_rows(), 9)
     run = decode(model, batch, 8, options)
-    expected = model.generate(
-        batch.ids, attention_mask=batch.mask, max_new_tokens=8, bypass=options, return_dict_in_generate=True
-    )
-    assert torch.equal(run.tokens, expected.sequences[:, batch.ids.shape[1] :])
-    statistics = model.bypass_statistics(expected.past_key_values)
-    assert torch.equal(run.bypassed, statistics.bypassed_mask[:, batch.ids.shape[1] :])
+    assert 0 < run.bypassed.sum() < run.bypassed.numel()
     opening = Batch(batch.indices, batch.ids[:, :-4], batch.mask[:, :-4])
     feed_densely(model, batch, opening)
     for part, alone in ((batch, run), (opening, decode(model, Batch([], opening.ids, opening.mask), 8, options))):
@@ -281,29 +255,3 @@ def test_long_prompts_are_cut(evaluate_here):
     settings = DriftSettings(new_tokens=4, max_prompt_tokens=3, samples=20)
     report, _ = evaluate_here(own=[{"threshold": 0.5}], settings=settings)
     assert report["prompts"]["cut"] == 6 and report["prompts"]["tokens"] <= 3 * len(PROMPTS)
-
-
-# --- several processes ---------------------------------------------------------------------------------------------
-
-
-def test_two_processes_give_what_one_gives(tmp_path):
-    folder, prompts = tmp_path / "model", tmp_path / "prompts.jsonl"
-    make_ours(**FIVE).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    prompts.write_text("\n".join(json.dumps({"prompt": p.text, "task": p.task}) for p in PROMPTS))
-    options = ["--model", folder, "--prompts", prompts, "--new-tokens", 6, "--threshold", 0.2, "--target", "block"]
-    options = [str(part) for part in ("drift", *options, "--cache-layers", "2-4", "--device", "cpu", "--out")]
-    alone = CliRunner().invoke(app, [*options, str(tmp_path / "one")])
-    assert alone.exit_code == 0, alone.output
-    printed = call_in_two(neuroflow, *options, str(tmp_path / "two"))
-    assert [text.count("Written to") for text in printed] == [1, 0]
-    one, two = (json.loads((tmp_path / name / "drift.json").read_text()) for name in ("one", "two"))
-    assert (one["processes"], two["processes"]) == (1, 2)
-    pairs = [(report["noise"][0], report["configurations"][0]) for report in (one, two)]
-    for before, after in zip(*pairs, strict=True):
-        for task, parts in before["prompts"].items():
-            for name in ("drift", "first_divergence", "steps", "bypassed", "forced_divergent"):
-                assert parts[name] == after["prompts"][task][name]
-            assert parts["nll"] == pytest.approx(after["prompts"][task]["nll"], rel=1e-4)
-        assert before["tasks"]["all"]["drift_interval"] == pytest.approx(after["tasks"]["all"]["drift_interval"])
-    assert one["configurations"][0]["tasks"]["all"]["bypass_rate"] > 0

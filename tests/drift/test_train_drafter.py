@@ -59,7 +59,7 @@ def test_finished_texts_are_kept(model, tmp_path, monkeypatch):
 def test_training_sees_what_a_draft_sees(model, texts):
     """The n-th pass predicts at every place what the n-th token of a draft from there is predicted from."""
     drafter = make_drafter(model)
-    learner, some = Learner(model, drafter, True), [texts[0], texts[5]]
+    learner, some = Learner(model, drafter), [texts[0], texts[5]]
     passes = [predicted for predicted, _, _ in learner.passes(some, 3)]
     for row, text in enumerate(some):
         tokens = text.tokens.tolist()
@@ -72,7 +72,7 @@ def test_training_sees_what_a_draft_sees(model, texts):
 
 
 def test_targets_are_those_after_the_tokens_read(model, texts):
-    learner = Learner(model, make_drafter(model, range(61)), True)
+    learner = Learner(model, make_drafter(model, range(61)))
     for depth, (predicted, states, targets) in enumerate(learner.passes(texts[:3], 2)):
         assert predicted.shape == states.shape
         for row, text in enumerate(texts[:3]):
@@ -82,11 +82,8 @@ def test_targets_are_those_after_the_tokens_read(model, texts):
             assert_close_in_norm(states[row, : len(expected)], text.states[1 + depth :].float(), FLOAT32)
 
 
-@pytest.mark.parametrize("distill", [True, False])
-def test_learns(model, texts, tmp_path, distill):
-    settings = DrafterSettings(
-        head_size=61, intermediate_size=48, epochs=60, batch=4, distill=distill, learning_rate=1e-2
-    )
+def test_learns(model, texts, tmp_path):
+    settings = DrafterSettings(head_size=61, intermediate_size=48, epochs=60, batch=4, learning_rate=1e-2)
     found = fit_drafter(model, texts[:8], texts[:8], tmp_path, "tiny", settings)
     assert sum(found["losses"][-4:]) < sum(found["losses"][:4])
     assert found["agreement"][found["best_epoch"] - 1][0] > 0.8

@@ -21,20 +21,12 @@ teacher forcing, and by KL divergence; each with an interval over sequences.
 """
 INPUTS = """
 Args:
-    predictions: configuration "tokens": token ids that the changed model generated, a sequence for each prompt.
-        Configuration "logits": its logits at each step, [steps, vocabulary] for each prompt, after it had read what
-        the unchanged model had read (teacher forcing).
-    references: the same of the unchanged model.
-    eos_token_id (configuration "tokens", for `compute`): id, or ids, that end a sequence; what follows is left out.
-    samples, seed (for `compute`): of the bootstrap behind the 95 % intervals; 2000 and 0.
+    predictions, references: token ids that the changed and the unchanged model generated, a sequence for each prompt;
+        configuration "logits": their logits, [steps, vocabulary] for each prompt, after the same tokens.
+    eos_token_id: id, or ids, that end a sequence; what follows is left out.
+    samples, seed: of the bootstrap behind the 95 % intervals; 2000 and 0.
 Returns:
-    A dict; README.md names its entries. Shares are from 0 (nothing differs) to 1, KL divergence is in nats, at least
-    0. None where there is nothing to tell by.
-Examples:
-    >>> metric = evaluate.load("eval/metrics/token_drift")
-    >>> result = metric.compute(predictions=[[5, 6, 7, 8], [5, 6]], references=[[5, 6, 9, 8], [5, 6]])
-    >>> result["drift"], result["diverged"]
-    (0.125, 0.5)
+    A dict, whose entries README.md names.
 """
 CITATION = """
 @misc{schmitt2026neuroflow,
@@ -100,6 +92,5 @@ def step_record(place: int, prediction, reference) -> PromptRecord:
         )
     if not len(reference):
         return PromptRecord("")
-    found = compare_steps(torch.tensor(reference), torch.tensor(prediction))
-    divergent = int((~found.same_top1).sum())
-    return PromptRecord("", forced_steps=len(reference), forced_divergent=divergent, kl=found.kl.tolist())
+    differs, kl = compare_steps(torch.tensor(reference), torch.tensor(prediction))
+    return PromptRecord("", forced_steps=len(reference), forced_divergent=int(differs.sum()), kl=kl.tolist())
