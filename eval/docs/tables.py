@@ -502,6 +502,23 @@ def adapters_table(*reports: dict) -> str:
     return table(rows, columns)
 
 
+def distill_variants_table(report: dict) -> str:
+    """What each loss and rank gains on held-out clips, and its difference to the usual one."""
+
+    def change(name: str) -> Callable:
+        return lambda row: spread(row.get(name), row.get(f"{name}_interval"), form="+.4f")
+
+    columns = {
+        "variant": "{variant}",
+        "encoded": "{share}",
+        "before: mean, p5": "{before:.4f}, {before_p5:.4f}",
+        "after: mean, p5": "{mean:.4f}, {p5:.4f}",
+        "gain": change("gain"),
+        "to `angle`": change("to_reference"),
+    }
+    return table(report["rows"], columns)
+
+
 def held_out_table(report: dict) -> str:
     """What one adapter gained on held-out clips, beside the keyframe repeated."""
     rows = []
@@ -815,6 +832,7 @@ BLOCKS = {
     "stretch": (stretch_table, "headline"),
     "headline variants": (headline_variants_table, "headline_variants"),
     "adapters": (adapters_table, "distill_reconstruct", "distill_extrapolate"),
+    "adapter variants": (distill_variants_table, "distill_variants"),
     "held-out": (held_out_table, "distill_reconstruct"),
     "run": (run_table, "run"),
     "labels": (labels_table, "run_labels"),

@@ -21,18 +21,9 @@ HELD_OUT_EVERY = 5  # one video of so many is held out; of fewer videos, the las
 TEACHER_BATCH = 8
 
 
-class FrameStore:
-    """
-    One video at one resolution, from a folder: `frames` uint8 [T, 3, R, R], `teacher` float16 [T, D], and, where they
-    were stored, `patches` float16 [T, N, D].
-    """
-
-    def __init__(self, folder: Path):
-        self.frames, self.teacher = (
-            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("frames", "teacher")
-        )
-        patches = folder / "patches.npy"
-        self.patches = np.load(patches, mmap_mode="r", allow_pickle=False) if patches.is_file() else None
+# One video at one resolution: `frames` uint8 [T, 3, R, R], `teacher` float16 [T, D], and, if a loss needs them,
+# `patches` float16 [T, N, D]; read from the disk as they are used.
+FrameStore = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -94,9 +85,9 @@ class ClipSet:
                 self.stores[side].append(store_video(path, digest, weights, model, at_side, settings, cache))
                 done += 1
                 on_video(done, len(paths) * len(self.resolutions))
-        lengths = [len(store.frames) for store in self.stores[self.resolutions[0]]]
-        self.training, self.held_out, self.too_short = split_clips(lengths, len(videos), held_out, settings)
-        self.short_videos = [paths[place].name for place in self.too_short]
+        lengths = [len(store["frames"]) for store in self.stores[self.resolutions[0]]]
+        self.training, self.held_out, too_short = split_clips(lengths, len(videos), held_out, settings)
+        self.short_videos = [paths[place].name for place in too_short]
         if not self.training or not self.held_out:
             needed = settings.clip_frames * settings.frame_stride
             kind = "training" if not self.training else "held-out"
@@ -118,7 +109,7 @@ class ClipSet:
         stores = self.stores[side]
 
         def stacked(name: str) -> Tensor:
-            parts = [getattr(stores[clip.video], name)[clip.start : clip.start + clip.count] for clip in clips]
+            parts = [stores[clip.video][name][clip.start : clip.start + clip.count] for clip in clips]
             return torch.from_numpy(np.stack(parts, axis=1))
 
         patches = stacked("patches").float() if self.settings.patches else None
@@ -180,25 +171,24 @@ def store_video(
         frames = [preprocess.resize(frame.image) for frame in read_frames(path, stride=settings.frame_stride)]
         if not frames:
             raise ValueError(f"{path} has no frame that can be read.")
-        np.save(folder / "frames.npy", torch.cat(frames).numpy())
-        pooled, patches = teach(model, preprocess, torch.cat(frames), settings.patches > 0)
-        np.save(folder / "teacher.npy", pooled)
-        if patches is not None:
-            np.save(folder / "patches.npy", patches)
+        pictures = torch.cat(frames)
+        for name, values in {"frames": pictures, **teach(model, preprocess, pictures, settings.patches > 0)}.items():
+            np.save(folder / f"{name}.npy", values.numpy())
         write_whole(done, path.name)
-    return FrameStore(folder)
+    names = ("frames", "teacher", "patches") if settings.patches else ("frames", "teacher")
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
 
 
 @torch.inference_mode()
 def teach(
     model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor, frames: Tensor, with_patches: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The dense model's embeddings float16 [T, D], and patches float16 [T, N, D], of frames uint8 [T, 3, R, R]."""
-    pooled, patches = [], []
+) -> dict[str, Tensor]:
+    """The dense model's embeddings, `teacher`, and `patches` of frames uint8 [T, 3, R, R], as in a FrameStore."""
+    found: dict[str, list[Tensor]] = {name: [] for name in ("teacher", *(["patches"] if with_patches else []))}
     for part in frames.split(TEACHER_BATCH):
         pixels = preprocess.normalise(part, model.dtype, model.device)
         output = model(pixels, interpolate_pos_encoding=True)
-        pooled.append(output.pooler_output.to(torch.float16).cpu())
-        if with_patches:
-            patches.append(output.last_hidden_state.to(torch.float16).cpu())
-    return torch.cat(pooled).numpy(), torch.cat(patches).numpy() if with_patches else None
+        for name, values in (("teacher", output.pooler_output), ("patches", output.last_hidden_state)):
+            if name in found:
+                found[name].append(values.to(torch.float16).cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}

@@ -177,6 +177,8 @@ def test_the_report_can_be_read_and_looked_at(vision, videos, tmp_path):
     report = json.loads((tmp_path / "distill.json").read_text())
     assert len(report["losses"]) == TINY.steps
     assert report["held_out"]["0"] == {share: dataclasses.asdict(item) for share, item in result.held_out[0].items()}
+    figures = result.held_out[0]["what changed"]
+    assert len(figures.by_clip) == result.held_out_clips and np.mean(figures.by_clip) == pytest.approx(figures.mean)
     assert all((tmp_path / name).stat().st_size > 0 for name in names)
     assert "keyframe repeated" in (tmp_path / "README.md").read_text()
 
