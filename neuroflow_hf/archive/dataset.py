@@ -32,24 +32,14 @@ ROWS = 4096  # held in memory for each video that is being embedded
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedFrame:
-    """
-    What the model gave for one frame.
+    """What the model gave for one frame."""
 
-    Args:
-        video: the file.
-        frame: its number in the file, from 0.
-        seconds: since the file's first frame.
-        embedding: float32 [D], on the CPU.
-        cost: relative to dense.
-        keyframe: whether all patches were encoded.
-    """
-
-    video: Path
-    frame: int
-    seconds: float
-    embedding: torch.Tensor
-    cost: float
-    keyframe: bool
+    video: Path  # the file
+    frame: int  # its number in the file, from 0
+    seconds: float  # since the file's first frame
+    embedding: torch.Tensor  # float32 [D], on the CPU
+    cost: float  # relative to dense
+    keyframe: bool  # whether all patches were encoded
 
 
 # --- settings ------------------------------------------------------------------------------------------------------

@@ -18,45 +18,26 @@ from .dataset import video_state
 
 @dataclass(frozen=True, eq=False)
 class VideoPart:
-    """
-    A segment of a video.
+    """A segment of a video."""
 
-    Args:
-        video: the file.
-        state: its `video_state` before it was opened; None if there is no such file.
-        reader: None for a video that cannot be read.
-        segment: to decode.
-        number, count: of this segment, from 0, and of all segments of the video.
-        total: number of frames of the video.
-        reason: why it cannot be read.
-    """
-
-    video: Path
-    state: dict | None
-    reader: VideoReader | None
-    segment: Segment
-    number: int = 0
+    video: Path  # the file
+    state: dict | None  # its `video_state` before it was opened; None if there is no such file
+    reader: VideoReader | None  # None for a video that cannot be read
+    segment: Segment  # to decode
+    number: int = 0  # number, count: of this segment, from 0, and of all segments of the video
     count: int = 1
-    total: int = 0
-    reason: str = ""
+    total: int = 0  # number of frames of the video
+    reason: str = ""  # why it cannot be read
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedFrame:
-    """
-    One frame of a video.
+    """One frame of a video."""
 
-    Args:
-        part: where it belongs.
-        frame: its number in the segment, from 0.
-        seconds: since the video's first frame.
-        pixel_values: [1, C, R, R].
-    """
-
-    part: VideoPart
-    frame: int
-    seconds: float
-    pixel_values: torch.Tensor
+    part: VideoPart  # where it belongs
+    frame: int  # its number in the segment, from 0
+    seconds: float  # since the video's first frame
+    pixel_values: torch.Tensor  # [1, C, R, R]
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,22 +29,13 @@ MOST_STREAMS = 16  # more gained nothing on CPUs, and each takes memory and a th
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """
-    The result of embedding.
+    """The result of embedding."""
 
-    Args:
-        videos: how many were asked for.
-        kept: how many of them an earlier run had finished.
-        embedded: how many of them this run finished, those that are cut short included.
-        failures: reason by video, of all in `failures.jsonl`.
-        interrupted: whether Ctrl-C or SIGTERM ended the run.
-    """
-
-    videos: int
-    kept: int
-    embedded: int
-    failures: dict[str, str]
-    interrupted: bool
+    videos: int  # how many were asked for
+    kept: int  # how many of them an earlier run had finished
+    embedded: int  # how many of them this run finished, those that are cut short included
+    failures: dict[str, str]  # reason by video, of all in `failures.jsonl`
+    interrupted: bool  # whether Ctrl-C or SIGTERM ended the run
 
 
 def video_paths(places: Sequence[str | Path]) -> list[Path]:

@@ -20,18 +20,11 @@ FOLDER, ENDING = ".search", ".float16"
 
 @dataclass(frozen=True, eq=False)
 class SearchIndex:
-    """
-    A dataset that can be searched. Rows are numbered through all files.
+    """A dataset that can be searched. Rows are numbered through all files."""
 
-    Args:
-        files: the Parquet files with rows, in order of their names.
-        embeddings: float16 [rows, D] of each, mapped into memory.
-        metadata: of the first file: the checkpoint and the settings that all rows share.
-    """
-
-    files: list[Path]
-    embeddings: list[torch.Tensor]
-    metadata: dict
+    files: list[Path]  # the Parquet files with rows, in order of their names
+    embeddings: list[torch.Tensor]  # float16 [rows, D] of each, mapped into memory
+    metadata: dict  # of the first file: the checkpoint and the settings that all rows share
 
     @property
     def lengths(self) -> list[int]:

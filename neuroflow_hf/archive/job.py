@@ -24,27 +24,16 @@ from .decode import DecodedFrame, PartEnd, PartQueue, VideoPart, decode_parts
 
 @dataclass(frozen=True, eq=False)
 class EmbedJob:
-    """
-    What is done to all videos.
+    """What is done to all videos."""
 
-    Args:
-        model, preprocess: from `load_model`.
-        gate_options: options of [`NeuroFlowGateConfig`] that override the model's.
-        streams: how many videos or segments to encode in one call, at most.
-        every: as in `VideoReader`.
-        labels: also store the best of these and its confidence.
-        out: the folder of the dataset, an absolute path.
-        metadata: of all files: `dataset_settings` and `model`.
-    """
-
-    model: NeuroFlowSiglipVisionModel
+    model: NeuroFlowSiglipVisionModel  # model, preprocess: from `load_model`
     preprocess: Preprocessor
-    gate_options: dict
-    streams: int
-    every: float | None
-    labels: Labels | None
-    out: Path
-    metadata: dict
+    gate_options: dict  # options of [`NeuroFlowGateConfig`] that override the model's
+    streams: int  # how many videos or segments to encode in one call, at most
+    every: float | None  # as in `VideoReader`
+    labels: Labels | None  # also store the best of these and its confidence
+    out: Path  # the folder of the dataset, an absolute path
+    metadata: dict  # of all files: `dataset_settings` and `model`
 
 
 # --- what happened -------------------------------------------------------------------------------------------------
@@ -60,20 +49,12 @@ class Reached:
 
 @dataclass(frozen=True)
 class Ended:
-    """
-    A video is done.
+    """A video is done."""
 
-    Args:
-        video: the file.
-        reason: what is wrong with it, or empty.
-        partial: the closed file with its rows, which waits for its name; None if there are none to keep.
-        missing: whether there was no such file.
-    """
-
-    video: Path
-    reason: str
-    partial: Path | None
-    missing: bool = False
+    video: Path  # the file
+    reason: str  # what is wrong with it, or empty
+    partial: Path | None  # the closed file with its rows, which waits for its name; None if there are none to keep
+    missing: bool = False  # whether there was no such file
 
 
 @dataclass(frozen=True)

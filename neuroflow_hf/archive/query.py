@@ -18,15 +18,10 @@ from ..video.preprocess import Preprocessor
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """
-    A query.
+    """A query."""
 
-    Args:
-        embedding: float32 [D].
-        confidence: gives SigLIP's probability for a cosine; None for pictures, for which there is none.
-    """
-
-    embedding: Tensor
+    embedding: Tensor  # float32 [D]
+    # gives SigLIP's probability for a cosine; None for pictures, for which there is none
     confidence: Callable[[float], float] | None = None
 
 
@@ -84,12 +79,8 @@ def text_query(
 
 def image_query(metadata: dict, image: str | Path, source: str | None = None, device: str = "auto") -> Query:
     """
-    Embed a picture, preprocessed as the dataset's frames were. Arguments and errors are those of `text_query`;
-    `image` is a file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no picture.
+    Embed a picture file, preprocessed as the dataset's frames were. Arguments and errors are those of `text_query`;
+    FileNotFoundError if there is no such file, ValueError if it is no picture.
     """
     picture = read_picture(Path(image))
     source = checkpoint_of(metadata, source)

@@ -26,32 +26,23 @@ BLOCK = 512  # rows that are compared at once: as float32, they fit into a proce
 
 @dataclass(frozen=True)
 class Moment:
-    """
-    Frames of a video, one after the other, that fit a query.
+    """Frames of a video, one after the other, that fit a query."""
 
-    Args:
-        video: place of the video among all.
-        first, last, best: rows of the video: the first frame, the last one, and the one with the highest score.
-        score: cosine of the best frame to the query.
-    """
-
-    video: int
+    video: int  # place of the video among all
+    # first, last, best: rows of the video: the first frame, the last one, and the one with the highest score
     first: int
     last: int
     best: int
-    score: float
+    score: float  # cosine of the best frame to the query
 
 
 def similarities(parts: Sequence[Tensor], query: Tensor) -> Tensor:
     """
-    The cosine of every row to a query.
+    The cosine of every row to a query, float32 [rows of all parts]; 0 for a row of zeros.
 
     Args:
         parts: embeddings [rows, D] of any float dtype, which may be mapped into memory.
         query: float32 [D].
-
-    Returns:
-        float32 [rows of all parts]; 0 for a row of zeros.
     """
     query = functional.normalize(query.float(), dim=0)
     ones = torch.ones_like(query)

@@ -20,22 +20,14 @@ def clock(seconds: float) -> str:
 
 def moment_sheet(dataset: str | Path, moments: Sequence[dict], title: str) -> np.ndarray:
     """
-    The contact sheet, uint8 RGB [H, W, 3].
-
-    Args:
-        dataset: the folder.
-        moments: of `search_index`; at least one.
-        title: in one line.
-
-    Raises:
-        FileNotFoundError: if a video is no longer there.
-        VideoError: if it changed since it was embedded, or cannot be read.
+    The contact sheet of at least one of `search_index`'s moments, uint8 RGB [H, W, 3]. FileNotFoundError if a video of
+    the dataset is no longer there, VideoError if it changed since it was embedded, or cannot be read.
     """
     cells = []
     for moment in moments:
         lines = [f"video {Path(moment['video']).name}", f"time {span(moment)}, score {moment['score']:.3f}"]
         cells.append((moment_picture(dataset, moment), lines))
-    return contact_sheet(cells, title, cell_width=CELL[1], legend="")
+    return contact_sheet(cells, title, cell_side=CELL[1], legend="")
 
 
 def span(moment: dict) -> str:

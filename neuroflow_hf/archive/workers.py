@@ -61,16 +61,9 @@ class Hired:
 
 def embed_on_workers(waiting: deque[Path], job: EmbedJob, places: list[dict]) -> Iterator[Event]:
     """
-    Embed the videos in a queue on a cluster; a [`Work`].
-
-    Args:
-        waiting: the videos.
-        job: what is done to them; the model is on the CPU.
-        places: of `worker_places`, one for each worker.
-
-    Raises:
-        FileNotFoundError: if a machine does not see the dataset's folder, or a video that this one sees.
-        RuntimeError: if no worker can begin.
+    Embed the videos in a queue on a cluster, by a worker for each of `worker_places`; a [`Work`]. The model is on
+    the CPU. FileNotFoundError if a machine does not see the dataset's folder, or a video that this one sees;
+    RuntimeError if no worker can begin.
     """
     if job.model.device.type != "cpu":
         raise ValueError(f"The model is on {job.model.device}; expected the CPU, from where workers get it.")

@@ -20,22 +20,13 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Change:
-    """
-    What happened to a source: `"connected"`, `"lost"` or `"ended"`.
+    """What happened to a source: `"connected"`, `"lost"` or `"ended"`."""
 
-    Args:
-        source: its name.
-        kind: of these.
-        reason: why it was lost, or ended.
-        pause: seconds until it is tried again.
-        at: when, in seconds since 1970.
-    """
-
-    source: str
-    kind: str
-    reason: str = ""
-    pause: float = 0.0
-    at: float = field(default_factory=time.time, compare=False)
+    source: str  # its name
+    kind: str  # of these
+    reason: str = ""  # why it was lost, or ended
+    pause: float = 0.0  # seconds until it is tried again
+    at: float = field(default_factory=time.time, compare=False)  # when, in seconds since 1970
 
 
 class LatestPictures:

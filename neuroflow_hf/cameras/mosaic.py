@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..video.label_records import MOST_CHARACTERS, percent, shortened
-from ..video.overlay import OverlayWriter, captioned, fitted, marked_picture
+from ..video.overlay import OverlayWriter, captioned, fitted, marked_picture, tiled
 from .watch import Seen
 
 ONE_CELL, MANY_CELLS = (540, 960), (270, 480)  # height and width of a camera's picture in pixels
@@ -22,14 +22,6 @@ def cell_caption(seen: Seen, labelled: bool) -> list[str]:
             "" if seen.label is None else f"{shortened(seen.label, MOST_CHARACTERS)} {percent(seen.confidence)}"
         )
     return lines
-
-
-def tiled(cells: Sequence[np.ndarray]) -> np.ndarray:
-    """Cells, uint8 RGB [H, W, 3], side by side in as many columns as rows or one more; black where none is left."""
-    columns = math.ceil(math.sqrt(len(cells)))
-    cells = [*cells, *[np.zeros_like(cells[0])] * (-len(cells) % columns)]
-    lines = [np.concatenate(cells[place : place + columns], axis=1) for place in range(0, len(cells), columns)]
-    return np.concatenate(lines)
 
 
 class Mosaic:
@@ -52,7 +44,8 @@ class Mosaic:
     def add(self, round_seen: Sequence[Seen], seconds: float):
         """Draw what was seen in a round, `seconds` after the beginning."""
         self.cells |= {seen.source: self._cell(seen) for seen in round_seen}
-        self.writer.write(tiled(list(self.cells.values())), seconds)
+        columns = math.ceil(math.sqrt(len(self.cells)))
+        self.writer.write(tiled(list(self.cells.values()), columns), seconds)
 
     def close(self):
         """Finish the file."""

@@ -32,46 +32,27 @@ DELAYS_KEPT = 10_000  # of the last frames of a source, for quantiles
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """
-    What the model gave for a picture.
+    """What the model gave for a picture."""
 
-    Args:
-        source: its name.
-        image: uint8 RGB [H, W, 3].
-        mask: bool [grid_h, grid_w], the encoded patches.
-        cost: relative to dense.
-        label, confidence: the best label and SigLIP's probability of it; None without labels.
-    """
-
-    source: str
-    image: np.ndarray
-    mask: np.ndarray
-    cost: float
-    label: str | None
+    source: str  # its name
+    image: np.ndarray  # uint8 RGB [H, W, 3]
+    mask: np.ndarray  # bool [grid_h, grid_w], the encoded patches
+    cost: float  # relative to dense
+    label: str | None  # label, confidence: the best label and SigLIP's probability of it; None without labels
     confidence: float | None
 
 
 @dataclass
 class SourceFigures:
-    """
-    What is counted of a source.
+    """What is counted of a source."""
 
-    Args:
-        frames: pictures that were encoded.
-        cost: their summed cost, relative to dense.
-        connections, losses: how often it was connected and lost.
-        changes: how often its label changed; the first label counts.
-        longest_delay: the longest time from a picture's arrival to its result, in seconds.
-        delays: those of the last frames.
-    """
-
-    frames: int = 0
-    cost: float = 0.0
-    connections: int = 0
+    frames: int = 0  # pictures that were encoded
+    cost: float = 0.0  # their summed cost, relative to dense
+    connections: int = 0  # connections, losses: how often it was connected and lost
     losses: int = 0
-    changes: int = 0
-    longest_delay: float = 0.0
-    delays: deque = field(default_factory=lambda: deque(maxlen=DELAYS_KEPT))
+    changes: int = 0  # how often its label changed; the first label counts
+    longest_delay: float = 0.0  # the longest time from a picture's arrival to its result, in seconds
+    delays: deque = field(default_factory=lambda: deque(maxlen=DELAYS_KEPT))  # those of the last frames
 
     def count(self, cost: float, delay: float):
         """Count an encoded picture."""

@@ -28,17 +28,12 @@ class Labels:
     A label's *score* is SigLIP's probability, `sigmoid(logit)`, as in transformers' zero-shot pipeline; runs show it
     as confidence. It does not depend on the other labels; if no label fits, all scores are low. A label's *share* is
     its part of `softmax(logits)`; shares add up to 1 even if no label fits. Both rank the labels alike.
-
-    Args:
-        names: the labels as given.
-        template: the text around a label, with `{}` for the label.
-        text_embeddings: float32 [L, D], of length 1.
-        logit_scale, logit_bias: `logit = logit_scale * cos + logit_bias`; the scale is a factor, not its logarithm.
     """
 
-    names: tuple[str, ...]
-    template: str
-    text_embeddings: Tensor
+    names: tuple[str, ...]  # the labels as given
+    template: str  # the text around a label, with `{}` for the label
+    text_embeddings: Tensor  # float32 [L, D], of length 1
+    # logit_scale, logit_bias: `logit = logit_scale * cos + logit_bias`; the scale is a factor, not its logarithm
     logit_scale: float
     logit_bias: float
 
@@ -50,10 +45,6 @@ class Labels:
     def scores(self, embeddings: Tensor) -> Tensor:
         """Scores, float32 [..., L], of embeddings [..., D]."""
         return self.logits(embeddings).sigmoid()
-
-    def shares(self, embeddings: Tensor) -> Tensor:
-        """Shares, float32 [..., L], of embeddings [..., D]."""
-        return self.logits(embeddings).softmax(dim=-1)
 
     def best(self, embedding: Tensor) -> tuple[str, float]:
         """The best label for an embedding [D], and its score."""

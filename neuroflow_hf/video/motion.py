@@ -65,17 +65,11 @@ def motion_mask(
 
 def connected_regions(mask: Tensor) -> Tensor:
     """
-    Number the connected regions of masks; patches that touch at a corner are connected.
+    Number the connected regions of masks, bool [..., grid_h, grid_w]: int64, 0 outside, else the region's number in
+    its grid, 1, 2, ..., in reading order of first patches. Patches that touch at a corner are connected.
 
     Until nothing changes, every patch takes the first place among its neighbours', and then the place that the patch
     there has taken, so that long regions take few rounds.
-
-    Args:
-        mask: bool [..., grid_h, grid_w].
-
-    Returns:
-        int64 of the same shape: 0 outside, else the region's number in its grid, 1, 2, ..., in reading order of first
-        patches.
     """
     if not mask.numel():
         return torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
@@ -100,10 +94,7 @@ def connected_regions(mask: Tensor) -> Tensor:
 
 def without_small_regions(mask: Tensor, least_patches: int) -> Tensor:
     """
-    A mask, bool [..., grid_h, grid_w], without connected regions of fewer than `least_patches` patches.
-
-    Raises:
-        ValueError: if `least_patches` is below 1.
+    A mask, bool [..., grid_h, grid_w], without connected regions of fewer than `least_patches` patches, at least 1.
     """
     if least_patches < 1:
         raise ValueError(f"`least_patches` is {least_patches}; expected a number of patches, at least 1.")

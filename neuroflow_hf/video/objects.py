@@ -70,12 +70,10 @@ def with_embeddings(model: nn.Module, hidden_state: Tensor, objects: Sequence[Mo
     on a held frame, have the features of an earlier frame.
 
     Args:
-        model: with a pooling head, and with or without a text tower.
-        hidden_state: [N, D], one stream's `last_hidden_state` for all N patches.
+        model: with or without a text tower; ValueError without a pooling head.
+        hidden_state: [N, D], one stream's `last_hidden_state`; ValueError unless it has all N patches, as in mode
+            `eliminate`.
         objects: of that stream.
-
-    Raises:
-        ValueError: for a model without a pooling head, and for features of some patches only, as in mode `eliminate`.
     """
     vision = getattr(model, "vision_model", model)
     if not getattr(vision, "use_head", False):

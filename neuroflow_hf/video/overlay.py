@@ -1,6 +1,5 @@
 """Pictures of the gate at work: encoded patches in full colour, reused ones in dark grey."""
 
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -10,10 +9,8 @@ import av
 import matplotlib
 import numpy as np
 from av.codec.context import Flags
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image, ImageDraw, ImageFont
 
-from ..utils.plots import titled_figure
 from .reader import ffmpeg_name
 
 ACCENT = (255, 176, 0)
@@ -134,6 +131,7 @@ def captioned(picture: np.ndarray, lines: Sequence[str], size: int) -> np.ndarra
     strip = Image.new("RGB", (width, height * len(lines)), BACKGROUND)
     draw = ImageDraw.Draw(strip)
     for place, line in enumerate(lines):
+        line = "".join(letter if letter.isprintable() else " " for letter in line)  # a name may have a line break
         fitting = int(size * min(1.0, (width - size) / max(1.0, font(size).getlength(line))))
         draw.text((size / 2, (place + 0.5) * height), line, fill=TEXT, font=font(max(6, fitting)), anchor="lm")
     return np.concatenate([picture, np.asarray(strip)])
@@ -165,34 +163,31 @@ def overlay_frame(picture: np.ndarray, lines: Sequence[str]) -> np.ndarray:
     return captioned(picture, lines, size=round(picture.shape[1] / 50))
 
 
+def tiled(cells: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Cells, uint8 RGB [H, W, 3], side by side in rows of `columns`; dark where none is left."""
+    empty = np.broadcast_to(np.array(BACKGROUND, np.uint8), cells[0].shape)
+    cells = [*cells, *[empty] * (-len(cells) % columns)]
+    rows = [np.concatenate(cells[place : place + columns], axis=1) for place in range(0, len(cells), columns)]
+    return np.concatenate(rows)
+
+
 def contact_sheet(
-    cells: Sequence[tuple[np.ndarray, Sequence[str]]], title: str, cell_width: int = 480, legend: str = LEGEND
+    cells: Sequence[tuple[np.ndarray, Sequence[str]]], title: str, cell_side: int = 480, legend: str = LEGEND
 ) -> np.ndarray:
     """
-    A grid of pictures, four in a row, each under its caption: uint8 RGB [H', W', 3].
+    A grid of pictures, four in a row, each above its caption: uint8 RGB [H', W', 3].
 
     Args:
         cells: picture, uint8 RGB [H, W, 3], and lines of the caption; at least one cell, all of one size.
         title: in one line.
-        cell_width: in pixels, at least.
+        cell_side: the longer side of a picture in pixels.
         legend: what the colours mean, in one line; empty for pictures without marks.
     """
-    columns, (height, width) = 4, cells[0][0].shape[:2]
-    lines, side = math.ceil(len(cells) / columns), 3.2 * min(1, width / height)  # inches
-    room = 0.2 + 0.15 * len(cells[0][1])
-    figure = titled_figure(title, 3.3 * columns, lines * (side * height / width + room) + 0.4 + 0.3 * bool(legend))
-    figure.set_dpi(cell_width / 3)
-    panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    for panel in panels:
-        panel.set_axis_off()
-    for panel, (picture, caption) in zip(panels, cells, strict=False):
-        panel.imshow(picture)
-        panel.set_title("\n".join(caption), loc="left", fontsize=8, parse_math=False)
-    if legend:
-        figure.supxlabel(legend, x=0.012, ha="left", fontsize=9)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+    height, width = (round(side * cell_side / max(cells[0][0].shape[:2])) for side in cells[0][0].shape[:2])
+    pictures = [captioned(resize(picture, height, width), lines, size=width // 26) for picture, lines in cells]
+    grid = tiled(pictures, columns=4)
+    header = captioned(grid[:0], [title], size=width // 20)
+    return captioned(np.concatenate([header, grid]), [legend] if legend else [], size=width // 26)
 
 
 class OverlayWriter:

@@ -14,16 +14,11 @@ def prefetch(iterable: Iterable[T], depth: int = 4) -> Iterator[T]:
     Run `iterable` ahead of its consumer in one background thread.
 
     The thread starts with the first item asked for. An exception in `iterable` is raised in the consumer after all
-    items that came before it. Closing the generator stops and joins the thread; a `for` loop left by `break` or an
-    exception closes it when the generator is dropped, `with contextlib.closing(prefetch(...))` closes it at once.
+    items that came before it. Closing the generator stops and joins the thread; use `contextlib.closing`.
 
     Args:
-        iterable: what to run ahead, for example decoding and preprocessing. Its items are made, and its iterator is
-            closed, in the thread.
+        iterable: what to run ahead. Its items are made, and its iterator is closed, in the thread.
         depth: how many items may be ahead, at least 1. 4 smooths out keyframes; more only costs memory.
-
-    Raises:
-        ValueError: for a `depth` below 1.
     """
     if depth < 1:
         raise ValueError(f"`depth` is {depth}; expected at least 1.")

@@ -1,14 +1,9 @@
-"""Video input: frames out of a file.
+"""
+Frames out of video files.
 
-With `Preprocessor` and `prefetch`::
-
-    reader = VideoReader("street.mp4", stride=2)
     preprocess = Preprocessor.from_pretrained("path/to/siglip")
-    for pixel_values in prefetch(preprocess(frame.image) for frame in reader):
+    for pixel_values in prefetch(preprocess(frame.image) for frame in VideoReader("street.mp4", stride=2)):
         ...  # float32 [1, 3, R, R]
-
-Frames that cannot be decoded are left out and counted. A file that is cut short gives all frames before the cut and
-then raises `DamagedVideoError`.
 """
 
 import contextlib
@@ -27,18 +22,6 @@ from typing import Any
 import av
 import numpy as np
 from av.stream import Disposition
-
-__all__ = [
-    "DamagedVideoError",
-    "Frame",
-    "VideoError",
-    "VideoReader",
-    "bundled_clip",
-    "ffmpeg_name",
-    "frame_at",
-    "read_frames",
-    "shown",
-]
 
 # FFmpeg assumes this rate, too, where a raw stream states none.
 _DEFAULT_RATE = Fraction(25)
@@ -73,76 +56,57 @@ class DamagedVideoError(VideoError):
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One decoded frame.
+    """One decoded frame."""
 
-    Attributes:
-        index: number of decoded frames before it, counted before `start` and `stride` are applied.
-        time: seconds since the first frame; never less than the time of the frame before it.
-        image: uint8 RGB [H, W, 3], turned and mirrored as the file asks for, C-contiguous. Alpha is dropped, and HDR
-            is not tone-mapped.
-    """
-
-    index: int
-    time: float
+    index: int  # number of decoded frames before it, counted before `start` and `stride` are applied
+    time: float  # seconds since the first frame; never less than the time of the frame before it
+    # uint8 RGB [H, W, 3], turned and mirrored as the file asks for, C-contiguous. Alpha is dropped, and HDR is not
+    # tone-mapped
     image: np.ndarray
 
 
 @dataclass(frozen=True)
 class Segment:
-    """
-    A part of a video that can be decoded without the parts before it.
+    """A part of a video that can be decoded without the parts before it."""
 
-    Attributes:
-        frames: number of its frames, failed ones included.
-        begin: time stamp of its first frame, a keyframe of the file; None for the video's beginning.
-        end: time stamp of the first frame after it; None for the video's end.
-        before: time stamp of the last frame before it.
-    """
-
-    frames: int
-    begin: int | None = None
-    end: int | None = None
-    before: int | None = None
+    frames: int  # number of its frames, failed ones included
+    begin: int | None = None  # time stamp of its first frame, a keyframe of the file; None for the video's beginning
+    end: int | None = None  # time stamp of the first frame after it; None for the video's end
+    before: int | None = None  # time stamp of the last frame before it
 
 
 class VideoReader:
-    """Frames of a video file, in display order.
+    """
+    Frames of a video file, in display order.
 
-    The constructor opens the file and decodes its first frame, so an unusable file fails here. Each iteration opens
-    the file again: a reader holds no open file and can be used several times.
+    The constructor decodes the first frame, so an unusable file fails here. Each iteration opens the file again: a
+    reader holds no open file and can be used several times.
 
-    The first frame is the first one that can be decoded: a recording that begins between keyframes begins with its
-    first keyframe. Packets that fail to decode, and pictures that the decoder had to patch up, are left out; a warning
-    gives their number. Where time stamps are missing or go back, as in joined recordings, a frame follows the previous
-    one by 1 / `fps`.
+    A recording that begins between keyframes begins with its first keyframe. Packets that fail to decode, and pictures
+    that the decoder had to patch up, are left out; a warning gives their number. Where time stamps are missing or go
+    back, as in joined recordings, a frame follows the previous one by 1 / `fps`. A cut is noticed where a packet is
+    incomplete, and where an MP4, Matroska, WebM or AVI file has fewer bytes than it says; in MPEG-TS, GIF and
+    fragmented MP4, it can pass for the end. Changed bytes that still decode pass for a picture.
 
     Args:
         path: a local video file, in any format that PyAV (FFmpeg) decodes. A name with a colon is a file, too.
-        start: index of the first frame to yield. Frames before it are decoded and dropped, so that an index always
-            means the same frame.
-        stride: yield every `stride`-th frame. 1 (the default) is best for a fixed camera, whose neighbouring frames
-            are the most alike.
+        start: index of the first frame to yield. Frames before it are decoded and dropped.
+        stride: yield every `stride`-th frame.
         max_frames: stop after N frames; None reads to the end.
         every: yield only the first frame of each interval of this length, in seconds; None for all frames.
 
     Attributes:
-        path: the file.
         width, height: size of the frames in pixels.
         fps: frames a second on average, as the file states or its first frames suggest; None if unknown.
         failed_frames: number of frames left out of the last iteration.
         decoded_frames: number of frames decoded in the last iteration, whether it gave them or not.
 
-    A cut is noticed where a packet is incomplete, and where an MP4, Matroska, WebM or AVI file has fewer bytes than it
-    says. In MPEG-TS, GIF and fragmented MP4, a cut can pass for the end. Changed bytes that still decode pass for a
-    picture.
-
     Raises:
-        FileNotFoundError: no such file.
-        VideoError: no regular file, an empty file, not a video, no decoder for it, no frame that can be decoded, a
-            rotation that is not a multiple of 90 degrees; while iterating also: frames change size, `start` is past
-            the end.
-        DamagedVideoError: while iterating: the file is cut short (see the class).
-        ValueError: `start`, `stride`, `max_frames` or `every` out of range.
+        FileNotFoundError: if there is no such file.
+        VideoError: for a file that is no video, or has no decoder or no frame that can be decoded, and for a rotation
+            that is no multiple of 90 degrees; while iterating, if frames change size, or `start` is past the end.
+        DamagedVideoError: while iterating, if the file is cut short.
+        ValueError: for `start`, `stride`, `max_frames` or `every` out of range.
     """
 
     def __init__(
@@ -154,7 +118,6 @@ class VideoReader:
         max_frames: int | None = None,
         every: float | None = None,
     ):
-        """Check the arguments, open the file once and read its properties."""
         if start < 0:
             raise ValueError(f"`start` is {start}; expected a number of frames, 0 or more.")
         if stride < 1:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from neuroflow_hf.cameras import sources
 from neuroflow_hf.cameras.latest import Arrival, Change, LatestPictures
-from neuroflow_hf.cameras.mosaic import Mosaic, tiled
+from neuroflow_hf.cameras.mosaic import Mosaic
 from neuroflow_hf.cameras.sources import SourceLostError, open_source, open_sources, source_name
 from neuroflow_hf.cameras.streams import CameraStreams
 from neuroflow_hf.cameras.watch import Seen, watch_cameras
@@ -495,7 +495,6 @@ def test_the_overlay_shows_all_cameras(tmp_path):
     assert count_frames(tmp_path / "overlay.mp4") == 4
     with av.open(str(tmp_path / "overlay.mp4")) as container:
         assert container.streams.video[0].width == 2 * 480
-    assert tiled([np.ones((2, 4, 3), np.uint8)] * 5).shape == (4, 12, 3)
 
 
 def test_the_command_watches_files(stock_vision, tmp_path):

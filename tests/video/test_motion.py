@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from neuroflow_hf.video.labels import Labels
 from neuroflow_hf.video.motion import (
@@ -30,21 +31,8 @@ from tests.conftest import GATED_MODES, GRID, IMAGE_SIZE, PATCH_SIZE
 
 
 def naive_regions(mask):
-    """Connected regions of one mask [h][w], numbered in reading order, by walking from patch to patch."""
-    height, width = mask.shape
-    numbers, count = np.zeros((height, width), dtype=np.int64), 0
-    for row in range(height):
-        for column in range(width):
-            if not mask[row, column] or numbers[row, column]:
-                continue
-            count += 1
-            waiting = [(row, column)]
-            while waiting:
-                y, x = waiting.pop()
-                if 0 <= y < height and 0 <= x < width and mask[y, x] and not numbers[y, x]:
-                    numbers[y, x] = count
-                    waiting += [(y + down, x + right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    return numbers
+    """Connected regions of one mask [h][w], numbered in reading order."""
+    return ndimage.label(mask, np.ones((3, 3)))[0]
 
 
 @st.composite
@@ -177,20 +165,6 @@ def test_global_motion_is_subtracted(vision):
     assert torch.equal(motion_mask(outputs[1], gate)[0], expected)
 
 
-def test_reading_changes_no_stream(vision):
-    stream, plain = vision.new_stream(preset="balanced"), vision.new_stream(preset="balanced")
-    with torch.no_grad():
-        for frame, _ in moving_squares(4, lambda time: [(2, time)]):
-            output, expected = vision(pixel_values=frame, stream=stream), vision(pixel_values=frame, stream=plain)
-            (objects,) = connected_objects(motion_mask(output, stream.gate))
-            with_embeddings(vision, output.last_hidden_state[0], objects)
-            before = stream.state_dict()
-            with pytest.raises(ValueError, match="NaN or infinite"):
-                vision(pixel_values=torch.full_like(frame, torch.nan), stream=stream)
-            assert before["frames"] == stream.state_dict()["frames"]
-            assert torch.equal(output.pooler_output, expected.pooler_output)
-
-
 def test_what_was_not_looked_at_has_no_motion_mask(vision):
     for mode in ("dense", "hold"):
         outputs, _, gate = run_squares(vision, lambda time: [], 2, mode=mode)
@@ -279,8 +253,10 @@ def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip") / "square.mkv", frames=8)
 
 
-def test_a_run_finds_the_square(clip, vision, tmp_path):
-    run_video(VideoReader(clip), vision, Preprocessor(resolution=24), tmp_path, {"mode": "context"}, objects=True)
+def test_a_run_finds_the_square_and_labels_it(clip, vision, tmp_path):
+    labels = Labels(("a dog", "a cat"), "{}", torch.eye(2, 32), 5.0, -1.0)
+    how = {"objects": True, "labels": labels, "dense_every": 0}
+    run_video(VideoReader(clip), vision, Preprocessor(resolution=24), tmp_path, {"mode": "context"}, **how)
     lines = [json.loads(line) for line in (tmp_path / "frames.jsonl").read_text().splitlines()]
     assert lines[0]["objects"] == []
     for place, line in enumerate(lines[1:], start=1):
@@ -288,39 +264,9 @@ def test_a_run_finds_the_square(clip, vision, tmp_path):
         # whole patches, which are 10.7 x 8 pixels, around where it is and was
         assert left <= 2 * place and 2 * place + 12 <= right and top <= 16 and bottom >= 28
         assert right - left <= 43 and bottom - top <= 32
+        assert all(item["label"] in labels.names and 0 < item["confidence"] < 1 for item in line["objects"])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["objects"]["frames"] == 7 and summary["objects"]["per_frame"]["min"] == 0
-
-
-def test_objects_are_opt_in_and_change_no_figure(clip, vision, tmp_path):
-    lines = {}
-    for objects in (False, True):
-        out = tmp_path / str(objects)
-        reader = VideoReader(clip, max_frames=3)
-        run_video(
-            reader, vision, Preprocessor(resolution=24), out, {"mode": "context"}, overlay=False, objects=objects
-        )
-        lines[objects] = [json.loads(line) for line in (out / "frames.jsonl").read_text().splitlines()]
-        assert ("objects" in json.loads((out / "summary.json").read_text())) == objects
-    for plain, found in zip(lines[False], lines[True], strict=True):
-        assert "objects" not in plain and "objects" in found
-        assert (plain["active"], plain["cost"]) == (found["active"], found["cost"])
-
-
-def test_labelled_objects_in_a_run(clip, vision, tmp_path):
-    labels = Labels(("a dog", "a cat"), "{}", torch.eye(2, 32), 5.0, -1.0)
-    run_video(
-        VideoReader(clip),
-        vision,
-        Preprocessor(resolution=24),
-        tmp_path,
-        {"mode": "context"},
-        objects=True,
-        labels=labels,
-    )
-    lines = [json.loads(line) for line in (tmp_path / "frames.jsonl").read_text().splitlines()]
-    assert {item["label"] for line in lines for item in line["objects"]} <= {"a dog", "a cat"}
-    assert all(0 < item["confidence"] < 1 for line in lines[1:] for item in line["objects"])
 
 
 @pytest.mark.parametrize("options", [{"mode": "dense"}, {"mode": "hold"}, {"mode": "context", "threshold": -1}])

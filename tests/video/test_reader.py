@@ -302,11 +302,6 @@ def test_urls_are_not_opened():
 # --- files that are no video ---------------------------------------------------------------------------------------
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.mp4"):
-        VideoReader(tmp_path / "nothing.mp4")
-
-
 def test_files_that_are_not_videos(tmp_path):
     sound = tmp_path / "sound.wav"
     with av.open(str(sound), "w") as container:
@@ -327,6 +322,8 @@ def test_files_that_are_not_videos(tmp_path):
         VideoReader(tmp_path)
     with pytest.raises(VideoError, match="device"):
         VideoReader("/dev/null")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.mp4"):
+        VideoReader(tmp_path / "nothing.mp4")
 
 
 def test_a_picture_is_a_video_of_one_frame_and_animated_webp_is_named(tmp_path):
@@ -552,13 +549,6 @@ def test_a_last_picture_that_stays_is_not_damage(tmp_path):
     assert len(list(reader)) == reader.expected_frames == 20
 
 
-@pytest.mark.parametrize("movflags", ["frag_keyframe", "frag_keyframe+empty_moov", "frag_keyframe+delay_moov+dash"])
-def test_fragments_are_read_and_counted(tmp_path, movflags):
-    muxer = {"movflags": movflags, "frag_duration": "1000000"}
-    reader = VideoReader(write_video(tmp_path / "fragments.mp4", muxer=muxer))
-    assert len(list(reader)) == reader.expected_frames == FRAMES
-
-
 def test_an_edit_list_leaves_frames_out(tmp_path):
     whole = list(read_frames(write_video(tmp_path / "whole.mp4")))
     # time stamps below 0 make the muxer write an edit list that begins at 0
@@ -612,12 +602,6 @@ def test_time_never_goes_back(stamps, times):
     stream = SimpleNamespace(time_base=Fraction(1, 10), average_rate=Fraction(1), guessed_rate=None)
     clock = _Clock(SimpleNamespace(format=SimpleNamespace(name="mpegts")), stream)
     assert [clock.time(stamp) for stamp in stamps] == times
-
-
-def test_counting_ends_where_reading_would(videos, tmp_path):
-    reader = VideoReader(videos["h264.mkv"], start=3, stride=4, max_frames=5)
-    assert reader.expected_frames == 5 and reader.frame_count == FRAMES
-    assert VideoReader(videos["h264.mkv"], start=30, stride=4, max_frames=50).expected_frames == 3
 
 
 UNEVEN = [sum(50 + i % 7 * 40 for i in range(n)) for n in range(FRAMES)]
@@ -872,13 +856,3 @@ def test_prefetch_never_started_has_no_thread():
     prefetch(range(3)).close()
     with pytest.raises(ValueError, match="depth"):
         next(prefetch(range(3), depth=0))
-
-
-@pytest.mark.usefixtures("no_thread_left")
-def test_reading_preprocessing_and_prefetching_together(videos):
-    preprocess = Preprocessor(32)
-    ahead = list(prefetch(preprocess(frame.image) for frame in read_frames(videos["h264.mkv"])))
-    direct = [preprocess(frame.image) for frame in read_frames(videos["h264.mkv"])]
-    assert torch.equal(torch.cat(ahead), torch.cat(direct))
-    assert ahead[0].shape == (1, 3, 32, 32)
-    assert isinstance(bundled_clip(), Path)

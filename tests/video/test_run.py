@@ -322,12 +322,12 @@ def test_the_contact_sheet_has_evenly_spaced_frames():
         [f"time {value / 10:.1f} s, encoded 25.0%"] for value in range(0, 60, 3)
     ]
     pictures.cells = pictures.cells[:4]
-    sheets = [pictures.sheet("title", ""), contact_sheet(pictures.cells[:1], "title", cell_width=480, legend="")]
+    sheets = [pictures.sheet("title", ""), contact_sheet(pictures.cells[:1], "title", legend="")]
     assert all(sheet.dtype == np.uint8 and sheet.shape[1] >= 400 for sheet in sheets)
     assert sheets[0].shape == sheets[1].shape
     last = pictures.cells[-1][0][0, 0]  # a shade of grey that only the last picture has
     counts = [(sheet == last).all(-1).sum() for sheet in sheets]
-    assert counts[0] > 1000 > counts[1]
+    assert counts[0] > 3 * counts[1]  # the caption has some of it
     assert contact_sheet(pictures.cells * 2, "title").shape[0] > 1.5 * sheets[0].shape[0] and SHEET_CELLS == 8
 
 
