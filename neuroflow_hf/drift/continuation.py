@@ -153,7 +153,7 @@ def notes_in_words(model: Any, found: Continuation, decoding: Decoding) -> list[
     if found.is_ended and count == 1:
         lines.append("The model ended the text at once.")
     if found.is_cut:
-        lines.append(f"The text is cut after {count} tokens, the most that you allowed or that have room.")
+        lines.append(f"The text is cut at {count}, the most tokens that you allowed or that have room.")
     if found.statistics is not None:
         options = model.bypass_options(decoding.bypass)
         lines.append(statistics_in_words(options, found.statistics))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -13,8 +13,6 @@ from .options import make_options
 # thresholds: a cosine is from -1 to 1
 ALWAYS = -1
 NEVER = 2
-
-BypassOption = int | float | str | list[int] | tuple[int, ...] | range | None
 
 
 def threshold_for_rate(similarity: Sequence[float], rate: float) -> float:
@@ -102,7 +100,7 @@ class NeuroFlowBypassConfig:
         require("guard_entropy", lambda value: 0 <= value < math.inf, "a finite number of at least 0, or None")
 
     @classmethod
-    def from_options(cls, base: dict | None = None, **options: BypassOption) -> "NeuroFlowBypassConfig":
+    def from_options(cls, base: dict | None = None, **options: Any) -> "NeuroFlowBypassConfig":
         """
         The options of `base`, overridden by `options`; of `threshold` and `rate`, either one replaces the other.
 

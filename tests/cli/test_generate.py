@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 
 from neuroflow_hf import loading
 from neuroflow_hf.cli.main import app
-from neuroflow_hf.cli.option_groups import parse_layers
 from tests.cli.test_run import assert_clean_error, call
 from tests.phi3_models import make_chat_tokenizer, save_checkpoint
 
@@ -168,8 +167,3 @@ def test_unusable_models(phi3_folder, stock_folder, tmp_path):
     assert_clean_error(call("generate", PROMPT, "--model", bare), "tokenizer", bare)
     (bare / "model.safetensors").write_bytes(b"\0" * 40)
     assert_clean_error(call("generate", PROMPT, "--model", bare), bare)
-
-
-def test_layers_are_parsed():
-    assert parse_layers("24") == [24]
-    assert parse_layers("20, 24-26") == [20, 24, 25, 26]
