@@ -33,9 +33,8 @@ REFERENCE = "angle"
 VARIANTS: dict[str, dict[str, Any]] = {
     REFERENCE: {},
     "as published": {"angle": 0.0, "mse": 1.0, "cosine": 0.5},
-    "angle, and relations": {"relations": 10.0},
-    "angle, and patches": {"patches": 1.0},
     "angle, rank 4": {"rank": 4},
+    "angle, and patches": {"patches": 1.0},
     "angle, rank 64": {"rank": 64},
     "angle, 16 summary tokens": {"summary_tokens": 16},
 }

@@ -27,7 +27,6 @@ TRAINING: Group = {
         str, "Sides of the frames in pixels, separated by commas; one is drawn for each batch.", "the model's"
     ),
     "patches": training(float, "Weight of the loss on patches; not in mode eliminate.", "0"),
-    "relations": training(float, "Weight of the loss on similarities between the clips of a batch.", "0"),
     "seed": training(int, "Random seed of all that is drawn.", "0"),
 }
 

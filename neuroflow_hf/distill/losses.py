@@ -33,15 +33,6 @@ def patch_loss(student: Tensor, teacher: Tensor, active: Tensor) -> Tensor:
     return (distance * active).sum() / active.sum().clamp(min=1)
 
 
-def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """
-    The mean squared error of the cosine between each two of the embeddings [B, D] (Park et al., "Relational Knowledge
-    Distillation", 2019): a scalar. It keeps scenes apart that the teacher tells apart.
-    """
-    found, wanted = (F.normalize(embeddings, dim=-1) for embeddings in (student, teacher))
-    return F.mse_loss(found @ found.T, wanted @ wanted.T)
-
-
 def cosines(student: Tensor, teacher: Tensor) -> Tensor:
     """The cosine of each embedding to the teacher's, [B, D] to float64 [B]."""
     return F.cosine_similarity(student.detach().double(), teacher.double(), dim=-1)

@@ -44,7 +44,7 @@ class DistillSettings:
         learning_rate (`float`, defaults to 2e-4): its largest value; it rises over the first twentieth of the steps
             and falls to 0 as a cosine. Constant in the paper's recipe.
         weight_decay (`float`, defaults to 0.0): of AdamW.
-        angle, mse, cosine, patches, relations: weights of the losses, see `losses.py`.
+        angle, mse, cosine, patches: weights of the losses, see `losses.py`.
         evaluate_every (`int`, defaults to 50): steps between measurements on held-out clips.
         checkpoint_seconds (`float`, defaults to 120): time between checkpoints.
         seed (`int`, defaults to 0): of everything that is drawn.
@@ -74,7 +74,6 @@ class DistillSettings:
     mse: float = 0.0
     cosine: float = 0.0
     patches: float = 0.0
-    relations: float = 0.0
     evaluate_every: int = 50
     checkpoint_seconds: float = 120.0
     seed: int = 0
@@ -98,8 +97,6 @@ class DistillSettings:
             raise ValueError(f"`active_shares` is {self.active_shares}; expected shares of at most 1.")
         if self.patches and self.mode == "eliminate":
             raise ValueError("Mode `eliminate` keeps no patches; leave the weight of the loss on `patches` at 0.")
-        if self.relations and self.batch < 2:
-            raise ValueError("The loss on `relations` compares clips of a batch; choose a `batch` of at least 2.")
 
     @classmethod
     def published(cls, **changes: Any) -> "DistillSettings":

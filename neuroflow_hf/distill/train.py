@@ -20,7 +20,7 @@ from ..video.preprocess import Preprocessor
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .clips import Batch, ClipSet
-from .losses import angle_loss, embedding_loss, patch_loss, relation_loss
+from .losses import angle_loss, embedding_loss, patch_loss
 from .measure import HeldOut, improvement, measure, measured_clips, plain_values
 from .settings import DistillSettings
 from .student import Student
@@ -244,8 +244,6 @@ def clip_losses(
         if settings.patches and batch.patches is not None:
             active, wanted = output.active_mask.flatten(1), batch.patches[number].to(model.device)
             loss = loss + settings.patches * patch_loss(output.last_hidden_state, wanted, active)
-        if settings.relations:
-            loss = loss + settings.relations * relation_loss(output.pooler_output, teacher)
         yield loss / (len(batch.frames) - first)
 
 
