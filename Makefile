@@ -7,7 +7,7 @@ PROCESSES ?= 2
 EVIDENCE := accuracy reaction fidelity published_laws motion_masks
 QUICK := neuroflow-evidence
 
-.PHONY: demo test check docs format bench drift evidence evidence-quick hub siglip-small wheel clean help
+.PHONY: demo test check docs format bench bench-gpu drift evidence evidence-quick hub siglip-small wheel clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -44,6 +44,14 @@ bench: $(READY)  ## time modes, presets and other runtimes against dense: an hou
 	$(BIN)/python -m eval.vision.benchmark_streams
 	$(BIN)/python -m eval.vision.benchmark_alternatives
 	$(BIN)/python -m eval.vision.linear_costs
+
+bench-gpu: $(READY)  ## tests and times on CUDA, in bfloat16: ten minutes; writes the tables of docs/results/speed.md
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m eval.vision.benchmark_vision --device cuda --dtypes bfloat16 --repeats 30 \
+		--output eval/results/benchmark_vision_cuda.json
+	$(BIN)/python -m eval.vision.benchmark_streams --device cuda --dtype bfloat16 --cameras 1,16,64 --repeats 30 \
+		--output eval/results/benchmark_streams_cuda.json
+	$(BIN)/python -m eval.docs.tables
 
 drift: $(READY)  ## measure what a bypass changes in the text; run again to continue
 	$(BIN)/python -m eval.language.token_drift --max-prompts 50 --batch-size 100

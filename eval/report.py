@@ -21,13 +21,13 @@ RESULTS = Path(__file__).parent / "results"
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told here"
 
 
-def provenance() -> dict:
-    """The command, the machine and the versions behind a result."""
+def provenance(device: str = "cpu") -> dict:
+    """The command, the machine with the device that was measured on, and the versions behind a result."""
     script = Path(sys.argv[0]).resolve()
     named = [script.name]
     if script.is_relative_to(ROOT):
         named = ["-m", ".".join(script.relative_to(ROOT).with_suffix("").parts)]
-    return {"command": shlex.join(["python", *named, *sys.argv[1:]]), **machine_and_versions()}
+    return {"command": shlex.join(["python", *named, *sys.argv[1:]]), **machine_and_versions(device)}
 
 
 def rounded(report: Any, digits: int = 6) -> Any:

@@ -356,9 +356,7 @@ def speed_table(report: dict) -> str:
     columns = {"pixels": "{resolution}", "mode": "`{mode}`", "cost": "{cost:.3f}", "GMAC": "{gigamacs:.1f}"}
     for dtype in dict.fromkeys(entry["dtype"] for entry in report["dense"]):
         columns |= {f"{dtype}: ms": f"{{{dtype}[0]}}", f"{dtype}: times faster": f"{{{dtype}[1]}}"}
-    note = (
-        f"`{report['command']}`: {least:.0%} of the patches active, {report['machine']['threads']} threads on the CPU."
-    )
+    note = f"`{report['command']}`: {least:.0%} of the patches active, {device_of(report)}."
     if full := sorted((ratio, case["mode"]) for case, _, ratio in found if case["active"] == 1):
         note += (
             " With everything active, all modes lie between {0[0]:.2f} (`{0[1]}`) and {1[0]:.2f} times dense's speed."
@@ -390,6 +388,12 @@ def alternatives_table(report: dict) -> str:
     versions = " and ".join(f"{name} {version}" for name, version in report["alternatives"].items())
     note = f"`{report['command']}`: float32, {report['machine']['threads']} threads on the CPU, {versions}."
     return table(rows, columns, note)
+
+
+def start_up_table(report: dict) -> str:
+    """Seconds until imports and the command line are there."""
+    columns = {"command": "{0}", "seconds": "{1:.1f}"}
+    return table(report["seconds"].items(), columns, "`{command}`: medians of {repeats}.".format(**report))
 
 
 def linear_costs_table(report: dict) -> str:
@@ -534,16 +538,25 @@ def held_out_table(report: dict) -> str:
     return table(rows, columns)
 
 
+def device_of(report: dict) -> str:
+    """What a benchmark ran on, for a note below its table."""
+    on_cpu = report["device"] == "cpu"
+    return f"{report['machine']['threads']} threads on the CPU" if on_cpu else report["machine"]["device"]
+
+
 def streams_table(report: dict) -> str:
-    """Several cameras in one call."""
+    """Several cameras in one call, and which share of 1 / cost their speed over dense is."""
     ways = {"one call": "one_call", "a call each": "separate_calls", "dense, batched": "dense"}
-    columns = {"mode": "`{mode}`", "cameras": "{cameras}"}
+    columns: dict = {"mode": "`{mode}`", "cameras": "{cameras}", "cost": "{cost:.3f}"}
     columns |= {f"frames/s: {name}": f"{{frames_per_second[{way}][median]:.1f}}" for name, way in ways.items()}
-    for name, way in (("a call each", "separate_calls"), ("dense", "dense")):
-        columns[f"speed ({name} = 1)"] = lambda row, way=way: (
-            f"{row['frames_per_second']['one_call']['median'] / row['frames_per_second'][way]['median']:.1f}"
-        )
-    return table(report["cases"], columns, "`{command}`: {dtype}, {machine[threads]} threads.".format(**report))
+
+    def speed(row: dict, way: str) -> float:
+        return row["frames_per_second"]["one_call"]["median"] / row["frames_per_second"][way]["median"]
+
+    columns["speed (a call each = 1)"] = lambda row: f"{speed(row, 'separate_calls'):.1f}"
+    columns["speed (dense = 1)"] = lambda row: f"{speed(row, 'dense'):.1f}"
+    columns["of 1 / cost"] = lambda row: f"{speed(row, 'dense') * row['cost']:.2f}"
+    return table(report["cases"], columns, f"`{report['command']}`: {report['dtype']}, {device_of(report)}.")
 
 
 def search_table(report: dict) -> str:
@@ -823,9 +836,12 @@ BLOCKS = {
     "promises": (promises_table, "vision_policies"),
     "times": (times_table, "vision_policies"),
     "speed": (speed_table, "benchmark_vision"),
+    "start-up": (start_up_table, "start_up"),
     "linear costs": (linear_costs_table, "linear_costs"),
     "alternatives": (alternatives_table, "benchmark_alternatives"),
     "streams": (streams_table, "benchmark_streams"),
+    "speed cuda": (speed_table, "benchmark_vision_cuda"),
+    "streams cuda": (streams_table, "benchmark_streams_cuda"),
     "search": (search_table, "benchmark_search"),
     "embed": (throughput_table, "embed_throughput"),
     "headline": (headline_table, "headline"),

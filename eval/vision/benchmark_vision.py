@@ -138,7 +138,7 @@ def time_missing(report: dict, model, dtype: str, resolution: int, modes: list[s
         dense["values"] += [time_dense(model, resolution) for _ in range(max(1, math.ceil(turns)))]
         num_patches = (resolution // model.config.patch_size) ** 2
         dense |= {"milliseconds": spread(dense["values"]), "gigamacs": dense_gigamacs(model.config, num_patches)}
-        write_json(output, {**report, **provenance()})
+        write_json(output, {**report, **provenance(report["device"])})
 
 
 def plot(report: dict) -> Figure:
@@ -197,14 +197,15 @@ def main(
     torch.manual_seed(0)
     shares = [float(fraction) for fraction in fractions.split(",")]
     limits = {"fractions": shares, "repeats": repeats, "case_seconds": case_seconds}
-    settings = {name: provenance()[name] for name in ("machine", "versions")}
+    settings = {name: provenance(device)[name] for name in ("machine", "versions")}
     report = continued(output, {"device": device, "limits": limits, **settings})
     for dtype in dtypes.split(","):
         model = base_model(dtype, device)
         for resolution in map(int, resolutions.split(",")):
             time_missing(report, model, dtype, resolution, modes.split(","), limits, output)
-    report |= provenance()
-    publish(output, report, speed_table(report), {"speed.png": plot(report)})
+    report |= provenance(device)
+    picture = "speed.png" if device == "cpu" else f"speed_{device}.png"
+    publish(output, report, speed_table(report), {picture: plot(report)})
 
 
 if __name__ == "__main__":

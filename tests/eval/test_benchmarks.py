@@ -1,12 +1,14 @@
 """The benchmark scripts on a tiny model: what they write and continue. No time is asserted."""
 
 import json
+import subprocess
 import time
 
 import pytest
 from PIL import Image
 
-from eval.docs.tables import search_table, speed_table, streams_table, throughput_table
+from eval import start_up
+from eval.docs.tables import search_table, speed_table, start_up_table, streams_table, throughput_table
 from eval.vision import benchmark_search, benchmark_streams, benchmark_vision, embed_throughput
 from eval.vision.benchmark_vision import MODES
 from tests.cli.test_run import write_clip
@@ -117,10 +119,20 @@ def test_streams_are_timed_in_three_ways(vision, tmp_path, monkeypatch):
     ]
     for case in report["cases"]:
         assert len(case["active_patches"]) == case["cameras"]
-        assert all(0 < count < 36 for count in case["active_patches"])
+        assert all(0 < count < 36 for count in case["active_patches"]) and 0 < case["cost"] < 1
         assert all(rate["median"] > 0 for rate in case["frames_per_second"].values())
     assert len(set(report["cases"][1]["active_patches"])) > 1  # ragged
     assert "| `context` | 3 |" in streams_table(report)
+
+
+def test_start_up_is_timed_in_processes_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(start_up, "COMMANDS", {"`pass`": ["-c", "pass"], "`json`": ["-c", "import json"]})
+    start_up.main(repeats=1, output=tmp_path / "start_up.json")
+    report = json.loads((tmp_path / "start_up.json").read_text())
+    assert len(report["turns"]) == 1 and all(seconds > 0 for seconds in report["seconds"].values())
+    assert "| `json` |" in start_up_table(report)
+    with pytest.raises(subprocess.CalledProcessError):
+        start_up.seconds_of(["-c", "raise SystemExit(1)"])
 
 
 def test_searches_are_timed(tmp_path, monkeypatch):
