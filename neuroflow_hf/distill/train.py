@@ -1,7 +1,6 @@
 """The training loop: clips through streams, their embeddings towards the dense model's."""
 
-import io
-import pickle
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from ..utils.files import prepare_folder, write_whole
@@ -25,7 +26,7 @@ from .measure import HeldOut, improvement, measure, measured_clips, plain_values
 from .settings import DistillSettings
 from .student import Student
 
-STATE = "state.pt"
+STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -248,11 +249,15 @@ def clip_losses(
 
 
 def average_gradients(student: Student, accelerator: Accelerator) -> None:
-    """Replace every gradient by its mean over the processes."""
-    if accelerator.num_processes > 1:
-        for parameter in student.parameters():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = accelerator.reduce(gradient, "mean")
+    """Replace every gradient by its mean over the processes, in one exchange."""
+    if accelerator.num_processes == 1:
+        return
+    parameters = student.parameters()
+    gradients = [torch.zeros_like(item) if item.grad is None else item.grad for item in parameters]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    together = accelerator.reduce(together, "mean")
+    for parameter, part in zip(parameters, together.split([item.numel() for item in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
@@ -267,15 +272,19 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 def write_state(path: Path, key: str, state: State, student: Student, optimizer: torch.optim.Optimizer) -> None:
     """Write everything to go on from, whole or not at all."""
-    content = {
+    about = {
         "key": key,
-        "state": {**vars(state), "held_out": plain_values(state.held_out)},
-        "weights": student.weights(),
-        "moments": optimizer.state_dict()["state"],
+        "step": state.step,
+        "losses": state.losses,
+        "held_out": plain_values(state.held_out),
+        "best_step": state.best_step,
+        "seconds": state.seconds,
     }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_whole(path, buffer.getvalue())
+    tensors = {f"weights.{name}": value for name, value in student.weights().items()}
+    tensors |= {f"best.{name}": value for name, value in state.best.items()}
+    for place, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{place}.{name}": value.cpu().contiguous() for name, value in moments.items()}
+    write_whole(path, save(tensors, metadata={"neuroflow_distill": json.dumps(about)}))
 
 
 def read_state(path: Path, key: str, student: Student, optimizer: torch.optim.Optimizer) -> State | None:
@@ -288,20 +297,28 @@ def read_state(path: Path, key: str, student: Student, optimizer: torch.optim.Op
     if not path.is_file():
         return None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged ({reason}); delete it to begin anew.") from error
-    if content["key"] != key:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["neuroflow_distill"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to begin anew.") from error
+    if about["key"] != key:
         raise ValueError(
             f"{path.parent} holds a distillation with other settings, videos or weights. Choose another folder, or "
             f"delete {path.name} in it to begin anew."
         )
-    student.set_weights(content["weights"])
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": content["moments"]})
-    stored = content["state"]
-    stored["held_out"] = {
-        step: {name: HeldOut(**figures) for name, figures in measured.items()}
-        for step, measured in stored["held_out"].items()
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    student.set_weights(part("weights."))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in part("optimizer.").items():
+        place, field = name.split(".")
+        moments.setdefault(int(place), {})[field] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    held_out = {
+        int(step): {name: HeldOut(**figures) for name, figures in measured.items()}
+        for step, measured in about["held_out"].items()
     }
-    return State(**stored)
+    return State(about["step"], about["losses"], held_out, about["best_step"], part("best."), about["seconds"])
