@@ -45,7 +45,7 @@ bench: $(READY)  ## time modes, presets and other runtimes against dense: an hou
 	$(BIN)/python -m eval.vision.benchmark_alternatives
 	$(BIN)/python -m eval.vision.linear_costs
 
-bench-gpu: $(READY)  ## tests and times on CUDA, in bfloat16: ten minutes; writes the tables of docs/results/speed.md
+bench-gpu: $(READY)  ## tests and times on CUDA, in bfloat16; writes the tables of docs/results/speed.md
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python -m eval.vision.benchmark_vision --device cuda --dtypes bfloat16 --repeats 30 \
 		--output eval/results/benchmark_vision_cuda.json

@@ -72,7 +72,10 @@ def video_state(video: Path) -> dict:
 
 
 def read_metadata(file: Path) -> dict:
-    """The settings in a dataset's file, with `model`, `versions` and `video`; ValueError if there are none."""
+    """
+    The settings in a dataset's file, with `model`, `gate_options` as they were given, `versions` and `video`.
+    ValueError if there are none.
+    """
     try:
         return json.loads(pq.read_metadata(file).metadata[KEY])
     except (pa.ArrowInvalid, KeyError, TypeError) as error:

@@ -111,7 +111,7 @@ def embed_videos(
     # the largest first: at the end, few streams are left for a long one
     waiting = deque(sorted(set(videos) - kept, key=lambda video: (-progress.sizes[video], video)))
     failures = {video: reason for video, reason in read_failures(out).items() if Path(video) not in waiting}
-    metadata = settings | {"model": model_name}
+    metadata = settings | {"model": model_name, "gate_options": options}  # as given: a preset by its name
     job = EmbedJob(model, preprocess, options, streams or MOST_STREAMS, every, labels, out, metadata)
     embedded = 0
 

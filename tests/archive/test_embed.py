@@ -224,6 +224,7 @@ def test_the_files_say_where_they_come_from(whole, vision64, folder):
     metadata = read_metadata(file_of(whole, video))
     assert metadata["weights"] == fingerprint(vision64) and metadata["dtype"] == "float64"
     assert metadata["preprocessing"]["resolution"] == 24 and metadata["gate"]["threshold"] == GATE["threshold"]
+    assert metadata["gate_options"] == GATE
     assert metadata["versions"]["torch"] == torch.__version__ and metadata["video"]["path"] == str(video)
 
 
