@@ -608,7 +608,7 @@ def accuracy_table(report: dict) -> str:
         **beside(".1%", 100, part="top1.", unit=", points"),
         "top-5": "{top5[accuracy]:.1%}",
     }
-    note = "`{command}`: {0} clips, {frames_counted} frames counted, {texts} labels."
+    note = "`{command}`: {0} clips, {frames_counted} frames counted, {texts} labels, {recorded[dtype]}."
     note = note.format(len(report["scenes"]), **report)
     return table(rows_shown(report["results"]), method_and_cost() | columns, note)
 
@@ -657,7 +657,8 @@ def fidelity_table(report: dict) -> str:
         **beside(".3f", 1e3, head="p5: ", unit=", thousandths"),
         **beside(".3f", 1e3, part="changing.", head="p5 where labels change: ", unit=", thousandths"),
     }
-    return table(rows_shown(report["results"]), method_and_cost() | columns, f"`{report['command']}`")
+    note = "`{command}`: {recorded[dtype]}.".format(**report)
+    return table(rows_shown(report["results"]), method_and_cost() | columns, note)
 
 
 def laws_table(report: dict) -> str:

@@ -264,7 +264,7 @@ def test_from_clips_to_fidelity(recorded):
 
 def test_the_command_records_writes_and_continues(vision, material, tmp_path, monkeypatch, capsys):
     texts = ([*COLOURS, evidence.NOTHING], functional.normalize(torch.randn(5, 32), dim=-1))
-    monkeypatch.setattr(evidence, "load_text_model", lambda *_: (vision, Preprocessor(IMAGE_SIZE), None))
+    monkeypatch.setattr(evidence, "load_text_model", lambda *_, **__: (vision, Preprocessor(IMAGE_SIZE), None))
     monkeypatch.setattr(evidence, "load_material", lambda: {"held out": material})
     monkeypatch.setattr(evidence, "text_embeddings", lambda *_: texts)
     monkeypatch.setattr(evidence, "default_tower_dir", lambda: tmp_path / "cache" / "tower")
