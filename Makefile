@@ -58,12 +58,12 @@ drift: $(READY)  ## measure what a bypass changes in the text; run again to cont
 	$(BIN)/python -m eval.language.token_drift --max-prompts 50 --batch-size 100 --cascade
 	$(BIN)/python -m eval.language.json_drift
 
-evidence: $(READY)  ## labels, delays, fidelity, laws, masks on composed clips: several hours on two cores; run again to continue
+evidence: $(READY)  ## labels, delays, fidelity, laws, masks on composed clips: hours on two cores; run again to continue
 	for script in $(EVIDENCE); do \
 		$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m eval.vision.$$script || exit 1; \
 	done
 
-evidence-quick: $(READY)  ## the same with a clip of each motion, into neuroflow-evidence/: about an hour
+evidence-quick: $(READY)  ## the same with a clip of each motion, into neuroflow-evidence/
 	for script in $(EVIDENCE); do \
 		$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m eval.vision.$$script --quick --output $(QUICK)/$$script.json \
 			|| exit 1; \
