@@ -44,6 +44,7 @@ bench: $(READY)  ## time modes, presets and other runtimes against dense: an hou
 	$(BIN)/python -m eval.vision.benchmark_streams
 	$(BIN)/python -m eval.vision.benchmark_alternatives
 	$(BIN)/python -m eval.vision.linear_costs
+	$(BIN)/python -m eval.vision.compiled_frames
 
 bench-gpu: $(READY)  ## tests and times on CUDA, in bfloat16; writes the tables of docs/results/speed.md
 	$(BIN)/python -m pytest -q -m gpu

@@ -412,6 +412,17 @@ def linear_costs_table(report: dict) -> str:
     return table(report["rows"], columns, note)
 
 
+def compiled_frames_table(report: dict) -> str:
+    """What `torch.compile` and fewer threads change for frames with a fixed number of patches."""
+    usual, *others = report["rows"][0]["ms"]
+    columns: dict[str, str | Callable] = {"patches": "{patches}", "cost": "{cost:.3f}"}
+    columns[f"{usual}: ms"] = lambda row: f"{row['ms'][usual]:.1f}"
+    for name in others:
+        columns[f"{name}: times faster"] = lambda row, name=name: f"{row['ms'][usual] / row['ms'][name]:.2f}"
+    note = f"`{report['command']}`: float32, {report['machine']['threads']} threads, medians."
+    return table(report["rows"], columns, note)
+
+
 def headline_table(report: dict) -> str:
     """Speed and fidelity of sparse frames by resolution, and what is left of dense accuracy."""
 
@@ -839,6 +850,7 @@ BLOCKS = {
     "speed": (speed_table, "benchmark_vision"),
     "start-up": (start_up_table, "start_up"),
     "linear costs": (linear_costs_table, "linear_costs"),
+    "compiled frames": (compiled_frames_table, "compiled_frames"),
     "alternatives": (alternatives_table, "benchmark_alternatives"),
     "streams": (streams_table, "benchmark_streams"),
     "speed cuda": (speed_table, "benchmark_vision_cuda"),

@@ -37,11 +37,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "angle, and patches": {"patches": 1.0},
     "angle, rank 64": {"rank": 64},
     "angle, 16 summary tokens": {"summary_tokens": 16},
+    "angle, 448 and 224 pixels, measured at 448": {"resolutions": (448, 224)},
 }
 
 
 def gains(variants: dict[str, dict]) -> list[dict]:
-    """A row for each variant and share: the gain in mean cosine, and its difference to REFERENCE, by clip."""
+    """
+    A row for each variant and share: the gain in mean cosine, and its difference to REFERENCE, by clip. A variant that
+    is measured at another resolution has no such difference.
+    """
     rows = []
     for name, found in variants.items():
         for share, after in found["after"].items():
@@ -53,7 +57,7 @@ def gains(variants: dict[str, dict]) -> list[dict]:
             row |= {"p5": after["p5"], "before": found["before"][share]["mean"], "cost": after["cost"]}
             row |= {"before_p5": found["before"][share]["p5"], "repeated": after["repeated_mean"]}
             row |= {"gain": sum(gain) / len(gain), "gain_interval": mean_interval(gain)}
-            if name != REFERENCE:
+            if name != REFERENCE and "resolutions" not in found["changes"]:
                 row |= {"to_reference": sum(usual) / len(usual), "to_reference_interval": mean_interval(usual)}
             rows.append(row)
     return rows

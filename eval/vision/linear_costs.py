@@ -5,9 +5,9 @@ What do the linear layers of an encoder layer take on few rows, and what would m
 
 The six products of a layer of the small SigLIP, with biases, one thread. A sparse frame has as many rows as active
 patches. Twelve layers' weights take turns, as in a tower, so that they do not stay in the processor's caches. Ways: as
-transformers computes them; query, key and value as one product; weights times tokens; and weights that oneDNN or MKL
-has packed beforehand. The ways take turns, and the figure is the median. Writes `eval/results/linear_costs.json`,
-shown in `docs/results/speed.md`.
+transformers computes them; query, key and value as one product; weights times tokens; weights that oneDNN or MKL has
+packed beforehand; int8 weights with bfloat16 tokens; and all threads. The ways take turns, and the figure is the
+median. Writes `eval/results/linear_costs.json`, shown in `docs/results/speed.md`.
 """
 
 import itertools
@@ -47,7 +47,31 @@ def by_mkl(rows: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor], bias: 
     return torch.ops.mkl._mkl_linear(rows, *packed, bias, len(rows))
 
 
-def ways(count: int) -> dict[str, Callable[[], object]]:
+def by_int8(rows: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor) -> torch.Tensor:
+    """Weights of int8 with a scale for each output; torch has a fast kernel for tokens of bfloat16 only."""
+    return torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), *packed).float() + bias
+
+
+def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [out, in] as int8, and the scales bfloat16 [out]."""
+    scale = weight.abs().amax(1) / 127
+    return (weight / scale[:, None]).round().to(torch.int8), scale.bfloat16()
+
+
+def on_threads(compute: Callable[[], object], threads: int) -> Callable[[], object]:
+    """`compute` with this number of threads, and with one afterwards."""
+
+    def run() -> object:
+        torch.set_num_threads(threads)
+        try:
+            return compute()
+        finally:
+            torch.set_num_threads(1)
+
+    return run
+
+
+def ways(count: int, threads: int) -> dict[str, Callable[[], object]]:
     """For each way a function that computes the products of the next layer on `count` rows."""
 
     def layers(shapes: list[tuple[int, int]], pack: Callable = lambda weight: weight) -> list[list]:
@@ -70,6 +94,8 @@ def ways(count: int) -> dict[str, Callable[[], object]]:
     if torch.backends.mkl.is_available():
         reorder = torch.ops.mkl._mkl_reorder_linear_weight
         found["packed by MKL"] = computed(by_mkl, layers(SHAPES, lambda weight: (reorder(weight, count), weight)))
+    found["int8 weights"] = computed(by_int8, layers(SHAPES, to_int8))
+    found[f"{threads} threads"] = on_threads(computed(linear, layers(SHAPES)), threads)
     return found
 
 
@@ -79,11 +105,12 @@ def main(
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "linear_costs.json",
 ):
     """Time all ways on all numbers of rows, and show the table."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = []
     for count in ROWS:
-        products = ways(count)
+        products = ways(count, threads)
         times: dict[str, list[float]] = {name: [] for name in products}
         for _ in range(repeats):
             for name, compute in products.items():
