@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from eval.docs.tables import start_up_table
+from eval.docs.speed import start_up_table
 from eval.report import RESULTS, provenance, publish
 
 COMMANDS = {

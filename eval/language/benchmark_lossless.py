@@ -35,7 +35,7 @@ import torch
 import typer
 from transformers import AutoTokenizer
 
-from eval.docs.tables import lossless_table
+from eval.docs.language import lossless_table
 from eval.report import RESULTS, provenance, show, write_json
 from neuroflow_hf import NeuroFlowLosslessConfig, NeuroFlowPhi3ForCausalLM
 from neuroflow_hf.conversion.smollm2 import smollm2_folder

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
-from eval.docs.tables import accuracy_table
+from eval.docs.labels import accuracy_table
 from eval.recordings import Recording, Scene
 from eval.report import rounded
 from eval.vision.evidence import (

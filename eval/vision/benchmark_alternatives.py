@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 from transformers import SiglipVisionModel
 
-from eval.docs.tables import alternatives_table
+from eval.docs.speed import alternatives_table
 from eval.report import RESULTS, provenance, publish
 from neuroflow_hf import PRESETS, NeuroFlowSiglipVisionModel, export_stream
 from neuroflow_hf.loading import default_model

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import typer
 
-from eval.docs.tables import search_table
+from eval.docs.speed import search_table
 from eval.report import RESULTS, provenance, publish
 from eval.vision.benchmark_vision import spread
 from neuroflow_hf.archive.index import ENDING, map_rows

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from eval.docs.tables import streams_table
+from eval.docs.speed import streams_table
 from eval.report import RESULTS, provenance, publish
 from eval.vision.benchmark_vision import base_model, change_patches, spread
 from neuroflow_hf.utils.jobs import timed

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-from eval.docs.tables import ratios, speed_table
+from eval.docs.speed import ratios, speed_table
 from eval.report import RESULTS, provenance, publish, tidy, write_json
 from neuroflow_hf import NeuroFlowSiglipVisionConfig, NeuroFlowSiglipVisionModel
 from neuroflow_hf.utils.jobs import timed

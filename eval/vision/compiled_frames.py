@@ -19,7 +19,7 @@ import torch
 import typer
 from rich.console import Console
 
-from eval.docs.tables import compiled_frames_table
+from eval.docs.speed import compiled_frames_table
 from eval.report import RESULTS, provenance, publish
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.loading import default_model

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from eval.docs.tables import distill_variants_table
+from eval.docs.distillation import distill_variants_table
 from eval.report import RESULTS, provenance, publish, rounded
 from neuroflow_hf.distill import DistillSettings, distill
 from neuroflow_hf.evaluation.statistics import mean_interval

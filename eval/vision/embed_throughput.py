@@ -28,7 +28,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from eval.docs.tables import throughput_table
+from eval.docs.speed import throughput_table
 from eval.report import RESULTS, provenance, publish
 from eval.vision.benchmark_vision import base_model
 from neuroflow_hf.archive.embed import embed_videos

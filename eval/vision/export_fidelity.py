@@ -21,7 +21,7 @@ import typer
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from eval.docs.tables import export_table
+from eval.docs.speed import export_table
 from eval.report import RESULTS, provenance, rounded, show, write_json
 from neuroflow_hf import export_stream
 from neuroflow_hf.export import programs

@@ -23,7 +23,7 @@ import typer
 from torch import Tensor
 from torch.nn import functional
 
-from eval.docs.tables import fidelity_table
+from eval.docs.fidelity import fidelity_table
 from eval.report import rounded
 from eval.vision.clip_statistics import drawn_blocks
 from eval.vision.evidence import QUICK_FRAMES, Evidence, Plan, best_baseline, command, families_of

@@ -29,7 +29,7 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from eval.docs.tables import headline_table
+from eval.docs.distillation import headline_table
 from eval.report import RESULTS, provenance, publish, rounded
 from eval.vision import composed_bench
 from neuroflow_hf.evaluation.statistics import mean_interval

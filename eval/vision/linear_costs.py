@@ -20,7 +20,7 @@ import torch
 import typer
 from torch.nn.functional import linear
 
-from eval.docs.tables import linear_costs_table
+from eval.docs.speed import linear_costs_table
 from eval.report import RESULTS, provenance, publish
 from neuroflow_hf.utils.jobs import timed
 

@@ -22,7 +22,7 @@ import torch
 import typer
 from torch import Tensor
 
-from eval.docs.tables import motion_table
+from eval.docs.labels import motion_table
 from eval.vision.clip_statistics import Estimate, estimate, mean, rounded
 from eval.vision.composed_bench import Bench, Clip, Figures, Measured, command
 from neuroflow_hf.video.motion import motion_mask, without_small_regions

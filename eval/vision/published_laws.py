@@ -21,7 +21,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from eval.docs.tables import laws_table
+from eval.docs.labels import laws_table
 from eval.report import finding
 from eval.vision.clip_statistics import Estimate, correlation, difference, estimate, mean, share, shown
 from eval.vision.composed_bench import Bench, Clip, Figures, Measured, command

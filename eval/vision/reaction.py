@@ -23,7 +23,7 @@ import numpy as np
 import typer
 from torch.nn import functional
 
-from eval.docs.tables import reaction_table
+from eval.docs.labels import reaction_table
 from eval.recordings import RecordSettings, Scene, chosen_changes
 from eval.report import rounded
 from eval.vision.evidence import (

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, cosine_similarity
 from transformers import Qwen2Config, Qwen2Model
 
-from eval.docs.tables import static_tokens_table
+from eval.docs.speed import static_tokens_table
 from eval.report import RESULTS, provenance, publish, rounded
 from eval.vision.clip_recorder import load_clip
 from neuroflow_hf import NeuroFlowSiglipVisionModel

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, SiglipVisionModel
 
-from eval.docs.tables import table
+from eval.docs.cells import table
 from eval.report import RESULTS, fill_block, provenance, publish, write_whole
 from neuroflow_hf.video.reader import bundled_clip, read_frames
 from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir, load_original_from_wheels, wheel_dir

@@ -18,7 +18,7 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PI0Config, PI0ForConditionalGeneration
 
-from eval.docs.tables import tower_share_table
+from eval.docs.speed import tower_share_table
 from eval.report import RESULTS, provenance, publish
 
 GEMMA3_4B = {

@@ -38,7 +38,7 @@ from matplotlib.lines import Line2D
 from rich.console import Console
 from torch import Tensor
 
-from eval.docs.tables import delays_table, policies_table
+from eval.docs.fidelity import delays_table, policies_table
 from eval.report import RESULTS, provenance, publish, rounded, tidy
 from eval.vision.clip_recorder import FRAMES, PATCH_FIGURES, ClipRecorder, load_clip
 from eval.vision.clip_statistics import drawn_blocks

@@ -33,7 +33,7 @@ from rich.progress import track
 from torch.nn.functional import normalize
 from transformers import AutoProcessor, SiglipModel
 
-from eval.docs.tables import table
+from eval.docs.cells import table
 from eval.report import RESULTS, fill_block, provenance, publish, write_whole
 from eval.vision.composed_bench import CHECKPOINT
 from neuroflow_hf.evaluation.card import card_with_results, dataset_type

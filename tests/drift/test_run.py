@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.docs.tables import drift_table, findings_table
+from eval.docs.language import drift_table, findings_table
 from eval.language.findings import drift_findings
 from eval.report import FAILS, HOLDS, UNKNOWN
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM

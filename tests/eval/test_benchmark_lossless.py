@@ -5,7 +5,7 @@ import json
 import pytest
 import typer
 
-from eval.docs.tables import lossless_table
+from eval.docs.language import lossless_table
 from eval.language import benchmark_lossless
 from eval.language.benchmark_lossless import DRAFTERS, STOCK, TRAINED, divergence, main
 from tests.phi3_models import adopt, make_drafter, make_stock, make_tokenizer, random_ids

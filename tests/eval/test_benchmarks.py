@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from eval import start_up
-from eval.docs.tables import search_table, speed_table, start_up_table, streams_table, throughput_table
+from eval.docs.speed import search_table, speed_table, start_up_table, streams_table, throughput_table
 from eval.vision import benchmark_search, benchmark_streams, benchmark_vision, embed_throughput
 from eval.vision.benchmark_vision import MODES
 from tests.cli.test_run import write_clip

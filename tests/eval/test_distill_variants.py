@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.docs.tables import distill_variants_table
+from eval.docs.distillation import distill_variants_table
 from eval.vision.distill_variants import REFERENCE, gains
 
 
@@ -14,10 +14,12 @@ def figures(*by_clip):
 def test_gains_are_paired_by_clip():
     before = figures(0.1, 0.5, 0.9)
     found = {
-        REFERENCE: {"before": before, "after": figures(0.2, 0.6, 1.0), "seconds": 1},
-        "other": {"before": before, "after": figures(0.4, 0.8, 1.2), "seconds": 1},
+        REFERENCE: {"changes": {}, "before": before, "after": figures(0.2, 0.6, 1.0), "seconds": 1},
+        "other": {"changes": {}, "before": before, "after": figures(0.4, 0.8, 1.2), "seconds": 1},
+        "larger": {"changes": {"resolutions": (448,)}, "before": before, "after": before, "seconds": 1},
     }
-    usual, other = gains(found)
+    usual, other, larger = gains(found)
+    assert larger["gain"] == 0 and "to_reference" not in larger
     assert usual["gain_interval"] == pytest.approx((0.1, 0.1)) and "to_reference" not in usual
     assert other["gain_interval"] == pytest.approx((0.3, 0.3)) and other["gain"] == pytest.approx(0.3)
     assert other["to_reference_interval"] == pytest.approx((0.2, 0.2))

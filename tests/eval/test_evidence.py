@@ -11,7 +11,9 @@ import typer
 from PIL import Image
 from torch.nn import functional
 
-from eval.docs.tables import accuracy_table, fidelity_table, reaction_table, rows_shown
+from eval.docs.cells import rows_shown
+from eval.docs.fidelity import fidelity_table
+from eval.docs.labels import accuracy_table, reaction_table
 from eval.recordings import RecordSettings, Scene
 from eval.vision import accuracy, evidence, fidelity, reaction
 from neuroflow_hf.evaluation.methods import MethodSpec

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval.docs.tables import export_table
+from eval.docs.speed import export_table
 from eval.vision.export_fidelity import compare, follow
 
 

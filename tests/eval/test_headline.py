@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.docs.tables import headline_table, stretch_table
+from eval.docs.distillation import headline_table, stretch_table
 from eval.vision import headline
 from eval.vision.headline import METHODS, Clip, half_dense, held, measure_clip, pruned, rows_of
 from neuroflow_hf.vision.gate_config import NeuroFlowGateConfig

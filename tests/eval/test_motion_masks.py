@@ -163,7 +163,7 @@ def test_an_interrupted_measurement_is_continued(model, tmp_path, monkeypatch):
 
 
 def test_readmes_table_is_made_of_the_report(model, tmp_path):
-    from eval.docs.tables import motion_table
+    from eval.docs.labels import motion_table
 
     measured = measure_clips(
         TinyBench(model), measure_motion, 1, 16, Processes(), tmp_path, motions=("crossing", "still")
