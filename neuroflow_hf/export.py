@@ -37,14 +37,7 @@ REFUSED_MODES = {
 
 
 class StreamProgram(nn.Module):
-    """
-    A frame of B streams as a function of tensors.
-
-    Args:
-        tower: the vision model.
-        gate: the options of the streams; see `gate_for_export`.
-        batch_size: B.
-    """
+    """A frame of B streams as a function of tensors."""
 
     def __init__(self, tower: VisionTower, gate: NeuroFlowGateConfig, batch_size: int):
         super().__init__()
@@ -59,7 +52,7 @@ class StreamProgram(nn.Module):
 
 
 class KeyframeProgram(StreamProgram):
-    """A keyframe; arguments as of [`StreamProgram`]."""
+    """A keyframe of B streams of a vision model, with options of `gate_for_export`."""
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, Any]:
         """
@@ -80,7 +73,7 @@ class SparseProgram(StreamProgram):
     A frame of which a fixed number of patches is encoded, as a function of tensors.
 
     Args:
-        tower, gate: as of [`StreamProgram`].
+        tower, gate: as of [`KeyframeProgram`].
         pixel_values: an example of a frame. All frames have its shape and type.
     """
 
@@ -115,12 +108,7 @@ def memory_of(stream: NeuroFlowStream) -> dict[str, torch.Tensor]:
 
 
 def gate_for_export(model: Any, token_budget: int, **gate_options: GateOption) -> NeuroFlowGateConfig:
-    """
-    The options of streams of which a fixed number of patches is encoded.
-
-    Raises:
-        ValueError: for a mode or an option that cannot be exported.
-    """
+    """The options of streams that encode a fixed number of patches; ValueError for what cannot be exported."""
     gate = model.new_stream(**{"mode": "extrapolate", **gate_options, "token_budget": token_budget}).gate
     if gate.mode in REFUSED_MODES:
         modes = ", ".join(mode for mode in MODES if mode not in REFUSED_MODES)

@@ -17,8 +17,6 @@ from .language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
 from .language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM
 from .video.labels import TEMPLATE, Labels, check_labels, embed_labels
 from .video.preprocess import Preprocessor
-from .vision.configuration_neuroflow_clip import NeuroFlowCLIPVisionConfig
-from .vision.configuration_neuroflow_dinov2 import NeuroFlowDinov2Config, NeuroFlowDinov2WithRegistersConfig
 from .vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
 from .vision.gate_config import NeuroFlowGateConfig
 from .vision.modeling_neuroflow_clip import NeuroFlowCLIPVisionModel
@@ -31,14 +29,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 NEED_TEXT = "Labels need a model that reads text: name a whole SigLIP or SigLIP 2 checkpoint, with its tokenizer."
 
 # by the model types of their checkpoints; all others are taken for SigLIP
-OTHER_TOWERS: dict[str, type] = {
-    "clip": NeuroFlowCLIPVisionModel,
-    NeuroFlowCLIPVisionConfig.stock_model_type: NeuroFlowCLIPVisionModel,
-    NeuroFlowCLIPVisionConfig.model_type: NeuroFlowCLIPVisionModel,
-    NeuroFlowDinov2Config.stock_model_type: NeuroFlowDinov2Model,
-    NeuroFlowDinov2Config.model_type: NeuroFlowDinov2Model,
-    NeuroFlowDinov2WithRegistersConfig.stock_model_type: NeuroFlowDinov2WithRegistersModel,
-    NeuroFlowDinov2WithRegistersConfig.model_type: NeuroFlowDinov2WithRegistersModel,
+OTHER_TOWERS: dict[str, type] = {"clip": NeuroFlowCLIPVisionModel} | {
+    kind: tower
+    for tower in (NeuroFlowCLIPVisionModel, NeuroFlowDinov2Model, NeuroFlowDinov2WithRegistersModel)
+    for kind in (tower.config_class.stock_model_type, tower.config_class.model_type)
 }
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -78,8 +72,12 @@ def in_checkout(path: Path, advice: str) -> Path:
 
 
 def load_model(
-    source: str | Path, dtype: torch.dtype = torch.float32, device: str = "auto", resolution: int | None = None
-) -> tuple[NeuroFlowSiglipVisionModel, Preprocessor]:
+    source: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "auto",
+    resolution: int | None = None,
+    model_class: type = NeuroFlowSiglipVisionModel,
+) -> tuple[Any, Preprocessor]:
     """
     A vision model in evaluation mode, and its preprocessing.
 
@@ -89,12 +87,20 @@ def load_model(
         dtype: of the weights.
         device: `"auto"` is CUDA if available, else the CPU.
         resolution: side of the frames in pixels; default: the image processor's.
+        model_class: of the model; `load_tower` finds it.
 
     Raises:
         ModelLoadError: if the checkpoint does not exist, is damaged, lacks weights, or has no image processor.
         ValueError: for a device that is not available, and a resolution below 1.
     """
-    return read_tower(NeuroFlowSiglipVisionModel, "SigLIP vision model", source, dtype, device, resolution)
+    require_place(source)
+    usable, what = usable_device(device), model_class.__name__.removeprefix("NeuroFlow")
+    with quiet_transformers():
+        model, missing = read_model(model_class, what, source, dtype)
+        require_weights(what, source, missing)
+        preprocess = load_preprocess(source, resolution)
+    require_head(model, source)
+    return model.eval().to(usable), preprocess
 
 
 def load_tower(
@@ -104,23 +110,7 @@ def load_tower(
     require_place(source)
     with quiet_transformers():
         kind = read_config(NeuroFlowSiglipVisionConfig, "vision model", source).get("model_type")
-    if kind not in OTHER_TOWERS:
-        return load_model(source, dtype, device, resolution)
-    return read_tower(OTHER_TOWERS[kind], f"`{kind}` vision model", source, dtype, device, resolution)
-
-
-def read_tower(
-    model_class: type, what: str, source: str | Path, dtype: torch.dtype, device: str, resolution: int | None
-) -> tuple[Any, Preprocessor]:
-    """A vision model of this class, see `load_model`; `what` names it in errors."""
-    require_place(source)
-    usable = usable_device(device)
-    with quiet_transformers():
-        model, missing = read_model(model_class, what, source, dtype)
-        require_weights(what, source, missing)
-        preprocess = load_preprocess(source, resolution)
-    require_head(model, source)
-    return model.eval().to(usable), preprocess
+    return load_model(source, dtype, device, resolution, OTHER_TOWERS.get(kind, NeuroFlowSiglipVisionModel))
 
 
 def load_text_model(
@@ -296,20 +286,16 @@ def load_gate(path: str | Path) -> dict:
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
+    expected = "expected a NeuroFlow configuration, such as `neuroflow tune` writes."
     if not file.is_file():
-        raise FileNotFoundError(f"There is no {file}; expected a configuration that `neuroflow tune` wrote.")
+        raise FileNotFoundError(f"There is no {file}; {expected}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({one_line(error)}); expected a configuration.") from error
-    parts = [config, config.get("vision_config")] if isinstance(config, dict) else []
-    gates = [part["gate"] for part in parts if isinstance(part, dict) and isinstance(part.get("gate"), dict)]
-    if not gates:
-        raise ValueError(
-            f"{file} holds no gate options; expected a NeuroFlow configuration, such as `neuroflow tune` writes."
-        )
+        gate = dict({**config.get("vision_config", {}), **config}["gate"])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{file} holds no gate options, or is not JSON ({one_line(error)}); {expected}") from error
     try:
-        return NeuroFlowGateConfig.from_options(gates[0]).to_dict()
+        return NeuroFlowGateConfig.from_options(gate).to_dict()
     except ValueError as error:
         raise ValueError(f"The gate in {file} cannot be used: {one_line(error)}") from error
 

@@ -1,6 +1,7 @@
 """Tiny random models and random videos. Everything here runs in milliseconds."""
 
 import copy
+import json
 import os
 import sys
 
@@ -74,6 +75,17 @@ TINY_TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+PROCESSOR = {
+    "image_processor_type": "SiglipImageProcessor",
+    "do_resize": True,
+    "size": {"height": 24, "width": 24},
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 GRID = (6, 6)
 NUM_PATCHES = 36
 IMAGE_SIZE = 24
@@ -121,6 +133,15 @@ def tower(request):
 def stock_vision(tower):
     """A tiny stock vision model. Do not change it."""
     return make_stock_tower(tower)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A folder with the tiny `SiglipVisionModel`'s checkpoint and its image processor."""
+    folder = tmp_path_factory.mktemp("model")
+    make_stock_tower("siglip").save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -42,16 +42,7 @@ video { max-width: 100% }
 def build_page(
     model: str | Path | None, language_model: str | Path, dataset: Path | None, device: str, folder: Path
 ) -> gr.Blocks:
-    """
-    The page with its three tabs. Models are loaded when somebody first uses them.
-
-    Args:
-        model: folder or Hub name of a vision checkpoint; None for the small SigLIP in the checkout.
-        language_model: folder or Hub name of a Phi-3 checkpoint, or `"smollm2"`.
-        dataset: a folder that `neuroflow embed` wrote; None to search in the clips that ship here.
-        device: as in `load_model`.
-        folder: for what visitors make.
-    """
+    """The page with its three tabs, see `serve`; `folder` is for what visitors make."""
     jobs, source = Jobs(folder), model or default_model()
     with gr.Blocks(analytics_enabled=False, title=TITLE, delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS)) as page:
         gr.Markdown("# neuroflow\nVideo and text without computing again what did not change.")
@@ -75,10 +66,13 @@ def serve(
     on_ready: Callable[[str], object] = print,
 ):
     """
-    Serve the page until Ctrl-C.
+    Serve the page until Ctrl-C. Models are loaded when somebody first uses them.
 
     Args:
-        model, language_model, dataset, device: as in `build_page`.
+        model: folder or Hub name of a vision checkpoint; None for the small SigLIP in the checkout.
+        language_model: folder or Hub name of a Phi-3 checkpoint, or `"smollm2"`.
+        dataset: a folder that `neuroflow embed` wrote; None to search in the clips that ship here.
+        device: as in `load_model`.
         host, port: to listen on; None for Gradio's own choice, which a Hub Space sets.
         on_ready: called with a sentence that has the address.
 

@@ -20,12 +20,7 @@ class CancelledError(Exception):
 
 
 class Jobs:
-    """
-    Runs the page's jobs, one after the other.
-
-    Args:
-        folder: where uploads and results lie; its name is left out of errors.
-    """
+    """Runs the page's jobs, one after the other. Uploads and results lie in `folder`, which errors do not name."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -24,12 +24,8 @@ MOST_MOMENTS = 24
 
 def search_tab(jobs: Jobs, source: str | Path | None, dataset: Path | None, device: str):
     """
-    Build the tab.
-
-    Args:
-        source: the dataset's checkpoint; None for the one that the dataset names.
-        dataset: None for one of the clips that ship here, which is made when somebody searches.
-        jobs, device: as in the other tabs.
+    Build the tab. Without a dataset, one of the clips that ship here is made when somebody searches; without a source,
+    its checkpoint is the one that it names.
     """
     folder = dataset or jobs.folder / "clips"
 

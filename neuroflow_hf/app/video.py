@@ -89,13 +89,7 @@ def video_tab(jobs: Jobs, source: str | Path, device: str):
 
 
 def open_upload(video: str | None, most: int) -> VideoReader:
-    """
-    A reader of at most `most` frames, and never of more than `MOST_FRAMES`.
-
-    Raises:
-        ValueError: without a video, and for frames of more than `MOST_PIXELS`.
-        VideoError: as `VideoReader`.
-    """
+    """A reader of at most `most` frames; ValueError without a video, and for frames of more than `MOST_PIXELS`."""
     if video is None:
         raise ValueError("There is no video; upload one, or choose a clip.")
     reader = VideoReader(video, max_frames=min(most, MOST_FRAMES))
@@ -105,14 +99,7 @@ def open_upload(video: str | None, most: int) -> VideoReader:
 
 
 def run_in_html(summary: dict, out: Path, left_out: int = 0) -> str:
-    """
-    Plot and figures of a run.
-
-    Args:
-        summary: of `run_video`.
-        out: the folder with the plot.
-        left_out: how many of the video's frames came after those that were used.
-    """
+    """Plot and figures of a run; `left_out` frames of the video came after those that were used."""
     plot = f'<img src="gradio_api/file={quote(str(out / "plot.png"))}" alt="cost, cosine to dense, labels over time">'
     tables, lines = [per_frame_rows(summary)], [f"{left_out} later frames were left out."] if left_out else []
     if summary["compared_frames"]:

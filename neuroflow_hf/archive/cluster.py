@@ -67,13 +67,7 @@ def require_open_port(address: str) -> None:
 
 
 def worker_places(nodes: list[dict], workers: int | None, device: str) -> list[dict]:
-    """
-    Where workers run, and the CPUs and GPUs of each, as options of Ray's actors.
-
-    Args:
-        nodes: as `ray.nodes` lists them.
-        workers, device: as in `cluster_work`.
-    """
+    """Where workers run on `ray.nodes`, and the CPUs and GPUs of each, as options of Ray's actors."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"The device is {device!r}; expected auto, cpu or cuda: Ray chooses which GPU.")
     if workers is not None and workers < 1:

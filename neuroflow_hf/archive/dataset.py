@@ -7,7 +7,7 @@ The dataset: a folder with one Parquet file a video and one row a frame. A file 
 
 import json
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,18 +28,6 @@ except ImportError as error:
 KEY = b"neuroflow"  # of the settings in a file's metadata
 SEGMENT_ROWS = 256  # of a segment, at least: a keyframe more in so many rows costs 0.3% of dense
 ROWS = 4096  # held in memory for each video that is being embedded
-
-
-@dataclass(frozen=True, eq=False)
-class EmbeddedFrame:
-    """What the model gave for one frame."""
-
-    video: Path  # the file
-    frame: int  # its number in the file, from 0
-    seconds: float  # since the file's first frame
-    embedding: torch.Tensor  # float32 [D], on the CPU
-    cost: float  # relative to dense
-    keyframe: bool  # whether all patches were encoded
 
 
 # --- settings ------------------------------------------------------------------------------------------------------
@@ -72,10 +60,7 @@ def video_state(video: Path) -> dict:
 
 
 def read_metadata(file: Path) -> dict:
-    """
-    The settings in a dataset's file, with `model`, `gate_options` as they were given, `versions` and `video`.
-    ValueError if there are none.
-    """
+    """All settings in a dataset's file; ValueError if there are none."""
     try:
         return json.loads(pq.read_metadata(file).metadata[KEY])
     except (pa.ArrowInvalid, KeyError, TypeError) as error:
@@ -83,12 +68,7 @@ def read_metadata(file: Path) -> dict:
 
 
 def finished_videos(dataset: Path, settings: dict) -> set[Path]:
-    """
-    The videos that a dataset holds, as they are now.
-
-    Raises:
-        ValueError: if it has rows of other settings, or files of another origin.
-    """
+    """The videos that a dataset holds, as they are now; ValueError if it has other settings, or files of others."""
     finished = set()
     for file in sorted(dataset.glob("*.parquet")):
         metadata = read_metadata(file)
@@ -127,22 +107,20 @@ def frame_schema(dim: int, labelled: bool, metadata: dict) -> pa.Schema:
     return pa.schema(fields, metadata={KEY: json.dumps(metadata)})
 
 
-def frame_table(frames: list[EmbeddedFrame], labels: Labels | None, schema: pa.Schema) -> pa.Table:
+def frame_table(rows: list[dict], video: Path, labels: Labels | None, schema: pa.Schema) -> pa.Table:
     """
-    The rows of frames.
-
-    Raises:
-        ValueError: for an embedding that half precision cannot hold.
+    A table of rows, each with `frame`, `seconds`, `embedding` (float32 [D]), `cost` and `keyframe`; ValueError for an
+    embedding that half precision cannot hold.
     """
-    embeddings = torch.stack([frame.embedding for frame in frames])
+    embeddings = torch.stack([row["embedding"] for row in rows])
     half = embeddings.half()
     if not half.isfinite().all():
         raise ValueError(
-            f"An embedding of {frames[0].video} has a number that half precision cannot hold; expected finite ones "
-            "below 65504. Choose --dtype float32, or another checkpoint."
+            f"An embedding of {video} has a number that half precision cannot hold; expected finite ones below 65504. "
+            "Choose --dtype float32, or another checkpoint."
         )
-    columns = {name: [getattr(frame, name) for frame in frames] for name in ("frame", "seconds", "cost", "keyframe")}
-    columns["video"] = [str(frame.video) for frame in frames]
+    columns = {name: [row[name] for row in rows] for name in ("frame", "seconds", "cost", "keyframe")}
+    columns["video"] = [str(video)] * len(rows)
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(half.flatten().numpy()), half.shape[1])
     if labels is not None:
         logits, places = labels.logits(embeddings).max(dim=-1)
@@ -153,29 +131,24 @@ def frame_table(frames: list[EmbeddedFrame], labels: Labels | None, schema: pa.S
 
 class VideoFile:
     """
-    The file of one video, written under another name; whoever keeps the dataset renames it to `file_of`.
-
-    Args:
-        dataset: the folder.
-        video: an absolute path.
-        metadata: `dataset_settings`, `model` and `video`.
-        dim: D, of the embeddings.
-        labels: to add the best label of each frame.
+    The file of one video, an absolute path, whose embeddings have `dim` numbers. It is written under another name;
+    whoever keeps the dataset renames it to `file_of`.
     """
 
     def __init__(self, dataset: Path, video: Path, metadata: dict, dim: int, labels: Labels | None):
         versions = {name: version(name) for name in ("neuroflow-hf", "torch", "transformers")}
-        self.labels, self.schema = labels, frame_schema(dim, labels is not None, metadata | {"versions": versions})
+        self.video, self.labels = video, labels
+        self.schema = frame_schema(dim, labels is not None, metadata | {"versions": versions})
         self.partial = dataset / f".{file_of(dataset, video).name}.{secrets.token_hex(4)}.part"
         # numbers that hardly repeat: a dictionary and compression would save a twentieth, and triple the time to read
         compressed = dict.fromkeys(self.schema.names, "snappy") | {"embedding.list.element": "none"}
         repeating = [name for name in self.schema.names if name != "embedding"]
         self.writer = pq.ParquetWriter(self.partial, self.schema, use_dictionary=repeating, compression=compressed)
-        self.waiting: list[EmbeddedFrame] = []
+        self.waiting: list[dict] = []
 
-    def add(self, frame: EmbeddedFrame):
+    def add(self, row: dict):
         """Add a row; a part of the file is written when `ROWS` rows wait."""
-        self.waiting.append(frame)
+        self.waiting.append(row)
         if len(self.waiting) == ROWS:
             self._write()
 
@@ -192,5 +165,5 @@ class VideoFile:
         self.partial.unlink(missing_ok=True)
 
     def _write(self):
-        self.writer.write_table(frame_table(self.waiting, self.labels, self.schema))
+        self.writer.write_table(frame_table(self.waiting, self.video, self.labels, self.schema))
         self.waiting = []

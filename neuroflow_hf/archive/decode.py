@@ -51,13 +51,7 @@ class PartEnd:
 
 
 class PartQueue:
-    """
-    Gives several threads the segments of videos, in order.
-
-    Args:
-        waiting: the videos, which others may take from and add to.
-        every: as in `VideoReader`.
-    """
+    """Gives several threads the segments of waiting videos, in order; others may take and add videos, too."""
 
     def __init__(self, waiting: deque[Path], every: float | None):
         self.waiting, self.every = waiting, every

@@ -151,13 +151,7 @@ def size_of(video: Path) -> int:
 
 
 class EmbedProgress:
-    """
-    How much is done, in bytes of video.
-
-    Args:
-        sizes: of all videos, in bytes.
-        kept: those that are done.
-    """
+    """How much is done, in bytes of video; `kept` are the videos that were done before."""
 
     def __init__(self, sizes: dict[Path, int], kept: set[Path]):
         self.sizes, self.total = sizes, sum(sizes.values())

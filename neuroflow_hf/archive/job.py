@@ -9,7 +9,7 @@ same runs in this process and on the machines of a cluster.
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ..video.labels import Labels
 from ..video.prefetch import prefetch
 from ..video.preprocess import Preprocessor
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
-from .dataset import EmbeddedFrame, VideoFile
+from .dataset import VideoFile
 from .decode import DecodedFrame, PartEnd, PartQueue, VideoPart, decode_parts
 
 
@@ -84,7 +84,7 @@ def embed_waiting(waiting: deque[Path], job: EmbedJob) -> Iterator[Event]:
             for _ in range(job.streams)
         ]
         for item in encode_streams(decoded, job):
-            part = item.part if isinstance(item, PartEnd) else item[0].part
+            part = item.part if isinstance(item, PartEnd) else item[0]
             if part.video not in videos:
                 videos[part.video] = VideoRows(job, part)
             rows = videos[part.video]
@@ -100,18 +100,14 @@ class VideoRows:
     """
     Puts the rows of a video's segments, which are embedded side by side, in order and into its file. After a segment
     that cannot be read to its end come no more rows.
-
-    Attributes:
-        reason: what is wrong with the video, or empty.
-        keep: whether to keep its rows.
     """
 
     def __init__(self, job: EmbedJob, part: VideoPart):
         self.job, self.part = job, part
         self.file: VideoFile | None = None
-        self.reason, self.keep = "", True
+        self.reason, self.keep = "", True  # what is wrong with the video, or empty; whether to keep its rows
         self.number, self.frames_before = 0, 0  # of the segment whose rows are written; of those before it
-        self.rows: list[list[EmbeddedFrame]] = [[] for _ in range(part.count)]  # that wait for those before
+        self.rows: list[list[dict]] = [[] for _ in range(part.count)]  # that wait for those before
         self.ends: dict[int, PartEnd] = {}
         self.reached = [0] * part.count
 
@@ -120,11 +116,10 @@ class VideoRows:
         """Of the video's frames, 0 to 1."""
         return sum(self.reached) / max(self.part.total, *self.reached)
 
-    def add(self, decoded: DecodedFrame, embedded: EmbeddedFrame):
+    def add(self, part: VideoPart, row: dict):
         """Add a row of any segment."""
-        number = decoded.part.number
-        self.reached[number] = decoded.frame + 1
-        self.rows[number].append(embedded)
+        self.reached[part.number] = row["frame"] + 1
+        self.rows[part.number].append(row)
         self._write()
 
     def end(self, end: PartEnd) -> bool:
@@ -147,8 +142,10 @@ class VideoRows:
             for row in self.rows[self.number]:
                 if self.file is None:
                     metadata = self.job.metadata | {"video": self.part.state}
-                    self.file = VideoFile(self.job.out, row.video, metadata, len(row.embedding), self.job.labels)
-                self.file.add(replace(row, frame=self.frames_before + row.frame))
+                    self.file = VideoFile(
+                        self.job.out, self.part.video, metadata, len(row["embedding"]), self.job.labels
+                    )
+                self.file.add(row | {"frame": self.frames_before + row["frame"]})
             self.rows[self.number] = []
             end = self.ends.get(self.number)
             if end is None:
@@ -160,10 +157,10 @@ class VideoRows:
 
 def encode_streams(
     decoded: Sequence[Iterator[DecodedFrame | PartEnd]], job: EmbedJob
-) -> Iterator[tuple[DecodedFrame, EmbeddedFrame] | PartEnd]:
+) -> Iterator[tuple[VideoPart, dict] | PartEnd]:
     """
     Encode one frame of each source per call, until none has any. Each source, of `decode_parts`, has a stream, which
-    restarts after a segment's end. Yields each frame, numbered as in its segment, and each segment's end.
+    restarts after a segment's end. Yields each frame's row, numbered as in its segment, and each segment's end.
     """
     interpolate = job.preprocess.resolution != job.model.config.image_size
     stream = job.model.new_stream(len(decoded), **job.gate_options)
@@ -187,7 +184,11 @@ def encode_streams(
         with torch.inference_mode():
             pixel_values = torch.cat([frame.pixel_values for frame in frames])
             output = job.model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate, stream=stream)
-        embeddings = output.pooler_output.float().cpu()
-        keyframes = output.active_mask.flatten(1).all(dim=1).tolist()
-        for frame, embedding, cost, keyframe in zip(frames, embeddings, output.cost.tolist(), keyframes, strict=True):
-            yield frame, EmbeddedFrame(frame.part.video, frame.frame, frame.seconds, embedding, cost, keyframe)
+        columns = {
+            "embedding": output.pooler_output.float().cpu(),
+            "cost": output.cost.tolist(),
+            "keyframe": output.active_mask.flatten(1).all(dim=1).tolist(),
+        }
+        for place, frame in enumerate(frames):
+            row = {name: values[place] for name, values in columns.items()}
+            yield frame.part, {"frame": frame.frame, "seconds": frame.seconds, **row}

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..loading import ModelLoadError, NoTextTowerError, load_model, load_text_model
+from ..loading import ModelLoadError, NoTextTowerError, load_text_model, load_tower
 from ..utils.provenance import fingerprint
 from ..video.labels import TEMPLATE, check_labels, embed_labels
 from ..video.preprocess import Preprocessor
@@ -84,7 +84,7 @@ def image_query(metadata: dict, image: str | Path, source: str | None = None, de
     """
     picture = read_picture(Path(image))
     source = checkpoint_of(metadata, source)
-    model, _ = load_model(source, getattr(torch, metadata["dtype"]), device)
+    model, _ = load_tower(source, getattr(torch, metadata["dtype"]), device)
     require_same_checkpoint(metadata, model, source)
     preprocess = Preprocessor(**metadata["preprocessing"])
     pixel_values = preprocess(picture, model.dtype, model.device)

@@ -70,12 +70,7 @@ def attach(model: nn.Module, preset: str = "faithful", rows: Rows = "auto", **ga
 
 
 def find_towers(model: nn.Module) -> dict[str, SiglipVisionModel]:
-    """
-    The SigLIP towers in a model by name.
-
-    Raises:
-        ValueError: if there are none, or if a tower or one of its layers is not computed by transformers' own class.
-    """
+    """The SigLIP towers in a model by name; ValueError if there are none, or others than transformers' own."""
     towers = {name: module for name, module in model.named_modules() if isinstance(module, SiglipVisionModel)}
     if not towers:
         raise ValueError(

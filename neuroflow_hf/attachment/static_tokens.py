@@ -18,18 +18,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """
-    How a kind of model makes image tokens of patches.
+    """How a kind of model makes image tokens of patches."""
 
-    Args:
-        modality: `"image"`, a row of pixels for each frame, or `"video"`, a row for each clip.
-        pool: the model's own pooling of features [F, h * w, D] to [F, N, D].
-        closing: how many tokens follow those of a row.
-    """
-
-    modality: str
-    pool: Callable[[Any, torch.Tensor], torch.Tensor]
-    closing: int = 0
+    modality: str  # `"image"`, a row of pixels for each frame, or `"video"`, a row for each clip
+    pool: Callable[[Any, torch.Tensor], torch.Tensor]  # the model's own, of features [F, h * w, D] to [F, N, D]
+    closing: int = 0  # how many tokens follow those of a row
 
     @property
     def pixels(self) -> str:
@@ -57,12 +50,7 @@ IMAGE_TOKENS = {
 
 
 def image_tokens_of(model: nn.Module) -> ImageTokens:
-    """
-    How this model makes image tokens.
-
-    Raises:
-        ValueError: if the model is of another kind, or cannot take features that were computed before.
-    """
+    """How this model makes image tokens; ValueError if it is of another kind, or too old for features."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in IMAGE_TOKENS:
         raise ValueError(
@@ -75,11 +63,8 @@ def image_tokens_of(model: nn.Module) -> ImageTokens:
 
 
 def retained_by_gate(model: nn.Module, tokens: ImageTokens, active_mask: torch.Tensor) -> torch.Tensor:
-    """
-    Which tokens read a patch that was encoded: bool [F, N], from active masks [F, h, w].
-
-    The model's own pooling has no negative weights, so the pooled mask is above 0 where one of the patches is active.
-    """
+    """Which tokens read a patch that was encoded: bool [F, N], from active masks [F, h, w]."""
+    # the model's own pooling has no negative weights: the pooled mask is above 0 where one of the patches is active
     return tokens.pool(model, active_mask.flatten(1).unsqueeze(-1).float()).squeeze(-1) > 0
 
 

@@ -31,15 +31,8 @@ class Change:
 
 class LatestPictures:
     """
-    The newest picture of each source. A picture that nobody took before the next one came is dropped, so the picture
-    that `take` gives is never older than the time that its caller needs for one round.
-
-    Args:
-        sources: by name, each with whether it is live: only such are tried again.
-        first_pause, longest_pause: seconds before a lost source is tried again; doubled each time.
-
-    Attributes:
-        received, dropped: numbers of pictures by source.
+    The newest picture of each source, as of `open_sources`. A picture that nobody took before the next one came is
+    dropped, so the picture that `take` gives is never older than the time that its caller needs for one round.
     """
 
     def __init__(

@@ -18,22 +18,13 @@ def cell_caption(seen: Seen, labelled: bool) -> list[str]:
     name = seen.source if "://" in seen.source else Path(seen.source).name
     lines = [f"{shortened(name, MOST_CHARACTERS)}   cost {seen.cost:.2f} of dense"]
     if labelled:
-        lines.append(
-            "" if seen.label is None else f"{shortened(seen.label, MOST_CHARACTERS)} {percent(seen.confidence)}"
-        )
+        label = seen.label and f"{shortened(seen.label, MOST_CHARACTERS)} {percent(seen.confidence)}"
+        lines.append(label or "")
     return lines
 
 
 class Mosaic:
-    """
-    Writes an overlay video with all cameras. Between two of its pictures, a camera's last one stays.
-
-    Args:
-        path: the mp4 file; complete only after `close`.
-        names: of the cameras.
-        covered: as in `patch_pixels`.
-        labelled: whether there are labels.
-    """
+    """Writes an overlay video with all cameras. Between two of its pictures, a camera's last one stays."""
 
     def __init__(self, path: Path, names: Sequence[str], covered: float, labelled: bool):
         self.writer, self.covered, self.labelled = OverlayWriter(path), covered, labelled

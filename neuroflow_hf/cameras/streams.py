@@ -10,10 +10,6 @@ class CameraStreams:
     """
     The streams of cameras of which some have a new picture at a time. They stay joined as long as the same cameras
     have one: to join and part them copies their memory.
-
-    Args:
-        model: of the streams.
-        options: as in `new_stream`.
     """
 
     def __init__(self, model: NeuroFlowSiglipVisionModel, options: dict):

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -97,14 +96,8 @@ def change_event(change: Change) -> dict:
 
 def label_event(source: str, labels: Labels, logits: Tensor, previous: str | None, arrived: float) -> dict | None:
     """
-    The event of a picture whose best label is another one than before; None if it is the same.
-
-    Args:
-        source: its name.
-        labels: those compared.
-        logits: float32 [L], of the picture.
-        previous: the best label before; None for the first picture.
-        arrived: when the picture arrived, in seconds since 1970.
+    The event of a picture with these logits, float32 [L], that arrived so many seconds after 1970: that its best label
+    is another one than before; None if it is the same.
     """
     place = int(logits.argmax())
     if labels.names[place] == previous:
@@ -204,11 +197,6 @@ def watch_cameras(
             if on_round is not None:
                 on_round(seen, time.monotonic() - begun)
             if fps is not None:
-                wait(stop, round_begun + 1 / fps)
+                stop.wait(max(0.0, round_begun + 1 / fps - time.monotonic()))
     lines = {name: of.line(pictures.received[name], pictures.dropped[name]) for name, of in figures.items()}
     return {"seconds": round(time.monotonic() - begun, 3), "sources": lines}
-
-
-def wait(stop: Event, until: float):
-    """Wait until a time of the monotonic clock, or until `stop` is set."""
-    stop.wait(max(0.0, until - time.monotonic()))

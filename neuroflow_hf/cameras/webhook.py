@@ -18,10 +18,7 @@ MOST_WAITING = 1000  # events for an address that is slower than they come
 def post_json(url: str) -> Callable[[dict], None]:
     """
     A function that sends an event to an address as JSON, by POST, and raises an OSError if that does not take it. User
-    and password before the host are sent as basic authentication.
-
-    Raises:
-        ValueError: if it is no HTTP address.
+    and password before the host are sent as basic authentication. ValueError if it is no HTTP address.
     """
     try:
         parts = urlsplit(url)
@@ -48,20 +45,13 @@ def post_json(url: str) -> Callable[[dict], None]:
 
 class Webhook:
     """
-    Sends events, one after the other, in a thread: an address that answers slowly delays nothing.
-
-    Args:
-        send: of `post_json`; sends one event, and raises if that fails.
-        seconds_left: how long `close` waits for events that were not sent yet.
-
-    Attributes:
-        sent, failed: numbers of events; failed are also those that came while `MOST_WAITING` waited.
-        reason: why the last one failed.
+    Sends events by `post_json`, one after the other, in a thread: an address that answers slowly delays nothing.
+    Events that come while `MOST_WAITING` wait have failed. `close` waits for `seconds_left` at most.
     """
 
     def __init__(self, send: Callable[[dict], None], seconds_left: float = 5.0):
         self.send, self.seconds_left = send, seconds_left
-        self.sent, self.failed, self.reason = 0, 0, ""
+        self.sent, self.failed, self.reason = 0, 0, ""  # the reason is that of the last failure
         self.waiting: queue.Queue = queue.Queue(MOST_WAITING)
         self.thread = threading.Thread(target=self._run, name="neuroflow-webhook", daemon=True)
         self.thread.start()

@@ -41,7 +41,6 @@ def embed(
         int | None,
         option("With --ray: embed by N workers.", default="one for each GPU, else for each machine", metavar="N"),
     ] = None,
-    preset: options.Preset = None,
     debug: options.Debug = False,
 ):
     """
@@ -65,7 +64,7 @@ def embed(
             how = how | {"device": "cpu"}  # from where the workers get the model
         elif workers is not None:
             raise ValueError("--workers needs --ray: it says how many workers of a cluster embed.")
-        gate_options, load = check_vision(how, options.given(preset=preset))
+        gate_options, load = check_vision(how)
         videos, source = video_paths(paths), how["model"] or default_model()
         if ray is not None:
             # else Ray prints a page about each worker that dies, and reports to its makers that it was started

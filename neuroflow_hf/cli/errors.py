@@ -11,11 +11,8 @@ EXIT_DAMAGED, EXIT_UNUSABLE, EXIT_UNREACHED, EXIT_INTERRUPTED = 1, 2, 3, 130
 @contextlib.contextmanager
 def one_line_errors(debug: bool, nothing_done: str) -> Iterator[None]:
     """
-    Print an error in what the user gave as one line on stderr and exit with code 2; after Ctrl-C, with 130.
-
-    Args:
-        debug: let errors through, with their traceback.
-        nothing_done: what to say after Ctrl-C about the files written.
+    Print an error in what the user gave as one line on stderr and exit with code 2, unless `debug` lets it through;
+    after Ctrl-C, say what `nothing_done` says and exit with 130.
     """
     try:
         yield

@@ -18,9 +18,6 @@ def language_model(name: str | None) -> str | Path:
     """
     The model that `--model` names: a folder or Hub name unchanged; for `smollm2` and None, the folder of SmolLM2,
     which is fetched and converted on first use.
-
-    Raises:
-        ModelLoadError, RuntimeError, ValueError, OSError: if it is not there and cannot be made.
     """
     from ..conversion.smollm2 import NAME, smollm2_folder
 

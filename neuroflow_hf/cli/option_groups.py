@@ -95,7 +95,6 @@ BYPASS_OPTIONS: Group = {
 
 gate = functools.partial(unset, panel=GATE)
 GATE_OPTIONS: Group = {
-    "preset": (options.Preset, None),
     "mode": gate(
         str,
         "extrapolate, context, reconstruct, eliminate, mlp, hold or dense; turns off the default preset.",
@@ -145,12 +144,7 @@ def with_groups(**groups: Group) -> Callable[[Callable], Callable]:
 
 
 def given_bypass(own: dict) -> dict:
-    """
-    The bypass options that were given, as `NeuroFlowBypassConfig` takes them.
-
-    Raises:
-        ValueError: for `--cache-layers` without layers.
-    """
+    """The bypass options that were given, as `NeuroFlowBypassConfig` takes them."""
     found = options.given(**own)
     if "cache_layers" in found:
         found["cache_layers"] = parse_layers(found["cache_layers"])

@@ -12,12 +12,8 @@ SECONDS_BETWEEN_LINES = 15.0
 class CommandProgress(Progress):
     """
     The progress of one task. Nothing is shown before the first `show`, so that an error stands alone. Where the
-    console is not a terminal, a line with what is done and the time left is printed every `SECONDS_BETWEEN_LINES`.
-
-    Args:
-        unit: what is counted, such as `"frames"`.
-        console: default: stderr.
-        clock: a time in seconds; only differences are used.
+    console (default: stderr) is not a terminal, a line with what is done and the time left is printed every
+    `SECONDS_BETWEEN_LINES`. `unit` is what is counted, such as `"frames"`.
     """
 
     def __init__(self, unit: str, console: Console | None = None, clock: Callable[[], float] = time.monotonic):

@@ -15,28 +15,31 @@ VISION: Group = {
     "device": (options.Device, "auto"),
     "labels": (options.Labels, None),
     "template": (options.Template, None),
+    "preset": (options.Preset, None),
     "config": (options.GateFile, None),
     "gate": (options.GateOptions, None),
 }
 
 
-def check_vision(how: dict, gate_options: dict) -> tuple[dict, Callable[[], tuple]]:
+def check_vision(how: dict, gate_options: dict | None = None) -> tuple[dict, Callable[[], tuple]]:
     """
     Check the values of the options `VISION`, which takes no time, before the model is loaded.
 
     Returns:
-        The gate options, with those of `--gate` and, beneath them, of `--config`; and a function that loads the model,
-        its preprocessing, and its labels (None without).
+        All gate options; and a function that loads the model, its preprocessing, and its labels (None without).
 
     Raises:
         ValueError: for a value that cannot be used.
     """
     from ..loading import default_model, dtype_named, load_model_with_labels, usable_device
     from ..video.labels import TEMPLATE
+    from ..vision.gate_config import NeuroFlowGateConfig
 
     dtype, names = dtype_named(how["dtype"]), given_labels(how["labels"], how["template"])
     usable_device(how["device"])
-    gate_options = with_config(how["config"], gate_options | parse_gate(how["gate"] or []), how["model"])
+    gate_options = given_gate(how["preset"], how["config"]) | (gate_options or {}) | parse_gate(how["gate"] or [])
+    if how["model"] is None:  # the default model has no gate options of its own
+        NeuroFlowGateConfig.from_options(**gate_options)
 
     def load() -> tuple:
         source, template = how["model"] or default_model(), how["template"] or TEMPLATE
@@ -60,23 +63,15 @@ def parse_gate(settings: list[str]) -> dict[str, Any]:
     return parsed
 
 
-def with_config(config: Path | None, gate_options: dict, model: str | None) -> dict:
-    """
-    Gate options with those of a configuration beneath them.
-
-    Raises:
-        ValueError: for a preset together with a configuration, and for wrong options of the default model.
-    """
+def given_gate(preset: str | None, config: Path | None) -> dict:
+    """The gate options of `--preset` or `--config`; ValueError for both, and for a configuration without a gate."""
     from ..loading import load_gate
-    from ..vision.gate_config import NeuroFlowGateConfig
 
-    if config is not None:
-        if "preset" in gate_options:
-            raise ValueError("Give --config or --preset: each is a whole set of gate options.")
-        gate_options = load_gate(config) | gate_options
-    if model is None:  # the default model has no gate options of its own
-        NeuroFlowGateConfig.from_options(**gate_options)
-    return gate_options
+    if config is None:
+        return options.given(preset=preset)
+    if preset is not None:
+        raise ValueError("Give --config or --preset: each is a whole set of gate options.")
+    return load_gate(config)
 
 
 def given_labels(labels: str | None, template: str | None) -> list[str] | None:

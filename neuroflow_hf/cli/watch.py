@@ -33,7 +33,6 @@ def watch(
     fps: Annotated[
         float | None, option("Look at most N times a second.", default="as often as possible", metavar="N")
     ] = None,
-    preset: options.Preset = None,
     debug: options.Debug = False,
 ):
     """
@@ -54,7 +53,7 @@ def watch(
         if overlay is not None and (overlay.suffix != ".mp4" or not overlay.absolute().parent.is_dir()):
             raise ValueError(f"--overlay {overlay} cannot be written; expected an .mp4 file in a folder that exists.")
         send = None if webhook is None else post_json(webhook)
-        gate_options, load = check_vision(how, options.given(preset=preset))
+        gate_options, load = check_vision(how)
         opened = open_sources(sources)
         loaded, preprocess, embedded = load()
         hook = None if send is None else Webhook(send)

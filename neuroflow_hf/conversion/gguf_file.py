@@ -70,15 +70,8 @@ def read_gguf(
     path: str | Path, on_step: Callable[[str, float, float | None], object] = lambda *_: None
 ) -> tuple[LlamaForCausalLM, Any]:
     """
-    The model in a GGUF file in float32, and its tokenizer.
-
-    Args:
-        path: of the file.
-        on_step: called with the number of tensors read.
-
-    Raises:
-        ModelLoadError: if there is no such file, it is damaged, incomplete or split, has another architecture, an
-            unknown quantisation, tensors, settings or a tokenizer that are not known here, or cannot be a Phi-3.
+    The model in a GGUF file in float32, and its tokenizer. ModelLoadError if the file is missing, damaged, incomplete
+    or split, has another architecture or what is not known here, or cannot be a Phi-3.
     """
     path = Path(path)
     if not path.is_file():

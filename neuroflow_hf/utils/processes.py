@@ -8,24 +8,17 @@ import torch
 
 
 class Processes:
-    """
-    This process among those of one job. A single process does not load accelerate, and gathers its own items.
-
-    Attributes:
-        index, count: the number of this process, from 0, and of all processes.
-        device: that accelerate assigns to this process; None if there is only one.
-    """
+    """This process among those of one job. A single process does not load accelerate, and gathers its own items."""
 
     def __init__(self):
-        self.index, self.count = 0, 1
-        self.device: torch.device | None = None
+        self.index, self.count = 0, 1  # the number of this process, from 0, and of all processes
+        self.device: torch.device | None = None  # that accelerate assigns, if there are several
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started > 1:
             from accelerate import PartialState
 
-            state = PartialState(
-                cpu=not torch.accelerator.is_available()
-            )  # by default, accelerate expects one process on CPUs
+            # by default, accelerate expects one process on CPUs
+            state = PartialState(cpu=not torch.accelerator.is_available())
             self.index, self.count, self.device = state.process_index, state.num_processes, state.device
             if self.count != started:  # each would do the whole job and overwrite the others' files
                 raise RuntimeError(

@@ -77,10 +77,8 @@ def code_version(paths: Iterable[Path]) -> str:
 @functools.cache
 def model_version(*more: str) -> str:
     """
-    The version of the code that a method's figures depend on; its options are a part of the key of their own.
-
-    Args:
-        more: names of further files of this package, such as `"token_merging.py"`.
+    The version of the code that a method's figures depend on, with `more` files of this package. A method's options
+    are a part of the key of their own.
     """
     package = Path(__file__).parents[1]
     names = (package / name for name in more)

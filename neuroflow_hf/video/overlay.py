@@ -70,9 +70,8 @@ def outline_objects(
     picture: np.ndarray, boxes: Sequence[tuple[int, int, int, int]], captions: Sequence[str], scale: float = 1.0
 ) -> np.ndarray:
     """
-    A copy of a picture, uint8 RGB [H, W, 3], with boxes and captions of moving objects. Boxes are left, top, right and
-    bottom in pixels of the frame, the last two the first ones outside; `scale` is the size of the picture relative to
-    the frame.
+    A copy of a picture, uint8 RGB [H, W, 3], with boxes and captions of moving objects, as of `object_line`. `scale`
+    is the size of the picture relative to the frame that the boxes are of.
     """
     drawn = Image.fromarray(picture)
     draw = ImageDraw.Draw(drawn)
@@ -175,13 +174,8 @@ def contact_sheet(
     cells: Sequence[tuple[np.ndarray, Sequence[str]]], title: str, cell_side: int = 480, legend: str = LEGEND
 ) -> np.ndarray:
     """
-    A grid of pictures, four in a row, each above its caption: uint8 RGB [H', W', 3].
-
-    Args:
-        cells: picture, uint8 RGB [H, W, 3], and lines of the caption; at least one cell, all of one size.
-        title: in one line.
-        cell_side: the longer side of a picture in pixels.
-        legend: what the colours mean, in one line; empty for pictures without marks.
+    A grid of pictures of one size, uint8 RGB [H, W, 3], four in a row, each above the lines of its caption: uint8 RGB
+    [H', W', 3]. `cell_side` is the longer side of a picture in pixels; without marks, the legend is empty.
     """
     height, width = (round(side * cell_side / max(cells[0][0].shape[:2])) for side in cells[0][0].shape[:2])
     pictures = [captioned(resize(picture, height, width), lines, size=width // 26) for picture, lines in cells]
@@ -191,12 +185,7 @@ def contact_sheet(
 
 
 class OverlayWriter:
-    """
-    Writes frames to an mp4 file with the times of the video: H.264 if FFmpeg has it, else MPEG-4.
-
-    Args:
-        path: the file; complete only after `close`.
-    """
+    """Writes pictures to an mp4 file, complete only after `close`: H.264 if FFmpeg has it, else MPEG-4."""
 
     def __init__(self, path: Path):
         self.path = path

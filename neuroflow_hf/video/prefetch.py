@@ -13,12 +13,9 @@ def prefetch(iterable: Iterable[T], depth: int = 4) -> Iterator[T]:
     """
     Run `iterable` ahead of its consumer in one background thread.
 
-    The thread starts with the first item asked for. An exception in `iterable` is raised in the consumer after all
-    items that came before it. Closing the generator stops and joins the thread; use `contextlib.closing`.
-
-    Args:
-        iterable: what to run ahead. Its items are made, and its iterator is closed, in the thread.
-        depth: how many items may be ahead, at least 1. 4 smooths out keyframes; more only costs memory.
+    The thread starts with the first item asked for, and also closes the iterator. An exception is raised in the
+    consumer after all items that came before it. Closing the generator joins the thread; use `contextlib.closing`.
+    `depth` items may be ahead, at least 1: 4 smooths out keyframes, and more only costs memory.
     """
     if depth < 1:
         raise ValueError(f"`depth` is {depth}; expected at least 1.")

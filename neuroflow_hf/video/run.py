@@ -54,7 +54,6 @@ from .records import (
 RUN_FILES = ("frames.jsonl", "embeddings.safetensors", "overlay.mp4", "contact_sheet.png", "plot.png", "summary.json")
 DENSE_SAMPLES = 25
 SHEET_CELLS = 8
-STORED_SETTINGS = ("model", "weights", "gate", "resolution", "dtype", "versions")
 
 
 @dataclass(frozen=True)
@@ -142,10 +141,8 @@ def covered_share(model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor) -
 
 
 def sampling_step(expected_frames: int | None, keyframe_interval: int | None) -> int:
-    """
-    The interval of dense samples, for about 25 in a video. It shares no factor with the keyframe interval: otherwise
-    keyframes would be sampled more often than they occur, and the fidelity would look better than it is.
-    """
+    """The interval of dense samples, for about 25 in a video."""
+    # no factor in common with the keyframe interval: keyframes would be sampled more often than they occur
     step = max(1, round(expected_frames / DENSE_SAMPLES)) if expected_frames else 10
     while keyframe_interval and math.gcd(step, keyframe_interval) > 1:
         step += 1
@@ -185,15 +182,7 @@ def require_comparison(dense_every: int | None):
 
 
 class RunPictures:
-    """
-    The overlay video and the contact sheet of a run, drawn frame by frame.
-
-    Args:
-        writer: of the overlay video; None for no overlay.
-        names: of the labels; empty without labels.
-        covered: from `covered_share`.
-        every: the contact sheet shows some of every Nth frame.
-    """
+    """Draws the overlay video, with a writer, and the contact sheet, which shows some of each `every`-th frame."""
 
     def __init__(self, writer: OverlayWriter | None, names: Sequence[str], covered: float, every: int):
         self.writer, self.names, self.covered, self.every = writer, names, covered, every
@@ -267,8 +256,8 @@ def run_video(
         on_frame: called with each frame's record.
 
     Raises:
-        ValueError: for a gate option, `dense_every` or resolution out of range, for pixels that are not finite, and
-            for `objects` if the gate does not compare frames.
+        ValueError: for an option or a resolution out of range, pixels that are not finite, and `objects` with a gate
+            that does not compare frames.
         VideoError: if the first frame cannot be read.
         NotADirectoryError, OSError: if `out` is a file or cannot be written to.
     """
@@ -331,11 +320,8 @@ def run_video(
             summary["labels"] = label_figures(records, labels)
         if objects:
             summary["objects"] = object_figures(records)
-        metadata = {name: json.dumps(summary[name]) for name in STORED_SETTINGS}
-        if labels is not None:
-            metadata |= {"labels": json.dumps(labels.names), "template": json.dumps(labels.template)}
         # `save_file` would write a file that only its owner can read
-        (folder / "embeddings.safetensors").write_bytes(save(embedding_tensors(records), metadata))
+        (folder / "embeddings.safetensors").write_bytes(save(embedding_tensors(records)))
         summary["files"] = [name for name in RUN_FILES if (folder / name).exists() or name == "summary.json"]
         # includes everything but loading the model
         summary["wall_clock_seconds"] = round(time.perf_counter() - started, 3)

@@ -1,7 +1,6 @@
 """Embedding on a cluster gives the dataset of one machine, whatever dies: on two nodes of Ray, and without it."""
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -17,7 +16,7 @@ import pytest
 from neuroflow_hf.archive.embed import embed_videos, video_paths
 from neuroflow_hf.video.preprocess import Preprocessor
 from tests.archive.test_embed import GATE, assert_same_rows
-from tests.cli.test_run import PROCESSOR, call, write_clip
+from tests.cli.test_run import call, write_clip
 from tests.processes import neuroflow, start
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "neuroflow-hf[cluster]".')
@@ -80,10 +79,8 @@ def wait_for(found, driver):
 
 @pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc").exists(), reason="Workers are found by /proc, which is not there.")
-def test_after_kills_of_driver_and_worker_the_dataset_is_that_of_one_machine(nodes, folder, stock_vision, tmp_path):
-    stock_vision.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    command = ("embed", folder, "--model", tmp_path / "model", "--gate", "threshold=0.02", "--streams", 2, "--out")
+def test_after_kills_of_driver_and_worker_the_dataset_is_that_of_one_machine(nodes, folder, model_folder, tmp_path):
+    command = ("embed", folder, "--model", model_folder, "--gate", "threshold=0.02", "--streams", 2, "--out")
     assert call(*command, tmp_path / "one").exit_code == 1
 
     out = tmp_path / "out"

@@ -19,7 +19,7 @@ from neuroflow_hf.video.labels import Labels
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader
 from neuroflow_hf.vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
-from tests.cli.test_run import PROCESSOR, call, write_clip
+from tests.cli.test_run import call, write_clip
 from tests.processes import start
 
 GATE = {"mode": "extrapolate", "threshold": 0.02, "keyframe_interval": 6}
@@ -257,13 +257,9 @@ def test_other_tools_read_it(whole, tmp_path):
     files = {"data_files": str(whole / "*.parquet"), "cache_dir": str(tmp_path)}
     loaded = datasets.load_dataset("parquet", split="train", **files)
     assert sorted((row["seconds"], tuple(row["embedding"])) for row in loaded) == expected
-
-
-def test_duckdb_reads_it(whole):
-    duckdb = pytest.importorskip("duckdb")
     query = f"select seconds, embedding from '{whole}/*.parquet' order by all"
-    expected = sorted((row["seconds"], tuple(row["embedding"])) for row in rows(whole).values())
-    assert [(seconds, tuple(embedding)) for seconds, embedding in duckdb.sql(query).fetchall()] == expected
+    found = pytest.importorskip("duckdb").sql(query).fetchall()
+    assert [(seconds, tuple(embedding)) for seconds, embedding in found] == expected
 
 
 def test_lancedb_searches_it(whole, tmp_path):
@@ -273,11 +269,9 @@ def test_lancedb_searches_it(whole, tmp_path):
     assert found["embedding"] == row["embedding"]
 
 
-def test_the_command(folder, stock_vision, tmp_path):
-    model, out, broken = tmp_path / "model", tmp_path / "out", tmp_path / "broken.mp4"
-    stock_vision.save_pretrained(model)
-    (model / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    options = ("--model", model, "--out", out, "--fps", 5, "--gate", "threshold=0.02")
+def test_the_command(folder, model_folder, tmp_path):
+    out, broken = tmp_path / "out", tmp_path / "broken.mp4"
+    options = ("--model", model_folder, "--out", out, "--fps", 5, "--gate", "threshold=0.02")
     result = call("embed", folder, *options)
     assert result.exit_code == 0 and "4 embedded, 0 were there" in result.output, result.output
     assert sorted(row["frame"] for row in rows(out).values())[:8] == [0, 0, 0, 0, 2, 2, 2, 2]

@@ -22,7 +22,7 @@ from neuroflow_hf.archive.search import BLOCK, find_moments, search_index, simil
 from neuroflow_hf.archive.sheet import clock
 from neuroflow_hf.video.overlay import fitted
 from neuroflow_hf.video.reader import VideoReader, frame_at
-from tests.cli.test_run import PROCESSOR, call, write_clip
+from tests.cli.test_run import call, write_clip
 from tests.conftest import TINY_TEXT, TINY_VISION, lively
 from tests.vision.test_pipelines import PIPELINE_TEXT, make_processor
 
@@ -256,7 +256,7 @@ def assert_refused(words, *arguments):
     assert result.stderr.startswith("Error: ")
 
 
-def test_what_the_command_refuses(world, stock_vision, tmp_path):
+def test_what_the_command_refuses(world, tmp_path):
     dataset, text = world / "dataset", tmp_path / "a.txt"
     text.write_text("no picture")
     assert_refused("one of them", dataset)
@@ -269,10 +269,8 @@ def test_what_the_command_refuses(world, stock_vision, tmp_path):
     assert_refused("--template needs a text to search for", dataset, "--image", text, "--template", "{}")
 
 
-def test_a_checkpoint_without_text_is_named(world, stock_vision, tmp_path):
-    stock_vision.save_pretrained(tmp_path / "tower")
-    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    options = ("--out", tmp_path / "dataset", "--model", tmp_path / "tower")
+def test_a_checkpoint_without_text_is_named(world, model_folder, tmp_path):
+    options = ("--out", tmp_path / "dataset", "--model", model_folder)
     assert call("embed", world / "videos" / "short.mkv", *options).exit_code == 0
     assert_refused("reads no text, so texts cannot be looked for", tmp_path / "dataset", "dog")
     Image.new("RGB", (30, 20)).save(tmp_path / "picture.png")

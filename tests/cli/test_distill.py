@@ -7,9 +7,12 @@ from typer.testing import CliRunner
 
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.cli.main import app
-from tests.cli.test_run import PROCESSOR, clip, model_folder, write_clip
+from tests.cli.test_run import write_clip
 
-__all__ = ["PROCESSOR", "clip", "model_folder"]  # fixtures
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clip") / "square.mkv", frames=20)
 
 
 def run(*arguments):

@@ -18,8 +18,8 @@ from neuroflow_hf.evaluation.datasets import VideoSet, find_videos
 from neuroflow_hf.evaluation.methods import Dense, MethodSpec, Step
 from neuroflow_hf.evaluation.run import EvalSettings, Evaluation, load_checkpoint
 from neuroflow_hf.evaluation.settings import DENSE, FIRST, smaller_baselines
-from tests.cli.test_run import PROCESSOR, assert_clean_error, call
-from tests.conftest import TINY_TEXT, TINY_VISION, lively
+from tests.cli.test_run import assert_clean_error, call
+from tests.conftest import PROCESSOR, TINY_TEXT, TINY_VISION, lively
 from tests.processes import call_in_two, neuroflow
 from tests.vision.test_pipelines import PIPELINE_TEXT, make_processor
 

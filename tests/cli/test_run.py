@@ -17,20 +17,9 @@ from neuroflow_hf.cli.main import app
 from neuroflow_hf.cli.vision_model import parse_gate
 from neuroflow_hf.video.run_tables import baseline_note
 from neuroflow_hf.vision.gate_config import MODE_NAMES
-from tests.conftest import make_stock_tower
+from tests.conftest import PROCESSOR, make_stock_tower
 from tests.processes import neuroflow, start
 
-PROCESSOR = {
-    "image_processor_type": "SiglipImageProcessor",
-    "do_resize": True,
-    "size": {"height": 24, "width": 24},
-    "resample": 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
 ALL_FILES = {"frames.jsonl", "embeddings.safetensors", "overlay.mp4", "contact_sheet.png", "plot.png", "summary.json"}
 
 
@@ -52,14 +41,6 @@ def write_clip(path, frames, codec="ffv1", options=None, keyframe_interval=None)
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip") / "square.mkv", frames=20)
-
-
-@pytest.fixture(scope="module")
-def model_folder(stock_vision, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    stock_vision.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    return folder
 
 
 def call(*arguments):
@@ -273,13 +254,6 @@ def test_values_out_of_range(clip, model_folder, tmp_path, monkeypatch, options,
     result = call("run", clip, *model, "--out", tmp_path / "out", *options)
     assert_clean_error(result, *words)
     assert not list(tmp_path.glob("out/*"))
-
-
-def test_misspelt_options_and_wrong_types_are_named(clip):
-    result = call("run", clip, "--treshold", 0.1)
-    assert result.exit_code == 2 and "--threshold" in result.stderr
-    result = call("run", clip, "--threshold", "high")
-    assert result.exit_code == 2 and "valid number" in result.stderr
 
 
 def test_unusable_videos(model_folder, tmp_path):

@@ -24,7 +24,8 @@ from neuroflow_hf.evaluation.tuning_report import checkpoint_config, setting_wor
 from neuroflow_hf.loading import load_gate
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader
-from tests.cli.test_run import PROCESSOR, assert_clean_error, call, write_clip
+from tests.cli.test_run import assert_clean_error, call, write_clip
+from tests.conftest import PROCESSOR
 
 SMALL = {
     "context": [

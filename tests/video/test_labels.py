@@ -8,21 +8,17 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors import safe_open
-from transformers import SiglipConfig, SiglipForImageClassification, SiglipModel, SiglipTextConfig, pipeline
+from transformers import SiglipConfig, SiglipForImageClassification, SiglipModel, SiglipTextConfig
 
-from neuroflow_hf import NeuroFlowSiglipModel
 from neuroflow_hf.loading import ModelLoadError, load_model, load_model_with_labels, load_text_model
 from neuroflow_hf.utils.provenance import fingerprint
 from neuroflow_hf.video.label_records import agreement, label_caption, label_line, percent, shortened, timeline
 from neuroflow_hf.video.labels import check_labels, embed_labels, parse_labels, tokenize
-from neuroflow_hf.video.overlay import overlay_frame
 from neuroflow_hf.video.plots import LABEL_COLOURS, plot_run
 from neuroflow_hf.video.records import FrameRecord
 from neuroflow_hf.video.run_tables import timeline_rows
-from tests.cli.test_run import ALL_FILES, PROCESSOR, assert_clean_error, call, count_frames, read_run
-from tests.conftest import TINY_TEXT, TINY_VISION, lively
+from tests.cli.test_run import ALL_FILES, assert_clean_error, call, count_frames, read_run
+from tests.conftest import PROCESSOR, TINY_TEXT, TINY_VISION, lively
 from tests.vision.test_pipelines import LABELS, PIPELINE_TEXT, make_processor
 
 TEXT = ",".join(LABELS)
@@ -99,20 +95,6 @@ def test_logits_are_siglip_s(stock, folder, image, template):
     assert name == LABELS[expected[0].argmax()] and score == pytest.approx(expected.max().sigmoid().item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("saved_by", [SiglipModel, NeuroFlowSiglipModel])
-def test_scores_are_the_pipeline_s(folder, saved_by, image, tmp_path):
-    saved_by.from_pretrained(folder).save_pretrained(tmp_path)
-    make_processor().save_pretrained(tmp_path)
-    found = pipeline("zero-shot-image-classification", model=str(tmp_path))(
-        Image.fromarray(image), candidate_labels=list(LABELS)
-    )
-    tower, preprocess, labels = load_model_with_labels(tmp_path, LABELS, device="cpu")
-    with torch.no_grad():
-        scores = labels.scores(tower(preprocess(image)).pooler_output[0])
-    expected = {entry["label"]: entry["score"] for entry in found}
-    assert dict(zip(LABELS, scores.tolist(), strict=True)) == pytest.approx(expected, abs=1e-5)
-
-
 def test_the_tower_is_the_one_that_is_loaded_without_labels(folder):
     alone, _ = load_model(folder, device="cpu", resolution=32)
     tower, preprocess, labels = load_model_with_labels(folder, LABELS, device="cpu", resolution=32)
@@ -165,15 +147,15 @@ def test_labels_that_the_text_tower_cannot_tell_apart_or_read(folder):
         embed_labels(model, tokenizer, ["word90"])
 
 
-def test_checkpoints_that_read_no_text(stock, folder, stock_vision, tmp_path):
-    stock_vision.save_pretrained(tmp_path / "tower")
+def test_checkpoints_that_read_no_text(stock, folder, model_folder, tmp_path):
+    classifier = tmp_path / "classifier"
     torch.manual_seed(0)
-    SiglipForImageClassification(stock.config).save_pretrained(tmp_path / "classifier")
-    for name, words in (("tower", "holds a vision tower alone"), ("classifier", "no complete text tower")):
-        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    SiglipForImageClassification(stock.config).save_pretrained(classifier)
+    (classifier / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    for path, words in ((model_folder, "holds a vision tower alone"), (classifier, "no complete text tower")):
         with pytest.raises(ModelLoadError, match=rf"{words}.* Labels need a model that reads text"):
-            load_text_model(tmp_path / name, device="cpu")
-        load_model(tmp_path / name, device="cpu")
+            load_text_model(path, device="cpu")
+        load_model(path, device="cpu")
     bare = copy_of(folder, tmp_path / "bare", without=TOKENIZER_FILES)
     with pytest.raises(ModelLoadError, match="Cannot load a tokenizer from"):
         load_text_model(bare, device="cpu")
@@ -260,20 +242,6 @@ def test_small_probabilities_keep_their_digits_and_long_labels_their_beginning()
 # --- pictures ------------------------------------------------------------------------------------------------------
 
 
-def test_the_label_s_row_lies_under_the_caption_and_does_not_change_it():
-    picture = np.zeros((360, 480, 3), dtype=np.uint8)
-    plain = overlay_frame(picture, ["frame 1"])
-    sizes = set()
-    for name in ("a", "a label with a great many words " * 4):
-        drawn = overlay_frame(picture, ["frame 1", label_caption(record(0, (2.0,)), [name])])
-        np.testing.assert_array_equal(drawn[: len(plain)], plain)
-        row = drawn[len(plain) :].astype(int)
-        ink = (row - row[0, 0]).any(-1)
-        assert ink.any() and not ink[:, -4:].any()
-        sizes.add(drawn.shape)
-    assert len(sizes) == 1 and all(side % 2 == 0 for side in sizes.pop()[:2])
-
-
 @pytest.mark.parametrize("compared", [True, False])
 def test_the_plot_has_a_panel_for_labels_only_if_there_are_some(compared):
     scores = torch.tensor([(0.1, 0.01), (0.2, 0.02), (0.3, 0.001)])
@@ -338,8 +306,6 @@ def test_the_files_of_a_run_say_the_same(finished, clip, folder):
     counted = found["agreement"]
     assert counted["compared_frames"] == 4 and counted["streamed"] == int((dense == streamed)[1:].sum()) == 4
     assert counted["first_frame"] == int((dense[1:] == dense[0]).sum()) == 2
-    with safe_open(out / "embeddings.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["labels"]) == list(LABELS)
 
 
 def test_what_is_printed_is_in_the_summary(finished):
@@ -356,23 +322,6 @@ def test_what_is_printed_is_in_the_summary(finished):
     assert f"{counted['streamed']} of {counted['compared_frames']}" in printed
     for words in ("best label", "share among 3", "same label", "baseline: first frame repeated"):
         assert words in printed
-
-
-def test_without_labels_nothing_is_different(finished, clip, folder, tmp_path):
-    with_labels = read_run(finished[1])
-    options = ("--threshold", 0.02, "--dense-every", 4, "--device", "cpu")
-    result = call("run", clip, "--model", folder, "--out", tmp_path, *options)
-    assert result.exit_code == 0, result.output
-    summary, lines, tensors = read_run(tmp_path)
-    assert "best label" not in result.stdout
-    assert set(with_labels[0]) - set(summary) == {"labels"} and set(summary) <= set(with_labels[0])
-    assert summary["weights"] == with_labels[0]["weights"] and summary["files"] == with_labels[0]["files"]
-    added = {"label", "confidence", "share", "label_scores", "dense_label"}
-    for line, other in zip(lines, with_labels[1], strict=True):
-        assert list(line) == [name for name in other if name not in added]
-        assert line["cost"] == other["cost"]
-    assert set(with_labels[2]) - set(tensors) == {"label_scores"}
-    torch.testing.assert_close(tensors["embeddings"], with_labels[2]["embeddings"])
 
 
 def test_a_template_of_one_s_own_and_no_comparison(clip, folder, tmp_path):
@@ -413,16 +362,9 @@ def test_labels_out_of_order_are_one_line(clip, folder, tmp_path, options, words
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_models_that_read_no_text_are_one_line(clip, stock_vision, folder, tmp_path, monkeypatch):
-    stock_vision.save_pretrained(tmp_path / "tower")
-    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    bare = copy_of(folder, tmp_path / "bare", without=TOKENIZER_FILES)
-    out = tmp_path / "out"
-    for model, word in ((tmp_path / "tower", "vision tower alone"), (bare, "tokenizer")):
-        assert_clean_error(call("run", clip, "--model", model, "--out", out, "--labels", TEXT), model, word)
+def test_without_the_checkout_a_model_must_be_named(clip, tmp_path, monkeypatch):
     monkeypatch.setattr("neuroflow_hf.loading.EMBEDDED_MODEL", tmp_path / "none")
-    assert_clean_error(call("run", clip, "--out", out, "--labels", TEXT), "checkout", "--model")
-    assert not list(tmp_path.glob("out/*"))
+    assert_clean_error(call("run", clip, "--out", tmp_path / "out", "--labels", TEXT), "checkout", "--model")
 
 
 class GemmaTokenizerOfATest:

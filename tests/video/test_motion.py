@@ -20,13 +20,12 @@ from neuroflow_hf.video.objects import (
     connected_objects,
     object_line,
     with_embeddings,
-    with_labels,
 )
 from neuroflow_hf.video.overlay import MOVING, outline_objects
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader
 from neuroflow_hf.video.run import run_video
-from tests.cli.test_run import PROCESSOR, call, write_clip
+from tests.cli.test_run import call, write_clip
 from tests.conftest import GATED_MODES, GRID, IMAGE_SIZE, PATCH_SIZE
 
 
@@ -181,16 +180,6 @@ def test_what_was_not_looked_at_has_no_motion_mask(vision):
 # --- objects -------------------------------------------------------------------------------------------------------
 
 
-def test_objects_of_two_squares(vision):
-    outputs, truths, gate = run_squares(
-        vision, lambda time: [] if time == 0 else [(0, 0), (4, 3)], 2, mode="context", reference="ema"
-    )
-    (objects,) = connected_objects(motion_mask(outputs[1], gate))
-    assert [item.box for item in objects] == [(0, 0, 2, 2), (4, 3, 6, 5)]
-    assert [item.patches for item in objects] == [4, 4]
-    assert torch.equal(objects[0].mask | objects[1].mask, truths[1])
-
-
 def test_the_largest_object_comes_first():
     mask = torch.zeros(2, 4, 6, dtype=torch.bool)
     mask[0, 0, 0] = mask[0, 3, 0] = mask[0, 2:, 3:] = True
@@ -214,7 +203,9 @@ def test_embeddings_are_the_heads_of_the_objects_patches(model, vision):
         with_embeddings(vision, tokens, [everything])[0].embedding, outputs[1].pooler_output[0], atol=1e-5, rtol=1e-4
     )
     assert with_embeddings(model, tokens, []) == []
-    assert with_embeddings(model, tokens, objects)[0].embedding.shape == (32,)
+    labels = Labels(("a", "b"), "{}", torch.stack([-expected, expected]) / expected.norm(), 5.0, -1.0)
+    (found,) = with_embeddings(vision, tokens, objects, labels)
+    assert found.label == "b" and found.score == pytest.approx(torch.tensor(4.0).sigmoid().item())
 
 
 def test_features_of_other_patches_are_refused(vision):
@@ -224,15 +215,6 @@ def test_features_of_other_patches_are_refused(vision):
         with_embeddings(vision, outputs[1].last_hidden_state[0], objects)
     with pytest.raises(ValueError, match="no pooling head"):
         with_embeddings(torch.nn.Linear(1, 1), outputs[1].last_hidden_state[0], objects)
-
-
-def test_the_best_label_is_the_one_of_the_embedding():
-    labels = Labels(("a", "b"), "{}", torch.eye(2), 5.0, -1.0)
-    plain = MovingObject(torch.ones(1, 1, dtype=torch.bool), (0, 0, 1, 1))
-    (found,) = with_labels([MovingObject(plain.mask, plain.box, torch.tensor([0.0, 2.0]))], labels)
-    assert found.label == "b" and found.score == pytest.approx(torch.tensor(4.0).sigmoid().item())
-    with pytest.raises(ValueError, match="call `with_embeddings` first"):
-        with_labels([plain], labels)
 
 
 def test_boxes_in_pixels():
@@ -289,11 +271,7 @@ def test_boxes_are_drawn_where_they_are_and_captions_inside_the_picture():
         assert text > 300
 
 
-def test_the_command_finds_objects(clip, stock_vision, tmp_path):
-    stock_vision.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    result = call(
-        "run", clip, "--model", tmp_path / "model", "--out", tmp_path / "out", "--mode", "context", "--objects"
-    )
+def test_the_command_finds_objects(clip, model_folder, tmp_path):
+    result = call("run", clip, "--model", model_folder, "--out", tmp_path, "--mode", "context", "--objects")
     assert result.exit_code == 0, result.output
     assert "Moving objects: on 7 of 8 frames" in result.stdout

@@ -169,15 +169,6 @@ def test_start_past_the_end_is_refused(videos):
         list(read_frames(videos["plain.mp4"], start=FRAMES))
 
 
-def test_grey_video_has_three_equal_channels(tmp_path):
-    path = write_video(tmp_path / "grey.mkv", codec="ffv1", pix_fmt="gray")
-    for frame in read_frames(path, max_frames=3):
-        assert frame.image.shape == (HEIGHT, WIDTH, 3)
-        assert (frame.image == frame.image[..., :1]).all()
-        assert frame.image.std() > 10
-
-
-# What a display matrix [a b; c d] does to a picture: the pixel at (x, y) is shown at (a x + c y, b x + d y).
 ORIENTATIONS = {
     (1, 0, 0, 1): lambda image: image,
     (-1, 0, 0, 1): lambda image: image[:, ::-1],
@@ -401,27 +392,10 @@ def test_a_cut_between_pictures_is_noticed(tmp_path):
     assert len(frames) == 1 and isinstance(error, DamagedVideoError)
 
 
-def test_a_reader_told_to_stop_before_the_cut_never_meets_it(videos, tmp_path):
-    data = videos["ffv1.mkv"].read_bytes()
-    cut = tmp_path / "cut.mkv"
-    cut.write_bytes(data[: len(data) * 3 // 4])
-    frames = []
-    with pytest.raises(DamagedVideoError, match="cut short"):
-        iter_into(frames, read_frames(cut, start=4, stride=5))
-    assert len(list(read_frames(cut, start=4, stride=5, max_frames=len(frames)))) == len(frames)
-
-
 def iter_into(kept, iterator):
     """Move the items of `iterator` into `kept` one by one, so that they are there when it raises."""
     for item in iterator:
         kept.append(item)
-
-
-def test_a_cut_mp4_whose_index_is_lost_fails_at_open(videos, tmp_path):
-    data = videos["plain.mp4"].read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
-    with pytest.raises(VideoError, match="index is missing"):
-        VideoReader(tmp_path / "cut.mp4")
 
 
 @pytest.mark.parametrize("broken", [[7], [0, 1], [38, 39], [5, 20, 21, 33]])
@@ -616,23 +590,6 @@ def test_variable_rate_is_not_damage(tmp_path, name, times):
     assert [frame.time for frame in frames] == pytest.approx([t / 1000 for t in times], abs=0.02)
 
 
-@pytest.mark.parametrize("stated", [0, 38, 60])
-def test_what_an_avi_header_states_is_not_damage(videos, tmp_path, stated):
-    data = bytearray(videos["mjpeg.avi"].read_bytes())
-    length = data.index(b"strh") + 8 + 32  # the stream header's field with the number of frames
-    assert struct.unpack_from("<I", data, length) == (FRAMES,)
-    struct.pack_into("<I", data, length, stated)
-    path = tmp_path / "off.avi"
-    path.write_bytes(data)
-    reader = VideoReader(path)
-    assert len(list(reader)) == reader.expected_frames == FRAMES
-
-
-def test_sound_longer_than_the_picture_does_not_count(tmp_path):
-    reader = VideoReader(write_talk(tmp_path / "talk.mkv", 5, 80000))
-    assert len(list(reader)) == reader.expected_frames == 5
-
-
 # --- pixel values --------------------------------------------------------------------------------------------------
 
 
@@ -686,12 +643,6 @@ def test_tall_frames_are_resized_along_rows_first():
     assert np.abs(resized - expected).max() <= 1
     library = np.asarray(Image.fromarray(image).resize((96, 96), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(resized - library).mean() < 0.5
-
-
-def test_same_size_leaves_the_picture_alone():
-    image = noise(64, 64)
-    for resample in ("bicubic", "bilinear"):
-        assert np.array_equal(Preprocessor(64, resample).resize(image)[0].permute(1, 2, 0), image)
 
 
 def test_settings_that_switch_steps_off():
@@ -842,13 +793,6 @@ def test_prefetch_stops_its_thread_when_the_consumer_leaves(depth, error):
             raise error
         assert prefetch_threads() == []
     assert [name.startswith("neuroflow-prefetch") for name in closed_in] == [True, True]
-
-
-@pytest.mark.usefixtures("no_thread_left")
-def test_prefetch_left_by_break_ends_its_thread():
-    for item in prefetch(iter(int, 1), depth=2):
-        assert item == 0
-        break
 
 
 @pytest.mark.usefixtures("no_thread_left")
