@@ -60,11 +60,12 @@ def video_tab(jobs: Jobs, source: str | Path, device: str):
             out = Path(tempfile.mkdtemp(prefix="run-", dir=jobs.folder))
             name = Path(source).name
             how = {"labels": embedded, "model_name": name, "on_frame": on_frame}
-            result = run_video(reader, model, preprocess, out, {"preset": preset}, **how)
-            if result.status == "damaged":
-                gr.Warning(f"{jobs.message(VideoError(result.message))} The frames before are shown.")
+            summary = run_video(reader, model, preprocess, out, {"preset": preset}, **how)
+            if summary["status"] == "damaged":
+                gr.Warning(f"{jobs.message(VideoError(summary['message']))} The frames before are shown.")
         left_out = max(0, reader.frame_count - frames)
-        return str(out / "overlay.mp4"), run_in_html(result.summary, out, left_out), list(map(str, result.files))
+        files = [str(out / name) for name in summary["files"]]
+        return str(out / "overlay.mp4"), run_in_html(summary, out, left_out), files
 
     with gr.Row():
         with gr.Column(scale=2, min_width=300):

@@ -13,8 +13,7 @@ from transformers import SiglipVisionModel
 from ..vision.gate_config import GateOption, NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipEncoderLayer, NeuroFlowSiglipVisionModel
 from ..vision.streaming_model import empty_wrapper
-from .classes import STOCK, VIDEO_METHOD, change_classes, with_classes
-from .session import Attachment, Rows
+from .session import STOCK, VIDEO_METHOD, Attachment, Rows, change_classes, with_classes
 from .tower import StreamingTower, call_with_clips
 
 

@@ -1,19 +1,23 @@
-"""What is remembered from call to call: by one request, and by an attached model."""
+"""What is remembered from call to call: by one request, and by an attached model; and how classes are changed."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MethodType
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, SiglipVisionModel
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from ..vision.gate_config import GateOption
 from ..vision.stream import NeuroFlowStream
-from .classes import STOCK, VIDEO_METHOD, change_classes
 from .static_tokens import drop_static_tokens, image_tokens_of
 
+VIDEO_METHOD = "get_video_features"
+Classes = tuple[type[nn.Module], type[nn.Module]]  # of a tower and of its layers
+STOCK: Classes = (SiglipVisionModel, SiglipEncoderLayer)
 Rows = Literal["auto", "frames", "cameras", "images"]
 # what `Attachment.using` set; outside of the attachments, since a model that holds a ContextVar cannot be copied
 SESSIONS: ContextVar[dict["Attachment", "StreamSession"] | None] = ContextVar("sessions", default=None)
@@ -170,3 +174,17 @@ class Attachment:
         if len(self.towers) != 1:
             raise ValueError(f"The model has {len(self.towers)} SigLIP towers; use `session.streams[name]`.")
         return next(iter(self.towers))
+
+
+def with_classes(tower: SiglipVisionModel, classes: Classes) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """The tower with the first class, its layers with the second."""
+    return [(tower, classes[0]), *((layer, classes[1]) for layer in tower.encoder.layers)]
+
+
+def change_classes(tower: SiglipVisionModel, classes: Classes) -> None:
+    """Give a tower and its layers other classes, also where accelerate's hooks keep a `forward` in the module."""
+    for module, new in with_classes(tower, classes):
+        for name in ("forward", "_old_forward"):
+            if isinstance(vars(module).get(name), MethodType):
+                setattr(module, name, MethodType(new.forward, module))
+        module.__class__ = new

@@ -14,8 +14,7 @@ from ..vision.frame import NeuroFlowVisionOutput
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from ..vision.stream import NeuroFlowStream
 from ..vision.streaming_model import pop_return_dict
-from .classes import VIDEO_METHOD
-from .session import Attachment
+from .session import VIDEO_METHOD, Attachment
 
 # clips and frames per clip that the running `get_video_features` was given; None outside of it
 CLIPS: ContextVar[tuple[int, int] | None] = ContextVar("clips", default=None)

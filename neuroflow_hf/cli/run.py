@@ -69,7 +69,7 @@ def run(
                 what = f"skip {record.skip_rate:.1%}, cost {record.cost:.3f}"
                 progress.show(what, record.index // stride + 1, reader.expected_frames)
 
-            result = run_video(
+            summary = run_video(
                 reader,
                 loaded,
                 preprocess,
@@ -83,11 +83,10 @@ def run(
                 command=command_line(),
                 on_frame=on_frame,
             )
-    print_run(result.summary, out)
-    if result.status != "complete":
-        frames = result.summary["frames"]
-        typer.echo(f"Stopped early: {result.message}. The {frames} frames before are kept.", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED if result.status == "interrupted" else EXIT_DAMAGED)
+    print_run(summary, out)
+    if summary["status"] != "complete":
+        typer.echo(f"Stopped early: {summary['message']}. The {summary['frames']} frames before are kept.", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED if summary["status"] == "interrupted" else EXIT_DAMAGED)
 
 
 # --- what is printed -----------------------------------------------------------------------------------------------

@@ -157,10 +157,8 @@ class VideoReader:
         return len(range(self.start, len(self._stamps(end)[0]), self.stride))
 
     def _stamps(self, end: int | None) -> tuple[list[int | None], set[int | None], bool]:
-        """
-        Time stamps of the file's frames in the order of decoding, at most `end`; those of keyframes; and whether the
-        file is whole. Packets are counted, since headers state no number, or that of another track.
-        """
+        """Stamps of at most `end` frames in the order of decoding; those of keyframes; whether the file is whole."""
+        # packets are counted, since headers state no number, or that of another track
         stamps: list[int | None] = []
         keyframes: set[int | None] = set()
         with contextlib.suppress(av.FFmpegError, EOFError, OSError), _open(self.path) as (container, stream):
@@ -354,10 +352,7 @@ def _packets(container: Any, stream: Any, path: Path) -> Iterator[Any]:
 
 
 def _stated_size(container: Any, stream: Any, path: Path) -> int:
-    """
-    How many bytes an MP4, Matroska, WebM or AVI file has by its own account, where FFmpeg takes a cut for the end; 0
-    for other files, and if it does not say.
-    """
+    """The bytes that an MP4, Matroska, WebM or AVI file says it has, where FFmpeg takes a cut for the end; or 0."""
     if "mp4" in container.format.name:
         return max((entry.pos + entry.size for entry in stream.index_entries), default=0)
     with path.open("rb") as file:
@@ -374,10 +369,7 @@ def _stated_size(container: Any, stream: Any, path: Path) -> int:
 
 
 def _decode(container: Any, stream: Any, path: Path) -> Iterator[av.VideoFrame | None]:
-    """
-    Frames in display order, and None for each one that fails to decode. Raises `EOFError` after the last frame if the
-    file is cut short.
-    """
+    """Frames in display order, None for each that fails to decode; then `EOFError` if the file is cut short."""
     packets, cut, packet = _packets(container, stream, path), None, True
     while packet is not None:
         try:

@@ -3,8 +3,8 @@ Run a video through a streamed model, compare with dense on sampled frames, and 
 
     reader = VideoReader("street.mp4")
     model, preprocess = load_model("path/to/siglip")
-    result = run_video(reader, model, preprocess, "out", {"threshold": 0.01})
-    result.summary["cost"]["mean"], result.summary["cosine_to_dense"]["streamed"]["p5"]
+    summary = run_video(reader, model, preprocess, "out", {"threshold": 0.01})
+    summary["cost"]["mean"], summary["cosine_to_dense"]["streamed"]["p5"]
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,16 +53,6 @@ from .records import (
 RUN_FILES = ("frames.jsonl", "embeddings.safetensors", "overlay.mp4", "contact_sheet.png", "plot.png", "summary.json")
 DENSE_SAMPLES = 25
 SHEET_CELLS = 8
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The result of a run."""
-
-    status: str  # `"complete"`, `"interrupted"` (Ctrl-C) or `"damaged"` (the video broke off)
-    message: str  # where and why the run stopped; empty if complete
-    summary: dict  # the contents of `summary.json`
-    files: list[Path]  # the files written
 
 
 # --- encoding ------------------------------------------------------------------------------------------------------
@@ -235,7 +224,7 @@ def run_video(
     model_name: str = "",
     command: str = "",
     on_frame: Callable[[FrameRecord], None] | None = None,
-) -> RunResult:
+) -> dict:
     """
     Stream a video through a model, and write the results to a folder.
 
@@ -254,6 +243,10 @@ def run_video(
         objects: also find moving objects, with labels if there are any, and draw and store their boxes.
         model_name, command: for the summary.
         on_frame: called with each frame's record.
+
+    Returns:
+        The contents of `summary.json`. Its `status` is `"complete"`, `"interrupted"` (Ctrl-C) or `"damaged"`, and its
+        `message` says where and why the run stopped.
 
     Raises:
         ValueError: for an option or a resolution out of range, pixels that are not finite, and `objects` with a gate
@@ -326,4 +319,4 @@ def run_video(
         # includes everything but loading the model
         summary["wall_clock_seconds"] = round(time.perf_counter() - started, 3)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return RunResult(status, message, summary, [Path(out) / name for name in summary["files"]])
+    return summary
