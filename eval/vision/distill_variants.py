@@ -34,7 +34,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     REFERENCE: {},
     "as published": {"angle": 0.0, "mse": 1.0, "cosine": 0.5},
     "angle, rank 4": {"rank": 4},
-    "angle, and patches": {"patches": 1.0},
     "angle, rank 64": {"rank": 64},
     "angle, 16 summary tokens": {"summary_tokens": 16},
     "angle, 448 and 224 pixels, measured at 448": {"resolutions": (448, 224)},

@@ -26,7 +26,6 @@ TRAINING: Group = {
     "resolutions": training(
         str, "Sides of the frames in pixels, separated by commas; one is drawn for each batch.", "the model's"
     ),
-    "patches": training(float, "Weight of the loss on patches; not in mode eliminate.", "0"),
     "seed": training(int, "Random seed of all that is drawn.", "0"),
 }
 

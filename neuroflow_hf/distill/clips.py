@@ -21,8 +21,7 @@ HELD_OUT_EVERY = 5  # one video of so many is held out; of fewer videos, the las
 TEACHER_BATCH = 8
 
 
-# One video at one resolution: `frames` uint8 [T, 3, R, R], `teacher` float16 [T, D], and, if a loss needs them,
-# `patches` float16 [T, N, D]; read from the disk as they are used.
+# One video at one resolution, read from the disk as it is used: `frames` uint8 [T, 3, R, R], `teacher` float16 [T, D].
 FrameStore = dict[str, np.ndarray]
 
 
@@ -41,7 +40,6 @@ class Batch:
 
     frames: Tensor  # uint8 [T, B, 3, R, R]
     teacher: Tensor  # float32 [T, B, D]
-    patches: Tensor | None  # float32 [T, B, N, D]; None if no loss needs them
 
 
 class ClipSet:
@@ -112,8 +110,7 @@ class ClipSet:
             parts = [stores[clip.video][name][clip.start : clip.start + clip.count] for clip in clips]
             return torch.from_numpy(np.stack(parts, axis=1))
 
-        patches = stacked("patches").float() if self.settings.patches else None
-        return Batch(stacked("frames"), stacked("teacher").float(), patches)
+        return Batch(stacked("frames"), stacked("teacher").float())
 
     def draw(self, rng: np.random.Generator) -> Batch:
         """A training batch at one of the resolutions."""
@@ -158,13 +155,7 @@ def store_video(
     cache: Path,
 ) -> FrameStore:
     """Every Nth frame of a video, and the teacher's outputs of them; computed if they are not in the cache."""
-    key = key_of(
-        video=digest,
-        weights=weights,
-        preprocess=asdict(preprocess),
-        stride=settings.frame_stride,
-        patches=settings.patches > 0,
-    )
+    key = key_of(video=digest, weights=weights, preprocess=asdict(preprocess), stride=settings.frame_stride)
     folder, done = cache / key, cache / key / "done"
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,23 +163,17 @@ def store_video(
         if not frames:
             raise ValueError(f"{path} has no frame that can be read.")
         pictures = torch.cat(frames)
-        for name, values in {"frames": pictures, **teach(model, preprocess, pictures, settings.patches > 0)}.items():
+        for name, values in {"frames": pictures, "teacher": teach(model, preprocess, pictures)}.items():
             np.save(folder / f"{name}.npy", values.numpy())
         write_whole(done, path.name)
-    names = ("frames", "teacher", "patches") if settings.patches else ("frames", "teacher")
-    return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("frames", "teacher")}
 
 
 @torch.inference_mode()
-def teach(
-    model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor, frames: Tensor, with_patches: bool
-) -> dict[str, Tensor]:
-    """The dense model's embeddings, `teacher`, and `patches` of frames uint8 [T, 3, R, R], as in a FrameStore."""
-    found: dict[str, list[Tensor]] = {name: [] for name in ("teacher", *(["patches"] if with_patches else []))}
+def teach(model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor, frames: Tensor) -> Tensor:
+    """The dense model's embeddings float16 [T, D] of frames uint8 [T, 3, R, R]."""
+    found = []
     for part in frames.split(TEACHER_BATCH):
         pixels = preprocess.normalise(part, model.dtype, model.device)
-        output = model(pixels, interpolate_pos_encoding=True)
-        for name, values in (("teacher", output.pooler_output), ("patches", output.last_hidden_state)):
-            if name in found:
-                found[name].append(values.to(torch.float16).cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+        found.append(model(pixels, interpolate_pos_encoding=True).pooler_output.to(torch.float16).cpu())
+    return torch.cat(found)

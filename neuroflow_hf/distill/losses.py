@@ -27,12 +27,6 @@ def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.log1p(angle / SMALL_ANGLE).mean()
 
 
-def patch_loss(student: Tensor, teacher: Tensor, active: Tensor) -> Tensor:
-    """1 - cosine of patches [B, N, D], averaged over the active ones, bool [B, N]: a scalar."""
-    distance = 1 - F.cosine_similarity(student, teacher, dim=-1)
-    return (distance * active).sum() / active.sum().clamp(min=1)
-
-
 def cosines(student: Tensor, teacher: Tensor) -> Tensor:
     """The cosine of each embedding to the teacher's, [B, D] to float64 [B]."""
     return F.cosine_similarity(student.detach().double(), teacher.double(), dim=-1)

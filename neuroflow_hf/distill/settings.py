@@ -44,7 +44,7 @@ class DistillSettings:
         learning_rate (`float`, defaults to 2e-4): its largest value; it rises over the first twentieth of the steps
             and falls to 0 as a cosine. Constant in the paper's recipe.
         weight_decay (`float`, defaults to 0.0): of AdamW.
-        angle, mse, cosine, patches: weights of the losses, see `losses.py`.
+        angle, mse, cosine: weights of the losses, see `losses.py`.
         evaluate_every (`int`, defaults to 50): steps between measurements on held-out clips.
         checkpoint_seconds (`float`, defaults to 120): time between checkpoints.
         seed (`int`, defaults to 0): of everything that is drawn.
@@ -73,7 +73,6 @@ class DistillSettings:
     angle: float = 1.0
     mse: float = 0.0
     cosine: float = 0.0
-    patches: float = 0.0
     evaluate_every: int = 50
     checkpoint_seconds: float = 120.0
     seed: int = 0
@@ -95,8 +94,6 @@ class DistillSettings:
                 raise ValueError(f"`{name}` is {ends}; expected a range above 0, the smaller end first.")
         if self.active_shares is not None and self.active_shares[1] > 1:
             raise ValueError(f"`active_shares` is {self.active_shares}; expected shares of at most 1.")
-        if self.patches and self.mode == "eliminate":
-            raise ValueError("Mode `eliminate` keeps no patches; leave the weight of the loss on `patches` at 0.")
 
     @classmethod
     def published(cls, **changes: Any) -> "DistillSettings":

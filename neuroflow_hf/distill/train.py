@@ -21,7 +21,7 @@ from ..video.preprocess import Preprocessor
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .clips import Batch, ClipSet
-from .losses import angle_loss, embedding_loss, patch_loss
+from .losses import angle_loss, embedding_loss
 from .measure import HeldOut, improvement, measure, measured_clips, plain_values
 from .settings import DistillSettings
 from .student import Student
@@ -242,9 +242,6 @@ def clip_losses(
         loss = embedding_loss(output.pooler_output, teacher, settings.mse, settings.cosine)
         if settings.angle:
             loss = loss + settings.angle * angle_loss(output.pooler_output, teacher)
-        if settings.patches and batch.patches is not None:
-            active, wanted = output.active_mask.flatten(1), batch.patches[number].to(model.device)
-            loss = loss + settings.patches * patch_loss(output.last_hidden_state, wanted, active)
         yield loss / (len(batch.frames) - first)
 
 

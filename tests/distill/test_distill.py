@@ -15,7 +15,7 @@ import neuroflow_hf.distill.train as loop
 from neuroflow_hf import NeuroFlowSiglipVisionModel
 from neuroflow_hf.distill import DistillSettings, distill
 from neuroflow_hf.distill.clips import Clip, ClipSet, split_clips
-from neuroflow_hf.distill.losses import SMALL_ANGLE, angle_loss, cosines, embedding_loss, patch_loss
+from neuroflow_hf.distill.losses import SMALL_ANGLE, angle_loss, cosines, embedding_loss
 from neuroflow_hf.distill.measure import HeldOut, improvement
 from neuroflow_hf.distill.report import write_report
 from neuroflow_hf.video.preprocess import Preprocessor
@@ -223,7 +223,7 @@ def test_held_out_clips_share_no_frame_with_training_clips():
 
 
 def test_the_cache_holds_what_the_dense_model_gives(vision, videos, tmp_path):
-    settings = dataclasses.replace(TINY, resolutions=(24, 32), patches=0.5)
+    settings = dataclasses.replace(TINY, resolutions=(24, 32))
     clips = ClipSet(videos, None, vision, PREPROCESS, settings, tmp_path)
     for side in (24, 32):
         batch = clips.batch([Clip(0, 3, 2), Clip(1, 0, 2)], side)
@@ -231,7 +231,6 @@ def test_the_cache_holds_what_the_dense_model_gives(vision, videos, tmp_path):
         with torch.no_grad():
             dense = vision(pixels, interpolate_pos_encoding=side != 24)
         torch.testing.assert_close(batch.teacher[1], dense.pooler_output, rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(batch.patches[1], dense.last_hidden_state, rtol=2e-3, atol=2e-3)
     assert clips.draw(np.random.default_rng(0)).frames.shape[:2] == (4, 2)
 
 
@@ -251,8 +250,7 @@ def test_some_clips_have_a_budget_and_in_others_the_threshold_decides():
 
 def test_losses_are_0_at_the_teacher_and_above_elsewhere():
     torch.manual_seed(0)
-    teacher, patches = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 5, 8, dtype=torch.float64)
-    active = torch.rand(3, 5) < 0.5
+    teacher = torch.randn(3, 8, dtype=torch.float64)
     away = teacher + torch.randn_like(teacher)
     assert embedding_loss(teacher, teacher, 1, 0.5).abs() < 1e-12
     expected = (away - teacher).square().mean() + 0.5 * (1 - cosines(away, teacher)).mean()
@@ -260,8 +258,6 @@ def test_losses_are_0_at_the_teacher_and_above_elsewhere():
     angles = cosines(away, teacher).acos()
     torch.testing.assert_close(angle_loss(away, teacher), (1 + angles / SMALL_ANGLE).log().mean())
     assert angle_loss(2 * teacher, teacher) < 0.1 < angle_loss(away, teacher)
-    changed = torch.where(active.unsqueeze(-1), patches, torch.randn_like(patches))
-    assert patch_loss(changed, patches, active).abs() < 1e-12 < patch_loss(changed, patches, ~active)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -276,7 +272,6 @@ def test_losses_are_0_at_the_teacher_and_above_elsewhere():
         ({"targets": ("q_proj", "head")}, "expected some of q_proj"),
         ({"steps": 0}, "`steps` is 0"),
         ({"thresholds": (0.3, 0.1)}, "the smaller end first"),
-        ({"mode": "eliminate", "patches": 0.5}, "keeps no patches"),
         ({"active_shares": (0.0, 0.5)}, "above 0"),
         ({"active_shares": (0.5, 1.5)}, "at most 1"),
     ],
