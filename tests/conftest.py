@@ -1,11 +1,14 @@
 """Tiny random models and random videos. Everything here runs in milliseconds."""
 
+# ruff: noqa: E402
 import copy
+import gc
 import json
 import os
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+gc.disable()  # until all modules are there: what they hold stays, and to search it takes a fifth of the time
 
 import pytest
 import torch
@@ -40,8 +43,16 @@ if os.environ.get("CI"):
 if "PYTEST_XDIST_WORKER" in os.environ or "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)  # the products are too small to share
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+sys.modules["openvino_telemetry"] = None  # OpenVINO works without it, and tests reach nobody
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+
+def pytest_collection_finish():
+    """Garbage is collected among what tests make, not among modules."""
+    gc.freeze()
+    gc.enable()
+
 
 TINY_VISION = {
     "hidden_size": 32,

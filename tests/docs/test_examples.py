@@ -50,7 +50,7 @@ def checkout(tmp_path, cache, monkeypatch):
 
 def save_tiny_models(page: Path):
     """Tiny models in the folders from which a page's examples load checkpoints that are not here."""
-    make_stock_tower("siglip").save_pretrained("path/to/siglip")
+    make_stock_tower("siglip", num_hidden_layers=2).save_pretrained("path/to/siglip")
     for name, tiny in MODELS.items():
         folder = f"path/to/{name.lower().replace(' ', '-')}"
         if f'"{folder}"' in page.read_text(encoding="utf-8"):
