@@ -20,7 +20,7 @@ from neuroflow_hf.cli.errors import one_line_errors
 from neuroflow_hf.cli.language_model import language_model
 from neuroflow_hf.drift.decode import Batch, decode, make_batches
 from neuroflow_hf.drift.grid import full_grid
-from neuroflow_hf.drift.json_schema import JsonGrammar, JsonSchemaProcessor, grammar_tokens, value_drift
+from neuroflow_hf.drift.json_schema import JsonGrammar, JsonSchemaProcessor, grammar_tokens
 from neuroflow_hf.drift.metrics import position_drift
 from neuroflow_hf.drift.prompts import CHAT, encode_prompt, make_prompt, read_json_lines
 from neuroflow_hf.evaluation.statistics import mean, mean_interval
@@ -80,6 +80,21 @@ def parsed(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return None
+
+
+def leaves(value: Any, path: tuple = ()) -> dict[tuple, Any]:
+    """The values of parsed JSON that are no objects or lists, by path, such as `{("items", 0, "name"): "cup"}`."""
+    if not isinstance(value, dict | list) or not value:
+        return {path: value}
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return {place: leaf for key, part in parts for place, leaf in leaves(part, (*path, key)).items()}
+
+
+def value_drift(dense: Any, other: Any) -> float:
+    """The share of `leaves` of two parsed texts that differ, or that only one of them has."""
+    expected, found = leaves(dense), leaves(other)
+    paths = expected.keys() | found.keys()
+    return sum(expected.get(path, ...) != found.get(path, ...) for path in paths) / len(paths)
 
 
 def compare(dense: dict, other: dict, grammar: JsonGrammar, tokenizer: Any) -> dict:

@@ -27,7 +27,8 @@ def encode_text(tokenizer: Any, text: str, system: str | None = None, raw: bool 
             )
         ids = tokenizer(text)["input_ids"]
     else:
-        ids = encode_rendered(tokenizer, render(tokenizer, [*begin_messages(system), message("user", text)]))
+        messages = [*begin_messages(system), {"role": "user", "content": text}]
+        ids = encode_rendered(tokenizer, render(tokenizer, messages))
     if not ids:
         raise ValueError(f"The prompt {text[:40]!r} has no tokens; expected some text.")
     return ids
@@ -41,14 +42,9 @@ def require_unicode(text: str):
         raise ValueError(f"The text is not UTF-8, at character {error.start}.") from error
 
 
-def message(role: str, text: str) -> dict[str, str]:
-    """A message of a conversation."""
-    return {"role": role, "content": text}
-
-
 def begin_messages(system: str | None) -> list[dict[str, str]]:
     """The messages that a conversation begins with."""
-    return [] if system is None else [message("system", system)]
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import Cache
 
-from .chat_template import begin_messages, encode_rendered, message, render, require_unicode
+from .chat_template import begin_messages, encode_rendered, render, require_unicode
 from .continuation import Continuation, Decoding, continue_tokens
 
 LEAST_ROOM = 16  # tokens that must be left for an answer
@@ -71,7 +71,7 @@ class Conversation:
                 answer.
         """
         require_unicode(text)
-        messages = [*self.messages, message("user", text)]
+        messages = [*self.messages, {"role": "user", "content": text}]
         rendered = render(self.tokenizer, messages)
         tokens = self.encode(rendered)
         if self.room - len(tokens) < LEAST_ROOM:
@@ -82,7 +82,7 @@ class Conversation:
         cache, self.cache = self.cache, None  # after an error, layers of the cache may differ in length
         found = continue_tokens(self.model, self.tokenizer, tokens, self.decoding, cache, streamer, is_stopped)
         answer = self.tokenizer.decode(found.tokens, skip_special_tokens=True).strip()
-        self.messages = [*messages, message("assistant", answer)]
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
         self.rendered = rendered + answer
         self.tokens = [*tokens, *found.tokens]
         if found.is_ended:  # the template adds its own

@@ -32,6 +32,7 @@ class Batch:
     ids: torch.Tensor  # int64 [B, T], padded on the left
     mask: torch.Tensor  # int64 [B, T], 0 for padding
     cache: Cache | None = None  # of the first positions, fed densely; copied by each run
+    opening: "Batch | None" = None  # the prompts without the tokens that are scored
 
 
 @dataclass
@@ -101,14 +102,11 @@ def decode(
 
 
 @torch.inference_mode()
-def feed_densely(model: Any, batch: Batch, opening: Batch):
-    """
-    Store in a batch of prompts, and in the same batch without its last tokens, the cache of the positions that every
-    run feeds densely. Runs continue from it.
-    """
+def feed_densely(model: Any, batch: Batch):
+    """Store in a batch and its opening the cache of the positions that every run feeds densely, to continue from."""
     cache, first = None, 0
     positions = (batch.mask.cumsum(dim=1) - 1).clamp(min=0)
-    for part in (opening, batch):
+    for part in (batch.opening, batch):
         last = part.ids.shape[1] - FED_WITH_BYPASS
         if last > first:
             ids, mask, places = batch.ids[:, first:last], batch.mask[:, :last], positions[:, first:last]
@@ -191,49 +189,47 @@ class DriftBench:
         self.forced_tokens = forced_tokens
         self.batches = self.make_batches(batch_size)
         self.dense: list[DenseAnswer] = [None] * len(rows)
-        for batch, opening in self.each(self.batches):
-            feed_densely(model, batch, opening)
+        for batch in self.each(self.batches):
+            feed_densely(model, batch)
             confidence = Confidence()
             free = decode(model, batch, new_tokens, False, confidence, ends)
-            logits = self.force(model, batch, opening, False)
+            logits = self.force(model, batch, False)
             for row, index in enumerate(batch.indices):
                 tokens = cut_at_end(free.tokens[row].tolist(), ends)
                 margins, entropies = torch.stack(confidence.steps[: len(tokens)])[:, row].T.tolist()
                 self.dense[index] = DenseAnswer(tokens, margins, entropies, logits[row])
 
-    def make_batches(
-        self, batch_size: int, padding: int = 0, indices: Sequence[int] | None = None
-    ) -> list[tuple[Batch, Batch]]:
+    def make_batches(self, batch_size: int, padding: int = 0, indices: Sequence[int] | None = None) -> list[Batch]:
         """
-        Prompts (default: all) in batches: whole, and without the scored tokens and the one before them, which is
-        predicted by the part that is fed densely.
+        Prompts (default: all) in batches. Their openings are without the scored tokens and the one before them, which
+        is predicted by the part that is fed densely.
         """
         cut = -1 - self.forced_tokens
         indices = range(len(self.rows)) if indices is None else indices
-        pairs = []
-        for batch in make_batches([self.rows[index] for index in indices], batch_size, padding):
+        batches = make_batches([self.rows[index] for index in indices], batch_size, padding)
+        for batch in batches:
             batch.indices = [indices[place] for place in batch.indices]
-            pairs.append((batch, Batch(batch.indices, batch.ids[:, :cut], batch.mask[:, :cut])))
-        return pairs
+            batch.opening = Batch(batch.indices, batch.ids[:, :cut], batch.mask[:, :cut])
+        return batches
 
-    def each(self, pairs: Sequence[tuple[Batch, Batch]]) -> Iterator[tuple[Batch, Batch]]:
+    def each(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         """Yield the batches, and report each one as finished when the next one is asked for."""
         done = 0
-        for batch, opening in pairs:
-            yield batch, opening
+        for batch in batches:
+            yield batch
             done += len(batch.indices)
             self.on_prompts(done)
 
-    def force(self, model, batch: Batch, opening: Batch, bypass: dict | bool) -> torch.Tensor:
+    def force(self, model, batch: Batch, bypass: dict | bool) -> torch.Tensor:
         """The logits [B, n, V] that predict the n scored tokens."""
         if not self.forced_tokens:
             return torch.zeros(len(batch.indices), 0, 1)
-        forced = Forced(batch.ids[:, opening.ids.shape[1] :])
-        decode(model, opening, forced.tokens.shape[1], bypass, forced)
+        forced = Forced(batch.ids[:, batch.opening.ids.shape[1] :])
+        decode(model, batch.opening, forced.tokens.shape[1], bypass, forced)
         return torch.stack(forced.logits, dim=1)[:, 1:]
 
     def measure(
-        self, bypass: dict | bool, model=None, batches: Sequence[tuple[Batch, Batch]] | None = None
+        self, bypass: dict | bool, model=None, batches: Sequence[Batch] | None = None
     ) -> dict[int, PromptRecord]:
         """
         Compare one configuration, options of [`NeuroFlowBypassConfig`] or False for dense, with dense on each prompt,
@@ -241,9 +237,9 @@ class DriftBench:
         some prompts.
         """
         model, records = model or self.model, {}
-        for batch, opening in self.each(self.batches if batches is None else batches):
+        for batch in self.each(self.batches if batches is None else batches):
             free = decode(model, batch, self.new_tokens, bypass, ends=self.ends)
-            logits = self.force(model, batch, opening, bypass)
+            logits = self.force(model, batch, bypass)
             for row, index in enumerate(batch.indices):
                 records[index] = self.compare(index, row, free, logits[row])
         return records

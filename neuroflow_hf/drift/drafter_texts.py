@@ -1,6 +1,6 @@
 """What a drafter learns from: prompts with the model's greedy texts, and its final hidden states along both."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ def write_texts(
     on_step: Callable[[int], object] = lambda done: None,
 ) -> None:
     """
-    Generate the text of each prompt densely, in batches, and keep it in a folder, a file for each batch. Files that
-    are there already are kept.
+    Generate the text of each prompt densely, in batches, and keep each in a file of a folder. Batches whose files are
+    there already are left out.
 
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`].
@@ -55,57 +55,30 @@ def write_texts(
         folder: where to write.
         on_step: called after each batch with the number of prompts finished.
     """
-    done, batches = 0, make_batches(rows, BATCH)
+    done, batches, ends = 0, make_batches(rows, BATCH), end_tokens(model)
     for number in np.random.default_rng(0).permutation(len(batches)):  # not by length, so that progress is even
-        batch, path = batches[number], folder / f"{number:04d}.safetensors"
-        done += len(batch.indices)
-        if not path.exists():
+        batch = batches[number]
+        paths = [folder / f"{index:06d}.safetensors" for index in batch.indices]
+        if not all(path.exists() for path in paths):
             states: list[torch.Tensor] = []
             hook = model.model.norm.register_forward_hook(lambda *found, states=states: states.append(found[2]))
             try:
-                decoded = decode(model, batch, new_tokens, ends=end_tokens(model))
+                new = decode(model, batch, new_tokens, ends=ends).tokens
             finally:
                 hook.remove()
-            write_whole(
-                path, save(batch_tensors(model, rows, batch.indices, decoded.tokens, torch.cat(states, dim=1)))
-            )
+            for path, index, after, of_row in zip(paths, batch.indices, new, torch.cat(states, dim=1), strict=True):
+                begin, padding = len(rows[index]), batch.ids.shape[1] - len(rows[index])
+                tokens = torch.tensor([*rows[index], *cut_at_end(after.tolist(), ends)])
+                kept = of_row[padding : padding + len(tokens) - 1]
+                targets = model.lm_head(kept).argmax(dim=-1).cpu()
+                targets[begin - 1 :] = tokens[begin:]  # equal but for rounding
+                found = {"tokens": tokens, "states": kept.half().cpu(), "targets": targets}
+                write_whole(path, save({"begin": torch.tensor(begin), **found}))
+        done += len(batch.indices)
         on_step(done)
 
 
-def batch_tensors(
-    model: Any, rows: Sequence[Sequence[int]], indices: Sequence[int], new: torch.Tensor, states: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """A batch's texts as tensors, one after the other, of new tokens [B, n] and states [B, T + n - 1, D]."""
-    texts, kept, targets = [], [], []
-    padded = states.shape[1] + 1 - new.shape[1]  # length of the prompts
-    for row, index in enumerate(indices):
-        tokens = [*rows[index], *cut_at_end(new[row].tolist(), end_tokens(model))]
-        first = padded - len(rows[index])
-        texts.append(torch.tensor(tokens))
-        kept.append(states[row, first : first + len(tokens) - 1])
-        targets.append(model.lm_head(kept[-1]).argmax(dim=-1))
-        targets[-1][len(rows[index]) - 1 :] = texts[-1][len(rows[index]) :]  # equal but for rounding
-    return {
-        "index": torch.tensor(indices),
-        "begin": torch.tensor([len(rows[index]) for index in indices]),
-        "length": torch.tensor(list(map(len, texts))),
-        "tokens": torch.cat(texts),
-        "states": torch.cat(kept).half().cpu(),
-        "targets": torch.cat(targets).cpu(),
-    }
-
-
-def read_texts(folder: Path) -> Iterator[Text]:
-    """The texts that `write_texts` left in a folder."""
-    for path in sorted(folder.glob("*.safetensors")):
-        found = load_file(path)
-        lengths = found["length"].tolist()
-        fed = [length - 1 for length in lengths]
-        yield from map(
-            Text,
-            found["index"].tolist(),
-            found["begin"].tolist(),
-            found["tokens"].split(lengths),
-            found["states"].split(fed),
-            found["targets"].split(fed),
-        )
+def read_texts(folder: Path) -> list[Text]:
+    """The texts that `write_texts` left in a folder, in the order of their prompts."""
+    found = [(int(path.stem), load_file(path)) for path in sorted(folder.glob("*.safetensors"))]
+    return [Text(index, int(parts.pop("begin")), **parts) for index, parts in found]

@@ -102,18 +102,3 @@ class JsonSchemaProcessor(LogitsProcessor):
         self.has_begun = True
         allowed = torch.stack([grammar.allowed() for grammar in self.grammars])
         return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
-
-
-def leaves(value: Any, path: tuple = ()) -> dict[tuple, Any]:
-    """The values of parsed JSON that are no objects or lists, by path, such as `{("items", 0, "name"): "cup"}`."""
-    if not isinstance(value, dict | list) or not value:
-        return {path: value}
-    parts = value.items() if isinstance(value, dict) else enumerate(value)
-    return {place: leaf for key, part in parts for place, leaf in leaves(part, (*path, key)).items()}
-
-
-def value_drift(dense: Any, other: Any) -> float:
-    """The share of `leaves` of two parsed texts that differ, or that only one of them has."""
-    expected, found = leaves(dense), leaves(other)
-    paths = expected.keys() | found.keys()
-    return sum(expected.get(path, ...) != found.get(path, ...) for path in paths) / len(paths)

@@ -35,12 +35,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     ignored), or `.txt` with a prompt in each line. Blank lines are skipped.
 
     Raises:
-        OSError: if the file does not exist or is a folder.
+        OSError: if the file does not exist.
         ValueError: for another type of file, no prompts, or a bad line, which the message names.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; name a file of prompts, .jsonl or .txt.")
     if path.suffix not in (".jsonl", ".txt"):
         raise ValueError(
             f"{path} ends in {path.suffix or 'nothing'!r}; expected .jsonl with lines such as {LINE}, or .txt with a "

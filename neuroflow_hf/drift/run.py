@@ -63,12 +63,6 @@ class DriftSettings:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a whole number of at least {least}.")
 
 
-def encode_prompts(tokenizer, prompts: Sequence[Prompt], limit: int) -> tuple[list[list[int]], int]:
-    """The last `limit` token ids of each prompt, and how many prompts were cut; a ValueError for an empty one."""
-    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    return [row[-limit:] for row in rows], sum(len(row) > limit for row in rows)
-
-
 def prompt_limit(config, settings: DriftSettings) -> int:
     """The maximum number of tokens of a prompt that leaves room for new ones; a ValueError if there is no room."""
     room = config.max_position_embeddings
@@ -119,14 +113,14 @@ class DriftEvaluation:
             raise ValueError("There are no prompts; expected at least one.")
         self.model, self.path, self.on_step = model, path, on_step
         self.settings, names = settings or DriftSettings(), names or {}
-        rows, cut = encode_prompts(tokenizer, prompts, prompt_limit(model.config, self.settings))
-        tasks = [prompt.task for prompt in prompts]
+        limit = prompt_limit(model.config, self.settings)
+        whole, tasks = [encode_prompt(tokenizer, prompt) for prompt in prompts], [prompt.task for prompt in prompts]
+        rows = [row[-limit:] for row in whole]
         self.rows, self.tasks, self.few = rows, tasks, first_of_each(tasks, self.settings.few)
         self.forced_tokens = max(0, min(self.settings.forced_tokens, min(map(len, rows)) - 2))
         self.layers = model.config.num_hidden_layers
         # refuse bad options before anything runs
         self.own = None if own is None else [own_configuration(self.layers, options) for options in own]
-        self.gates = gate_layers(self.layers) if own is None else ()
         conditions = {  # a report is continued only if all of these are equal
             "settings": asdict(self.settings),
             "model": {
@@ -141,7 +135,7 @@ class DriftEvaluation:
                 "digest": hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest(),
                 "of_task": {task: tasks.count(task) for task in order_tasks(tasks)},
                 "tokens": sum(map(len, rows)),
-                "cut": cut,
+                "cut": sum(len(row) > limit for row in whole),
             },
             **machine_and_versions(str(model.device)),
         }
@@ -192,27 +186,23 @@ class DriftEvaluation:
         bootstrap = {"samples": self.settings.samples, "seed": self.settings.seed}
         return {"tasks": summarise_tasks(records, **bootstrap), "prompts": columns(records)}
 
-    def find_thresholds(self):
-        """Measure the similarities at the gate layers of the grid on some prompts, and derive a threshold by rate."""
-        for layer in self.gates:
-            if str(layer) not in self.report["gates"]:
+    def configurations(self) -> list[Configuration]:
+        """The configurations to measure; for the grid, similarities on some prompts give the thresholds by rate."""
+        if self.own is not None:
+            return self.own
+        gates = self.report["gates"]
+        for layer in gate_layers(self.layers):
+            if str(layer) not in gates:
                 bench = self.bench
                 self.start_step(f"similarity at layer {layer}")
                 steps = bench.similarity(layer, self.few)
-                self.report["gates"][str(layer)] = {
+                gates[str(layer)] = {
                     **{f"p{p}": quantile([value for value, _ in steps], p / 100) for p in (10, 50, 90)},
                     "steps": len(steps),
                     "thresholds": thresholds_for_rates(steps),
                 }
                 self.save()
-
-    def configurations(self) -> list[Configuration]:
-        """The configurations to measure."""
-        if self.own is not None:
-            return self.own
-        self.find_thresholds()
-        thresholds = {int(layer): found["thresholds"] for layer, found in self.report["gates"].items()}
-        return full_grid(self.layers, thresholds)
+        return full_grid(self.layers, {int(layer): found["thresholds"] for layer, found in gates.items()})
 
     def measure_noise(self):
         """Measure the noise floor on few prompts: dense against dense, in another batch shape and another dtype."""

@@ -58,7 +58,7 @@ def existing_card(source: str | Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        text = file.read_bytes().decode("utf-8")  # as bytes, to keep line ends
+        text = file.read_text(encoding="utf-8")
         read_card(text)
         if any(mark in text for mark in MARKS):
             fill_block(text, BLOCK, "")
@@ -78,11 +78,9 @@ def evaluation_card(report: dict, tables: str, existing: str | None) -> str:
         data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["siglip", "video", "neuroflow"])
         text = f"---\n{data.to_yaml()}\n---\n{NEW_CARD.format(name=name)}"
     text = card_with_results(text, name, evaluation_results(report))
-    line_end = "\r\n" if "\r\n" in text else "\n"
-    text = text.replace("\r\n", "\n")
     if MARKS[0] not in text:
         text = "{}\n\n{}\n{}\n".format(text.rstrip(), *MARKS)
-    return fill_block(text, BLOCK, tables).replace("\n", line_end)
+    return fill_block(text, BLOCK, tables)
 
 
 def evaluation_results(report: dict) -> list[EvalResult]:

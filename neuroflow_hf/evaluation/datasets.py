@@ -44,7 +44,7 @@ class VideoSet:
 
     name: str  # of the file or the folder
     videos: tuple[EvalVideo, ...]  # at least one
-    classes: tuple[str, ...] = ()  # the true labels in the order of the subfolders; empty if unknown
+    classes: tuple[str, ...] = ()  # the true labels, each once, in the order of the subfolders; empty if unknown
 
 
 def class_words(folder: str) -> str:
@@ -64,8 +64,7 @@ def find_videos(path: str | Path | None, truth: bool = True) -> VideoSet:
 
     Raises:
         FileNotFoundError: if `path` does not exist.
-        ValueError: if the folder has no videos or has videos at several depths, and if two subfolders' names are the
-            same label.
+        ValueError: if the folder has no videos or has videos at several depths.
     """
     if path is None:
         clips = (
@@ -92,14 +91,8 @@ def find_videos(path: str | Path | None, truth: bool = True) -> VideoSet:
             "in the folder itself, or all in subfolders named after what they show. Name another folder, or give "
             "--no-truth to take them all without such names."
         )
-    folders = sorted({place.parts[0] for _, place in files})
-    words = {folder: class_words(folder) for folder in folders}
-    for folder, label in words.items():
-        other = next(name for name in folders if words[name] == label)
-        if other != folder:
-            raise ValueError(f"The subfolders {other!r} and {folder!r} both mean {label!r}; rename or join them.")
-    videos = tuple(EvalVideo(file, place.as_posix(), words[place.parts[0]]) for file, place in files)
-    return VideoSet(name, videos, tuple(words.values()))
+    videos = tuple(EvalVideo(file, place.as_posix(), class_words(place.parts[0])) for file, place in files)
+    return VideoSet(name, videos, tuple(dict.fromkeys(video.truth for video in videos)))
 
 
 def video_files(folder: Path) -> list[Path]:
@@ -130,14 +123,10 @@ def chosen_labels(videos: VideoSet, named: Sequence[str] | None) -> tuple[str, .
             f"subfolders of {videos.name} are named. Add them, leave --labels out, or give --no-truth if the names of "
             "the subfolders do not say what the videos show."
         )
-    if videos.classes and len(labels) < 2:
-        raise ValueError(
-            f"All videos show {labels[0]!r}, and there is no other label to choose; add other --labels, or give "
-            "--no-truth."
-        )
     if len(labels) == 1 and labels[0]:
         raise ValueError(
-            f"There is a single label, {labels[0]!r}, which is the best one on every frame; give at least two."
+            f"There is a single label, {labels[0]!r}, which is the best one on every frame; give two --labels, "
+            "or give --no-truth."
         )
     return labels
 

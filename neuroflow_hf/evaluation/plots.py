@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..utils.plots import (
     BASELINE_FIRST,
@@ -19,7 +19,6 @@ from ..utils.plots import (
 )
 from .points import Point, Requirement
 
-ROUND_TICKS = [digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)]
 BASELINE_STYLES = ((0, ()), (0, (3, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)), (0, (6, 3)), (0, (1, 3)), (0, (8, 1)))
 
 
@@ -113,8 +112,7 @@ def plot_tuning(points: Sequence[Point], requirement: Requirement, chosen: Point
     panel.set_ylabel(f"1 - cosine to dense, {statistic}")
     panel.set_xlim(0.9 * min(point.cost for point in points), 1.05)
     for axis in (panel.xaxis, panel.yaxis):
-        low, high = axis.get_view_interval()
-        axis.set_ticks([tick for tick in ROUND_TICKS if low <= tick <= high])
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
     legend_below(figure, panel, columns=2)

@@ -3,10 +3,6 @@
 from collections.abc import Sequence
 
 from ..utils.tables import Table, escaped, markdown_table, number, with_interval
-from ..vision.gate_config import DEFAULT_PRESET
-
-MOST_VIDEOS = 60  # rows of the table by video; the JSON file has all videos
-MOST_SKIPPED = 20  # videos listed as skipped; the JSON file has all
 
 
 def compared(entry: dict, question: str, form: str, scale: float = 1.0) -> list[str]:
@@ -103,48 +99,6 @@ def agreement_table(report: dict) -> Table:
     return ["method", "cost", "agreement with dense", "best baseline", "difference, points"], rows
 
 
-def baselines_table(report: dict) -> Table:
-    """Every setting of every baseline, by cost."""
-    labelled, true = bool(report["labels"]["names"]), report["labels"]["true"]
-    headers = ["baseline", "family", "cost", "mean", "p5", "p1"]
-    headers += ["agreement with dense"] * labelled + ["top-1"] * true
-    rows = []
-    for entry in sorted(report["methods"], key=lambda one: one["figures"]["cost"]):
-        if not entry["control"]:
-            continue
-        figures = entry["figures"]
-        row = [entry["name"], entry["family"], number(figures["cost"], ".3f")]
-        row += [number(figures["cosine"][name]) for name in ("mean", "p5", "p1")]
-        row += [number(figures.get("agreement"), ".1%")] if labelled else []
-        row += [number(figures["accuracy"]["top1"], ".1%")] if true else []
-        rows.append(row)
-    return headers, rows
-
-
-def shown_method(report: dict) -> dict:
-    """The stream that is shown video by video: the default preset, else the first one."""
-    found = streams(report)
-    return next((entry for entry in found if entry["name"] == DEFAULT_PRESET), found[0])
-
-
-def videos_table(report: dict) -> Table:
-    """One stream's figures by video."""
-    entry, dense = shown_method(report), dense_entry(report)
-    labelled, true = bool(report["labels"]["names"]), report["labels"]["true"]
-    headers = ["video", "cost", "mean", "p5"]
-    headers += ["agreement with dense", "label: dense", "label: method"] * labelled + ["true label"] * true
-    rows = []
-    for place, name in enumerate(report["videos"]["names"][:MOST_VIDEOS]):
-        ours, theirs = entry["videos"][place], dense["videos"][place]
-        row = [name, number(ours["cost"], ".3f"), number(ours["cosine_mean"]), number(ours["cosine_p5"])]
-        if labelled:
-            row += [number(ours.get("agreement"), ".1%"), theirs.get("label", "-"), ours.get("label", "-")]
-        if true:
-            row.append(report["truths"][place])
-        rows.append(row)
-    return headers, rows
-
-
 # --- text ----------------------------------------------------------------------------------------------------------
 
 
@@ -198,11 +152,6 @@ READING_TRUE = """\
   assume independent videos; for clips cut from one recording they are too narrow."""
 
 
-def reading(report: dict) -> str:
-    """How to read the tables."""
-    return READING + ("\n" + READING_TRUE if report["labels"]["true"] else "")
-
-
 def provenance_words(report: dict, command: str) -> str:
     """The command, machine, versions, commit and bootstrap behind the figures, in one line."""
     versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
@@ -225,24 +174,23 @@ def main_tables(report: dict) -> list[tuple[str, Table]]:
     return tables
 
 
-def report_markdown(report: dict, plots: Sequence[str] = ()) -> str:
-    """The whole report."""
-    parts = [f"# {report['model']['name']} on {report['videos']['name']}", description(report), label_words(report)]
-    parts += [f"![{name}]({name})" for name in plots]
+def main_parts(report: dict) -> list[str]:
+    """What was measured, the main tables, and how to read them."""
+    parts = [description(report), label_words(report)]
     for title, table in main_tables(report):
-        parts += [f"## {title}", markdown_table(table)]
-    parts += ["## How to read this", reading(report)]
+        parts += [f"**{title}**", markdown_table(table)]
+    return [*parts, READING + ("\n" + READING_TRUE if report["labels"]["true"] else "")]
+
+
+def report_markdown(report: dict, plots: Sequence[str]) -> str:
+    """The whole report."""
+    parts = [f"# {report['model']['name']} on {report['videos']['name']}", *main_parts(report)]
+    parts += [f"![{name}]({name})" for name in plots]
     parts += ["## Best baselines", markdown_table(best_table(report))]
-    parts += ["## All baselines", markdown_table(baselines_table(report))]
-    name, measured = shown_method(report)["name"], report["videos"]["measured"]
-    parts += [f"## `{name}` by video", markdown_table(videos_table(report))]
-    if measured > MOST_VIDEOS:
-        parts.append(f"The first {MOST_VIDEOS} of {measured} videos; all are in the JSON file.")
+    parts.append("`report.json` has the figures of all baselines, and of each video.")
     skipped = report["videos"]["skipped"]
     if skipped:
-        lines = [f"- `{one['name']}`: {escaped(one['reason'])}" for one in skipped[:MOST_SKIPPED]]
-        if len(skipped) > MOST_SKIPPED:
-            lines.append(f"- and {len(skipped) - MOST_SKIPPED} more, all in the JSON file")
+        lines = [f"- `{one['name']}`: {escaped(one['reason'])}" for one in skipped]
         parts += [f"## Skipped: {len(skipped)} of {report['videos']['count']} videos", "\n".join(lines)]
     parts += ["## Provenance", provenance_words(report, report["command"])]
     return "\n\n".join(parts) + "\n"
@@ -250,11 +198,9 @@ def report_markdown(report: dict, plots: Sequence[str] = ()) -> str:
 
 def card_markdown(report: dict) -> str:
     """The part of a model card: what was measured, the main tables, and how to read them."""
-    parts = [f"### On video: {report['videos']['name']}", description(report), label_words(report)]
-    for title, table in main_tables(report):
-        parts += [f"**{title}**", markdown_table(table)]
+    parts = [f"### On video: {report['videos']['name']}", *main_parts(report)]
     skipped = report["videos"]["skipped"]
     if skipped:
         parts.append(f"{len(skipped)} of {report['videos']['count']} videos could not be read and are left out.")
     # the full command would publish folders of this machine
-    return "\n\n".join([*parts, reading(report), provenance_words(report, "neuroflow eval")])
+    return "\n\n".join([*parts, provenance_words(report, "neuroflow eval")])

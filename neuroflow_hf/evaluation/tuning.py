@@ -9,6 +9,7 @@ the cheapest that stays close enough to dense, or the closest that is cheap enou
 """
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ..utils.jobs import stop_on_interrupt, timed
 from ..video.preprocess import Preprocessor
 from ..video.reader import DamagedVideoError, VideoReader
 from ..video.run import settings
-from ..vision.gate_config import PRESETS, NeuroFlowGateConfig
+from ..vision.gate_config import PRESETS
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .methods import Dense, Method, Step, Streamed, dense_cost, looking_cost
 from .points import Point, Requirement, choose, nearest
@@ -63,6 +64,9 @@ FAMILIES: dict[str, list[dict]] = {
 HOLD = "hold by the clock"
 TRIGGERED_HOLD, TRIGGERED_HOLDS = "hold until enough changed", ladder("hold", keyframe_surprise=(0.3, 0.01))
 
+# consecutive frames of a video by their indices in the file, from 0: uint8 [1, 3, R, R] each, resized but not yet
+# normalised, to save memory
+Stretch = dict[int, torch.Tensor]
 OnStep = Callable[[str, int, int, Point | None], None]
 
 
@@ -100,14 +104,6 @@ def plan_stretches(expected_frames: int, frames: int, stretches: int) -> list[ra
     return [range(start, start + length) for start in starts]
 
 
-@dataclass(frozen=True, eq=False)
-class Stretch:
-    """Consecutive frames of a video."""
-
-    indices: list[int]  # of the frames in the file, from 0
-    images: list[torch.Tensor]  # uint8 [1, 3, R, R] of each frame, resized but not yet normalised, to save memory
-
-
 def read_stretches(
     reader: VideoReader, preprocess: Preprocessor, plan: Sequence[range], on_frame: Callable[[int, int], None]
 ) -> list[Stretch]:
@@ -119,18 +115,18 @@ def read_stretches(
         VideoError: if the video cannot be read.
         ValueError: if the video has a single frame.
     """
-    stretches, end = [Stretch([], []) for _ in plan], plan[-1].stop
+    stretches: list[Stretch] = [{} for _ in plan]
+    end = plan[-1].stop
     with contextlib.suppress(DamagedVideoError):
         for place, frame in enumerate(reader):
             for planned, stretch in zip(plan, stretches, strict=True):
                 if place in planned:
-                    stretch.indices.append(frame.index)
-                    stretch.images.append(preprocess.resize(frame.image))
+                    stretch[frame.index] = preprocess.resize(frame.image)
             on_frame(place + 1, end)
             if place + 1 == end:
                 break
-    complete = [stretch for stretch in stretches if len(stretch.images) == len(plan[0])]
-    kept = [stretch for stretch in complete or stretches[:1] if len(stretch.images) > 1]
+    complete = [stretch for stretch in stretches if len(stretch) == len(plan[0])]
+    kept = [stretch for stretch in complete or stretches[:1] if len(stretch) > 1]
     if not kept:
         raise ValueError(f"{reader.path} gives a single frame; tuning compares neighbouring frames and needs more.")
     return kept
@@ -174,7 +170,7 @@ class Bench:
         """What a method gives for the first `count` frames of a stretch (default: all), and its milliseconds."""
         model = self.model
         method.start(1)
-        for image in stretch.images[:count]:
+        for image in itertools.islice(stretch.values(), count):
             if self.stop.is_set():
                 raise KeyboardInterrupt
             pixel_values = self.preprocess.normalise(image, model.dtype, model.device)
@@ -183,7 +179,7 @@ class Bench:
 
     def measure_dense(self):
         """Run dense over all stretches; sets `dense`, float32 [T, D] on the CPU for each, and `dense_milliseconds`."""
-        method, total = Dense(self.model), sum(len(stretch.images) for stretch in self.stretches)
+        method, total = Dense(self.model), sum(map(len, self.stretches))
         self.dense, milliseconds = [], []
         list(self.steps(method, self.stretches[0], 1))  # warm up
         for stretch in self.stretches:
@@ -197,7 +193,7 @@ class Bench:
 
     def holds(self) -> list[Point]:
         """Holds by the clock, with intervals up to the length of a stretch."""
-        longest = len(self.stretches[0].images)
+        longest = len(self.stretches[0])
         lengths = sorted(set(np.geomspace(2, longest, MOST_HOLDS).round().astype(int).tolist()))
         return [hold_by_the_clock(self.dense, every, self.dense_milliseconds) for every in lengths]
 
@@ -206,9 +202,7 @@ class Bench:
         Measure one setting with a new stream for each stretch. A stretch represents the middle of a longer video:
         under a `cost_budget`, it starts without credit, and its first keyframe is charged.
         """
-        length = len(self.stretches[0].images)
-        if "mode" not in options or "preset" in options:
-            options = expand_preset(options)
+        length = len(self.stretches[0])
         interval = fitting_interval(options.get("keyframe_interval"), length)
         options, counted = {**options, "keyframe_interval": interval}, length // interval * interval
         budget = options.get("cost_budget")
@@ -232,13 +226,6 @@ class Bench:
         point = Point(family, options, cost, cosines, milliseconds, control)
         self.on_step(family, total, total, point)
         return point
-
-
-def expand_preset(options: dict) -> dict:
-    """A preset's options as options of its mode, without the mode's defaults."""
-    gate = NeuroFlowGateConfig.from_options(options)
-    plain = NeuroFlowGateConfig(mode=gate.mode).to_dict()
-    return {"mode": gate.mode} | {name: value for name, value in gate.to_dict().items() if value != plain[name]}
 
 
 # --- the job -------------------------------------------------------------------------------------------------------
@@ -311,7 +298,7 @@ def tune_video(
         points=points,
         chosen=chosen,
         nearest=chosen or nearest(points, requirement),
-        frames=[stretch.indices for stretch in read],
+        frames=list(map(list, read)),
         dense_milliseconds=bench.dense_milliseconds,
         provenance=settings(reader, model, preprocess),
     )

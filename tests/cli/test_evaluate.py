@@ -4,7 +4,6 @@ import json
 import math
 from types import SimpleNamespace
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -18,29 +17,13 @@ from neuroflow_hf.evaluation.datasets import VideoSet, find_videos
 from neuroflow_hf.evaluation.methods import Dense, MethodSpec, Step
 from neuroflow_hf.evaluation.run import EvalSettings, Evaluation, load_checkpoint
 from neuroflow_hf.evaluation.settings import DENSE, FIRST, smaller_baselines
-from tests.cli.test_run import assert_clean_error, call
+from tests.cli.test_run import assert_clean_error, call, write_clip
 from tests.conftest import PROCESSOR, TINY_TEXT, TINY_VISION, lively
 from tests.processes import call_in_two, neuroflow
 from tests.vision.test_pipelines import PIPELINE_TEXT, make_processor
 
 FRAMES = 6
 FILES = {"report.json", "report.md", "fidelity_over_cost.png", "accuracy_over_cost.png", "model_card.md", "records"}
-
-
-def write_clip(path, seed, frames=FRAMES, codec="ffv1"):
-    """A video of 64x48 pixels: a bright square moves over noise that stands still, other noise for each seed."""
-    rng = np.random.default_rng(seed)
-    ground = rng.integers(0, 60 + 60 * seed % 200, (48, 64, 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10)
-        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
-        for i in range(frames):
-            image = ground.copy()
-            image[16:28, 4 * i : 4 * i + 12] = 255 - 30 * seed
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode(None))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +55,9 @@ def videos(tmp_path_factory):
     """Five videos of three classes, one more that is damaged, and a file that is no video."""
     root = tmp_path_factory.mktemp("data") / "ClipSet"
     for seed, name in enumerate(("Dog/a", "Dog/b", "RedCircle/a", "RedCircle/b", "green_square/a")):
-        write_clip(root / f"{name}.mkv", seed)
-    whole = write_clip(root / "Dog" / "cut.mkv", 7, frames=30).read_bytes()
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write_clip(root / f"{name}.mkv", FRAMES, seed=seed)
+    whole = write_clip(root / "Dog" / "cut.mkv", 30, seed=7).read_bytes()
     (root / "Dog" / "cut.mkv").write_bytes(whole[: len(whole) // 2])
     (root / "Dog" / "notes.avi").write_text("no video\n" * 20)
     return root
@@ -375,7 +359,6 @@ def test_controls_keep_their_proportions():
         (("--labels", "dog, dog"), "lacks"),
         (("--methods", "blanced"), "no method 'blanced'"),
         (("--frames", 1), "`frames` is 1"),
-        (("--stride", 0), "`stride` is 0"),
         (("--dtype", "int8"), "dtype is 'int8'"),
         (("--resolution", 2), "one patch"),
         (("--no-truth", "--labels", "dog"), "single label, 'dog'"),
@@ -395,7 +378,7 @@ def test_no_videos(folder, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.mp4").write_bytes(b"")
     assert_clean_error(run(tmp_path / "out", tmp_path / "broken", folder), "None of the 1 videos", "a.mp4")
-    one = write_clip(tmp_path / "one.mkv", 0, frames=1)
+    one = write_clip(tmp_path / "one.mkv", 1)
     assert_clean_error(run(tmp_path / "out", one, folder), "single frame")
 
 

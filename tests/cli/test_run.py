@@ -23,9 +23,9 @@ from tests.processes import neuroflow, start
 ALL_FILES = {"frames.jsonl", "embeddings.safetensors", "overlay.mp4", "contact_sheet.png", "plot.png", "summary.json"}
 
 
-def write_clip(path, frames, codec="ffv1", options=None, keyframe_interval=None):
+def write_clip(path, frames, codec="ffv1", options=None, keyframe_interval=None, seed=0):
     """A video of 64x48 pixels, 10 frames a second: a bright square moves over noise that stands still."""
-    ground = np.random.default_rng(0).integers(0, 160, (48, 64, 3), dtype=np.uint8)
+    ground = np.random.default_rng(seed).integers(0, 160, (48, 64, 3), dtype=np.uint8)
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=10)
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"

@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast
 
-from eval.language.json_drift import compare, read_cases
-from neuroflow_hf.drift.json_schema import JsonGrammar, JsonSchemaProcessor, grammar_tokens, leaves, value_drift
+from eval.language.json_drift import compare, leaves, read_cases, value_drift
+from neuroflow_hf.drift.json_schema import JsonGrammar, JsonSchemaProcessor, grammar_tokens
 from tests.phi3_models import make_ours, random_ids
 
 END = "<end>"

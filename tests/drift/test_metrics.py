@@ -34,7 +34,6 @@ from neuroflow_hf.evaluation.statistics import (
     mean_interval,
     zero_failure_bound,
 )
-from neuroflow_hf.language.calibration import cut_at_end
 from tests.phi3_models import make_ours, make_tokenizer
 
 tokens = st.lists(st.integers(0, 5), max_size=12)
@@ -72,14 +71,6 @@ def test_drift_and_first_divergence_agree(dense, other):
         assert dense[:first] == other[:first]
         positions = max(len(dense), len(other))
         assert drift <= (positions - first) / positions
-
-
-@pytest.mark.parametrize(
-    ("given_tokens", "ends", "kept"),
-    [([1, 2, 3], {2}, [1, 2]), ([1, 2, 3], {9}, [1, 2, 3]), ([2, 2], {2}, [2]), ([], {2}, []), ([1], set(), [1])],
-)
-def test_what_follows_the_end_is_cut(given_tokens, ends, kept):
-    assert cut_at_end(given_tokens, ends) == kept
 
 
 # --- distributions -------------------------------------------------------------------------------------------------
@@ -323,7 +314,7 @@ def test_no_prompts(tmp_path):
         read_prompts(tmp_path / "a.csv")
     with pytest.raises(FileNotFoundError, match="gone"):
         read_prompts(tmp_path / "gone.txt")
-    with pytest.raises(IsADirectoryError, match="folder"):
+    with pytest.raises(ValueError, match="ends in 'nothing'"):
         read_prompts(tmp_path)
 
 

@@ -87,7 +87,8 @@ def test_runs_continue_from_a_prompt_that_was_fed_densely(kind):
     run = decode(model, batch, 8, options)
     assert 0 < run.bypassed.sum() < run.bypassed.numel()
     opening = Batch(batch.indices, batch.ids[:, :-4], batch.mask[:, :-4])
-    feed_densely(model, batch, opening)
+    batch.opening = opening
+    feed_densely(model, batch)
     for part, alone in ((batch, run), (opening, decode(model, Batch([], opening.ids, opening.mask), 8, options))):
         length = part.cache.get_seq_length()
         assert length == part.ids.shape[1] - FED_WITH_BYPASS

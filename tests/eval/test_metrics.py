@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neuroflow_hf.drift.metrics import kl_divergence
 from neuroflow_hf.evaluation.statistics import (
     PairedCounts,
     mcnemar,
@@ -26,7 +27,7 @@ from neuroflow_hf.evaluation.statistics import (
 from tests.processes import call_in_two
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("embedding_fidelity", "zero_shot_accuracy", "skip_rate")
+NAMES = ("embedding_fidelity", "zero_shot_accuracy", "skip_rate", "token_drift")
 # complete response before and after consolidation therapy, M. Cavo et al., 2012: an example of textbooks
 CAVO = PairedCounts(59, 6, 16, 80)
 
@@ -183,6 +184,33 @@ def test_skip_rate_of_frames_of_two_sizes():
     assert found["cost_p95"] == pytest.approx(0.94)
 
 
+def test_drift_of_known_sequences():
+    texts, dense = [[5, 6, 7, 8], [5, 6], [9, 9, 9, 9, 9], []], [[5, 6, 9, 8], [5, 6], [9, 9], []]
+    found = load("token_drift").compute(predictions=texts, references=dense)
+    assert found["drift"] == pytest.approx((0.25 + 0 + 0.6 + 0) / 4)
+    assert 0 <= found["drift_interval"][0] <= found["drift"] <= found["drift_interval"][1] <= 0.6
+    assert (found["diverged"], found["diverged_bound"], found["sequences"]) == (0.5, None, 4)
+    assert (found["first_divergence_min"], found["first_divergence_median"]) == (2, 2)
+    same = load("token_drift", "tokens").compute(predictions=dense * 10, references=dense * 10)
+    assert (same["drift"], same["diverged"], same["first_divergence_min"]) == (0, 0, None)
+    assert same["diverged_bound"] == 3 / 40
+    for end in (2, [2, 7]):
+        ended = load("token_drift").compute(predictions=[[5, 2, 0]], references=[[5, 2, 8, 9]], eos_token_id=end)
+        assert ended["drift"] == 0
+
+
+def test_drift_of_logits():
+    generator = torch.Generator().manual_seed(0)
+    dense, other = (torch.randn(2, 3, 5, generator=generator) for _ in range(2))
+    found = load("token_drift", "logits").compute(predictions=other, references=dense)
+    assert found["kl_mean"] == pytest.approx(kl_divergence(dense, other).mean().item(), rel=1e-5)
+    assert found["other_top1"] == pytest.approx((dense.argmax(-1) != other.argmax(-1)).float().mean().item())
+    same = load("token_drift", "logits").compute(predictions=dense, references=dense)
+    assert (same["kl_mean"], same["other_top1"], same["steps"]) == (0, 0, 6)
+    with pytest.raises(ValueError, match="2 `predictions` and 3 `references`"):
+        load("token_drift", "logits").compute(predictions=other[:1, :2], references=dense[:1])
+
+
 # --- tensors, batches, processes -----------------------------------------------------------------------------------
 
 
@@ -214,6 +242,7 @@ def made_up(count=40, seed=0):
                 "dense_multiply_adds": torch.ones(count),
             },
         ),
+        "token_drift": (None, {"predictions": active.view(-1, 1) // 9, "references": active.view(-1, 1) // 8}),
     }
 
 
@@ -260,7 +289,8 @@ def compute_a_half(folder):
 
 def test_two_processes_give_what_one_gives(tmp_path):
     printed = call_in_two(compute_a_half, tmp_path)
-    assert [json.loads(line) for line in printed] == [{name: together(name) for name in NAMES}, dict.fromkeys(NAMES)]
+    expected = {name: together(name) for name in NAMES}
+    assert [json.loads(line) for line in printed] == [json.loads(json.dumps(expected)), dict.fromkeys(NAMES)]
 
 
 # --- refusals and documentation ------------------------------------------------------------------------------------
@@ -293,9 +323,10 @@ def test_what_has_no_answer_is_refused(name, columns, said, tmp_path):
         load(name, cache_dir=str(tmp_path)).compute(**columns)
 
 
-def test_an_unknown_configuration_is_refused():
-    with pytest.raises(ValueError, match="against_dense"):
-        load("zero_shot_accuracy", "against_the_wall")
+@pytest.mark.parametrize("name, expected", [("zero_shot_accuracy", "against_dense"), ("token_drift", "logits")])
+def test_an_unknown_configuration_is_refused(name, expected):
+    with pytest.raises(ValueError, match=expected):
+        load(name, "against_the_wall")
 
 
 @pytest.mark.parametrize("name", NAMES)

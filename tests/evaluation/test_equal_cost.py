@@ -123,21 +123,9 @@ def test_draws_are_of_whole_videos_or_of_blocks():
 # --- videos --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("folder", "words"),
-    [
-        ("ApplyEyeMakeup", "apply eye makeup"),
-        ("apply_eye_makeup", "apply eye makeup"),
-        ("YoYo", "yo yo"),
-        ("a dog", "a dog"),
-        ("TVShow2", "tv show 2"),
-        ("Straßenbahn", "straßenbahn"),
-        ("犬", "犬"),
-        ("!!", "!!"),
-    ],
-)
-def test_folders_become_words(folder, words):
-    assert class_words(folder) == words
+def test_folders_become_words():
+    found = list(map(class_words, ("ApplyEyeMakeup", "apply_eye_makeup", "TVShow2", "Straßenbahn", "犬", "!!")))
+    assert found == ["apply eye makeup", "apply eye makeup", "tv show 2", "straßenbahn", "犬", "!!"]
 
 
 def make_files(folder, *names):
@@ -160,8 +148,6 @@ def test_subfolders_are_classes(tmp_path):
     plain = find_videos(tmp_path, truth=False)
     assert plain.classes == () and all(video.truth is None for video in plain.videos)
     assert chosen_labels(plain, None) == () and chosen_labels(plain, ["cat", "dog"]) == ("cat", "dog")
-    with pytest.raises(ValueError, match="There is a single label"):
-        chosen_labels(plain, ["cat"])
 
 
 def test_what_cannot_be_taken(tmp_path):
@@ -174,9 +160,8 @@ def test_what_cannot_be_taken(tmp_path):
     with pytest.raises(ValueError, match="2 folders deep"):
         find_videos(make_files(tmp_path / "deep", "train/dog/b.mp4"))
     assert len(find_videos(tmp_path / "mixed", truth=False).videos) == 2
-    with pytest.raises(ValueError, match="'RedDog' and 'red_dog' both mean 'red dog'"):
-        find_videos(make_files(tmp_path / "twice", "RedDog/a.mp4", "red_dog/a.mp4"))
-    with pytest.raises(ValueError, match="no other label to choose"):
+    assert find_videos(make_files(tmp_path / "twice", "RedDog/a.mp4", "red_dog/a.mp4")).classes == ("red dog",)
+    with pytest.raises(ValueError, match=r"single label, 'dog'.*--no-truth"):
         chosen_labels(find_videos(make_files(tmp_path / "one", "dog/a.mp4")), None)
 
 

@@ -27,6 +27,11 @@ Args:
     samples, seed: of the bootstrap behind the 95 % intervals; 2000 and 0.
 Returns:
     A dict, whose entries README.md names.
+Example:
+    >>> import evaluate
+    >>> metric = evaluate.load("eval/metrics/token_drift")
+    >>> metric.compute(predictions=[[5, 6, 7]], references=[[5, 6, 8]])["first_divergence_min"]
+    2
 """
 CITATION = """
 @misc{schmitt2026neuroflow,
