@@ -27,7 +27,6 @@ from neuroflow_hf.vision.adapter_files import ABOUT as ADAPTER
 from neuroflow_hf.vision.configuration_neuroflow_siglip import (
     NeuroFlowSiglipConfig,
     NeuroFlowSiglipVisionConfig,
-    adopt_model_type,
 )
 from neuroflow_hf.vision.modeling_neuroflow_siglip import (
     NeuroFlowSiglipForImageClassification,
@@ -57,7 +56,7 @@ def choose_class(config_file: Path) -> type:
         ValueError: for other models than SigLIP and Phi-3, SigLIP 2's NaFlex, and heads that would be lost.
     """
     stored = json.loads(config_file.read_text(encoding="utf-8"))
-    kind, heads = adopt_model_type(stored.get("model_type")), stored.get("architectures") or []
+    kind, heads = NeuroFlowSiglipConfig.adopt_model_type(stored.get("model_type")), stored.get("architectures") or []
     if kind == NeuroFlowSiglipVisionConfig.model_type:
         return NeuroFlowSiglipVisionModel
     if kind == NeuroFlowSiglipConfig.model_type:

@@ -156,7 +156,7 @@ BLOCKS = {
     "headline": (headline_table, "headline"),
     "stretch": (stretch_table, "headline"),
     "headline variants": (headline_variants_table, "headline_variants"),
-    "adapters": (adapters_table, "distill_reconstruct", "distill_extrapolate"),
+    "adapters": (adapters_table, "distill_reconstruct", "distill_extrapolate", "distill_published"),
     "adapter variants": (distill_variants_table, "distill_variants"),
     "held-out": (held_out_table, "distill_reconstruct"),
     "run": (run_table, "run"),

@@ -11,31 +11,26 @@ from .streaming_config import AdoptsStock, TowerConfig, as_config, refuse_flat_g
 SIGLIP_MODEL_TYPES = {"siglip": "neuroflow_siglip", "siglip_vision_model": "neuroflow_siglip_vision_model"}
 
 
-def adopt_model_type(model_type: str | None) -> str | None:
-    """
-    The NeuroFlow model type that takes checkpoints of `model_type`; other types are returned as they are.
-
-    Raises:
-        ValueError: for SigLIP 2 in its NaFlex variant, which packs patches of several images at native resolution.
-    """
-    if model_type is None:
-        return None
-    if model_type.startswith("siglip2"):
-        raise ValueError(
-            f"This checkpoint's model type is `{model_type}`, SigLIP 2 in its NaFlex variant (patches of varying "
-            "resolution, packed). NeuroFlow needs a fixed patch grid: use a fixed-resolution SigLIP or SigLIP 2 "
-            "checkpoint, whose model type is `siglip` (for example one named `siglip2-...-patch16-256`)."
-        )
-    return SIGLIP_MODEL_TYPES.get(model_type, model_type)
-
-
 class AdoptsSiglip(AdoptsStock):
     """Configuration classes that read SigLIP's `config.json` as their own; NaFlex is refused."""
 
     @classmethod
     def adopt_model_type(cls, model_type: str | None) -> str | None:
-        """See the function of this name."""
-        return adopt_model_type(model_type)
+        """
+        The NeuroFlow model type that takes checkpoints of `model_type`; other types are returned as they are.
+
+        Raises:
+            ValueError: for SigLIP 2 in its NaFlex variant, which packs patches of several images at native resolution.
+        """
+        if model_type is None:
+            return None
+        if model_type.startswith("siglip2"):
+            raise ValueError(
+                f"This checkpoint's model type is `{model_type}`, SigLIP 2 in its NaFlex variant (patches of varying "
+                "resolution, packed). NeuroFlow needs a fixed patch grid: use a fixed-resolution SigLIP or SigLIP 2 "
+                "checkpoint, whose model type is `siglip` (for example one named `siglip2-...-patch16-256`)."
+            )
+        return SIGLIP_MODEL_TYPES.get(model_type, model_type)
 
 
 @strict
@@ -92,7 +87,7 @@ class NeuroFlowSiglipConfig(AdoptsSiglip, SiglipConfig):
     sub_configs = {"vision_config": NeuroFlowSiglipVisionConfig, "text_config": NeuroFlowSiglipTextConfig}
 
     def __post_init__(self, **kwargs: Any) -> None:
-        adopt_model_type(kwargs.pop("model_type", None))
+        self.adopt_model_type(kwargs.pop("model_type", None))
         gate = kwargs.pop("gate", None)
         refuse_flat_gate_options(kwargs)
         self.vision_config = as_config(NeuroFlowSiglipVisionConfig, self.vision_config)

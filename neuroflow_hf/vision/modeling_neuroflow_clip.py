@@ -61,20 +61,16 @@ class NeuroFlowCLIPVisionModel(StreamingModel, VisionTower, CLIPVisionModel):
         return wrap_tower(cls, model, CLIPVisionModel, gate_options)
 
     def prefix_tokens(self) -> torch.Tensor:
-        """See [`VisionTower`]."""
         embeddings = self.embeddings
         return embeddings.class_embedding + embeddings.position_embedding(embeddings.position_ids[:, :1])[0]
 
     def before_layers(self, tokens: torch.Tensor) -> torch.Tensor:
-        """See [`VisionTower`]."""
         return self.pre_layrnorm(tokens)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See [`VisionTower`]. Only the pooled token is normed."""
-        return hidden
+        return hidden  # only the pooled token is normed
 
     def pooling(self, exact: bool) -> FirstTokenPooling:
-        """See [`VisionTower`]."""
         return FirstTokenPooling(self.post_layernorm)
 
     def forward(

@@ -30,7 +30,6 @@ class Dinov2TowerLayer(TowerLayer):
     """A [`TowerLayer`] with DINOv2's names."""
 
     def parts(self: Any) -> LayerParts:
-        """See [`TowerLayer`]."""
         attention = self.attention
         return LayerParts(
             norm1=self.norm1,
@@ -87,33 +86,26 @@ class Dinov2Tower(StreamingModel, VisionTower):
         return wrap_tower(cls, model, cls.stock_class, gate_options)
 
     def patch_projection(self) -> nn.Conv2d:
-        """See [`VisionTower`]."""
         return self.embeddings.patch_embeddings.projection
 
     def positions(self) -> torch.Tensor:
-        """See [`VisionTower`]."""
         return self.embeddings.position_embeddings[0, 1:]
 
     def prefix_tokens(self) -> torch.Tensor:
-        """See [`VisionTower`]."""
         cls_token = self.embeddings.cls_token[0] + self.embeddings.position_embeddings[0, :1]
         registers = getattr(self.embeddings, "register_tokens", None)
         return cls_token if registers is None else torch.cat([cls_token, registers[0]])
 
     def before_layers(self, tokens: torch.Tensor) -> torch.Tensor:
-        """See [`VisionTower`]."""
         return self.embeddings.dropout(tokens)
 
     def encoder_layers(self: Any) -> list[TowerLayer]:
-        """See [`VisionTower`]."""
         return list(self.encoder.layer)
 
     def final_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """See [`VisionTower`]."""
         return self.layernorm(hidden)
 
     def pooling(self, exact: bool) -> FirstTokenPooling:
-        """See [`VisionTower`]."""
         return FirstTokenPooling()
 
     def forward(

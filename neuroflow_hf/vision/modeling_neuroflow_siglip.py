@@ -201,7 +201,6 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, VisionTower, Si
         return wrap_tower(cls, model, SiglipVisionModel, gate_options)
 
     def pooling(self, exact: bool) -> ProbePooling | None:
-        """See [`VisionTower`]."""
         return ProbePooling(self.head, self.config, exact) if self.use_head else None
 
     def forward(

@@ -27,21 +27,17 @@ class FirstTokenPooling:
     norm: Callable[[torch.Tensor], torch.Tensor] = unscaled
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, A, D] to [B, D]."""
         return self.norm(tokens[:, 0])
 
     def pool_with_summary(
         self, tokens: torch.Tensor, summary_output: torch.Tensor, summary: SummaryGrid
     ) -> torch.Tensor:
-        """As `pool`: the first token has seen the summary tokens in every layer."""
-        return self.pool(tokens)
+        return self.pool(tokens)  # the first token has seen the summary tokens in every layer
 
     def cost(self, tokens: int, with_summary: bool) -> int:
-        """No products."""
         return 0
 
     def dense_cost(self, tokens: int) -> int:
-        """No products."""
         return 0
 
 
@@ -59,7 +55,6 @@ class ProbePooling:
         self.head, self.config, self.folded = head, config, not exact and can_fold_probe(head)
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, A, D] to [B, D]."""
         return pool_with_folded_probe(self.head, tokens) if self.folded else self.head(tokens)
 
     def pool_with_summary(
@@ -73,11 +68,9 @@ class ProbePooling:
         return (attended + head.mlp(head.layernorm(attended)))[:, 0]
 
     def cost(self, tokens: int, with_summary: bool) -> int:
-        """Multiply-adds of `pool`, or of `pool_with_summary`."""
         return self._cost(tokens, self.folded and not with_summary)
 
     def dense_cost(self, tokens: int) -> int:
-        """Multiply-adds of the head as it is."""
         return self._cost(tokens, folded=False)
 
     def _cost(self, tokens: int, folded: bool) -> int:

@@ -111,10 +111,7 @@ class NeuroFlowStream:
         self.credit = [whole.credit[index] for index in indices]
         self.pace = [whole.pace[index] for index in indices]
         self.geometry = whole.geometry and replace(whole.geometry, batch_size=len(indices))
-        self.memory = {name: tensor[indices] for name, tensor in whole.memory.items()}
-        self.layer_memories = [
-            {name: tensor[indices] for name, tensor in memory.items()} for memory in whole.layer_memories
-        ]
+        self._set_memory({name: tensor[indices] for name, tensor in whole.named_memory().items()})
         self.batch_size, self.stores, self.frame_in_progress = len(indices), whole.stores, False
 
     @classmethod
@@ -149,25 +146,16 @@ class NeuroFlowStream:
                     "model with the same options, which saw frames of the same shape."
                 )
         joined.stores, joined.hidden_states = first.stores, first.hidden_states
-
-        def rows(parts: list[dict[str, torch.Tensor]], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            """The memories one below the other; those of streams that saw no frame yet are not read."""
-            sizes = [whole.batch_size for whole in wholes]
-            return {
+        memories = [(whole.named_memory(), whole.batch_size) for whole in wholes]
+        # nothing is read of streams that saw no frame yet
+        joined._set_memory(
+            {
                 name: torch.cat(
-                    [
-                        part[name] if part else tensor.new_zeros(size, *tensor.shape[1:])
-                        for part, size in zip(parts, sizes, strict=True)
-                    ]
+                    [own[name] if own else like.new_zeros(size, *like.shape[1:]) for own, size in memories]
                 )
-                for name, tensor in like.items()
+                for name, like in first.named_memory().items()
             }
-
-        joined.memory = rows([whole.memory for whole in wholes], first.memory)
-        joined.layer_memories = [
-            rows([whole.layer_memories[layer] if whole.layer_memories else {} for whole in wholes], like)
-            for layer, like in enumerate(first.layer_memories)
-        ]
+        )
         return joined
 
     def _indices(self, streams: int | Iterable[int]) -> list[int]:
@@ -195,12 +183,21 @@ class NeuroFlowStream:
         }
         return {**self.memory, **layers}
 
+    def _set_memory(self, named: dict[str, torch.Tensor]) -> None:
+        """Hold these memories, by the names of `named_memory`."""
+        self.memory = {}
+        self.layer_memories = [{} for _ in range(self.geometry.num_layers)] if self.geometry else []
+        for name, tensor in named.items():
+            if name.startswith("layers."):
+                _, index, field = name.split(".")
+                self.layer_memories[int(index)][field] = tensor
+            else:
+                self.memory[name] = tensor
+
     def to(self, device: torch.device | str) -> "NeuroFlowStream":
         """Move all memory to `device`, in place; returns itself."""
         device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors report it
-        for memory in (self.memory, *self.layer_memories):
-            for name, tensor in memory.items():
-                memory[name] = tensor.to(device)
+        self._set_memory({name: tensor.to(device) for name, tensor in self.named_memory().items()})
         if self.geometry is not None:
             self.geometry = replace(self.geometry, device=device)
         return self
@@ -302,8 +299,6 @@ class NeuroFlowStream:
                 f"The state comes from a stream that stores other things: {changes_of(theirs, ours)}. Make the stream "
                 "with the same options: `model.new_stream(**state['gate'])`."
             )
-        memory: dict[str, torch.Tensor] = {}
-        layer_memories: list[dict[str, torch.Tensor]] = []
         geometry = None
         if state["geometry"] is not None:
             device = next((tensor.device for tensor in state["memory"].values()), torch.device("cpu"))
@@ -311,19 +306,12 @@ class NeuroFlowStream:
             geometry = StreamGeometry(
                 **{**stored, "grid": tuple(stored["grid"]), "dtype": getattr(torch, stored["dtype"]), "device": device}
             )
-            layer_memories = [{} for _ in range(geometry.num_layers)]
         hidden_states = tuple(state.get("hidden_states", ()))
         require_complete(state, memory_layout(self.gate, MODES[self.gate.mode], geometry, hidden_states))
         paces = [Pace.from_dict(pace) for pace in state["pace"]]
-        for name, tensor in state["memory"].items():
-            if name.startswith("layers."):
-                _, index, field = name.split(".")
-                layer_memories[int(index)][field] = tensor.clone()
-            else:
-                memory[name] = tensor.clone()
-        self.batch_size = state["batch_size"]
+        self.batch_size, self.geometry = state["batch_size"], geometry
         self.frames, self.credit, self.pace = list(state["frames"]), list(state["credit"]), paces
-        self.geometry, self.memory, self.layer_memories = geometry, memory, layer_memories
+        self._set_memory({name: tensor.clone() for name, tensor in state["memory"].items()})
         self.stores, self.hidden_states = None if geometry is None else ours, hidden_states
         self.frame_in_progress = False
 
