@@ -6,29 +6,29 @@ text reads the states that the first predicted, and sees keys and values as the 
 """
 
 import copy
-import io
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..language.drafter import NeuroFlowDrafter
-from ..utils.files import write_whole
 from ..utils.jobs import stop_on_interrupt
 from ..utils.provenance import fingerprint, key_of
 from .draft_costs import check_seconds, draft_seconds
 from .drafter_texts import Text, read_texts, write_texts
 
 IGNORED = -100  # a target that the drafter's head lacks
-STATE, CHECKPOINT_SECONDS = "state.pt", 60.0
+STATE, CHECKPOINT_SECONDS = "state", 60.0
 WARM_UP = 20  # steps
 DEEPEST = 3  # tokens of a draft that are judged
 HELD_OUT = 10  # every tenth prompt of a task
@@ -56,20 +56,35 @@ class DrafterSettings:
     seed: int = 0
 
 
-@dataclass
-class State:
-    """What a training goes on from, beside weights and optimizer."""
+class Progress:
+    """What a training has done so far, which accelerate keeps beside weights and optimizer."""
 
-    key: str  # of settings, weights and texts
-    step: int = 0
-    losses: list[float] = field(default_factory=list)  # of every step
-    # of every epoch: the shares of held-out drafts that agree in their first n tokens
-    agreement: list[list[float]] = field(default_factory=list)
+    def __init__(self, key: str):
+        self.key, self.step = key, 0
+        self.losses: list[float] = []  # of every step
+        self.agreement: list[list[float]] = []  # of every epoch: held-out drafts that agree in their first n tokens
 
     @property
     def best(self) -> int:
         """The epoch, from 1, whose drafts agree in most tokens."""
         return 1 + max(range(len(self.agreement)), key=lambda epoch: sum(self.agreement[epoch]))
+
+    def state_dict(self) -> dict:
+        """For accelerate."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        """For accelerate."""
+        vars(self).update(state)
+
+
+def save_state(accelerator: Accelerator, folder: Path) -> None:
+    """Write accelerate's state into a folder, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        accelerator.save_state(f"{temporary}/new")
+        if folder.exists():
+            folder.rename(f"{temporary}/old")
+        Path(temporary, "new").rename(folder)
 
 
 def frequent_tokens(texts: Sequence[Text], count: int, vocabulary: int) -> list[int]:
@@ -180,51 +195,52 @@ def fit_drafter(
     digest = [[text.index, text.begin, text.tokens.tolist()] for text in (*texts, *held_out)]
     key = key_of(settings=asdict(settings), weights=weights, texts=digest)
     head = frequent_tokens(texts, min(settings.head_size, model.config.vocab_size), model.config.vocab_size)
-    drafter = NeuroFlowDrafter.for_model(model, head, name, weights, settings.intermediate_size).to(model.device)
-    optimizer = torch.optim.AdamW(drafter.parameters(), betas=(0.9, 0.95))
-    state, file = State(key), out / STATE
-    if file.exists():
-        stored = torch.load(file, map_location=model.device, weights_only=True)
-        state = State(**stored["state"])
-        if state.key != key:
+    drafter = NeuroFlowDrafter.for_model(model, head, name, weights, settings.intermediate_size)
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    each = -(-len(texts) // settings.batch)
+    total = settings.epochs * each
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
+    warm = min(WARM_UP, total)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, (total - step) / max(1, total - warm))
+    )
+    drafter, optimizer, scheduler = accelerator.prepare(drafter, optimizer, scheduler)
+    learner = Learner(model, drafter)
+    progress = Progress(key)
+    accelerator.register_for_checkpointing(progress)
+    state = out / STATE
+    if state.exists():
+        accelerator.load_state(state)
+        if progress.key != key:
             raise ValueError(
                 f"{out} holds the state of a training with other settings, texts or weights. Choose another folder, "
                 f"or delete {STATE} in it to begin anew."
             )
-        drafter.load_state_dict(stored["drafter"])
-        optimizer.load_state_dict(stored["optimizer"])
-    learner, each = Learner(model, drafter), -(-len(texts) // settings.batch)
-    total = settings.epochs * each
-    warm = min(WARM_UP, total)
     saved = time.monotonic()
     with stop_on_interrupt() as stop:
-        while state.step < total:
-            order = np.random.default_rng((settings.seed, state.step // each)).permutation(len(texts))
-            chosen = order[state.step % each :: each]  # of similar number, not of similar length
-            optimizer.zero_grad()
+        while progress.step < total:
+            order = np.random.default_rng((settings.seed, progress.step // each)).permutation(len(texts))
+            chosen = order[progress.step % each :: each]  # of similar number, not of similar length
             loss = learner.loss([texts[place] for place in chosen], settings.passes)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
-            share = min((state.step + 1) / warm, (total - state.step) / max(1, total - warm))
-            optimizer.param_groups[0]["lr"] = settings.learning_rate * share
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(drafter.parameters(), 1.0)
             optimizer.step()
-            state.losses.append(loss.item())
-            state.step += 1
-            on_step("steps", state.step, total)
-            if state.step % each == 0:
+            scheduler.step()
+            optimizer.zero_grad()
+            progress.losses.append(loss.item())
+            progress.step += 1
+            on_step("steps", progress.step, total)
+            if progress.step % each == 0:
                 agreed, count = learner.agreement(held_out)
-                state.agreement.append((agreed / count).tolist())
-                if state.best == len(state.agreement):
+                progress.agreement.append((agreed / count).tolist())
+                if progress.best == len(progress.agreement):
                     copy.deepcopy(drafter).half().save_pretrained(out)
-            if state.step % each == 0 or stop.is_set() or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                content = io.BytesIO()
-                parts = {"drafter": drafter.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save({"state": asdict(state), **parts}, content)
-                write_whole(file, content.getvalue())
+            if progress.step % each == 0 or stop.is_set() or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save_state(accelerator, state)
                 saved = time.monotonic()
             if stop.is_set():
                 return None
-    return {"losses": state.losses, "agreement": state.agreement, "best_epoch": state.best}
+    return {"losses": progress.losses, "agreement": progress.agreement, "best_epoch": progress.best}
 
 
 def judge(learner: Learner, texts: Sequence[Text], checks: Sequence[float], draft: float) -> dict:
