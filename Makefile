@@ -25,7 +25,7 @@ demo: $(READY)  ## what is in the shipped clips, when it changed, and what it co
 
 test: $(READY)  ## run the tests (no network but for the set-up, no model hub)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not gpu and not alone"
-	$(BIN)/python -m pytest -q -m alone tests/utils tests/app tests/archive tests/test_export.py
+	$(BIN)/python -m pytest -q -m alone tests/utils tests/app tests/archive
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .

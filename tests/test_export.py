@@ -16,8 +16,6 @@ from tests.conftest import (
     wrap_tower,
 )
 
-pytestmark = pytest.mark.alone  # after an export, a signal that a test raises ends an xdist worker
-
 BUDGET = 10  # of 36 patches: more than change on the quiet frames, fewer than on the busy ones
 OPTIONS = {  # each option that the programs have to carry from frame to frame, once
     "extrapolate": {"max_age": 12, "sentinels": 0.1},

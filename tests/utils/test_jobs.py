@@ -6,7 +6,7 @@ import pytest
 from neuroflow_hf.utils.jobs import stop_on_interrupt
 
 
-@pytest.mark.alone  # a raised SIGINT ends an xdist worker that has run other tests before
+@pytest.mark.alone  # a raised SIGINT ends an xdist worker that has exported before
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_interrupt_only_sets_the_event_and_the_handlers_come_back(number):
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
