@@ -23,7 +23,7 @@ from neuroflow_hf.archive.sheet import clock
 from neuroflow_hf.video.overlay import fitted
 from neuroflow_hf.video.reader import VideoReader, frame_at
 from tests.cli.test_run import call, write_clip
-from tests.conftest import TINY_TEXT, TINY_VISION, lively
+from tests.conftest import PROCESSOR, TINY_TEXT, TINY_VISION, lively, make_stock_tower
 from tests.vision.test_pipelines import PIPELINE_TEXT, make_processor
 
 # --- the search itself ---------------------------------------------------------------------------------------------
@@ -192,6 +192,19 @@ def test_texts_and_pictures_are_embedded_as_stock_transformers_does(world, tmp_p
     assert picture.confidence is None
     embedding = torch.nn.functional.normalize(picture.embedding, dim=0)
     torch.testing.assert_close(embedding, output.image_embeds[0], atol=1e-4, rtol=1e-3)
+
+
+def test_a_picture_is_looked_for_in_a_dataset_of_another_tower(tmp_path):
+    stock = make_stock_tower("dinov2")
+    stock.save_pretrained(tmp_path / "dinov2")
+    (tmp_path / "dinov2" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    clip = write_clip(tmp_path / "clip.mkv", 3)
+    result = call("embed", clip, "--out", tmp_path / "dataset", "--model", tmp_path / "dinov2")
+    assert result.exit_code == 0, result.output
+    index = open_index(tmp_path / "dataset")
+    Image.fromarray(next(iter(VideoReader(clip))).image).save(tmp_path / "first.png")
+    found = search_index(index, image_query(index.metadata, tmp_path / "first.png").embedding, count=1, gap=0)
+    assert found[0]["frame"] == 0 and found[0]["score"] == pytest.approx(1, abs=1e-4)
 
 
 def test_other_checkpoints_are_refused_by_name(world, tmp_path):
