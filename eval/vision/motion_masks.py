@@ -26,7 +26,7 @@ from eval.docs.labels import motion_table
 from eval.vision.clip_statistics import Estimate, estimate, mean, rounded
 from eval.vision.composed_bench import Bench, Clip, Figures, Measured, command
 from neuroflow_hf.video.motion import motion_mask, without_small_regions
-from neuroflow_hf.video.objects import MovingObject, box_of, connected_objects
+from neuroflow_hf.video.objects import MovingObject, connected_objects
 from recipes.composed_clips import LEAST_VISIBLE, Truth
 
 REFERENCES = ("last_update", "ema")
@@ -132,6 +132,12 @@ def moving_boxes(clip: Clip, number: int, grid: tuple[int, int]) -> list[tuple[i
         (place, box_of(patch_mask(now.masks[place], grid)))
         for place in np.flatnonzero(moving & (np.array(now.visible) >= LEAST_VISIBLE)).tolist()
     ]
+
+
+def box_of(mask: Tensor) -> Box:
+    """First row, first column, last row + 1 and last column + 1 of a mask, which must not be empty."""
+    rows, columns = (mask.any(dim).nonzero() for dim in (1, 0))
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
 def box_iou(a: Box, b: Box) -> float:

@@ -27,7 +27,7 @@ def moment_sheet(dataset: str | Path, moments: Sequence[dict], title: str) -> np
     for moment in moments:
         lines = [f"video {Path(moment['video']).name}", f"time {span(moment)}, score {moment['score']:.3f}"]
         cells.append((moment_picture(dataset, moment), lines))
-    return contact_sheet(cells, title, cell_side=CELL[1], legend="")
+    return contact_sheet(cells, title)
 
 
 def span(moment: dict) -> str:

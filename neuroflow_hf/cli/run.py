@@ -55,12 +55,11 @@ def run(
         from ..loading import default_model
         from ..utils.files import prepare_folder
         from ..video.reader import VideoReader, bundled_clip
-        from ..video.run import require_comparison, run_video
+        from ..video.run import run_video
 
         # check what is quick to check before loading the model
         gate_options, load = check_vision(how, options.given(**chosen))
         reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
-        require_comparison(dense_every)
         prepare_folder(out)
         loaded, preprocess, embedded = load()
         with CommandProgress("frames") as progress:

@@ -1,10 +1,10 @@
 """Labels of a run: by frame, over time, and compared with dense and baselines. Pure functions."""
 
-import operator
 from collections.abc import Sequence
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from ..utils.files import significant
 from .labels import Labels
@@ -44,11 +44,10 @@ def agreement(records: Sequence[FrameRecord], cost: float) -> dict:
     streamed embedding (`streamed`), of the first sample's dense embedding (`first_frame`), and of the baseline at no
     more than `cost` (`held_at_cost`, see `compare_held`).
     """
-    compared = list(compare_with_dense(records, best_labels, operator.eq).values())[1:]
-    found: dict = {"compared_frames": len(compared)}
-    for name in ("streamed", "first_frame"):
-        found[name] = sum(one[name] for one in compared)
-    held = compare_held(records, cost, best_labels, operator.eq)
+    how = {"output": "label_logits", "similarity": same_label}
+    compared = {name: values[1:] for name, values in compare_with_dense(records, **how).items()}
+    found: dict = {"compared_frames": len(compared["streamed"]), **{name: sum(compared[name]) for name in compared}}
+    held = compare_held(records, cost, **how)
     found["held_at_cost"] = held and {
         "every": held[0],
         "cost": 1 / held[0],
@@ -101,10 +100,9 @@ def top_label(record: FrameRecord) -> int:
     return int(record.label_logits.argmax())
 
 
-def best_labels(record: FrameRecord) -> tuple[int, int | None]:
-    """The places of the best label for the streamed and for the dense embedding."""
-    dense = record.dense_label_logits
-    return top_label(record), None if dense is None else int(dense.argmax())
+def same_label(a: Tensor, b: Tensor) -> Tensor:
+    """Whether the best labels of logits [..., L] are the same: bool [...]."""
+    return a.argmax(-1) == b.argmax(-1)
 
 
 def percent(value: float) -> str:

@@ -9,9 +9,10 @@ Pure functions of a model's output and the gate's options.
 
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
-from torch.nn import functional
 
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.selection import without_global_motion
@@ -63,44 +64,15 @@ def motion_mask(
     return without_small_regions(moving, least_patches)
 
 
-def connected_regions(mask: Tensor) -> Tensor:
-    """
-    Number the connected regions of masks, bool [..., grid_h, grid_w]: int64, 0 outside, else the region's number in
-    its grid, 1, 2, ..., in reading order of first patches. Patches that touch at a corner are connected.
-
-    Until nothing changes, every patch takes the first place among its neighbours', and then the place that the patch
-    there has taken, so that long regions take few rounds.
-    """
-    if not mask.numel():
-        return torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
-    grids = mask.reshape(-1, *mask.shape[-2:])
-    patches = grids[0].numel()
-    inside = grids.flatten(1)
-    # the first place has the highest rank, 0 is outside; float32 holds whole numbers up to 2^24
-    ranks = (patches - torch.arange(patches, device=mask.device)).expand(len(grids), -1) * inside
-    while True:
-        pooled = functional.max_pool2d(ranks.view_as(grids).unsqueeze(1).float(), 3, stride=1, padding=1)
-        spread = pooled.flatten(1).long() * inside
-        spread = spread.gather(1, (patches - spread).clamp(max=patches - 1)) * inside
-        if torch.equal(spread, ranks):
-            break
-        ranks = spread
-    places = patches - ranks  # of the first patch in each patch's region; `patches` outside
-    is_first = inside & (places == torch.arange(patches, device=mask.device))
-    numbers = is_first.cumsum(1)
-    numbered = numbers.gather(1, places.clamp(max=patches - 1)) * inside
-    return numbered.view(mask.shape)
-
-
 def without_small_regions(mask: Tensor, least_patches: int) -> Tensor:
     """
     A mask, bool [..., grid_h, grid_w], without connected regions of fewer than `least_patches` patches, at least 1.
+    Patches that touch at a corner are connected.
     """
     if least_patches < 1:
         raise ValueError(f"`least_patches` is {least_patches}; expected a number of patches, at least 1.")
-    if least_patches == 1:
-        return mask
-    regions = connected_regions(mask).reshape(-1, mask.shape[-2] * mask.shape[-1])
-    sizes = torch.zeros(len(regions), regions.shape[1] + 1, dtype=torch.int64, device=mask.device)
-    sizes.scatter_add_(1, regions, torch.ones_like(regions))
-    return mask & (sizes.gather(1, regions) >= least_patches).view(mask.shape)
+    neighbours = np.zeros((3, 3, 3))
+    neighbours[1] = 1  # none in other grids
+    regions, _ = ndimage.label(mask.reshape(-1, *mask.shape[-2:]).cpu(), neighbours)
+    large = np.bincount(regions.ravel()) >= least_patches
+    return mask & torch.from_numpy(large[regions]).view(mask.shape).to(mask.device)

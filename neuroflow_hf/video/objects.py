@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
 
 from ..utils.files import significant
 from ..vision.gate_config import NeuroFlowGateConfig
 from .labels import Labels
-from .motion import connected_regions, motion_mask
+from .motion import motion_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,19 +47,14 @@ def connected_objects(mask: Tensor) -> list[list[MovingObject]]:
     if mask.ndim != 3:
         raise ValueError(f"The mask has shape {tuple(mask.shape)}; expected (streams, grid rows, grid columns).")
     streams = []
-    for regions in connected_regions(mask).cpu():
-        objects = []
-        for number in range(1, int(regions.max()) + 1):
-            region = regions == number
-            objects.append(MovingObject(region, box_of(region)))
+    for grid in mask.cpu():
+        regions, _ = ndimage.label(grid, np.ones((3, 3)))
+        objects = [
+            MovingObject(torch.from_numpy(regions == number), (rows.start, columns.start, rows.stop, columns.stop))
+            for number, (rows, columns) in enumerate(ndimage.find_objects(regions), start=1)
+        ]
         streams.append(sorted(objects, key=lambda item: -item.patches))
     return streams
-
-
-def box_of(mask: Tensor) -> tuple[int, int, int, int]:
-    """First row, first column, last row + 1 and last column + 1 of a mask, which must not be empty."""
-    rows, columns = (mask.any(dim).nonzero() for dim in (1, 0))
-    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
 @torch.no_grad()

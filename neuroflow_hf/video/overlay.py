@@ -9,7 +9,8 @@ import av
 import matplotlib
 import numpy as np
 from av.codec.context import Flags
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy import ndimage
 
 from .reader import ffmpeg_name
 
@@ -25,6 +26,7 @@ OBJECTS_LEGEND = LEGEND + "; blue box: moving object"
 TICK = Fraction(1, 60000)
 # Sides of an overlay frame in pixels: small clips are enlarged so that captions fit, large ones are reduced.
 MIN_WIDTH, MAX_SIDE = 480, 960
+SHEET_SIDE = 480  # the longer side of a picture on a contact sheet, in pixels
 
 
 # --- pure drawing --------------------------------------------------------------------------------------------------
@@ -44,15 +46,6 @@ def patch_pixels(mask: np.ndarray, height: int, width: int, covered: float = 1.0
     return np.pad(inside, ((0, height - inside.shape[0]), (0, width - inside.shape[1])))
 
 
-def border(marked: np.ndarray, thickness: int) -> np.ndarray:
-    """The pixels of a mask, bool [H, W], within `thickness` of its outside or the picture's edge: bool [H, W]."""
-    inner = marked
-    for _ in range(thickness):
-        framed = np.pad(inner, 1)
-        inner = inner & framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
-    return marked & ~inner
-
-
 def mark_encoded(image: np.ndarray, mask: np.ndarray, covered: float = 1.0) -> np.ndarray:
     """
     A copy of a frame, uint8 RGB [H, W, 3], in which encoded patches, bool [grid_h, grid_w], are outlined and reused
@@ -62,22 +55,20 @@ def mark_encoded(image: np.ndarray, mask: np.ndarray, covered: float = 1.0) -> n
     marked = patch_pixels(mask, height, width, covered)
     grey = image @ np.array([0.299, 0.587, 0.114], dtype=np.float32) * REUSED_BRIGHTNESS
     drawn = np.where(marked[..., None], image, grey[..., None].astype(np.uint8))
-    drawn[border(marked, max(1, round(min(height, width) / 300)))] = ACCENT
+    drawn[marked & ~ndimage.binary_erosion(marked, iterations=max(1, round(min(height, width) / 300)))] = ACCENT
     return drawn
 
 
-def outline_objects(
-    picture: np.ndarray, boxes: Sequence[tuple[int, int, int, int]], captions: Sequence[str], scale: float = 1.0
-) -> np.ndarray:
+def outline_objects(picture: np.ndarray, objects: Sequence[tuple[Sequence[int], str]], scale: float) -> np.ndarray:
     """
-    A copy of a picture, uint8 RGB [H, W, 3], with boxes and captions of moving objects, as of `object_line`. `scale`
-    is the size of the picture relative to the frame that the boxes are of.
+    A copy of a picture, uint8 RGB [H, W, 3], with boxes (left, top, right, bottom) and captions of moving objects.
+    `scale` is the size of the picture relative to the frame that the boxes are of.
     """
     drawn = Image.fromarray(picture)
     draw = ImageDraw.Draw(drawn)
     thickness = max(2, round(min(drawn.size) / 200))
     typeface = font(max(10, round(drawn.width / 48)))
-    for box, text in zip(boxes, captions, strict=True):
+    for box, text in objects:
         left, top, right, bottom = (round(scale * value) for value in box)
         draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=MOVING, width=thickness)
         if text:
@@ -98,20 +89,13 @@ def overlay_size(height: int, width: int) -> tuple[int, int]:
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize a picture, uint8 RGB [H, W, 3]."""
-    if image.shape[:2] == (height, width):
-        return image
+    """A picture, uint8 RGB [H, W, 3], in another size."""
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """A picture, uint8 RGB [H, W, 3], scaled to fit into [height, width, 3], on black."""
-    scale = min(height / picture.shape[0], width / picture.shape[1])
-    shape = [max(1, round(scale * length)) for length in picture.shape[:2]]
-    top, left = (height - shape[0]) // 2, (width - shape[1]) // 2
-    sheet = np.zeros((height, width, 3), np.uint8)
-    sheet[top : top + shape[0], left : left + shape[1]] = resize(picture, *shape)
-    return sheet
+    return np.asarray(ImageOps.pad(Image.fromarray(picture), (width, height), Image.Resampling.BILINEAR))
 
 
 @lru_cache(maxsize=64)
@@ -136,20 +120,9 @@ def captioned(picture: np.ndarray, lines: Sequence[str], size: int) -> np.ndarra
     return np.concatenate([picture, np.asarray(strip)])
 
 
-def marked_picture(
-    image: np.ndarray,
-    mask: np.ndarray,
-    covered: float = 1.0,
-    boxes: Sequence[tuple[int, int, int, int]] = (),
-    captions: Sequence[str] = (),
-) -> np.ndarray:
-    """
-    A frame, uint8 RGB [H, W, 3], at its `overlay_size`, with encoded patches marked as in `mark_encoded`, and moving
-    objects as in `outline_objects`, in pixels of `image`.
-    """
-    height, width = overlay_size(*image.shape[:2])
-    picture = mark_encoded(resize(image, height, width), mask, covered)
-    return outline_objects(picture, boxes, captions, width / image.shape[1]) if boxes else picture
+def marked_picture(image: np.ndarray, mask: np.ndarray, covered: float = 1.0) -> np.ndarray:
+    """A frame, uint8 RGB [H, W, 3], at its `overlay_size`, with encoded patches marked as in `mark_encoded`."""
+    return mark_encoded(resize(image, *overlay_size(*image.shape[:2])), mask, covered)
 
 
 def overlay_frame(picture: np.ndarray, lines: Sequence[str]) -> np.ndarray:
@@ -170,14 +143,12 @@ def tiled(cells: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def contact_sheet(
-    cells: Sequence[tuple[np.ndarray, Sequence[str]]], title: str, cell_side: int = 480, legend: str = LEGEND
-) -> np.ndarray:
+def contact_sheet(cells: Sequence[tuple[np.ndarray, Sequence[str]]], title: str, legend: str = "") -> np.ndarray:
     """
     A grid of pictures of one size, uint8 RGB [H, W, 3], four in a row, each above the lines of its caption: uint8 RGB
-    [H', W', 3]. `cell_side` is the longer side of a picture in pixels; without marks, the legend is empty.
+    [H', W', 3].
     """
-    height, width = (round(side * cell_side / max(cells[0][0].shape[:2])) for side in cells[0][0].shape[:2])
+    height, width = (round(side * SHEET_SIDE / max(cells[0][0].shape[:2])) for side in cells[0][0].shape[:2])
     pictures = [captioned(resize(picture, height, width), lines, size=width // 26) for picture, lines in cells]
     grid = tiled(pictures, columns=4)
     header = captioned(grid[:0], [title], size=width // 20)

@@ -31,13 +31,14 @@ def plot_run(
     and each label's confidence on every frame. The panels of samples and of labels are drawn only if there are any.
     `held` is the baseline of `held_at_cost`.
     """
-    compared, labelled = compare_with_dense(records), len(names) > 0
+    times = [record.time for record in records if record.dense_embedding is not None]
+    compared, labelled = len(times) > 0, len(names) > 0
     legend_height = 0.12 * min(len(names), len(LABEL_COLOURS) + 1)  # inches, in two columns
-    figure = titled_figure(title, 10, 3.2 + 2.4 * bool(compared) + 2.4 * labelled + legend_height)
-    panels = figure.subplots(1 + bool(compared) + labelled, 1, sharex=True, squeeze=False)[:, 0]
+    figure = titled_figure(title, 10, 3.2 + 2.4 * compared + 2.4 * labelled + legend_height)
+    panels = figure.subplots(1 + compared + labelled, 1, sharex=True, squeeze=False)[:, 0]
     draw_cost(panels[0], records)
     if compared:
-        draw_fidelity(panels[1], [records[place].time for place in compared], list(compared.values()), held)
+        draw_fidelity(panels[1], times, compare_with_dense(records), held)
     if labelled:
         scores = torch.stack([record.label_logits for record in records]).sigmoid()
         confidences = dict(zip(names, scores.T.tolist(), strict=True))
@@ -67,10 +68,10 @@ def draw_cost(panel: Axes, records: Sequence[FrameRecord]):
     panel.set_ylabel("cost relative to dense")
 
 
-def draw_fidelity(panel: Axes, times: Sequence[float], cosines: Sequence[dict[str, float]], held: dict | None):
+def draw_fidelity(panel: Axes, times: Sequence[float], cosines: dict[str, list[float]], held: dict | None):
     """Cosine to dense on the sampled frames; the baselines as thin lines."""
-    streamed, first = ([values[name] for values in cosines] for name in ("streamed", "first_frame"))
     marks = {"marker": "o", "markersize": 3.5} if len(times) <= 120 else {}
+    streamed, first = cosines["streamed"], cosines["first_frame"]
     panel.plot(times, streamed, color=OURS, linewidth=1.8, label="streamed", zorder=3, **marks)
     panel.plot(times, first, color=BASELINE_FIRST, linewidth=1.1, label="baseline: first frame repeated")
     if held is not None:

@@ -44,47 +44,42 @@ class FrameRecord:
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
-def embeddings_of(record: FrameRecord) -> tuple[Tensor, Tensor | None]:
-    """The streamed and the dense output to compare."""
-    return record.embedding, record.dense_embedding
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine of two vectors [D], computed in float64."""
-    return functional.cosine_similarity(a.double(), b.double(), dim=0).item()
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Cosines of vectors [..., D], computed in float64: [...]."""
+    return functional.cosine_similarity(a.double(), b.double(), dim=-1)
 
 
 def compare_with_dense(
-    records: Sequence[FrameRecord], outputs: Callable = embeddings_of, similarity: Callable = cosine
-) -> dict[int, dict[str, float]]:
+    records: Sequence[FrameRecord], output: str = "embedding", similarity: Callable = cosines
+) -> dict[str, list]:
     """
-    Similarity to the dense output on each sampled frame, by the record's place: of the streamed output (`"streamed"`),
-    and of the first sample's dense output (`"first_frame"`). `outputs` gives the streamed and the dense output of a
-    record.
+    Similarities to the dense output on the S sampled frames: S of the streamed output (`"streamed"`), and S of the
+    first sample's dense output (`"first_frame"`). `output` names the field of the records that is compared.
     """
-    compared, first = {}, None
-    for place, (streamed, dense) in enumerate(map(outputs, records)):
-        if dense is not None:
-            first = dense if first is None else first
-            compared[place] = {"streamed": similarity(streamed, dense), "first_frame": similarity(first, dense)}
-    return compared
+    sampled = [record for record in records if record.dense_embedding is not None]
+    if not sampled:
+        return {"streamed": [], "first_frame": []}
+    streamed, dense = (torch.stack([getattr(record, kind + output) for record in sampled]) for kind in ("", "dense_"))
+    found = {"streamed": similarity(streamed, dense), "first_frame": similarity(dense[:1], dense)}
+    return {name: values.tolist() for name, values in found.items()}
 
 
 def compare_held(
-    records: Sequence[FrameRecord], cost: float, outputs: Callable = embeddings_of, similarity: Callable = cosine
-) -> tuple[int, list[float]] | None:
+    records: Sequence[FrameRecord], cost: float, output: str = "embedding", similarity: Callable = cosines
+) -> tuple[int, list] | None:
     """
     The baseline at no more than `cost`: dense on every Nth frame, held between. Returns N, and the similarities to
     dense on the *last* frame of each hold, which understates the baseline; None if the video is too short.
     """
-    sampled = {place: dense for place, (_, dense) in enumerate(map(outputs, records)) if dense is not None}
-    if len(sampled) < 2 or cost <= 0:
+    places = [place for place, record in enumerate(records) if record.dense_embedding is not None]
+    if len(places) < 2:
         return None
-    places, dense = list(sampled), list(sampled.values())
     step = places[1] - places[0]
     samples = math.ceil(1 / (cost * step))  # from one dense frame to the next
-    similarities = [similarity(old, new) for old, new in zip(dense[:-samples], dense[samples:], strict=True)]
-    return (samples * step, similarities) if similarities else None
+    if samples >= len(places):
+        return None
+    dense = torch.stack([getattr(records[place], f"dense_{output}") for place in places])
+    return samples * step, similarity(dense[:-samples], dense[samples:]).tolist()
 
 
 def held_at_cost(records: Sequence[FrameRecord], cost: float) -> dict | None:
@@ -112,7 +107,6 @@ def figures(records: Sequence[FrameRecord]) -> dict:
     and baselines are dense.
     """
     sampled = [record for record in records if record.dense_embedding is not None]
-    compared = list(compare_with_dense(records).values())[1:]
     ratios = [record.dense_milliseconds / record.milliseconds for record in sampled[1:]]
     streamed = spread([record.milliseconds for record in records])
     dense = spread([record.dense_milliseconds for record in sampled])
@@ -125,11 +119,9 @@ def figures(records: Sequence[FrameRecord]) -> dict:
         # the median is of pairs of forwards of the same frame; the mean includes all keyframes
         "speed_up": {"median": float(np.median(ratios)), "mean": dense["mean"] / streamed["mean"]} if ratios else None,
         "sampled_frames": len(sampled),
-        "compared_frames": len(compared),
+        "compared_frames": len(sampled[1:]),
         "compared_keyframes": sum(record.keyframe for record in sampled[1:]),
-        "cosine_to_dense": {
-            name: spread([cosines[name] for cosines in compared]) for name in ("streamed", "first_frame")
-        },
+        "cosine_to_dense": {name: spread(values[1:]) for name, values in compare_with_dense(records).items()},
         "held_at_cost": held_at_cost(records, mean_cost(records)),
     }
 
@@ -143,8 +135,11 @@ def object_figures(records: Sequence[FrameRecord]) -> dict:
 # --- lines, tensors and captions -----------------------------------------------------------------------------------
 
 
-def frame_line(record: FrameRecord, cosines: dict[str, float] | None) -> dict:
-    """A frame's line in `frames.jsonl`; sampled frames also have `cosines` and the dense milliseconds."""
+def frame_line(record: FrameRecord, first_dense: Tensor | None) -> dict:
+    """
+    A frame's line in `frames.jsonl`. Sampled frames also have the dense milliseconds, and the cosines to dense of the
+    stream and of the first sample's dense embedding, float32 [D].
+    """
     line = {
         "index": record.index,
         "time": round(record.time, 6),
@@ -157,9 +152,10 @@ def frame_line(record: FrameRecord, cosines: dict[str, float] | None) -> dict:
     }
     if record.objects is not None:
         line["objects"] = record.objects
-    if cosines is not None:
-        line["cosine_to_dense"] = round(cosines["streamed"], 7)
-        line["cosine_first_frame"] = round(cosines["first_frame"], 7)
+    dense = record.dense_embedding
+    if dense is not None:
+        line["cosine_to_dense"] = round(cosines(record.embedding, dense).item(), 7)
+        line["cosine_first_frame"] = round(cosines(first_dense, dense).item(), 7)
         line["dense_milliseconds"] = round(record.dense_milliseconds, 3)
     return line
 
@@ -183,21 +179,10 @@ def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, Tensor]:
     return tensors
 
 
-def caption(record: FrameRecord, sample: tuple[float, float] | None) -> str:
-    """The text under a frame; `sample` is time and cosine to dense of the last sampled frame."""
-    encoded = f"all {record.patches}" if record.keyframe else f"{record.active} of {record.patches}"
-    text = f"frame {record.index} ({record.time:.1f} s)   {encoded} patches encoded   cost {record.cost:.3f} of dense"
-    if sample is not None:
-        at = "" if sample[0] == record.time else f" at {sample[0]:.1f} s"
-        text += f"   cosine to dense {sample[1]:.4f}{at}"
-    return text
-
-
-def short_caption(record: FrameRecord, sample: tuple[float, float] | None) -> str:
-    """The same for the contact sheet."""
+def caption(record: FrameRecord) -> str:
+    """The text under a frame."""
     share = "all" if record.keyframe else f"{1 - record.skip_rate:.1%}"
-    cosine = f", cosine {sample[1]:.4f}" if sample else ""
-    return f"time {record.time:.1f} s, encoded {share}{cosine}"
+    return f"time {record.time:.1f} s, encoded {share}, cost {record.cost:.2f}"
 
 
 def gate_rule(gate: NeuroFlowGateConfig) -> str:

@@ -31,7 +31,15 @@ from ..vision.stream import NeuroFlowStream
 from .label_records import label_caption, label_figures, label_line, object_caption
 from .labels import Labels
 from .objects import find_objects, object_line, require_objects_found
-from .overlay import LEGEND, OBJECTS_LEGEND, OverlayWriter, contact_sheet, marked_picture, overlay_frame
+from .overlay import (
+    LEGEND,
+    OBJECTS_LEGEND,
+    OverlayWriter,
+    contact_sheet,
+    marked_picture,
+    outline_objects,
+    overlay_frame,
+)
 from .plots import plot_run
 from .prefetch import prefetch
 from .preprocess import Preprocessor
@@ -39,14 +47,12 @@ from .reader import Frame, VideoError, VideoReader
 from .records import (
     FrameRecord,
     caption,
-    compare_with_dense,
-    cosine,
+    cosines,
     embedding_tensors,
     figures,
     frame_line,
     object_figures,
     run_title,
-    short_caption,
 )
 
 # the summary is moved last: where it exists, the other files are of the same run
@@ -129,10 +135,10 @@ def covered_share(model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor) -
     return preprocess.patches_per_side(patch_size) * patch_size / preprocess.resolution
 
 
-def sampling_step(expected_frames: int | None, keyframe_interval: int | None) -> int:
+def sampling_step(expected_frames: int, keyframe_interval: int | None) -> int:
     """The interval of dense samples, for about 25 in a video."""
     # no factor in common with the keyframe interval: keyframes would be sampled more often than they occur
-    step = max(1, round(expected_frames / DENSE_SAMPLES)) if expected_frames else 10
+    step = max(1, round(expected_frames / DENSE_SAMPLES))
     while keyframe_interval and math.gcd(step, keyframe_interval) > 1:
         step += 1
     return step
@@ -164,12 +170,6 @@ def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess:
     }
 
 
-def require_comparison(dense_every: int | None):
-    """Raise a ValueError if `dense_every` is negative."""
-    if dense_every is not None and dense_every < 0:
-        raise ValueError(f"`dense_every` is {dense_every}; expected a number of frames, or 0 for no comparison.")
-
-
 class RunPictures:
     """Draws the overlay video, with a writer, and the contact sheet, which shows some of each `every`-th frame."""
 
@@ -177,29 +177,28 @@ class RunPictures:
         self.writer, self.names, self.covered, self.every = writer, names, covered, every
         self.drawn = 0
         self.cells: list[tuple[np.ndarray, list[str]]] = []  # pictures and captions for the contact sheet
-        self.sample: tuple[float, float] | None = None  # time of the last sampled frame, and its cosine to dense
 
     def add(self, image: np.ndarray, mask: np.ndarray, record: FrameRecord):
         """Draw a frame."""
-        if record.dense_embedding is not None:
-            self.sample = record.time, cosine(record.embedding, record.dense_embedding)
-        label_lines = [label_caption(record, self.names)] if self.names else []
-        objects = record.objects or ()
-        boxes, texts = [line["box"] for line in objects], [object_caption(line) for line in objects]
+        lines = [caption(record), *([label_caption(record, self.names)] if self.names else [])]
         on_sheet, self.drawn = self.drawn % self.every == 0, self.drawn + 1
         if not on_sheet and self.writer is None:
             return
-        picture = marked_picture(image, mask, self.covered, boxes, texts)
+        picture = marked_picture(image, mask, self.covered)
+        if record.objects:
+            objects = [(line["box"], object_caption(line)) for line in record.objects]
+            picture = outline_objects(picture, objects, picture.shape[1] / image.shape[1])
         if on_sheet:
-            self.cells.append((picture, [short_caption(record, self.sample), *label_lines]))
+            dense = record.dense_embedding
+            compared = "" if dense is None else f", cosine {cosines(record.embedding, dense).item():.4f}"
+            self.cells.append((picture, [lines[0] + compared, *lines[1:]]))
         if self.writer is not None:
-            lines = [caption(record, self.sample), *label_lines]
             self.writer.write(overlay_frame(picture, lines), record.time)
 
     def sheet(self, title: str, legend: str) -> np.ndarray:
         """The contact sheet, uint8 RGB [H, W, 3], of at most SHEET_CELLS frames, evenly spaced."""
         places = np.linspace(0, len(self.cells) - 1, min(SHEET_CELLS, len(self.cells))).round().astype(int)
-        return contact_sheet([self.cells[place] for place in places], title, legend=legend)
+        return contact_sheet([self.cells[place] for place in places], title, legend)
 
     def close(self):
         """Finish the overlay video."""
@@ -255,7 +254,8 @@ def run_video(
         NotADirectoryError, OSError: if `out` is a file or cannot be written to.
     """
     started = time.perf_counter()
-    require_comparison(dense_every)
+    if dense_every is not None and dense_every < 0:
+        raise ValueError(f"`dense_every` is {dense_every}; expected a number of frames, or 0 for no comparison.")
     covered = covered_share(model, preprocess)
     stream = model.new_stream(**(gate_options or {}))
     if objects:
@@ -289,8 +289,7 @@ def run_video(
             status, message = "damaged", str(error)
 
         title = run_title(stream.gate, reader.path.name, preprocess.resolution)
-        compared = compare_with_dense(records)
-        lines = [frame_line(record, compared.get(place)) for place, record in enumerate(records)]
+        lines = [frame_line(record, records[0].dense_embedding) for record in records]
         if labels is not None:
             lines = [line | label_line(record, names) for line, record in zip(lines, records, strict=True)]
         (folder / "frames.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
