@@ -219,7 +219,9 @@ class Recorder:
         processes: Processes | None = None,
     ):
         self.model, self.preprocess, self.settings = model, preprocess, settings
-        self.store = RecordingStore(folder, model, preprocess, code=["../eval/recordings.py"])
+        self.store = RecordingStore(
+            folder, model, preprocess, code=["../eval/recordings.py", "../eval/vision/token_merging.py"]
+        )
         self.processes = processes or Processes()
 
     def path(self, scenes: Sequence[Scene], spec: MethodSpec) -> Path:

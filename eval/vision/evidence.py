@@ -8,7 +8,7 @@ others recorded. Clips are those of `composed_clips.py`, drawings and photograph
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +21,9 @@ from torch.nn import functional
 from eval.recordings import Recorder, Recording, RecordSettings, Scene
 from eval.report import RESULTS, provenance, publish
 from eval.vision.composed_bench import CHECKPOINT
+from eval.vision.token_merging import merging_baselines
 from neuroflow_hf.evaluation.equal_cost import ranked_at
-from neuroflow_hf.evaluation.methods import MethodSpec
+from neuroflow_hf.evaluation.methods import MethodSpec, tower_of
 from neuroflow_hf.evaluation.settings import (
     DENSE,
     FIRST,
@@ -49,6 +50,7 @@ NOTHING = "nothing"
 FRAMES = 125
 QUICK_FRAMES = 1000
 SLOW_MODES = ("mlp",)
+FEW_HOLDS = (4, 8), (0.05, 0.1), (0.15, 0.25), (0.1, 0.2)  # arguments of `hold_baselines` in a quick run
 MOST_CHANGES = 8  # events that are used of one clip; in some clips the label changes all the time
 FEWEST_SCENES = 3  # fewer give no interval
 Statistic = Callable[[np.ndarray], np.ndarray]  # values of drawn scenes [R, S, m] to [R]
@@ -82,12 +84,17 @@ class Plan:
     def specs(self, model: torch.nn.Module) -> list[MethodSpec]:
         """
         The methods to record. A quick run leaves out the slowest mode, and has two settings of each baseline that
-        holds dense frames: with many settings, nearly every frame would be encoded densely for one of them.
+        holds dense frames: with many settings, nearly every frame would be encoded densely for one of them. With few
+        settings, each mode has one, and there is no `extrapolate`, which is the presets' mode.
         """
-        few = self.quick or self.few_settings
-        modes = [spec for spec in mode_methods(few) if not (self.quick and spec.options["mode"] in SLOW_MODES)]
-        controls = [FIRST, *hold_baselines(few=self.quick), *smaller_baselines(model, few)]
-        return chosen([DENSE, *preset_methods(), *modes, *controls], self.methods)
+        few, modes, config = self.quick or self.few_settings, mode_methods(), tower_of(model).config
+        if few:
+            first = {spec.family: spec for spec in reversed(modes)}
+            left_out = ("extrapolate", *(SLOW_MODES if self.quick else ()))
+            modes = [spec for spec in reversed(first.values()) if spec.options["mode"] not in left_out]
+        holds = hold_baselines(*(FEW_HOLDS if self.quick else ()))
+        smaller = [*smaller_baselines(config.patch_size, config.image_size, few), *merging_baselines(model, few)]
+        return chosen([DENSE, *preset_methods(), *modes, FIRST, *holds, *smaller], self.methods)
 
 
 def chosen(specs: Sequence[MethodSpec], names: str | None) -> list[MethodSpec]:
@@ -216,7 +223,7 @@ def record_evidence(
         "seed": SEED,
         "frames": plan.lengths,
         "scenes": [scene.name for scene in scenes],
-        "methods": [spec.to_dict() for spec in specs],
+        "methods": list(map(asdict, specs)),
     }
     return Evidence(scenes, specs, recordings, *texts, plan.settings, about)
 

@@ -101,7 +101,8 @@ def evaluate(
         how = (template or TEMPLATE, weights_dtype, processes.device_for(device), resolution)
         checkpoint = load_checkpoint(source, names, *how, must_read_text=labels is not None)
         chosen = None if methods is None else [name.strip() for name in methods.split(",")]
-        specs = chosen_methods(checkpoint.model, checkpoint.preprocess.resolution, chosen, quick, gate)
+        sides = checkpoint.model.config.patch_size, checkpoint.preprocess.resolution
+        specs = chosen_methods(*sides, chosen, quick, gate)
         with CommandProgress("videos") as progress:
 
             def on_step(video, what, done, total):

@@ -12,7 +12,7 @@ Costs are multiply-adds relative to a dense frame of the same resolution.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.patches import project_patches
 from ..vision.selection import surprise
 from ..vision.tower import VisionTower
-from . import token_merging
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 HELD = ("every", "surprise", "pixels", "first")  # kinds that hold dense embeddings
@@ -36,7 +35,7 @@ class Step:
 
     embeddings: Tensor  # float32 [B, D], the pooled output
     cost: Tensor  # float32 [B], relative to dense
-    skip_rate: Tensor | None = None  # float32 [B], share of patches not encoded; None if the method has no such share
+    skip_rate: Tensor  # float32 [B], share of patches not encoded; NaN if the method has no such share
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,6 @@ class MethodSpec:
     kind: str  # a key of `KINDS`
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the kind's class
     control: bool = False  # whether it is a baseline
-
-    def to_dict(self) -> dict:
-        """The fields as plain values."""
-        return asdict(self)
 
     @property
     def shares_dense(self) -> bool:
@@ -135,12 +130,10 @@ class Method(ABC):
     Gives an embedding for every frame.
 
     Attributes:
-        name: the method and its setting.
         follows: whether an embedding depends on earlier frames, so that the method has to see all frames.
         nbytes: size of what the method remembers of the videos.
     """
 
-    name = ""
     follows = True
     nbytes = 0
 
@@ -168,15 +161,14 @@ class EachFrame(Method):
     """Encodes each frame independently, at the same cost."""
 
     follows = False
-    skip_rate: float | None = None
+    skip_rate = math.nan
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
         count, rows = len(pixel_values), true_rows(wanted, len(pixel_values))
         found, spent = self.encode(pixel_values, rows)
         embeddings = found.new_full((count, found.shape[-1]), math.nan, dtype=torch.float32)
         embeddings[rows] = found.float()
-        skip_rate = None if self.skip_rate is None else torch.full((count,), self.skip_rate)
-        return Step(embeddings, torch.full((count,), spent), skip_rate)
+        return Step(embeddings, torch.full((count,), spent), torch.full((count,), self.skip_rate))
 
     @abstractmethod
     def encode(self, pixel_values: Tensor, rows: Sequence[int]) -> tuple[Tensor, float]:
@@ -199,38 +191,17 @@ class Smaller(EachFrame):
     """
     Every frame dense at `resolution` pixels a side, with interpolated positions. Resizing is not counted, because
     preprocessing can resize to fewer pixels at no more cost.
-
-    Raises:
-        ValueError: if `resolution` is no multiple of the patch size.
     """
 
     def __init__(self, model: nn.Module, resolution: int):
         self.tower, self.resolution = tower_of(model), resolution
-        patch = self.tower.config.patch_size
-        if resolution < patch or resolution % patch:
-            raise ValueError(f"`resolution` is {resolution}; expected a multiple of the patch size, {patch}.")
 
     def encode(self, pixel_values: Tensor, rows: Sequence[int]) -> tuple[Tensor, float]:
         side = (self.resolution, self.resolution)
-        pixels = functional.interpolate(
-            pixel_values[rows].float(), size=side, mode="bilinear", antialias=True, align_corners=False
-        ).to(pixel_values.dtype)
+        pixels = functional.interpolate(pixel_values[rows].float(), size=side, mode="bilinear", antialias=True)
+        pixels = pixels.to(pixel_values.dtype)
         spent, whole = (dense_cost(self.tower, patches_of(self.tower, some)) for some in (pixels, pixel_values))
         return self.tower(pixels, interpolate_pos_encoding=True).pooler_output, spent / whole
-
-
-class Merged(EachFrame):
-    """Every frame with token merging; `r` and `schedule` are as in `token_merging.make_schedule`."""
-
-    def __init__(self, model: nn.Module, r: int, schedule: str = "constant"):
-        self.tower = tower_of(model)
-        self.schedule = token_merging.make_schedule(schedule, r, len(self.tower.encoder.layers))
-
-    def encode(self, pixel_values: Tensor, rows: Sequence[int]) -> tuple[Tensor, float]:
-        embeddings, _, _ = token_merging.encode(self.tower, pixel_values[rows], self.schedule)
-        patches = patches_of(self.tower, pixel_values)
-        spent = token_merging.frame_cost(self.schedule, patches, **sizes_of(self.tower))
-        return embeddings, spent / dense_cost(self.tower, patches)
 
 
 class Streamed(Method):
@@ -318,14 +289,9 @@ class EveryFrames(Held):
     """
     A keyframe every k frames; for None, only the first frame. The keyframes of several videos fall on different
     frames, so that frames sampled at regular intervals favour no k. `how` is `frames` and `budget`.
-
-    Raises:
-        ValueError: if k is below 1.
     """
 
     def __init__(self, model: nn.Module, k: int | None = None, **how):
-        if k is not None and k < 1:
-            raise ValueError(f"`k` is {k}; expected a number of frames of at least 1, or None for never.")
         super().__init__(model, **how)
         self.k = k
 
@@ -341,16 +307,9 @@ class EveryFrames(Held):
 
 
 class Difference(Held):
-    """
-    A keyframe when a frame differs from the last keyframe by more than `level`. `how` is `frames` and `budget`.
-
-    Raises:
-        ValueError: if `level` is negative or NaN.
-    """
+    """A keyframe when a frame differs from the last keyframe by more than `level`. `how` is `frames` and `budget`."""
 
     def __init__(self, model: nn.Module, level: float, **how):
-        if not level >= 0:
-            raise ValueError(f"`level` is {level}; expected a number of at least 0.")
         super().__init__(model, **how)
         self.level = level
         self.reference: Tensor | None = None
@@ -423,23 +382,10 @@ KINDS: dict[str, type[Method]] = {
     "surprise": PatchSurprise,
     "pixels": PixelDifference,
     "smaller": Smaller,
-    "merged": Merged,
 }
 
 
 def make_methods(model: nn.Module, specs: Sequence[MethodSpec]) -> list[Method]:
-    """
-    Make methods from their descriptions. Methods that return dense embeddings share them.
-
-    Raises:
-        ValueError: for an unknown kind, and options out of range.
-    """
-    frames, methods = DenseFrames(model), []
-    for spec in specs:
-        if spec.kind not in KINDS:
-            raise ValueError(f"There is no kind of method {spec.kind!r}; expected one of {', '.join(KINDS)}.")
-        shared = {"frames": frames} if spec.shares_dense else {}
-        method = KINDS[spec.kind](model, **shared, **spec.options)
-        method.name = spec.name
-        methods.append(method)
-    return methods
+    """Make methods from their descriptions. Methods that return dense embeddings share them."""
+    shared = {"frames": DenseFrames(model)}
+    return [KINDS[spec.kind](model, **(shared if spec.shares_dense else {}), **spec.options) for spec in specs]

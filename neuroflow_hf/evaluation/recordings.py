@@ -17,7 +17,7 @@ from ..vision.gate_config import NeuroFlowGateConfig
 from .methods import MethodSpec, tower_of
 
 # code (except that of the models) and libraries that all recordings depend on
-CODE = ("evaluation/methods.py", "evaluation/token_merging.py", "video/preprocess.py")
+CODE = ("evaluation/methods.py", "video/preprocess.py")
 LIBRARIES = ("torch", "transformers", "pillow")
 
 

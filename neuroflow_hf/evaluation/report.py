@@ -138,9 +138,9 @@ READING = """\
   earlier one. On small models, time saved is less than cost saved.
 - *Mean, p5, p1*: mean, 5th and 1st percentile of the cosine between a frame's embedding and dense's.
 - *Best baseline*: the best, at no more than the method's own cost, of: the first frame repeated; dense every k frames;
-  dense when the patches or the pixels differ enough from the last dense frame; a smaller input; Token Merging. Between
-  two settings, a baseline's figure (p5 and p1, too) is that of their mixture. The best is chosen for each figure after
-  the fact, with one setting for all videos.
+  dense when the patches or the pixels differ enough from the last dense frame; a smaller input. Between two settings,
+  a baseline's figure (p5 and p1, too) is that of their mixture. The best is chosen for each figure after the fact,
+  with one setting for all videos.
 - *Difference*: to that baseline, with the 95 % interval of a paired bootstrap, for fixed settings of the baseline. The
   bootstrap draws whole videos; with fewer than five videos, it draws blocks of ten frames, which says nothing about
   other videos. *Above* and *below*: the interval does not contain zero. *Unknown*: too little data to draw from.

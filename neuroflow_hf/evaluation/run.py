@@ -122,14 +122,13 @@ def record(checkpoint: Checkpoint, reader: VideoReader, specs: Sequence[MethodSp
                 embedding = step.embeddings[0].float().cpu()
                 if not embedding.isfinite().all():
                     raise ValueError(
-                        f"{method.name} gives an embedding with NaN or infinite values for frame {number} of "
+                        f"{spec.name} gives an embedding with NaN or infinite values for frame {number} of "
                         f"{reader.path}. Choose another --dtype: the range of float16 is too small for some "
                         "checkpoints."
                     )
                 if spec.kind in HELD:  # a copy of a dense embedding, which other methods may have computed
                     embedding, spent = embedding.new_empty(0), math.nan
-                skip = math.nan if step.skip_rate is None else step.skip_rate[0].item()
-                rows[spec.name].append((embedding, step.cost[0].item(), skip, spent))
+                rows[spec.name].append((embedding, step.cost[0].item(), step.skip_rate[0].item(), spent))
     if len(rows[specs[0].name]) < 2:
         raise VideoError(f"{reader.path} gives a single frame; expected at least two to compare.")
     recordings = {}
@@ -300,7 +299,7 @@ class Evaluation:
         families, asked = baseline_families(outcomes), questions(dense, len(names))
         bootstrap = {"samples": self.settings.samples, "seed": self.settings.seed}
         for outcome, of_videos in zip(outcomes, zip(*measured.values(), strict=True), strict=True):
-            entry = outcome.spec.to_dict() | {
+            entry = asdict(outcome.spec) | {
                 "figures": outcome_figures(outcome, None if outcome is dense else dense, len(names)),
                 "videos": [video_figures(of_video) for of_video in of_videos],
             }

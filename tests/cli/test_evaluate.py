@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from neuroflow_hf.evaluation import run as eval_run
 from neuroflow_hf.evaluation.datasets import VideoSet, find_videos
 from neuroflow_hf.evaluation.methods import Dense, MethodSpec, Step
 from neuroflow_hf.evaluation.run import EvalSettings, Evaluation, load_checkpoint
-from neuroflow_hf.evaluation.settings import DENSE, FIRST, smaller_baselines
+from neuroflow_hf.evaluation.settings import DENSE, FIRST
 from tests.cli.test_run import assert_clean_error, call, write_clip
 from tests.conftest import PROCESSOR, TINY_TEXT, TINY_VISION, lively
 from tests.processes import call_in_two, neuroflow
@@ -139,7 +138,7 @@ def test_figures_are_beside_the_baselines(finished):
     families = {entry["family"] for entry in report["methods"] if entry["control"]}
     within = {"surprise over 0.02, budget", "surprise over 0.1, budget"}
     holds = {"first frame", "every k", "surprise", "pixel difference", *within}
-    assert holds | {"smaller input", "ToMe, constant"} == families
+    assert holds | {"smaller input"} == families
     accuracy = ours["figures"]["accuracy"]
     answers = [figures["label"] for figures in ours["videos"]]
     right = sum(answer == truth for answer, truth in zip(answers, report["truths"], strict=True))
@@ -289,7 +288,8 @@ def test_a_recording_is_of_the_libraries_that_the_report_names(videos, folder, t
 def test_embeddings_that_are_not_finite_are_refused(videos, folder, tmp_path, monkeypatch):
     clip = find_videos(videos / "Dog" / "a.mkv")
     checkpoint = load_checkpoint(folder, device="cpu")
-    monkeypatch.setattr(Dense, "step", lambda self, pixels, wanted=None: Step(torch.full((1, 4), math.nan), pixels))
+    step = Step(torch.full((1, 4), math.nan), torch.ones(1), torch.zeros(1))
+    monkeypatch.setattr(Dense, "step", lambda self, pixels: step)
     job = Evaluation(checkpoint, clip, tmp_path, [DENSE])
     with pytest.raises(ValueError, match=r"dense gives an embedding with NaN.*frame 0 of .*a\.mkv.*--dtype"):
         job.run()
@@ -337,16 +337,6 @@ def test_another_resolution_and_type(videos, folder, tmp_path):
     assert report["model"]["grid"] == [8, 8] and report["model"]["dtype"] == "bfloat16"
     sides = [entry["options"]["resolution"] for entry in report["methods"] if entry["kind"] == "smaller"]
     assert sides and all(side < 32 and side % 4 == 0 for side in sides)
-
-
-def test_controls_keep_their_proportions():
-    tower = SimpleNamespace(config=SimpleNamespace(image_size=224, patch_size=14))
-    options, doubled = ([spec.options for spec in smaller_baselines(tower, True, size)] for size in (None, 448))
-    assert options == [spec.options for spec in smaller_baselines(tower, True, 224)]
-    assert [one["resolution"] for one in options[:2]] == [56, 112]
-    assert [one["resolution"] for one in doubled[:2]] == [112, 224]
-    assert options[2:] == [{"r": 64, "schedule": "constant"}, {"r": 20, "schedule": "decreasing"}]
-    assert doubled[2:] == [{"r": 256, "schedule": "constant"}, {"r": 80, "schedule": "decreasing"}]
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ PREPROCESS = Preprocessor(IMAGE_SIZE)
 SETTINGS = RecordSettings(dense_every=4, before=2, after=3)
 CONTEXT = MethodSpec("context", "context", "stream", {"mode": "context", "threshold": 0.01})
 EVERY = MethodSpec("every 5", "every k", "every", {"k": 5}, control=True)
-MERGED = MethodSpec("ToMe 4", "ToMe", "merged", {"r": 4}, control=True)
-SPECS = [DENSE, CONTEXT, FIRST, EVERY, MERGED]
+SMALLER = MethodSpec("16 px", "smaller input", "smaller", {"resolution": 16}, control=True)
+SPECS = [DENSE, CONTEXT, FIRST, EVERY, SMALLER]
 COUNT = 24
 
 
@@ -102,8 +102,8 @@ def test_a_recording_holds_what_methods_give(vision, tmp_path):
         assert torch.equal(first, first[:1].expand_as(first))
         assert found["context"][column].nbytes[1:].unique().tolist() == [stream.nbytes // 3]
         assert found["dense"][column].cost.unique().tolist() == [1.0]
-        assert found["ToMe 4"][column].cost.shape == (COUNT,)
-        assert found["ToMe 4"][column].cost.unique().numel() == 1
+        assert found["16 px"][column].cost.shape == (COUNT,)
+        assert found["16 px"][column].cost.unique().numel() == 1
     assert found["context"][0].about["settings"]["dense_every"] == 4
 
 
@@ -133,7 +133,7 @@ def test_what_is_there_is_not_recorded_again(vision, tmp_path, passes):
     recorder = make_recorder(vision, tmp_path)
     recorder.run([SCENES], SPECS)
     together = ["dense", FIRST.name, "every 5"]
-    assert sorted(passes) == sorted([together, ["context"], ["ToMe 4"]])
+    assert sorted(passes) == sorted([together, ["context"], ["16 px"]])
     before = {spec.name: recorder.load(SCENES, spec) for spec in SPECS}
     passes.clear()
     recorder.run([SCENES], SPECS)
@@ -191,7 +191,7 @@ def test_methods_that_hold_dense_frames_are_recorded_together():
     assert [[spec.name for spec in together] for together in passes_of(SPECS)] == [
         ["dense", FIRST.name, "every 5"],
         ["context"],
-        ["ToMe 4"],
+        ["16 px"],
     ]
 
 

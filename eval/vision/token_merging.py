@@ -8,7 +8,7 @@ averages, weighted by the number of patches that each token stands for, its size
 adds the logarithm of the size to a token's scores. The paper has a class token; SigLIP's pooling head has a probe, to
 whose scores the logarithms are added, too. Schedule `"decreasing"` merges most in the first layers (section 4).
 
-B frames, n tokens, D features, N patches.
+B frames, n tokens, D features, N patches. Importing this module adds the kind `merged` to `make_methods`.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..vision import cost
-from ..vision.patches import project_patches
+from neuroflow_hf.evaluation.methods import KINDS, EachFrame, MethodSpec, dense_cost, patches_of, sizes_of, tower_of
+from neuroflow_hf.vision import cost
+from neuroflow_hf.vision.patches import project_patches
+
+# of the patches, in each layer; by schedule
+SHARES = {"constant": (0.25, 0.08, 0.04, 0.15), "decreasing": (0.08, 0.04, 0.15)}
 
 
 def make_schedule(name: str, r: int, num_layers: int) -> list[int]:
@@ -145,3 +149,34 @@ def frame_cost(
         spent += cost.attention(tokens_before, tokens_before, tokens_before, dim)
         spent += matching_cost(tokens_before, r, dim, num_heads) + cost.mlp(tokens, dim, inner)
     return spent + cost.pooling_head(tokens, dim, inner, num_heads, folded=False)
+
+
+class Merged(EachFrame):
+    """Every frame with token merging; `r` and `schedule` are as in `make_schedule`."""
+
+    def __init__(self, model: nn.Module, r: int, schedule: str = "constant"):
+        self.tower = tower_of(model)
+        self.schedule = make_schedule(schedule, r, len(self.tower.encoder.layers))
+
+    def encode(self, pixel_values: Tensor, rows: Sequence[int]) -> tuple[Tensor, float]:  # noqa: D102  # inherited
+        embeddings, _, _ = encode(self.tower, pixel_values[rows], self.schedule)
+        patches = patches_of(self.tower, pixel_values)
+        return embeddings, frame_cost(self.schedule, patches, **sizes_of(self.tower)) / dense_cost(self.tower, patches)
+
+
+KINDS["merged"] = Merged
+
+
+def merging_baselines(model: nn.Module, few: bool = False) -> list[MethodSpec]:
+    """Token merging with both schedules at several r; with `few`, at one each."""
+    config = tower_of(model).config
+    patches = (config.image_size // config.patch_size) ** 2
+    settings = dict.fromkeys(
+        (max(1, round(share * patches)), schedule)
+        for schedule, shares in SHARES.items()
+        for share in (shares[:1] if few else shares)
+    )
+    return [
+        MethodSpec(f"ToMe {r}, {schedule}", f"ToMe, {schedule}", "merged", {"r": r, "schedule": schedule}, True)
+        for r, schedule in settings
+    ]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from neuroflow_hf.evaluation import token_merging as tome
-from neuroflow_hf.evaluation.methods import dense_cost, sizes_of
+from eval.vision import token_merging as tome
+from neuroflow_hf.evaluation.methods import dense_cost, make_methods, sizes_of
 from neuroflow_hf.vision import cost as cost
 from tests.conftest import IMAGE_SIZE, NUM_PATCHES, assert_close_in_norm
 
@@ -114,3 +114,14 @@ def test_what_is_counted(vision):
 def test_a_schedule_that_does_not_fit_is_refused(vision, schedule):
     with pytest.raises(ValueError, match="for each of 3"):
         tome.encode(vision, pictures(), schedule)
+
+
+def test_the_baselines_merge_shares_of_the_patches(vision):
+    specs = tome.merging_baselines(vision, few=True)
+    options = [{"r": 9, "schedule": "constant"}, {"r": 3, "schedule": "decreasing"}]
+    assert [spec.options for spec in specs] == options and all(spec.control for spec in specs)
+    assert len(tome.merging_baselines(vision)) > 4
+    for method in make_methods(vision, specs):
+        with torch.inference_mode():
+            step = method.step(pictures())
+        assert step.embeddings.shape == (2, 32) and (step.cost < 1).all() and step.skip_rate.isnan().all()
