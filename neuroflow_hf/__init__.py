@@ -15,7 +15,6 @@ from .export import export_stream
 from .language.bypass_config import NeuroFlowBypassConfig
 from .language.bypass_state import BypassStatistics
 from .language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
-from .language.drafter import NeuroFlowDrafter, NeuroFlowDrafterConfig
 from .language.lossless_config import NeuroFlowLosslessConfig
 from .language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM, NeuroFlowPhi3Model
 from .language.speculative_decoding import LosslessCounts, NeuroFlowLosslessOutput
@@ -67,8 +66,6 @@ __all__ = [
     "NeuroFlowDinov2Model",
     "NeuroFlowDinov2WithRegistersConfig",
     "NeuroFlowDinov2WithRegistersModel",
-    "NeuroFlowDrafter",
-    "NeuroFlowDrafterConfig",
     "NeuroFlowGateConfig",
     "NeuroFlowLosslessConfig",
     "NeuroFlowLosslessOutput",

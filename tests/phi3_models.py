@@ -7,7 +7,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
-from neuroflow_hf.language.drafter import NeuroFlowDrafter
 
 VOCABULARY = 61
 TINY = {
@@ -78,12 +77,6 @@ def adopt(stock, bypass=None):
 def make_ours(kind="plain", seed=0, bypass=None, **options):
     """A NeuroFlow model of a lively stock model's weights."""
     return adopt(make_stock(kind, seed, **options), bypass)
-
-
-def make_drafter(model, tokens=None, intermediate_size=32):
-    """An untrained drafter for a tiny model: of all tokens but every fourth, or of those given."""
-    tokens = [token for token in range(model.config.vocab_size) if token % 4] if tokens is None else tokens
-    return NeuroFlowDrafter.for_model(model, tokens, "tiny", "0" * 16, intermediate_size)
 
 
 def random_ids(batch_size=1, length=5, seed=0):

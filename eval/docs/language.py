@@ -1,4 +1,4 @@
-"""Tables of drift, of lossless generation, and of drafters."""
+"""Tables of drift and of lossless generation."""
 
 from eval.docs.cells import estimate, table
 from eval.language import json_drift
@@ -27,26 +27,6 @@ def lossless_table(report: dict) -> str:
         "stock model's: {2} where its two highest logits are within rounding, {3} elsewhere."
     )
     return table(rows, columns, note.format(report["command"], measured, *differ, **settings))
-
-
-def drafter_speed_table(report: dict) -> str:
-    """Speed with a trained drafter, alone and beside the lookup, and with the lookup alone."""
-    names = ("lookup", "drafter", "drafter and lookup")
-    summary = {task: {name: rows[name] for name in names} for task, rows in report["summary"].items()}
-    return lossless_table({**report, "summary": summary})
-
-
-def drafter_table(report: dict) -> str:
-    """How often a trained drafter's drafts agree with the model on held-out prompts, and after each epoch."""
-    rows = [{"task": task, **row} for task, row in report["held_out"].items()]
-    columns = {"task": "{task}", "held-out tokens": "{tokens}", "first draft token agrees": "{agreement[0]:.0%}"}
-    columns |= {"first two agree": "{agreement[1]:.0%}", "all three agree": "{agreement[2]:.0%}"}
-    epochs = ", ".join(f"{first:.0%}" for first, *_ in report["agreement"])
-    note = (
-        f"`{report['command']}`: {report['texts']} texts of {report['tokens']} tokens. First token after each epoch:"
-    )
-    costs = f"draft token {report['draft']:.2f}, verification of one {report['check'][0]:.2f}"
-    return table(rows, columns, f"{note} {epochs}. Times at its end, in dense steps: {costs}.")
 
 
 def drift_table(report: dict) -> str:

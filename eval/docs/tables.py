@@ -33,8 +33,6 @@ from eval.docs.fidelity import (
 from eval.docs.labels import accuracy_table, labels_table, laws_table, motion_table, motions_table, reaction_table
 from eval.docs.language import (
     check_table,
-    drafter_speed_table,
-    drafter_table,
     drift_table,
     findings_table,
     json_table,
@@ -179,8 +177,6 @@ BLOCKS = {
     "static tokens": (static_tokens_table, "static_tokens"),
     "export": (export_table, "export_fidelity"),
     "lossless": (lossless_table, "benchmark_lossless"),
-    "drafter": (drafter_table, "drafter_training"),
-    "drafter speed": (drafter_speed_table, "benchmark_drafter"),
     "checks": (check_table, "check_costs"),
 }
 

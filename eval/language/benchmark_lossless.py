@@ -2,14 +2,12 @@
 How fast lossless generation is: the loop with each drafter and without drafts, and transformers' own loops.
 
     python -m eval.language.benchmark_lossless --limit 10 --new-tokens 48 --turns 1    # SmolLM2, fetched on first use
-    python -m eval.language.benchmark_lossless --drafter FOLDER --limit 10 --new-tokens 48 --turns 1
 
 Greedy text until the end token or `--new-tokens`, prompt included in the time. All variants take turns on every
 prompt, in a new random order each time, so that a slow phase of the machine affects all alike. A prompt's time is the
 median of its turns. Comparisons are paired: a variant's speed on a prompt over that of the loop without drafts. The
 stock model's own `generate`, with and without its prompt lookup, tells the gain of a lean loop from the gain of
-drafts. With `--bypass`, the bypassed model drafts, too; with `--drafter`, a trained drafter alone, and together with
-the lookup.
+drafts. With `--bypass`, the bypassed model drafts, too.
 
 Processor time counts, since other programs delay the clock on a shared machine; the clock is written down, too. The
 rule that decides whether drafting pays reads processor time here, and the clock elsewhere.
@@ -49,7 +47,6 @@ from neuroflow_hf.utils.provenance import checkout_commit, model_version
 
 STOCK = {"stock": {}, "stock lookup": {"prompt_lookup_num_tokens": 10}}  # 10: the value of transformers' guide
 DRAFTERS = {"dense": "none", "lookup": "lookup", "bypass": "bypass"}
-TRAINED = {"drafter": {"max_ngram": 0}, "drafter and lookup": {}}  # variants of `--drafter`, and their options
 CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
 ROUNDING = 1e-5
 RESAMPLES = 2000
@@ -75,9 +72,7 @@ def generate(model, ids: torch.Tensor, variant: str, options: dict, new_tokens: 
     else:
         kwargs["custom_generate"] = functools.partial(
             decode_losslessly,
-            options=NeuroFlowLosslessConfig.from_options(
-                {**options, **TRAINED[variant]} if variant in TRAINED else {**options, "drafter": DRAFTERS[variant]}
-            ),
+            options=NeuroFlowLosslessConfig.from_options({**options, "drafter": DRAFTERS[variant]}),
             make_drafts=functools.partial(Drafts, clock=time.process_time),
         )
     begun = {name: clock() for name, clock in CLOCKS.items()}
@@ -189,9 +184,6 @@ def main(
     bypass: Annotated[
         str | None, typer.Option(help="JSON: options of a bypass that drafts.", show_default="none drafts")
     ] = None,
-    drafter: Annotated[
-        Path | None, typer.Option(help="Folder of a trained drafter.", show_default="none drafts")
-    ] = None,
     threads: Annotated[int, typer.Option(help="Number of torch threads.")] = 1,
     seed: Annotated[int, typer.Option(help="Random seed for the order of variants.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore what is in the file.")] = False,
@@ -201,17 +193,13 @@ def main(
     model = model or smollm2_folder()
     torch.set_num_threads(threads)
     lossless = {"bypass": json.loads(bypass)} if bypass else {}
-    lossless |= {"drafter": str(drafter)} if drafter else {}
-    variants = [name for name in (*STOCK, *DRAFTERS) if name != "bypass" or bypass] + (
-        list(TRAINED) if drafter else []
-    )
+    variants = [name for name in (*STOCK, *DRAFTERS) if name != "bypass" or bypass]
     settings = {
         "model": model.name,
         "weights": digest_of(*sorted(model.glob("*.safetensors"))),
         "prompts": digest_of(prompts),
         **{"new_tokens": new_tokens, "least_tokens": LEAST_TOKENS, "turns": turns, "seed": seed, "dtype": "float32"},
         "options": lossless,
-        "drafter": drafter and digest_of(*sorted(drafter.glob("*.safetensors"))),
         "variants": variants,
         **{name: provenance()[name] for name in ("machine", "versions")},
         "code": model_version(),

@@ -55,13 +55,10 @@ def load_with_decoding(how: dict, own: dict, raw: bool = False) -> tuple[Any, An
     own = given_bypass(own)
     if how["bypass"] and how["lossless"]:
         raise ValueError("--lossless drafts by lookup, or by the bypass options given; leave out --bypass.")
-    if how["drafter"] and (own or not how["lossless"]):
-        raise ValueError("--drafter drafts for --lossless; give that, and no bypass.")
 
     import torch
 
     from ..drift.continuation import Decoding
-    from ..language.drafter import load_drafter
     from ..language.lossless_config import NeuroFlowLosslessConfig
     from ..loading import dtype_named, load_language_model
 
@@ -80,10 +77,7 @@ def load_with_decoding(how: dict, own: dict, raw: bool = False) -> tuple[Any, An
         decoding = replace(decoding, bypass=own)
     if how["lossless"]:
         drafts = {"drafter": "bypass", "bypass": own} if own else True
-        drafts = {"drafter": how["drafter"]} if how["drafter"] else drafts
         options = NeuroFlowLosslessConfig.from_options(drafts, model.config.lossless)
         options.draft_bypass(model.config.num_hidden_layers, model.config.bypass_similarities)
-        if options.is_trained:
-            load_drafter(options.drafter, model)
         decoding = replace(decoding, bypass=None, lossless=drafts)
     return model, tokenizer, decoding

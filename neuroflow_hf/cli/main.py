@@ -16,7 +16,6 @@ from .generate import generate
 from .run import run
 from .search import search
 from .tune import tune
-from .tune_drafts import tune_drafts
 from .watch import watch
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -42,8 +41,8 @@ def main(
 
 COMMANDS = (
     *(run, embed, search, watch, serve_app, tune, distill, evaluate),
-    *(generate, chat, calibrate, drift, convert, tune_drafts),
+    *(generate, chat, calibrate, drift, convert),
 )
-NAMES = {serve_app: "app", evaluate: "eval", tune_drafts: "tune-drafts"}
+NAMES = {serve_app: "app", evaluate: "eval"}
 for command in COMMANDS:
     app.command(NAMES.get(command))(command)

@@ -59,17 +59,6 @@ GENERATION: Group = {
         ],
         False,
     ),
-    "drafter": (
-        Annotated[
-            str | None,
-            option(
-                "Folder with a drafter for --lossless, such as `neuroflow tune-drafts` writes.",
-                default="none",
-                panel=BYPASS,
-            ),
-        ],
-        None,
-    ),
 }
 
 bypass = functools.partial(unset, panel=BYPASS)

@@ -3,12 +3,10 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
-from operator import mul
 
 from .lossless_config import NeuroFlowLosslessConfig
 
-DraftWithModel = Callable[[int], tuple[list[int], list[float]]]  # `length -> tokens and their probabilities`
+DraftWithModel = Callable[[int], list[int]]  # `length -> tokens`
 LENGTHS = (1, 3, 7, 15, 31)  # with the last token, a verification feeds a power of two, which matrix products like
 FIRST_LENGTH = 3  # of the drafts whose times are the first to be known
 FIRST_DRAFTS = 2
@@ -16,7 +14,6 @@ FIRST_DRAFTS = 2
 # lookup by the tokens that it found; those of SmolLM2's texts
 FIRST_RATES = (2 / 3, 0.2, 0.45, 0.55, 0.7)
 FIRST_TRIED = 3.0
-FIRST_SPEED, FIRST_STEPS = 1.3, 8.0  # of a trained drafter, as if it had been seen for so many dense steps
 MEMORY = 0.8  # weight of what was seen before a draft, beside the draft
 
 
@@ -102,20 +99,6 @@ def best_length(
     return max((0, *lengths), key=lambda n: expected_speed(acceptance, draft_seconds, check_seconds, n))
 
 
-def worth_checking(probabilities: Sequence[float], check_seconds: Callable[[int], float]) -> int:
-    """
-    How many tokens of a draft to verify, by their probabilities, for the most tokens in a time; that of the draft is
-    spent.
-
-    Args:
-        probabilities: of each token, if those before it are kept.
-        check_seconds: as of [`best_length`].
-    """
-    expected = [1.0, *accumulate(probabilities, mul)]  # the verification's own token, then each of the draft
-    tokens = list(accumulate(expected))
-    return max(range(len(tokens)), key=lambda length: tokens[length] / check_seconds(length))
-
-
 def interpolated(points: Sequence[tuple[int, float]], place: int) -> float:
     """The value at a place: linear between points (place, value) in rising order, and beyond the last two."""
     if len(points) == 1:
@@ -135,12 +118,10 @@ class Drafts:
     - A lookup that found more tokens is kept more often, so each length found has a running acceptance rate of its
       own. Where a lookup does not pay, it is still compared with the text, and may come to pay.
     - The bypassed model has one acceptance rate. Where it does not pay, it stays off.
-    - A trained drafter drafts where no lookup is expected to be faster. It knows how probable its tokens are, so only
-      as many are verified as pay. It stays off once its drafts took more time than they saved.
 
     Args:
         options: options of the lossless generation.
-        draft_with_model: `length -> tokens and their probabilities`, of the bypassed model or the trained drafter.
+        draft_with_model: `length -> tokens`, of the bypassed model.
         clock: seconds.
     """
 
@@ -151,20 +132,17 @@ class Drafts:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.options, self.draft_with_model, self.clock = options, draft_with_model, clock
-        self.uses_lookup = options.drafter == "lookup" or (options.is_trained and options.max_ngram > 0)
         self.lookup = Lookup(options.max_ngram)
         self.lengths = sorted({min(length, options.max_draft) for length in LENGTHS})
         # by the tokens that a lookup found; of 0: the bypassed model's
         last = len(FIRST_RATES) - 1
         self.rates = [AcceptanceRate(FIRST_RATES[min(found, last)]) for found in range(options.max_ngram + 1)]
-        self.found = 0  # tokens found for the last draft; 0 for a draft by a model
+        self.found = 0  # tokens found for the last draft; 0 for one by the bypassed model
         self.drafts = 0
-        self.draft_seconds = [math.inf, math.inf]  # least time of a draft token by a model, and by lookup
+        self.draft_seconds = math.inf  # least time of a draft token
         self.check_seconds: dict[int, float] = {}  # least time of a verification by its number of draft tokens
         self.checked_from = 0.0
         self.expected: tuple[int, int] | None = None  # index in the text and token of a lookup that was not used
-        self.tried = 0  # tokens that the trained drafter drafted last, verified or not
-        self.trained_tokens, self.trained_steps = FIRST_SPEED * FIRST_STEPS, FIRST_STEPS  # its steps in dense ones
 
     def next(self, tokens: list[int], limit: int) -> list[int]:
         """A draft of at most `limit` tokens to follow `tokens`; empty where nothing is found, or drafting is off."""
@@ -173,23 +151,18 @@ class Drafts:
             self.rates[self.found].learn(1, int(tokens[index] == token))
             self.expected = None
         started, draft = self.clock(), []
-        self.found, start = self.lookup.find(tokens) if self.uses_lookup else (0, 0)
+        self.found, start = self.lookup.find(tokens) if self.options.drafter == "lookup" else (0, 0)
         length = min(self.length(), limit) if self.found or self.options.drafter == "bypass" else 0
-        if self.options.is_trained and limit > 0 and self.is_trained_better(length):
-            most = min(limit, self.options.draft_length or self.options.max_draft)
-            self.found, draft = 0, self.draft_with_drafter(most)
-        elif self.found and length > 0:
+        if self.found and length > 0:
             draft = repeated(tokens, start, length)
         elif self.found:
             self.expected = (len(tokens), tokens[start])
         elif length > 0:
-            draft, _ = self.draft_with_model(length)
+            draft = self.draft_with_model(length)
         self.checked_from = self.clock()
-        made = self.tried or len(draft)
-        if made:
-            by_lookup = bool(self.found)
+        if draft:
             self.drafts += 1
-            self.draft_seconds[by_lookup] = min(self.draft_seconds[by_lookup], (self.checked_from - started) / made)
+            self.draft_seconds = min(self.draft_seconds, (self.checked_from - started) / len(draft))
         return draft
 
     def length(self) -> int:
@@ -204,31 +177,12 @@ class Drafts:
 
     @property
     def seconds_of_draft(self) -> float:
-        """Least time of a draft token of the kind that `found` tells; before the first, as if it took none."""
-        seconds = self.draft_seconds[bool(self.found)]
-        return 0.0 if math.isinf(seconds) else seconds
+        """Least time of a draft token; before the first, as if it took none."""
+        return 0.0 if math.isinf(self.draft_seconds) else self.draft_seconds
 
     def seconds_of_check(self, drafted: int) -> float:
         """Time of a verification of so many draft tokens, by the measured ones around it."""
         return interpolated(sorted(self.check_seconds.items()), drafted)
-
-    def is_trained_better(self, length: int) -> bool:
-        """Whether the trained drafter is expected to be faster than a lookup of this length, and than dense."""
-        if self.options.draft_length:
-            return not length
-        if 0 not in self.check_seconds:
-            return False
-        speed = self.trained_tokens / self.trained_steps  # in tokens per dense step, as is the lookup's
-        lookup = expected_speed(self.rates[self.found].value, self.seconds_of_draft, self.seconds_of_check, length)
-        return speed > max(1.0, lookup * self.check_seconds[0] if length else 0.0)
-
-    def draft_with_drafter(self, limit: int) -> list[int]:
-        """The tokens of a draft of at most `limit` by the trained drafter that are worth their verification."""
-        draft, probabilities = self.draft_with_model(limit)
-        self.tried = len(draft)
-        if self.options.draft_length or self.drafts < FIRST_DRAFTS:
-            return draft
-        return draft[: worth_checking(probabilities, self.seconds_of_check)]
 
     def record_check(self, drafted: int) -> None:
         """Take the time of the verification that ends now and began when the draft was there."""
@@ -237,11 +191,5 @@ class Drafts:
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Take in how many tokens of the last draft were kept."""
-        if self.tried:
-            if not self.options.draft_length:
-                took = self.tried * self.draft_seconds[0] + self.seconds_of_check(drafted)
-                self.trained_tokens += 1 + accepted
-                self.trained_steps += took / self.check_seconds[0]
-            self.tried = 0
-        elif drafted:
+        if drafted:
             self.rates[self.found].learn(drafted, accepted)

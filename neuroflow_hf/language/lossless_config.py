@@ -1,7 +1,7 @@
 """The options of lossless generation: how tokens are drafted before the dense model verifies them."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -18,11 +18,10 @@ class NeuroFlowLosslessConfig:
     is that of dense generation, greedy or sampled; only its speed depends on these options.
 
     Args:
-        drafter (`str` or [`NeuroFlowDrafter`], defaults to `"lookup"`):
+        drafter (`str`, defaults to `"lookup"`):
             `"lookup"` drafts what followed the last few tokens when they occurred before, in the prompt or in the text
             so far. `"bypass"` drafts with the model itself, with layers bypassed; try it on a checkpoint that was
-            trained for that. `"none"` drafts nothing: dense decoding in the same loop, as a baseline. A drafter that
-            `neuroflow tune-drafts` trained for the checkpoint, or its folder, drafts where no lookup promises more.
+            trained for that. `"none"` drafts nothing: dense decoding in the same loop, as a baseline.
         bypass (`dict`, *optional*):
             What the drafter `"bypass"` skips: options of [`NeuroFlowBypassConfig`] that override
             `{"target": "block", "threshold": -1}` and, as `cache_layers`, the second half of the layers but the last.
@@ -32,17 +31,15 @@ class NeuroFlowLosslessConfig:
             Always draft this many tokens. By default, the length that pays best is chosen, or none, by the running
             acceptance rate and the times of dense steps, drafts and verifications in this generation.
         max_draft (`int`, defaults to 15): the most tokens to draft at once.
-        max_ngram (`int`, defaults to 4):
-            A lookup searches for this many last tokens, then for fewer. 0: a trained drafter drafts alone.
+        max_ngram (`int`, defaults to 4): a lookup searches for this many last tokens, then for fewer.
         min_confidence (`float`, defaults to 0.3):
-            A draft by the bypassed model or a trained drafter ends with the first token to which it gives a lower
-            probability. 0: never.
+            A draft by the bypassed model ends with the first token to which it gives a lower probability. 0: never.
 
     Raises:
         ValueError: for an unknown option (with the nearest known one), or a value outside its range.
     """
 
-    drafter: Any = "lookup"
+    drafter: Literal["lookup", "bypass", "none"] = "lookup"
     bypass: dict | None = None
     draft_length: int | None = None
     max_draft: int = 15
@@ -50,7 +47,7 @@ class NeuroFlowLosslessConfig:
     min_confidence: float | int = 0.3
 
     def __post_init__(self) -> None:
-        for name, least in {"draft_length": 1, "max_draft": 1, "max_ngram": int(not self.is_trained)}.items():
+        for name, least in {"draft_length": 1, "max_draft": 1, "max_ngram": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(
@@ -60,11 +57,6 @@ class NeuroFlowLosslessConfig:
             raise ValueError(
                 f"Lossless option `min_confidence` is {self.min_confidence!r}; expected a probability, 0 to 1."
             )
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether `drafter` is a trained one, or its folder."""
-        return self.drafter not in ("lookup", "bypass", "none")
 
     @classmethod
     def from_options(cls, options: dict | bool, own: dict | None = None) -> "NeuroFlowLosslessConfig":

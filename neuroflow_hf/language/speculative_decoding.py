@@ -33,7 +33,6 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .bypass_config import NEVER, NeuroFlowBypassConfig
 from .draft_policy import Drafts, DraftWithModel
-from .drafter import DrafterState, load_drafter
 from .few_tokens import linear_layers, turned
 from .lossless_config import NeuroFlowLosslessConfig
 
@@ -61,7 +60,7 @@ class LosslessCounts:
         tokens: new tokens.
         checks: dense forwards after the prompt's, each of which gave at least one token.
         drafts: checks with a draft.
-        draft_steps: forwards of the bypassed model or the drafter.
+        draft_steps: forwards of the bypassed model.
         drafted: draft tokens.
         accepted: draft tokens that verification kept.
     """
@@ -116,8 +115,6 @@ class DecodingState:
         self.check_bypass: Bypass = False
         self.linear_layers = linear_layers(model)
         bypass = options.draft_bypass(model.config.num_hidden_layers, model.config.bypass_similarities)
-        self.drafter = DrafterState(load_drafter(options.drafter, model), model) if options.is_trained else None
-        self.states = torch.empty(0)  # [n, D], final hidden states at the last forward's tokens, for the drafter
         if options.drafter == "bypass":
             self.draft_bypass = bypass
             self.check_bypass = replace(bypass, threshold=NEVER)  # dense, but records what drafts reuse
@@ -128,12 +125,8 @@ class DecodingState:
     def forward(self, inputs: dict, keep: int, bypass: Bypass) -> torch.Tensor:
         """The logits of the last `keep` tokens fed, [keep, V]."""
         inputs |= {"use_cache": True, "logits_to_keep": keep, "bypass": bypass, "return_dict": True}
-        if self.drafter is not None:
-            inputs["output_hidden_states"] = True
         output = self.model(**inputs)
         self.cache = output.past_key_values
-        if self.drafter is not None:
-            self.states = output.hidden_states[-1][0]
         return output.logits[0]
 
     def feed_prompt(self, next_sequence_length: int | None) -> torch.Tensor:
@@ -159,8 +152,6 @@ class DecodingState:
         logits = self.forward(inputs, 1, self.check_bypass)
         if positions is not None:
             self.first_position = int(positions[0, -1]) + 1 - self.cache.get_seq_length()
-        if self.attention_mask is not None:
-            self.states = self.states[-int(self.attention_mask.sum()) :]  # without padding
         return logits
 
     def feed_again(self) -> torch.Tensor:
@@ -217,45 +208,34 @@ class DecodingState:
                     limit = min(limit, self.switch - fed)
         return limit
 
-    def draft(self, length: int, choose: Choose, ends: set[int]) -> tuple[list[int], list[float]]:
+    def draft(self, length: int, choose: Choose, ends: set[int]) -> list[int]:
         """
-        Up to `length` tokens that the drafter or the bypassed model generates after the text, and the probability that
-        it gives to each. All caches are left as they were.
+        Up to `length` tokens that the bypassed model generates after the text. The cache is left as it was.
 
         Args:
             choose: chooses a token by its logits.
             ends: tokens that end a text.
         """
         drafted: list[int] = []
-        probabilities: list[float] = []
         # layers replace their tensors on every write, so references to the old ones are enough
         kept = [dict(vars(layer)) for layer in self.cache.layers]
         while len(drafted) < length:
-            tokens = self.tokens + drafted
-            if self.drafter is None:
-                logits = self.feed(tokens[-1:], 1, self.draft_bypass)
-            else:
-                logits = self.drafter.logits_after(tokens)
+            logits = self.feed([*self.tokens, *drafted][-1:], 1, self.draft_bypass)
             drafted.append(choose(logits, drafted))
-            probabilities.append(logits[0].float().softmax(dim=0)[drafted[-1]].item())
-            if probabilities[-1] < self.options.min_confidence or drafted[-1] in ends:
+            probability = logits[0].float().softmax(dim=0)[drafted[-1]].item()
+            if probability < self.options.min_confidence or drafted[-1] in ends:
                 break
-        if self.drafter is not None:
-            self.drafter.take_back(len(drafted))
-            return drafted, probabilities
         for layer, fields in zip(self.cache.layers, kept, strict=True):
             if isinstance(layer, CacheLayerMixin):
                 vars(layer).update(fields)
             else:
                 layer.crop(-len(drafted))  # the bypass's state appends to its lists
-        return drafted, probabilities
+        return drafted
 
     def check(self, drafted: list[int]) -> torch.Tensor:
         """Feed the last token and a draft densely and return the logits after each of them, [1 + drafted, V]."""
         if self.must_feed_again:
-            logits = self.feed_again()
-            self.states = self.states[-1:]  # the drafter knows the others
-            return logits
+            return self.feed_again()
         record_past(self.cache, bool(drafted))
         with turned(self.linear_layers, len(drafted) + 1):
             logits = self.feed([self.tokens[-1], *drafted], len(drafted) + 1, self.check_bypass)
@@ -264,9 +244,7 @@ class DecodingState:
         return logits
 
     def take_back(self, length: int) -> None:
-        """Remove the last positions from the cache, so that it holds all tokens but the last, and tell the drafter."""
-        if self.drafter is not None:
-            self.drafter.unread.append(self.states[: len(self.states) - length])
+        """Remove the last positions from the cache, so that it holds all tokens but the last."""
         if length or any(getattr(layer, "record_past", False) for layer in self.cache.layers):
             self.cache.crop(-length)
         record_past(self.cache, False)
@@ -331,8 +309,7 @@ def decode_losslessly(
 
     Args:
         options: the drafter and its options.
-        make_drafts: makes a [`Drafts`] from the options and the model's or the drafter's `length -> tokens and their
-            probabilities`.
+        make_drafts: makes a [`Drafts`] from the options and the bypassed model's `length -> tokens`.
 
     Logits processors and stopping criteria are called once for every token that is kept, in the order of the text, as
     in dense generation. They may keep state, such as a grammar or a cache.
@@ -350,12 +327,12 @@ def decode_losslessly(
     def choose(logits: torch.Tensor, drafted: list[int]) -> int:
         return next_token(score(logits, stateless, tokens + drafted), samples)
 
-    def draft_with_model(length: int) -> tuple[list[int], list[float]]:
+    def draft_with_model(length: int) -> list[int]:
         # the verification draws with the same random numbers
         with fork_rng(input_ids.device) if samples else nullcontext():
-            drafted, probabilities = sequence.draft(length, choose, stop.ends)
+            drafted = sequence.draft(length, choose, stop.ends)
         counts.draft_steps += len(drafted)
-        return drafted, probabilities
+        return drafted
 
     drafts = make_drafts(options, draft_with_model)
     wants = generation_config.return_dict_in_generate

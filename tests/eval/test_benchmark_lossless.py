@@ -7,8 +7,8 @@ import typer
 
 from eval.docs.language import lossless_table
 from eval.language import benchmark_lossless
-from eval.language.benchmark_lossless import DRAFTERS, STOCK, TRAINED, divergence, main
-from tests.phi3_models import adopt, make_drafter, make_stock, make_tokenizer, random_ids
+from eval.language.benchmark_lossless import DRAFTERS, STOCK, divergence, main
+from tests.phi3_models import adopt, make_stock, make_tokenizer, random_ids
 
 TASKS = ("code", "structured", "prose")
 
@@ -73,15 +73,6 @@ def test_an_interrupted_run_is_continued(bench, monkeypatch):
     assert len(measured) == 3 + 4
     bench(turns=2, limit=1)  # other settings
     assert len(measured) == 3 + 4 + 3
-
-
-def test_a_trained_drafter_is_timed_alone_and_with_lookup(bench, tmp_path):
-    model = adopt(make_stock(vocab_size=len(make_tokenizer())))
-    make_drafter(model).save_pretrained(tmp_path / "drafter")
-    report = bench(limit=1, turns=1, drafter=tmp_path / "drafter")
-    for case in report["cases"]:
-        assert tuple(case["variants"]) == (*STOCK, *DRAFTERS, *TRAINED)
-    assert all(report["summary"]["all"][name]["acceptance"] is not None for name in TRAINED)
 
 
 def test_a_wrong_text_ends_with_an_error(bench, monkeypatch, capsys):

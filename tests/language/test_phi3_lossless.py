@@ -34,7 +34,6 @@ from tests.phi3_models import (
     KINDS,
     VOCABULARY,
     adopt,
-    make_drafter,
     make_ours,
     make_stock,
     make_tokenizer,
@@ -42,7 +41,7 @@ from tests.phi3_models import (
     run_steps,
 )
 
-DRAFTERS = ("none", "lookup", "bypass", "trained")
+DRAFTERS = ("none", "lookup", "bypass")
 THAT_DRAFT = DRAFTERS[1:]  # lookup also has steps without a draft
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_drafter = pytest.mark.parametrize("drafter", DRAFTERS)
@@ -62,16 +61,8 @@ def dense_text(kind):
     return models(kind)[0].generate(random_ids(1, 6, seed=3), max_new_tokens=NEW)
 
 
-@functools.cache
-def untrained_drafter():
-    """A drafter that fits all of these models, and is kept now and then."""
-    return make_drafter(models("plain")[1])
-
-
 def options_of(drafter, **options):
-    """Drafts of a fixed length, from a drafter that skips the second and third layers, or from an untrained one."""
-    if drafter == "trained":
-        options |= {"drafter": untrained_drafter(), "max_ngram": 0}
+    """Drafts of a fixed length; the bypassed model skips the second and third layers."""
     return {
         "drafter": drafter,
         "draft_length": 3,
@@ -95,7 +86,7 @@ def assert_same_text(stock, text, expected, prompt_length):
 @each_kind
 @pytest.mark.parametrize(
     "drafter, draft_length",
-    [("none", None), *itertools.product(("lookup", "bypass", "trained"), (None, 5)), ("bypass", 1), ("trained", 1)],
+    [("none", None), *itertools.product(("lookup", "bypass"), (None, 5)), ("bypass", 1)],
 )
 def test_the_text_is_that_of_dense_generation(kind, drafter, draft_length):
     stock, ours = models(kind)
@@ -114,8 +105,6 @@ def test_the_text_is_that_of_dense_generation(kind, drafter, draft_length):
     assert counts.accepted <= counts.drafted
     if drafter == "bypass":
         assert counts.draft_steps == counts.drafted > 0
-    elif drafter == "trained":
-        assert counts.draft_steps >= counts.drafted
     else:
         assert counts.draft_steps == 0
     if drafter == "none":
@@ -204,7 +193,7 @@ def test_whatever_drafts(kind, drafter, prompt, seed, draft_length, target, thre
     stock, ours = models(kind, seed)
     ids = torch.tensor([prompt])
     lossless = {
-        "drafter": untrained_drafter() if drafter == "trained" else drafter,
+        "drafter": drafter,
         "draft_length": draft_length,
         "min_confidence": min_confidence,
         "bypass": {"gate_layer": 0, "target": target, "threshold": threshold, "cache_layers": layers},
@@ -683,7 +672,7 @@ class Machine:
     def draft_tokens(self, length):
         self.now += self.draft * length
         right = self.text[self.length : self.length + min(length, self.right)]
-        return right + [0] * (length - len(right)), [0.9] * len(right) + [0.1] * (length - len(right))
+        return right + [0] * (length - len(right))
 
     def steps(self, count):
         """The lengths of the drafts of so many steps."""

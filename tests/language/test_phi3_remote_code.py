@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.loopback_hub import LoopbackHub, call_elsewhere
-from tests.phi3_models import make_drafter, make_ours, random_ids
+from tests.phi3_models import make_ours, random_ids
 from tests.vision.test_remote_code import copied_files
 
 BYPASS = {"gate_layer": 0, "cache_layers": [1, 3], "threshold": 0.3, "target": "block"}
@@ -23,10 +23,10 @@ def push(folder):
     return {}
 
 
-def use(names, bare, ids, output, lossless, drafter, new):
+def use(names, bare, ids, output, lossless, new):
     """
     Runs elsewhere, without the package: generate with each of the models, save it, and load it once more. `names` and
-    `bare` are names or folders by place, and the bare decoders'; `drafter` is the folder of a trained drafter.
+    `bare` are names or folders by place, and the bare decoders'.
     """
     import os
 
@@ -48,10 +48,8 @@ def use(names, bare, ids, output, lossless, drafter, new):
             generated = model.generate(ids, max_new_tokens=new, return_dict_in_generate=True)
             tensors[f"{trip}.bypassed"] = generated.sequences
             tensors[f"{trip}.mask"] = model.bypass_statistics(generated.past_key_values).bypassed_mask
-            tensors[f"{trip}.lossless"] = model.generate(ids, max_new_tokens=new, lossless=lossless)
-            drafts = {"drafter": drafter, "max_ngram": 0, "min_confidence": 0.0, "draft_length": 2}
-            drafted = model.generate(ids, max_new_tokens=new, lossless=drafts, return_dict_in_generate=True)
-            tensors[f"{trip}.drafted"] = drafted.sequences
+            drafted = model.generate(ids, max_new_tokens=new, lossless=lossless, return_dict_in_generate=True)
+            tensors[f"{trip}.lossless"] = drafted.sequences
             reports[place][f"{trip}.drafted"] = drafted.lossless.drafted
             with torch.no_grad():
                 tensors[f"{trip}.logits"] = model(ids, bypass=False).logits
@@ -70,15 +68,13 @@ def saved(tmp_path_factory):
     model, ids = make_ours("window", bypass=BYPASS), random_ids(1, 6)
     model.save_pretrained(root / "model")
     model.model.save_pretrained(root / "bare")
-    make_drafter(model).save_pretrained(root / "drafter")
     save_file({"ids": ids}, root / "ids.safetensors")
     output = model.generate(ids, max_new_tokens=NEW, return_dict_in_generate=True)
     with torch.no_grad():
         expected = {
             "bypassed": output.sequences,
             "mask": model.bypass_statistics(output.past_key_values).bypassed_mask,
-            "lossless": (dense := model.generate(ids, max_new_tokens=NEW, bypass=False)),
-            "drafted": dense,
+            "lossless": model.generate(ids, max_new_tokens=NEW, bypass=False),
             "logits": model(ids, bypass=False).logits,
         }
     assert 0 < expected["mask"].sum() < NEW - 1
@@ -100,7 +96,6 @@ def visits(saved, tmp_path_factory):
             ids=root / "ids.safetensors",
             output=output,
             lossless=LOSSLESS,
-            drafter=str(root / "drafter"),
             new=NEW,
         )
     assert [request for request in hub.unknown if "user/" in request] == []

@@ -1,1 +1,0 @@
-"""What a drafter of SmolLM2 is trained on."""
