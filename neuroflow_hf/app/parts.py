@@ -10,6 +10,8 @@ from typing import Any
 
 import gradio as gr
 
+from ..utils.files import one_line
+
 OnStep = Callable[[str, float, float | None], None]  # takes what is done, how much of it, and the total
 # of the listeners that compute: they share one queue, for they share the machine
 IN_TURN: dict[str, Any] = {"concurrency_id": "jobs", "concurrency_limit": 1, "api_visibility": "private"}
@@ -58,8 +60,8 @@ class Jobs:
 
     def message(self, error: BaseException) -> str:
         """An error as HTML in one line, without the folder that the visitor does not know."""
-        text = " ".join(str(error).split()) or type(error).__name__
-        return html.escape(re.sub(rf"{re.escape(str(self.folder))}/(?:[^/\s]+/)*", "", text), quote=False)
+        text = re.sub(rf"{re.escape(str(self.folder))}/(?:[^/\s]+/)*", "", one_line(error))
+        return html.escape(text, quote=False)
 
 
 def two_buttons(action: str) -> tuple[gr.Button, gr.Button]:

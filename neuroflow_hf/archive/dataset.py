@@ -6,9 +6,7 @@ The dataset: a folder with one Parquet file a video and one row a frame. A file 
 """
 
 import json
-import secrets
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,7 +25,6 @@ except ImportError as error:
 
 KEY = b"neuroflow"  # of the settings in a file's metadata
 SEGMENT_ROWS = 256  # of a segment, at least: a keyframe more in so many rows costs 0.3% of dense
-ROWS = 4096  # held in memory for each video that is being embedded
 
 
 # --- settings ------------------------------------------------------------------------------------------------------
@@ -129,41 +126,10 @@ def frame_table(rows: list[dict], video: Path, labels: Labels | None, schema: pa
     return pa.table(columns, schema=schema)
 
 
-class VideoFile:
-    """
-    The file of one video, an absolute path, whose embeddings have `dim` numbers. It is written under another name;
-    whoever keeps the dataset renames it to `file_of`.
-    """
-
-    def __init__(self, dataset: Path, video: Path, metadata: dict, dim: int, labels: Labels | None):
-        versions = {name: version(name) for name in ("neuroflow-hf", "torch", "transformers")}
-        self.video, self.labels = video, labels
-        self.schema = frame_schema(dim, labels is not None, metadata | {"versions": versions})
-        self.partial = dataset / f".{file_of(dataset, video).name}.{secrets.token_hex(4)}.part"
-        # numbers that hardly repeat: a dictionary and compression would save a twentieth, and triple the time to read
-        compressed = dict.fromkeys(self.schema.names, "snappy") | {"embedding.list.element": "none"}
-        repeating = [name for name in self.schema.names if name != "embedding"]
-        self.writer = pq.ParquetWriter(self.partial, self.schema, use_dictionary=repeating, compression=compressed)
-        self.waiting: list[dict] = []
-
-    def add(self, row: dict):
-        """Add a row; a part of the file is written when `ROWS` rows wait."""
-        self.waiting.append(row)
-        if len(self.waiting) == ROWS:
-            self._write()
-
-    def close(self) -> Path:
-        """Write what waits; the path of the whole file."""
-        if self.waiting:
-            self._write()
-        self.writer.close()
-        return self.partial
-
-    def discard(self) -> None:
-        """Delete what was written."""
-        self.writer.close()
-        self.partial.unlink(missing_ok=True)
-
-    def _write(self):
-        self.writer.write_table(frame_table(self.waiting, self.video, self.labels, self.schema))
-        self.waiting = []
+def open_writer(file: Path, dim: int, labelled: bool, metadata: dict) -> pq.ParquetWriter:
+    """A writer of tables of `frame_table`, whose embeddings have `dim` numbers."""
+    schema = frame_schema(dim, labelled, metadata)
+    # numbers that hardly repeat: a dictionary and compression would save a twentieth, and triple the time to read
+    compressed = dict.fromkeys(schema.names, "snappy") | {"embedding.list.element": "none"}
+    repeating = [name for name in schema.names if name != "embedding"]
+    return pq.ParquetWriter(file, schema, use_dictionary=repeating, compression=compressed)

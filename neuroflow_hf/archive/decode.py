@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..utils.files import one_line
 from ..video.preprocess import Preprocessor
 from ..video.reader import Segment, VideoReader
 from . import dataset
@@ -26,18 +27,7 @@ class VideoPart:
     segment: Segment  # to decode
     number: int = 0  # number, count: of this segment, from 0, and of all segments of the video
     count: int = 1
-    total: int = 0  # number of frames of the video
     reason: str = ""  # why it cannot be read
-
-
-@dataclass(frozen=True, eq=False)
-class DecodedFrame:
-    """One frame of a video."""
-
-    part: VideoPart  # where it belongs
-    frame: int  # its number in the segment, from 0
-    seconds: float  # since the video's first frame
-    pixel_values: torch.Tensor  # [1, C, R, R]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,54 +40,42 @@ class PartEnd:
     keep: bool
 
 
+# A frame: where it belongs; its `frame`, from 0 in the segment, and `seconds` in the video; pixel values [1, C, R, R]
+Decoded = tuple[VideoPart, dict, torch.Tensor]
+
+
 class PartQueue:
-    """Gives several threads the segments of waiting videos, in order; others may take and add videos, too."""
+    """Gives several threads the segments of waiting videos, in order. Others may take and add videos, too."""
 
     def __init__(self, waiting: deque[Path], every: float | None):
         self.waiting, self.every = waiting, every
         self.parts: deque[VideoPart] = deque()
-        self.opening = 0  # threads that open a video, which may have segments for all
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()
 
     def take(self) -> VideoPart | None:
-        """The next segment; None if there is none."""
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.parts or self.waiting or not self.opening)
-                if self.parts:
-                    return self.parts.popleft()
-                try:
-                    video = self.waiting.popleft()
-                except IndexError:
-                    if not self.opening:
-                        return None
-                    continue
-                self.opening += 1
-            parts = cut_video(video, self.every)
-            with self.changed:
-                self.parts.extend(parts)
-                self.opening -= 1
-                self.changed.notify_all()
+        """The next segment; None if there is none. The others wait while one opens a video."""
+        with self.lock:
+            while not self.parts and self.waiting:
+                self.parts.extend(cut_video(self.waiting.popleft(), self.every))
+            return self.parts.popleft() if self.parts else None
 
 
 def cut_video(video: Path, every: float | None) -> list[VideoPart]:
-    """The segments of a video. One that cannot be read is one part, with the reason."""
+    """The segments of a video, at least one. One that cannot be read is one part, with the reason."""
     state = None
     try:
         state = video_state(video)
         reader = VideoReader(video, every=every)
         segments = reader.segments(dataset.SEGMENT_ROWS)
     except Exception as error:  # damaged files raise all kinds of errors
-        return [VideoPart(video, state, None, Segment(0), reason=in_one_line(error))]
+        return [VideoPart(video, state, None, Segment(0), reason=one_line(error))]
     return [
-        VideoPart(video, state, copy(reader), segment, number, len(segments), reader.frame_count)
+        VideoPart(video, state, copy(reader), segment, number, len(segments))
         for number, segment in enumerate(segments)
     ]
 
 
-def decode_parts(
-    queue: PartQueue, preprocess: Preprocessor, model: torch.nn.Module
-) -> Iterator[DecodedFrame | PartEnd]:
+def decode_parts(queue: PartQueue, preprocess: Preprocessor, model: torch.nn.Module) -> Iterator[Decoded | PartEnd]:
     """Decode segments, one after the other: the frames of each, and its end."""
     while (part := queue.take()) is not None:
         reason, keep, frames = part.reason, True, 0
@@ -105,9 +83,9 @@ def decode_parts(
             try:
                 for frame in part.reader.read(part.segment):
                     pixel_values = preprocess(frame.image, model.dtype, model.device)
-                    yield DecodedFrame(part, frame.index, frame.time, pixel_values)
+                    yield part, {"frame": frame.index, "seconds": frame.time}, pixel_values
             except Exception as error:
-                reason = in_one_line(error)
+                reason = one_line(error)
             frames = part.reader.decoded_frames
         with contextlib.suppress(OSError):  # deleted just now
             if part.state is not None and not part.video.exists():
@@ -115,8 +93,3 @@ def decode_parts(
             elif part.state is not None and video_state(part.video) != part.state:
                 reason, keep = f"{part.video} changed while it was read; the next run reads it again.", False
         yield PartEnd(part, frames, reason, keep)
-
-
-def in_one_line(error: Exception) -> str:
-    """The message of an error."""
-    return " ".join(str(error).split()) or type(error).__name__

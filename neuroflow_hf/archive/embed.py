@@ -12,6 +12,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from ..evaluation.datasets import find_videos
@@ -21,10 +22,10 @@ from ..video.labels import Labels
 from ..video.preprocess import Preprocessor
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .dataset import dataset_settings, file_of, finished_videos
-from .job import EmbedJob, Ended, Event, Waiting, Work, embed_waiting
+from .job import EmbedJob, Ended, Reached, Waiting, Work, embed_waiting
 
 FAILURES = "failures.jsonl"
-MOST_STREAMS = 16  # more gained nothing on CPUs, and each takes memory and a thread
+MOST_STREAMS = 16  # each takes memory and a thread
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def embed_videos(
     out: str | Path,
     gate_options: dict | None = None,
     *,
-    streams: int | None = None,
+    streams: int = MOST_STREAMS,
     every: float | None = None,
     labels: Labels | None = None,
     model_name: str = "",
@@ -88,7 +89,7 @@ def embed_videos(
         model, preprocess: from `load_model`.
         out: the folder; made if missing. One process may write to it at a time.
         gate_options: options of [`NeuroFlowGateConfig`] that override the model's.
-        streams: how many videos to encode in one call; default: all, at most 16.
+        streams: encode at most so many videos in one call; more than 16 gained nothing on CPUs.
         every: seconds; embed the first frame of each interval of this length. None: all frames.
         labels: also store the best of these and its confidence, from `load_model_with_labels`.
         model_name: for the metadata.
@@ -101,26 +102,38 @@ def embed_videos(
     """
     if every is not None and not 0 < every < float("inf"):
         raise ValueError(f"`every` is {every}; expected a number of seconds above 0, or None for all frames.")
-    if streams is not None and streams < 1:
+    if streams < 1:
         raise ValueError(f"`streams` is {streams}; expected a number of videos, at least 1.")
     options = gate_options or {}
     settings = dataset_settings(model, preprocess, model.new_stream(**options).gate, every, labels)
     out = prepare_folder(out).absolute()
     kept = finished_videos(out, settings) & set(videos)
-    progress = EmbedProgress({video: size_of(video) for video in videos}, kept)
+    sizes = {video: video.stat().st_size if video.exists() else 0 for video in videos}
     # the largest first: at the end, few streams are left for a long one
-    waiting = deque(sorted(set(videos) - kept, key=lambda video: (-progress.sizes[video], video)))
+    waiting = deque(sorted(set(videos) - kept, key=lambda video: (-sizes[video], video)))
     failures = {video: reason for video, reason in read_failures(out).items() if Path(video) not in waiting}
-    metadata = settings | {"model": model_name, "gate_options": options}  # as given: a preset by its name
-    job = EmbedJob(model, preprocess, options, streams or MOST_STREAMS, every, labels, out, metadata)
-    embedded = 0
+    versions = {name: version(name) for name in ("neuroflow-hf", "torch", "transformers")}
+    # gate options as given: a preset by its name
+    metadata = settings | {"model": model_name, "gate_options": options, "versions": versions}
+    job = EmbedJob(model, preprocess, options, streams, every, labels, out, metadata)
+    shares: dict[Path, float] = {}  # of the videos that this run embeds
+    done, total = float(sum(sizes[video] for video in kept)), sum(sizes.values())
+    embedded, ended = 0, len(kept)
 
     delete_partial(out)  # of a run that was killed
     with contextlib.ExitStack() as stack:
         stack.callback(delete_partial, out)
         stop = stack.enter_context(stop_on_interrupt())
         for event in stack.enter_context(contextlib.closing(work(waiting, job))):
+            if isinstance(event, Waiting):
+                what = event.reason
+            else:
+                share = event.share if isinstance(event, Reached) else 1.0
+                done += (share - shares.get(event.video, 0.0)) * sizes[event.video]
+                shares[event.video] = share
+                what = f"{event.video.name} {share:.0%}"
             if isinstance(event, Ended):
+                ended += 1
                 if event.reason:  # first, so that a kill after it leaves the video to be tried again
                     failures[str(event.video)] = event.reason
                     write_failures(out, failures)
@@ -128,50 +141,18 @@ def embed_videos(
                     event.partial.replace(file_of(out, event.video))
                     embedded += 1
             if on_step is not None:
-                on_step(*progress.after(event))
+                on_step(f"{ended} of {len(sizes)} videos, {what}", done, total)
             if stop.is_set():
                 break
         interrupted = stop.is_set()
     write_failures(out, failures)
-    return EmbedResult(len(progress.sizes), len(kept), embedded, failures, interrupted)
+    return EmbedResult(len(sizes), len(kept), embedded, failures, interrupted)
 
 
 def delete_partial(out: Path):
     """Delete the files of videos that are not finished, and no other program's."""
     for partial in out.glob(".*.parquet.*.part"):
         partial.unlink(missing_ok=True)
-
-
-def size_of(video: Path) -> int:
-    """Bytes of a video; 0 if it is gone."""
-    try:
-        return video.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-class EmbedProgress:
-    """How much is done, in bytes of video; `kept` are the videos that were done before."""
-
-    def __init__(self, sizes: dict[Path, int], kept: set[Path]):
-        self.sizes, self.total = sizes, sum(sizes.values())
-        self.done, self.videos_done = sum(sizes[video] for video in kept), len(kept)
-        self.shares: dict[Path, float] = {}  # of the videos that are being embedded
-
-    def after(self, event: Event) -> tuple[str, float, float]:
-        """Take in what happened: what is done in words, and in bytes, and the bytes of all videos."""
-        if isinstance(event, Waiting):
-            what = event.reason
-        elif isinstance(event, Ended):
-            self.shares.pop(event.video, None)
-            self.done += self.sizes[event.video]
-            self.videos_done += 1
-            what = f"{event.video.name} done"
-        else:
-            self.shares[event.video] = event.share
-            what = f"{event.video.name} {event.share:.0%}"
-        running = sum(share * self.sizes[video] for video, share in self.shares.items())
-        return f"{self.videos_done} of {len(self.sizes)} videos, {what}", self.done + running, self.total
 
 
 def read_failures(out: Path) -> dict[str, str]:

@@ -7,19 +7,23 @@ same runs in this process and on the machines of a cluster.
 """
 
 import contextlib
+import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pyarrow.parquet import ParquetWriter
 
 from ..video.labels import Labels
 from ..video.prefetch import prefetch
 from ..video.preprocess import Preprocessor
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
-from .dataset import VideoFile
-from .decode import DecodedFrame, PartEnd, PartQueue, VideoPart, decode_parts
+from .dataset import file_of, frame_table, open_writer
+from .decode import Decoded, PartEnd, PartQueue, VideoPart, decode_parts
+
+ROWS = 4096  # held in memory for each video that is being embedded
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,14 +103,17 @@ def embed_waiting(waiting: deque[Path], job: EmbedJob) -> Iterator[Event]:
 class VideoRows:
     """
     Puts the rows of a video's segments, which are embedded side by side, in order and into its file. After a segment
-    that cannot be read to its end come no more rows.
+    that cannot be read to its end come no more rows. The file is written under another name; whoever keeps the dataset
+    renames it to `file_of`.
     """
 
     def __init__(self, job: EmbedJob, part: VideoPart):
         self.job, self.part = job, part
-        self.file: VideoFile | None = None
+        self.partial = job.out / f".{file_of(job.out, part.video).name}.{secrets.token_hex(4)}.part"
+        self.writer: ParquetWriter | None = None  # opened with the first row
         self.reason, self.keep = "", True  # what is wrong with the video, or empty; whether to keep its rows
-        self.number, self.frames_before = 0, 0  # of the segment whose rows are written; of those before it
+        self.number, self.frames_before = 0, 0  # of the segment whose rows are in order; of those before it
+        self.ready: list[dict] = []  # rows in order, to be written
         self.rows: list[list[dict]] = [[] for _ in range(part.count)]  # that wait for those before
         self.ends: dict[int, PartEnd] = {}
         self.reached = [0] * part.count
@@ -114,13 +121,13 @@ class VideoRows:
     @property
     def share(self) -> float:
         """Of the video's frames, 0 to 1."""
-        return sum(self.reached) / max(self.part.total, *self.reached)
+        return sum(self.reached) / max(self.part.reader.frame_count, *self.reached)
 
     def add(self, part: VideoPart, row: dict):
         """Add a row of any segment."""
         self.reached[part.number] = row["frame"] + 1
         self.rows[part.number].append(row)
-        self._write()
+        self._put_in_order()
 
     def end(self, end: PartEnd) -> bool:
         """Take in the end of a segment; whether all ended."""
@@ -128,24 +135,31 @@ class VideoRows:
         self.ends[number], self.reached[number] = end, end.part.segment.frames
         if not end.keep:
             self.reason, self.keep = end.reason, False
-        self._write()
+        self._put_in_order()
         return len(self.ends) == self.part.count
 
     def close(self, keep: bool) -> Path | None:
         """Finish the file, or delete it; its path if there is one."""
-        if self.file is None:
+        if self.writer is None:
             return None
-        return self.file.close() if keep else self.file.discard()
+        if keep:
+            self._write()
+        self.writer.close()
+        if keep:
+            return self.partial
+        self.partial.unlink(missing_ok=True)
+        return None
 
-    def _write(self):
+    def _put_in_order(self):
         while not self.reason and self.number < self.part.count:
             for row in self.rows[self.number]:
-                if self.file is None:
+                if self.writer is None:
                     metadata = self.job.metadata | {"video": self.part.state}
-                    self.file = VideoFile(
-                        self.job.out, self.part.video, metadata, len(row["embedding"]), self.job.labels
-                    )
-                self.file.add(row | {"frame": self.frames_before + row["frame"]})
+                    dim, labelled = len(row["embedding"]), self.job.labels is not None
+                    self.writer = open_writer(self.partial, dim, labelled, metadata)
+                self.ready.append(row | {"frame": self.frames_before + row["frame"]})
+                if len(self.ready) == ROWS:
+                    self._write()
             self.rows[self.number] = []
             end = self.ends.get(self.number)
             if end is None:
@@ -154,9 +168,14 @@ class VideoRows:
             self.frames_before += end.frames
             self.number += 1
 
+    def _write(self):
+        if self.ready:
+            self.writer.write_table(frame_table(self.ready, self.part.video, self.job.labels, self.writer.schema))
+            self.ready = []
+
 
 def encode_streams(
-    decoded: Sequence[Iterator[DecodedFrame | PartEnd]], job: EmbedJob
+    decoded: Sequence[Iterator[Decoded | PartEnd]], job: EmbedJob
 ) -> Iterator[tuple[VideoPart, dict] | PartEnd]:
     """
     Encode one frame of each source per call, until none has any. Each source, of `decode_parts`, has a stream, which
@@ -165,7 +184,7 @@ def encode_streams(
     interpolate = job.preprocess.resolution != job.model.config.image_size
     stream = job.model.new_stream(len(decoded), **job.gate_options)
     while True:
-        frames: list[DecodedFrame] = []
+        frames: list[Decoded] = []
         going = []
         for place, source in enumerate(decoded):
             item = next(source, None)
@@ -182,13 +201,9 @@ def encode_streams(
             stream.keep(going)
             decoded = [decoded[place] for place in going]
         with torch.inference_mode():
-            pixel_values = torch.cat([frame.pixel_values for frame in frames])
+            pixel_values = torch.cat([pixel_values for _, _, pixel_values in frames])
             output = job.model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate, stream=stream)
-        columns = {
-            "embedding": output.pooler_output.float().cpu(),
-            "cost": output.cost.tolist(),
-            "keyframe": output.active_mask.flatten(1).all(dim=1).tolist(),
-        }
-        for place, frame in enumerate(frames):
-            row = {name: values[place] for name, values in columns.items()}
-            yield frame.part, {"frame": frame.frame, "seconds": frame.seconds, **row}
+        embeddings, costs = output.pooler_output.float().cpu(), output.cost.tolist()
+        keyframes = output.active_mask.flatten(1).all(dim=1).tolist()
+        for (part, row, _), *values in zip(frames, embeddings, costs, keyframes, strict=True):
+            yield part, row | dict(zip(("embedding", "cost", "keyframe"), values, strict=True))

@@ -3,9 +3,11 @@
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import UTC, datetime
 
-from .sources import Picture, Source, reason_of
+from ..utils.files import one_line
+from .sources import Picture, Source
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a lost source is tried again; doubled each time
 
@@ -18,35 +20,18 @@ class Arrival:
     arrived: float
 
 
-@dataclass(frozen=True)
-class Change:
-    """What happened to a source: `"connected"`, `"lost"` or `"ended"`."""
-
-    source: str  # its name
-    kind: str  # of these
-    reason: str = ""  # why it was lost, or ended
-    pause: float = 0.0  # seconds until it is tried again
-    at: float = field(default_factory=time.time, compare=False)  # when, in seconds since 1970
-
-
 class LatestPictures:
     """
     The newest picture of each source, as of `open_sources`. A picture that nobody took before the next one came is
     dropped, so the picture that `take` gives is never older than the time that its caller needs for one round.
     """
 
-    def __init__(
-        self,
-        sources: Mapping[str, tuple[Source, bool]],
-        first_pause: float = FIRST_PAUSE,
-        longest_pause: float = LONGEST_PAUSE,
-    ):
-        self.pauses = first_pause, longest_pause
+    def __init__(self, sources: Mapping[str, tuple[Source, bool]]):
         self.received, self.dropped = dict.fromkeys(sources, 0), dict.fromkeys(sources, 0)
         self.running = len(sources)
         self.changed, self.stop = threading.Condition(), threading.Event()
         self.arrivals: dict[str, Arrival] = {}
-        self.changes: list[Change] = []
+        self.events: list[dict] = []
         self.threads = [
             threading.Thread(target=self._run, args=(name, *source), name=f"neuroflow-{name}", daemon=True)
             for name, source in sources.items()
@@ -64,43 +49,46 @@ class LatestPictures:
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
 
-    def take(self, timeout: float) -> tuple[list[Change], dict[str, Arrival]]:
-        """What happened since the last call, in order, and the new pictures by source; waits for at most `timeout`."""
+    def take(self, timeout: float) -> tuple[list[dict], dict[str, Arrival]]:
+        """
+        Events since the last call, `connected`, `lost` or `ended`, and new pictures by source. Waits for at most
+        `timeout` seconds.
+        """
         with self.changed:
-            self.changed.wait_for(lambda: self.arrivals or self.changes or not self.running, timeout)
-            changes, arrivals = self.changes, self.arrivals
-            self.changes, self.arrivals = [], {}
-        return changes, arrivals
+            self.changed.wait_for(lambda: self.arrivals or self.events or not self.running, timeout)
+            events, arrivals = self.events, self.arrivals
+            self.events, self.arrivals = [], {}
+        return events, arrivals
 
     @property
     def all_ended(self) -> bool:
         """Whether all sources ended, and nothing is left to take."""
         with self.changed:
-            return not (self.running or self.arrivals or self.changes)
+            return not (self.running or self.arrivals or self.events)
 
     def _run(self, name: str, source: Source, live: bool):
         """What the thread of a source does."""
-        pause, longest = self.pauses
+        pause = FIRST_PAUSE
         while not self.stop.is_set():
             reason, connected = "", False
             try:
                 for picture in source():
                     if not connected:
-                        connected, pause = True, self.pauses[0]
-                        self._post(Change(name, "connected"))
+                        connected, pause = True, FIRST_PAUSE
+                        self._post("connected", name)
                     self._put(name, picture)
                     if self.stop.is_set():
                         return
             except Exception as error:  # cameras fail in all kinds of ways, and the others go on
-                reason = reason_of(error)
+                reason = one_line(error)
             if not live:
                 with self.changed:
                     self.running -= 1
-                    self._post(Change(name, "ended", reason))
+                    self._post("ended", name, **{"reason": reason} if reason else {})
                 return
-            self._post(Change(name, "lost", reason or "it ended", pause))
+            self._post("lost", name, reason=reason or "it ended", retry_seconds=pause)
             self.stop.wait(pause)
-            pause = min(2 * pause, longest)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     def _put(self, name: str, picture: Picture):
         with self.changed:
@@ -109,7 +97,12 @@ class LatestPictures:
             self.arrivals[name] = Arrival(picture, time.monotonic())
             self.changed.notify()
 
-    def _post(self, change: Change):
+    def _post(self, kind: str, name: str, **more):
         with self.changed:
-            self.changes.append(change)
+            self.events.append({"event": kind, "source": name, "time": stamp(time.time()), **more})
             self.changed.notify()
+
+
+def stamp(seconds: float) -> str:
+    """A time since 1970 as ISO 8601 in UTC, with milliseconds."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")

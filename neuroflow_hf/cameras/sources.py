@@ -108,14 +108,9 @@ def decoded(stream: Any, packet: Any) -> list[av.VideoFrame]:
         return []
 
 
-def reason_of(error: Exception) -> str:
-    """An error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def played_pictures(path: Path, clock: Callable[[], float] = time.monotonic) -> Iterator[Picture]:
+def played_pictures(path: Path) -> Iterator[Picture]:
     """The pictures of a file, each at its time."""
-    begun = clock()
+    begun = time.monotonic()
     for frame in VideoReader(path):
-        time.sleep(max(0.0, begun + frame.time - clock()))
+        time.sleep(max(0.0, begun + frame.time - time.monotonic()))
         yield lambda image=frame.image: image

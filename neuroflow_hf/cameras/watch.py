@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from ..utils.jobs import stop_on_interrupt
 from ..video.labels import Labels
 from ..video.preprocess import Preprocessor
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
-from .latest import Change, LatestPictures
+from .latest import LatestPictures, stamp
 from .sources import Source
 from .streams import CameraStreams
 
@@ -47,51 +46,23 @@ class SourceFigures:
 
     frames: int = 0  # pictures that were encoded
     cost: float = 0.0  # their summed cost, relative to dense
-    connections: int = 0  # connections, losses: how often it was connected and lost
-    losses: int = 0
+    losses: int = 0  # how often it was lost
     changes: int = 0  # how often its label changed; the first label counts
-    longest_delay: float = 0.0  # the longest time from a picture's arrival to its result, in seconds
-    delays: deque = field(default_factory=lambda: deque(maxlen=DELAYS_KEPT))  # those of the last frames
-
-    def count(self, cost: float, delay: float):
-        """Count an encoded picture."""
-        self.frames += 1
-        self.cost += cost
-        self.longest_delay = max(self.longest_delay, delay)
-        self.delays.append(delay)
+    # seconds from a picture's arrival to its result, of the last frames
+    delays: deque = field(default_factory=lambda: deque(maxlen=DELAYS_KEPT))
 
     def line(self, received: int, dropped: int) -> dict:
         """The figures of a source in the summary."""
-        median, p95 = np.quantile(self.delays, (0.5, 0.95)).tolist() if self.delays else (None, None)
-        delays = {"median": median, "p95": p95, "max": self.longest_delay if self.delays else None}
+        delays = np.quantile(self.delays, (0.5, 0.95, 1)).tolist() if self.delays else [None] * 3
         return {
             "received": received,
             "encoded": self.frames,
             "dropped": dropped,
             "mean_cost": significant(self.cost / self.frames) if self.frames else None,
-            "delay_seconds": {name: significant(delay, 4) for name, delay in delays.items()},
+            "delay_seconds": dict(zip(("median", "p95", "max"), (significant(d, 4) for d in delays), strict=True)),
             "label_changes": self.changes,
-            "connections": self.connections,
             "losses": self.losses,
         }
-
-
-# --- events: pure --------------------------------------------------------------------------------------------------
-
-
-def stamp(seconds: float) -> str:
-    """A time since 1970 as ISO 8601 in UTC, with milliseconds."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
-
-
-def change_event(change: Change) -> dict:
-    """The event of a source that was connected, lost or ended."""
-    event: dict = {"event": change.kind, "source": change.source, "time": stamp(change.at)}
-    if change.reason:
-        event["reason"] = change.reason
-    if change.kind == "lost":
-        event["retry_seconds"] = change.pause
-    return event
 
 
 def label_event(source: str, labels: Labels, logits: Tensor, previous: str | None, arrived: float) -> dict | None:
@@ -126,7 +97,6 @@ def watch_cameras(
     fps: float | None = None,
     emit: Callable[[dict], Any] = print,
     on_round: Callable[[list[Seen], float], Any] | None = None,
-    latest: Callable[..., LatestPictures] = LatestPictures,
 ) -> dict:
     """
     Watch cameras until all files among them ended, or until Ctrl-C or SIGTERM.
@@ -143,12 +113,11 @@ def watch_cameras(
         fps: at most so many rounds a second; None: as many as the machine can do.
         emit: called with each event, a dict.
         on_round: called with what was seen in a round, and seconds since the beginning.
-        latest: makes the slots.
 
     Returns:
         `seconds`, and the figures of each source under `sources`: pictures `received`, `encoded` and `dropped`,
-        `mean_cost`, `delay_seconds` from a picture's arrival to its result (median and p95 of the last 10,000, and the
-        maximum), `label_changes`, `connections` and `losses`.
+        `mean_cost`, `delay_seconds` from a picture's arrival to its result (median, p95 and max of the last 10,000),
+        `label_changes` and `losses`.
 
     Raises:
         ValueError: for no source, and `fps` out of range.
@@ -162,16 +131,15 @@ def watch_cameras(
     best: dict[str, str] = {}
     interpolate = preprocess.resolution != model.config.image_size
     begun = time.monotonic()
-    with stop_on_interrupt() as stop, latest(sources) as pictures:
+    with stop_on_interrupt() as stop, LatestPictures(sources) as pictures:
         while not stop.is_set() and not pictures.all_ended:
             round_begun = time.monotonic()
-            changes, arrivals = pictures.take(TICK)
-            for change in changes:
-                emit(change_event(change))
-                if change.kind == "connected":
-                    streams.restart(change.source)
-                    figures[change.source].connections += 1
-                figures[change.source].losses += change.kind == "lost"
+            events, arrivals = pictures.take(TICK)
+            for event in events:
+                emit(event)
+                if event["event"] == "connected":
+                    streams.restart(event["source"])
+                figures[event["source"]].losses += event["event"] == "lost"
             if not arrivals:
                 continue
             images = [arrival.picture() for arrival in arrivals.values()]
@@ -184,13 +152,15 @@ def watch_cameras(
             masks = output.active_mask.cpu().numpy()
             seen = []
             for row, (name, arrival) in enumerate(arrivals.items()):
-                delay = time.monotonic() - arrival.arrived
-                figures[name].count(costs[row], delay)
+                delay, counted = time.monotonic() - arrival.arrived, figures[name]
+                counted.frames += 1
+                counted.cost += costs[row]
+                counted.delays.append(delay)
                 if labels is not None:
                     event = label_event(name, labels, logits[row], best.get(name), time.time() - delay)
                     if event is not None:
                         best[name] = event["label"]
-                        figures[name].changes += 1
+                        counted.changes += 1
                         emit(event)
                 confidence = None if logits is None else logits[row].max().sigmoid().item()
                 seen.append(Seen(name, images[row], masks[row], costs[row], best.get(name), confidence))

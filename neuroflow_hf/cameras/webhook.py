@@ -9,9 +9,10 @@ import urllib.request
 from collections.abc import Callable
 from urllib.parse import unquote, urlsplit
 
-from .sources import reason_of, source_name
+from ..utils.files import one_line
+from .sources import source_name
 
-SECONDS = 5  # for an answer
+SECONDS = 5  # for an answer, and at the end for all that wait
 MOST_WAITING = 1000  # events for an address that is slower than they come
 
 
@@ -46,15 +47,14 @@ def post_json(url: str) -> Callable[[dict], None]:
 class Webhook:
     """
     Sends events by `post_json`, one after the other, in a thread: an address that answers slowly delays nothing.
-    Events that come while `MOST_WAITING` wait have failed. `close` waits for `seconds_left` at most.
+    Events that come while `MOST_WAITING` wait have failed.
     """
 
-    def __init__(self, send: Callable[[dict], None], seconds_left: float = 5.0):
-        self.send, self.seconds_left = send, seconds_left
+    def __init__(self, send: Callable[[dict], None]):
+        self.send = send
         self.sent, self.failed, self.reason = 0, 0, ""  # the reason is that of the last failure
         self.waiting: queue.Queue = queue.Queue(MOST_WAITING)
-        self.thread = threading.Thread(target=self._run, name="neuroflow-webhook", daemon=True)
-        self.thread.start()
+        threading.Thread(target=self._run, name="neuroflow-webhook", daemon=True).start()
 
     def post(self, event: dict):
         """Send an event when those before it are sent."""
@@ -64,20 +64,17 @@ class Webhook:
             self.failed, self.reason = self.failed + 1, f"{MOST_WAITING} events wait already"
 
     def close(self):
-        """Send what waits, for at most `seconds_left`."""
-        until = time.monotonic() + self.seconds_left
-        while self.thread.is_alive() and time.monotonic() < until:
-            try:
-                self.waiting.put_nowait(None)
-                break
-            except queue.Full:
-                time.sleep(0.05)
-        self.thread.join(max(0.0, until - time.monotonic()))
+        """Wait until all events are sent, for at most `SECONDS`."""
+        until = time.monotonic() + SECONDS
+        while self.waiting.unfinished_tasks and time.monotonic() < until:
+            time.sleep(0.02)
 
     def _run(self):
-        while (event := self.waiting.get()) is not None:
+        while True:
+            event = self.waiting.get()
             try:
                 self.send(event)
                 self.sent += 1
             except Exception as error:
-                self.failed, self.reason = self.failed + 1, reason_of(error)
+                self.failed, self.reason = self.failed + 1, one_line(error)
+            self.waiting.task_done()

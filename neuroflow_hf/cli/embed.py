@@ -26,9 +26,7 @@ def embed(
         float | None, option("Embed one frame every N seconds.", default="all frames", metavar="SECONDS")
     ] = None,
     fps: Annotated[float | None, option("Embed N frames a second.", default="all frames", metavar="N")] = None,
-    streams: Annotated[
-        int | None, option("Encode N videos in one call.", default="as many as there are, at most 16", metavar="N")
-    ] = None,
+    streams: Annotated[int, option("Encode at most N videos in one call.", metavar="N")] = 16,
     ray: Annotated[
         str | None,
         option(

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import typer
 
+from ..utils.files import one_line
+
 EXIT_DAMAGED, EXIT_UNUSABLE, EXIT_UNREACHED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
@@ -24,6 +26,5 @@ def one_line_errors(debug: bool, nothing_done: str) -> Iterator[None]:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:  # ImportError: a missing extra
         if debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        typer.echo(f"Error: {message}", err=True)
+        typer.echo(f"Error: {one_line(error)}", err=True)
         raise typer.Exit(EXIT_UNUSABLE) from error

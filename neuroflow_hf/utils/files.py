@@ -101,6 +101,11 @@ def significant(value: Any, digits: int = 6) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message in one line; the name of its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def report_text(report: dict) -> str:
     """A report as indented JSON, with each list of numbers on one line."""
     text = json.dumps(finite(report), indent=2, allow_nan=False)

@@ -20,7 +20,7 @@ from tests.cli.test_run import call, write_clip
 from tests.processes import neuroflow, start
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "neuroflow-hf[cluster]".')
-workers = pytest.importorskip("neuroflow_hf.archive.workers")
+cluster = pytest.importorskip("neuroflow_hf.archive.cluster")
 
 FRAMES = {"long": 240, "middle": 40, "a": 12, "b": 9, "c": 7, "d": 5, "e": 3}
 
@@ -172,9 +172,9 @@ def embed(vision64, short, monkeypatch):
 
     def embed(out, calls=None, number=2, videos=None, **options):
         if calls is not None:
-            monkeypatch.setattr(workers, "ray", calls)
-            monkeypatch.setattr(workers, "SECONDS", 0.02)  # many answers
-            options["work"] = lambda waiting, job: workers.embed_on_workers(waiting, job, [{}] * number)
+            monkeypatch.setattr(cluster, "ray", calls)
+            monkeypatch.setattr(cluster, "SECONDS", 0.02)  # many answers
+            options["work"] = lambda waiting, job: cluster.embed_on_workers(waiting, job, [{}] * number)
         return embed_videos(videos or short, vision64, Preprocessor(resolution=24), out, GATE, streams=2, **options)
 
     return embed
@@ -216,7 +216,7 @@ def test_a_video_that_kills_its_workers_is_listed_and_those_beside_it_are_not(em
         return fatal
 
     result = embed(tmp_path, Calls(dies=dies))
-    assert len(companies) == workers.MOST_DEATHS and companies[-1] == {"a"}
+    assert len(companies) == cluster.MOST_DEATHS and companies[-1] == {"a"}
     reasons = {video.rpartition("/")[2]: reason for video, reason in result.failures.items()}
     assert reasons.keys() == {"a.mkv", "middle.mkv", "none.mkv"} and "workers died" in reasons["a.mkv"]
     names, lines = contents(whole)
@@ -228,17 +228,17 @@ def test_a_video_that_kills_its_workers_is_listed_and_those_beside_it_are_not(em
 
 def test_every_worker_gets_its_share_and_no_more_than_two_calls_need():
     def shares(count, number, streams, rounds=1, deaths=()):
-        waiting = workers.deque(range(count))
-        crew = [workers.Hired({}, None, None) for _ in range(number)]
+        waiting = cluster.deque(range(count))
+        crew = [cluster.Hired({}, None, None) for _ in range(number)]
         for worker in crew * rounds:
-            worker.videos.update(workers.more_videos(worker, crew, waiting, workers.Counter(deaths), streams))
+            worker.videos.update(cluster.more_videos(worker, crew, waiting, cluster.Counter(deaths), streams))
         return [sorted(worker.videos) for worker in crew], list(waiting)
 
     assert shares(4, 2, 16) == ([[0, 1], [2, 3]], [])
     assert shares(5, 3, 16, rounds=2) == ([[0, 1], [2, 3], [4]], [])
     assert shares(9, 2, 2, rounds=2) == ([[0, 1, 2, 3], [4, 5, 6, 7]], [8])
     assert shares(1, 3, 2) == ([[0], [], []], [])
-    last = [2] * (workers.MOST_DEATHS - 1) + [3] * (workers.MOST_DEATHS - 1)
+    last = [2] * (cluster.MOST_DEATHS - 1) + [3] * (cluster.MOST_DEATHS - 1)
     assert shares(4, 2, 16, rounds=2, deaths=last) == ([[0, 1], [2]], [3])
 
 
@@ -246,7 +246,7 @@ def test_ctrl_c_keeps_what_is_finished_and_dismisses_all(embed, whole, tmp_path)
     calls = Calls()
 
     def on_step(what, done, total):
-        if "done" in what:
+        if what.startswith("1 of"):
             signal.raise_signal(signal.SIGINT)
 
     other = tmp_path / ".download.part"  # of another program
@@ -272,11 +272,11 @@ def test_machines_that_see_other_folders_end_the_run(embed, folder, tmp_path, mo
     shutil.rmtree(tmp_path / "videos")  # from all machines: nothing is wrong with this one
     assert len(embed(tmp_path / "gone", Calls(), videos=videos).failures) == len(FRAMES) + 1
 
-    class Elsewhere(workers.Worker):
+    class Elsewhere(cluster.Worker):
         def start(self, job, sign):
             return super().start(job, tmp_path / "elsewhere" / sign.name)
 
-    monkeypatch.setattr(workers, "Worker", Elsewhere)
+    monkeypatch.setattr(cluster, "Worker", Elsewhere)
     with pytest.raises(FileNotFoundError, match=r"does not see .*machines_that.* as this one does"):
         embed(tmp_path, Calls())
 
@@ -297,10 +297,8 @@ def node(name, **resources):
 
 
 def test_workers_share_the_machines():
-    from neuroflow_hf.archive.cluster import worker_places
-
     def placed(*asked):
-        places = worker_places(*asked)
+        places = cluster.worker_places(*asked)
         return [(place["scheduling_strategy"].node_id, place["num_cpus"], place["num_gpus"]) for place in places]
 
     a, b = node("a" * 56, cpu=8.0, gpu=2.0), node("b" * 56, cpu=4.0)

@@ -229,7 +229,7 @@ def test_the_files_say_where_they_come_from(whole, vision64, folder):
 
 
 def test_labels_and_long_videos(embed, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("neuroflow_hf.archive.dataset.ROWS", 5)  # parts of a file are written as they come
+    monkeypatch.setattr("neuroflow_hf.archive.job.ROWS", 5)  # parts of a file are written as they come
     texts = torch.nn.functional.normalize(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
     labels = Labels(("a", "b", "c"), "{}", texts, 10.0, -1.0)
     embed(tmp_path, labels=labels)

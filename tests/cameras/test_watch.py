@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from neuroflow_hf.cameras import sources
-from neuroflow_hf.cameras.latest import Arrival, Change, LatestPictures
+from neuroflow_hf.cameras import latest, sources
+from neuroflow_hf.cameras.latest import Arrival, LatestPictures
 from neuroflow_hf.cameras.mosaic import Mosaic
 from neuroflow_hf.cameras.sources import SourceLostError, open_source, open_sources, source_name
 from neuroflow_hf.cameras.streams import CameraStreams
@@ -62,8 +62,9 @@ def test_late_pictures_are_dropped_and_not_queued():
 
     with LatestPictures({"a": (source, False)}) as pictures:
         assert sent.wait(10)
-        changes, arrivals = pictures.take(1)
-        assert changes == [Change("a", "connected")] and arrivals["a"].picture() == 99
+        events, arrivals = pictures.take(1)
+        assert [(event["event"], event["source"]) for event in events] == [("connected", "a")]
+        assert arrivals["a"].picture() == 99
         assert (pictures.received, pictures.dropped) == ({"a": 100}, {"a": 99})
         assert pictures.take(0.01) == ([], {})
         go_on.set()
@@ -74,7 +75,9 @@ def test_late_pictures_are_dropped_and_not_queued():
     assert pictures.dropped == {"a": 99}
 
 
-def test_a_lost_source_is_tried_again_with_growing_pauses_while_others_run():
+def test_a_lost_source_is_tried_again_with_growing_pauses_while_others_run(monkeypatch):
+    monkeypatch.setattr(latest, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(latest, "LONGEST_PAUSE", 0.06)
     tries, steady = [], threading.Event()
 
     def failing():
@@ -91,18 +94,18 @@ def test_a_lost_source_is_tried_again_with_growing_pauses_while_others_run():
             time.sleep(0.005)
 
     seen, changes = 0, []
-    with LatestPictures({"a": (failing, True), "b": (going_on, True)}, 0.02, 0.06) as pictures:
+    with LatestPictures({"a": (failing, True), "b": (going_on, True)}) as pictures:
         while len(tries) < 6:
             found, arrivals = pictures.take(5)
             seen += "b" in arrivals
-            changes += [change for change in found if change.source == "a"]
+            changes += [event for event in found if event["source"] == "a"]
         steady.set()
-    kinds = [(change.kind, change.reason, change.pause) for change in changes][:6]
+    kinds = [(event["event"], event.get("reason"), event.get("retry_seconds")) for event in changes][:6]
     assert kinds == [
         ("lost", "try 1", 0.02),
         ("lost", "try 2", 0.04),
         ("lost", "try 3", 0.06),
-        ("connected", "", 0.0),
+        ("connected", None, None),
         ("lost", "try 4", 0.02),
         ("lost", "try 5", 0.04),
     ]
@@ -160,38 +163,32 @@ class Script:
     def take(self, _):
         found = next(self.rounds, None)
         self.all_ended = found is None
-        changes, arrivals = found or ([], {})
+        events, arrivals = found or ([], {})
         arrived = time.monotonic() - 0.5
-        return changes, {name: Arrival(lazily(image), arrived) for name, image in arrivals.items()}
+        return events, {name: Arrival(lazily(image), arrived) for name, image in arrivals.items()}
 
 
-def watched(rounds, model, labels=None, **options):
-    """The events and the summary of a script."""
-    names = sorted({name for _, arrivals in rounds for name in arrivals} | {c.source for cs, _ in rounds for c in cs})
-    events = []
-    script = Script(rounds, names)
-    given = dict.fromkeys(names, (None, True))
-    summary = watch_cameras(
-        given, model, PREPROCESS, GATE, labels=labels, emit=events.append, latest=script, **options
-    )
-    return events, summary
+def event(kind, source, **more):
+    return {"event": kind, "source": source, "time": latest.stamp(time.time()), **more}
 
 
-def test_events_say_what_changed_and_the_summary_counts(vision):
+def test_events_say_what_changed_and_the_summary_counts(vision, monkeypatch):
     dark, bright = np.zeros((48, 64, 3), np.uint8), np.full((30, 90, 3), 255, np.uint8)
     with torch.no_grad():
         outputs = [vision(pixel_values=PREPROCESS(image)).pooler_output[0] for image in (dark, bright)]
     texts = torch.nn.functional.normalize(torch.stack(outputs) - sum(outputs) / 2, dim=-1)
     labels = Labels(("dark", "bright"), "{}", texts, 10.0, -1.0)
     rounds = [
-        ([Change("a", "connected"), Change("b", "connected")], {"a": dark, "b": bright}),
+        ([event("connected", "a"), event("connected", "b")], {"a": dark, "b": bright}),
         ([], {"a": dark}),
-        ([Change("b", "lost", "gone", 2.0)], {"a": bright}),
+        ([event("lost", "b", reason="gone", retry_seconds=2.0)], {"a": bright}),
         ([], {}),
-        ([Change("b", "connected")], {"b": bright, "a": bright}),
+        ([event("connected", "b")], {"b": bright, "a": bright}),
     ]
-    seen = []
-    events, summary = watched(rounds, vision, labels, on_round=lambda found, _: seen.append(found))
+    seen, events = [], []
+    monkeypatch.setattr("neuroflow_hf.cameras.watch.LatestPictures", Script(rounds, "ab"))
+    how = {"labels": labels, "emit": events.append, "on_round": lambda found, _: seen.append(found)}
+    summary = watch_cameras(dict.fromkeys("ab"), vision, PREPROCESS, GATE, **how)
     kinds = [(event["event"], event["source"], event.get("label"), event.get("previous")) for event in events]
     assert kinds == [
         ("connected", "a", None, None),
@@ -211,7 +208,7 @@ def test_events_say_what_changed_and_the_summary_counts(vision):
     }
     assert counts == {"a": (4, 2, 0), "b": (2, 1, 1)}
     line = summary["sources"]["a"]
-    assert (line["received"], line["connections"]) == (7, 1) and 0 < line["mean_cost"] < 1
+    assert line["received"] == 7 and 0 < line["mean_cost"] < 1
     assert 0.5 <= line["delay_seconds"]["median"] <= line["delay_seconds"]["p95"] <= line["delay_seconds"]["max"] < 30
     assert [[one.source for one in found] for found in seen] == [["a", "b"], ["a"], ["a"], ["b", "a"]]
     assert all(one.mask.all() for found in (seen[0], seen[3][:1]) for one in found)  # b began anew
@@ -356,10 +353,8 @@ class Scenario:
             signal.raise_signal(signal.SIGINT)
 
     def run(self, model, places):
-        opened = open_sources(places)
-        latest = partial(LatestPictures, first_pause=0.1, longest_pause=0.5)
-        how = {"emit": self.emit, "on_round": self.on_round, "latest": latest}
-        return watch_cameras(opened, model, PREPROCESS, GATE, **how)
+        how = {"emit": self.emit, "on_round": self.on_round}
+        return watch_cameras(open_sources(places), model, PREPROCESS, GATE, **how)
 
 
 def assert_came_back(scenario, summary):
@@ -367,11 +362,12 @@ def assert_came_back(scenario, summary):
         kinds = [event["event"] for event in scenario.events if event["source"] == name]
         assert kinds[0] == "connected" and kinds[-1] == "connected" and "lost" in kinds
         line = summary["sources"][name]
-        assert line["connections"] == 2 and line["losses"] >= 1 and line["encoded"] >= 6
+        assert kinds.count("connected") == 2 and line["losses"] >= 1 and line["encoded"] >= 6
 
 
 def test_http_cameras_that_fall_silent_and_come_back(vision, monkeypatch):
     monkeypatch.setattr(sources, "READ_SECONDS", 1)
+    monkeypatch.setattr(latest, "FIRST_PAUSE", 0.1)
     server = serve(Camera)
     port = server.server_address[1]
     names = [f"http://127.0.0.1:{port}/{camera}" for camera in "ab"]
@@ -390,7 +386,9 @@ def has_rtsp_server():
         return False
 
 
-def test_rtsp_cameras_whose_server_stops_and_comes_back(vision, request):
+def test_rtsp_cameras_whose_server_stops_and_comes_back(vision, request, monkeypatch):
+    monkeypatch.setattr(latest, "FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(latest, "LONGEST_PAUSE", 0.5)
     if not has_rtsp_server():
         pytest.skip("needs Debian's python3-gi, gir1.2-gst-rtsp-server-1.0, gstreamer1.0-plugins-base and -good")
     with socket.socket() as free:
@@ -450,7 +448,8 @@ def test_a_webhook_gets_events_in_order_and_failures_are_counted():
 def test_a_webhook_that_hangs_delays_nothing(monkeypatch):
     monkeypatch.setattr("neuroflow_hf.cameras.webhook.MOST_WAITING", 3)
     hang = threading.Event()
-    hook = Webhook(lambda _: hang.wait(20), seconds_left=0.1)
+    monkeypatch.setattr("neuroflow_hf.cameras.webhook.SECONDS", 0.1)
+    hook = Webhook(lambda _: hang.wait(20))
     begun = time.monotonic()
     for number in range(50):
         hook.post({"number": number})
