@@ -1,12 +1,12 @@
 """`neuroflow tune`: find gate settings for a checkpoint and a camera."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from . import options
-from .errors import EXIT_INTERRUPTED, EXIT_UNREACHED, one_line_errors
+from .errors import EXIT_UNREACHED, one_line_errors
 from .options import option
 from .output import command_line, figure_table, print_wide, print_written
 from .progress import CommandProgress
@@ -27,12 +27,8 @@ def tune(
     model: options.VisionModel = None,
     out: options.Out = Path("neuroflow-tuned"),
     frames: Annotated[int, option("Measure on N frames.", metavar="N")] = 120,
-    stretches: Annotated[
-        int, option("Take these frames from N stretches of the video, each with a keyframe.", metavar="N")
-    ] = 3,
     resolution: options.Resolution = None,
     stride: options.Stride = 1,
-    max_frames: options.MaxFrames = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "auto",
     debug: options.Debug = False,
@@ -45,7 +41,7 @@ def tune(
     with one_line_errors(debug, nothing_done="nothing was written."):
         from ..evaluation.points import Requirement
         from ..evaluation.tuning import tune_video
-        from ..evaluation.tuning_report import checkpoint_config, figure_words, write_tuning
+        from ..evaluation.tuning_report import checkpoint_config, tuning_rows, tuning_sentences, write_tuning
         from ..loading import default_model, dtype_named, load_model, usable_device
         from ..utils.files import prepare_folder
         from ..video.reader import VideoReader, bundled_clip
@@ -54,37 +50,19 @@ def tune(
         weights_dtype = dtype_named(dtype)
         required = {"min_cosine": min_cosine, "max_cost": max_cost, "statistic": statistic}
         Requirement(**required)
-        reader = VideoReader(video or bundled_clip(), stride=stride, max_frames=max_frames)
+        reader = VideoReader(video or bundled_clip(), stride=stride)
         usable_device(device)
         prepare_folder(out)
         source = model or default_model()
         loaded, preprocess = load_model(source, weights_dtype, device, resolution)
         with CommandProgress("frames") as progress:
-
-            def on_step(what, done, total, point):
-                progress.show(what, done, total)
-                if point is not None:
-                    progress.console.print(figure_words(point, statistic), soft_wrap=True)
-
-            how = {"frames": frames, "stretches": stretches, "on_step": on_step}
-            result = tune_video(reader, loaded, preprocess, **required, **how)
-        config = checkpoint_config(source)
-        files = write_tuning(result, out, config, model_name=model or source.name, command=command_line())
-    print_tuning(result)
-    print_written(out, (file.name for file in files))
-    if result.status == "interrupted":
-        typer.echo(f"Stopped by Ctrl-C; {len(result.points)} settings were measured before.", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED)
-    if result.chosen is None:
-        raise typer.Exit(EXIT_UNREACHED)
-
-
-def print_tuning(result: Any):
-    """Print what a tuning found: a table and a few sentences."""
-    from ..evaluation.tuning_report import tuning_rows, tuning_sentences
-
+            result = tune_video(reader, loaded, preprocess, **required, frames=frames, on_step=progress.show)
+        files = write_tuning(result, out, checkpoint_config(source), model or source.name, command_line())
     headers = ("", "cost", "mean", "p5", "min", "worst stretch", "ms")
     title = f"required: {result.requirement}"
     print_wide(figure_table(headers, tuning_rows(result), title, stress_first=True), width=100)
     for sentence in tuning_sentences(result):
         typer.echo(sentence)
+    print_written(out, files)
+    if result.chosen is None:
+        raise typer.Exit(EXIT_UNREACHED)

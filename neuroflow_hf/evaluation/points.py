@@ -83,11 +83,13 @@ def choose(points: Sequence[Point], requirement: Requirement) -> Point | None:
     return min(filter(requirement.met_by, points), key=requirement.preference, default=None)
 
 
-def nearest(points: Sequence[Point], requirement: Requirement) -> Point | None:
-    """If no point meets the requirement: the most faithful point cheaper than dense, or the cheapest one."""
-    if requirement.max_cost is not None:
-        return min(points, key=lambda point: point.cost, default=None)
-    return most_faithful([point for point in points if point.cost < 1], requirement)
+def nearest(points: Sequence[Point], requirement: Requirement) -> Point:
+    """The chosen point; if none meets the requirement, the most faithful below the cost of dense, or the cheapest."""
+    if requirement.max_cost is None:
+        closest = most_faithful([point for point in points if point.cost < 1], requirement)
+    else:
+        closest = min(points, key=lambda point: point.cost)
+    return choose(points, requirement) or closest
 
 
 def most_faithful(points: Sequence[Point], requirement: Requirement) -> Point | None:

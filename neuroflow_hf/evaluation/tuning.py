@@ -10,22 +10,21 @@ the cheapest that stays close enough to dense, or the closest that is cheap enou
 
 import contextlib
 import itertools
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from ..utils.jobs import stop_on_interrupt, timed
+from ..utils.jobs import timed
 from ..video.preprocess import Preprocessor
 from ..video.reader import DamagedVideoError, VideoReader
 from ..video.run import settings
 from ..vision.gate_config import PRESETS
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .methods import Dense, Method, Step, Streamed, dense_cost, looking_cost
-from .points import Point, Requirement, choose, nearest
+from .points import Point, Requirement, choose
 
 SHORTEST_STRETCH = 12  # frames
 RUNGS = 7  # settings of each family
@@ -67,18 +66,16 @@ TRIGGERED_HOLD, TRIGGERED_HOLDS = "hold until enough changed", ladder("hold", ke
 # consecutive frames of a video by their indices in the file, from 0: uint8 [1, 3, R, R] each, resized but not yet
 # normalised, to save memory
 Stretch = dict[int, torch.Tensor]
-OnStep = Callable[[str, int, int, Point | None], None]
+OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
 class TuneResult:
     """The result of a tuning."""
 
-    status: str  # `"complete"`, or `"interrupted"` (Ctrl-C); then `points` has the settings measured before
     requirement: Requirement
     points: list[Point]  # all measured settings, including baselines
     chosen: Point | None  # the point that meets the requirement best; None if none does
-    nearest: Point | None  # `chosen`, or the point nearest to the requirement
     frames: list[list[int]]  # for each stretch, the indices of its frames in the file
     dense_milliseconds: float  # mean time of a dense forward
     provenance: dict  # the video, the model and the machine
@@ -163,7 +160,6 @@ class Bench:
     model: NeuroFlowSiglipVisionModel  # model, preprocess: from `load_model`
     preprocess: Preprocessor
     stretches: list[Stretch]  # of equal length
-    stop: threading.Event  # set to stop measuring with a KeyboardInterrupt
     on_step: OnStep  # as in `tune_video`
 
     def steps(self, method: Method, stretch: Stretch, count: int | None = None) -> Iterator[tuple[Step, float]]:
@@ -171,8 +167,6 @@ class Bench:
         model = self.model
         method.start(1)
         for image in itertools.islice(stretch.values(), count):
-            if self.stop.is_set():
-                raise KeyboardInterrupt
             pixel_values = self.preprocess.normalise(image, model.dtype, model.device)
             with torch.inference_mode():
                 yield timed(lambda x=pixel_values: method.step(x), model.device)
@@ -187,7 +181,7 @@ class Bench:
             for step, elapsed in self.steps(method, stretch):
                 embeddings.append(step.embeddings[0].cpu())
                 milliseconds.append(elapsed)
-                self.on_step("dense", len(milliseconds), total, None)
+                self.on_step("dense", len(milliseconds), total)
             self.dense.append(torch.stack(embeddings))
         self.dense_milliseconds = float(np.mean(milliseconds))
 
@@ -219,13 +213,11 @@ class Bench:
                     method.stream.credit = [budget - 1]
                 embeddings.append(step.embeddings[0].cpu())
                 figures.append((step.cost.item(), elapsed))
-                self.on_step(family, len(figures), total, None)
+                self.on_step(family, len(figures), total)
             pair = torch.stack(embeddings).double(), dense[:counted].double()
             cosines.append(functional.cosine_similarity(*pair, dim=1).numpy())
         cost, milliseconds = np.mean(figures, axis=0).tolist()
-        point = Point(family, options, cost, cosines, milliseconds, control)
-        self.on_step(family, total, total, point)
-        return point
+        return Point(family, options, cost, cosines, milliseconds, control)
 
 
 # --- the job -------------------------------------------------------------------------------------------------------
@@ -241,16 +233,14 @@ def tune_video(
     statistic: str = "p5",
     frames: int = 120,
     stretches: int = 3,
-    candidates: Mapping[str, Sequence[dict]] | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnStep = lambda *_: None,
 ) -> TuneResult:
     """
     Find settings of the gate for a model and a video. The model's own gate options are not used.
 
-    Dense and the baselines (mode `hold`) run over a few stretches of consecutive frames, then each family of
-    candidates, from cheap to faithful, until one is faithful enough, too expensive, or beaten. A baseline may be
-    chosen. `keyframe_interval` is at most the length of a stretch, because longer intervals were not measured. After
-    Ctrl-C, the choice is among the settings measured before.
+    Dense and the baselines (mode `hold`) run over a few stretches of consecutive frames, then each of `FAMILIES`, from
+    cheap to faithful, until a setting is faithful enough, too expensive, or beaten. A baseline may be chosen.
+    `keyframe_interval` is at most the length of a stretch, because longer intervals were not measured.
 
     Args:
         reader: the video, with the stride that the settings are for.
@@ -259,45 +249,33 @@ def tune_video(
             search and labels, 0.999 a classifier trained on dense embeddings.
         frames: number of frames in all stretches. 120 take one or two minutes on a CPU with a small tower.
         stretches: number of stretches. More cover more of the video; fewer allow longer keyframe intervals.
-        candidates: gate options from cheap to faithful, by the family's name; default: `FAMILIES`.
-        on_step: called after each frame with the name of the step, the number of frames done, the number of frames in
-            the step, and None; after the last frame of a setting, with its [`Point`] in place of None.
+        on_step: called after each frame with the name of the step, the number of frames done, and the number of frames
+            in the step.
 
     Raises:
-        ValueError: for bounds, numbers, gate options or a resolution out of range, and videos of a single frame.
+        ValueError: for bounds, numbers or a resolution out of range, and videos of a single frame.
         VideoError: if the video cannot be read.
-        KeyboardInterrupt: for Ctrl-C before dense is measured.
     """
     requirement = Requirement(min_cosine, max_cost, statistic)
-    for name, value, least in (("frames", frames, 2), ("stretches", stretches, 1)):
-        if value < least:
-            raise ValueError(f"`{name}` is {value}; expected a whole number of at least {least}.")
+    if frames < 2:
+        raise ValueError(f"`frames` is {frames}; expected a whole number of at least 2.")
     preprocess.patches_per_side(model.config.patch_size)  # refuses too low a resolution
-    on_step = on_step or (lambda *_: None)
-    families = {TRIGGERED_HOLD: TRIGGERED_HOLDS, **(FAMILIES if candidates is None else candidates)}
     plan = plan_stretches(reader.expected_frames, frames, stretches)
-    read = read_stretches(reader, preprocess, plan, lambda done, total: on_step("reading", done, total, None))
-    with stop_on_interrupt() as stop:
-        bench = Bench(model, preprocess, read, stop, on_step)
-        bench.measure_dense()
-        points, status = bench.holds(), "complete"
-        try:
-            for family, rungs in families.items():
-                for options in rungs:
-                    best = choose(points, requirement)
-                    points.append(bench.measure(family, options, control=family == TRIGGERED_HOLD))
-                    beaten = max_cost is None and best is not None and points[-1].cost >= best.cost
-                    if beaten or requirement.met_by(points[-1]) == (max_cost is None):
-                        break  # the rest of the family costs more
-        except KeyboardInterrupt:
-            status = "interrupted"
-    chosen = choose(points, requirement)
+    read = read_stretches(reader, preprocess, plan, lambda done, total: on_step("reading", done, total))
+    bench = Bench(model, preprocess, read, on_step)
+    bench.measure_dense()
+    points = bench.holds()
+    for family, rungs in {TRIGGERED_HOLD: TRIGGERED_HOLDS, **FAMILIES}.items():
+        for options in rungs:
+            best = choose(points, requirement)
+            points.append(bench.measure(family, options, control=family == TRIGGERED_HOLD))
+            beaten = max_cost is None and best is not None and points[-1].cost >= best.cost
+            if beaten or requirement.met_by(points[-1]) == (max_cost is None):
+                break  # the rest of the family costs more
     return TuneResult(
-        status=status,
         requirement=requirement,
         points=points,
-        chosen=chosen,
-        nearest=chosen or nearest(points, requirement),
+        chosen=choose(points, requirement),
         frames=list(map(list, read)),
         dense_milliseconds=bench.dense_milliseconds,
         provenance=settings(reader, model, preprocess),

@@ -10,42 +10,11 @@ from ..utils.files import staging_folder
 from ..utils.plots import save_plot
 from ..vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
 from .plots import plot_tuning
-from .points import STATISTICS, Point, choose, most_faithful
+from .points import STATISTICS, Point, choose, most_faithful, nearest
 from .tuning import TuneResult
 
 # config.json last: where it exists, the others are of the same tuning
 TUNE_FILES = ("curve.png", "tune.json", "config.json")
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
-def point_figures(point: Point) -> dict:
-    """A point in `tune.json`."""
-    return {
-        "family": point.family,
-        "control": point.control,
-        "options": point.options,
-        "cost": point.cost,
-        "cosine_to_dense": {name: point.fidelity(name) for name in STATISTICS},
-        "worst_stretch": {name: point.worst_fidelity(name) for name in STATISTICS},
-        "milliseconds": point.milliseconds,
-    }
-
-
-def tuning_summary(result: TuneResult) -> dict:
-    """`tune.json` without the command and the model; `chosen` and `nearest` are indices of `points`."""
-    return {
-        "status": result.status,
-        "requirement": asdict(result.requirement),
-        "chosen": None if result.chosen is None else result.points.index(result.chosen),
-        "nearest": None if result.nearest is None else result.points.index(result.nearest),
-        "stretches": [{"first": indices[0], "last": indices[-1], "frames": len(indices)} for indices in result.frames],
-        "measured_frames": result.measured_frames,
-        "dense_milliseconds": result.dense_milliseconds,
-        **result.provenance,
-        "points": [point_figures(point) for point in result.points],
-    }
 
 
 def checkpoint_config(source: str | Path) -> NeuroFlowSiglipConfig | NeuroFlowSiglipVisionConfig:
@@ -55,32 +24,48 @@ def checkpoint_config(source: str | Path) -> NeuroFlowSiglipConfig | NeuroFlowSi
     return (NeuroFlowSiglipVisionConfig if vision_only else NeuroFlowSiglipConfig).from_pretrained(source)
 
 
-def write_tuning(
-    result: TuneResult, out: str | Path, config: Any, *, model_name: str = "", command: str = ""
-) -> list[Path]:
+def write_tuning(result: TuneResult, out: Path, config: Any, model_name: str, command: str) -> list[str]:
     """
-    Write `curve.png`, `tune.json` and, if a setting was chosen, `config.json` to a folder, which is made if missing;
-    files of an earlier tuning are replaced. `config` is the checkpoint's, from `checkpoint_config`; it is written with
-    the chosen gate. `model_name` and `command` are for `tune.json`. Returns the files.
-
-    Raises:
-        NotADirectoryError, OSError: if `out` is a file or cannot be written to.
+    Write `curve.png`, `tune.json` and, if a setting was chosen, `config.json` to a folder; files of an earlier tuning
+    are replaced. `config` is the checkpoint's, from `checkpoint_config`; it is written with the chosen gate.
+    `model_name` and `command` are for `tune.json`, whose `chosen` and `nearest` are indices of `points`. Returns the
+    files' names.
     """
-    summary = {"command": command, "model": model_name or config.name_or_path, **tuning_summary(result)}
+    points, chosen = result.points, result.chosen
+    summary = {
+        "command": command,
+        "model": model_name,
+        "requirement": asdict(result.requirement),
+        "chosen": None if chosen is None else points.index(chosen),
+        "nearest": points.index(nearest(points, result.requirement)),
+        "stretches": [{"first": indices[0], "last": indices[-1], "frames": len(indices)} for indices in result.frames],
+        "measured_frames": result.measured_frames,
+        "dense_milliseconds": result.dense_milliseconds,
+        **result.provenance,
+        "points": [
+            {
+                "family": point.family,
+                "control": point.control,
+                "options": point.options,
+                "cost": point.cost,
+                "cosine_to_dense": {name: point.fidelity(name) for name in STATISTICS},
+                "worst_stretch": {name: point.worst_fidelity(name) for name in STATISTICS},
+                "milliseconds": point.milliseconds,
+            }
+            for point in points
+        ],
+    }
     with staging_folder(out, TUNE_FILES) as folder:
         title = f"{summary['video']['name']} at {summary['resolution']} px, {result.measured_frames} frames"
-        figure = plot_tuning(result.points, result.requirement, result.chosen, title)
+        figure = plot_tuning(points, result.requirement, chosen, title)
         save_plot(figure, folder / "curve.png")
         (folder / "tune.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        if result.chosen is not None:
+        if chosen is not None:
             # `save_pretrained` would copy code beside it
             tuned = copy.deepcopy(config)
-            tuned.gate = result.chosen.options
+            tuned.gate = chosen.options
             tuned.to_json_file(folder / "config.json")
-    return [Path(out) / name for name in TUNE_FILES if (Path(out) / name).exists()]
-
-
-# --- table and text ------------------------------------------------------------------------------------------------
+    return [name for name in TUNE_FILES if (out / name).exists()]
 
 
 def setting_words(options: dict) -> str:
@@ -95,7 +80,7 @@ def figure_words(point: Point, statistic: str) -> str:
 
 def compared_points(result: TuneResult) -> list[tuple[str, Point]]:
     """The chosen (or nearest) point and those to compare it with, each once, with a label."""
-    requirement, found = result.requirement, result.nearest
+    requirement, found = result.requirement, nearest(result.points, result.requirement)
     baselines, others = ([point for point in result.points if point.control is kind] for kind in (True, False))
     affordable = [point for point in baselines if point.cost <= found.cost]
     candidates = [
@@ -128,9 +113,9 @@ def tuning_sentences(result: TuneResult) -> list[str]:
     requirement, points, statistic = result.requirement, result.points, result.requirement.statistic
     sentences = [f"{label}: {setting_words(point.options)}" for label, point in compared_points(result)]
     if result.chosen is None:
+        found = figure_words(nearest(points, requirement), statistic)
         sentences.append(
-            f"No setting meets the requirement ({requirement}). The nearest has "
-            f"{figure_words(result.nearest, statistic)}. No configuration was written."
+            f"No setting meets the requirement ({requirement}). The nearest has {found}. No configuration was written."
         )
     elif result.chosen.control:
         ours = choose([point for point in points if not point.control], requirement)
