@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -70,16 +70,13 @@ class RecordSettings:
     # are sampled as well
     before: int = 4
     after: int = 40
-    # maximum number of such changes in a scene, at least 1, evenly chosen; None for all
-    most_changes: int | None = None
+    most_changes: int = 8  # of a scene's changes, so many are used, evenly chosen
 
 
 def chosen_changes(scene: Scene, settings: RecordSettings) -> list[int]:
     """The changes of the label around which all frames are sampled, evenly chosen from the first to the last."""
     changes, most = scene.changes, settings.most_changes
-    if most is None or len(changes) <= most:
-        return changes
-    return [changes[round(place)] for place in np.linspace(0, len(changes) - 1, most)]
+    return [changes[round(place)] for place in np.linspace(0, len(changes) - 1, min(most, len(changes)))]
 
 
 def drawn_frames(scene: Scene, settings: RecordSettings) -> np.ndarray:
@@ -118,20 +115,6 @@ class Recording:
     about: dict  # seconds, versions, machine, commit and settings of the whole batch
 
 
-def frames_of(scenes: Sequence[Scene]) -> Iterator[list[np.ndarray]]:
-    """For each frame number, the frames of all scenes. ValueError if a scene has fewer or more frames than `count`."""
-    iterators = [scene.frames() for scene in scenes]
-    for number in range(scenes[0].count):
-        shown = [next(iterator, None) for iterator in iterators]
-        for scene, found in zip(scenes, shown, strict=True):
-            if found is None:
-                raise ValueError(f"Scene {scene.name} ends after {number} frames; expected {scene.count}.")
-        yield shown
-    for scene, iterator in zip(scenes, iterators, strict=True):
-        if next(iterator, None) is not None:
-            raise ValueError(f"Scene {scene.name} goes on after {scene.count} frames, which should be all.")
-
-
 @torch.inference_mode()
 def record(
     model: nn.Module,
@@ -163,7 +146,8 @@ def record(
     costs = torch.full((len(specs), *sampled.shape), math.nan)
     nbytes = torch.zeros(len(specs), len(sampled), dtype=torch.int64)
     bar = {"console": Console(stderr=True), "disable": title is None}
-    for number, shown in enumerate(track(frames_of(scenes), title or "", scenes[0].count, **bar)):
+    shown_frames = zip(*(scene.frames() for scene in scenes), range(len(sampled)), strict=True)
+    for *shown, number in track(shown_frames, title or "", len(sampled), **bar):
         wanted = sampled[number]
         taking_part = [place for place, method in enumerate(methods) if method.follows or wanted.any()]
         if taking_part:
@@ -189,13 +173,9 @@ def record(
         "dtype": str(tower.dtype).removeprefix("torch."),
         "settings": asdict(settings),
     }
-    return [
-        (
-            {"embeddings": embeddings[place], "cost": costs[place], "nbytes": nbytes[place]},
-            {**about, "seconds": round(spent[place], 3)},
-        )
-        for place in range(len(specs))
-    ]
+    names, parts = ("embeddings", "cost", "nbytes"), zip(embeddings, costs, nbytes, strict=True)
+    tensors = [dict(zip(names, one, strict=True)) for one in parts]
+    return [(one, {**about, "seconds": round(seconds, 3)}) for one, seconds in zip(tensors, spent, strict=True)]
 
 
 class Recorder:
@@ -230,30 +210,17 @@ class Recorder:
         known = [(scene.name, scene.count, scene.changes, scene.identity) for scene in scenes]
         return self.store.path("-".join(readable.split()), spec, settings=asdict(self.settings), scenes=known)
 
-    def missing(self, scenes: Sequence[Scene], specs: Iterable[MethodSpec]) -> list[MethodSpec]:
-        """The methods that are not recorded yet."""
-        return [spec for spec in specs if not self.path(scenes, spec).is_file()]
-
     def jobs(self, batches: Sequence[Sequence[Scene]], specs: Sequence[MethodSpec]) -> list[tuple[int, list]]:
         """The passes that are missing: batch and methods. Passes of the same methods follow each other."""
-        passes = [passes_of(self.missing(scenes, specs)) for scenes in batches]
-        together = zip_longest(*passes)
-        return [(batch, some) for row in together for batch, some in enumerate(row) if some is not None]
+        passes = [passes_of([spec for spec in specs if not self.path(scenes, spec).is_file()]) for scenes in batches]
+        return [(batch, some) for row in zip_longest(*passes) for batch, some in enumerate(row) if some is not None]
 
     def run(self, batches: Sequence[Sequence[Scene]], specs: Sequence[MethodSpec]) -> int:
         """
-        Record what is missing, and write each pass as soon as it is done. Several processes share the passes, and each
-        returns when all are done. Returns the number of passes that this process made.
-
-        Raises:
-            ValueError: if a batch is empty, or its scenes differ in length or share a name; also as `record`.
+        Record what is missing, and write each pass as soon as it is done. The scenes of a batch have as many frames.
+        Several processes share the passes, and each returns when all are done. Returns the number of passes that this
+        process made.
         """
-        for scenes in batches:
-            counts, names = sorted({scene.count for scene in scenes}), [scene.name for scene in scenes]
-            if len(counts) != 1:
-                raise ValueError(f"The scenes of a batch have {counts} frames; expected scenes with equally many.")
-            if len(set(names)) != len(names):
-                raise ValueError(f"Two scenes of a batch have one name: {names}.")
         jobs = self.processes.broadcast(self.jobs(batches, specs))  # files that appear meanwhile would change the list
         mine = self.processes.share(len(jobs))
         for number, place in enumerate(mine, start=1):
@@ -269,11 +236,8 @@ class Recorder:
         return len(mine)
 
     def load(self, scenes: Sequence[Scene], spec: MethodSpec) -> list[Recording]:
-        """A method's recordings of the scenes of a batch. FileNotFoundError if they were not made yet."""
-        path = self.path(scenes, spec)
-        if not path.is_file():
-            raise FileNotFoundError(f"{spec.name} is not recorded for these scenes: {path} is missing. Record first.")
-        with safe_open(path, "pt") as stored:
+        """A method's recordings of the scenes of a batch."""
+        with safe_open(self.path(scenes, spec), "pt") as stored:
             about = json.loads(stored.metadata()["about"])
             embeddings, cost, nbytes = (stored.get_tensor(name) for name in ("embeddings", "cost", "nbytes"))
         sampled = torch.from_numpy(np.stack([sampled_frames(scene, self.settings) for scene in scenes], axis=1))

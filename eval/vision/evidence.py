@@ -37,7 +37,6 @@ from neuroflow_hf.loading import load_text_model
 from neuroflow_hf.utils.processes import Processes
 from neuroflow_hf.utils.provenance import checkout_commit, code_version, key_of
 from neuroflow_hf.video.labels import embed_labels
-from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.vision.modeling_neuroflow_siglip import NeuroFlowSiglipModel
 from recipes import composed_clips
 from recipes.siglip_dinov2_small.build import default_tower_dir
@@ -47,103 +46,52 @@ from recipes.siglip_small.sources import things
 
 SEED = 3
 NOTHING = "nothing"
-FRAMES = 125
 QUICK_FRAMES = 1000
 SLOW_MODES = ("mlp",)
 FEW_HOLDS = (4, 8), (0.05, 0.1), (0.15, 0.25), (0.1, 0.2)  # arguments of `hold_baselines` in a quick run
-MOST_CHANGES = 8  # events that are used of one clip; in some clips the label changes all the time
 FEWEST_SCENES = 3  # fewer give no interval
 Statistic = Callable[[np.ndarray], np.ndarray]  # values of drawn scenes [R, S, m] to [R]
 
 # --- what is recorded ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to record: `clips` clips of each motion with `frames` frames each, by default FRAMES or QUICK_FRAMES."""
-
-    clips: int = 5
-    frames: int | None = None
-    quick: bool = False
-    few_settings: bool = False
-    methods: str | None = None
-    dense_every: int = 8
-
-    @property
-    def settings(self) -> RecordSettings:
-        """Which frames are sampled."""
-        return RecordSettings(dense_every=self.dense_every, most_changes=MOST_CHANGES)
-
-    @property
-    def lengths(self) -> list[int]:
-        """The number of frames of each clip of a motion."""
-        if self.quick:
-            return [self.frames or QUICK_FRAMES]
-        return [self.frames or FRAMES] * self.clips
-
-    def specs(self, model: torch.nn.Module) -> list[MethodSpec]:
-        """
-        The methods to record. A quick run leaves out the slowest mode, and has two settings of each baseline that
-        holds dense frames: with many settings, nearly every frame would be encoded densely for one of them. With few
-        settings, each mode has one, and there is no `extrapolate`, which is the presets' mode.
-        """
-        few, modes, config = self.quick or self.few_settings, mode_methods(), tower_of(model).config
-        if few:
-            first = {spec.family: spec for spec in reversed(modes)}
-            left_out = ("extrapolate", *(SLOW_MODES if self.quick else ()))
-            modes = [spec for spec in reversed(first.values()) if spec.options["mode"] not in left_out]
-        holds = hold_baselines(*(FEW_HOLDS if self.quick else ()))
-        smaller = [*smaller_baselines(config.patch_size, config.image_size, few), *merging_baselines(model, few)]
-        return chosen([DENSE, *preset_methods(), *modes, FIRST, *holds, *smaller], self.methods)
-
-
-def chosen(specs: Sequence[MethodSpec], names: str | None) -> list[MethodSpec]:
+def methods_of(model: torch.nn.Module, quick: bool, few_settings: bool, with_modes: bool) -> list[MethodSpec]:
     """
-    The methods whose name or family begins with one of `names`, which are separated by `|`. Dense and the first frame
-    repeated are always included, because everything is compared with them.
-
-    Raises:
-        typer.BadParameter: if no method begins with one of the names.
+    The methods to record. A quick run leaves out the slowest mode, and has two settings of each baseline that holds
+    dense frames: with many settings, nearly every frame would be encoded densely for one of them. With few settings,
+    each mode has one, and there is no `extrapolate`, which is the presets' mode.
     """
-    if names is None:
-        return list(specs)
-    wanted = [name.strip() for name in names.split("|")]
-    for name in wanted:
-        if not any(spec.name.startswith(name) or spec.family.startswith(name) for spec in specs):
-            there = ", ".join(dict.fromkeys(spec.family for spec in specs))
-            raise typer.BadParameter(f"No method or family begins with {name!r}; the families are {there}.")
-    begins = tuple(wanted)
-    return [s for s in specs if s in (DENSE, FIRST) or s.name.startswith(begins) or s.family.startswith(begins)]
+    few, modes, config = quick or few_settings, mode_methods() if with_modes else [], tower_of(model).config
+    if few:
+        first = {spec.family: spec for spec in reversed(modes)}
+        left_out = ("extrapolate", *(SLOW_MODES if quick else ()))
+        modes = [spec for spec in reversed(first.values()) if spec.options["mode"] not in left_out]
+    holds = hold_baselines(*(FEW_HOLDS if quick else ()))
+    smaller = [*smaller_baselines(config.patch_size, config.image_size, few), *merging_baselines(model, few)]
+    return [DENSE, *preset_methods(), *modes, FIRST, *holds, *smaller]
 
 
 def composed_scene(spec: composed_clips.ClipSpec) -> Scene:
     """A composed clip as a scene."""
-    parts = [spec.ground, *(actor.cut for actor in spec.actors)]
-    paths = [{name: part for name, part in vars(actor).items() if name != "cut"} for actor in spec.actors]
-    scalars = {name: part for name, part in vars(spec).items() if name not in ("ground", "actors")}
-    identity = key_of(
-        spec=scalars,
-        paths=paths,
-        pictures=[key_of(shape=part.shape, bytes=part.tobytes().hex()) for part in parts],
-        code=code_version([Path(composed_clips.__file__)]),
-    )
+    pictures = [spec.ground, *(actor.cut for actor in spec.actors)]
+    code = code_version([Path(composed_clips.__file__)])
     return Scene(
         name=f"{spec.motion} {spec.number}, {spec.frames} frames",
         frames=lambda: composed_clips.frames(spec),
         labels=composed_clips.right_labels(spec),
-        identity=identity,
+        identity=key_of(seed=spec.seed, side=spec.side, pictures=[one.tobytes().hex() for one in pictures], code=code),
         group=spec.motion,
     )
 
 
-def composed_batches(material: Any, plan: Plan, side: int = composed_clips.SIDE) -> list[list[Scene]]:
-    """One batch for each clip number, with that clip of every motion; all clips of a batch have the same length."""
+def composed_batches(material: Any, clips: int, frames: int, side: int = composed_clips.SIDE) -> list[list[Scene]]:
+    """One batch for each clip number, with that clip of every motion."""
     return [
         [
             composed_scene(composed_clips.specify(material, motion, number, frames=frames, seed=SEED, side=side))
             for motion in composed_clips.MOTIONS
         ]
-        for number, frames in enumerate(plan.lengths)
+        for number in range(clips)
     ]
 
 
@@ -189,17 +137,9 @@ class Evidence:
 
 
 def record_evidence(
-    plan: Plan,
-    model: NeuroFlowSiglipModel,
-    preprocess: Preprocessor,
-    batches: list[list[Scene]],
-    texts: tuple[list[str], Tensor],
-    folder: Path,
-    processes: Processes,
+    recorder: Recorder, batches: list[list[Scene]], specs: list[MethodSpec], texts: tuple[list[str], Tensor]
 ) -> Evidence:
     """Record what is missing, and load all recordings."""
-    specs = plan.specs(model)
-    recorder = Recorder(model, preprocess, folder, plan.settings, processes)
     recorder.run(batches, specs)
     scenes = [scene for batch in batches for scene in batch]
     recordings = {
@@ -212,7 +152,7 @@ def record_evidence(
     machines = [one["machine"] for one in of_all]
     about = {
         **provenance(),
-        "processes": processes.count,
+        "processes": recorder.processes.count,
         "commit": checkout_commit(),
         "recorded": {
             "commits": sorted({str(one["commit"]) for one in of_all}),
@@ -221,52 +161,47 @@ def record_evidence(
         },
         "weights": recorder.store.weights,
         "seed": SEED,
-        "frames": plan.lengths,
+        "frames": [batch[0].count for batch in batches],
         "scenes": [scene.name for scene in scenes],
         "methods": list(map(asdict, specs)),
     }
-    return Evidence(scenes, specs, recordings, *texts, plan.settings, about)
+    return Evidence(scenes, specs, recordings, *texts, recorder.settings, about)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def command(report_of: Callable, table_of: Callable, default: Plan, name: str, draw: Callable | None = None):
+def command(
+    report_of: Callable,
+    table_of: Callable,
+    name: str,
+    draw: Callable | None = None,
+    clips: int = 5,
+    frames: int = 125,
+    with_modes: bool = True,
+):
     """
     The command line of a script, from functions from evidence to the report, from the report to its table in Markdown,
-    and from both to a picture. `name` is that of the JSON file and the picture.
+    and from both to a picture. `name` is that of the JSON file and the picture. There are `clips` clips of each motion
+    with so many frames, or, with `--quick`, one.
     """
 
     def main(
-        quick: Annotated[
-            bool, typer.Option("--quick", help="Use one clip of each motion and fewer settings.")
-        ] = False,
+        quick: Annotated[bool, typer.Option("--quick", help="One clip of each motion, and fewer settings.")] = False,
         few_settings: Annotated[
-            bool,
-            typer.Option(
-                "--few-settings", help="Use one or two settings of each mode, and of the baselines with smaller input."
-            ),
+            bool, typer.Option("--few-settings", help="One or two settings of each mode and each smaller input.")
         ] = False,
-        clips: Annotated[int, typer.Option(help="Clips of each motion.", min=1)] = default.clips,
-        frames: Annotated[
-            int | None,
-            typer.Option(help="Frames of each clip.", min=composed_clips.FEWEST, show_default="125; --quick 1000"),
-        ] = default.frames,
-        methods: Annotated[
-            str | None,
-            typer.Option(help="Use only methods whose name or family begins with one of these; separate by |."),
-        ] = default.methods,
         output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / f"{name}.json",
     ):
         """Record what is missing, compare, and write and show the report."""
         processes = Processes()
-        device = "auto" if processes.device is None else str(processes.device)
-        model, preprocess, tokenizer = load_text_model(CHECKPOINT, device=device)
-        plan = Plan(clips, frames, quick, few_settings, methods)
-        batches = composed_batches(load_material()["held out"], plan)
-        texts = text_embeddings(model, tokenizer)
+        model, preprocess, tokenizer = load_text_model(CHECKPOINT, device=processes.device_for("auto"))
         folder = default_tower_dir().parent / "evidence"
-        evidence = record_evidence(plan, model, preprocess, batches, texts, folder, processes)
+        recorder = Recorder(model, preprocess, folder, RecordSettings(), processes)
+        size = (1, QUICK_FRAMES) if quick else (clips, frames)
+        batches = composed_batches(load_material()["held out"], *size)
+        specs = methods_of(model, quick, few_settings, with_modes)
+        evidence = record_evidence(recorder, batches, specs, text_embeddings(model, tokenizer))
         if processes.is_main:
             report = report_of(evidence)
             pictures = {} if draw is None else {f"{name}.png": draw(evidence, report)}
@@ -326,8 +261,8 @@ def best_baseline(
     statistics, weighted by their shares. A larger statistic is better.
 
     Returns:
-        `value` and `control`, the statistic of the method and of the best baseline; `family` of that baseline;
-        `difference` of both; and its `interval`, as of `statistic_interval`. None if there are no baselines.
+        `control`, the statistic of the best baseline, and its `family`; the `difference` of the method's to it; and
+        its `interval`, as of `statistic_interval`. None if there are no baselines.
     """
     own = statistic(values[name][None]).item()
     ranked = ranked_at(families, costs[name], costs.__getitem__, lambda one: statistic(values[one][None]).item())
@@ -337,10 +272,4 @@ def best_baseline(
     interval = statistic_interval(
         values[name], statistic, lambda drawn: best.mean(lambda one: statistic(values[one][drawn]))
     )
-    return {
-        "value": own,
-        "control": figure,
-        "family": best.family,
-        "difference": own - figure,
-        "interval": interval,
-    }
+    return {"control": figure, "family": best.family, "difference": own - figure, "interval": interval}

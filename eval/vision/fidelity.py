@@ -3,7 +3,6 @@ Does a stream stay close to dense over thousands of frames? Cosine over time, it
 
     torchrun --nproc_per_node 2 -m eval.vision.fidelity --few-settings    # run again to continue
     python -m eval.vision.fidelity --quick                                # fewer baselines, as in the other quick runs
-    python -m eval.vision.fidelity --frames 10000 --methods balanced
 
 There is one composed clip of 1,000 frames for each motion. One random frame of every eight is compared, never the
 first. Cosine to dense: mean, 5th and 1st percentile over all clips. Trend: the slope of the cosine over time, per
@@ -26,13 +25,11 @@ from torch.nn import functional
 from eval.docs.fidelity import fidelity_table
 from eval.report import rounded
 from eval.vision.clip_statistics import drawn_blocks
-from eval.vision.evidence import QUICK_FRAMES, Evidence, Plan, best_baseline, command, families_of
-from neuroflow_hf import PRESETS
+from eval.vision.evidence import QUICK_FRAMES, Evidence, best_baseline, command, families_of
 from neuroflow_hf.evaluation.equal_cost import COSINES
 from neuroflow_hf.evaluation.settings import DENSE
 from neuroflow_hf.evaluation.statistics import Interval, middle
 
-METHODS = "|".join([*PRESETS, "every", "surprise", "pixels", "smaller", "ToMe"])  # the presets, and all baselines
 RESAMPLES = 2000
 BLOCK = 20  # compared frames
 FEWEST_BLOCKS = 5
@@ -122,7 +119,7 @@ def fidelity_report(evidence: Evidence) -> dict:
     return rounded({**evidence.about, "block": BLOCK, "resamples": RESAMPLES, "results": results}, digits=8)
 
 
-main = command(fidelity_report, fidelity_table, Plan(clips=1, frames=QUICK_FRAMES, methods=METHODS), "fidelity")
+main = command(fidelity_report, fidelity_table, "fidelity", clips=1, frames=QUICK_FRAMES, with_modes=False)
 
 if __name__ == "__main__":
     typer.run(main)

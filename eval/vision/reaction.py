@@ -29,7 +29,6 @@ from eval.report import rounded
 from eval.vision.evidence import (
     NOTHING,
     Evidence,
-    Plan,
     best_baseline,
     command,
     families_of,
@@ -163,7 +162,7 @@ def in_frames(compared: dict) -> dict:
     }
 
 
-main = command(reaction_report, reaction_table, Plan(), "reaction")
+main = command(reaction_report, reaction_table, "reaction")
 
 if __name__ == "__main__":
     typer.run(main)

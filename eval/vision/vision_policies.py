@@ -2,7 +2,6 @@
 Is a preset ever further from dense than holding a dense frame at the same cost? And how far are the modes?
 
     torchrun --nproc_per_node 2 -m eval.vision.vision_policies    # an hour on two cores; run again to continue
-    python -m eval.vision.vision_policies --clips pan,webcam --methods balanced
     python -m eval.vision.vision_policies --tower dinov2 --methods faithful,balanced,thrifty
 
 Every clip of `clips.py`, 120 frames each; a clip with fewer frames is played forward and back. Every frame is compared
@@ -44,8 +43,8 @@ from eval.vision.clip_recorder import FRAMES, PATCH_FIGURES, ClipRecorder, load_
 from eval.vision.clip_statistics import drawn_blocks
 from eval.vision.clips import NAMES, Clip
 from neuroflow_hf import NeuroFlowDinov2Model, NeuroFlowSiglipVisionModel
-from neuroflow_hf.evaluation.equal_cost import LEVEL, Mixture, shares_at, verdict
-from neuroflow_hf.evaluation.statistics import middle
+from neuroflow_hf.evaluation.equal_cost import Mixture, shares_at, verdict
+from neuroflow_hf.evaluation.statistics import middle, resamples
 from neuroflow_hf.utils.processes import Processes
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.vision.gate_config import DEFAULT_PRESET, PRESETS, NeuroFlowGateConfig
@@ -91,18 +90,12 @@ class Outcome:
     """
     V equally likely runs of a method over a clip, such as the phases of a dense frame every k frames. Figures are
     means over the runs.
-
-    Attributes:
-        cost: cost relative to dense, mean over the F frames after the first.
-        cosines: cosine of the output to dense's on these frames, [V, F].
-        delays: [E], frames from each event until the output follows it.
-        time: processor time relative to dense; of a baseline, what its dense frames take.
     """
 
-    cost: float
-    cosines: np.ndarray
-    delays: np.ndarray
-    time: float
+    cost: float  # relative to dense, mean over the F frames after the first
+    cosines: np.ndarray  # of the output to dense's on these frames, [V, F]
+    delays: np.ndarray  # frames from each event until the output follows it, [E]
+    time: float  # processor time relative to dense; of a baseline, what its dense frames take
 
 
 def outcome(cost: float, outputs: Tensor, dense: Tensor, events: Sequence[int], time: float | None = None) -> Outcome:
@@ -167,30 +160,21 @@ def baselines(recorded: dict[str, Tensor], events: Sequence[int]) -> dict[str, l
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """
-    A clip with the outcomes of dense, the methods and the baselines.
-
-    Attributes:
-        clip: the clip.
-        dense: outcome with every frame dense.
-        methods: outcomes by method.
-        patches: by method, PATCH_FIGURES of its patches, and of dense patches held at its cost, [2, 4].
-        families: outcomes of the baselines; member i of a family has the same settings on every clip.
-        drawn: int [RESAMPLES, F], the resamples of the frames, which all comparisons share.
-    """
+    """A clip with the outcomes of dense, the methods and the baselines."""
 
     clip: Clip
     dense: Outcome
     methods: dict[str, Outcome]
+    # by method, PATCH_FIGURES of its patches, and of dense patches held at its cost, [2, 4]
     patches: dict[str, list[list[float]]]
-    families: dict[str, list[Outcome]]
-    drawn: np.ndarray
+    families: dict[str, list[Outcome]]  # member i of a family has the same settings on every clip
+    drawn: np.ndarray  # int [RESAMPLES, F], the resamples of the frames, which all comparisons share
 
 
 def measure(clip: Clip, recorder: ClipRecorder, methods: dict[str, dict]) -> Measured:
     """The outcomes of a clip, from what was recorded."""
     recorded = recorder.load(clip.name, None)
-    dense, events = recorded["outputs"], [event for event in clip.events if event < recorder.frames]
+    dense, events = recorded["outputs"], [event for event in clip.events if event < FRAMES]
     found = {name: recorder.load(clip.name, options) for name, options in methods.items()}
     return Measured(
         clip,
@@ -201,13 +185,8 @@ def measure(clip: Clip, recorder: ClipRecorder, methods: dict[str, dict]) -> Mea
         },
         {name: one["patches"].tolist() for name, one in found.items() if "patches" in one},
         baselines(recorded, events),
-        resampled_frames(recorder.frames - 1, seed=zlib.crc32(clip.name.encode())),
+        drawn_blocks(np.random.default_rng(zlib.crc32(clip.name.encode())), RESAMPLES, FRAMES - 1, BLOCK),
     )
-
-
-def resampled_frames(frames: int, seed: int) -> np.ndarray:
-    """The resamples int [RESAMPLES, frames] of a clip's frames."""
-    return drawn_blocks(np.random.default_rng(seed), RESAMPLES, frames, min(BLOCK, frames))
 
 
 def statistic(name: str, cosines: np.ndarray, drawn: np.ndarray | None = None) -> np.ndarray:
@@ -273,24 +252,22 @@ def judge(method: str, options: dict, measured: Measured) -> tuple[dict, dict[st
         row["patches"] = dict(zip(("own", "held"), measured.patches[method], strict=True))
     held = {mixture.family: mixture.mean(lambda one: one.delays) for mixture in holds}
     beyond = {name: delays - measured.dense.delays for name, delays in {"method": own.delays, **held}.items()}
-    row["delays"] = [
-        {name: float(delays[place]) for name, delays in beyond.items()} for place in range(len(own.delays))
-    ]
+    row["delays"] = [dict(zip(beyond, map(float, event), strict=True)) for event in zip(*beyond.values(), strict=True)]
     return row, draws
 
 
 # --- all clips -------------------------------------------------------------------------------------------------------
 
 
-def pooled_draws(draws: np.ndarray, seed: int = 0) -> np.ndarray:
+def pooled_draws(draws: np.ndarray) -> np.ndarray:
     """
     Resampled means over clips, from resampled differences [clips, R] to [R]. Each sample draws clips, and for each
     drawn clip one of its own resamples.
     """
-    clips, resamples = draws.shape
-    rng = np.random.default_rng(seed)
-    chosen = rng.integers(clips, size=(resamples, clips))
-    return draws[chosen, rng.integers(resamples, size=(resamples, clips))].mean(1)
+    clips, samples = draws.shape
+    rng = np.random.default_rng(0)
+    chosen = resamples(clips, samples, rng)
+    return draws[chosen, rng.integers(samples, size=(samples, clips))].mean(1)
 
 
 def pooled_figure(rows: Sequence[list], draws: Sequence[np.ndarray]) -> dict:
@@ -423,25 +400,9 @@ def draw_differences(panel, compared: Sequence[list]):
 # --- main ------------------------------------------------------------------------------------------------------------
 
 
-def chosen(names: str | None, known: Sequence[str], what: str) -> list[str]:
-    """
-    The names, separated by commas, in the order of the known ones; all of these if `names` is None.
-
-    Raises:
-        typer.BadParameter: for a name that is not known.
-    """
-    wanted = list(known) if names is None else [name.strip() for name in names.split(",")]
-    unknown = sorted(set(wanted) - set(known))
-    if unknown:
-        raise typer.BadParameter(f"Unknown {what}: {', '.join(unknown)}. There are: {', '.join(known)}.")
-    return [name for name in known if name in wanted]
-
-
 @torch.inference_mode()
 def main(
-    methods: Annotated[str | None, typer.Option(help="Measure only these methods, separated by commas.")] = None,
-    clips: Annotated[str | None, typer.Option(help="Measure only these clips, separated by commas.")] = None,
-    frames: Annotated[int, typer.Option(help="Frames of each clip.", min=3)] = FRAMES,
+    methods: Annotated[str, typer.Option(help="Measure these methods, separated by commas.")] = ",".join(METHODS),
     tower: Annotated[
         Literal["siglip", "dinov2"], typer.Option(help="Run DINOv2-small in SigLIP's architecture, or as it is.")
     ] = "siglip",
@@ -450,39 +411,30 @@ def main(
     ] = None,
 ):
     """Record what is missing, compare methods with baselines, and write the report and the picture."""
-    options = {name: METHODS[name] for name in chosen(methods, list(METHODS), "methods")}
-    names = chosen(clips, NAMES, "clips")
+    unknown = set(methods.split(",")) - set(METHODS)
+    if unknown:
+        raise typer.BadParameter(f"Unknown methods: {', '.join(unknown)}. There are: {', '.join(METHODS)}.")
+    options = {name: METHODS[name] for name in METHODS if name in methods.split(",")}
     processes, folder = Processes(), build_tower(default_tower_dir())
     model: Any
     if tower == "siglip":
         model = NeuroFlowSiglipVisionModel.from_pretrained(folder).eval()
     else:
         model = NeuroFlowDinov2Model.from_dinov2(load_original_from_wheels(wheel_dir(folder)))
-    recorder = ClipRecorder(model, Preprocessor.from_pretrained(folder), folder.parent / "policies", frames)
-    for place in processes.share(len(names)):
-        recorder.record(load_clip(names[place], folder.parent), options)
-        Console(stderr=True).print(f"{names[place]} is recorded.")
+    recorder = ClipRecorder(model, Preprocessor.from_pretrained(folder), folder.parent / "policies", FRAMES)
+    for place in processes.share(len(NAMES)):
+        recorder.record(load_clip(NAMES[place], folder.parent), options)
+        Console(stderr=True).print(f"{NAMES[place]} is recorded.")
     processes.gather([])  # waits for the others
     if not processes.is_main:
         return
-    measured = [measure(load_clip(name, folder.parent), recorder, options) for name in names]
+    measured = [measure(load_clip(name, folder.parent), recorder, options) for name in NAMES]
     report = {
         **provenance(),
         "tower": f"{TOWERS[tower]}, 224 px, float32",
-        "clips_measured": len(names),
-        "frames": frames,
-        "block": BLOCK,
-        "resamples": RESAMPLES,
-        "level_below": LEVEL,
-        "controls": {
-            EVERY: LONGEST_INTERVAL,
-            SURPRISE: SURPRISE_LEVELS,
-            SHARE: FRACTION_LEVELS,
-            MOTION: MOTION_LEVELS,
-            PACKETS: PACKET_LEVELS,
-            ORACLE: ERROR_LEVELS,
-        },
-        "methods": {name: PRESETS.get(name, chosen_options) for name, chosen_options in options.items()},
+        "clips_measured": len(NAMES),
+        "frames": FRAMES,
+        "methods": {name: PRESETS.get(name, one) for name, one in options.items()},
         **policies_report(measured, options),
     }
     shown = DEFAULT_PRESET if DEFAULT_PRESET in options else next(iter(options))

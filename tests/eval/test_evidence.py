@@ -7,18 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
 from torch.nn import functional
 
 from eval.docs.cells import rows_shown
 from eval.docs.fidelity import fidelity_table
 from eval.docs.labels import accuracy_table, reaction_table
-from eval.recordings import RecordSettings, Scene
+from eval.recordings import Recorder, RecordSettings, Scene
 from eval.vision import accuracy, evidence, fidelity, reaction
 from neuroflow_hf.evaluation.methods import MethodSpec
 from neuroflow_hf.evaluation.settings import DENSE, FIRST
-from neuroflow_hf.utils.processes import Processes
 from neuroflow_hf.video.preprocess import Preprocessor
 from recipes import composed_clips
 from recipes.composed_clips import MOTIONS, specify
@@ -155,25 +153,18 @@ def test_the_trend_is_the_slope_per_thousand_frames():
 # --- all of it ---
 
 
-def test_plans_and_the_choice_of_methods(vision):
-    assert evidence.Plan(clips=3, frames=100).lengths == [100] * 3
-    assert evidence.Plan(quick=True).lengths == [1000]
-    specs = evidence.Plan().specs(vision)
-    names = [spec.name for spec in evidence.chosen(specs, "balanced|every k")]
-    assert names[:2] == ["dense", "balanced"] and FIRST.name in names and "every 3" in names
-    assert "thrifty" not in names
-    assert evidence.chosen(specs, None) == specs
-    with pytest.raises(typer.BadParameter, match="begins with 'balancd'"):
-        evidence.chosen(specs, "balancd")
-    everything, few, quick = (
-        evidence.Plan(**plan).specs(vision) for plan in ({}, {"few_settings": True}, {"quick": True})
+def test_quick_runs_and_few_settings_have_fewer_methods(vision):
+    everything, few, quick, baselines = (
+        evidence.methods_of(vision, *how)
+        for how in ((False, False, True), (False, True, True), (True, False, True), (False, False, False))
     )
-    for plan in (everything, few, quick):
-        assert len({spec.name for spec in plan}) == len(plan)
+    for specs in (everything, few, quick, baselines):
+        assert len({spec.name for spec in specs}) == len(specs)
     assert len(everything) > len(few) > len(quick)
     assert {spec.family for spec in everything} == {spec.family for spec in few} | {"extrapolate"}
     slow = {spec.family for spec in few if spec.options.get("mode") in evidence.SLOW_MODES}
     assert len(slow) == 1 and {spec.family for spec in quick} == {spec.family for spec in few} - slow
+    assert baselines == [spec for spec in everything if spec.control or spec.family in (DENSE.family, "presets")]
 
 
 def test_a_scene_is_known_by_what_it_shows(material):
@@ -190,8 +181,9 @@ def test_a_scene_is_known_by_what_it_shows(material):
 @pytest.fixture(scope="module")
 def recorded(vision, material, tmp_path_factory):
     """A tiny model's recordings of two clips of each motion, with labels that dense recognises."""
-    plan = evidence.Plan(clips=2, frames=FRAMES, dense_every=2, methods="balanced|every 3|every 8|ToMe 3, constant")
-    batches = evidence.composed_batches(material, plan, side=48)
+    batches = evidence.composed_batches(material, 2, FRAMES, side=48)
+    some = ("dense", FIRST.name, "balanced", "every 3", "every 8", "ToMe 3, constant")
+    specs = [spec for spec in evidence.methods_of(vision, False, False, True) if spec.name in some]
     names = [*COLOURS, evidence.NOTHING]
     preprocess = Preprocessor(IMAGE_SIZE)
     mean_of: dict[str, list] = {name: [] for name in names}
@@ -204,8 +196,8 @@ def recorded(vision, material, tmp_path_factory):
     texts = functional.normalize(
         torch.stack([torch.stack(mean_of[name]).mean(0) - everything for name in names]), dim=-1
     )
-    folder = tmp_path_factory.mktemp("recordings")
-    return evidence.record_evidence(plan, vision, preprocess, batches, (names, texts), folder, Processes()), plan
+    recorder = Recorder(vision, preprocess, tmp_path_factory.mktemp("recordings"), RecordSettings(dense_every=2))
+    return evidence.record_evidence(recorder, batches, specs, (names, texts))
 
 
 def rows_of(report):
@@ -213,10 +205,9 @@ def rows_of(report):
 
 
 def test_from_clips_to_accuracy(recorded):
-    found, _ = recorded
-    report = accuracy.accuracy_report(found)
+    report = accuracy.accuracy_report(recorded)
     rows = rows_of(report)
-    assert set(rows) == {spec.name for spec in found.specs}
+    assert set(rows) == {spec.name for spec in recorded.specs}
     assert rows["dense"]["top1"]["difference"] == 0 and rows["dense"]["cost"] == 1
     assert rows["dense"]["top1"]["accuracy"] > 0.3
     assert rows[FIRST.name]["cost"] == 0
@@ -226,16 +217,15 @@ def test_from_clips_to_accuracy(recorded):
         assert row["motions"]["still"]["top1"]["interval"] is None
         low, high = row["top1"]["interval"]
         assert low <= row["top1"]["difference"] <= high
-    assert {"control", "family", "difference", "interval", "value"} == set(rows["balanced"]["top1"]["best control"])
+    assert {"control", "family", "difference", "interval"} == set(rows["balanced"]["top1"]["best control"])
     assert report["frames_counted"] > 200 and report["recorded"]["dtype"] == "float32"
     assert len(report["recorded"]["machines"]) == 1
     assert "| `balanced` |" in accuracy_table(report)
-    assert len(accuracy.plot_accuracy(found, report).axes) == 2 + len(MOTIONS)
+    assert len(accuracy.plot_accuracy(recorded, report).axes) == 2 + len(MOTIONS)
 
 
 def test_from_clips_to_reaction(recorded):
-    found, _ = recorded
-    report = reaction.reaction_report(found)
+    report = reaction.reaction_report(recorded)
     assert report["own"]["events"] + report["own"]["left_out"] > 5 and report["own"]["events"]
     rows = rows_of(report["own"])
     assert rows["dense"]["delay"] == 0 and rows["dense"]["censored"] == 0
@@ -247,8 +237,7 @@ def test_from_clips_to_reaction(recorded):
 
 
 def test_from_clips_to_fidelity(recorded):
-    found, _ = recorded
-    report = fidelity.fidelity_report(found)
+    report = fidelity.fidelity_report(recorded)
     rows = rows_of(report)
     assert "dense" not in rows
     assert all(row["bytes_constant"] for row in rows.values())
@@ -256,11 +245,12 @@ def test_from_clips_to_fidelity(recorded):
     for row in rows.values():
         assert row["p1"] <= row["p5"] <= row["mean"] <= 1
     assert rows["balanced"]["p5"] > rows[FIRST.name]["p5"]
-    assert rows["balanced"]["p5"] == pytest.approx(rows["balanced"]["best control"]["value"], abs=1e-6)
+    best = rows["balanced"]["best control"]
+    assert rows["balanced"]["p5"] == pytest.approx(best["control"] + best["difference"], abs=1e-6)
     assert "| `balanced` |" in fidelity_table(report)
-    changing = [place for place, scene in enumerate(found.scenes) if scene.changes]
-    assert 0 < len(changing) < len(found.scenes)
-    costs = [found.costs([place])["balanced"] for place in changing]
+    changing = [place for place, scene in enumerate(recorded.scenes) if scene.changes]
+    assert 0 < len(changing) < len(recorded.scenes)
+    costs = [recorded.costs([place])["balanced"] for place in changing]
     assert rows["balanced"]["changing"]["cost"] == pytest.approx(sum(costs) / len(costs), abs=1e-6)
 
 
@@ -271,14 +261,18 @@ def test_the_command_records_writes_and_continues(vision, material, tmp_path, mo
     monkeypatch.setattr(evidence, "text_embeddings", lambda *_: texts)
     monkeypatch.setattr(evidence, "default_tower_dir", lambda: tmp_path / "cache" / "tower")
     monkeypatch.setattr(composed_clips, "MOTIONS", {name: MOTIONS[name] for name in ("still", "crossing")})
+    specs = [DENSE, FIRST, MethodSpec("every 4", "every k", "every", {"k": 4}, control=True)]
+    monkeypatch.setattr(evidence, "methods_of", lambda *_: specs)
+    arguments = (accuracy.accuracy_report, accuracy_table, "accuracy", accuracy.plot_accuracy)
+    main = evidence.command(*arguments, clips=1, frames=16)
     output = tmp_path / "out" / "accuracy.json"
     for _ in range(2):
-        accuracy.main(clips=1, frames=16, methods="every 4", output=output)
+        main(output=output)
         shown = capsys.readouterr()
         assert "every 4" in shown.out
     assert "pass" not in shown.err
     assert {path.name for path in output.parent.iterdir()} == {"accuracy.json", "accuracy.png"}
-    assert set(rows_of(json.loads(output.read_text()))) == {"dense", FIRST.name, "every 4", "every 48"}
+    assert set(rows_of(json.loads(output.read_text()))) == {"dense", FIRST.name, "every 4"}
 
 
 def test_readmes_table_of_delays_says_what_is_looked_at():
