@@ -12,11 +12,15 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import neuroflow_hf
+import pytest
+from huggingface_hub import constants, hf_api
+from transformers.utils import hub
 
 # Runs at the start of every process that `call_elsewhere` makes, before torch and transformers are imported.
 PRELUDE = '''
@@ -45,20 +49,16 @@ def only_loopback(event, arguments):
 
 
 sys.addaudithook(only_loopback)
-if given["package"]:
-    sys.path.insert(0, given["package"])
+sys.meta_path.insert(0, PackageBlocker())
+try:
+    import neuroflow_hf
+except ImportError:
+    pass
 else:
-    sys.meta_path.insert(0, PackageBlocker())
-    try:
-        import neuroflow_hf
-    except ImportError:
-        pass
-    else:
-        raise AssertionError("neuroflow_hf can be imported here, so this process shows nothing about remote code.")
+    raise AssertionError("neuroflow_hf can be imported here, so this process shows nothing about remote code.")
 
-for module in ("neuroflow_hf", "transformers_modules"):
-    for category in (DeprecationWarning, FutureWarning):
-        warnings.filterwarnings("error", category=category, module=module)
+for category in (DeprecationWarning, FutureWarning):
+    warnings.filterwarnings("error", category=category, module="transformers_modules")
 '''
 
 EPILOGUE = """
@@ -69,14 +69,13 @@ with open(given["result"], "w", encoding="utf-8") as file:
 """
 
 
-def call_elsewhere(function, directory: Path, package: bool = False, hub: str | None = None, **values):
+def call_elsewhere(function, directory: Path, hub: str | None = None, **values):
     """
     Call a function in a new Python process with caches of its own, and return what it returned.
 
     Args:
         function: its source is sent, so it does its own imports and uses nothing around it; returns plain values.
         directory: working directory of the process. Its Hugging Face cache is made there too.
-        package: whether `neuroflow_hf` can be imported there. If not, the process makes sure that it cannot.
         hub: address of a [`LoopbackHub`]; without one, the process is offline.
         values: arguments of the function, plain values and paths.
 
@@ -87,11 +86,8 @@ def call_elsewhere(function, directory: Path, package: bool = False, hub: str | 
     script, result = directory / f"{function.__name__}.py", directory / f"{function.__name__}.json"
     body = textwrap.dedent(inspect.getsource(function))
     script.write_text(PRELUDE + body + EPILOGUE.format(name=function.__name__), encoding="utf-8")
-    given = {
-        "package": str(Path(neuroflow_hf.__file__).parents[1]) if package else None,
-        "result": str(result),
-        "values": {name: str(value) if isinstance(value, Path) else value for name, value in values.items()},
-    }
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    given = {"result": str(result), "values": values}
     # Nothing of the caller's hub settings, tokens or proxies goes along.
     environment = {
         name: value
@@ -146,6 +142,22 @@ class LoopbackHub:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=10)
+
+    @contextmanager
+    def reached_from_here(self) -> Iterator[None]:
+        """
+        Pushes of this process go to the hub. Another process takes nine seconds for torch and transformers, and reads
+        the address from its environment; in this one, it was read long ago.
+        """
+        files = f"{self.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hf_api.api, "endpoint", self.url)
+            patch.setattr(hf_api.api, "token", "hf_dummy")
+            for name, value in (("ENDPOINT", self.url), ("HUGGINGFACE_CO_URL_TEMPLATE", files)):
+                patch.setattr(constants, name, value)
+            patch.setattr(constants, "HF_HUB_OFFLINE", False)
+            patch.setattr(hub, "_hf_api", None, raising=False)  # one is made on first use, with the address of then
+            yield
 
     def files(self, name: str) -> dict[str, bytes]:
         """The files of a repository as of its last commit."""

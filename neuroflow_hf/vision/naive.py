@@ -61,12 +61,13 @@ def naive_attention(
     One query [D] over keys and values [D] each, and what is added to their scores, head by head: [D], before the
     output projection.
     """
+    keys, values = torch.stack([key for key, _, _ in seen]), torch.stack([value for _, value, _ in seen])
+    bias = torch.tensor([added for _, _, added in seen], dtype=query.dtype)
     heads, head_dim = [], len(query) // parts.num_heads
     for head in range(parts.num_heads):
         part = slice(head * head_dim, (head + 1) * head_dim)
-        scores = torch.stack([query[part] @ key[part] * parts.scaling + bias for key, _, bias in seen])
-        weights = scores.softmax(dim=0)
-        heads.append(sum(weight * value[part] for weight, (_, value, _) in zip(weights, seen, strict=True)))
+        scores = keys[:, part] @ query[part] * parts.scaling + bias
+        heads.append(scores.softmax(dim=0) @ values[:, part])
     return torch.cat(heads)
 
 

@@ -15,14 +15,6 @@ LOSSLESS = {"drafter": "bypass", "draft_length": 3}
 NEW = 12
 
 
-def push(folder):
-    """Runs elsewhere, with the package: push what the folder holds."""
-    from neuroflow_hf import NeuroFlowPhi3ForCausalLM
-
-    NeuroFlowPhi3ForCausalLM.from_pretrained(folder).push_to_hub("user/tiny-phi3")
-    return {}
-
-
 def use(names, bare, ids, output, lossless, new):
     """
     Runs elsewhere, without the package: generate with each of the models, save it, and load it once more. `names` and
@@ -63,7 +55,7 @@ def use(names, bare, ids, output, lossless, new):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with the saved model, its bare decoder, the prompt, and what is expected of it."""
+    """The model, a folder with it saved, its bare decoder and the prompt, and what is expected of it."""
     root = tmp_path_factory.mktemp("saved")
     model, ids = make_ours("window", bypass=BYPASS), random_ids(1, 6)
     model.save_pretrained(root / "model")
@@ -78,15 +70,16 @@ def saved(tmp_path_factory):
             "logits": model(ids, bypass=False).logits,
         }
     assert 0 < expected["mask"].sum() < NEW - 1
-    return root, expected
+    return model, root, expected
 
 
 @pytest.fixture(scope="module")
 def visits(saved, tmp_path_factory):
     """The other process's reports, the files that it loaded by place, and the folder that it wrote."""
-    root, output = saved[0], tmp_path_factory.mktemp("elsewhere")
+    (model, root, _), output = saved, tmp_path_factory.mktemp("elsewhere")
     with LoopbackHub() as hub:
-        call_elsewhere(push, output / "push", package=True, hub=hub.url, folder=root / "model")
+        with hub.reached_from_here():
+            model.push_to_hub("user/tiny-phi3")
         reports = call_elsewhere(
             use,
             output,
@@ -114,7 +107,7 @@ def visit(request, visits):
 @pytest.mark.parametrize("trip", ["first", "second"])
 def test_generates_alike(visit, saved, trip):
     report, tensors, _, _ = visit
-    for name, expected in saved[1].items():
+    for name, expected in saved[2].items():
         torch.testing.assert_close(tensors[f"{trip}.{name}"], expected)
     assert report[f"{trip}.drafted"] > 0
 

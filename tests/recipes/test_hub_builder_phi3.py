@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 from recipes import hub
@@ -39,15 +40,6 @@ def stock(request):
 def source(stock, tmp_path):
     """The stock model's folder."""
     return make_source(stock, tmp_path / "models" / "tiny")
-
-
-def upload(folder):
-    """Runs elsewhere, without the package: upload a folder as it is."""
-    from huggingface_hub import HfApi
-
-    HfApi().create_repo("user/tiny")
-    HfApi().upload_folder(folder_path=folder, repo_id="user/tiny")
-    return {}
 
 
 def use(names, prompt):
@@ -87,7 +79,9 @@ def test_repositories_generate_without_the_package(tmp_path):
         built.append(hub.build_hub_repository(make_source(model, tmp_path / name), tmp_path / "out" / name))
         assert {path.name for path in built[-1].iterdir()} == files
     with LoopbackHub() as served:
-        call_elsewhere(upload, tmp_path / "upload", hub=served.url, folder=built[1])
+        with served.reached_from_here():
+            HfApi().create_repo("user/tiny")
+            HfApi().upload_folder(folder_path=built[1], repo_id="user/tiny")
         names = [str(built[0]), "user/tiny"]
         answer = call_elsewhere(use, tmp_path / "elsewhere", hub=served.url, names=names, prompt=PROMPT)
     assert set(served.files("user/tiny")) >= files

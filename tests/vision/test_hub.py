@@ -16,18 +16,6 @@ from tests.vision.test_pipelines import LABELS, PIPELINE_TEXT, make_processor
 GATE = {"threshold": 0.05, "max_age": 9}
 
 
-def push(dual, vision, processor):
-    """Runs elsewhere, with the package: push what the folders hold."""
-    from transformers import SiglipProcessor
-
-    from neuroflow_hf import NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
-
-    NeuroFlowSiglipModel.from_pretrained(dual).push_to_hub("user/tiny")
-    SiglipProcessor.from_pretrained(processor).push_to_hub("user/tiny")
-    NeuroFlowSiglipVisionModel.from_pretrained(vision).push_to_hub("user/tiny-vision")
-    return {}
-
-
 def pull(video, image, labels, output):
     """Runs elsewhere, without the package: pull, stream, run a pipeline, push the vision model again."""
     import torch
@@ -69,10 +57,6 @@ def visit(tmp_path_factory):
     stock = lively(SiglipModel(SiglipConfig(text_config=text, vision_config=TINY_VISION)))
     model = NeuroFlowSiglipModel.from_siglip(stock, **GATE)
     processor = make_processor()
-    model.save_pretrained(root / "dual")
-    model.vision_model.save_pretrained(root / "vision")
-    processor.save_pretrained(root / "processor")
-
     frames = random_video(4, seed=5)
     save_file({"frames": torch.stack(frames)}, root / "video.safetensors")
     Image.effect_noise((IMAGE_SIZE, IMAGE_SIZE), 90).convert("RGB").save(root / "image.png")
@@ -90,15 +74,10 @@ def visit(tmp_path_factory):
     }
 
     with LoopbackHub() as hub:
-        call_elsewhere(
-            push,
-            root / "with package",
-            package=True,
-            hub=hub.url,
-            dual=root / "dual",
-            vision=root / "vision",
-            processor=root / "processor",
-        )
+        with hub.reached_from_here():
+            model.push_to_hub("user/tiny")
+            processor.push_to_hub("user/tiny")
+            model.vision_model.push_to_hub("user/tiny-vision")
         report = call_elsewhere(
             pull,
             root / "without package",
