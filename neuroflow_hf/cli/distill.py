@@ -26,7 +26,10 @@ TRAINING: Group = {
     "resolutions": training(
         str, "Sides of the frames in pixels, separated by commas; one is drawn for each batch.", "the model's"
     ),
-    "seed": training(int, "Random seed of all that is drawn.", "0"),
+    "summary_tokens": training(
+        int, "Summary tokens of the stream, a square number.", "64, in context and extrapolate 0"
+    ),
+    "rank": training(int, "Rank of the adapter.", "16"),
 }
 
 
@@ -50,14 +53,6 @@ def distill(
         Path | None,
         option("Video or folder to measure on.", default="every fifth video, or the last quarter of each"),
     ] = None,
-    summary_tokens: Annotated[
-        int | None,
-        option("Summary tokens of the stream, a square number.", default="64, in context and extrapolate 0"),
-    ] = None,
-    rank: Annotated[int, option("Rank of the adapter.")] = 16,
-    targets: Annotated[
-        str, option("What the adapter changes in every layer, separated by commas.")
-    ] = "q_proj,k_proj,v_proj,out_proj,fc1,fc2",
     quick: Annotated[bool, option("Train for a few minutes, to see it work.", "--quick")] = False,
     device: options.Device = "auto",
     debug: options.Debug = False,
@@ -83,10 +78,7 @@ def distill(
         own = options.given(**own)
         if "resolutions" in own:
             own["resolutions"] = parse_sides(own["resolutions"])
-        names = tuple(name.strip() for name in targets.split(",") if name.strip())
-        chosen = {"mode": mode, "rank": rank, "targets": names, **(QUICK if quick else {}), **own}
-        if summary_tokens is not None:
-            chosen["summary_tokens"] = summary_tokens
+        chosen = {"mode": mode, **(QUICK if quick else {}), **own}
         settings = (
             DistillSettings.published(**chosen) if method == "full" else DistillSettings(method=method, **chosen)
         )

@@ -52,7 +52,7 @@ class ClipSet:
             quarter of each.
         model: the teacher, in evaluation mode.
         preprocess: its preprocessing.
-        settings: of the distillation.
+        settings: of the distillation; the attribute `settings` has them resolved.
         cache: folder for frames and embeddings.
         on_video: called with the number of videos done and of all videos.
 
@@ -70,9 +70,10 @@ class ClipSet:
         cache: Path,
         on_video: Callable[[int, int], None] = lambda done, total: None,
     ):
-        self.settings, self.preprocess = settings, preprocess
+        self.preprocess = preprocess
         self.patch_size = cast(int, model.config.patch_size)  # transformers' annotation allows more than SigLIP has
-        self.resolutions = settings.resolutions or (preprocess.resolution,)
+        self.settings = settings = settings.resolved(self.patch_size, preprocess)
+        self.resolutions = settings.resolutions
         paths = [*videos, *(held_out or ())]
         self.stores: dict[int, list[FrameStore]] = {side: [] for side in self.resolutions}
         self.digests = [file_digest(path) for path in paths]

@@ -52,7 +52,7 @@ def measured_clips(clips: ClipSet) -> list[Clip]:
 
 
 @torch.inference_mode()
-def measure(model: NeuroFlowSiglipVisionModel, clips: ClipSet, summary_tokens: int) -> dict[str, HeldOut]:
+def measure(model: NeuroFlowSiglipVisionModel, clips: ClipSet) -> dict[str, HeldOut]:
     """
     Encode the held-out clips, at most MOST_CLIPS of them, evenly chosen, at the first resolution: figures by the
     names of SHARES. With several processes, each does all of it: the best weights are then the same everywhere.
@@ -62,7 +62,7 @@ def measure(model: NeuroFlowSiglipVisionModel, clips: ClipSet, summary_tokens: i
     found = {}
     for name, share in SHARES.items():
         budget = {} if share is None else {"token_budget": max(1, round(share * num_patches))}
-        gate = clips.settings.gate(summary_tokens, threshold=THRESHOLD, **budget)
+        gate = clips.settings.gate(threshold=THRESHOLD, **budget)
         parts = [
             measure_batch(model, clips, chosen[first : first + batch], gate) for first in range(0, len(chosen), batch)
         ]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..utils.provenance import key_of
+from ..video.preprocess import Preprocessor
 from ..vision.gate_config import GateOption, NeuroFlowGateConfig
 from ..vision.sparse_adapter import TARGETS, require_distillable
 
@@ -115,19 +116,22 @@ class DistillSettings:
         }
         return cls(**{**recipe, **changes})
 
-    def summary_tokens_for(self, smallest_grid: int) -> int:
-        """The gate's `summary_tokens` for models whose frames have at least `smallest_grid` rows and columns."""
-        if self.summary_tokens is not None:
-            return self.summary_tokens
-        return min(8, smallest_grid) ** 2 if self.mode in ("eliminate", "reconstruct") else 0
+    def resolved(self, patch_size: int, preprocess: Preprocessor) -> "DistillSettings":
+        """With `resolutions` and `summary_tokens` for a model, if they were left to it."""
+        sides = self.resolutions or (preprocess.resolution,)
+        grid = min(dataclasses.replace(preprocess, resolution=side).patches_per_side(patch_size) for side in sides)
+        tokens = self.summary_tokens
+        if tokens is None:
+            tokens = min(8, grid) ** 2 if self.mode in ("eliminate", "reconstruct") else 0
+        return dataclasses.replace(self, resolutions=sides, summary_tokens=tokens)
 
-    def gate(self, summary_tokens: int, **options: GateOption) -> NeuroFlowGateConfig:
-        """The options of a stream."""
+    def gate(self, **options: GateOption) -> NeuroFlowGateConfig:
+        """The options of a stream, of resolved settings."""
         return NeuroFlowGateConfig.from_options(
-            {"mode": self.mode, "summary_tokens": summary_tokens, "on_change": "keyframe"}, **options
+            {"mode": self.mode, "summary_tokens": self.summary_tokens, "on_change": "keyframe"}, **options
         )
 
-    def draw_gate(self, rng: np.random.Generator, num_patches: int, summary_tokens: int) -> NeuroFlowGateConfig:
+    def draw_gate(self, rng: np.random.Generator, num_patches: int) -> NeuroFlowGateConfig:
         """The gate of one batch of clips."""
         uniform = self.method == "full"
         threshold = rng.uniform(*self.thresholds) if uniform else log_uniform(rng, self.thresholds)
@@ -139,7 +143,7 @@ class DistillSettings:
             options |= {"reference": "ema", "ema_rate": rng.uniform(*self.ema_rates)}
         if self.active_shares is not None and rng.random() < 0.5:
             options["token_budget"] = max(1, round(log_uniform(rng, self.active_shares) * num_patches))
-        return self.gate(summary_tokens, **options)
+        return self.gate(**options)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

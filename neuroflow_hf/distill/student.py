@@ -17,17 +17,14 @@ class Student:
     that holds what is trained. `base` is the checkpoint's name.
     """
 
-    def __init__(
-        self, teacher: NeuroFlowSiglipVisionModel, settings: DistillSettings, summary_tokens: int, base: str | None
-    ):
+    def __init__(self, teacher: NeuroFlowSiglipVisionModel, settings: DistillSettings, base: str | None):
         self.settings = settings
         if settings.method == "full":
             self.model = copy.deepcopy(teacher).requires_grad_(True)
             self.trained: nn.Module = self.model
             return
         torch.manual_seed(settings.seed)
-        gate = settings.gate(summary_tokens)
-        adapter = SparseAdapter(teacher, gate, settings.rank, settings.rank, settings.targets, base)
+        adapter = SparseAdapter(teacher, settings.gate(), settings.rank, settings.rank, settings.targets, base)
         self.model = copy.copy(teacher)  # shares the weights, and leaves the teacher without the adapter
         self.model._modules = dict(teacher._modules)
         self.model.sparse_adapter = adapter.to(teacher.device).requires_grad_(True)

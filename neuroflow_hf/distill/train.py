@@ -1,16 +1,14 @@
 """The training loop: clips through streams, their embeddings towards the dense model's."""
 
-import json
+import io
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ..utils.files import prepare_folder, write_whole
@@ -26,48 +24,41 @@ from .measure import HeldOut, improvement, measure, measured_clips, plain_values
 from .settings import DistillSettings
 from .student import Student
 
-STATE = "state.safetensors"
+STATE = "state.pt"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class DistillResult:
     """
     What a distillation found.
 
     Attributes:
         settings: what was asked for.
+        training_clips: how many.
+        held_out_clips: how many were measured.
+        short_videos: names of videos that are too short for a clip.
         losses: of every step.
         held_out: figures on held-out clips by step and by the names of `measure.SHARES`; those of step 0 are before
             training.
         best_step: the step whose weights were written.
-        finished: False if it was interrupted; the same call goes on.
+        best: these weights.
         seconds: of training, without the teacher's embeddings.
-        training_clips: how many.
-        held_out_clips: how many were measured.
-        short_videos: names of videos that are too short for a clip.
     """
 
     settings: DistillSettings
-    losses: list[float]
-    held_out: dict[int, dict[str, HeldOut]]
-    best_step: int
-    finished: bool
-    seconds: float
     training_clips: int
     held_out_clips: int
     short_videos: list[str]
+    losses: list[float] = field(default_factory=list)
+    held_out: dict[int, dict[str, HeldOut]] = field(default_factory=dict)
+    best_step: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    seconds: float = 0.0
 
-
-@dataclass
-class State:
-    """Everything that a distillation goes on from."""
-
-    step: int
-    losses: list[float]
-    held_out: dict[int, dict[str, HeldOut]]
-    best_step: int
-    best: dict[str, Tensor]
-    seconds: float
+    @property
+    def finished(self) -> bool:
+        """False if it was interrupted; the same call goes on."""
+        return len(self.losses) == self.settings.steps
 
 
 def distill(
@@ -127,63 +118,47 @@ def distill(
             cache or out / "cache",
             lambda done, total: on_step("videos", done, total, None),
         )
-    summary_tokens = settings.summary_tokens_for(min(map(clips.grid_at, clips.resolutions)))
-    student = Student(model, settings, summary_tokens, base)
+    settings = clips.settings
+    student = Student(model, settings, base)
     optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     digests = {"videos": clips.digests[: len(videos)], "held_out": clips.digests[len(videos) :]}
     key = settings.key(**digests, weights=fingerprint(model))
-    state = read_state(out / STATE, key, student, optimizer)
-    if state is None:
-        figures = measure(student.model, clips, summary_tokens)
-        state = State(0, [], {0: figures}, 0, student.weights(), 0.0)
-        on_step("steps", 0, settings.steps, figures)
-    begun, saved = time.monotonic() - state.seconds, time.monotonic()
+    result = DistillResult(settings, len(clips.training), len(measured_clips(clips)), clips.short_videos)
+    if not read_state(out / STATE, key, result, student, optimizer):
+        result.held_out[0], result.best = measure(student.model, clips), student.weights()
+        on_step("steps", 0, settings.steps, result.held_out[0])
+    begun, saved = time.monotonic() - result.seconds, time.monotonic()
 
     with stop_on_interrupt() as stop:
-        batches = prefetch(step_batches(clips, settings, accelerator, state.step), depth=2)
-        for batch_group in batches:
-            loss = train_step(
-                student, optimizer, batch_group, clips, settings, summary_tokens, accelerator, state.step
-            )
-            state.losses.append(loss)
-            state.step += 1
+        for batches in prefetch(step_batches(clips, accelerator, len(result.losses)), depth=2):
+            result.losses.append(train_step(student, optimizer, batches, clips, accelerator, len(result.losses)))
+            step = len(result.losses)
             measured: dict[str, HeldOut] | None = None
-            if state.step % settings.evaluate_every == 0 or state.step == settings.steps:
-                measured = measure(student.model, clips, summary_tokens)
-                state.held_out[state.step] = measured
-                before, best = state.held_out[0], state.held_out[state.best_step]
+            if step % settings.evaluate_every == 0 or result.finished:
+                measured = result.held_out[step] = measure(student.model, clips)
+                before, best = result.held_out[0], result.held_out[result.best_step]
                 # the paper's recipe ends with its last weights
                 if settings.method == "full" or improvement(before, measured) > improvement(before, best):
-                    state.best_step, state.best = state.step, student.weights()
-            on_step("steps", state.step, settings.steps, measured)
-            state.seconds = time.monotonic() - begun
-            last = state.step == settings.steps or any_process(accelerator, stop.is_set())
+                    result.best_step, result.best = step, student.weights()
+            on_step("steps", step, settings.steps, measured)
+            result.seconds = time.monotonic() - begun
+            if stop.is_set():
+                accelerator.set_trigger()
+            last = accelerator.check_trigger() or result.finished
             if accelerator.is_main_process and (last or time.monotonic() - saved > settings.checkpoint_seconds):
-                write_state(out / STATE, key, state, student, optimizer)
+                write_state(out / STATE, key, result, student, optimizer)
                 saved = time.monotonic()
             if last:
                 break
-    finished = state.step == settings.steps
-    student.set_weights(state.best)
-    if accelerator.is_main_process and finished:
+    student.set_weights(result.best)
+    if accelerator.is_main_process and result.finished:
         student.save(out)
-    return DistillResult(
-        settings,
-        state.losses,
-        state.held_out,
-        state.best_step,
-        finished,
-        state.seconds,
-        len(clips.training),
-        len(measured_clips(clips)),
-        clips.short_videos,
-    )
+    return result
 
 
-def step_batches(
-    clips: ClipSet, settings: DistillSettings, accelerator: Accelerator, first: int
-) -> Iterator[list[tuple[int, Batch]]]:
+def step_batches(clips: ClipSet, accelerator: Accelerator, first: int) -> Iterator[list[tuple[int, Batch]]]:
     """This process's batches of every step from `first` on, each with its number in the step."""
+    settings = clips.settings
     for step in range(first, settings.steps):
         mine = range(accelerator.process_index, settings.accumulate, accelerator.num_processes)
         yield [(number, clips.draw(np.random.default_rng((settings.seed, step, number)))) for number in mine]
@@ -194,18 +169,17 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[tuple[int, Batch]],
     clips: ClipSet,
-    settings: DistillSettings,
-    summary_tokens: int,
     accelerator: Accelerator,
     step: int,
 ) -> float:
     """One optimizer step on this process's part of the step's batches; the mean loss of all processes."""
+    settings = clips.settings
     optimizer.zero_grad()
     total = torch.zeros((), device=accelerator.device)
     for number, batch in batches:
         rng = np.random.default_rng((settings.seed, step, number, 1))
-        gate = settings.draw_gate(rng, clips.grid_at(batch.frames.shape[-1]) ** 2, summary_tokens)
-        for loss in clip_losses(student.model, batch, clips, gate, settings):
+        gate = settings.draw_gate(rng, clips.grid_at(batch.frames.shape[-1]) ** 2)
+        for loss in clip_losses(student.model, batch, clips, gate):
             share = loss * accelerator.num_processes / settings.accumulate
             if share.requires_grad:
                 accelerator.backward(share, inputs=student.parameters())
@@ -219,17 +193,13 @@ def train_step(
 
 
 def clip_losses(
-    model: NeuroFlowSiglipVisionModel,
-    batch: Batch,
-    clips: ClipSet,
-    gate: NeuroFlowGateConfig,
-    settings: DistillSettings,
+    model: NeuroFlowSiglipVisionModel, batch: Batch, clips: ClipSet, gate: NeuroFlowGateConfig
 ) -> Iterator[Tensor]:
     """
     The loss of each frame of a batch, which sum to the batch's. What a stream remembers carries no gradient, so each
     frame's is complete when it is yielded, and memory stays that of one frame.
     """
-    preprocess = clips.preprocess_at(batch.frames.shape[-1])
+    settings, preprocess = clips.settings, clips.preprocess_at(batch.frames.shape[-1])
     stream = model.new_stream(batch.frames.shape[1], **gate.to_dict())
     first = 0 if settings.method == "full" else 1  # a keyframe teaches an adapter nothing
     for number in range(len(batch.frames)):
@@ -246,76 +216,55 @@ def clip_losses(
 
 
 def average_gradients(student: Student, accelerator: Accelerator) -> None:
-    """Replace every gradient by its mean over the processes, in one exchange."""
-    if accelerator.num_processes == 1:
-        return
-    parameters = student.parameters()
-    gradients = [torch.zeros_like(item) if item.grad is None else item.grad for item in parameters]
-    together = torch.cat([gradient.flatten() for gradient in gradients])
-    together = accelerator.reduce(together, "mean")
-    for parameter, part in zip(parameters, together.split([item.numel() for item in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
-
-
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether `flag` is True on any process."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+    """Replace every gradient by its mean over the processes."""
+    if accelerator.num_processes > 1:
+        for item in student.parameters():
+            gradient = torch.zeros_like(item) if item.grad is None else item.grad
+            item.grad = accelerator.reduce(gradient, "mean")
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
 
+KEPT = ("losses", "held_out", "best_step", "best", "seconds")  # of a result
 
-def write_state(path: Path, key: str, state: State, student: Student, optimizer: torch.optim.Optimizer) -> None:
+
+def write_state(
+    path: Path, key: str, result: DistillResult, student: Student, optimizer: torch.optim.Optimizer
+) -> None:
     """Write everything to go on from, whole or not at all."""
-    about = {
-        "key": key,
-        "step": state.step,
-        "losses": state.losses,
-        "held_out": plain_values(state.held_out),
-        "best_step": state.best_step,
-        "seconds": state.seconds,
-    }
-    tensors = {f"weights.{name}": value for name, value in student.weights().items()}
-    tensors |= {f"best.{name}": value for name, value in state.best.items()}
-    for place, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{place}.{name}": value.cpu().contiguous() for name, value in moments.items()}
-    write_whole(path, save(tensors, metadata={"neuroflow_distill": json.dumps(about)}))
+    content = io.BytesIO()
+    state = {name: getattr(result, name) for name in KEPT} | {"held_out": plain_values(result.held_out)}
+    state |= {"key": key, "weights": student.weights(), "optimizer": optimizer.state_dict()}
+    torch.save(state, content)
+    write_whole(path, content.getvalue())
 
 
-def read_state(path: Path, key: str, student: Student, optimizer: torch.optim.Optimizer) -> State | None:
+def read_state(
+    path: Path, key: str, result: DistillResult, student: Student, optimizer: torch.optim.Optimizer
+) -> bool:
     """
-    The state in a file, put into student and optimizer; None if there is none.
+    Put the state in a file into result, student and optimizer; False if there is none.
 
     Raises:
         ValueError: if it belongs to another distillation, or is damaged.
     """
     if not path.is_file():
-        return None
+        return False
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["neuroflow_distill"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises all kinds of errors
         raise ValueError(f"{path} is damaged ({error}); delete it to begin anew.") from error
-    if about["key"] != key:
+    if state["key"] != key:
         raise ValueError(
             f"{path.parent} holds a distillation with other settings, videos or weights. Choose another folder, or "
             f"delete {path.name} in it to begin anew."
         )
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-    student.set_weights(part("weights."))
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in part("optimizer.").items():
-        place, field = name.split(".")
-        moments.setdefault(int(place), {})[field] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    held_out = {
-        int(step): {name: HeldOut(**figures) for name, figures in measured.items()}
-        for step, measured in about["held_out"].items()
+    student.set_weights(state["weights"])
+    optimizer.load_state_dict(state["optimizer"])
+    state["held_out"] = {
+        step: {name: HeldOut(**figures) for name, figures in measured.items()}
+        for step, measured in state["held_out"].items()
     }
-    return State(about["step"], about["losses"], held_out, about["best_step"], part("best."), about["seconds"])
+    for name in KEPT:
+        setattr(result, name, state[name])
+    return True
