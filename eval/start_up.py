@@ -27,6 +27,7 @@ COMMANDS = {
     "`import neuroflow_hf`": ["-c", "import neuroflow_hf"],
     "`neuroflow --help`": ["-m", "neuroflow_hf.cli", "--help"],
 }
+REPEATS = 5
 
 
 def seconds_of(arguments: list[str]) -> float:
@@ -37,13 +38,12 @@ def seconds_of(arguments: list[str]) -> float:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="Run each command N times.")] = 5,
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "start_up.json",
 ):
     """Time all commands, and show the table."""
-    turns = [{name: seconds_of(arguments) for name, arguments in COMMANDS.items()} for _ in range(repeats + 1)][1:]
+    turns = [{name: seconds_of(arguments) for name, arguments in COMMANDS.items()} for _ in range(REPEATS + 1)][1:]
     seconds = {name: statistics.median(turn[name] for turn in turns) for name in COMMANDS}
-    report = {**provenance(), "repeats": repeats, "seconds": seconds, "turns": turns}
+    report = {**provenance(), "repeats": REPEATS, "seconds": seconds, "turns": turns}
     publish(output, report, start_up_table(report))
 
 

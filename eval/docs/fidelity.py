@@ -3,6 +3,17 @@
 from eval.docs.cells import beside, estimate, method_and_cost, rows_shown, table, thousandths
 from neuroflow_hf import PRESETS
 
+OF_MEAN = "pooled_cosine_after_subtracting_mean_training_cls"
+TOWER_ROWS = {
+    "Patch features, tower against original": "patch_cosine",
+    "*baseline:* the same, patch at another place": "patch_at_another_place_cosine",
+    "Pooled output against CLS output": "pooled_cosine",
+    "the same, mean training CLS output subtracted from both": OF_MEAN,
+    "*baseline:* mean patch feature against CLS output": "mean_patch_cosine",
+    "*baseline:* mean training CLS output against CLS output": "mean_training_cls_cosine",
+    "*baseline:* CLS outputs of different photographs / of different frames": "others",
+}
+
 
 def pooled(report: dict) -> list[dict]:
     """The methods over all clips, compared at equal cost."""
@@ -168,3 +179,24 @@ def fidelity_table(report: dict) -> str:
     }
     note = "`{command}`: {recorded[dtype]}.".format(**report)
     return table(rows_shown(report["results"]), method_and_cost() | columns, note)
+
+
+def tower_table(result: dict) -> str:
+    """How close the built tower is to the original."""
+    parts = {"held-out photographs": result["held_out_photos"], "the clip's frames": result["clip"]}
+
+    def cells(part: dict) -> list[str]:
+        controls = part["controls"]
+        others = controls.get("cls_of_different_photos_cosine") or controls.get("cls_of_different_frames_cosine")
+        found = {**part, **controls, "others": others}
+        cosines = [f"{found[key]['mean']:.3f} ({found[key]['p5']:.3f})" for key in TOWER_ROWS.values()]
+        return [*cosines, f"{part['pooled_nearest_cls_is_own']:.2f} ({controls['nearest_by_chance']:.2f})"]
+
+    titles = [*TOWER_ROWS, "Share of images whose pooled output is nearest to their own CLS output (by chance)"]
+    columns = {"cosine: mean (5th percentile)": "{0}"}
+    columns |= {
+        f"{name} ({part['images']} images)": f"{{{place}}}" for place, (name, part) in enumerate(parts.items(), 1)
+    }
+    note = "Written by `{command}` from eval/results/tower_fidelity.json: seed {seed}, torch {versions[torch]}, "
+    note += "transformers {versions[transformers]}."
+    return table(zip(titles, *map(cells, parts.values()), strict=True), columns, note.format(**result))

@@ -10,8 +10,9 @@ MASKS = {
     "context, ema, 0.01": "`context`, reference `ema`",
     "everything": "baseline: everything",
 }
-
-
+HELD_OUT, STYLE = "held-out renderings, photographs and phrasings", "a style never seen"
+LEAST_SHARE = 0.15  # that the main thing covers, for it to count
+PIPELINE_PHRASING = "This is a photo of {name}."
 MASK_COLUMNS = {
     "IoU with the thing": "thing",
     "IoU with the change": "change",
@@ -110,3 +111,42 @@ def motion_table(report: dict) -> str:
     note = "`{command}`: {clips[in_all]} composed clips of {clips[frames]} frames. A box is found if its IoU with a "
     note += "moving thing's is at least {least_iou}; the first row found {0[objects]} of them. {labels_known} labels."
     return table(rows, columns, note.format(labels["balanced, last_update"], **report))
+
+
+def zero_shot_table(report: dict, again: dict) -> str:
+    """What the small SigLIP recognises; `again` is of a second run of its recipe."""
+
+    def share_cell(found: dict) -> str:
+        between = " ({:.1%} to {:.1%})".format(*found["interval"]) if "interval" in found else ""
+        return f"{found['top1']:.1%}{between}"
+
+    def accuracies(of: str, head: str, found: dict[str, dict]) -> str:
+        rows = [(name, share_cell(one), one.get("pictures", "")) for name, one in found.items()]
+        return table(rows, {of: "{0}", head: "{1}", "pictures": "{2}"})
+
+    others = {name.replace("control:", "baseline:"): found for name, found in report["others"].items()}
+    rows = {f"**{HELD_OUT}**": report[HELD_OUT], **others}
+    rows["the first row, of the recipe run again from nothing"] = again[HELD_OUT]
+    head = f"top-1 among {report['things']} things (95 % interval)"
+    columns = {"held-out pictures, told what it is": "{0}", "right": "{1}", "most frequent answer": "{2:.1%}"}
+    details = [(name, share_cell(f), f["most frequent"], f["pictures"]) for name, f in report["details"].items()]
+    phrasings, photos = report["phrasings"], report["photographs"]
+    known, held_out = ([f["top1"] for f in phrasings.values() if f["held out"] == which] for which in (False, True))
+    photographs_right = sum(found["named"][0] in found["shows"] for found in photos)
+    return "\n\n".join(
+        [
+            accuracies(f"main thing at least {LEAST_SHARE:.0%} of the frame", head, rows),
+            accuracies("main thing covers", "top-1", report["by size"]),
+            accuracies("in the picture", "top-1", report["by number"]),
+            table(details, columns | {"pictures": "{3}"}),
+            f"Five held-out phrasings together; one at a time {min(held_out):.1%} to {max(held_out):.1%}, those of "
+            f"training {min(known):.1%} to {max(known):.1%}, `{PIPELINE_PHRASING}` (the pipeline's) "
+            f"{phrasings[PIPELINE_PHRASING]['top1']:.1%}. Top-5: {report[HELD_OUT]['top5']:.1%}.",
+            "Most confused: " + ", ".join(f"{a} taken for {b}" for a, b, _ in report["most confused"][:10]) + ".",
+            f"Of {len(photos)} held-out photographs and scenes of footage that show one of the things, "
+            f"{photographs_right} were named right: "
+            + "; ".join(f"{' or '.join(found['shows'])}: {found['named'][0]}" for found in photos)
+            + ".",
+            "`{command}`, bfloat16, torch {versions[torch]}, transformers {versions[transformers]}.".format(**report),
+        ]
+    )

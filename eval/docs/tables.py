@@ -1,5 +1,5 @@
 """
-Write the tables of README.md and docs/results/*.md from the JSON files in eval/results/.
+Write the tables of README.md, the documentation and the model cards from the JSON files in eval/results/.
 
     python -m eval.docs.tables
 
@@ -13,11 +13,7 @@ from eval.docs.cells import load, spread, table
 from eval.report import RESULTS, fill_block, write_whole
 
 ROOT = Path(__file__).parents[2]
-PAGES = (
-    ROOT / "README.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
-    ROOT / "models" / "neuroflow-siglip-small-reconstruct" / "README.md",
-)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "models").rglob("README.md"))]
 # Recorded with the presets as they were before the controller of the cost budget. To be measured again; then the name
 # goes from this list.
 BEFORE_CONTROLLER = {"fidelity", "headline_variants"}
@@ -121,6 +117,8 @@ BLOCKS = {
     "labels": (labels.labels_table, "run_labels"),
     "motion": (labels.motion_table, "motion_masks"),
     "accuracy": (labels.accuracy_table, "accuracy"),
+    "zero-shot": (labels.zero_shot_table, "zero_shot_small", "zero_shot_small_again"),
+    "tower": (fidelity.tower_table, "tower_fidelity"),
     "motions": (labels.motions_table, "accuracy"),
     "reaction": (labels.reaction_table, "reaction"),
     "fidelity": (fidelity.fidelity_table, "fidelity"),

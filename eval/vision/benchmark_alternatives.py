@@ -1,8 +1,7 @@
 """
 Is a stream faster than what one would take instead, on the same frames in the same run?
 
-    python -m eval.vision.benchmark_alternatives                       # 15 minutes on two idle cores
-    python -m eval.vision.benchmark_alternatives --resolutions 224 --methods 'balanced;thrifty'
+    python -m eval.vision.benchmark_alternatives    # 15 minutes on two idle cores
 
 Dense in five forms: transformers' model with torch's attention, the same by torch.compile, by ONNX Runtime and by
 OpenVINO, and with int8 weights. Against them presets, modes with a token budget, and the method as it was published.
@@ -40,8 +39,7 @@ from neuroflow_hf.video import Preprocessor, bundled_clip, read_frames
 STOCK = "dense, torch"
 CHANGED = 0.01  # the presets' threshold
 STRETCHES = 7
-FRAMES = {224: 98, 448: 56, 896: 21}  # that are encoded; at other resolutions, OTHERWISE
-OTHERWISE = 14
+FRAMES = {224: 98, 448: 56, 896: 21}  # by resolution, that are encoded
 UNTIMED = 2
 FIXED = "context, 3% of the patches"  # the same number on every frame, which programs without Python can encode
 STREAMS = {
@@ -73,11 +71,6 @@ def int8_copy(model: nn.Module) -> nn.Module:
         warnings.simplefilter("ignore")
         how = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), how)
-
-
-def by_torch(dense: Callable[[torch.Tensor], torch.Tensor]) -> Encode:
-    """The model itself."""
-    return lambda pixel_values: (dense(pixel_values), 1.0)
 
 
 def onnx_session(path: Path) -> Run:
@@ -167,6 +160,10 @@ def preparations(example: torch.Tensor) -> dict[str, Callable[[], Encode]]:
         f"{FIXED}, {runtime}": lambda format=format: by_export(model, format, STREAMS[FIXED], example)
         for runtime, format in (("ONNX Runtime", "onnx"), ("OpenVINO", "openvino"))
     }
+
+    def by_torch(model: Callable[[torch.Tensor], torch.Tensor]) -> Encode:
+        return lambda pixel_values: (model(pixel_values), 1.0)
+
     return {
         STOCK: lambda: by_torch(dense),
         "dense, torch.compile": lambda: by_torch(torch.compile(dense)),
@@ -194,14 +191,12 @@ def measure(name: str, times: list[float], encoded: list, dense: list) -> dict:
     }
 
 
-def measure_resolution(resolution: int, methods: list[str] | None, console: Console) -> list[dict]:
+def measure_resolution(resolution: int, console: Console) -> list[dict]:
     """The rows of all methods at one resolution."""
     preprocess = Preprocessor.from_pretrained(default_model(), resolution=resolution)
-    count = FRAMES.get(resolution, OTHERWISE)
+    count = FRAMES[resolution]
     frames = [preprocess(frame.image) for frame in read_frames(bundled_clip(), max_frames=count)]
-    prepared = preparations(frames[0])
-    chosen = prepared if methods is None else [STOCK, *methods]
-    encoders = {name: prepared[name]() for name in chosen}
+    encoders = {name: prepare() for name, prepare in preparations(frames[0]).items()}
     times: dict[str, list[float]] = {name: [] for name in encoders}
     encoded: dict[str, list] = {name: [] for name in encoders}
     for stretch in np.array_split(np.arange(count), STRETCHES):
@@ -217,13 +212,11 @@ def measure_resolution(resolution: int, methods: list[str] | None, console: Cons
 
 @torch.inference_mode()
 def main(
-    resolutions: Annotated[str, typer.Option(help="Sides in pixels, with commas.")] = "224,448,896",
-    methods: Annotated[str | None, typer.Option(help="Time dense and these methods, with semicolons.")] = None,
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "benchmark_alternatives.json",
 ):
     """Time all methods at all resolutions, and show the table."""
-    console, chosen = Console(stderr=True), methods.split(";") if methods else None
-    rows = [row for side in resolutions.split(",") for row in measure_resolution(int(side), chosen, console)]
+    console = Console(stderr=True)
+    rows = [row for side in FRAMES for row in measure_resolution(side, console)]
     packages = {module.__name__: module.__version__.split("-")[0] for module in (onnxruntime, openvino)}
     report = {**provenance(), "alternatives": packages, "frames": FRAMES, "stretches": STRETCHES, "rows": rows}
     publish(output, report, alternatives_table(report))

@@ -25,6 +25,7 @@ from neuroflow_hf.archive.index import ENDING, map_rows
 from neuroflow_hf.archive.search import find_moments, similarities
 
 ROWS = 10_000  # of a file
+FRAMES, DIMS, REPEATS = (100_000, 1_000_000), (384, 768), 5
 
 
 def mapped_embeddings(folder: Path, frames: int, dim: int) -> list[torch.Tensor]:
@@ -38,14 +39,14 @@ def mapped_embeddings(folder: Path, frames: int, dim: int) -> list[torch.Tensor]
     return [map_rows(file, dim) for file in files]
 
 
-def time_search(frames: int, dim: int, repeats: int) -> dict:
+def time_search(frames: int, dim: int) -> dict:
     """Seconds of processor time of a search: of all similarities, and of the moments."""
     seconds: dict[str, list[float]] = {"similarities": [], "moments": []}
     with tempfile.TemporaryDirectory() as folder:
         parts = mapped_embeddings(Path(folder), frames, dim)
         lengths = [len(part) for part in parts]
         times = [torch.arange(length, dtype=torch.float64) for length in lengths]
-        for turn in range(repeats + 1):  # the first reads the files
+        for turn in range(REPEATS + 1):  # the first reads the files
             begun = time.process_time()
             scores = similarities(parts, torch.randn(dim))
             compared = time.process_time()
@@ -57,15 +58,11 @@ def time_search(frames: int, dim: int, repeats: int) -> dict:
 
 
 def main(
-    frames: Annotated[str, typer.Option(help="Numbers of frames, separated by commas.")] = "100000,1000000",
-    dims: Annotated[str, typer.Option(help="Sizes of embeddings, separated by commas.")] = "384,768",
-    repeats: Annotated[int, typer.Option(help="Search N times.")] = 5,
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "benchmark_search.json",
 ):
     """Time searches of all sizes, and show the table."""
     torch.manual_seed(0)
-    pairs = [(int(number), int(dim)) for number in frames.split(",") for dim in dims.split(",")]
-    report = {**provenance(), "cases": [time_search(*pair, repeats) for pair in pairs]}
+    report = {**provenance(), "cases": [time_search(frames, dim) for frames in FRAMES for dim in DIMS]}
     publish(output, report, search_table(report))
 
 

@@ -33,6 +33,8 @@ from neuroflow_hf.vision.gate_config import MODE_NAMES
 
 MODES = tuple(mode for mode in MODE_NAMES if mode not in ("dense", "hold"))  # those that encode some patches
 COLOURS = ("#6b7280", "#0e7490", "#15803d", "#d97706", "#b91c1c", "#7c3aed", "#db2777", "#111827")
+FRACTIONS = [0.03, 1]  # shares of active patches
+CASE_SECONDS = 10  # after these, no further frame of a case is begun
 DENSE_MILLISECONDS = 60_000  # of dense frames, in about as many turns as there are modes
 
 
@@ -51,7 +53,7 @@ def change_patches(frame: torch.Tensor, count: int, patch: int) -> torch.Tensor:
     return changed
 
 
-def time_mode(model, resolution: int, mode: str, fractions: list[float], repeats: int, seconds: float) -> list[dict]:
+def time_mode(model, resolution: int, mode: str, fractions: list[float], repeats: int) -> list[dict]:
     """What each share of active patches takes in one stream: a row for each."""
     config = model.config
     num_patches = (resolution // config.patch_size) ** 2
@@ -69,10 +71,10 @@ def time_mode(model, resolution: int, mode: str, fractions: list[float], repeats
         budget = max(1, round(fraction * num_patches))
         stream.gate.token_budget = budget
         output, values = first, [first_time]
-        on_first_frame = budget == num_patches and first_time > 1000 * seconds
+        on_first_frame = budget == num_patches and first_time > 1000 * CASE_SECONDS
         if not on_first_frame:
             values = []
-            while len(values) <= repeats and sum(values) < 1000 * seconds:
+            while len(values) <= repeats and sum(values) < 1000 * CASE_SECONDS:
                 frame = change_patches(frame, max(1, budget // 2), config.patch_size)
                 output, milliseconds = step(frame)
                 values.append(milliseconds)
@@ -115,21 +117,19 @@ def continued(output: Path, settings: dict) -> dict:
     return {**settings, "dense": [], "cases": []}
 
 
-def time_missing(report: dict, model, dtype: str, resolution: int, modes: list[str], limits: dict, output: Path):
+def time_missing(report: dict, model, dtype: str, resolution: int, repeats: int, output: Path):
     """Time dense and what is missing of the modes at one resolution, and write the report after each mode."""
     done = {(row["dtype"], row["resolution"], row["active"], row["mode"]) for row in report["cases"]}
-    missing = {mode: [f for f in limits["fractions"] if (dtype, resolution, f, mode) not in done] for mode in modes}
+    missing = {mode: [f for f in FRACTIONS if (dtype, resolution, f, mode) not in done] for mode in MODES}
     missing = {mode: fractions for mode, fractions in missing.items() if fractions}
     found = (one for one in report["dense"] if (one["dtype"], one["resolution"]) == (dtype, resolution))
     dense = next(found, {"dtype": dtype, "resolution": resolution, "values": []})
-    repeats, slow = limits["repeats"], limits["case_seconds"]
-    title = f"{dtype}, {resolution} px"
-    for mode, fractions in track(missing.items(), title, console=Console(stderr=True)):
+    for mode, fractions in track(missing.items(), f"{dtype}, {resolution} px", console=Console(stderr=True)):
         if not dense["values"]:
             report["dense"].append(dense)
             first = time_dense(model, resolution)  # a warm-up, where that takes no time
-            dense["values"] = [first if first > 1000 * slow else time_dense(model, resolution)]
-        rows = time_mode(model, resolution, mode, fractions, repeats, slow)
+            dense["values"] = [first if first > 1000 * CASE_SECONDS else time_dense(model, resolution)]
+        rows = time_mode(model, resolution, mode, fractions, repeats)
         report["cases"] += [{"dtype": dtype, **row} for row in rows]
         report["cases"].sort(
             key=lambda row: (row["dtype"] != "float32", row["resolution"], row["active"], MODES.index(row["mode"]))
@@ -186,23 +186,19 @@ def base_model(dtype: str, device: str) -> NeuroFlowSiglipVisionModel:
 def main(
     resolutions: Annotated[str, typer.Option(help="Sides in pixels, with commas.")] = "224,448,896,1792",
     dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or float16, with commas.")] = "float32,bfloat16",
-    fractions: Annotated[str, typer.Option(help="Shares of active patches, with commas.")] = "0.03,1",
-    modes: Annotated[str, typer.Option(help="Modes, with commas.")] = ",".join(MODES),
     repeats: Annotated[int, typer.Option(help="Time at most N frames of each.")] = 5,
-    case_seconds: Annotated[float, typer.Option(help="Begin no further frame of a case after N seconds.")] = 10,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "benchmark_vision.json",
 ):
     """Time all modes at all resolutions and shares, and show the table."""
     torch.manual_seed(0)
-    shares = [float(fraction) for fraction in fractions.split(",")]
-    limits = {"fractions": shares, "repeats": repeats, "case_seconds": case_seconds}
+    limits = {"fractions": FRACTIONS, "repeats": repeats, "case_seconds": CASE_SECONDS}
     settings = {name: provenance(device)[name] for name in ("machine", "versions")}
     report = continued(output, {"device": device, "limits": limits, **settings})
     for dtype in dtypes.split(","):
         model = base_model(dtype, device)
         for resolution in map(int, resolutions.split(",")):
-            time_missing(report, model, dtype, resolution, modes.split(","), limits, output)
+            time_missing(report, model, dtype, resolution, repeats, output)
     report |= provenance(device)
     picture = "speed.png" if device == "cpu" else f"speed_{device}.png"
     publish(output, report, speed_table(report), {picture: plot(report)})

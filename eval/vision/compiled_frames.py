@@ -27,7 +27,7 @@ from neuroflow_hf.utils.jobs import timed
 from neuroflow_hf.video import Preprocessor, bundled_clip, read_frames
 
 PATCHES = (8, 16, 32, 64, 128)
-UNTIMED = 6
+FRAMES, UNTIMED = 60, 6
 USUAL, ONE_THREAD, COMPILED = "all threads", "one thread", "torch.compile"
 
 
@@ -51,7 +51,6 @@ def measure(model: NeuroFlowSiglipVisionModel, frames: list[torch.Tensor], patch
 
 @torch.inference_mode()
 def main(
-    count: Annotated[int, typer.Option("--frames", min=UNTIMED + 1, help="Encode N frames, 6 of them untimed.")] = 60,
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "compiled_frames.json",
 ):
     """Time all ways for all numbers of patches, and show the table."""
@@ -59,11 +58,12 @@ def main(
     threads, console, rows = torch.get_num_threads(), Console(stderr=True), []
     model = NeuroFlowSiglipVisionModel.from_pretrained(default_model(), dtype=torch.float32).eval()
     preprocess = Preprocessor.from_pretrained(default_model())
-    frames = [preprocess(frame.image) for frame in read_frames(bundled_clip(), max_frames=count)]
+    frames = [preprocess(frame.image) for frame in read_frames(bundled_clip(), max_frames=FRAMES)]
     for patches in PATCHES:
         rows.append(measure(model, frames, patches, threads))
         console.print(f"{patches} patches are timed.")
-    publish(output, {**provenance(), "rows": rows}, compiled_frames_table({**provenance(), "rows": rows}))
+    report = {**provenance(), "rows": rows}
+    publish(output, report, compiled_frames_table(report))
 
 
 if __name__ == "__main__":

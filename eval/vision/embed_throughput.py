@@ -4,10 +4,10 @@ How many frames per second does `neuroflow embed` give, from file to Parquet, ag
     python -m eval.vision.embed_throughput     # 20 minutes on two idle cores
 
 Copies of the clip that ships with the package are embedded by `embed_videos`, as the command does it. Dense does the
-same with all patches encoded, and with the number of videos in one call that suits it best (`--batches`). All its
+same with all patches encoded, and with the number of videos in one call that suits it best. All its
 frames cost the same, so it gets fewer. The methods take turns, so that a machine that slows down slows all of them.
 Decoding, and preprocessing after it, are also timed alone, in one thread. SigLIP-base's geometry at 224 px with random
-weights, unless `--model` names a checkpoint.
+weights.
 
 Writes `eval/results/embed_throughput.json`, shown in `docs/guides/archives.md`. Run it on a machine that does nothing
 else.
@@ -31,12 +31,13 @@ from rich.progress import track
 from eval.docs.speed import throughput_table
 from eval.report import RESULTS, provenance, publish
 from eval.vision.benchmark_vision import base_model
+from neuroflow_hf import PRESETS
 from neuroflow_hf.archive.embed import embed_videos
-from neuroflow_hf.loading import dtype_named, load_model
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader, bundled_clip
 
 DENSE = {"mode": "dense"}
+VIDEOS, FRAMES, DENSE_FRAMES, BATCHES, REPEATS = 16, 60, 10, (1, 4, 16), 3
 
 
 def write_copies(folder: Path, videos: int, frames: int) -> list[Path]:
@@ -72,21 +73,13 @@ def rate_of(items: Iterable, work: Callable = lambda item: item) -> float:
     return count / (time.perf_counter() - begun)
 
 
-def measure(
-    videos: list[Path],
-    dense_videos: list[Path],
-    model,
-    preprocess: Preprocessor,
-    presets: list[str],
-    batches: list[int],
-    repeats: int,
-) -> dict:
+def measure(videos: list[Path], dense_videos: list[Path], model, preprocess: Preprocessor) -> dict:
     """Frames per second of all methods, the median of the repeats: what `throughput_table` shows."""
-    methods = {f"dense, {batch} in one call": (dense_videos, DENSE, batch) for batch in batches}
-    methods |= {preset: (videos, {"preset": preset}, len(videos)) for preset in presets}
+    methods = {f"dense, {batch} in one call": (dense_videos, DENSE, batch) for batch in BATCHES}
+    methods |= {preset: (videos, {"preset": preset}, len(videos)) for preset in PRESETS}
     rates: dict[str, list[float]] = {name: [] for name in ("decoding", "decoding and preprocessing", *methods)}
     costs = {}
-    for _ in track(range(repeats), "rounds", console=Console(stderr=True)):
+    for _ in track(range(REPEATS), "rounds", console=Console(stderr=True)):
         rates["decoding"].append(rate_of(VideoReader(videos[0])))
         images = (frame.image for frame in VideoReader(videos[0]))
         rates["decoding and preprocessing"].append(
@@ -97,48 +90,30 @@ def measure(
             rates[name].append(found["frames_per_second"])
             costs[name] = found["cost"]
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    best = max((name for name in methods if name not in presets), key=medians.__getitem__)
+    best = max((name for name in methods if name not in PRESETS), key=medians.__getitem__)
     return {
         "frames_per_second": medians,
         "all": rates,
         "best_dense": best,
         "presets": [
-            {
-                "preset": preset,
-                "cost": costs[preset],
-                "times_dense": medians[preset] / medians[best],
-                "aim": 0.85 / costs[preset],
-            }
-            for preset in presets
+            {"preset": name, "cost": cost, "times_dense": medians[name] / medians[best], "aim": 0.85 / cost}
+            for name, cost in costs.items()
+            if name in PRESETS
         ],
     }
 
 
 def main(
-    videos: Annotated[int, typer.Option(help="Embed N videos, all in one call.")] = 16,
-    frames: Annotated[int, typer.Option(help="Use the clip's first N frames.")] = 60,
-    dense_frames: Annotated[int, typer.Option(help="Use its first N frames for dense.")] = 10,
-    presets: Annotated[str, typer.Option(help="Presets, separated by commas.")] = "faithful,balanced,thrifty",
-    batches: Annotated[str, typer.Option(help="Videos in one call for dense, separated by commas.")] = "1,4,16",
-    model: Annotated[str | None, typer.Option(help="A checkpoint; default: SigLIP-base with random weights.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repeats: Annotated[int, typer.Option(help="Do everything N times.")] = 3,
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "embed_throughput.json",
 ):
     """Time embedding with all presets and dense, and show the table."""
     torch.manual_seed(0)
-    if model is None:
-        loaded = base_model(dtype, device)
-        preprocess = Preprocessor(loaded.config.image_size)
-    else:
-        loaded, preprocess = load_model(model, dtype_named(dtype), device)
+    model = base_model("float32", "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        copies, fewer = (write_copies(Path(folder), videos, count) for count in (frames, dense_frames))
-        numbers = [int(batch) for batch in batches.split(",")]
-        measured = measure(copies, fewer, loaded, preprocess, presets.split(","), numbers, repeats)
-    report = {**provenance(), "model": model, "videos": videos, "dtype": dtype, "device": device}
-    report |= {"frames": frames, "dense_frames": dense_frames, **measured}
+        videos, dense_videos = (write_copies(Path(folder), VIDEOS, count) for count in (FRAMES, DENSE_FRAMES))
+        measured = measure(videos, dense_videos, model, Preprocessor(model.config.image_size))
+    report = {**provenance(), "videos": VIDEOS, "dtype": "float32", "device": "cpu", "frames": FRAMES}
+    report |= {"dense_frames": DENSE_FRAMES, **measured}
     publish(output, report, throughput_table(report))
 
 

@@ -29,6 +29,8 @@ from neuroflow_hf.loading import load_model
 from neuroflow_hf.video.reader import bundled_clip, labelled_clip, read_frames
 
 MODEL = "models/neuroflow-siglip-small"
+FRAMES, EVERY = 20, 2  # so many frames of each clip, every second one
+TOKEN_BUDGET, INTERVAL = 64, 10  # patches of a sparse frame, of 256; every tenth frame is a keyframe
 RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 DENSE = "baseline: dense, no stream"
 Run = Callable[[str, dict[str, Any]], dict[str, Any]]  # a program's name and its inputs to its outputs
@@ -87,57 +89,44 @@ def compare(outputs: list[dict[str, Tensor]], engine: list[dict[str, Tensor]], d
     }
 
 
-def ways(model: Any, token_budget: int, formats: list[str], folder: Path) -> Iterable[tuple[str, str, Run]]:
+def ways(model: Any, folder: Path) -> Iterable[tuple[str, str, Run]]:
     """What is compared: its name, its type, and how it runs; the engine in float32 comes first."""
     models = {"float32": model, "float16": copy.deepcopy(model).half()}
     for dtype, of_dtype in models.items():
-        eager = programs(of_dtype, token_budget)
+        eager = programs(of_dtype, TOKEN_BUDGET)
         yield "engine", dtype, lambda name, inputs, eager=eager: eager[name][0](**inputs)
     yield (
         DENSE,
         "float16",
         lambda name, inputs: {**dense(models["float16"], [inputs["pixel_values"]])[0], "new_state": {}},
     )
-    for format in formats:
+    for format in RUNTIMES:
         for dtype, of_dtype in models.items():
             if (format, dtype) == ("openvino", "float16"):
                 continue  # refused by `export_stream`
-            runners = export_stream(of_dtype, folder / f"{format}-{dtype}", token_budget, format).runners
+            runners = export_stream(of_dtype, folder / f"{format}-{dtype}", TOKEN_BUDGET, format).runners
             yield RUNTIMES[format], dtype, lambda name, inputs, runners=runners: runners[name](**inputs)
 
 
 @torch.no_grad()
 def main(
-    frames: Annotated[int, typer.Option(help="Frames of each clip.")] = 20,
-    every: Annotated[int, typer.Option(help="Use every Nth frame of the clips.")] = 2,
-    token_budget: Annotated[int, typer.Option(help="Patches encoded on a sparse frame, of 256.")] = 64,
-    interval: Annotated[int, typer.Option(help="Every Nth frame is a keyframe.")] = 10,
-    formats: Annotated[str, typer.Option(help="Formats of `export_stream`, separated by commas.")] = ",".join(
-        RUNTIMES
-    ),
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "export_fidelity.json",
 ):
     """Measure one way after the other, and show the table."""
     model, preprocess = load_model(MODEL)
     clips = [
-        [preprocess(frame.image, torch.float32, "cpu") for frame in list(read_frames(clip))[::every][:frames]]
+        [preprocess(frame.image, torch.float32, "cpu") for frame in list(read_frames(clip))[::EVERY][:FRAMES]]
         for clip in (bundled_clip(), labelled_clip())
     ]
     truth = [outputs for clip in clips for outputs in dense(model, clip)]
-    settings = {
-        "frames": len(truth),
-        "every": every,
-        "token_budget": token_budget,
-        "interval": interval,
-        "model": MODEL,
-    }
-    report: dict[str, Any] = {**provenance(), "settings": settings, "rows": []}
+    sizes = {"frames": len(truth), "every": EVERY, "token_budget": TOKEN_BUDGET, "interval": INTERVAL}
+    report: dict[str, Any] = {**provenance(), "settings": {**sizes, "model": MODEL}, "rows": []}
     report["versions"] |= {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime", "openvino")}
     engine: list[dict[str, Tensor]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, dtype, run in ways(model, token_budget, formats.split(","), Path(folder)):
+        for name, dtype, run in ways(model, Path(folder)):
             in_dtype = [[frame.to(getattr(torch, dtype)) for frame in clip] for clip in clips]
-            found = [outputs for clip in in_dtype for outputs in follow(run, clip, interval)]
+            found = [outputs for clip in in_dtype for outputs in follow(run, clip, INTERVAL)]
             engine = engine or found
             report["rows"].append({"way": name, "dtype": dtype, **compare(found, engine, truth)})
             write_json(output, rounded(report, 9))  # the next takes minutes

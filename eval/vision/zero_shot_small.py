@@ -2,8 +2,7 @@
 What does the embedded SigLIP recognise? Zero-shot top-1 on composed pictures that it was not trained on.
 
     python -m eval.vision.zero_shot_small                  # some minutes on two cores
-    python -m eval.vision.zero_shot_small --card-only      # the card alone, from the JSON file
-    python -m eval.vision.zero_shot_small --checkpoint AGAIN --no-card --output eval/results/zero_shot_small_again.json
+    python -m eval.vision.zero_shot_small --checkpoint AGAIN --output eval/results/zero_shot_small_again.json
 
 The labels are all things that the model was trained on. An answer is right if it names the largest drawing. Pictures
 are composed as in training, but from held-out renderings (for each thing, one family of drawings is in no training
@@ -11,12 +10,11 @@ picture) on held-out photographs, and from a style that training did not have (O
 pictures of training renderings, grey pictures, pictures with shuffled patches, and chance. Two more questions give the
 name of the largest drawing and ask where it is, and how many there are; their baseline is the most frequent answer.
 Intervals are Wilson's, 95 %. The model runs in bfloat16. The last command measures the checkpoint of a second run of
-the recipe. Writes `eval/results/zero_shot_small.json` and the figures of the model card,
-`models/neuroflow-siglip-small/README.md`.
+the recipe. Writes `eval/results/zero_shot_small.json` and the metadata of the model card,
+`models/neuroflow-siglip-small/README.md`, whose tables `eval.docs.tables` writes.
 """
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,8 +31,8 @@ from rich.progress import track
 from torch.nn.functional import normalize
 from transformers import AutoProcessor, SiglipModel
 
-from eval.docs.cells import table
-from eval.report import RESULTS, fill_block, provenance, publish, write_whole
+from eval.docs.labels import HELD_OUT, LEAST_SHARE, STYLE, zero_shot_table
+from eval.report import RESULTS, provenance, publish, write_whole
 from eval.vision.composed_bench import CHECKPOINT
 from neuroflow_hf.evaluation.card import card_with_results, dataset_type
 from neuroflow_hf.evaluation.statistics import wilson
@@ -52,13 +50,10 @@ from recipes.siglip_small.compose import Material, Picture, compose, load_materi
 from recipes.siglip_small.facts import place_of
 from recipes.siglip_small.sources import things
 
-AGAIN = RESULTS / "zero_shot_small_again.json"
 SEED = 1_000_000  # training uses small seeds
-LEAST_SHARE = 0.15
 SIZES = ((0.0, 0.05), (0.05, 0.15), (0.15, 0.3), (0.3, 1.01))
-PIPELINE_PHRASING = "This is a photo of {name}."
 BATCH = 32
-HELD_OUT, STYLE = "held-out renderings, photographs and phrasings", "a style never seen"
+PICTURES = 1600  # held-out pictures; half of it of each other kind
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 
@@ -87,11 +82,6 @@ def one_thing(picture: Picture) -> bool:
     return len({item.thing for item in picture.placed}) == 1
 
 
-def is_large(picture: Picture) -> bool:
-    """Whether the largest drawing covers at least LEAST_SHARE."""
-    return picture.placed[0].share >= LEAST_SHARE
-
-
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
@@ -112,11 +102,6 @@ def embed(model: SiglipModel, images: Sequence[Image.Image], title: str) -> torc
     return normalize(torch.cat(outputs), dim=-1)
 
 
-def embed_texts(model: SiglipModel, tokenizer, texts: list[str]) -> torch.Tensor:
-    """Unit embeddings float32 [T, D]."""
-    return embed_labels(model, tokenizer, texts, "{}").text_embeddings
-
-
 def named(images: torch.Tensor, texts: torch.Tensor, names: list[str], count: int = 1) -> list[list[str]]:
     """The `count` best names for each picture."""
     return [[names[place] for place in row] for row in (images @ texts.T).topk(count).indices.tolist()]
@@ -127,14 +112,20 @@ def is_right(pictures: Sequence[Picture], answers: list[list[str]]) -> list[bool
     return [picture.placed[0].thing in answer for picture, answer in zip(pictures, answers, strict=True)]
 
 
-def accuracy_where(fits: Callable[[Picture], bool], pictures: Sequence[Picture], right: list[bool]) -> dict:
-    """The accuracy on the pictures that `fits` accepts."""
-    return accuracy([ok for picture, ok in zip(pictures, right, strict=True) if fits(picture)])
+def accuracy_where(
+    pictures: Sequence[Picture],
+    right: list[bool],
+    least: float = LEAST_SHARE,
+    fits: Callable[[Picture], bool] = lambda picture: True,
+) -> dict:
+    """The accuracy on pictures whose largest drawing covers at least the share `least`, and that `fits` accepts."""
+    pairs = zip(pictures, right, strict=True)
+    return accuracy([ok for picture, ok in pairs if picture.placed[0].share >= least and fits(picture)])
 
 
 def breakdown(pictures: Sequence[Picture], right: list[bool]) -> dict:
     """The accuracy by size of the largest drawing and, where this is large, by number of drawings."""
-    kinds = {
+    kinds: dict[str, Callable[[Picture], bool]] = {
         "one drawing": lambda picture: len(picture.placed) == 1,
         "several things": lambda picture: not one_thing(picture),
         "several of one thing": lambda picture: len(picture.placed) > 1 and one_thing(picture),
@@ -142,14 +133,11 @@ def breakdown(pictures: Sequence[Picture], right: list[bool]) -> dict:
     return {
         "by size": {
             f"{low:.0%} to {min(high, 1):.0%}": accuracy_where(
-                lambda picture, low=low, high=high: low <= picture.placed[0].share < high, pictures, right
+                pictures, right, low, lambda picture, high=high: picture.placed[0].share < high
             )
             for low, high in SIZES
         },
-        "by number": {
-            name: accuracy_where(lambda picture, fits=fits: is_large(picture) and fits(picture), pictures, right)
-            for name, fits in kinds.items()
-        },
+        "by number": {name: accuracy_where(pictures, right, fits=fits) for name, fits in kinds.items()},
     }
 
 
@@ -166,11 +154,6 @@ def number_texts(thing) -> dict[int, str]:
 def place_in(picture: Picture) -> str | None:
     """The place of a single drawing; None if it is not clearly at one of the places, or there are several drawings."""
     return place_of(picture.placed[0]) if len(picture.placed) == 1 else None
-
-
-def number_in(picture: Picture) -> int:
-    """The number of drawings; 3 for three or more."""
-    return min(3, len(picture.placed))
 
 
 def details(
@@ -207,10 +190,11 @@ def photographs(material: Material, model: SiglipModel, texts: torch.Tensor, nam
 def measure(model: SiglipModel, tokenizer, material: dict[str, Material], pictures: int) -> dict:
     """All figures, from `pictures` held-out pictures and half that number of each other kind."""
     names = [thing.name for thing in things()]
-    texts = {
-        phrasing: embed_texts(model, tokenizer, prompts(phrasing))
-        for phrasing in (*TRAINING_PHRASINGS, *HELD_OUT_PHRASINGS)
-    }
+
+    def embed_texts(texts: list[str]) -> torch.Tensor:
+        return embed_labels(model, tokenizer, texts, "{}").text_embeddings
+
+    texts = {phrasing: embed_texts(prompts(phrasing)) for phrasing in (*TRAINING_PHRASINGS, *HELD_OUT_PHRASINGS)}
     ensemble = normalize(sum(texts[phrasing] for phrasing in HELD_OUT_PHRASINGS), dim=-1)
     held_out = with_drawings(material["held out"], pictures, SEED)
     embedded = embed(model, [picture.image for picture in held_out], "held out")
@@ -219,7 +203,7 @@ def measure(model: SiglipModel, tokenizer, material: dict[str, Material], pictur
     phrasings = {
         phrasing: {
             "held out": phrasing in HELD_OUT_PHRASINGS,
-            **accuracy_where(is_large, held_out, is_right(held_out, named(embedded, found, names))),
+            **accuracy_where(held_out, is_right(held_out, named(embedded, found, names))),
         }
         for phrasing, found in texts.items()
     }
@@ -228,37 +212,37 @@ def measure(model: SiglipModel, tokenizer, material: dict[str, Material], pictur
         "new pictures of training drawings": with_drawings(material["training"], pictures // 2, SEED + 1),
         STYLE: with_drawings(material["unseen style"], pictures // 2, SEED + 2),
         "the held-out pictures in grey": [replace(one, image=in_grey(one.image, rng)) for one in some],
-        "*control:* their patches shuffled": [replace(one, image=shuffled(one.image, rng)) for one in some],
+        "*baseline:* their patches shuffled": [replace(one, image=shuffled(one.image, rng)) for one in some],
     }
     missed = Counter(
         (picture.placed[0].thing, answer[0])
         for picture, answer, ok in zip(held_out, answers, right, strict=True)
-        if not ok and is_large(picture)
+        if not ok and picture.placed[0].share >= LEAST_SHARE
     )
 
     def of_others(title: str, found: list[Picture]) -> dict:
         images = embed(model, [picture.image for picture in found], title)
-        return accuracy_where(is_large, found, is_right(found, named(images, ensemble, names)))
+        return accuracy_where(found, is_right(found, named(images, ensemble, names)))
 
     def told(texts_of: Callable, truth_of: Callable) -> dict:
-        return details(held_out, embedded, texts_of, truth_of, lambda found: embed_texts(model, tokenizer, found))
+        return details(held_out, embedded, texts_of, truth_of, embed_texts)
 
     return {
         "things": len(names),
         "pictures": len(held_out),
         HELD_OUT: {
-            **accuracy_where(is_large, held_out, right),
-            "top5": accuracy_where(is_large, held_out, top5)["top1"],
+            **accuracy_where(held_out, right),
+            "top5": accuracy_where(held_out, top5)["top1"],
         },
         "phrasings": phrasings,
         **breakdown(held_out, right),
         "others": {
             **{title: of_others(title, found) for title, found in others.items()},
-            "*control:* chance": {"top1": 1 / len(names)},
+            "*baseline:* chance": {"top1": 1 / len(names)},
         },
         "details": {
             "where it is, of five places": told(place_texts, place_in),
-            "whether there are one, two or three": told(number_texts, number_in),
+            "whether there are one, two or three": told(number_texts, lambda picture: min(3, len(picture.placed))),
         },
         "most confused": [[*pair, count] for pair, count in missed.most_common(20)],
         "photographs": photographs(material["held out"], model, ensemble, names),
@@ -290,73 +274,19 @@ def card_results(report: dict) -> list[EvalResult]:
     ]
 
 
-def share_cell(found: dict) -> str:
-    """An accuracy and its interval."""
-    between = " ({:.1%} to {:.1%})".format(*found["interval"]) if "interval" in found else ""
-    return f"{found['top1']:.1%}{between}"
-
-
-def card_tables(report: dict) -> str:
-    """The figures in Markdown."""
-
-    def accuracies(of: str, head: str, found: dict[str, dict]) -> str:
-        rows = [(name, share_cell(one), one.get("pictures", "")) for name, one in found.items()]
-        return table(rows, {of: "{0}", head: "{1}", "pictures": "{2}"})
-
-    rows = {f"**{HELD_OUT}**": report[HELD_OUT], **report["others"]}
-    if AGAIN.is_file():
-        again = json.loads(AGAIN.read_text(encoding="utf-8"))[HELD_OUT]
-        rows["the first row, of the recipe run again from nothing"] = again
-    head = f"top-1 among {report['things']} things (95 % interval)"
-    columns = {"held-out pictures, told what it is": "{0}", "right": "{1}", "most frequent answer": "{2:.1%}"}
-    details = [(name, share_cell(f), f["most frequent"], f["pictures"]) for name, f in report["details"].items()]
-    phrasings, photos = report["phrasings"], report["photographs"]
-    known, held_out = ([f["top1"] for f in phrasings.values() if f["held out"] == which] for which in (False, True))
-    photographs_right = sum(found["named"][0] in found["shows"] for found in photos)
-    return "\n\n".join(
-        [
-            accuracies(f"main thing at least {LEAST_SHARE:.0%} of the frame", head, rows),
-            accuracies("main thing covers", "top-1", report["by size"]),
-            accuracies("in the picture", "top-1", report["by number"]),
-            table(details, columns | {"pictures": "{3}"}),
-            f"Five held-out phrasings together; one at a time {min(held_out):.1%} to {max(held_out):.1%}, those of "
-            f"training {min(known):.1%} to {max(known):.1%}, `{PIPELINE_PHRASING}` (the pipeline's) "
-            f"{phrasings[PIPELINE_PHRASING]['top1']:.1%}. Top-5: {report[HELD_OUT]['top5']:.1%}.",
-            "Most confused: " + ", ".join(f"{a} taken for {b}" for a, b, _ in report["most confused"][:10]) + ".",
-            f"Of {len(photos)} held-out photographs and scenes of footage that show one of the things, "
-            f"{photographs_right} were named right: "
-            + "; ".join(f"{' or '.join(found['shows'])}: {found['named'][0]}" for found in photos)
-            + ".",
-            "`{command}`, bfloat16, torch {versions[torch]}, transformers {versions[transformers]}.".format(**report),
-        ]
-    )
-
-
-def write_card(checkpoint: Path, report: dict):
-    """Write the card's tables and the figures in its metadata."""
-    path = checkpoint / "README.md"
-    text = fill_block(path.read_text(encoding="utf-8"), "figures", card_tables(report))
-    write_whole(path, card_with_results(text, CHECKPOINT.name, card_results(report)))
-
-
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
-    pictures: Annotated[int, typer.Option(help="Number of held-out pictures; half of it for each other kind.")] = 1600,
     output: Annotated[Path, typer.Option(help="Write this JSON file.")] = RESULTS / "zero_shot_small.json",
-    card: Annotated[bool, typer.Option(help="Write the figures into the model card.")] = True,
-    card_only: Annotated[
-        bool,
-        typer.Option("--card-only", help="Measure nothing; write the figures of the JSON file into the model card."),
-    ] = False,
 ):
-    """Measure, write and show."""
-    if not card_only:
-        model = SiglipModel.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
-        tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
-        report = {**provenance(), **measure(model, tokenizer, load_material(), pictures)}
-        publish(output, report, card_tables(report))
-    if card or card_only:
-        write_card(checkpoint, json.loads(output.read_text(encoding="utf-8")))
+    """Measure, write and show; of the repository's checkpoint also write the card's metadata."""
+    model = SiglipModel.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
+    report = {**provenance(), **measure(model, tokenizer, load_material(), PICTURES)}
+    publish(output, report, zero_shot_table(report, report))
+    if checkpoint == CHECKPOINT:
+        card = checkpoint / "README.md"
+        text = card_with_results(card.read_text(encoding="utf-8"), CHECKPOINT.name, card_results(report))
+        write_whole(card, text)
 
 
 if __name__ == "__main__":

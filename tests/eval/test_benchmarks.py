@@ -13,7 +13,7 @@ from eval.vision import benchmark_search, benchmark_streams, benchmark_vision, e
 from eval.vision.benchmark_vision import MODES
 from tests.cli.test_run import write_clip
 
-RUN = {"resolutions": "24,32", "dtypes": "float32,bfloat16", "fractions": "0.1,1", "repeats": 2}
+RUN = {"resolutions": "24,32", "dtypes": "float32,bfloat16", "repeats": 2}
 CASES = len(MODES) * 2 * 2 * 2
 
 
@@ -29,6 +29,7 @@ def bench(vision, tmp_path, monkeypatch):
 
     monkeypatch.setattr(benchmark_vision, "base_model", lambda dtype, device: vision)
     monkeypatch.setattr(benchmark_vision, "time_mode", counting)
+    monkeypatch.setattr(benchmark_vision, "FRACTIONS", [0.1, 1])
     output = tmp_path / "results.json"
 
     def run(**options):
@@ -85,13 +86,15 @@ def test_an_interrupted_run_is_continued(bench, monkeypatch):
     ]
 
 
-def test_other_settings_begin_anew(bench):
-    one = {"resolutions": "24", "modes": "context", "dtypes": "float32"}
+def test_other_settings_begin_anew(bench, monkeypatch):
+    one = {"resolutions": "24", "dtypes": "float32"}
+    monkeypatch.setattr(benchmark_vision, "MODES", ("context",))
     assert bench(**one)[1] == ["context"]
     report, measured = bench(**one, repeats=1)
     assert measured == ["context"]
     assert len(report["cases"]) == 2
-    wider, measured = bench(**{**one, "modes": "context,mlp"}, repeats=1)
+    monkeypatch.setattr(benchmark_vision, "MODES", ("context", "mlp"))
+    wider, measured = bench(**one, repeats=1)
     assert measured == ["mlp"]
     assert len(wider["cases"]) == 4
 
@@ -127,7 +130,8 @@ def test_streams_are_timed_in_three_ways(vision, tmp_path, monkeypatch):
 
 def test_start_up_is_timed_in_processes_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(start_up, "COMMANDS", {"`pass`": ["-c", "pass"], "`json`": ["-c", "import json"]})
-    start_up.main(repeats=1, output=tmp_path / "start_up.json")
+    monkeypatch.setattr(start_up, "REPEATS", 1)
+    start_up.main(output=tmp_path / "start_up.json")
     report = json.loads((tmp_path / "start_up.json").read_text())
     assert len(report["turns"]) == 1 and all(seconds > 0 for seconds in report["seconds"].values())
     assert "| `json` |" in start_up_table(report)
@@ -136,8 +140,9 @@ def test_start_up_is_timed_in_processes_of_its_own(tmp_path, monkeypatch):
 
 
 def test_searches_are_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark_search, "ROWS", 40)
-    benchmark_search.main(frames="100", dims="8,16", repeats=2, output=tmp_path / "search.json")
+    for name, value in (("ROWS", 40), ("FRAMES", (100,)), ("DIMS", (8, 16)), ("REPEATS", 2)):
+        monkeypatch.setattr(benchmark_search, name, value)
+    benchmark_search.main(output=tmp_path / "search.json")
     report = json.loads((tmp_path / "search.json").read_text())
     assert [(case["frames"], case["dim"]) for case in report["cases"]] == [(100, 8), (100, 16)]
     assert all(spread["frames"] == 2 for case in report["cases"] for spread in case["processor_seconds"].values())
@@ -149,7 +154,10 @@ def test_embedding_is_timed_beside_dense(vision, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_throughput, "base_model", lambda dtype, device: vision)
     monkeypatch.setattr(embed_throughput, "bundled_clip", lambda: clip)
     output = tmp_path / "throughput.json"
-    embed_throughput.main(videos=3, presets="faithful,thrifty", batches="1,2", repeats=2, output=output)
+    sizes = {"VIDEOS": 3, "PRESETS": ("faithful", "thrifty"), "BATCHES": (1, 2), "REPEATS": 2}
+    for name, value in sizes.items():
+        monkeypatch.setattr(embed_throughput, name, value)
+    embed_throughput.main(output=output)
     report = json.loads(output.read_text())
     rates = report["frames_per_second"]
     ways = ["decoding", "decoding and preprocessing", "dense, 1 in one call", "dense, 2 in one call"]

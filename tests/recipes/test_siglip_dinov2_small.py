@@ -13,8 +13,6 @@ from torch.nn import functional
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from eval.report import fill_block
-from eval.vision import tower_fidelity
 from neuroflow_hf import NeuroFlowDinov2Model
 from neuroflow_hf.loading import load_tower
 from neuroflow_hf.video.preprocess import Preprocessor
@@ -341,20 +339,6 @@ def test_the_original_is_written_with_its_own_weights(fake_wheels):
     assert torch.equal(model(pixels).pooler_output, original(pixels).pooler_output)
     with pytest.raises(FileExistsError):
         write_original(folder)
-
-
-# --- figures
-
-
-def test_model_card_s_figures_are_those_of_the_json():
-    card = tower_fidelity.CARD.read_text(encoding="utf-8")
-    result = json.loads((tower_fidelity.RESULTS / "tower_fidelity.json").read_text(encoding="utf-8"))
-    assert fill_block(card, "figures", tower_fidelity.figures_block(result)) == card
-
-
-def test_a_card_without_marks_is_refused():
-    with pytest.raises(ValueError, match="figures:begin"):
-        fill_block("# card", "figures", "block")
 
 
 @pytest.mark.slow
