@@ -7,7 +7,7 @@ Greedy text until the end token or `--new-tokens`, prompt included in the time. 
 prompt, in a new random order each time, so that a slow phase of the machine affects all alike. A prompt's time is the
 median of its turns. Comparisons are paired: a variant's speed on a prompt over that of the loop without drafts. The
 stock model's own `generate`, with and without its prompt lookup, tells the gain of a lean loop from the gain of
-drafts. With `--bypass`, the bypassed model drafts, too.
+drafts.
 
 Processor time counts, since other programs delay the clock on a shared machine; the clock is written down, too. The
 rule that decides whether drafting pays reads processor time here, and the clock elsewhere.
@@ -19,7 +19,6 @@ Every finished prompt is written to the file at once; the same command continues
 """
 
 import functools
-import hashlib
 import json
 import random
 import statistics
@@ -43,10 +42,10 @@ from neuroflow_hf.evaluation.statistics import middle, resamples
 from neuroflow_hf.language.draft_policy import Drafts
 from neuroflow_hf.language.speculative_decoding import decode_losslessly
 from neuroflow_hf.loading import EMBEDDED_PROMPTS
-from neuroflow_hf.utils.provenance import checkout_commit, model_version
+from neuroflow_hf.utils.provenance import checkout_commit, fingerprint, key_of, model_version
 
 STOCK = {"stock": {}, "stock lookup": {"prompt_lookup_num_tokens": 10}}  # 10: the value of transformers' guide
-DRAFTERS = {"dense": "none", "lookup": "lookup", "bypass": "bypass"}
+DRAFTERS = {"dense": "none", "lookup": "lookup"}
 CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
 ROUNDING = 1e-5
 RESAMPLES = 2000
@@ -64,7 +63,7 @@ def prompts_in_turn(path: Path, limit: int | None) -> list[tuple[int, Prompt]]:
     return [row for turn in zip_longest(*by_task.values()) for row in turn if row]
 
 
-def generate(model, ids: torch.Tensor, variant: str, options: dict, new_tokens: int) -> dict:
+def generate(model, ids: torch.Tensor, variant: str, new_tokens: int) -> dict:
     """One text: its tokens after the prompt `ids` [1, T], seconds by each clock, and counts."""
     kwargs = {"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True}
     if variant in STOCK:
@@ -72,7 +71,7 @@ def generate(model, ids: torch.Tensor, variant: str, options: dict, new_tokens: 
     else:
         kwargs["custom_generate"] = functools.partial(
             decode_losslessly,
-            options=NeuroFlowLosslessConfig.from_options({**options, "drafter": DRAFTERS[variant]}),
+            options=NeuroFlowLosslessConfig(drafter=DRAFTERS[variant]),
             make_drafts=functools.partial(Drafts, clock=time.process_time),
         )
     begun = {name: clock() for name, clock in CLOCKS.items()}
@@ -99,7 +98,7 @@ def measure(model, ids: torch.Tensor, order: random.Random, settings: dict) -> d
     found: dict[str, dict] = {name: {"processor": [], "wall": [], "divergences": []} for name in names}
     for _ in range(settings["turns"]):
         for variant in order.sample(names, len(names)):
-            run = generate(model, ids, variant, settings["options"], settings["new_tokens"])
+            run = generate(model, ids, variant, settings["new_tokens"])
             texts.append((variant, run["tokens"]))
             for name in CLOCKS:
                 found[variant][name].append(run[name])
@@ -115,9 +114,9 @@ def seconds(case: dict, variant: str, clock: str) -> float:
     return statistics.median(case["variants"][variant][clock])
 
 
-def interval(values: list[float], seed: int = 0) -> list[float]:
+def interval(values: list[float]) -> list[float]:
     """95 % interval of the median of `values`, by bootstrap."""
-    return list(middle(np.median(np.array(values)[resamples(len(values), RESAMPLES, seed)], axis=1)))
+    return list(middle(np.median(np.array(values)[resamples(len(values), RESAMPLES, 0)], axis=1)))
 
 
 def speed(cases: list[dict], variant: str, clock: str) -> dict:
@@ -167,11 +166,6 @@ def summaries(report: dict) -> dict:
     return {task: summarise(chosen) for task, chosen in {**tasks, WHOLE: cases}.items() if chosen}
 
 
-def digest_of(*files: Path) -> str:
-    """16 hex digits that change with the contents of these files."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
 @torch.inference_mode()
 def main(
     model: Annotated[
@@ -181,25 +175,20 @@ def main(
     limit: Annotated[int | None, typer.Option(help="Maximum number of prompts of each task.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 128,
     turns: Annotated[int, typer.Option(help="Runs of every variant on each prompt.")] = 3,
-    bypass: Annotated[
-        str | None, typer.Option(help="JSON: options of a bypass that drafts.", show_default="none drafts")
-    ] = None,
-    threads: Annotated[int, typer.Option(help="Number of torch threads.")] = 1,
-    seed: Annotated[int, typer.Option(help="Random seed for the order of variants.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore what is in the file.")] = False,
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "benchmark_lossless.json",
 ):
     """Time all variants on all prompts, compare their texts, and print the table."""
     model = model or smollm2_folder()
-    torch.set_num_threads(threads)
-    lossless = {"bypass": json.loads(bypass)} if bypass else {}
-    variants = [name for name in (*STOCK, *DRAFTERS) if name != "bypass" or bypass]
+    torch.set_num_threads(1)
+    variants = [*STOCK, *DRAFTERS]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    language_model = NeuroFlowPhi3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     settings = {
         "model": model.name,
-        "weights": digest_of(*sorted(model.glob("*.safetensors"))),
-        "prompts": digest_of(prompts),
-        **{"new_tokens": new_tokens, "least_tokens": LEAST_TOKENS, "turns": turns, "seed": seed, "dtype": "float32"},
-        "options": lossless,
+        "weights": fingerprint(language_model),
+        "prompts": key_of(text=prompts.read_text(encoding="utf-8")),
+        **{"new_tokens": new_tokens, "least_tokens": LEAST_TOKENS, "turns": turns, "dtype": "float32"},
         "variants": variants,
         **{name: provenance()[name] for name in ("machine", "versions")},
         "code": model_version(),
@@ -208,16 +197,14 @@ def main(
     report = {"settings": settings, "cases": before["cases"] if before.get("settings") == settings else []}
     done = {case["number"] for case in report["cases"]}
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    language_model = NeuroFlowPhi3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     rows = prompts_in_turn(prompts, limit)
     encoded = {number: torch.tensor([encode_prompt(tokenizer, prompt)]) for number, prompt in rows}
     for variant in variants:  # warm-up
-        generate(language_model, encoded[rows[0][0]], variant, lossless, 8)
+        generate(language_model, encoded[rows[0][0]], variant, 8)
     for number, prompt in rows:
         if number in done:
             continue
-        case = measure(language_model, encoded[number], random.Random(f"{seed} {number}"), settings)
+        case = measure(language_model, encoded[number], random.Random(number), settings)
         report["cases"].append({"number": number, "task": prompt.task, **case})
         write_json(output, {**provenance(), "commit": checkout_commit(), **report, "summary": summaries(report)})
     found = summaries(report)

@@ -18,15 +18,15 @@ SAME_TIME = 1.05
 ROUNDING = 1e-5  # rounding in float32 may swap logits that are closer than this
 
 
-def drift_findings(report: dict, samples: int = 2000, seed: int = 0) -> list[dict]:
+def drift_findings(report: dict, samples: int = 2000) -> list[dict]:
     """
     Every published claim that a report can test, with what was measured, the rule, and the verdict (see `finding`).
 
     Args:
         report: of `DriftEvaluation`.
-        samples, seed: of the bootstrap.
+        samples: of the bootstrap.
     """
-    options = {"samples": samples, "seed": seed}
+    options = {"samples": samples}
     found = [rate_at_published_threshold(report)]
     for pair in (FIRST, LAST):
         if (entry := entry_of(report, pair)) is not None:

@@ -43,7 +43,6 @@ def main(
         bool, typer.Option("--cascade", help="Measure thresholds from 0.80 to 0.90 on prose instead.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore what is in the file.")] = False,
-    seed: Annotated[int, typer.Option(help="Random seed of the intervals' bootstrap.")] = 0,
     output: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS / "token_drift.json",
     debug: Annotated[bool, typer.Option("--debug", help="Show errors with their traceback.")] = False,
 ):
@@ -54,7 +53,7 @@ def main(
             model=None,
             prompts=None,
             path=path,
-            settings={"batch_size": batch_size, "seed": seed},
+            settings={"batch_size": batch_size},
             own=cascade_of(json.loads(output.read_text(encoding="utf-8"))) if cascade else None,
             max_prompts=max_prompts,
             tasks=["prose"] if cascade else None,
@@ -62,7 +61,7 @@ def main(
             command=provenance()["command"],
         )
         if not cascade:
-            report["findings"] = drift_findings(report, seed=seed)
+            report["findings"] = drift_findings(report)
             write_whole(path, report_text(report))
             save_plot(plot_drift(report), PICTURE if path.parent == RESULTS else path.with_suffix(".png"))
     print_drift(report)

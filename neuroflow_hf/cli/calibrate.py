@@ -52,7 +52,7 @@ def calibrate(
         if set(own) - {"gate_layer"} and "rate" not in own:
             raise ValueError("These bypass options are written with a threshold; give the --rate that it is for.")
 
-        from ..drift.calibrate import PROMPTS, calibrate, require_writable, with_threshold, write_calibration
+        from ..drift.calibrate import PROMPTS, calibrate, calibrated_folder, with_threshold, write_calibration
         from ..drift.prompts import read_prompts
         from ..language.bypass_config import NeuroFlowBypassConfig
         from ..loading import dtype_named, load_language_model
@@ -60,16 +60,16 @@ def calibrate(
         weights_dtype = dtype_named(dtype)
         texts = [prompt.text for prompt in read_prompts(prompts)] if prompts else PROMPTS
         source = language_model(model)
-        require_writable(source, out)
-        loaded, tokenizer = load_language_model(source, weights_dtype, device)
-        checked = NeuroFlowBypassConfig.from_options(loaded.config.bypass, **own)
-        checked.resolve_layers(loaded.config.num_hidden_layers)
-        with CommandProgress("prompts") as progress:
-            show = functools.partial(progress.show, "calibrate", total=len(texts))
-            calibrate(loaded, tokenizer, texts, own.get("gate_layer"), new_tokens, raw, on_prompts=show)
-        if "rate" in own:
-            loaded.config.bypass = {**(loaded.config.bypass or {}), **with_threshold(loaded, own)}
-        write_calibration(source, out, loaded.config)
+        with calibrated_folder(source, out) as folder:
+            loaded, tokenizer = load_language_model(source, weights_dtype, device)
+            checked = NeuroFlowBypassConfig.from_options(loaded.config.bypass, **own)
+            checked.resolve_layers(loaded.config.num_hidden_layers)
+            with CommandProgress("prompts") as progress:
+                show = functools.partial(progress.show, "calibrate", total=len(texts))
+                calibrate(loaded, tokenizer, texts, own.get("gate_layer"), new_tokens, raw, on_prompts=show)
+            if "rate" in own:
+                loaded.config.bypass = {**(loaded.config.bypass or {}), **with_threshold(loaded, own)}
+            write_calibration(source, folder, loaded.config)
         found = loaded.config.bypass_similarities[str(checked.gate_layer)]
         low, middle, high = (found[percent] for percent in (10, 50, 90))
         typer.echo(

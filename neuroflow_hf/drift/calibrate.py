@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,33 +78,23 @@ def with_threshold(model: Any, options: dict) -> dict:
     return {**kept, "threshold": model.bypass_options(options).threshold}
 
 
-def require_writable(source: str | Path, out: Path):
-    """Raise a FileExistsError for a folder that is neither the checkpoint nor new, before the model is loaded."""
-    if not is_same(source, out) and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder; name a new one.")
-
-
-def is_same(source: str | Path, out: Path) -> bool:
-    """Whether both are the same folder."""
-    return out.exists() and Path(source).exists() and out.samefile(source)
-
-
-def write_calibration(source: str | Path, out: Path, config: Any):
+def calibrated_folder(source: str | Path, out: Path) -> AbstractContextManager[Path]:
     """
-    Write the bypass and the similarities of a model's configuration into a checkpoint: all of it or nothing. `out` is
-    the folder `source` itself, of which only `config.json` is replaced, or a folder that does not exist or is empty,
-    which becomes a copy of the checkpoint, a folder or Hub name. FileExistsError or OSError if it cannot be written.
+    The folder to write a calibrated checkpoint into: `source` itself, or a new one that becomes `out` at the end.
+    Enter it before the model is loaded: FileExistsError for a folder that is neither the checkpoint nor empty.
     """
-    changed = {"bypass": config.bypass, "bypass_similarities": config.bypass_similarities}
+    is_same = out.exists() and Path(source).exists() and out.samefile(source)
+    return nullcontext(Path(source)) if is_same else new_folder(out)
 
-    def write(folder: Path):
-        file = folder / "config.json"
-        write_whole(file, report_text(json.loads(file.read_text(encoding="utf-8")) | changed))
 
-    if is_same(source, out):
-        write(out)
-        return
-    with new_folder(out) as folder:
+def write_calibration(source: str | Path, folder: Path, config: Any):
+    """
+    Write the bypass and the similarities of a model's configuration into the `config.json` of a checkpoint. A `folder`
+    other than `source`, a folder or Hub name, becomes a copy of it first.
+    """
+    if folder != Path(source):
         checkpoint = source if Path(source).exists() else snapshot_download(str(source))
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
-        write(folder)
+    file = folder / "config.json"
+    changed = {"bypass": config.bypass, "bypass_similarities": config.bypass_similarities}
+    write_whole(file, report_text(json.loads(file.read_text(encoding="utf-8")) | changed))

@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, StoppingCriteria
 
 from ..language.bypass_config import ALWAYS, NeuroFlowBypassConfig
-from ..language.bypass_state import MAX_RATE, BypassStatistics
+from ..language.bypass_state import MAX_RATE, BypassStatistics, too_low
 from ..language.calibration import end_tokens
 from ..language.speculative_decoding import LosslessCounts
 from ..loading import quiet_transformers
@@ -159,10 +159,7 @@ def notes_in_words(model: Any, found: Continuation, decoding: Decoding) -> list[
         lines.append(statistics_in_words(options, found.statistics))
         steps, rate = found.statistics.steps.item(), found.statistics.rate.item()
         if options.threshold > ALWAYS and steps >= ENOUGH_STEPS and rate > MAX_RATE:
-            lines.append(
-                f"Warning: the threshold {options.threshold:g} bypassed more than {MAX_RATE:.0%} of the steps. It is "
-                "too low for this checkpoint; a rate, such as 0.2, chooses one by the checkpoint's similarities."
-            )
+            lines.append(f"Warning: {too_low(options.threshold)}")
     if found.lossless is not None:
         counts = found.lossless
         lines.append(

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, LogitsProcessor, LogitsProcessorList
 
 from ..language.bypass import entropy_of
 from ..language.bypass_config import NeuroFlowBypassConfig
 from ..language.bypass_state import find_state
-from ..language.calibration import PADDING, cut_at_end, gate_similarities
+from ..language.calibration import PADDING, cut_at_end, gate_similarities, padded_left
 from .metrics import PromptRecord, compare_steps, first_divergence, negative_log_likelihood, position_drift
 
 FED_WITH_BYPASS = 2  # prompt tokens: a step of several is dense, and the gate compares the next one with its last
@@ -49,12 +48,8 @@ def make_batches(rows: Sequence[Sequence[int]], batch_size: int, padding: int = 
     batches = []
     for begin in range(0, len(order), batch_size):
         indices = order[begin : begin + batch_size]
-        texts = [torch.tensor(rows[index]) for index in indices]
-        ids, mask = (
-            pad(pad_sequence(part, True, value, padding_side="left"), (padding, 0), value=value)
-            for part, value in ((texts, PADDING), ([torch.ones_like(text) for text in texts], 0))
-        )
-        batches.append(Batch(indices, ids, mask))
+        ids, mask = padded_left([rows[index] for index in indices])
+        batches.append(Batch(indices, pad(ids, (padding, 0), value=PADDING), pad(mask, (padding, 0))))
     return batches
 
 
@@ -65,10 +60,9 @@ def decode(
     bypass: dict | bool = False,
     processor: LogitsProcessor | None = None,
     ends: Collection[int] = (),
-    **how: Any,
 ) -> Decoded:
     """
-    Continue the prompts by up to `steps` tokens, one by one. The last token is not fed.
+    Continue the prompts by up to `steps` tokens, one by one, the most probable ones. The last token is not fed.
 
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`]. Its own bypass options are not used.
@@ -77,7 +71,6 @@ def decode(
         bypass: options of [`NeuroFlowBypassConfig`]; False for dense.
         processor: sees the logits of every step, and may change them.
         ends: end tokens; decoding stops once every row has one.
-        how: arguments of `generate`; by default, the most probable token is taken.
     """
     if bypass is not False:
         bypass = NeuroFlowBypassConfig.from_options(bypass).resolve(model.config.num_hidden_layers)
@@ -89,9 +82,10 @@ def decode(
         logits_processor=LogitsProcessorList([] if processor is None else [processor]),
         eos_token_id=sorted(ends) or [model.config.vocab_size],  # which no token is
         pad_token_id=PADDING,
+        do_sample=False,
+        num_beams=1,
         bypass=bypass,
         return_dict_in_generate=True,
-        **{"do_sample": False, "num_beams": 1} | how,
     )
     tokens, state = output.sequences[:, batch.ids.shape[1] :].cpu(), find_state(output.past_key_values)
     fed = tokens.shape[1] - 1

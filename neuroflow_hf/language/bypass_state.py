@@ -46,7 +46,7 @@ def too_low(threshold: float) -> str:
     """The warning about a threshold that the similarities hardly ever miss."""
     return (
         f"The threshold {threshold:g} bypassed more than {MAX_RATE:.0%} of the steps: it is too low for this "
-        'checkpoint. Choose one by its own similarities: `bypass={"rate": 0.2}`.'
+        "checkpoint. Choose one by its own similarities: with a `rate`, such as 0.2, in place of the threshold."
     )
 
 

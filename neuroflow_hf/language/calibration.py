@@ -70,12 +70,17 @@ def cut_at_end(tokens: Sequence[int], ends: Collection[int]) -> list[int]:
     return list(tokens[: end + 1])
 
 
+def padded_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, int64 [B, T] each, of rows that are padded on the left."""
+    texts = [torch.tensor(row) for row in rows]
+    ones = [torch.ones_like(text) for text in texts]
+    return pad_sequence(texts, True, PADDING, "left"), pad_sequence(ones, True, 0, "left")
+
+
 @torch.no_grad()
 def continue_densely(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
     """The model's greedy continuation of each prompt (token ids), up to and including its end token."""
-    texts = [torch.tensor(prompt) for prompt in prompts]
-    ids = pad_sequence(texts, True, PADDING, padding_side="left").to(model.device)
-    mask = pad_sequence([torch.ones_like(text) for text in texts], True, 0, padding_side="left").to(model.device)
+    ids, mask = (part.to(model.device) for part in padded_left(prompts))
     how = {"do_sample": False, "num_beams": 1, "pad_token_id": PADDING, "bypass": False}
     output = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **how)
     ends = end_tokens(model)

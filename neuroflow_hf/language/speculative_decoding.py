@@ -356,7 +356,6 @@ def decode_losslessly(
             new += 1
             ended = stop.is_after(tokens, kept_scores)
         sequence.take_back(len(drafted) + 1 - new)
-        drafts.learn(len(drafted), accepted)
         counts.tokens += new
         counts.drafts += bool(drafted)
         counts.drafted += len(drafted)

@@ -44,7 +44,7 @@ def test_a_threshold_that_is_nearly_always_reached_warns(phi3_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the command says it once, in its own words
         result = call("generate", PROMPT, "--model", phi3_folder, *options)
-    assert result.stderr.count("Warning: the threshold -0.999 bypassed more than 90%") == 1, result.output
+    assert result.stderr.count("Warning: The threshold -0.999 bypassed more than 90%") == 1, result.output
 
 
 def test_never_is_dense_and_compared(phi3_folder, dense_text):

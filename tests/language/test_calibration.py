@@ -118,4 +118,4 @@ def test_a_threshold_that_is_nearly_always_reached_warns(threshold, warned):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("default")
         run_steps(model, ids, 5, bypass={"threshold": threshold})
-    assert ['"rate": 0.2' in str(warning.message) for warning in found] == [True] * warned
+    assert ["a `rate`, such as 0.2" in str(warning.message) for warning in found] == [True] * warned

@@ -138,9 +138,6 @@ class Scripted:
     def record_check(self, drafted):
         pass
 
-    def learn(self, drafted, accepted):
-        pass
-
 
 def generate_scripted(model, ids, script, **kwargs):
     decode = functools.partial(
@@ -684,7 +681,6 @@ class Machine:
             kept = 0
             while kept < len(draft) and draft[kept] == self.text[self.length + kept]:
                 kept += 1
-            self.drafts.learn(len(draft), kept)
             self.length += kept + 1
             lengths.append(len(draft))
         return lengths
