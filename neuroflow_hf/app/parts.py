@@ -4,7 +4,7 @@ import contextlib
 import html
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,3 @@ class Jobs:
 def two_buttons(action: str) -> tuple[gr.Button, gr.Button]:
     """The buttons that begin and cancel a job, side by side on a narrow page, too."""
     return gr.Button(action, variant="primary", min_width=100), gr.Button("Cancel", min_width=100)
-
-
-def paragraphs(lines: Sequence[str]) -> str:
-    """Lines that are not empty, as HTML."""
-    return "".join(f"<p>{html.escape(line)}</p>" for line in lines if line)

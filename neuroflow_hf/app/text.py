@@ -1,10 +1,9 @@
 """The tab *Text*: an answer of the dense model beside one with a bypass, the tokens that differ marked."""
 
 import functools
-import html
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from ..drift.calibrate import PROMPTS, calibrate, is_calibrated, with_threshold
 from ..drift.chat_template import encode_text
 from ..drift.continuation import Decoding, comparison_in_words, continue_tokens, figures_in_words
 from ..loading import load_language_model
-from .parts import IN_TURN, Jobs, OnStep, paragraphs, two_buttons
+from .parts import IN_TURN, Jobs, OnStep, two_buttons
 
 MOST_TOKENS = 256
+DIFFERS = "differs"  # the category of marked text
 
 
 def text_tab(jobs: Jobs, source: str | Path, device: str):
@@ -56,11 +56,14 @@ def text_tab(jobs: Jobs, source: str | Path, device: str):
                 continue_tokens(model, tokenizer, ids, way, is_stopped=counter(name, most, on_step))
                 for name, way in ways.items()
             ]
-        columns = [
-            text_in_html(marked_text(tokenizer, part.tokens, marks), figures_in_words(model, part, way))
-            for part, way, marks in zip(found, ways.values(), differing(dense.tokens, bypassed.tokens), strict=True)
+        runs = differing(dense.tokens, bypassed.tokens)
+        texts = [marked_text(tokenizer, part.tokens, parts) for part, parts in zip(found, runs, strict=True)]
+        notes = [
+            f"**{name.capitalize()}**: {' '.join(figures_in_words(model, part, way))}"
+            for part, (name, way) in zip(found, ways.items(), strict=True)
         ]
-        return *columns, f"{comparison_in_words(dense, bypassed)} Tokens that differ are marked."
+        notes.append(f"{comparison_in_words(dense, bypassed)} Tokens that differ are marked.")
+        return *texts, "\n\n".join(notes)
 
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -74,59 +77,47 @@ def text_tab(jobs: Jobs, source: str | Path, device: str):
                 gr.Markdown("The model is SmolLM2-135M-Instruct; if it is not here, its 93 MB are fetched first.")
         with gr.Column(scale=3, min_width=300):
             with gr.Row():
-                columns = []
-                for name in ("Dense", "Bypass"):
-                    with gr.Column(min_width=280):
-                        gr.Markdown(f"### {name}")
-                        columns.append(gr.HTML(min_height=200))
+                how: dict = {"color_map": {DIFFERS: "#fdba74"}, "show_inline_category": False, "min_width": 280}
+                columns = [gr.HighlightedText(label=name, **how) for name in ("Dense", "Bypass")]
             drift = gr.Markdown()
     inputs = [prompt, rate, target, most]
     running = start.click(generate, inputs, [*columns, drift], show_progress_on=columns, **IN_TURN)
     cancel.click(jobs.cancel, cancels=running, queue=False, api_visibility="private")
 
 
-def counter(name: str, most: int, on_step: OnStep) -> Any:
+def counter(name: str, most: int, on_step: OnStep) -> Callable[[], bool]:
     """What a generation asks after each token, to show the progress; it never stops the text itself."""
-    done = 0
+    numbers = itertools.count(1)
 
     def is_stopped() -> bool:
-        nonlocal done
-        done += 1
+        done = next(numbers)
         on_step(f"{name}: token {done} of at most {most}", done, most)
         return False
 
     return is_stopped
 
 
-def differing(dense: Sequence[int], other: Sequence[int]) -> tuple[list[bool], list[bool]]:
+def differing(dense: Sequence[int], other: Sequence[int]) -> tuple[list[tuple[int, bool]], ...]:
     """
-    Which tokens of two texts differ: for each text, True for the tokens outside the runs that both have in the same
-    order. An inserted token marks itself, and not all that follow.
+    Two texts in runs of tokens, each with its end and whether it differs: whether it is outside the runs that both
+    have in the same order. An inserted token marks itself, and not all that follow.
     """
-    marks = [True] * len(dense), [True] * len(other)
-    for first, second, size in SequenceMatcher(None, dense, other, autojunk=False).get_matching_blocks():
-        marks[0][first : first + size] = marks[1][second : second + size] = [False] * size
-    return marks
+    steps = SequenceMatcher(None, dense, other, autojunk=False).get_opcodes()
+    return tuple([(step[end], step[0] != "equal") for step in steps] for end in (2, 4))
 
 
-def marked_text(tokenizer: Any, tokens: Sequence[int], marks: Sequence[bool]) -> list[tuple[str, bool]]:
+def marked_text(
+    tokenizer: Any, tokens: Sequence[int], runs: Sequence[tuple[int, bool]]
+) -> list[tuple[str, str | None]]:
     """
-    A text in pieces, each with its mark. Pieces are cut out of the decoded whole, since tokens alone may lack spaces
-    or be parts of a character; such a character belongs to the piece in which it is complete.
+    A text in pieces, each with its category. Pieces are cut out of the decoded whole, since tokens alone may lack
+    spaces or be parts of a character; such a character belongs to the piece in which it is complete.
     """
-    pieces, end, before = [], 0, ""
-    runs = [(mark, len(list(group))) for mark, group in groupby(marks)]
-    for place, (mark, size) in enumerate(runs):
-        end += size
+    pieces, before = [], ""
+    for end, differs in runs:
         text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        if place + 1 < len(runs):
+        if end < len(tokens):
             text = text.rstrip("\ufffd")  # of a character that is not complete
-        pieces.append((text[len(before) :], mark))
+        pieces.append((text[len(before) :], DIFFERS if differs else None))
         before = text
     return [piece for piece in pieces if piece[0]]
-
-
-def text_in_html(pieces: Sequence[tuple[str, bool]], lines: Sequence[str]) -> str:
-    """The pieces of a text, above lines that describe it."""
-    text = "".join(f"<mark>{html.escape(piece)}</mark>" if mark else html.escape(piece) for piece, mark in pieces)
-    return f'<div class="answer">{text}</div>{paragraphs(lines)}'

@@ -3,12 +3,12 @@
 import functools
 import html
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
+import pandas
 
 from ..loading import load_model_with_labels
 from ..video.labels import parse_labels
@@ -25,7 +25,7 @@ from ..video.run_tables import (
     timeline_rows,
 )
 from ..vision.gate_config import PRESETS
-from .parts import IN_TURN, Jobs, paragraphs, two_buttons
+from .parts import IN_TURN, Jobs, two_buttons
 
 MOST_FRAMES, MOST_PIXELS = 600, 4096 * 2304  # of an upload: what lies beyond is left out, or refused
 CLIPS = [
@@ -109,15 +109,11 @@ def run_in_html(summary: dict, out: Path, left_out: int = 0) -> str:
     if "labels" in summary:
         tables.append(timeline_rows(summary["labels"]))
     lines = [f"Above: {LEGEND}.", *lines, *figures_in_words(summary), settings_in_words(summary)]
-    return f'<div class="scrolls">{plot}</div>' + "".join(map(table_in_html, tables)) + paragraphs(lines)
+    paragraphs = (f"<p>{html.escape(line)}</p>" for line in lines if line)
+    return "".join([f'<div class="scrolls">{plot}</div>', *map(table_in_html, tables), *paragraphs])
 
 
 def table_in_html(table: Rows) -> str:
     """Headers and rows as HTML, in a box that scrolls where the page is narrow."""
     headers, rows = table
-
-    def line(cells: Sequence[str], kind: str) -> str:
-        return "<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>"
-
-    lines = line(headers, "th") + "".join(line(row, "td") for row in rows)
-    return f'<div class="scrolls"><table>{lines}</table></div>'
+    return f'<div class="scrolls">{pandas.DataFrame(rows, columns=headers).to_html(index=False, border=0)}</div>'

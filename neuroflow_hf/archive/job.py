@@ -181,7 +181,6 @@ def encode_streams(
     Encode one frame of each source per call, until none has any. Each source, of `decode_parts`, has a stream, which
     restarts after a segment's end. Yields each frame's row, numbered as in its segment, and each segment's end.
     """
-    interpolate = job.preprocess.resolution != job.model.config.image_size
     stream = job.model.new_stream(len(decoded), **job.gate_options)
     while True:
         frames: list[Decoded] = []
@@ -202,7 +201,7 @@ def encode_streams(
             decoded = [decoded[place] for place in going]
         with torch.inference_mode():
             pixel_values = torch.cat([pixel_values for _, _, pixel_values in frames])
-            output = job.model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate, stream=stream)
+            output = job.model(pixel_values=pixel_values, interpolate_pos_encoding=True, stream=stream)
         embeddings, costs = output.pooler_output.float().cpu(), output.cost.tolist()
         keyframes = output.active_mask.flatten(1).all(dim=1).tolist()
         for (part, row, _), *values in zip(frames, embeddings, costs, keyframes, strict=True):

@@ -88,9 +88,8 @@ def image_query(metadata: dict, image: str | Path, source: str | None = None, de
     require_same_checkpoint(metadata, model, source)
     preprocess = Preprocessor(**metadata["preprocessing"])
     pixel_values = preprocess(picture, model.dtype, model.device)
-    interpolate = preprocess.resolution != model.config.image_size
     with torch.inference_mode():
-        output = model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate)
+        output = model(pixel_values=pixel_values, interpolate_pos_encoding=True)
     return Query(output.pooler_output[0].float().cpu())
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..utils.files import significant
 from ..utils.jobs import stop_on_interrupt
+from ..video.label_records import best_label
 from ..video.labels import Labels
 from ..video.preprocess import Preprocessor
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
@@ -65,28 +65,6 @@ class SourceFigures:
         }
 
 
-def label_event(source: str, labels: Labels, logits: Tensor, previous: str | None, arrived: float) -> dict | None:
-    """
-    The event of a picture with these logits, float32 [L], that arrived so many seconds after 1970: that its best label
-    is another one than before; None if it is the same.
-    """
-    place = int(logits.argmax())
-    if labels.names[place] == previous:
-        return None
-    return {
-        "event": "label",
-        "source": source,
-        "time": stamp(arrived),
-        "label": labels.names[place],
-        "confidence": significant(logits[place].sigmoid().item()),
-        "share": significant(logits.softmax(dim=-1)[place].item()),
-        "previous": previous,
-    }
-
-
-# --- the job -------------------------------------------------------------------------------------------------------
-
-
 def watch_cameras(
     sources: Mapping[str, tuple[Source, bool]],
     model: NeuroFlowSiglipVisionModel,
@@ -129,7 +107,6 @@ def watch_cameras(
     figures = {name: SourceFigures() for name in sources}
     streams = CameraStreams(model, gate_options or {})
     best: dict[str, str] = {}
-    interpolate = preprocess.resolution != model.config.image_size
     begun = time.monotonic()
     with stop_on_interrupt() as stop, LatestPictures(sources) as pictures:
         while not stop.is_set() and not pictures.all_ended:
@@ -146,7 +123,7 @@ def watch_cameras(
             pixel_values = torch.cat([preprocess(image, model.dtype, model.device) for image in images])
             with torch.inference_mode():
                 stream = streams.of(list(arrivals))
-                output = model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate, stream=stream)
+                output = model(pixel_values=pixel_values, interpolate_pos_encoding=True, stream=stream)
             embeddings, costs = output.pooler_output.float().cpu(), output.cost.tolist()
             logits = None if labels is None else labels.logits(embeddings)
             masks = output.active_mask.cpu().numpy()
@@ -156,14 +133,14 @@ def watch_cameras(
                 counted.frames += 1
                 counted.cost += costs[row]
                 counted.delays.append(delay)
-                if labels is not None:
-                    event = label_event(name, labels, logits[row], best.get(name), time.time() - delay)
-                    if event is not None:
-                        best[name] = event["label"]
-                        counted.changes += 1
-                        emit(event)
-                confidence = None if logits is None else logits[row].max().sigmoid().item()
-                seen.append(Seen(name, images[row], masks[row], costs[row], best.get(name), confidence))
+                found = {} if logits is None else best_label(labels.names, logits[row])
+                if found and found["label"] != best.get(name):
+                    when = {"event": "label", "source": name, "time": stamp(time.time() - delay)}
+                    emit(when | found | {"previous": best.get(name)})
+                    best[name] = found["label"]
+                    counted.changes += 1
+                label, confidence = found.get("label"), found.get("confidence")
+                seen.append(Seen(name, images[row], masks[row], costs[row], label, confidence))
             if on_round is not None:
                 on_round(seen, time.monotonic() - begun)
             if fps is not None:

@@ -52,11 +52,10 @@ def watch(
             raise ValueError("There is nothing to report; give --labels 'a person, a car', or --overlay FILE.mp4.")
         if overlay is not None and (overlay.suffix != ".mp4" or not overlay.absolute().parent.is_dir()):
             raise ValueError(f"--overlay {overlay} cannot be written; expected an .mp4 file in a folder that exists.")
-        send = None if webhook is None else post_json(webhook)
+        hook = None if webhook is None else Webhook(post_json(webhook))
         gate_options, load = check_vision(how)
         opened = open_sources(sources)
         loaded, preprocess, embedded = load()
-        hook = None if send is None else Webhook(send)
         mosaic = None
         if overlay is not None:
             mosaic = Mosaic(overlay, list(opened), covered_share(loaded, preprocess), embedded is not None)

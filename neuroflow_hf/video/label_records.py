@@ -67,16 +67,17 @@ def label_figures(records: Sequence[FrameRecord], labels: Labels) -> dict:
     }
 
 
+def best_label(names: Sequence[str], logits: Tensor) -> dict:
+    """The best label by its logits, float32 [L], with its confidence and share."""
+    place = int(logits.argmax())
+    found = {"confidence": logits.sigmoid()[place], "share": logits.softmax(dim=-1)[place]}
+    return {"label": names[place], **{name: significant(value.item()) for name, value in found.items()}}
+
+
 def label_line(record: FrameRecord, names: Sequence[str]) -> dict:
     """Labels in a frame's line of `frames.jsonl`: the best one with its confidence and share, and all scores."""
-    place = top_label(record)
     scores = [significant(score) for score in record.label_logits.sigmoid().tolist()]
-    line = {
-        "label": names[place],
-        "confidence": scores[place],
-        "share": significant(record.label_logits.softmax(dim=-1)[place].item()),
-        "label_scores": dict(zip(names, scores, strict=True)),
-    }
+    line = {**best_label(names, record.label_logits), "label_scores": dict(zip(names, scores, strict=True))}
     if record.dense_label_logits is not None:
         line["dense_label"] = names[int(record.dense_label_logits.argmax())]
     return line

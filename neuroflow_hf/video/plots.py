@@ -33,7 +33,7 @@ def plot_run(
     """
     times = [record.time for record in records if record.dense_embedding is not None]
     compared, labelled = len(times) > 0, len(names) > 0
-    legend_height = 0.12 * min(len(names), len(LABEL_COLOURS) + 1)  # inches, in two columns
+    legend_height = 0.12 * min(len(names), len(LABEL_COLOURS))  # inches, in two columns
     figure = titled_figure(title, 10, 3.2 + 2.4 * compared + 2.4 * labelled + legend_height)
     panels = figure.subplots(1 + compared + labelled, 1, sharex=True, squeeze=False)[:, 0]
     draw_cost(panels[0], records)
@@ -81,17 +81,10 @@ def draw_fidelity(panel: Axes, times: Sequence[float], cosines: dict[str, list[f
 
 
 def draw_labels(panel: Axes, times: Sequence[float], labels: dict[str, Sequence[float]]):
-    """Each label's confidence over the frames; if there are many, the lowest in grey."""
-    highest = sorted(labels, key=lambda name: -max(labels[name]))
-    coloured = set(highest[: len(LABEL_COLOURS)])
-    colours = iter(LABEL_COLOURS)
-    for name, confidences in labels.items():
-        if name in coloured:
-            panel.plot(times, confidences, color=next(colours), linewidth=1.4, label=legend_text(name), zorder=3)
-    others = [labels[name] for name in highest[len(LABEL_COLOURS) :]]
-    for place, confidences in enumerate(others):
-        label = f"{len(others)} others, never as high" if place == 0 else None
-        panel.plot(times, confidences, color=BASELINE_FIRST, linewidth=0.8, label=label)
+    """Confidence over the frames of the labels that are highest at some time, as many as there are colours."""
+    highest = sorted(labels, key=lambda name: -max(labels[name]))[: len(LABEL_COLOURS)]
+    for name, colour in zip(filter(highest.__contains__, labels), LABEL_COLOURS, strict=False):
+        panel.plot(times, labels[name], color=colour, linewidth=1.4, label=legend_text(name))
     # probabilities of labels that do not fit are far below 1, and their order still matters
     panel.set_ylim(0, max(1e-6, 1.05 * max(labels[highest[0]])))
     panel.set_ylabel("label's confidence")

@@ -17,8 +17,6 @@ def prefetch(iterable: Iterable[T], depth: int = 4) -> Iterator[T]:
     consumer after all items that came before it. Closing the generator joins the thread; use `contextlib.closing`.
     `depth` items may be ahead, at least 1: 4 smooths out keyframes, and more only costs memory.
     """
-    if depth < 1:
-        raise ValueError(f"`depth` is {depth}; expected at least 1.")
     iterator, end = iter(iterable), object()
     with ThreadPoolExecutor(1, "neuroflow-prefetch") as thread:
         ahead = deque(thread.submit(next, iterator, end) for _ in range(depth))

@@ -49,7 +49,9 @@ class Preprocessor:
         normalise.
         """
         processor = getattr(processor, "image_processor", processor)
-        _refuse_other_steps(vars(processor))
+        for step in ("do_center_crop", "do_pad"):
+            if getattr(processor, step, False):
+                raise ValueError(f"{step} is set; expected only resizing to a square, rescaling and normalising.")
         if not getattr(processor, "do_resize", True):
             raise ValueError("The image processor has do_resize=False; expected one that resizes.")
         size = {key: value for key, value in dict(processor.size).items() if value is not None}
@@ -86,7 +88,6 @@ class Preprocessor:
             side = settings["crop_size"]  # a number in old files
             size = {"height": side, "width": side} if isinstance(side, int) else side
             settings = {**settings, "do_center_crop": False, "size": size}
-        _refuse_other_steps(settings)
         return cls.from_image_processor(SiglipImageProcessorPil.from_dict(settings), resolution)
 
     def patches_per_side(self, patch_size: int) -> int:
@@ -139,10 +140,3 @@ class Preprocessor:
         # to 20% of the values.
         side = (self.resolution, self.resolution)
         return F.interpolate(image.cpu().permute(2, 0, 1)[None], size=side, mode=self.resample, antialias=True)
-
-
-def _refuse_other_steps(settings: dict):
-    """ValueError if an image processor's settings ask for steps that SigLIP does not have."""
-    for step in ("do_center_crop", "do_pad"):
-        if settings.get(step):
-            raise ValueError(f"{step} is set; expected only resizing to a square, rescaling and normalising.")
