@@ -104,7 +104,7 @@ class SparseProgram(StreamProgram):
 
 def memory_of(stream: NeuroFlowStream) -> dict[str, torch.Tensor]:
     """Copies of what the next frame needs; the last embedding would be returned if nothing were encoded."""
-    return {name: memory.clone() for name, memory in stream.named_memory().items() if name != POOLED}
+    return {name: memory.clone() for name, memory in stream.memory.items() if name != POOLED}
 
 
 def gate_for_export(model: Any, token_budget: int, **gate_options: GateOption) -> NeuroFlowGateConfig:

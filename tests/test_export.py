@@ -62,7 +62,7 @@ def check(run, model, frames, rtol, **options):
             atol = 1e-6 if expected[name].dtype == torch.float32 else 0
             assert_close_in_norm(outputs[name], expected[name], rtol, atol)
     assert min(changes) < BUDGET < max(changes)
-    memories = {name: memory for name, memory in stream.named_memory().items() if name != "pooled"}
+    memories = {name: memory for name, memory in stream.memory.items() if name != "pooled"}
     assert outputs["new_state"].keys() == memories.keys()
     for name, memory in memories.items():
         assert_close_in_norm(outputs["new_state"][name], memory, max(rtol, 1e-6 if "ema" in name else 0))

@@ -27,8 +27,8 @@ FORMAT = 1
 WEIGHT_NAME = re.compile(r"encoder\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])\.(?:default\.)?weight$")
 
 
-def adapter_files(adapter: SparseAdapter, tower: VisionTower) -> tuple[dict, dict, dict[str, Tensor]]:
-    """What an adapter's folder holds: `sparse_adapter.json`, PEFT's `adapter_config.json`, and its weights."""
+def write_adapter(adapter: SparseAdapter, tower: VisionTower, folder: str | os.PathLike) -> None:
+    """Write an adapter's files to a folder, each whole or not at all, the weights first."""
     plain = NeuroFlowGateConfig.from_options({"mode": adapter.gate.mode}).to_dict()
     about = {
         "format": FORMAT,
@@ -57,12 +57,6 @@ def adapter_files(adapter: SparseAdapter, tower: VisionTower) -> tuple[dict, dic
         for name, change in changes.items()  # type: ignore[union-attr, operator]
         for letter, matrix in (("A", change.down), ("B", change.up))
     }
-    return about, config, weights
-
-
-def write_adapter(adapter: SparseAdapter, tower: VisionTower, folder: str | os.PathLike) -> None:
-    """Write an adapter's files to a folder, each whole or not at all, the weights first."""
-    about, config, weights = adapter_files(adapter, tower)
     contents = {
         WEIGHTS: save(weights, metadata={"format": "pt"}),
         CONFIG: json.dumps(config, indent=2).encode(),

@@ -8,22 +8,21 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .active_set import ActiveSet
-from .budget import with_affordable_budget
+from .budget import credit_after, with_affordable_budget
 from .cost import encoder as encoder_cost
 from .cost import gate as gate_cost
 from .cost import patch_projection as projection_cost
 from .extrapolate import build_corrections, weights_cost
 from .gate import choose_active, update_references
 from .gate_config import NeuroFlowGateConfig
-from .hidden_states import as_output, hidden_state_name
-from .layer_step import LayerStep, ModeSpec
-from .modes import MODES
+from .modes import MODES, LayerStep, ModeSpec
 from .patches import embed_tokens, project_patches
+from .pooling import Pooling
 from .sparse_adapter import NO_ADAPTER, SparseAdapter
 from .stream import NeuroFlowStream
-from .stream_state import OUTPUT, POOLED, POOLED_CHANGE, StreamGeometry
+from .stream_state import OUTPUT, POOLED, POOLED_CHANGE, StreamGeometry, hidden_state_name
 from .summary import SUMMARY_OUTPUT, SummaryGrid, remember_summary
-from .tower import Pooling, VisionTower
+from .tower import VisionTower
 
 
 @dataclass
@@ -121,18 +120,20 @@ def encode_frame(
         for count, layers in zip(active.counts, spent, strict=True)
     ]
     stream.credit = [
-        stream.gate.budget.credit_after(credit, frame, cost)
+        credit_after(stream.gate, credit, frame, cost)
         for credit, frame, cost in zip(stream.credit, stream.frames, costs, strict=True)
     ]
     stream.frames, stream.pace = [frame + 1 for frame in stream.frames], paces
     stream.frame_in_progress = False
 
     counts = torch.tensor(chosen.counts, dtype=torch.float32)
+    places = range(geometry.num_layers + 1)
+    layers = [kept[hidden_state_name(place)].clone() if place in hidden_states else None for place in places]
     return NeuroFlowVisionOutput(
         # copies, since the next frame writes into the memories behind them
         last_hidden_state=tokens.clone() if token_mask is None else tokens,  # type: ignore[arg-type]
         pooler_output=None if pooled is None else pooled.clone(),  # type: ignore[arg-type]
-        hidden_states=as_output(kept, hidden_states, geometry.num_layers),
+        hidden_states=tuple(layers) if hidden_states else None,  # type: ignore[arg-type]
         active_mask=chosen.mask.unflatten(-1, geometry.grid),
         surprise=None if surprise is None else surprise.unflatten(-1, geometry.grid),
         skip_rate=(1 - counts / geometry.num_patches).to(geometry.device, non_blocking=True),
@@ -258,21 +259,21 @@ def encode(
         corrections = build_corrections(stream.memory[OUTPUT], active)
     layers = model.encoder_layers()
     adapters = [NO_ADAPTER] * len(layers) if adapter is None else adapter.of_layers(active)
-    for number, (layer, memory, changes) in enumerate(zip(layers, stream.layer_memories, adapters, strict=True), 1):
+    for number, (layer, changes) in enumerate(zip(layers, adapters, strict=True)):
         # A checkpointed layer would run again in the backward pass, with memories of a later frame. In evaluation no
         # layer is checkpointed, and the flags stay as they are: threads may share the model.
         checkpointed = layer.training and layer.gradient_checkpointing
         try:
             if checkpointed:
                 layer.gradient_checkpointing = False
-            step = LayerStep(mode, active, memory, corrections, summary, changes)
+            step = LayerStep(mode, number, active, stream.memory, corrections, summary, changes)
             hidden = layer(hidden, None, step=step)
         finally:
             if checkpointed:
                 layer.gradient_checkpointing = True
         spent = [before + added for before, added in zip(spent, step.multiply_adds, strict=True)]
-        if number in names:
-            fresh[names[number]] = hidden
+        if number + 1 in names:
+            fresh[names[number + 1]] = hidden
     fresh[OUTPUT] = model.final_norm(hidden)
     if summary is not None and not mode.pools_all_patches:
         remember_summary(stream.memory, SUMMARY_OUTPUT, fresh[OUTPUT], active, summary)

@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs
 from .configuration_neuroflow_clip import NeuroFlowCLIPVisionConfig
 from .frame import NeuroFlowVisionOutput
 from .gate_config import GateOption
-from .pooling import FirstTokenPooling
+from .pooling import Pooling
 from .stream import NeuroFlowStream
 from .streaming_config import as_config
 from .streaming_model import StreamingModel, forward_frame, wrap_tower
@@ -70,8 +70,8 @@ class NeuroFlowCLIPVisionModel(StreamingModel, VisionTower, CLIPVisionModel):
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden  # only the pooled token is normed
 
-    def pooling(self, exact: bool) -> FirstTokenPooling:
-        return FirstTokenPooling(self.post_layernorm)
+    def pooling(self, exact: bool) -> Pooling:
+        return Pooling(self.post_layernorm)
 
     def forward(
         self,

@@ -13,7 +13,7 @@ from transformers.utils import TransformersKwargs
 from .configuration_neuroflow_dinov2 import NeuroFlowDinov2Config
 from .frame import NeuroFlowVisionOutput
 from .gate_config import GateOption
-from .pooling import FirstTokenPooling
+from .pooling import Pooling
 from .stream import NeuroFlowStream
 from .streaming_config import as_config
 from .streaming_model import StreamingModel, forward_frame, wrap_tower
@@ -105,8 +105,8 @@ class Dinov2Tower(StreamingModel, VisionTower):
     def final_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
         return self.layernorm(hidden)
 
-    def pooling(self, exact: bool) -> FirstTokenPooling:
-        return FirstTokenPooling()
+    def pooling(self, exact: bool) -> Pooling:
+        return Pooling()
 
     def forward(
         self,

@@ -15,10 +15,8 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import PrefixChange
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.models.siglip.modeling_siglip import (
-    SiglipEncoder,
     SiglipEncoderLayer,
     SiglipForImageClassification,
-    SiglipMultiheadAttentionPoolingHead,
     SiglipPreTrainedModel,
     SiglipTextModel,
     SiglipVisionEmbeddings,
@@ -70,20 +68,6 @@ class NeuroFlowSiglipEncoderLayer(TowerLayer, SiglipEncoderLayer):
     """
 
     eager = staticmethod(eager_attention_forward)
-
-
-class NeuroFlowSiglipEncoder(SiglipEncoder):
-    """
-    Modifications:
-
-    - the layers are [`NeuroFlowSiglipEncoderLayer`]s.
-    """
-
-    def __init__(self, config: NeuroFlowSiglipVisionConfig):
-        nn.Module.__init__(self)
-        self.config = config  # type: ignore[assignment]  # transformers' own vision tower passes it a vision config, too
-        self.layers = nn.ModuleList([NeuroFlowSiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.gradient_checkpointing = False
 
 
 class NeuroFlowSiglipPreTrainedModel(StreamingModel, SiglipPreTrainedModel):
@@ -153,7 +137,7 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, VisionTower, Si
     Modifications:
 
     - `forward` takes a `stream`; with one, it encodes only active patches and returns [`NeuroFlowVisionOutput`].
-    - the encoder is a [`NeuroFlowSiglipEncoder`]; names and shapes of parameters stay.
+    - the layers are [`NeuroFlowSiglipEncoderLayer`]s; names and shapes of parameters stay.
     - `from_siglip` wraps a loaded model.
 
     Example:
@@ -173,17 +157,10 @@ class NeuroFlowSiglipVisionModel(NeuroFlowSiglipPreTrainedModel, VisionTower, Si
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_(scale|bias)$", r"^classifier\."]
 
     def __init__(self, config: NeuroFlowSiglipVisionConfig):
-        config = as_config(NeuroFlowSiglipVisionConfig, config)
-        SiglipPreTrainedModel.__init__(self, config)
-        self.config = config
-        self.embeddings = SiglipVisionEmbeddings(config)
-        self.encoder = NeuroFlowSiglipEncoder(config)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.use_head = getattr(config, "vision_use_head", True)  # transformers 5.17 has no such field
-        if self.use_head:
-            self.head = SiglipMultiheadAttentionPoolingHead(config)
+        super().__init__(as_config(NeuroFlowSiglipVisionConfig, config))
+        for layer in self.encoder.layers:
+            layer.__class__ = NeuroFlowSiglipEncoderLayer
         self.sparse_adapter: SparseAdapter | None = None
-        self.post_init()
 
     @classmethod
     def from_siglip(cls, model: SiglipVisionModel, **gate_options: GateOption) -> "NeuroFlowSiglipVisionModel":

@@ -1,19 +1,78 @@
 """What each mode does inside an encoder layer, and what it costs."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .active_set import ActiveSet
 from .attention import attend
 from .cost import attention as attention_cost
 from .cost import mlp as mlp_cost
-from .layer_step import LayerStep, ModeSpec
+from .extrapolate import Correction
 from .sparse_adapter import LayerAdapter
-from .stream_state import KEY, MLP, VALUE
-from .summary import attend_with_summary, whole_streams
+from .summary import SUMMARY_KEY, SUMMARY_VALUE, SummaryGrid, attend_with_summary, whole_streams
 from .tower import LayerParts
 
 AttendTo = Callable[[Tensor, Tensor, Tensor], Tensor]
+KEY, VALUE, MLP = "key", "value", "mlp"
+
+
+def layer_name(layer: int, name: str) -> str:
+    """The name of an encoder layer's memory among those of a stream."""
+    return f"layers.{layer}.{name}"
+
+
+@dataclass(frozen=True)
+class ModeSpec:
+    """
+    How one mode encodes its active set.
+
+    Args:
+        layer: what is done in an encoder layer, `(parts, hidden, step) -> hidden`; what it cost is left in the step.
+        encodes_all_patches: whether all tokens of a stream with an active one pass through the layers, [B', T, D],
+            or only the active rows, [M, D].
+        pools_all_patches: whether the head sees all tokens, or the active ones.
+        layer_memories: names of the features that every layer keeps of all tokens.
+        heads_first: whether they are stored head by head, [B, H, T, D / H], as attention reads them; else [B, T, D].
+        corrects_stale: whether what is stored of patches that were not encoded is corrected by those that were.
+    """
+
+    layer: Callable[[LayerParts, Tensor, "LayerStep"], Tensor]
+    encodes_all_patches: bool = False
+    pools_all_patches: bool = True
+    layer_memories: tuple[str, ...] = ()
+    heads_first: bool = False
+    corrects_stale: bool = False
+
+
+@dataclass
+class LayerStep:
+    """
+    One layer's part in a frame, passed to the layer as `step`.
+
+    Args:
+        mode: how the stream encodes its active set.
+        number: the layer's, from 0.
+        active: the active set.
+        memory: the stream's, see `stream_state.py`.
+        corrections: of the stored keys and values, before they are used (mode `extrapolate`).
+        summary: the cells of the summary tokens; None without them.
+        adapter: the layer's part of the model's sparse adapter; without one, it changes nothing.
+
+    Attributes:
+        multiply_adds: what the layer cost each of the B streams, left here by the layer function: forward hooks of
+            encoder layers expect that a layer returns the hidden states and nothing else.
+    """
+
+    mode: ModeSpec
+    number: int
+    active: ActiveSet
+    memory: dict[str, Tensor]
+    corrections: list[Correction]
+    summary: SummaryGrid | None
+    adapter: LayerAdapter
+    multiply_adds: list[int] = field(default_factory=list)
 
 
 def layer_among_active(parts: LayerParts, hidden: Tensor, step: LayerStep) -> Tensor:
@@ -26,7 +85,8 @@ def layer_among_active(parts: LayerParts, hidden: Tensor, step: LayerStep) -> Te
     def attend_to(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if summary is None:
             return attend(parts, query, key, value, active.counts)
-        return attend_with_summary(parts, query, key, value, active, summary, step.memory)
+        names = [layer_name(step.number, name) for name in (SUMMARY_KEY, SUMMARY_VALUE)]
+        return attend_with_summary(parts, query, key, value, active, summary, step.memory, names)
 
     whole = set() if summary is None else set(whole_streams(active))
     step.multiply_adds = [
@@ -46,7 +106,8 @@ def layer_in_context(parts: LayerParts, hidden: Tensor, step: LayerStep) -> Tens
     active, tokens, dim, inner = step.active, step.active.num_tokens, parts.dim, parts.inner
     heads = parts.num_heads
 
-    def remembered(name: str, fresh: Tensor) -> Tensor:
+    def remembered(kind: str, fresh: Tensor) -> Tensor:
+        name = layer_name(step.number, kind)
         for correction in step.corrections:
             correction.apply(step.memory, name, fresh)
         if step.mode.heads_first:
@@ -88,7 +149,7 @@ def layer_with_stored_mlp(parts: LayerParts, hidden: Tensor, step: LayerStep) ->
     active, tokens, dim, inner = step.active, step.active.num_tokens, parts.dim, parts.inner
     hidden = hidden + parts.scale1(parts.attention(parts.norm1(hidden))[0])
     rows = active.among_live.gather(hidden)
-    outputs = active.remember(step.memory, MLP, parts.scale2(parts.mlp(parts.norm2(rows))))
+    outputs = active.remember(step.memory, layer_name(step.number, MLP), parts.scale2(parts.mlp(parts.norm2(rows))))
     attention = attention_cost(tokens, tokens, tokens, dim)
     step.multiply_adds = [(attention if count else 0) + mlp_cost(count, dim, inner) for count in active.counts]
     return hidden + active.of_live(outputs)

@@ -1,7 +1,6 @@
 """How towers make one embedding of their tokens: the first token, or attention with a learned probe."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,33 +14,37 @@ from .summary import SummaryGrid
 from .tower import unscaled
 
 
-@dataclass(frozen=True, eq=False)
-class FirstTokenPooling:
+class Pooling:
     """
-    The embedding is the first token, a CLS token.
+    How a tower makes one embedding of its tokens on one frame: here, it is the first token, a CLS token.
 
     Args:
         norm: applied to it.
     """
 
-    norm: Callable[[torch.Tensor], torch.Tensor] = unscaled
+    def __init__(self, norm: Callable[[torch.Tensor], torch.Tensor] = unscaled):
+        self.norm = norm
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens after the final norm, [B, A, D], to embeddings [B, D]."""
         return self.norm(tokens[:, 0])
 
     def pool_with_summary(
         self, tokens: torch.Tensor, summary_output: torch.Tensor, summary: SummaryGrid
     ) -> torch.Tensor:
+        """As `pool`, of active tokens and the summary tokens' outputs [B, K, D]."""
         return self.pool(tokens)  # the first token has seen the summary tokens in every layer
 
     def cost(self, tokens: int, with_summary: bool) -> int:
+        """Multiply-adds of pooling so many tokens."""
         return 0
 
     def dense_cost(self, tokens: int) -> int:
+        """Multiply-adds of the stock model's pooling."""
         return 0
 
 
-class ProbePooling:
+class ProbePooling(Pooling):
     """
     A learned probe attends to the tokens (multi-head attention pooling).
 
@@ -60,7 +63,7 @@ class ProbePooling:
     def pool_with_summary(
         self, tokens: torch.Tensor, summary_output: torch.Tensor, summary: SummaryGrid
     ) -> torch.Tensor:
-        """Active tokens [B, A, D] and summary tokens [B, K, D], each of which counts as all that it stands for."""
+        # each summary token counts as all that it stands for
         head, attention = self.head, self.head.attention
         bias = summary.bias(tokens.shape[1], tokens).view(1, -1)
         tokens = torch.cat([tokens, summary_output], dim=1)

@@ -15,14 +15,12 @@ from torch.utils import _pytree as pytree
 
 from .controller import Pace
 from .gate_config import NeuroFlowGateConfig
-from .hidden_states import require_kept
 from .modes import MODES
 from .selection import refreshed_per_frame
 from .stream_state import (
     STATE_FORMAT,
     StreamGeometry,
     changes_of,
-    layer_name,
     memory_layout,
     require_complete,
     stored_by,
@@ -48,6 +46,7 @@ class NeuroFlowStream:
             encoded until it is above 0 again.
         pace (`list[Pace]`): what the controller remembers of each stream under a `cost_budget`.
         hidden_states (`tuple[int, ...]`): the hidden states that are kept, as the first frame asked for them.
+        memory (`dict[str, torch.Tensor]`): what is remembered of the last frames, by the names of `stream_state.py`.
     """
 
     def __init__(self, gate: NeuroFlowGateConfig, batch_size: int = 1):
@@ -72,7 +71,6 @@ class NeuroFlowStream:
         self.stores: dict | None = None
         self.hidden_states: tuple[int, ...] = ()
         self.memory: dict[str, torch.Tensor] = {}
-        self.layer_memories: list[dict[str, torch.Tensor]] = []
         self.frame_in_progress = False
 
     def reset(self, streams: int | Iterable[int] | None = None) -> None:
@@ -111,7 +109,7 @@ class NeuroFlowStream:
         self.credit = [whole.credit[index] for index in indices]
         self.pace = [whole.pace[index] for index in indices]
         self.geometry = whole.geometry and replace(whole.geometry, batch_size=len(indices))
-        self._set_memory({name: tensor[indices] for name, tensor in whole.named_memory().items()})
+        self.memory = {name: tensor[indices] for name, tensor in whole.memory.items()}
         self.batch_size, self.stores, self.frame_in_progress = len(indices), whole.stores, False
 
     @classmethod
@@ -146,16 +144,12 @@ class NeuroFlowStream:
                     "model with the same options, which saw frames of the same shape."
                 )
         joined.stores, joined.hidden_states = first.stores, first.hidden_states
-        memories = [(whole.named_memory(), whole.batch_size) for whole in wholes]
-        # nothing is read of streams that saw no frame yet
-        joined._set_memory(
-            {
-                name: torch.cat(
-                    [own[name] if own else like.new_zeros(size, *like.shape[1:]) for own, size in memories]
-                )
-                for name, like in first.named_memory().items()
-            }
-        )
+        for name, like in first.memory.items():  # nothing is read of streams that saw no frame yet
+            shape = like.shape[1:]
+            parts = [
+                whole.memory[name] if whole.memory else like.new_zeros(whole.batch_size, *shape) for whole in wholes
+            ]
+            joined.memory[name] = torch.cat(parts)
         return joined
 
     def _indices(self, streams: int | Iterable[int]) -> list[int]:
@@ -172,32 +166,12 @@ class NeuroFlowStream:
     @property
     def nbytes(self) -> int:
         """Bytes held by all memories."""
-        return sum(tensor.nbytes for tensor in self.named_memory().values())
-
-    def named_memory(self) -> dict[str, torch.Tensor]:
-        """All memories by name; those of layer l as `layers.{l}.{name}`."""
-        layers = {
-            layer_name(index, name): tensor
-            for index, memory in enumerate(self.layer_memories)
-            for name, tensor in memory.items()
-        }
-        return {**self.memory, **layers}
-
-    def _set_memory(self, named: dict[str, torch.Tensor]) -> None:
-        """Hold these memories, by the names of `named_memory`."""
-        self.memory = {}
-        self.layer_memories = [{} for _ in range(self.geometry.num_layers)] if self.geometry else []
-        for name, tensor in named.items():
-            if name.startswith("layers."):
-                _, index, field = name.split(".")
-                self.layer_memories[int(index)][field] = tensor
-            else:
-                self.memory[name] = tensor
+        return sum(tensor.nbytes for tensor in self.memory.values())
 
     def to(self, device: torch.device | str) -> "NeuroFlowStream":
         """Move all memory to `device`, in place; returns itself."""
         device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors report it
-        self._set_memory({name: tensor.to(device) for name, tensor in self.named_memory().items()})
+        self.memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
         if self.geometry is not None:
             self.geometry = replace(self.geometry, device=device)
         return self
@@ -255,10 +229,19 @@ class NeuroFlowStream:
             )
         if self.geometry is None:
             self.hidden_states = hidden_states
-        require_kept(hidden_states, self.hidden_states, MODES[self.gate.mode])
+        if hidden_states and not MODES[self.gate.mode].pools_all_patches:
+            raise ValueError(
+                "`output_hidden_states` is not supported in mode `eliminate`, which keeps no outputs; make the stream "
+                "with another mode."
+            )
+        missing = sorted(set(hidden_states) - set(self.hidden_states))
+        if missing:
+            raise ValueError(
+                f"`output_hidden_states` asks for hidden states {missing}, and this stream keeps "
+                f"{list(self.hidden_states)}: its first frame decides. Ask for the same ones on every frame, or call "
+                "`stream.reset()`."
+            )
         self.geometry, self.stores = geometry, stored_by(self.gate)
-        if not self.layer_memories:
-            self.layer_memories = [{} for _ in range(geometry.num_layers)]
 
     def due_keyframes(self) -> list[bool]:
         """For each stream, whether its next frame is a keyframe by number, whatever it shows and has been spent."""
@@ -274,7 +257,7 @@ class NeuroFlowStream:
         Load it into a stream of a model with the same weights by `load_state_dict`.
         """
         whole = self._whole()
-        return {**whole._header(), "memory": {name: tensor.clone() for name, tensor in whole.named_memory().items()}}
+        return {**whole._header(), "memory": {name: tensor.clone() for name, tensor in whole.memory.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         """
@@ -307,18 +290,18 @@ class NeuroFlowStream:
                 **{**stored, "grid": tuple(stored["grid"]), "dtype": getattr(torch, stored["dtype"]), "device": device}
             )
         hidden_states = tuple(state.get("hidden_states", ()))
-        require_complete(state, memory_layout(self.gate, MODES[self.gate.mode], geometry, hidden_states))
+        require_complete(state, memory_layout(self.gate, geometry, hidden_states))
         paces = [Pace.from_dict(pace) for pace in state["pace"]]
         self.batch_size, self.geometry = state["batch_size"], geometry
         self.frames, self.credit, self.pace = list(state["frames"]), list(state["credit"]), paces
-        self._set_memory({name: tensor.clone() for name, tensor in state["memory"].items()})
+        self.memory = {name: tensor.clone() for name, tensor in state["memory"].items()}
         self.stores, self.hidden_states = None if geometry is None else ours, hidden_states
         self.frame_in_progress = False
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state to a safetensors file, whole or not at all."""
         whole = self._whole()
-        tensors = {name: tensor.contiguous() for name, tensor in whole.named_memory().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in whole.memory.items()}
         with whole_file(Path(path)) as temporary:
             save_file(tensors, temporary, metadata={"neuroflow_stream": json.dumps(whole._header())})
 

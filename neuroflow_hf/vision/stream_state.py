@@ -16,7 +16,7 @@ adds, such as a CLS token), D features, in the type of the model's features unle
 | `age` | [B, N], int64 | how many frames ago each patch was encoded; only with `keeps_age` |
 | `summary_output` | [B, K, D] | `output`, averaged over cells; only with `summary_tokens` in `eliminate` |
 
-`stream.layer_memories[l]` holds those of encoder layer l:
+Those of encoder layer l have `layers.l.` before their names:
 
 | name | shape | what it holds |
 |---|---|---|
@@ -31,8 +31,7 @@ from dataclasses import dataclass
 import torch
 
 from .gate_config import NeuroFlowGateConfig
-from .hidden_states import hidden_state_name
-from .layer_step import ModeSpec
+from .modes import MODES, layer_name
 from .summary import SUMMARY_KEY, SUMMARY_OUTPUT, SUMMARY_VALUE
 
 STATE_FORMAT = 7
@@ -40,12 +39,11 @@ STATE_FORMAT = 7
 # `ema` and `slow_ema` are named by `NeuroFlowGateConfig.mean_rates`.
 OUTPUT, POOLED, POOLED_CHANGE = "output", "pooled", "pooled_change"
 LAST_UPDATE, AGE = "last_update", "age"
-KEY, VALUE, MLP = "key", "value", "mlp"
 
 
-def layer_name(layer: int, name: str) -> str:
-    """The name of an encoder layer's memory among all memories."""
-    return f"layers.{layer}.{name}"
+def hidden_state_name(index: int) -> str:
+    """The name of a hidden state's memory; 0 is the encoder's input, l the output of its l-th layer."""
+    return f"hidden_state_{index}"
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def changes_of(theirs: dict, ours: dict) -> str:
 
 
 def memory_layout(
-    gate: NeuroFlowGateConfig, mode: ModeSpec, geometry: StreamGeometry | None, hidden_states: tuple[int, ...]
+    gate: NeuroFlowGateConfig, geometry: StreamGeometry | None, hidden_states: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
     """
     The shape of every memory after the first frame, by name; none before it, when there is no geometry yet. Without
@@ -109,6 +107,7 @@ def memory_layout(
     """
     if geometry is None:
         return {}
+    mode = MODES[gate.mode]
     streams, patches, tokens = geometry.batch_size, geometry.num_patches, geometry.num_tokens
     dim, heads = geometry.hidden_size, geometry.num_heads
     layout: dict[str, tuple[int, ...]] = dict.fromkeys(gate.references, (streams, patches, dim))

@@ -11,10 +11,10 @@ from transformers.utils import TransformersKwargs
 
 from .frame import NeuroFlowVisionOutput, encode_frame
 from .gate_config import GateOption, NeuroFlowGateConfig
-from .hidden_states import requested_hidden_states
 from .stream import NeuroFlowStream
 from .tower import VisionTower
 
+HiddenStates = bool | int | list[int] | tuple[int, ...] | None
 GATE_FIELDS = ("active_mask", "surprise", "skip_rate", "cost")
 Model = TypeVar("Model", bound="StreamingModel")
 
@@ -107,19 +107,16 @@ class StreamingModel:
         self,
         pixel_values_videos: torch.Tensor,
         stream: NeuroFlowStream | None = None,
-        return_patches: bool = False,
         interpolate_pos_encoding: bool = False,
         **gate_options: GateOption,
     ) -> ModelOutput:
         """
         The output for B clips of T frames, in the model's output class: each field has T as its second dimension.
+        Patches are left out, since they are large; `stream_frames` gives them.
 
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(B, T, C, H, W)`): B clips, each its own stream.
             stream: the streams to continue; by default new ones.
-            return_patches (`bool`, defaults to `False`):
-                Also return `last_hidden_state` `(B, T, N, D)`, which is large; not in mode `eliminate`, where the
-                number of patches differs from frame to frame.
             interpolate_pos_encoding, gate_options: as in `stream_frames`.
 
         Raises:
@@ -130,17 +127,13 @@ class StreamingModel:
                 f"`pixel_values_videos` has shape {tuple(pixel_values_videos.shape)}; expected (clips, frames, "
                 "channels, height, width) with at least one frame."
             )
-        names = ("pooler_output", "logits", *GATE_FIELDS, *(("last_hidden_state",) if return_patches else ()))
         collected: dict[str, list[torch.Tensor]] = {}
         frames = pixel_values_videos.unbind(1)
         for output in self.stream_frames(frames, stream, interpolate_pos_encoding, **gate_options):
-            if return_patches and output.get("token_mask") is not None:
-                raise ValueError("Mode `eliminate` has no fixed set of patches to stack; use `return_patches=False`.")
-            for name in names:
+            for name in ("pooler_output", "logits", *GATE_FIELDS):
                 if output.get(name) is not None:
                     collected.setdefault(name, []).append(output[name])
-        stacked = {name: torch.stack(tensors, dim=1) for name, tensors in collected.items()}
-        return type(output)(**stacked)
+        return type(output)(**{name: torch.stack(tensors, dim=1) for name, tensors in collected.items()})
 
 
 def forward_frame(
@@ -157,6 +150,31 @@ def forward_frame(
     hidden_states = requested_hidden_states(request, model.config.num_hidden_layers)
     output = encode_frame(model, pixel_values, stream, interpolate, hidden_states)
     return output if return_dict else output.to_tuple()
+
+
+def requested_hidden_states(request: HiddenStates, num_layers: int) -> tuple[int, ...]:
+    """
+    The hidden states that `output_hidden_states` asks for: 0 is the encoder's input, l the output of its l-th layer.
+
+    Args:
+        request: True for all, or, as transformers' video language models pass it, one index or several; negative ones
+            count from the last layer.
+        num_layers: L.
+
+    Raises:
+        ValueError: for an index that no hidden state has.
+    """
+    if request is None or request is False:
+        return ()
+    everything = range(num_layers + 1)
+    indices = everything if request is True else [request] if isinstance(request, int) else request
+    for index in indices:
+        if not -len(everything) <= index < len(everything):
+            raise ValueError(
+                f"`output_hidden_states` asks for hidden state {index}; expected 0 to {num_layers}, or "
+                f"-{len(everything)} to -1."
+            )
+    return tuple(sorted({everything[index] for index in indices}))
 
 
 def pop_return_dict(kwargs: TransformersKwargs, config: PreTrainedConfig) -> bool:

@@ -84,18 +84,19 @@ def attend_with_summary(
     active: ActiveSet,
     summary: SummaryGrid,
     memory: dict[str, torch.Tensor],
+    names: list[str],
 ) -> torch.Tensor:
     """
     Active patches attend to the same stream's active patches and summary tokens; where every patch is active, to those
-    alone, and their averages are the new summary tokens. Rows [M, D] to rows [M, D].
+    alone, and their averages are the new summary tokens, in the memories of these two names. Rows [M, D] to [M, D].
     """
-    remember_summary(memory, SUMMARY_KEY, key, active, summary)
-    remember_summary(memory, SUMMARY_VALUE, value, active, summary)
+    for name, fresh in zip(names, (key, value), strict=True):
+        remember_summary(memory, name, fresh, active, summary)
     counts, whole = active.counts, set(whole_streams(active))
     if len(set(counts)) == 1 and not whole:
         keys, values = (
             torch.cat([rows.view(len(counts), -1, rows.shape[-1]), memory[name]], dim=1).flatten(0, 1)
-            for rows, name in ((key, SUMMARY_KEY), (value, SUMMARY_VALUE))
+            for rows, name in zip((key, value), names, strict=True)
         )
         return attend_batch(parts, query, keys, values, len(counts), summary.bias(counts[0], query))
     attended = []
@@ -104,7 +105,7 @@ def attend_with_summary(
         if stream in whole:
             attended.append(attend_batch(parts, queries, keys, values, 1))
         elif counts[stream]:
-            keys = torch.cat([keys, memory[SUMMARY_KEY][stream]])
-            values = torch.cat([values, memory[SUMMARY_VALUE][stream]])
+            keys = torch.cat([keys, memory[names[0]][stream]])
+            values = torch.cat([values, memory[names[1]][stream]])
             attended.append(attend_batch(parts, queries, keys, values, 1, summary.bias(counts[stream], query)))
     return torch.cat(attended)

@@ -6,7 +6,7 @@ token, registers), T = R + N tokens in all, D features.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -14,8 +14,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 if TYPE_CHECKING:  # which import this module
-    from .layer_step import LayerStep
-    from .summary import SummaryGrid
+    from .modes import LayerStep
+    from .pooling import Pooling
 
 
 def unscaled(features: Tensor) -> Tensor:
@@ -99,22 +99,6 @@ class TowerLayer(GradientCheckpointingLayer):
         )
 
 
-class Pooling(Protocol):
-    """How a tower makes one embedding of its tokens, on one frame."""
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        """Tokens after the final norm, [B, A, D], to embeddings [B, D]."""
-
-    def pool_with_summary(self, tokens: Tensor, summary_output: Tensor, summary: "SummaryGrid") -> Tensor:
-        """As `pool`, of active tokens and the summary tokens' outputs [B, K, D]."""
-
-    def cost(self, tokens: int, with_summary: bool) -> int:
-        """Multiply-adds of pooling so many tokens."""
-
-    def dense_cost(self, tokens: int) -> int:
-        """Multiply-adds of the stock model's pooling."""
-
-
 class VisionTower(nn.Module):
     """A vision model, as the engine sees it. To be named before the stock model among the bases."""
 
@@ -163,6 +147,6 @@ class VisionTower(nn.Module):
         """From the last layer's output, [..., D], to `last_hidden_state`."""
         return self.post_layernorm(hidden)
 
-    def pooling(self, exact: bool) -> Pooling | None:
+    def pooling(self, exact: bool) -> "Pooling | None":
         """How the tokens are pooled on this frame; None without a head. `exact`: bit for bit as the stock model."""
         raise NotImplementedError

@@ -376,7 +376,7 @@ def test_gradients(mode, attention_dropout):
     frames = random_video(3)
     outputs = run(model, stream, frames)
     assert 0 < outputs[-1].skip_rate < 1
-    assert not any(memory.requires_grad for memory in stream.named_memory().values())
+    assert not any(memory.requires_grad for memory in stream.memory.values())
     sum(output.pooler_output.square().sum() for output in outputs).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -414,9 +414,9 @@ def test_gradient_checkpointing_in_a_stream(mode, reentrant):
             enable({"use_reentrant": reentrant})
         stream = model.new_stream(mode=mode, threshold=0.05)
         outputs = run(model, stream, frames)
-        before = {name: memory.clone() for name, memory in stream.named_memory().items()}
+        before = {name: memory.clone() for name, memory in stream.memory.items()}
         outputs[1].pooler_output.square().sum().backward()
-        assert all(torch.equal(memory, before[name]) for name, memory in stream.named_memory().items())
+        assert all(torch.equal(memory, before[name]) for name, memory in stream.memory.items())
         results.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, plain in results[0].items():
         assert_close_in_norm(results[1][name], plain, atol=1e-12)

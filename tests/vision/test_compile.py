@@ -46,8 +46,8 @@ def check(model, frames, compiled, batch_size=1, **options):
             # a graph takes all encoded patches as sources of corrections
             if expected.get(name) is not None and not (name == "cost" and streams[0].gate.mode == "extrapolate"):
                 assert_close_in_norm(output[name], expected[name], rounding(expected[name]))
-    for name, memory in streams[0].named_memory().items():
-        assert_close_in_norm(streams[1].named_memory()[name], memory, rounding(memory))
+    for name, memory in streams[0].memory.items():
+        assert_close_in_norm(streams[1].memory[name], memory, rounding(memory))
     assert streams[0].frames == streams[1].frames
     return streams[1]
 

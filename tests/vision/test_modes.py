@@ -210,7 +210,7 @@ def test_a_saved_stream_has_its_summary(vision64, tmp_path, mode):
         outputs = [vision64(pixel_values=frames[2], stream=each) for each in (stream, loaded)]
     assert torch.equal(outputs[0].pooler_output, outputs[1].pooler_output)
     names = {"summary_key", "summary_value"} | ({"summary_output"} if mode == "eliminate" else set())
-    assert {name.rsplit(".", 1)[-1] for name in dict(loaded.named_memory()) if "summary" in name} == names
+    assert {name.rsplit(".", 1)[-1] for name in loaded.memory if "summary" in name} == names
 
 
 def test_summary_tokens_cost_what_they_add(vision64):

@@ -135,9 +135,9 @@ def test_no_ghost_after_a_visit(vision64, stock_vision64, reference):
     play(vision64, [background], never_visited)
     dense = stock_vision64(pixel_values=background)
     assert_outputs_close(output, dense)
-    for name, tensor in never_visited.named_memory().items():
+    for name, tensor in never_visited.memory.items():
         if name != "ema":
-            assert_close_in_norm(stream.named_memory()[name], tensor)
+            assert_close_in_norm(stream.memory[name], tensor)
 
 
 def test_the_running_mean_alone_leaves_a_ghost(vision, stock_vision):
@@ -250,7 +250,7 @@ def test_a_state_of_another_kind_of_stream_is_refused_and_changes_nothing(vision
     with pytest.raises(ValueError, match=named):
         stream.load_state_dict(donor.state_dict())
     assert stream.frames == before["frames"]
-    assert all(torch.equal(tensor, before["memory"][name]) for name, tensor in stream.named_memory().items())
+    assert all(torch.equal(tensor, before["memory"][name]) for name, tensor in stream.memory.items())
     with pytest.raises(ValueError, match="state_dict"):
         stream.load_state_dict({"format": 99})
 
@@ -309,7 +309,7 @@ def test_moving_a_stream(vision):
     stream = vision.new_stream()
     play(vision, random_video(2), stream)
     assert stream.to("meta") is stream
-    assert {tensor.device.type for tensor in stream.named_memory().values()} == {"meta"}
+    assert {tensor.device.type for tensor in stream.memory.values()} == {"meta"}
     with pytest.raises(ValueError, match="device was meta and is now cpu"):
         vision(pixel_values=random_video(1)[0], stream=stream)
 
@@ -603,7 +603,7 @@ def test_changing_what_hooks_kept_does_not_change_the_memory(stock_vision):
         handle.remove()
     before = stream.state_dict()["memory"]
     kept[0].zero_()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in stream.named_memory().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stream.memory.items())
 
 
 @pytest.mark.parametrize("mode", GATED_MODES)
@@ -799,13 +799,11 @@ class TestOverFrames:
     def test_clips(self, model):
         video = random_video(4, batch_size=2, seed=2)
         clips = torch.stack(video, dim=1)
-        output = model.get_video_features(clips, return_patches=True, threshold=0.1)
+        output = model.get_video_features(clips, threshold=0.1)
         expected = play_images(model, video, model.new_stream(2, threshold=0.1))
-        for name in ("pooler_output", "last_hidden_state", "active_mask", "surprise", "skip_rate", "cost"):
+        for name in ("pooler_output", "active_mask", "surprise", "skip_rate", "cost"):
             assert torch.equal(output[name], torch.stack([frame[name] for frame in expected], dim=1))
-        assert model.get_video_features(clips).last_hidden_state is None
-        with pytest.raises(ValueError, match="eliminate"):
-            model.get_video_features(clips, return_patches=True, mode="eliminate")
+        assert output.last_hidden_state is None
         with pytest.raises(ValueError, match=r"expected \(clips, frames, channels, height, width\)"):
             model.get_video_features(video[0])
 
