@@ -51,7 +51,6 @@ def evaluate(
     quick: Annotated[
         bool, option(f"Use {QUICK_FRAMES} frames of each video, and fewer settings of expensive baselines.", "--quick")
     ] = False,
-    seed: options.BootstrapSeed = 0,
     out: options.Out = Path("neuroflow-eval"),
     card: Annotated[
         bool, option("Write a model card with the figures, based on the checkpoint's card.", panel=options.OUTPUT)
@@ -71,7 +70,7 @@ def evaluate(
     with one_line_errors(debug, nothing_done=f"what was measured is in {out}; the same command continues."):
         from ..evaluation.card import CARD, existing_card
         from ..evaluation.datasets import chosen_labels, find_videos
-        from ..evaluation.run import EvalSettings, Evaluation, load_checkpoint
+        from ..evaluation.run import Evaluation, load_checkpoint
         from ..evaluation.settings import chosen_methods
         from ..loading import default_model, dtype_named, load_gate
         from ..utils.files import prepare_folder, write_whole
@@ -87,7 +86,6 @@ def evaluate(
         gate = None if config is None else load_gate(config)
         if frames is None:
             frames = QUICK_FRAMES if quick else FRAMES
-        settings = EvalSettings(frames=frames or None, stride=stride, seed=seed)
         found = find_videos(videos, truth)
         names = chosen_labels(found, None if labels is None else parse_labels(labels))
         if names:
@@ -108,7 +106,7 @@ def evaluate(
             def on_step(video, what, done, total):
                 progress.show(f"{video[-40:]}: {what}", done, total)
 
-            report = Evaluation(checkpoint, found, out, specs, settings, fresh, on_step).run()
+            report = Evaluation(checkpoint, found, out, specs, frames or None, stride, fresh, on_step).run()
         if not processes.is_main:
             return
         report = {"command": command_line(), **report}

@@ -37,28 +37,7 @@ from .recordings import RecordingStore, VideoRecording, passes_of
 from .settings import DENSE
 from .zero_shot import ranks
 
-OnStep = Callable[[str, str, int, int], None]
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """
-    Settings of an evaluation.
-
-    Raises:
-        ValueError: for a value out of range.
-    """
-
-    frames: int | None = 96  # use the first N frames of each video; None for all
-    stride: int = 1  # use every Nth frame
-    samples: int = 1000  # bootstrap samples
-    seed: int = 0  # of the bootstrap
-
-    def __post_init__(self):
-        for name, least in (("frames", 2), ("stride", 1), ("samples", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`{name}` is {value}; expected a whole number of at least {least}.")
+BOOTSTRAP = {"samples": 1000, "seed": 0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,12 +164,13 @@ class Evaluation:
         videos: from `find_videos`.
         out: folder; `records/` in it holds the recordings.
         specs: from `chosen_methods`, dense first.
-        settings: [`EvalSettings`]; None for the defaults.
+        frames: use the first N frames of each video; None for all.
+        stride: use every Nth frame.
         fresh: record everything again.
         on_step: called with the name of a video, the current step, the number of videos done and of all videos.
 
     Raises:
-        ValueError: for a resolution of less than one patch.
+        ValueError: for fewer than two frames, and a resolution of less than one patch.
     """
 
     def __init__(
@@ -199,13 +179,17 @@ class Evaluation:
         videos: VideoSet,
         out: Path,
         specs: Sequence[MethodSpec],
-        settings: EvalSettings | None = None,
+        frames: int | None = None,
+        stride: int = 1,
         fresh: bool = False,
-        on_step: OnStep | None = None,
+        on_step: Callable[[str, str, int, int], None] = lambda *_: None,
     ):
+        if frames is not None and frames < 2:
+            raise ValueError(f"`frames` is {frames}; expected a whole number of at least 2.")
         checkpoint.preprocess.patches_per_side(checkpoint.model.config.patch_size)  # refuses too low a resolution
         self.checkpoint, self.videos, self.specs = checkpoint, videos, specs
-        self.settings, self.fresh, self.on_step = settings or EvalSettings(), fresh, on_step
+        self.settings = {"frames": frames, "stride": stride}
+        self.fresh, self.on_step = fresh, on_step
         self.processes = Processes()
         self.store = RecordingStore(
             Path(out) / "records", checkpoint.model, checkpoint.preprocess, ["video/reader.py"], ["av"]
@@ -213,8 +197,8 @@ class Evaluation:
 
     def recordings_of(self, video: EvalVideo, say: Callable[[str], None]) -> dict[str, VideoRecording]:
         """The recordings of all methods for one video, read or made. Errors are those of `record`."""
-        reader = VideoReader(video.path, stride=self.settings.stride, max_frames=self.settings.frames)
-        depends = {"video": file_digest(video.path), "frames": self.settings.frames, "stride": self.settings.stride}
+        reader = VideoReader(video.path, stride=self.settings["stride"], max_frames=self.settings["frames"])
+        depends = {"video": file_digest(video.path), **self.settings}
         paths = {spec.name: self.store.path(video.path.stem[:40], spec, **depends) for spec in self.specs}
         found = {} if self.fresh else {name: VideoRecording.read(path) for name, path in paths.items()}
         missing = [spec for spec in self.specs if found.get(spec.name) is None]
@@ -241,7 +225,7 @@ class Evaluation:
             video = self.videos.videos[place]
 
             def say(what, name=video.name, done=done):
-                if self.on_step is not None and self.processes.is_main:
+                if self.processes.is_main:
                     self.on_step(name, what, done, len(mine))
 
             say("reading")
@@ -289,7 +273,7 @@ class Evaluation:
                 "videos_asked": len(dense.agrees),
                 "note": checkpoint.note,
             },
-            "settings": asdict(self.settings),
+            "settings": {**self.settings, **BOOTSTRAP},
             "processes": self.processes.count,
             "commit": checkout_commit(),
             **machine_and_versions(str(model.device)),
@@ -297,13 +281,12 @@ class Evaluation:
             "truths": [videos[place].truth for place in measured] if dense.ranks else [],
         }
         families, asked = baseline_families(outcomes), questions(dense, len(names))
-        bootstrap = {"samples": self.settings.samples, "seed": self.settings.seed}
         for outcome, of_videos in zip(outcomes, zip(*measured.values(), strict=True), strict=True):
             entry = asdict(outcome.spec) | {
                 "figures": outcome_figures(outcome, None if outcome is dense else dense, len(names)),
                 "videos": [video_figures(of_video) for of_video in of_videos],
             }
             if outcome.spec.kind == "stream":
-                entry["beside"] = {one.name: compare(outcome, families, one, **bootstrap) for one in asked}
+                entry["beside"] = {one.name: compare(outcome, families, one, **BOOTSTRAP) for one in asked}
             report["methods"].append(entry)
         return report

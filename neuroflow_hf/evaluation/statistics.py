@@ -172,10 +172,8 @@ def bootstrap_interval(
     if not len(rows):
         return None
     table = np.array(sorted(map(tuple, rows)), dtype=np.float64)
-    drawn = resamples(len(table), samples, seed) + len(table) * np.arange(samples)[:, None]  # each sample counts apart
-    times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
     with np.errstate(all="ignore"):
-        return middle(statistic(times @ table))
+        return middle(statistic(table[resamples(len(table), samples, seed)].sum(axis=1)))
 
 
 def mean_interval(values: Sequence[float], **options) -> Interval | None:
