@@ -20,12 +20,12 @@ BEFORE_CONTROLLER = {"fidelity", "headline_variants"}
 
 
 def glance_table(
-    accuracy: dict, reaction: dict, fidelity: dict, alternatives: dict, headline: dict, drift: dict, lossless: dict
+    accuracy: dict, reaction: dict, long_clips: dict, alternatives: dict, headline: dict, drift: dict, lossless: dict
 ) -> str:
     """README's results at a glance for the default preset: one row for each question."""
-    results = (accuracy["results"], reaction["own"]["results"], fidelity["results"])
-    labels, delay, cosine = (next(row for row in rows if row["name"] == "balanced") for rows in results)
-    top1, texts = labels["top1"], lossless["summary"]["all"]
+    results = (accuracy["results"], reaction["own"]["results"], long_clips["results"])
+    label, delay, cosine = (next(row for row in rows if row["name"] == "balanced") for rows in results)
+    top1, texts = label["top1"], lossless["summary"]["all"]
     lookup, stock = (texts[name]["processor"]["times_dense"] for name in ("lookup", "stock lookup"))
     ways = {row["method"]: row for row in alternatives["rows"] if row["resolution"] == 448}
     times, own = {name: row["ms"] for name, row in ways.items()}, ways["balanced"]
@@ -53,7 +53,7 @@ def glance_table(
             f"{delay['best control']['control']:.1f}",
         ),
         (
-            f"5th percentile of the cosine to dense over {fidelity['frames'][0]:,} frames"
+            f"5th percentile of the cosine to dense over {long_clips['frames'][0]:,} frames"
             + ", with the preset as it was before the controller of the cost budget"
             * ("fidelity" in BEFORE_CONTROLLER),
             f"{cosine['p5']:.3f}",

@@ -55,35 +55,26 @@ DENSE_AT_ONCE = 8
 # --- measuring a clip ------------------------------------------------------------------------------------------------
 
 
-def dense_outputs(model, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense outputs of frames [T, 3, R, R]: embeddings float32 [T, D] and patches' features float32 [T, N, D]."""
-    outputs = [model.get_image_features(part) for part in pixels.split(DENSE_AT_ONCE)]
-    pooled = torch.cat([output.pooler_output for output in outputs])
-    return pooled.float(), torch.cat([output.last_hidden_state for output in outputs]).float()
-
-
-def label_places(clip: Clip, known: Sequence[str]) -> np.ndarray:
-    """The index of the right label among `known` on each frame, int [T]; -1 where nothing is seen."""
-    return np.array([known.index(truth.label) if truth.label is not None else -1 for truth in clip.truths])
-
-
 def measure_laws(bench: Bench, clip: Clip) -> Figures:
     """
     All figures of a clip from which laws are decided.
 
     Returns:
-        `label` int [T] from `label_places`, `gone` bool [T] and `travelled` [T] from the functions of these names. For
-        each setting S, dense and FIRST: `S: skip`, `S: cost`, `S: cosine`, `S: place` (of the best label) and, except
-        for FIRST, `S: entropy`, [T] each. For MEMORY also `swap: gain` [T, 5] from `swapped`. `stability` [2, 4] from
-        the function of this name: between neighbouring frames, by the gate's own active patches, and over FAR frames,
-        by what changed. `floor` [T]: cosine of two patches of one frame.
+        `label` int [T], the index of the right label, -1 where nothing is seen; `gone` bool [T] and `travelled` [T]
+        from the functions of these names. For each setting S, dense and FIRST: `S: skip`, `S: cost`, `S: cosine`,
+        `S: place` (of the best label) and, except for FIRST, `S: entropy`, [T] each. For MEMORY also `swap: gain`
+        [T, 5] from `swapped`. `stability` [2, 4] from the function of this name: between neighbouring frames, by the
+        gate's own active patches, and over FAR frames, by what changed. `floor` [T]: cosine of two patches of one
+        frame.
     """
     model, labels = bench.model, bench.labels
     head, frames = model.vision_model.head, clip.spec.frames
-    pooled, patches = dense_outputs(model, clip.pixels)
+    outputs = [model.get_image_features(part) for part in clip.pixels.split(DENSE_AT_ONCE)]
+    pooled = torch.cat([output.pooler_output for output in outputs]).float()
+    patches = torch.cat([output.last_hidden_state for output in outputs]).float()
     places = labels.logits(pooled).argmax(-1).cpu().numpy()
     figures: Figures = {
-        "label": label_places(clip, bench.things),
+        "label": np.array([-1 if one.label is None else bench.things.index(one.label) for one in clip.truths]),
         "gone": gone(clip.truths),
         "travelled": np.array([travelled(clip.spec, number) for number in range(frames)]),
         "dense: skip": np.zeros(frames),

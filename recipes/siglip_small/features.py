@@ -2,50 +2,22 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import Progress
-from torch.utils.data import DataLoader, Dataset
 from transformers import SiglipVisionModel
 
 from neuroflow_hf.utils.files import write_whole
 from recipes.siglip_dinov2_small.head import to_pixels
-from recipes.siglip_small.compose import Material, Picture, compose, load_material
+from recipes.siglip_small.compose import Picture, compose, load_material
 from recipes.siglip_small.facts import Placed
 from recipes.siglip_small.sources import cache_folder
 
 SHARD = 256
 BATCH = 32
-
-
-class Pictures(Dataset):
-    """
-    Composed pictures by number: `pixels` float32 [3, 224, 224] and the picture.
-
-    Args:
-        material: drawings and photographs.
-        seed: seed of the split; a picture depends on the seed and its number only.
-        first, stop: the range of numbers.
-    """
-
-    def __init__(self, material: Material, seed: int, first: int, stop: int):
-        self.material, self.seed, self.first, self.stop = material, seed, first, stop
-
-    def __len__(self) -> int:
-        return self.stop - self.first
-
-    def __getitem__(self, place: int) -> tuple[torch.Tensor, Picture]:
-        picture = compose(self.material, np.random.default_rng((self.seed, self.first + place)))
-        return to_pixels([picture.image])[0], picture
-
-
-def collate(items: list[tuple[torch.Tensor, Picture]]) -> tuple[torch.Tensor, list[Picture]]:
-    """A batch of pixels [B, 3, 224, 224] and its pictures."""
-    return torch.stack([pixels for pixels, _ in items]), [picture for _, picture in items]
 
 
 def open_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -112,12 +84,6 @@ class FeatureStore:
         return [tuple(Placed(**item) for item in json.loads(line)["placed"]) for line in self.lines]
 
 
-def shards(store: FeatureStore, count: int) -> Iterator[tuple[int, int]]:
-    """The ranges of pictures that are not done."""
-    for first in range(store.done, count, SHARD):
-        yield first, min(first + SHARD, count)
-
-
 @torch.inference_mode()
 def cached_features(tower: SiglipVisionModel, split: str, count: int, seed: int, key: str) -> FeatureStore:
     """
@@ -132,12 +98,13 @@ def cached_features(tower: SiglipVisionModel, split: str, count: int, seed: int,
     material, tower = load_material()[split], tower.to(torch.bfloat16)
     with Progress() as progress:
         task = progress.add_task(f"features, {split}", total=count, completed=store.done)
-        for first, stop in shards(store, count):
-            loader = DataLoader(Pictures(material, seed, first, stop), BATCH, collate_fn=collate)
-            features, pictures = [], []
-            for pixels, made in loader:
+        for first in range(store.done, count, SHARD):
+            numbers = range(first, min(first + SHARD, count))
+            pictures = [compose(material, np.random.default_rng((seed, number))) for number in numbers]
+            features = []
+            for place in range(0, len(pictures), BATCH):
+                pixels = to_pixels([picture.image for picture in pictures[place : place + BATCH]])
                 features.append(tower(pixel_values=pixels.bfloat16()).last_hidden_state.half())
-                pictures += made
-                progress.advance(task, len(made))
+                progress.advance(task, len(pixels))
             store.add(torch.cat(features), pictures)
     return store

@@ -106,21 +106,13 @@ def read_member(package: str, member: str) -> bytes:
 
 @dataclass(frozen=True)
 class Thing:
-    """
-    Something that has a name.
+    """Something that has a name."""
 
-    Attributes:
-        name, plural: in lower case.
-        category: the row's group in `things.csv`.
-        synonyms: other names.
-        drawings: the emoji that show it.
-    """
-
-    name: str
+    name: str  # name, plural: in lower case
     plural: str
-    category: str
+    category: str  # the row's group in `things.csv`
     synonyms: tuple[str, ...]
-    drawings: tuple[str, ...]
+    drawings: tuple[str, ...]  # names of the emoji that show it
 
 
 def split_list(text: str) -> tuple[str, ...]:
@@ -198,12 +190,7 @@ class Drawing:
 
 
 def drawings() -> dict[str, list[Drawing]]:
-    """
-    Every thing's drawings, rendered once and kept as PNG.
-
-    Returns:
-        By the thing's name; of all families, and of HELD_OUT_STYLE.
-    """
+    """By name, every thing's drawings of all families, rendered once and kept as PNG."""
     folder = cache_folder() / "drawings"
     if not (folder / "complete").is_file():
         render_all(folder)
@@ -256,20 +243,12 @@ def held_out_rendering(thing: str, styles: Collection[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Photo:
-    """
-    A photograph, or a frame of footage.
+    """A photograph, or a frame of footage."""
 
-    Attributes:
-        picture: RGB.
-        held_out: whether it is left for measuring.
-        empty: whether nothing in it has a name among the things.
-        shows: what it shows, names of things or of scenes.
-    """
-
-    picture: Image.Image
-    held_out: bool
-    empty: bool
-    shows: tuple[str, ...]
+    picture: Image.Image  # RGB
+    held_out: bool  # left for measuring
+    empty: bool  # nothing in it has a name among the things
+    shows: tuple[str, ...]  # names of things or of scenes
 
 
 def shrunk(picture: Image.Image, longest: int = 640) -> Image.Image:

@@ -63,7 +63,7 @@ class Recipe:
     # learning rate of the text tower in the third stage; a tenth of it for the pooling head, which is trained already,
     # and ten times as high for scale and bias. With a much higher rate, names of held-out renderings are unlearned.
     joint_rate: float = 1e-4
-    naming: float = 25.0  # weight of `naming_loss` in the first stage
+    naming: float = 25.0  # weight of the largest drawing's name in the first stage
     looking: float = 1.0  # weight of `looking_loss` in the first stage
     kept_patches: float = 0.5  # share of each picture's patches that the head sees in a step
     seed: int = 0  # random seed of the pictures, the weights, the order and the captions
@@ -144,25 +144,15 @@ def tokens_of(tokenizer, texts: list[str]) -> Tensor:
 
 
 class Facts(nn.Module):
-    """
-    A unit vector for each of F facts, used in place of text embeddings.
-
-    Args:
-        names: of the facts.
-        vectors: [F, D].
-    """
+    """A unit vector [F, D] for each of F facts, by name, used in place of text embeddings."""
 
     def __init__(self, names: list[str], vectors: Tensor):
         super().__init__()
         self.places = {name: place for place, name in enumerate(names)}
         self.vectors = nn.Parameter(vectors)
         known = [thing.name for thing in things() if thing.name in self.places]
-        self.of_things = [self.places[name] for name in known]
-        self.numbers = {name: number for number, name in enumerate(known)}
-
-    def number_of_thing(self, name: str) -> int:
-        """The index in `of_things` of the fact that a thing is in the picture."""
-        return self.numbers[name]
+        self.of_things = [self.places[name] for name in known]  # the facts that a thing is in the picture
+        self.numbers = {name: number for number, name in enumerate(known)}  # their places in `of_things`
 
     def target(self, facts: frozenset[str]) -> Tensor:
         """The embedding [D] that a text that asserts these facts should have: the direction of their sum."""
@@ -178,7 +168,7 @@ class Facts(nn.Module):
 
 
 @torch.no_grad()
-def begin_facts(trained: "Trained", store: FeatureStore) -> Facts:
+def begin_facts(trained: Trained, store: FeatureStore) -> Facts:
     """
     The facts that occur, each at the mean of the pictures that it is true of. First, the pooling head's output is
     shifted, in place, so that its mean over pictures is 0: unshifted, all outputs have nearly the same direction.
@@ -200,15 +190,13 @@ def begin_facts(trained: "Trained", store: FeatureStore) -> Facts:
     return facts
 
 
-def learn_facts(trained: "Trained", store: FeatureStore, recipe: Recipe) -> tuple[Facts, list[float]]:
+def learn_facts(trained: Trained, store: FeatureStore, recipe: Recipe) -> tuple[Facts, list[float]]:
     """
-    First stage: train pooling head, scale and bias, with a vector for each fact instead of a text tower.
-
-    Returns:
-        The facts, and each epoch's mean loss.
+    First stage: train pooling head, scale and bias, with a vector for each fact instead of a text tower. Returns the
+    facts, and each epoch's mean loss.
     """
     facts, known, losses = begin_facts(trained, store), store.facts(), []
-    named = torch.tensor([facts.number_of_thing(placed[0].thing) if placed else -1 for placed in store.placed()])
+    named = torch.tensor([facts.numbers[placed[0].thing] if placed else -1 for placed in store.placed()])
     parts = ((recipe.learning_rate, trained.head), (5 * recipe.learning_rate, facts))
     groups = [{"params": list(module.parameters()), "lr": rate} for rate, module in parts]
     groups.append({"params": [trained.logit_scale, trained.logit_bias], "lr": 10 * recipe.learning_rate})
@@ -226,7 +214,9 @@ def learn_facts(trained: "Trained", store: FeatureStore, recipe: Recipe) -> tupl
             logits = trained.compare(images, functional.normalize(facts.vectors, dim=-1))
             is_true = facts.truth([known[place] for place in chosen])
             loss = functional.binary_cross_entropy_with_logits(logits, is_true.float(), reduction="sum") / len(chosen)
-            loss = loss + recipe.naming * naming_loss(logits[:, facts.of_things], named[chosen])
+            # the largest drawing's name among all things; pictures without a drawing are ignored
+            naming = functional.cross_entropy(logits[:, facts.of_things], named[chosen], ignore_index=-1)
+            loss = loss + recipe.naming * naming
             loss = loss + recipe.looking * looking_loss(weights, covered)
             optimizer.zero_grad()
             loss.backward()
@@ -238,21 +228,10 @@ def learn_facts(trained: "Trained", store: FeatureStore, recipe: Recipe) -> tupl
     return facts, losses
 
 
-def naming_loss(logits: Tensor, named: Tensor) -> Tensor:
-    """
-    Cross entropy of the largest drawing's name among all things, from logits [P, T] and the thing's index, int64 [P].
-    Pictures without a drawing have index -1 and are ignored.
-    """
-    return functional.cross_entropy(logits, named, ignore_index=-1)
-
-
-def learn_to_read(trained: "Trained", facts: Facts, tokenizer, store: FeatureStore, recipe: Recipe) -> list[float]:
+def learn_to_read(trained: Trained, facts: Facts, tokenizer, store: FeatureStore, recipe: Recipe) -> list[float]:
     """
     Second stage: train the text tower to embed a text at the facts that it asserts. Training on the pictures alone
-    would take many times longer.
-
-    Returns:
-        The mean loss, 1 - cosine, of every hundred steps.
+    would take many times longer. Returns the mean loss, 1 - cosine, of every hundred steps.
     """
     text_model, known, losses = trained.text_model, store.facts(), []
     with torch.no_grad():  # centre the embeddings, as for the pooling head
@@ -376,12 +355,9 @@ def save_checkpoint(model: SiglipModel, tokenizer, folder: Path, record: dict) -
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = OUTPUT,
-    pictures: Annotated[int, typer.Option(help="Compose N pictures for training.", metavar="N")] = Recipe.pictures,
-    epochs: Annotated[int, typer.Option(help="Number of passes over the pictures.")] = Recipe.epochs,
-    seed: Annotated[int, typer.Option(help="Random seed of pictures and training.")] = Recipe.seed,
 ) -> None:
     """Train the checkpoint, or continue an interrupted training."""
-    started, recipe = time.perf_counter(), Recipe(pictures=pictures, epochs=epochs, seed=seed)
+    started, recipe = time.perf_counter(), Recipe()
     tower = SiglipVisionModel.from_pretrained(build_tower(default_tower_dir())).eval()
     key = material_key(tower)
     store = cached_features(tower, "training", recipe.pictures, recipe.seed, key)
@@ -396,7 +372,7 @@ def main(
     early = first_stages(model, tokenizer, store, recipe, folder)
     log = train(model, tokenizer, store, recipe, folder)
     record = {
-        "command": f"python -m recipes.siglip_small.train --pictures {pictures} --epochs {epochs} --seed {seed}",
+        "command": "python -m recipes.siglip_small.train",
         "recipe": vars(recipe),
         "things": len(things()),
         "parameters": {

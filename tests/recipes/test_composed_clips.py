@@ -234,16 +234,3 @@ def test_the_last_frame_of_a_long_clip_costs_as_little_as_the_first(material):
     spec = clip(material, "crossing", count=10_000)
     image, known = frame(spec, 9_999)
     assert image.shape == (SIDE, SIDE, 3) and known.masks.shape == (1, SIDE, SIDE)
-
-
-def test_what_there_is_not_is_refused(material):
-    with pytest.raises(ValueError, match="no motion 'flying'; expected one of still"):
-        clip(material, "flying")
-    for count in (15, 10_001):
-        with pytest.raises(ValueError, match=f"`frames` is {count}; expected 16 to 10000"):
-            clip(material, "still", count=count)
-    few = SimpleNamespace(drawings={"apple": material.drawings["apple"], "cat": []}, grounds=material.grounds)
-    with pytest.raises(ValueError, match="drawings of 1 things; 'several' needs 3"):
-        clip(few, "several")
-    with pytest.raises(IndexError, match="no frame 64; the clip has frames 0 to 63"):
-        frame(clip(material, "still"), 64)

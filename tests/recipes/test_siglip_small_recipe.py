@@ -16,7 +16,7 @@ from recipes.siglip_small.facts import NOTHING, Placed, facts_of, place_of
 from recipes.siglip_small.features import SHARD, FeatureStore, patch_shares
 from recipes.siglip_small.model import TEXT_LENGTH, make_tokenizer
 from recipes.siglip_small.sources import RENDERINGS, Drawing, Photo, held_out_rendering, things
-from recipes.siglip_small.train import Trained, looking_loss, naming_loss, sigmoid_loss, truth
+from recipes.siglip_small.train import Trained, looking_loss, sigmoid_loss, truth
 from tests.conftest import assert_close_in_norm
 
 
@@ -145,13 +145,6 @@ def test_looking_at_drawings_costs_nothing_and_looking_away_does():
     assert looking_loss(at, covered).item() == pytest.approx(0, abs=1e-5)
     assert looking_loss(away, covered).item() == pytest.approx(-np.log(0.5), abs=1e-5)
     assert looking_loss(away, torch.zeros(2, 4)).item() == 0  # pictures without drawings ask for nothing
-
-
-def test_naming_leaves_out_pictures_without_drawings():
-    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
-    one = naming_loss(logits, torch.tensor([0, -1]))
-    assert one.item() == pytest.approx(np.log(1 + np.exp(-2)), abs=1e-6)
-    assert naming_loss(logits, torch.tensor([0, 0])) > one
 
 
 def test_what_is_trained_gives_the_models_logits(stock_model):
