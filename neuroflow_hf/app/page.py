@@ -30,6 +30,8 @@ STYLE = """
 .scrolls th { font-family: var(--font); font-weight: 700 }
 .scrolls th:first-child, .scrolls td:first-child { text-align: left; white-space: normal; min-width: 8em }
 video { max-width: 100% }
+.answer { white-space: pre-wrap; overflow-wrap: break-word; margin-bottom: 0.8em }
+.answer mark { background: #fdba74; color: #111827 }
 .moments .grid-wrap { max-height: none }
 .moments .thumbnail-lg { aspect-ratio: 16 / 9 }
 .moments .caption-label { white-space: normal; max-width: 100% }

@@ -1,6 +1,7 @@
 """The tab *Text*: an answer of the dense model beside one with a bypass, the tokens that differ marked."""
 
 import functools
+import html
 import itertools
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
@@ -17,7 +18,6 @@ from ..loading import load_language_model
 from .parts import IN_TURN, Jobs, OnStep, two_buttons
 
 MOST_TOKENS = 256
-DIFFERS = "differs"  # the category of marked text
 
 
 def text_tab(jobs: Jobs, source: str | Path, device: str):
@@ -57,7 +57,9 @@ def text_tab(jobs: Jobs, source: str | Path, device: str):
                 for name, way in ways.items()
             ]
         runs = differing(dense.tokens, bypassed.tokens)
-        texts = [marked_text(tokenizer, part.tokens, parts) for part, parts in zip(found, runs, strict=True)]
+        texts = [
+            text_in_html(marked_text(tokenizer, part.tokens, parts)) for part, parts in zip(found, runs, strict=True)
+        ]
         notes = [
             f"**{name.capitalize()}**: {' '.join(figures_in_words(model, part, way))}"
             for part, (name, way) in zip(found, ways.items(), strict=True)
@@ -77,8 +79,11 @@ def text_tab(jobs: Jobs, source: str | Path, device: str):
                 gr.Markdown("The model is SmolLM2-135M-Instruct; if it is not here, its 93 MB are fetched first.")
         with gr.Column(scale=3, min_width=300):
             with gr.Row():
-                how: dict = {"color_map": {DIFFERS: "#fdba74"}, "show_inline_category": False, "min_width": 280}
-                columns = [gr.HighlightedText(label=name, **how) for name in ("Dense", "Bypass")]
+                columns = []
+                for name in ("Dense", "Bypass"):
+                    with gr.Column(min_width=280):
+                        gr.Markdown(f"### {name}")
+                        columns.append(gr.HTML(min_height=200))
             drift = gr.Markdown()
     inputs = [prompt, rate, target, most]
     running = start.click(generate, inputs, [*columns, drift], show_progress_on=columns, **IN_TURN)
@@ -106,18 +111,22 @@ def differing(dense: Sequence[int], other: Sequence[int]) -> tuple[list[tuple[in
     return tuple([(step[end], step[0] != "equal") for step in steps] for end in (2, 4))
 
 
-def marked_text(
-    tokenizer: Any, tokens: Sequence[int], runs: Sequence[tuple[int, bool]]
-) -> list[tuple[str, str | None]]:
+def marked_text(tokenizer: Any, tokens: Sequence[int], runs: Sequence[tuple[int, bool]]) -> list[tuple[str, bool]]:
     """
-    A text in pieces, each with its category. Pieces are cut out of the decoded whole, since tokens alone may lack
-    spaces or be parts of a character; such a character belongs to the piece in which it is complete.
+    A text in pieces, each with whether it differs. Pieces are cut out of the decoded whole, since tokens alone may
+    lack spaces or be parts of a character; such a character belongs to the piece in which it is complete.
     """
     pieces, before = [], ""
     for end, differs in runs:
         text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
         if end < len(tokens):
             text = text.rstrip("\ufffd")  # of a character that is not complete
-        pieces.append((text[len(before) :], DIFFERS if differs else None))
+        pieces.append((text[len(before) :], differs))
         before = text
     return [piece for piece in pieces if piece[0]]
+
+
+def text_in_html(pieces: Sequence[tuple[str, bool]]) -> str:
+    """The pieces of a text; Gradio's `HighlightedText` drops empty lines."""
+    marked = (f"<mark>{html.escape(text)}</mark>" if differs else html.escape(text) for text, differs in pieces)
+    return f'<div class="answer">{"".join(marked)}</div>'

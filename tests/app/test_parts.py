@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from neuroflow_hf.app import video as video_part
 from neuroflow_hf.app.parts import Jobs
 from neuroflow_hf.app.search import picture_with_caption, player
-from neuroflow_hf.app.text import DIFFERS, differing, marked_text
+from neuroflow_hf.app.text import differing, marked_text, text_in_html
 from neuroflow_hf.app.video import open_upload, run_in_html, table_in_html
 from neuroflow_hf.video.reader import VideoError
 from tests.cli.test_run import write_clip
@@ -66,7 +66,8 @@ def test_pieces_join_to_the_text(text, data):
 
 def test_pieces_keep_the_spaces_between_them():
     pieces = marked_text(Words(), [1, 2, 3, 4], [(1, False), (3, True), (4, False)])
-    assert pieces == [("w1", None), (" w2 w3", DIFFERS), (" w4", None)]
+    assert pieces == [("w1", False), (" w2 w3", True), (" w4", False)]
+    assert text_in_html([*pieces, ("<p>", False)]) == '<div class="answer">w1<mark> w2 w3</mark> w4&lt;p&gt;</div>'
     assert marked_text(Words(), [], []) == []
 
 
