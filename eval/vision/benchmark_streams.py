@@ -21,6 +21,7 @@ from eval.report import RESULTS, provenance, publish
 from eval.vision.benchmark_vision import base_model, change_patches, spread
 from neuroflow_hf.utils.jobs import timed
 
+MODES = ("reconstruct", "context", "extrapolate")
 LEAST, MOST = 0.01, 0.1
 WAYS = ("one_call", "separate_calls", "dense")
 
@@ -72,7 +73,6 @@ def time_cameras(model, mode: str, cameras: int, repeats: int) -> dict:
 @torch.inference_mode()
 def main(
     cameras: Annotated[str, typer.Option(help="Numbers of cameras, separated by commas.")] = "1,4,16",
-    modes: Annotated[str, typer.Option(help="Modes, separated by commas.")] = "reconstruct,context,extrapolate",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     repeats: Annotated[int, typer.Option(help="Time N frames of each camera.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -81,7 +81,7 @@ def main(
     """Time all modes with all numbers of cameras, and show the table."""
     torch.manual_seed(0)
     model = base_model(dtype, device)
-    pairs = [(mode, int(number)) for mode in modes.split(",") for number in cameras.split(",")]
+    pairs = [(mode, int(number)) for mode in MODES for number in cameras.split(",")]
     cases = [time_cameras(model, *pair, repeats) for pair in track(pairs, "cases", console=Console(stderr=True))]
     report = {**provenance(device), "dtype": dtype, "device": device, "cases": cases}
     publish(output, report, streams_table(report))

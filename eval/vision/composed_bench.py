@@ -52,21 +52,13 @@ class Clip:
 
 
 class Bench:
-    """
-    The embedded model with its labels, and the clips.
+    """The embedded model with its labels, and the clips."""
 
-    Attributes:
-        model, preprocess: the checkpoint's.
-        labels: all things that the checkpoint knows, as phrases ("a dog").
-        things: their names ("dog"), in the order of the labels.
-        weights: the model's fingerprint.
-        side: height and width of the frames in pixels.
-    """
-
-    side = SIDE
+    side = SIDE  # height and width of the frames in pixels
 
     def __init__(self, device: str = "cpu"):
         self.model, self.preprocess, tokenizer = load_text_model(CHECKPOINT, device=device)
+        # all things that the checkpoint knows, as phrases ("a dog"), and their names ("dog") in the same order
         self.labels: Labels = embed_labels(self.model, tokenizer, prompts("{}"))
         self.things = [thing.name for thing in things()]
         self.weights = fingerprint(self.model)

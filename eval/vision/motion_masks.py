@@ -41,20 +41,13 @@ MASK_COLUMNS = ("thing", "change", "false share")
 OBJECT_COLUMNS = ("found", "things", "matched")
 LABEL_COLUMNS = ("object", "whole frame", "truth's mask")
 
-Box = tuple[int, int, int, int]
-
-
-def way_name(stream: str, threshold: float) -> str:
-    """The name of a stream's mask at a threshold."""
-    return f"{stream}, {threshold:g}"
-
-
-PIXEL_WAYS = tuple(f"pixels, {level:g}" for level in PIXEL_LEVELS)
 WAYS = (
-    *(way_name(name, threshold) for name in STREAMS for threshold in THRESHOLDS),
-    *PIXEL_WAYS,
+    *(f"{name}, {threshold:g}" for name in STREAMS for threshold in THRESHOLDS),
+    *(f"pixels, {level:g}" for level in PIXEL_LEVELS),
     "everything",
 )
+
+Box = tuple[int, int, int, int]
 
 
 def measure_motion(bench: Bench, clip: Clip) -> Figures:
@@ -90,7 +83,7 @@ def measure_motion(bench: Bench, clip: Clip) -> Figures:
         outputs = list(bench.model.stream_frames(clip.pixels.split(1), stream))[1:]
         for threshold in THRESHOLDS:
             masks = [motion_mask(output, stream.gate, threshold=threshold)[0].cpu() for output in outputs]
-            matched = judge(way_name(name, threshold), masks)
+            matched = judge(f"{name}, {threshold:g}", masks)
             if threshold == stream.gate.threshold:
                 rows = [
                     label_row(bench, output, item, actor, clip.truths[number], grid)

@@ -9,7 +9,6 @@ and results lie in the recipes' cache, figures in `eval/results`; `eval/vision/h
 """
 
 import csv
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -75,16 +74,12 @@ def variant_folder(name: str) -> Path:
     return default_tower_dir().parent / "distilled" / name
 
 
-def main(
-    variant: Annotated[str, typer.Argument(help=f"One of {', '.join(VARIANTS)}.")],
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="the recipe's")] = None,
-):
+def main(variant: Annotated[str, typer.Argument(help=f"One of {', '.join(VARIANTS)}.")]):
     """Train a variant, or continue an interrupted training."""
     if variant not in VARIANTS:
         raise typer.BadParameter(f"{variant!r} is none of {', '.join(VARIANTS)}.")
     console = Console(stderr=True)
     paths = write_clips(default_tower_dir().parent / "sparse-clips", console)
-    settings = VARIANTS[variant] if steps is None else dataclasses.replace(VARIANTS[variant], steps=steps)
     model, preprocess = load_model(CHECKPOINT)
     folder = variant_folder(variant)
     with CommandProgress("steps", console) as progress:
@@ -99,7 +94,7 @@ def main(
             model,
             preprocess,
             folder,
-            settings,
+            VARIANTS[variant],
             paths["held out"],
             CHECKPOINT.name,
             on_step,
