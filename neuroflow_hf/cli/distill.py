@@ -30,6 +30,9 @@ TRAINING: Group = {
         int, "Summary tokens of the stream, a square number.", "64, in context and extrapolate 0"
     ),
     "rank": training(int, "Rank of the adapter.", "16"),
+    "targets": training(
+        str, "What the adapter changes in every layer, separated by commas.", "q_proj,k_proj,v_proj,out_proj,fc1,fc2"
+    ),
 }
 
 
@@ -78,6 +81,8 @@ def distill(
         own = options.given(**own)
         if "resolutions" in own:
             own["resolutions"] = parse_sides(own["resolutions"])
+        if "targets" in own:
+            own["targets"] = tuple(name.strip() for name in own["targets"].split(","))
         chosen = {"mode": mode, **(QUICK if quick else {}), **own}
         settings = (
             DistillSettings.published(**chosen) if method == "full" else DistillSettings(method=method, **chosen)

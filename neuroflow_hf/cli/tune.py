@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .errors import EXIT_UNREACHED, one_line_errors
+from .errors import EXIT_INTERRUPTED, EXIT_UNREACHED, one_line_errors
 from .options import option
 from .output import command_line, figure_table, print_wide, print_written
 from .progress import CommandProgress
@@ -64,5 +64,8 @@ def tune(
     for sentence in tuning_sentences(result):
         typer.echo(sentence)
     print_written(out, files)
+    if result.interrupted:
+        typer.echo(f"Stopped by Ctrl-C; {len(result.points)} settings were measured before.", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED)
     if result.chosen is None:
         raise typer.Exit(EXIT_UNREACHED)

@@ -1,6 +1,6 @@
 """The training loop: clips through streams, their embeddings towards the dense model's."""
 
-import io
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from ..utils.files import prepare_folder, write_whole
 from ..utils.jobs import stop_on_interrupt
@@ -24,7 +27,7 @@ from .measure import HeldOut, improvement, measure, measured_clips, plain_values
 from .settings import DistillSettings
 from .student import Student
 
-STATE = "state.pt"
+STATE = "state.safetensors"
 
 
 @dataclass(eq=False)
@@ -216,27 +219,30 @@ def clip_losses(
 
 
 def average_gradients(student: Student, accelerator: Accelerator) -> None:
-    """Replace every gradient by its mean over the processes."""
+    """Replace every gradient by its mean over the processes, exchanged in one tensor."""
     if accelerator.num_processes > 1:
-        for item in student.parameters():
-            gradient = torch.zeros_like(item) if item.grad is None else item.grad
-            item.grad = accelerator.reduce(gradient, "mean")
+        parameters = student.parameters()
+        gradients = [torch.zeros_like(item) if item.grad is None else item.grad for item in parameters]
+        mean = accelerator.reduce(parameters_to_vector(gradients), "mean")
+        for item, part in zip(parameters, mean.split([item.numel() for item in parameters]), strict=True):
+            item.grad = part.view_as(item)
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
 
-KEPT = ("losses", "held_out", "best_step", "best", "seconds")  # of a result
+KEPT = ("losses", "best_step", "seconds")  # of a result, as they are
 
 
 def write_state(
     path: Path, key: str, result: DistillResult, student: Student, optimizer: torch.optim.Optimizer
 ) -> None:
     """Write everything to go on from, whole or not at all."""
-    content = io.BytesIO()
-    state = {name: getattr(result, name) for name in KEPT} | {"held_out": plain_values(result.held_out)}
-    state |= {"key": key, "weights": student.weights(), "optimizer": optimizer.state_dict()}
-    torch.save(state, content)
-    write_whole(path, content.getvalue())
+    about = {"key": key, "held_out": plain_values(result.held_out), **{name: getattr(result, name) for name in KEPT}}
+    tensors = {f"weights.{name}": value for name, value in student.weights().items()}
+    tensors |= {f"best.{name}": value for name, value in result.best.items()}
+    for place, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{place}.{name}": value.cpu().contiguous() for name, value in moments.items()}
+    write_whole(path, save(tensors, metadata={"neuroflow_distill": json.dumps(about)}))
 
 
 def read_state(
@@ -251,20 +257,31 @@ def read_state(
     if not path.is_file():
         return False
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises all kinds of errors
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["neuroflow_distill"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to begin anew.") from error
-    if state["key"] != key:
+    if about["key"] != key:
         raise ValueError(
             f"{path.parent} holds a distillation with other settings, videos or weights. Choose another folder, or "
             f"delete {path.name} in it to begin anew."
         )
-    student.set_weights(state["weights"])
-    optimizer.load_state_dict(state["optimizer"])
-    state["held_out"] = {
-        step: {name: HeldOut(**figures) for name, figures in measured.items()}
-        for step, measured in state["held_out"].items()
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    student.set_weights(part("weights."))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in part("optimizer.").items():
+        place, moment = name.split(".")
+        moments.setdefault(int(place), {})[moment] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    result.best = part("best.")
+    result.held_out = {
+        int(step): {name: HeldOut(**figures) for name, figures in measured.items()}
+        for step, measured in about["held_out"].items()
     }
     for name in KEPT:
-        setattr(result, name, state[name])
+        setattr(result, name, about[name])
     return True

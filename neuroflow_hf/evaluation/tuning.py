@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..utils.jobs import timed
+from ..utils.jobs import stop_on_interrupt, timed
 from ..video.preprocess import Preprocessor
 from ..video.reader import DamagedVideoError, VideoReader
 from ..video.run import settings
@@ -79,6 +79,7 @@ class TuneResult:
     frames: list[list[int]]  # for each stretch, the indices of its frames in the file
     dense_milliseconds: float  # mean time of a dense forward
     provenance: dict  # the video, the model and the machine
+    interrupted: bool  # by Ctrl-C; then `points` has the settings measured before
 
     @property
     def measured_frames(self) -> int:
@@ -241,6 +242,7 @@ def tune_video(
     Dense and the baselines (mode `hold`) run over a few stretches of consecutive frames, then each of `FAMILIES`, from
     cheap to faithful, until a setting is faithful enough, too expensive, or beaten. A baseline may be chosen.
     `keyframe_interval` is at most the length of a stretch, because longer intervals were not measured.
+    After Ctrl-C, the setting that is being measured is the last.
 
     Args:
         reader: the video, with the stride that the settings are for.
@@ -265,13 +267,16 @@ def tune_video(
     bench = Bench(model, preprocess, read, on_step)
     bench.measure_dense()
     points = bench.holds()
-    for family, rungs in {TRIGGERED_HOLD: TRIGGERED_HOLDS, **FAMILIES}.items():
-        for options in rungs:
-            best = choose(points, requirement)
-            points.append(bench.measure(family, options, control=family == TRIGGERED_HOLD))
-            beaten = max_cost is None and best is not None and points[-1].cost >= best.cost
-            if beaten or requirement.met_by(points[-1]) == (max_cost is None):
-                break  # the rest of the family costs more
+    with stop_on_interrupt() as stop:
+        for family, rungs in {TRIGGERED_HOLD: TRIGGERED_HOLDS, **FAMILIES}.items():
+            for options in rungs:
+                if stop.is_set():
+                    break
+                best = choose(points, requirement)
+                points.append(bench.measure(family, options, control=family == TRIGGERED_HOLD))
+                beaten = max_cost is None and best is not None and points[-1].cost >= best.cost
+                if beaten or requirement.met_by(points[-1]) == (max_cost is None):
+                    break  # the rest of the family costs more
     return TuneResult(
         requirement=requirement,
         points=points,
@@ -279,4 +284,5 @@ def tune_video(
         frames=list(map(list, read)),
         dense_milliseconds=bench.dense_milliseconds,
         provenance=settings(reader, model, preprocess),
+        interrupted=stop.is_set(),
     )

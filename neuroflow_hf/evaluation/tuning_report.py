@@ -35,6 +35,7 @@ def write_tuning(result: TuneResult, out: Path, config: Any, model_name: str, co
     summary = {
         "command": command,
         "model": model_name,
+        "interrupted": result.interrupted,
         "requirement": asdict(result.requirement),
         "chosen": None if chosen is None else points.index(chosen),
         "nearest": points.index(nearest(points, result.requirement)),

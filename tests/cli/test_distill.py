@@ -49,6 +49,7 @@ def test_full(clip, model_folder, tmp_path):
         (("--mode", "dense"), "Mode `dense` cannot be distilled"),
         (("--mode", "hold"), "Mode `hold` cannot be distilled"),
         (("--method", "some"), "expected one of lora, full"),
+        (("--targets", "head"), "expected some of q_proj"),
         (("--resolutions", "big"), "expected such as 224,448"),
         (("--clip-frames", "500"), "No training video has a clip of 500 frames"),
     ],

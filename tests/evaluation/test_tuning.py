@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -269,7 +270,24 @@ def test_the_words_say_who_won():
     assert tuning_rows(won)[0][1:] == ["0.200", "0.9935", "0.9921", "0.9920", "0.9920", "1.0"]
 
 
-def test_ctrl_c_writes_nothing(clip, checkpoints, tmp_path, monkeypatch):
+def test_a_stopped_tuning_names_the_best_so_far(clip, checkpoints, few_candidates, tmp_path, monkeypatch):
+    measure = neuroflow_hf.evaluation.tuning.Bench.measure
+
+    def interrupted(bench, family, options, control=False):
+        if not control:
+            signal.raise_signal(signal.SIGTERM)
+        return measure(bench, family, options, control)
+
+    monkeypatch.setattr(neuroflow_hf.evaluation.tuning.Bench, "measure", interrupted)
+    options = ("--model", checkpoints["vision"], "--out", tmp_path, "--frames", 24, "--max-cost", 0.5)
+    result = call("tune", clip, *options)
+    assert result.exit_code == 130 and "settings were measured before" in result.stderr
+    report = json.loads((tmp_path / "tune.json").read_text())
+    assert report["interrupted"] and sum(not point["control"] for point in report["points"]) == 1
+    assert (tmp_path / "config.json").exists()
+
+
+def test_ctrl_c_before_dense_is_measured_writes_nothing(clip, checkpoints, tmp_path, monkeypatch):
     def interrupted(bench):
         raise KeyboardInterrupt
 
