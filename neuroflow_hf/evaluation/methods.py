@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..vision import cost
-from ..vision.budget import credit_after
 from ..vision.gate_config import NeuroFlowGateConfig
 from ..vision.patches import project_patches
 from ..vision.selection import surprise
@@ -264,7 +263,7 @@ class Held(Method):
         whole = dense_cost(self.tower, patches_of(self.tower, pixel_values))
         costs = torch.where(keyframes, *(torch.tensor(part / whole) for part in self.costs(pixel_values, whole)))
         self.credit = [
-            credit_after(self.gate, credit, self.number, cost)
+            self.gate.budget.credit_after(credit, self.number, cost)
             for credit, cost in zip(self.credit, costs.tolist(), strict=True)
         ]
         self.number += 1

@@ -2,8 +2,11 @@
 
 import copy
 import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .gate_config import NeuroFlowGateConfig
+if TYPE_CHECKING:  # which imports this module
+    from .gate_config import NeuroFlowGateConfig
 
 # A frame may overdraw the credit by the cost of one dense frame, and a scene cut by one more. Debt beyond that, which
 # only a change of options can cause, is forgiven.
@@ -11,17 +14,34 @@ MAX_DEBT = 2.0
 SPARE = 1.25  # a lifted budget over the cost of looking: some is left for patches that change
 
 
-def credit_after(gate: NeuroFlowGateConfig, credit: float, frame: int, cost: float) -> float:
+@dataclass(frozen=True)
+class CostBudget:
     """
-    A stream's credit after a frame of this number and cost. The first frame is free. Any T frames after it spend at
-    most `cost_budget * T + cost_reserve + MAX_DEBT`.
+    What a stream may spend. Credit is in dense frames' worth.
+
+    Args:
+        rate (`float`, *optional*): credit that every frame adds, the cost per frame in the long run. None: no limit.
+        burst (`float`): the most credit that is saved up, and what a stream starts with.
     """
-    if gate.cost_budget is None or frame == 0:
-        return float(gate.cost_reserve)
-    return max(min(credit - cost + gate.cost_budget, float(gate.cost_reserve)), -MAX_DEBT)
+
+    rate: float | None
+    burst: float
+
+    def allows_encoding(self, credit: float) -> bool:
+        """Whether a stream with this credit may make a keyframe of the coming frame because of what it shows."""
+        return self.rate is None or credit > 0
+
+    def credit_after(self, credit: float, frame: int, cost: float) -> float:
+        """
+        The credit after a frame of this number and cost. The first frame is free. Any T frames after it spend at most
+        `rate * T + burst + MAX_DEBT`.
+        """
+        if self.rate is None or frame == 0:
+            return float(self.burst)
+        return max(min(credit - cost + self.rate, float(self.burst)), -MAX_DEBT)
 
 
-def with_affordable_budget(gate: NeuroFlowGateConfig, looking: float) -> NeuroFlowGateConfig:
+def with_affordable_budget(gate: "NeuroFlowGateConfig", looking: float) -> "NeuroFlowGateConfig":
     """
     The gate with a `cost_budget` that pays for looking at every frame; with a smaller one, debt would never end. A
     budget that comes from a preset is lifted, with a warning: on very small models, looking at a frame costs a large

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .active_set import ActiveSet
-from .budget import credit_after, with_affordable_budget
+from .budget import with_affordable_budget
 from .cost import encoder as encoder_cost
 from .cost import gate as gate_cost
 from .cost import patch_projection as projection_cost
@@ -120,7 +120,7 @@ def encode_frame(
         for count, layers in zip(active.counts, spent, strict=True)
     ]
     stream.credit = [
-        credit_after(stream.gate, credit, frame, cost)
+        stream.gate.budget.credit_after(credit, frame, cost)
         for credit, frame, cost in zip(stream.credit, stream.frames, costs, strict=True)
     ]
     stream.frames, stream.pace = [frame + 1 for frame in stream.frames], paces

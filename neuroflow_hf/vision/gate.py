@@ -76,8 +76,9 @@ def choose_active(
             pace = replace(pace, error=pace.error.learned(pooled_change))
         if gate.cost_budget is not None:
             allowance = allowance_of(gate.cost_budget - looking, credit, gate.cost_reserve)
-        in_debt = gate.cost_budget is not None and credit <= 0
-        if keyframes[index] or (not in_debt and asks_for_keyframe(gate, mean_score, num_changed / num_patches)):
+        if keyframes[index] or (
+            gate.budget.allows_encoding(credit) and asks_for_keyframe(gate, mean_score, num_changed / num_patches)
+        ):
             action = KEYFRAME
         elif gate.is_paced:
             action = choose(

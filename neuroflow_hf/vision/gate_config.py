@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 
+from .budget import CostBudget
 from .options import make_options
 
 ModeName = Literal["dense", "hold", "mlp", "eliminate", "reconstruct", "context", "extrapolate"]
@@ -246,6 +247,11 @@ class NeuroFlowGateConfig:
     def to_dict(self) -> dict:
         """All options as plain values."""
         return asdict(self)
+
+    @property
+    def budget(self) -> CostBudget:
+        """`cost_budget` and `cost_reserve` as a token bucket."""
+        return CostBudget(self.cost_budget, self.cost_reserve)
 
     @property
     def everything_active(self) -> bool:

@@ -15,7 +15,7 @@ from neuroflow_hf import (
     NeuroFlowStream,
 )
 from neuroflow_hf.video.records import gate_rule
-from neuroflow_hf.vision.budget import MAX_DEBT, credit_after
+from neuroflow_hf.vision.budget import MAX_DEBT
 from neuroflow_hf.vision.controller import Pace
 from tests.conftest import GATED_MODES, NUM_PATCHES, TINY_VISION, play, random_video
 
@@ -189,7 +189,7 @@ def test_a_state_without_finite_numbers_is_refused(vision, field, value):
 
 def test_without_a_budget_nothing_is_counted():
     gate = NeuroFlowGateConfig()
-    assert credit_after(gate, gate.cost_reserve, 5, cost=1.0) == gate.cost_reserve
+    assert gate.budget.credit_after(gate.cost_reserve, 5, cost=1.0) == gate.cost_reserve
 
 
 @pytest.mark.parametrize(

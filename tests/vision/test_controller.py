@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from neuroflow_hf import NeuroFlowGateConfig
-from neuroflow_hf.vision.budget import credit_after
+from neuroflow_hf.vision.budget import CostBudget
 from neuroflow_hf.vision.controller import HOLD, KEYFRAME, SPARSE, Changes, Pace, allowance_of, choose
 from neuroflow_hf.vision.error_estimate import ErrorEstimate
 
@@ -14,14 +13,13 @@ def played(surprises_of, frames: int, rate: float, active: float = 1.0) -> tuple
     The actions, and the credit at the end, of a stream on which `active` of the patches change;
     `surprises_of(frame, waited)` is the mean surprise of a frame that follows `waited` held ones.
     """
-    gate = NeuroFlowGateConfig(cost_budget=rate, cost_reserve=RESERVE)
-    credit, pace, actions, waited = RESERVE, Pace(), [], 0
+    budget, credit, pace, actions, waited = CostBudget(rate, RESERVE), RESERVE, Pace(), [], 0
     for frame in range(1, frames):
         surprise, allowance = surprises_of(frame, waited), allowance_of(rate, credit, RESERVE)
         action = choose(pace, Changes(active, surprise, surprise), allowance, credit, RESERVE)
         pace = pace.after(action, Changes(active, surprise, surprise), allowance)
         waited = waited + 1 if action == HOLD else 0
-        credit = credit_after(gate, credit, frame, {HOLD: 0.0, SPARSE: active, KEYFRAME: 1.0}[action])
+        credit = budget.credit_after(credit, frame, {HOLD: 0.0, SPARSE: active, KEYFRAME: 1.0}[action])
         actions.append(action)
     return actions, credit
 
