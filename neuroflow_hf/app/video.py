@@ -3,12 +3,12 @@
 import functools
 import html
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
-import pandas
 
 from ..loading import load_model_with_labels
 from ..video.labels import parse_labels
@@ -116,4 +116,9 @@ def run_in_html(summary: dict, out: Path, left_out: int = 0) -> str:
 def table_in_html(table: Rows) -> str:
     """Headers and rows as HTML, in a box that scrolls where the page is narrow."""
     headers, rows = table
-    return f'<div class="scrolls">{pandas.DataFrame(rows, columns=headers).to_html(index=False, border=0)}</div>'
+
+    def line(cells: Sequence[str], kind: str) -> str:
+        return "<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>"
+
+    lines = line(headers, "th") + "".join(line(row, "td") for row in rows)
+    return f'<div class="scrolls"><table>{lines}</table></div>'

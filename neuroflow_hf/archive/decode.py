@@ -45,19 +45,33 @@ Decoded = tuple[VideoPart, dict, torch.Tensor]
 
 
 class PartQueue:
-    """Gives several threads the segments of waiting videos, in order. Others may take and add videos, too."""
+    """Gives several threads the segments of waiting videos, in order; others may take and add videos, too."""
 
     def __init__(self, waiting: deque[Path], every: float | None):
         self.waiting, self.every = waiting, every
         self.parts: deque[VideoPart] = deque()
-        self.lock = threading.Lock()
+        self.opening = 0  # threads that open a video, which may have segments for all
+        self.changed = threading.Condition()
 
     def take(self) -> VideoPart | None:
-        """The next segment; None if there is none. The others wait while one opens a video."""
-        with self.lock:
-            while not self.parts and self.waiting:
-                self.parts.extend(cut_video(self.waiting.popleft(), self.every))
-            return self.parts.popleft() if self.parts else None
+        """The next segment; None if there is none."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.parts or self.waiting or not self.opening)
+                if self.parts:
+                    return self.parts.popleft()
+                try:
+                    video = self.waiting.popleft()
+                except IndexError:
+                    if not self.opening:
+                        return None
+                    continue
+                self.opening += 1
+            parts = cut_video(video, self.every)
+            with self.changed:
+                self.parts.extend(parts)
+                self.opening -= 1
+                self.changed.notify_all()
 
 
 def cut_video(video: Path, every: float | None) -> list[VideoPart]:

@@ -48,18 +48,25 @@ class SourceFigures:
     cost: float = 0.0  # their summed cost, relative to dense
     losses: int = 0  # how often it was lost
     changes: int = 0  # how often its label changed; the first label counts
-    # seconds from a picture's arrival to its result, of the last frames
+    # seconds from a picture's arrival to its result: the longest, and those of the last frames
+    longest_delay: float | None = None
     delays: deque = field(default_factory=lambda: deque(maxlen=DELAYS_KEPT))
+
+    def add_delay(self, delay: float):
+        """Count a picture's."""
+        self.longest_delay = max(self.longest_delay or 0.0, delay)
+        self.delays.append(delay)
 
     def line(self, received: int, dropped: int) -> dict:
         """The figures of a source in the summary."""
-        delays = np.quantile(self.delays, (0.5, 0.95, 1)).tolist() if self.delays else [None] * 3
+        quantiles = np.quantile(self.delays, (0.5, 0.95)).tolist() if self.delays else [None, None]
+        delays = {"median": quantiles[0], "p95": quantiles[1], "max": self.longest_delay}
         return {
             "received": received,
             "encoded": self.frames,
             "dropped": dropped,
             "mean_cost": significant(self.cost / self.frames) if self.frames else None,
-            "delay_seconds": dict(zip(("median", "p95", "max"), (significant(d, 4) for d in delays), strict=True)),
+            "delay_seconds": {name: significant(delay, 4) for name, delay in delays.items()},
             "label_changes": self.changes,
             "losses": self.losses,
         }
@@ -132,7 +139,7 @@ def watch_cameras(
                 delay, counted = time.monotonic() - arrival.arrived, figures[name]
                 counted.frames += 1
                 counted.cost += costs[row]
-                counted.delays.append(delay)
+                counted.add_delay(delay)
                 found = {} if logits is None else best_label(labels.names, logits[row])
                 if found and found["label"] != best.get(name):
                     when = {"event": "label", "source": name, "time": stamp(time.time() - delay)}

@@ -71,6 +71,8 @@ def without_small_regions(mask: Tensor, least_patches: int) -> Tensor:
     """
     if least_patches < 1:
         raise ValueError(f"`least_patches` is {least_patches}; expected a number of patches, at least 1.")
+    if least_patches == 1:
+        return mask
     neighbours = np.zeros((3, 3, 3))
     neighbours[1] = 1  # none in other grids
     regions, _ = ndimage.label(mask.reshape(-1, *mask.shape[-2:]).cpu(), neighbours)

@@ -108,6 +108,17 @@ def find_objects(
     return [with_embeddings(model, hidden_state, objects, labels) for hidden_state, objects in streams]
 
 
+def require_objects_found(gate: NeuroFlowGateConfig, labelled: bool):
+    """Raise a ValueError if `find_objects` refuses every output of a stream with this gate."""
+    if not gate.needs_surprise or gate.everything_active:
+        raise ValueError(
+            "Moving objects are found where the gate sees change, and with these options it does not look: choose "
+            "a mode other than `dense` and `hold`, and a threshold above -1."
+        )
+    if labelled and gate.mode == "eliminate":
+        raise ValueError("Labels of objects need the features of all patches, which mode `eliminate` does not keep.")
+
+
 def object_line(item: MovingObject, height: int, width: int, covered: float = 1.0) -> dict:
     """
     An object in a frame's line of `frames.jsonl`: its `box` in pixels of a frame of this height and width (left, top,

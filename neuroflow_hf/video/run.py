@@ -30,7 +30,7 @@ from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from ..vision.stream import NeuroFlowStream
 from .label_records import label_caption, label_figures, label_line, object_caption
 from .labels import Labels
-from .objects import find_objects, object_line
+from .objects import find_objects, object_line, require_objects_found
 from .overlay import (
     LEGEND,
     OBJECTS_LEGEND,
@@ -258,6 +258,8 @@ def run_video(
         raise ValueError(f"`dense_every` is {dense_every}; expected a number of frames, or 0 for no comparison.")
     covered = covered_share(model, preprocess)
     stream = model.new_stream(**(gate_options or {}))
+    if objects:
+        require_objects_found(stream.gate, labelled=labels is not None)
     if dense_every is None:
         dense_every = sampling_step(reader.expected_frames, stream.gate.keyframe_interval)
 
