@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
 from .language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM
+from .utils.files import one_line
 from .video.labels import TEMPLATE, Labels, check_labels, embed_labels
 from .video.preprocess import Preprocessor
 from .vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
@@ -26,6 +27,8 @@ from .vision.modeling_neuroflow_siglip import NeuroFlowSiglipModel, NeuroFlowSig
 from .vision.tower import VisionTower
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONVERT = "Convert it once: `neuroflow convert {} OUT`."
+SAVE_ONE = " Save one beside the model: `{}.from_pretrained(...).save_pretrained(folder)`."
 NEED_TEXT = "Labels need a model that reads text: name a whole SigLIP or SigLIP 2 checkpoint, with its tokenizer."
 
 # by the model types of their checkpoints; all others are taken for SigLIP
@@ -93,11 +96,9 @@ def load_model(
         ModelLoadError: if the checkpoint does not exist, is damaged, lacks weights, or has no image processor.
         ValueError: for a device that is not available, and a resolution below 1.
     """
-    require_place(source)
     usable, what = usable_device(device), model_class.__name__.removeprefix("NeuroFlow")
     with quiet_transformers():
-        model, missing = read_model(model_class, what, source, dtype)
-        require_weights(what, source, missing)
+        model = read_model(model_class, what, source, dtype)
         preprocess = load_preprocess(source, resolution)
     require_head(model, source)
     return model.eval().to(usable), preprocess
@@ -107,7 +108,6 @@ def load_tower(
     source: str | Path, dtype: torch.dtype = torch.float32, device: str = "auto", resolution: int | None = None
 ) -> tuple[Any, Preprocessor]:
     """As `load_model`, and also of DINOv2 checkpoints, with or without registers, and of CLIP's."""
-    require_place(source)
     with quiet_transformers():
         kind = read_config(NeuroFlowSiglipVisionConfig, "vision model", source).get("model_type")
     return load_model(source, dtype, device, resolution, OTHER_TOWERS.get(kind, NeuroFlowSiglipVisionModel))
@@ -120,27 +120,20 @@ def load_text_model(
     A model with its text tower, in evaluation mode, its preprocessing and its tokenizer. Arguments and errors are as
     in `load_model`; also raises a ModelLoadError if there is no text tower or no tokenizer.
     """
-    require_place(source)
-    device = usable_device(device)
+    usable = usable_device(device)
     with quiet_transformers():
-        settings = read_config(NeuroFlowSiglipConfig, "SigLIP model", source)
-        if settings.get("model_type") in OTHER_TOWERS:
-            raise NoTextTowerError(f"{source} holds a `{settings['model_type']}` model. {NEED_TEXT}")
-        if settings.get("model_type") == NeuroFlowSiglipVisionConfig.model_type:
+        kind = read_config(NeuroFlowSiglipConfig, "SigLIP model", source).get("model_type")
+        if kind in OTHER_TOWERS:
+            raise NoTextTowerError(f"{source} holds a `{kind}` model. {NEED_TEXT}")
+        if kind == NeuroFlowSiglipVisionConfig.model_type:
             # transformers would add a random text tower of the default size
             raise NoTextTowerError(f"{source} holds a vision tower alone. {NEED_TEXT}")
-        model, missing = read_model(NeuroFlowSiglipModel, "SigLIP model", source, dtype)
-        if missing and all(name.startswith(("text_model.", "logit_")) for name in missing):
-            raise NoTextTowerError(
-                f"{source} has no complete text tower: {len(missing)} of its weights are missing, such as "
-                f"{missing[0]}. {NEED_TEXT}"
-            )
-        require_weights("SigLIP model", source, missing)
+        model = read_model(NeuroFlowSiglipModel, "SigLIP model", source, dtype)
         preprocess = load_preprocess(source, resolution)
         tokenizer = load_tokenizer(source)
     require_head(model.vision_model, source)
     model.vision_model.config.name_or_path = model.config.name_or_path  # for runs, which get the vision tower alone
-    return model.eval().to(device), preprocess, tokenizer
+    return model.eval().to(usable), preprocess, tokenizer
 
 
 def load_model_with_labels(
@@ -176,19 +169,19 @@ def load_language_model(
         ModelLoadError: if the checkpoint does not exist, is damaged, is not a Phi-3, or lacks weights or a tokenizer.
         ValueError: for a device that is not available.
     """
-    require_place(source)
-    device = usable_device(device)
+    usable, path = usable_device(device), Path(source)
+    files = [path] if path.is_file() and path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if files and not (path / "config.json").exists():
+        raise ModelLoadError(f"{files[0]} is a GGUF file. {CONVERT.format(shlex.quote(str(files[0])))}")
     with quiet_transformers():
-        refuse_gguf(source)
         kind = read_config(NeuroFlowPhi3Config, "Phi-3 model", source).get("model_type")
         if kind == "llama":
-            raise ModelLoadError(f"{source} holds a Llama. Convert it once: {convert_command(source)}.")
+            raise ModelLoadError(f"{source} holds a Llama. {CONVERT.format(shlex.quote(str(source)))}")
         if kind not in ("phi3", NeuroFlowPhi3Config.model_type):
             raise ModelLoadError(f"{source} holds a model of type {kind!r}; expected a Phi-3 checkpoint (`phi3`).")
-        model, missing = read_model(NeuroFlowPhi3ForCausalLM, "Phi-3 model", source, dtype)
-        require_weights("Phi-3 model", source, missing)
+        model = read_model(NeuroFlowPhi3ForCausalLM, "Phi-3 model", source, dtype)
         tokenizer = load_tokenizer(source)
-    return model.eval().to(device), tokenizer
+    return model.eval().to(usable), tokenizer
 
 
 # --- parts of a checkpoint -----------------------------------------------------------------------------------------
@@ -196,63 +189,53 @@ def load_language_model(
 
 def read_config(config_class: type, what: str, source: str | Path) -> dict:
     """A stored configuration as a dict."""
-    with load_errors(f"a {what}", source):
+    require_place(source)
+    with load_errors(f"Cannot load a {what} from {source}", advice=hub_advice(source)):
         return config_class.get_config_dict(source)[0]
 
 
-def read_model(model_class: type, what: str, source: str | Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """A model, and the sorted names of its weights that the checkpoint lacks."""
-    with load_errors(f"a {what}", source):
+def read_model(model_class: type, what: str, source: str | Path, dtype: torch.dtype | str) -> Any:
+    """A model with all of its weights; NoTextTowerError if only the text tower's are missing."""
+    require_place(source)
+    with load_errors(f"Cannot load a {what} from {source}", advice=hub_advice(source)):
         model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    return model, sorted(info["missing_keys"])
+    missing = sorted(info["missing_keys"])
+    if missing:
+        lacks = f"{len(missing)} of its weights are missing, such as {missing[0]}."
+        if all(name.startswith(("text_model.", "logit_")) for name in missing):
+            raise NoTextTowerError(f"{source} has no complete text tower: {lacks} {NEED_TEXT}")
+        raise ModelLoadError(
+            f"{source} is not a complete {what}: {lacks} They would be random; name another checkpoint, or copy or "
+            "download this one again."
+        )
+    return model
 
 
 @contextlib.contextmanager
-def load_errors(what: str, source: str | Path, auto_class: str = "", kinds: Any = Exception) -> Iterator[None]:
+def load_errors(what: str, kinds: Any = Exception, advice: str = "") -> Iterator[None]:
     """
-    Turn errors inside the block into a ModelLoadError. Damaged files raise all kinds of errors, and missing packages
-    an ImportError. `auto_class` is the class that saves what is missing beside a model.
+    Turn errors inside the block into a ModelLoadError that begins with `what`. Damaged files raise all kinds of
+    errors, and missing packages an ImportError.
     """
     try:
         yield
+    except ModelLoadError:
+        raise
     except kinds as error:
         if isinstance(error, SafetensorError):
             advice = ". A weights file is damaged or cut short; copy or download it again."
-        elif auto_class:
-            advice = f" Save one beside the model: `{auto_class}.from_pretrained(...).save_pretrained(folder)`."
-        elif not Path(source).exists():
-            advice = " There is no folder of that name here, so it was looked for on the Hub."
-        else:
-            advice = ""
-        raise ModelLoadError(f"Cannot load {what} from {source}: {one_line(error)}{advice}") from error
+        raise ModelLoadError(f"{what}: {one_line(error, 300)}{advice}") from error
 
 
-def refuse_gguf(source: str | Path):
-    """Raise a ModelLoadError for a GGUF file, and for a folder that has GGUF files instead of a checkpoint."""
-    path = Path(source)
-    files = [path] if path.is_file() and path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    if files and not (path / "config.json").exists():
-        raise ModelLoadError(f"{files[0]} is a GGUF file. Convert it once: {convert_command(files[0])}.")
-
-
-def convert_command(source: str | Path) -> str:
-    """The command that converts a checkpoint, for errors."""
-    return f"`neuroflow convert {shlex.quote(str(source))} OUT`"
+def hub_advice(source: str | Path) -> str:
+    """What an error says about a source that is not here."""
+    return "" if Path(source).exists() else " There is no folder of that name here, so it was looked for on the Hub."
 
 
 def require_place(source: str | Path):
     """Raise a ModelLoadError unless `source` is a folder or could be a Hub name: a mistyped path is not looked up."""
     if not Path(source).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
         raise ModelLoadError(f"There is no model folder {source}.")
-
-
-def require_weights(what: str, source: str | Path, missing: Sequence[str]):
-    """Raise a ModelLoadError if weights are missing."""
-    if missing:
-        raise ModelLoadError(
-            f"{source} is not a complete {what}: {len(missing)} of its weights are missing, such as {missing[0]}. "
-            "They would be random; name another checkpoint, or copy or download this one again."
-        )
 
 
 def require_head(model: VisionTower, source: str | Path):
@@ -263,13 +246,14 @@ def require_head(model: VisionTower, source: str | Path):
 
 def load_preprocess(source: str | Path, resolution: int | None) -> Preprocessor:
     """The preprocessing of the image processor in `source`; ModelLoadError if there is none."""
-    with load_errors("an image processor", source, "AutoImageProcessor", (OSError, TypeError, KeyError)):
+    what, kinds = f"Cannot load an image processor from {source}", (OSError, TypeError, KeyError)
+    with load_errors(what, kinds, SAVE_ONE.format("AutoImageProcessor")):
         return Preprocessor.from_pretrained(source, resolution)
 
 
 def load_tokenizer(source: str | Path, tokenizer_class: type = AutoTokenizer) -> Any:
     """The tokenizer in `source`; ModelLoadError if there is none that can be used."""
-    with load_errors("a tokenizer", source, "AutoTokenizer"):
+    with load_errors(f"Cannot load a tokenizer from {source}", advice=SAVE_ONE.format("AutoTokenizer")):
         return tokenizer_class.from_pretrained(source)
 
 
@@ -329,9 +313,3 @@ def usable_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"Device {name!r} cannot be used: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, shortened to 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

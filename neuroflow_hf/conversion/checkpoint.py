@@ -14,13 +14,12 @@ from ..language.from_llama import phi3_config
 from ..language.modeling_neuroflow_phi3 import NeuroFlowPhi3ForCausalLM
 from ..loading import (
     ModelLoadError,
+    load_errors,
     load_tokenizer,
-    one_line,
     quiet_transformers,
     read_config,
     read_model,
     require_place,
-    require_weights,
 )
 from ..utils.files import new_folder
 
@@ -53,10 +52,8 @@ def convert(
     """
     with new_folder(out) as folder, quiet_transformers():
         llama, tokenizer = load_llama(source, gguf, dtype, on_step)
-        try:
+        with load_errors(f"Cannot convert {source}", ValueError):
             model = NeuroFlowPhi3ForCausalLM.from_llama(llama)
-        except ValueError as error:
-            raise ModelLoadError(f"Cannot convert {source}: {one_line(error)}") from error
         del llama
         if dtype is not None:
             model = model.to(dtype)
@@ -74,7 +71,6 @@ def load_llama(
         from .gguf_file import read_gguf
 
         return read_gguf(source if gguf is None else gguf_in(source, gguf), on_step)
-    require_place(source)
     files = sorted(path.name for path in Path(source).glob("*.gguf"))
     if files and not (Path(source) / "config.json").exists():
         raise ModelLoadError(f"{source} has no config.json, but GGUF files; name one: --gguf {shlex.quote(files[0])}.")
@@ -87,15 +83,11 @@ def load_llama(
     if settings.get("quantization_config"):
         method = settings["quantization_config"].get("quant_method", "an unknown method")
         raise ModelLoadError(f"{source} holds weights quantised by {method}; expected weights that are not quantised.")
-    try:
+    with load_errors(f"Cannot convert {source}", ValueError):
         phi3_config(LlamaConfig.from_dict(settings))
-    except ValueError as error:
-        raise ModelLoadError(f"Cannot convert {source}: {one_line(error)}") from error
     tokenizer = load_tokenizer_as_stored(source)
     on_step("Reading weights", 0, None)
-    model, missing = read_model(LlamaForCausalLM, "Llama", source, "auto" if dtype is None else dtype)
-    require_weights("Llama", source, missing)
-    return model, tokenizer
+    return read_model(LlamaForCausalLM, "Llama", source, "auto" if dtype is None else dtype), tokenizer
 
 
 def load_tokenizer_as_stored(source: str | Path) -> Any:
@@ -115,7 +107,5 @@ def gguf_in(source: str | Path, name: str) -> Path:
     require_place(source)
     if Path(source).is_dir():
         return Path(source) / name
-    try:
+    with load_errors(f"Cannot get {name} from {source}", OSError):
         return Path(cached_file(source, name))
-    except OSError as error:
-        raise ModelLoadError(f"Cannot get {name} from {source}: {one_line(error)}") from error

@@ -11,26 +11,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..language.from_llama import phi3_config
-from ..loading import ModelLoadError, one_line
+from ..loading import ModelLoadError, load_errors
+from ..utils.files import one_line
 
 try:
     import gguf
 except ImportError as error:
     raise ImportError('GGUF files need the extra `convert`: pip install "neuroflow-hf[convert]".') from error
 
-TENSORS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-HEAD = {"output.weight": "lm_head.weight"}  # not in files of models with tied embeddings
-LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+HEAD = "output.weight"  # not in files of models with tied embeddings
 # Keys of the architecture that are read here, or change nothing. A file with others may hold a model that computes
 # something else.
 KEYS = {
@@ -48,7 +37,6 @@ KEYS = {
     "vocab_size",
     "tensor_data_layout",
 }
-NO_SCALING = "none"
 
 # How a byte-level BPE splits a text first, by llama.cpp's name for it
 LLAMA3_SPLIT = (
@@ -76,14 +64,12 @@ def read_gguf(
     path = Path(path)
     if not path.is_file():
         raise ModelLoadError(f"There is no file {path}; expected a GGUF file.")
-    try:
+    damaged = (
+        ". It is no GGUF file, damaged or cut short, or quantised in a way that the package `gguf` does not know."
+    )
+    with load_errors(f"Cannot read {path} as GGUF", advice=damaged):
         reader = gguf.GGUFReader(path)
         values = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # damaged files raise all kinds of errors
-        raise ModelLoadError(
-            f"Cannot read {path} as GGUF: {one_line(error)}. It is no GGUF file, damaged or cut short, or quantised "
-            "in a way that the package `gguf` does not know."
-        ) from error
     names = {tensor.name: tensor for tensor in reader.tensors}
     config = read_config(path, values, names)
     tokenizer = read_tokenizer(path, values, config)
@@ -91,10 +77,8 @@ def read_gguf(
     for place, (stored, name) in enumerate(expected_tensors(path, config, names).items()):
         on_step("Reading tensors", place, len(names))
         weights[name] = read_tensor(path, names[stored], config)
-    try:
+    with load_errors(f"The tensors in {path} do not fit its settings"):
         model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
-    except Exception as error:
-        raise ModelLoadError(f"The tensors in {path} do not fit its settings: {one_line(error)}") from error
     model.generation_config = GenerationConfig.from_model_config(config)
     return model.eval(), tokenizer
 
@@ -107,8 +91,8 @@ def read_config(path: Path, values: dict[str, Any], tensors: dict[str, Any]) -> 
     if values.get("split.count", 1) > 1:
         raise ModelLoadError(f"{path} is one of {values['split.count']} parts; merge them with `llama-gguf-split`.")
     own = {name.removeprefix("llama."): value for name, value in values.items() if name.startswith("llama.")}
-    scaling = own.pop("rope.scaling.type", NO_SCALING)
-    if scaling != NO_SCALING:
+    scaling = own.pop("rope.scaling.type", "none")
+    if scaling != "none":
         raise ModelLoadError(f"{path} cannot be a Phi-3, which lacks RoPE scaling of type `{scaling}`.")
     unknown = sorted(name for name, value in own.items() if name not in KEYS and value)
     if unknown:
@@ -118,10 +102,8 @@ def read_config(path: Path, values: dict[str, Any], tensors: dict[str, Any]) -> 
         head_dim = own.get("attention.key_length", width // heads)
         sizes = {own.get(name, head_dim) for name in ("attention.value_length", "rope.dimension_count")}
         if sizes != {head_dim}:
-            raise ModelLoadError(
-                f"{path} cannot be a Phi-3 here: keys have the size {head_dim}, but values or rotations "
-                f"{', '.join(map(str, sorted(sizes - {head_dim})))}."
-            )
+            others = ", ".join(map(str, sorted(sizes - {head_dim})))
+            raise ValueError(f"keys have the size {head_dim}, but values or rotations {others}, unlike Phi-3's.")
         config = LlamaConfig(
             vocab_size=int(tensors["token_embd.weight"].shape[1]),
             hidden_size=width,
@@ -134,7 +116,7 @@ def read_config(path: Path, values: dict[str, Any], tensors: dict[str, Any]) -> 
             # the shortest decimal number that is this float32: 1e-05, not 9.999999747378752e-06
             rms_norm_eps=float(str(np.float32(own["attention.layer_norm_rms_epsilon"]))),
             rope_parameters={"rope_type": "default", "rope_theta": float(own.get("rope.freq_base", 10000.0))},
-            tie_word_embeddings=not HEAD.keys() & tensors.keys(),
+            tie_word_embeddings=HEAD not in tensors,
             bos_token_id=values.get("tokenizer.ggml.bos_token_id"),
             eos_token_id=end_tokens(values),
             pad_token_id=values.get("tokenizer.ggml.padding_token_id"),
@@ -144,7 +126,7 @@ def read_config(path: Path, values: dict[str, Any], tensors: dict[str, Any]) -> 
     except KeyError as error:
         raise ModelLoadError(f"{path} is not complete: it lacks {error}.") from error
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ModelLoadError(f"{path}: {one_line(error)}") from error
+        raise ModelLoadError(f"{path}: {one_line(error, 300)}") from error
     return config
 
 
@@ -160,10 +142,12 @@ def end_tokens(values: dict[str, Any]) -> int | list[int] | None:
 
 def expected_tensors(path: Path, config: LlamaConfig, found: dict[str, Any]) -> dict[str, str]:
     """Transformers' name for each tensor of the file; ModelLoadError for tensors that lack or are too many."""
-    names = TENSORS | ({} if config.tie_word_embeddings else HEAD)
-    for layer in range(config.num_hidden_layers):
-        for name, target in LAYER_TENSORS.items():
-            names[f"blk.{layer}.{name}.weight"] = f"model.layers.{layer}.{target}.weight"
+    with torch.device("meta"):
+        wanted = LlamaForCausalLM(config).state_dict()
+    to_gguf = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = {to_gguf.get_name(name, [".weight"]): name for name in wanted}
+    if config.tie_word_embeddings:
+        del names[HEAD]
     for what, wrong in (("lacks", names.keys() - found.keys()), ("has unknown", found.keys() - names.keys())):
         if wrong:
             hint = " RoPE scaling and biases cannot be a Phi-3's." if what == "has unknown" else ""

@@ -101,9 +101,10 @@ def significant(value: Any, digits: int = 6) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message in one line; the name of its class if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: BaseException, limit: float = math.inf) -> str:
+    """An error's message in one line, of at most `limit` characters; the name of its class if it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: int(limit) - 3] + "..."
 
 
 def report_text(report: dict) -> str:
