@@ -8,7 +8,7 @@ test.
 
 from eval.report import finding
 from neuroflow_hf.drift.grid import FIRST, LAST, MATCHED_RATE, PUBLISHED_RATE, PUBLISHED_THRESHOLD
-from neuroflow_hf.drift.metrics import column, rate_of
+from neuroflow_hf.drift.prompts import ALL
 from neuroflow_hf.drift.tables import total_of
 from neuroflow_hf.evaluation.statistics import difference_interval, mean, mean_interval, zero_failure_bound
 
@@ -182,3 +182,14 @@ def rounding_margin(report: dict) -> float:
     """The largest margin between logits that another batch shape overturned; at least `ROUNDING`."""
     noise = [entry for entry in report["noise"] if entry["kind"] == "batch"]
     return max([ROUNDING, *(margin for entry in noise for margin in column(entry, "margin") if margin is not None)])
+
+
+def column(entry: dict, name: str, task: str = ALL) -> list:
+    """A figure of an entry's prompts, of one task, or of all tasks one after the other."""
+    found = entry["prompts"]
+    return [value for part in (found if task == ALL else [task]) for value in found[part][name]]
+
+
+def rate_of(entry: dict, task: str = ALL) -> float:
+    """The share of steps bypassed, in one task or all; 0 without steps."""
+    return (total_of(entry) if task == ALL else entry["tasks"][task])["bypass_rate"] or 0.0

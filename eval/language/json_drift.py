@@ -40,8 +40,7 @@ Cases = list[tuple[list[int], JsonGrammar]]  # a prompt's token ids, and its gra
 def read_cases(path: Path, tokenizer: Any, tokens: Any) -> Cases:
     """Each prompt's token ids, in the chat template, and its grammar; ValueError for a bad line, which it names."""
     cases = []
-    for line, found in read_json_lines(path, ("prompt", "schema"), LINE):
-        where = f"{path}, line {line}"
+    for where, found in read_json_lines(path, ("prompt", "schema"), LINE):
         prompt = make_prompt({"prompt": found["prompt"], "task": CHAT}, where)
         try:
             cases.append((encode_prompt(tokenizer, prompt), JsonGrammar(found["schema"], tokens)))

@@ -1,5 +1,6 @@
 """Texts and conversations as token ids, with the tokenizer's chat template where it has one."""
 
+import itertools
 from typing import Any
 
 from jinja2 import TemplateError
@@ -49,10 +50,13 @@ def begin_messages(system: str | None) -> list[dict[str, str]]:
 
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """
-    A conversation in the tokenizer's chat template, up to the beginning of the next answer. Control tokens that occur
-    in the messages are broken up. ValueError if the template refuses the messages.
+    A conversation in the tokenizer's chat template, up to the beginning of the next answer. Control tokens in the
+    messages get a space inside, so that the model reads them as text. ValueError if the template refuses the messages.
     """
-    safe = [{**found, "content": without_control_tokens(tokenizer, found["content"])} for found in messages]
+    control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    safe = [dict(found) for found in messages]
+    for found, token in itertools.product(safe, control | set(tokenizer.all_special_tokens)):
+        found["content"] = found["content"].replace(token, f"{token[0]} {token[1:]}")
     try:
         return tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
@@ -62,11 +66,3 @@ def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 def encode_rendered(tokenizer: Any, rendered: str) -> list[int]:
     """The token ids of a rendered template, which has its own control tokens."""
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
-
-
-def without_control_tokens(tokenizer: Any, text: str) -> str:
-    """The text with a space inside each special token's string, so that the model reads it as text."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    for token in special | set(tokenizer.all_special_tokens):
-        text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, StoppingCriteria
+from transformers import Cache
 
-from ..language.bypass_config import ALWAYS, NeuroFlowBypassConfig
+from ..language.bypass_config import ALWAYS
 from ..language.bypass_state import MAX_RATE, BypassStatistics, too_low
 from ..language.calibration import end_tokens
 from ..language.speculative_decoding import LosslessCounts
@@ -51,13 +51,6 @@ class Decoding:
         if self.top_p < 1 and self.temperature == 0:
             raise ValueError("`top_p` has no effect without sampling; give a `temperature` above 0, too.")
 
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of `generate`."""
-        how: dict[str, Any] = {"do_sample": self.temperature > 0, "num_beams": 1}
-        if self.temperature > 0:
-            how |= {"temperature": float(self.temperature), "top_p": float(self.top_p), "top_k": 0}
-        return how | {"bypass": self.bypass, "lossless": self.lossless}
-
 
 @dataclass
 class Continuation:
@@ -70,17 +63,6 @@ class Continuation:
     is_cut: bool  # at the maximum number of tokens
     statistics: BypassStatistics | None = None  # None without a bypass
     lossless: LosslessCounts | None = None  # None without lossless generation
-
-
-class StopWhen(StoppingCriteria):
-    """Stop a generation after the token during which `is_wanted` became true."""
-
-    def __init__(self, is_wanted: Callable[[], bool]):
-        self.is_wanted = is_wanted
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """bool [B]"""
-        return torch.full(input_ids.shape[:1], self.is_wanted(), device=input_ids.device)
 
 
 def continue_tokens(
@@ -114,6 +96,11 @@ def continue_tokens(
     ids = torch.tensor([list(prompt)], device=model.device)
     ends = {*end_tokens(model), tokenizer.eos_token_id} - {None}
     is_dense = bool(decoding.lossless) or model.bypass_options(decoding.bypass) is None
+    how: dict[str, Any] = {"bypass": decoding.bypass, "lossless": decoding.lossless}
+    if decoding.temperature > 0:
+        how |= {"temperature": float(decoding.temperature), "top_p": float(decoding.top_p), "top_k": 0}
+    if is_stopped is not None:
+        how["stopping_criteria"] = [lambda ids, *_, **__: torch.full((len(ids),), is_stopped(), device=ids.device)]
     started = time.perf_counter()
     with quiet_transformers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The threshold .* bypassed")  # `notes_in_words` says it
@@ -124,9 +111,10 @@ def continue_tokens(
             eos_token_id=sorted(ends) or None,
             past_key_values=cache,
             streamer=streamer,
-            stopping_criteria=None if is_stopped is None else [StopWhen(is_stopped)],
+            do_sample=decoding.temperature > 0,
+            num_beams=1,
             return_dict_in_generate=True,
-            **decoding.arguments(),
+            **how,
         )
     tokens = output.sequences[0, len(prompt) :].tolist()
     return Continuation(
@@ -155,9 +143,14 @@ def notes_in_words(model: Any, found: Continuation, decoding: Decoding) -> list[
     if found.is_cut:
         lines.append(f"The text is cut at {count}, the most tokens that you allowed or that have room.")
     if found.statistics is not None:
-        options = model.bypass_options(decoding.bypass)
-        lines.append(statistics_in_words(options, found.statistics))
-        steps, rate = found.statistics.steps.item(), found.statistics.rate.item()
+        options, statistics = model.bypass_options(decoding.bypass), found.statistics
+        steps, rate, layers = statistics.steps.item(), statistics.rate.item(), ", ".join(map(str, options.layers))
+        low, middle, high = statistics.percentiles(0.1, 0.5, 0.9)
+        similarity = f"; similarity P10 {low:.3f}, P50 {middle:.3f}, P90 {high:.3f}" if low == low else ""
+        lines.append(
+            f"Bypassed {rate:.1%} of {steps} steps (gate layer {options.gate_layer}, reusing the {options.target} of "
+            f"layer {layers}, threshold {options.threshold:g}){similarity}."
+        )
         if options.threshold > ALWAYS and steps >= ENOUGH_STEPS and rate > MAX_RATE:
             lines.append(f"Warning: {too_low(options.threshold)}")
     if found.lossless is not None:
@@ -167,17 +160,6 @@ def notes_in_words(model: Any, found: Continuation, decoding: Decoding) -> list[
             f"{counts.checks} dense forwards and {counts.draft_steps} to draft."
         )
     return lines
-
-
-def statistics_in_words(options: NeuroFlowBypassConfig, statistics: BypassStatistics) -> str:
-    """Describe in a sentence how often layers were bypassed, and how similar the gate's outputs were."""
-    layers = ", ".join(map(str, options.layers))
-    low, middle, high = statistics.percentiles(0.1, 0.5, 0.9)
-    similarity = f"; similarity P10 {low:.3f}, P50 {middle:.3f}, P90 {high:.3f}" if low == low else ""
-    return (
-        f"Bypassed {statistics.rate.item():.1%} of {statistics.steps.item()} steps (gate layer {options.gate_layer}, "
-        f"reusing the {options.target} of layer {layers}, threshold {options.threshold:g}){similarity}."
-    )
 
 
 def comparison_in_words(dense: Continuation, found: Continuation) -> str:

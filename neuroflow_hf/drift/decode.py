@@ -6,7 +6,7 @@ Do not take times from batches: a layer's weights are read as soon as one row ne
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +42,19 @@ class Decoded:
     bypassed: torch.Tensor  # bool [B, n - 1], whether layers were bypassed at the steps that fed tokens 0 to n - 2
 
 
-def make_batches(rows: Sequence[Sequence[int]], batch_size: int, padding: int = 0) -> list[Batch]:
-    """Batches of at most `batch_size` rows of similar length, each row with at least `padding` padded positions."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+def make_batches(
+    rows: Sequence[Sequence[int]], batch_size: int, padding: int = 0, indices: Iterable[int] | None = None
+) -> list[Batch]:
+    """
+    Batches of at most `batch_size` rows of similar length, each row with at least `padding` padded positions; of all
+    rows, or those at `indices`.
+    """
+    order = sorted(range(len(rows)) if indices is None else indices, key=lambda index: len(rows[index]))
     batches = []
     for begin in range(0, len(order), batch_size):
-        indices = order[begin : begin + batch_size]
-        ids, mask = padded_left([rows[index] for index in indices])
-        batches.append(Batch(indices, pad(ids, (padding, 0), value=PADDING), pad(mask, (padding, 0))))
+        chosen = order[begin : begin + batch_size]
+        ids, mask = padded_left([rows[index] for index in chosen])
+        batches.append(Batch(chosen, pad(ids, (padding, 0), value=PADDING), pad(mask, (padding, 0))))
     return batches
 
 
@@ -88,10 +93,9 @@ def decode(
         return_dict_in_generate=True,
     )
     tokens, state = output.sequences[:, batch.ids.shape[1] :].cpu(), find_state(output.past_key_values)
-    fed = tokens.shape[1] - 1
-    bypassed = torch.zeros(len(tokens), fed, dtype=torch.bool)
-    if state is not None and fed:
-        bypassed = state.statistics().bypassed_mask[:, -fed:].cpu()
+    bypassed = torch.zeros(len(tokens), tokens.shape[1] - 1, dtype=torch.bool)
+    if state is not None and bypassed.numel():
+        bypassed = state.statistics().bypassed_mask[:, -bypassed.shape[1] :].cpu()
     return Decoded(tokens, bypassed)
 
 
@@ -172,15 +176,15 @@ class DriftBench:
         model: Any,
         rows: Sequence[Sequence[int]],
         tasks: Sequence[str],
-        new_tokens: int = 64,
-        forced_tokens: int = 16,
-        batch_size: int = 64,
+        new_tokens: int,
+        forced_tokens: int,
+        batch_size: int,
         ends: Collection[int] = (),
         on_prompts: Callable[[int], None] = lambda done: None,
     ):
         self.model, self.rows, self.tasks = model, rows, tasks
-        self.new_tokens, self.batch_size, self.ends, self.on_prompts = new_tokens, batch_size, ends, on_prompts
-        self.forced_tokens = forced_tokens
+        self.new_tokens, self.forced_tokens, self.batch_size = new_tokens, forced_tokens, batch_size
+        self.ends, self.on_prompts = ends, on_prompts
         self.batches = self.make_batches(batch_size)
         self.dense: list[DenseAnswer] = [None] * len(rows)
         for batch in self.each(self.batches):
@@ -199,10 +203,8 @@ class DriftBench:
         is predicted by the part that is fed densely.
         """
         cut = -1 - self.forced_tokens
-        indices = range(len(self.rows)) if indices is None else indices
-        batches = make_batches([self.rows[index] for index in indices], batch_size, padding)
+        batches = make_batches(self.rows, batch_size, padding, indices)
         for batch in batches:
-            batch.indices = [indices[place] for place in batch.indices]
             batch.opening = Batch(batch.indices, batch.ids[:, :cut], batch.mask[:, :cut])
         return batches
 

@@ -39,17 +39,6 @@ class Configuration:
         words.append(f"threshold {bypass.threshold:g}" if self.asked_rate is None else f"for {self.asked_rate:.0%}")
         return ", ".join(words)
 
-    def to_dict(self) -> dict:
-        """The fields of a report's entry that describe the configuration."""
-        return {
-            "name": self.name,
-            "pair": self.pair,
-            "guarded": self.bypass.is_guarded,
-            "inverted": self.bypass.is_inverted,
-            "asked_rate": self.asked_rate,
-            "options": self.options,
-        }
-
 
 def scaled_pairs(num_layers: int) -> dict[str, tuple[int, int]]:
     """
@@ -84,11 +73,6 @@ def thresholds_for_rates(steps: Sequence[tuple[float, float]]) -> dict[str, floa
     allowed = [value if entropy <= GUARD_ENTROPY else ALWAYS for value, entropy in steps]
     found = {f"{rate:g}": threshold_for_rate(similarity, rate) for rate in RATES}
     return found | {"guarded": threshold_for_rate(allowed, MATCHED_RATE)}
-
-
-def gate_layers(num_layers: int) -> tuple[int, int]:
-    """The layers of which `full_grid` needs thresholds: the published gate, and that of the inverted control."""
-    return scaled_pairs(num_layers)[FIRST]
 
 
 def full_grid(num_layers: int, thresholds: dict[int, dict[str, float]]) -> list[Configuration]:

@@ -51,10 +51,6 @@ class JsonGrammar:
         if self.matcher.is_error():
             raise ValueError(f"The schema {shown} cannot be used: {self.matcher.get_error().splitlines()[0]}.")
 
-    def allowed(self) -> torch.Tensor:
-        """Which tokens may come next, bool [V]; after the end of the JSON only the end token."""
-        return torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8) > 0
-
     def advance(self, token: int):
         """Add a token; ValueError for one that is not allowed. Tokens after the end are padding."""
         if not self.matcher.is_stopped() and not self.matcher.consume_token(token):
@@ -100,5 +96,6 @@ class JsonSchemaProcessor(LogitsProcessor):
             for grammar, token in zip(self.grammars, input_ids[:, -1].tolist(), strict=True):
                 grammar.advance(token)
         self.has_begun = True
-        allowed = torch.stack([grammar.allowed() for grammar in self.grammars])
-        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+        biases = [bytearray(grammar.matcher.compute_logit_bias()) for grammar in self.grammars]  # 0: not allowed
+        refused = torch.stack([torch.frombuffer(bias, dtype=torch.uint8) == 0 for bias in biases])
+        return scores.masked_fill(refused.to(scores.device), -torch.inf)

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -11,12 +11,6 @@ import torch
 from ..evaluation.statistics import bootstrap_interval, mean, mean_interval, quantile, zero_failure_bound
 from ..utils.files import significant
 from .prompts import ALL, order_tasks
-
-# fields of `PromptRecord` that a report keeps of each prompt
-COLUMNS = (
-    *("drift", "first_divergence", "margin", "forced_steps", "forced_divergent"),
-    *("dense_nll", "nll", "steps", "bypassed"),
-)
 
 
 def first_divergence(dense: Sequence[int], other: Sequence[int]) -> int | None:
@@ -94,6 +88,10 @@ class PromptRecord:
     bypassed: int = 0  # number of these steps that were bypassed
 
 
+# what a report keeps of each prompt
+COLUMNS = tuple(field.name for field in fields(PromptRecord) if field.name not in ("task", "kl"))
+
+
 def columns(records: Sequence[PromptRecord]) -> dict[str, dict[str, list]]:
     """For each task and each of `COLUMNS`, the values of all prompts, rounded to 6 significant digits."""
     return {
@@ -167,17 +165,3 @@ def perplexity(records: Sequence[PromptRecord], **bootstrap) -> dict:
 def share(part: float, whole: float) -> float | None:
     """`part / whole`; None if `whole` is 0."""
     return part / whole if whole else None
-
-
-# --- a report's entries ----------------------------------------------------------------------------------------------
-
-
-def column(entry: dict, name: str, task: str = ALL) -> list:
-    """One of `COLUMNS` of a report's entry, for the prompts of one task, or of all tasks one after the other."""
-    found = entry["prompts"]
-    return [value for part in (found if task == ALL else [task]) for value in found[part][name]]
-
-
-def rate_of(entry: dict, task: str = ALL) -> float:
-    """The share of steps bypassed, in one task or all."""
-    return share(sum(column(entry, "bypassed", task)), sum(column(entry, "steps", task))) or 0.0

@@ -4,13 +4,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ..utils.plots import BASELINE_HELD, OURS, tidy, titled_figure
-from .metrics import rate_of
-from .tables import entries_of, tasks_of
+from ..utils.tables import number
 
 
 def plot_drift(report: dict) -> Figure:
     """Drift with its 95 % interval: a panel for each task, a row for each configuration, the noise floor first."""
-    tasks, entries = tasks_of(report), entries_of(report)[::-1]
+    tasks, entries = report["prompts"]["of_task"], [*report["noise"], *report["configurations"]][::-1]
     rows = range(len(entries))
     title = "Share of tokens that differ from the dense model's text, with 95 % intervals"
     figure = titled_figure(title, 2.6 * len(tasks) + 3.4, 0.32 * len(entries) + 1.5)
@@ -22,7 +21,7 @@ def plot_drift(report: dict) -> Figure:
             panel.plot(figures["drift_interval"], (row, row), color=colour, linewidth=2, solid_capstyle="butt")
             panel.plot(figures["drift"], row, "o", color=colour, markersize=5, clip_on=False)
             if "options" in entry:
-                label = f"{rate_of(entry, task):.0%} bypassed"
+                label = f"{number(figures['bypass_rate'], '.0%')} bypassed"
                 panel.text(1.02, row, label, va="center", fontsize=7, color=BASELINE_HELD)
         panel.set_title(task, loc="left", fontsize=11)
         tidy(panel)

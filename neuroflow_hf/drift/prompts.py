@@ -6,8 +6,7 @@ continue. One of the task `chat` is a user's message: a model reads it in its ch
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,34 +46,33 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if path.suffix == ".txt":
         prompts = [Prompt(text) for _, text in read_lines(path)]
     else:
-        prompts = [
-            make_prompt(found, f"{path}, line {number}") for number, found in read_json_lines(path, ("prompt",), LINE)
-        ]
+        prompts = [make_prompt(found, where) for where, found in read_json_lines(path, ("prompt",), LINE)]
     if not prompts:
         raise ValueError(f"{path} holds no prompts; expected at least one line.")
     return prompts
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of each line that is not blank; ValueError for one that is not UTF-8."""
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Place, for errors, and text of each line that is not blank; ValueError for one that is not UTF-8."""
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        where = f"{path}, line {number}"
         try:
             text = line.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}).") from error
+            raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}).") from error
         if text.strip():
-            yield number, text
+            yield where, text
 
 
-def read_json_lines(path: Path, names: Sequence[str], example: str) -> Iterator[tuple[int, dict]]:
+def read_json_lines(path: Path, names: Sequence[str], example: str) -> Iterator[tuple[str, dict]]:
     """
-    Number and object of each line of a file of JSON lines.
+    Place, for errors, and object of each line of a file of JSON lines.
 
     Raises:
         ValueError: for a line that is not an object with all of `names`; the message shows `example`.
     """
-    for number, text in read_lines(path):
-        where, expected = f"{path}, line {number}", f"expected an object such as {example}."
+    expected = f"expected an object such as {example}."
+    for where, text in read_lines(path):
         try:
             found = json.loads(text)
         except ValueError as error:
@@ -84,7 +82,7 @@ def read_json_lines(path: Path, names: Sequence[str], example: str) -> Iterator[
         for name in names:
             if name not in found:
                 raise ValueError(f"{where}: `{name}` is missing; {expected}")
-        yield number, found
+        yield where, found
 
 
 def make_prompt(found: dict, where: str) -> Prompt:
@@ -103,18 +101,11 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     return encode_text(tokenizer, prompt.text, raw=prompt.task != CHAT)
 
 
-def order_tasks(tasks) -> list[str]:
+def order_tasks(tasks: Iterable[str]) -> list[str]:
     """Each task once: those of `TASKS` first, then the others in order of appearance."""
-    found = list(dict.fromkeys(tasks))
-    return [task for task in TASKS if task in found] + [task for task in found if task not in TASKS]
+    return sorted(dict.fromkeys(tasks), key=lambda task: TASKS.index(task) if task in TASKS else len(TASKS))
 
 
 def first_of_each(tasks: Sequence[str], count: int | None) -> list[int]:
     """The indices of the first `count` prompts of each task; all for None."""
-    seen: Counter = Counter()
-    kept = []
-    for index, task in enumerate(tasks):
-        seen[task] += 1
-        if count is None or seen[task] <= count:
-            kept.append(index)
-    return kept
+    return [index for index, task in enumerate(tasks) if count is None or tasks[:index].count(task) < count]

@@ -9,6 +9,7 @@ Measure the token drift of bypasses: continue prompts densely and with bypasses,
 The report is written after each configuration, and an interrupted run continues.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -25,17 +26,17 @@ from ..utils.files import report_text, write_whole
 from ..utils.provenance import checkout_commit, dtype_name, fingerprint, machine_and_versions
 from .decode import DriftBench
 from .grid import (
+    FIRST,
     Configuration,
     full_grid,
-    gate_layers,
     own_configuration,
+    scaled_pairs,
     thresholds_for_rates,
     weights_left_out,
 )
 from .metrics import columns, summarise_tasks
 from .prompts import Prompt, encode_prompt, first_of_each, order_tasks
 
-OnStep = Callable[[str, int, int], None]
 LEAST = {"new_tokens": 2, "forced_tokens": 1, "batch_size": 1, "few": 1, "max_prompt_tokens": 1, "samples": 1}
 OTHER_DTYPE = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -61,16 +62,6 @@ class DriftSettings:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a whole number of at least {least}.")
-
-
-def prompt_limit(config, settings: DriftSettings) -> int:
-    """The maximum number of tokens of a prompt that leaves room for new ones; a ValueError if there is no room."""
-    room = config.max_position_embeddings
-    if config.rope_parameters["rope_type"] == "longrope":
-        room = min(room, config.original_max_position_embeddings)  # beyond, texts are fed again
-    if settings.new_tokens >= room:
-        raise ValueError(f"`new_tokens` is {settings.new_tokens}; the model has room for {room} with the prompt.")
-    return min(settings.max_prompt_tokens, room - settings.new_tokens)
 
 
 class DriftEvaluation:
@@ -106,14 +97,21 @@ class DriftEvaluation:
         settings: DriftSettings | None = None,
         own: Sequence[dict] | None = None,
         fresh: bool = False,
-        on_step: OnStep | None = None,
+        on_step: Callable[[str, int, int], None] = lambda *_: None,
         names: dict | None = None,
     ):
         if not prompts:
             raise ValueError("There are no prompts; expected at least one.")
         self.model, self.path, self.on_step = model, path, on_step
         self.settings, names = settings or DriftSettings(), names or {}
-        limit = prompt_limit(model.config, self.settings)
+        room = model.config.max_position_embeddings
+        if model.config.rope_parameters["rope_type"] == "longrope":
+            room = min(room, model.config.original_max_position_embeddings)  # beyond, texts are fed again
+        if self.settings.new_tokens >= room:
+            raise ValueError(
+                f"`new_tokens` is {self.settings.new_tokens}; the model has room for {room} with the prompt."
+            )
+        limit = min(self.settings.max_prompt_tokens, room - self.settings.new_tokens)
         whole, tasks = [encode_prompt(tokenizer, prompt) for prompt in prompts], [prompt.task for prompt in prompts]
         rows = [row[-limit:] for row in whole]
         self.rows, self.tasks, self.few = rows, tasks, first_of_each(tasks, self.settings.few)
@@ -139,19 +137,13 @@ class DriftEvaluation:
             },
             **machine_and_versions(str(model.device)),
         }
-        self.report = self.begin(conditions, fresh)
+        self.report = {**conditions, "commits": [], "gates": {}, "noise": [], "configurations": []}
+        if not fresh and path.exists():
+            with contextlib.suppress(ValueError, AttributeError):  # a damaged file is begun anew
+                before = json.loads(path.read_text(encoding="utf-8"))
+                if conditions.items() <= before.items():
+                    self.report = before
         self.report["command"] = names.get("command")
-
-    def begin(self, conditions: dict, fresh: bool) -> dict:
-        """The report in the file if its conditions are the same; else an empty one."""
-        if not fresh and self.path.exists():
-            try:
-                before = json.loads(self.path.read_text(encoding="utf-8"))
-            except ValueError:
-                before = {}
-            if isinstance(before, dict) and all(before.get(name) == value for name, value in conditions.items()):
-                return before
-        return {**conditions, "commits": [], "gates": {}, "noise": [], "configurations": []}
 
     @functools.cached_property
     def bench(self) -> DriftBench:
@@ -161,15 +153,14 @@ class DriftEvaluation:
         return DriftBench(self.model, self.rows, self.tasks, *sizes, end_tokens(self.model), self.on_prompts)
 
     def start_step(self, what: str, done: int = 0, total: int | None = None):
-        """Report the start of a step with `done` of `total` prompts finished; default: of all."""
+        """Report the start of a step with `done` of `total` (default: all) prompts finished."""
         self.step = what, done, len(self.rows) if total is None else total
         self.on_prompts(0)
 
     def on_prompts(self, count: int):
         """Report that `count` prompts of the current step are finished."""
         what, done, total = self.step
-        if self.on_step is not None:
-            self.on_step(what, done + count, total)
+        self.on_step(what, done + count, total)
 
     def save(self):
         """Write the report, and add the current commit to it."""
@@ -191,7 +182,7 @@ class DriftEvaluation:
         if self.own is not None:
             return self.own
         gates = self.report["gates"]
-        for layer in gate_layers(self.layers):
+        for layer in scaled_pairs(self.layers)[FIRST]:  # the published gate, and that of the inverted control
             if str(layer) not in gates:
                 bench = self.bench
                 self.start_step(f"similarity at layer {layer}")
@@ -223,15 +214,23 @@ class DriftEvaluation:
 
     def measure(self, configurations: Sequence[Configuration]):
         """Measure the configurations that the report lacks."""
-        done = {entry["name"] for entry in self.report["configurations"]}
-        prompts = len(self.rows)
+        done, prompts = {entry["name"] for entry in self.report["configurations"]}, len(self.rows)
         for number, configuration in enumerate(configurations):
             if configuration.name in done:
                 continue
             progress = number * prompts, len(configurations) * prompts
             figures = self.figures(configuration.name, configuration.options, *progress)
-            left_out = {"weights_left_out": weights_left_out(self.model, configuration.bypass)}
-            self.report["configurations"].append(configuration.to_dict() | left_out | figures)
+            bypass = configuration.bypass
+            entry = {
+                "name": configuration.name,
+                "pair": configuration.pair,
+                "guarded": bypass.is_guarded,
+                "inverted": bypass.is_inverted,
+                "asked_rate": configuration.asked_rate,
+                "options": configuration.options,
+                "weights_left_out": weights_left_out(self.model, bypass),
+            }
+            self.report["configurations"].append(entry | figures)
             self.save()
         order = {configuration.name: number for number, configuration in enumerate(configurations)}
         self.report["configurations"].sort(key=lambda entry: order.get(entry["name"], len(order)))

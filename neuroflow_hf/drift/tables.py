@@ -1,32 +1,21 @@
 """Tables of a drift report, for the terminal and for Markdown."""
 
 from ..utils.tables import Table, markdown_table, number, with_interval
-from .prompts import ALL, order_tasks
-
-
-def tasks_of(report: dict) -> list[str]:
-    """The tasks of a report's prompts, in order."""
-    return order_tasks(report["prompts"]["of_task"])
-
-
-def entries_of(report: dict) -> list[dict]:
-    """The noise floor and the configurations, in the order shown."""
-    return [*report["noise"], *report["configurations"]]
+from .prompts import ALL
 
 
 def total_of(entry: dict) -> dict:
-    """An entry's figures over all tasks."""
-    tasks = entry["tasks"]
-    return tasks[ALL] if ALL in tasks else next(iter(tasks.values()))
+    """An entry's figures over all tasks; a single one has no sum."""
+    return entry["tasks"].get(ALL) or next(iter(entry["tasks"].values()))
 
 
 def summary_table(report: dict) -> Table:
     """A row for each entry, with drift by task, and other figures over all prompts."""
-    tasks = tasks_of(report)
+    tasks = report["prompts"]["of_task"]
     headers = ["configuration", "threshold", "steps bypassed", *(f"drift: {task}" for task in tasks)]
     headers += ["top-1 differs", "KL", "perplexity"]
     rows = []
-    for entry in entries_of(report):
+    for entry in [*report["noise"], *report["configurations"]]:
         total, of_task = total_of(entry), entry["tasks"]
         options = entry.get("options")
         rows.append(
@@ -65,10 +54,5 @@ def description(report: dict) -> str:
 
 def drift_markdown(report: dict) -> str:
     """The whole report in Markdown."""
-    parts = [
-        "# Token drift",
-        description(report),
-        f"`{report['command']}`" if report["command"] else "",
-        markdown_table(summary_table(report)),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    command = f"`{report['command']}`\n\n" if report["command"] else ""
+    return f"# Token drift\n\n{description(report)}\n\n{command}{markdown_table(summary_table(report))}\n"

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuroflow_hf.drift.grid import (
+    FIRST,
     full_grid,
-    gate_layers,
     own_configuration,
     scaled_pairs,
     thresholds_for_rates,
@@ -214,7 +214,7 @@ def test_published_layers_in_the_models_proportions():
 
 def test_the_grid_compares_all_kinds_at_one_rate():
     steps = [(1 - place / 100, place / 20) for place in range(100)]  # similarity, entropy
-    thresholds = {layer: thresholds_for_rates(steps) for layer in gate_layers(8)}
+    thresholds = {layer: thresholds_for_rates(steps) for layer in scaled_pairs(8)[FIRST]}
     grid = full_grid(8, thresholds)
     assert len({configuration.name for configuration in grid}) == len(grid) == 10
     of_kind = {
