@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from ..conversion.smollm2 import NAME, smollm2_folder
-from ..drift.calibrate import PROMPTS, calibrate, is_calibrated, with_threshold
+from ..drift.calibrate import PROMPTS, with_threshold
 from ..drift.chat_template import encode_text
 from ..drift.continuation import Decoding, comparison_in_words, continue_tokens, figures_in_words
 from ..loading import load_language_model
@@ -46,11 +46,10 @@ def text_tab(jobs: Jobs, source: str | Path, device: str):
                 raise ValueError("The prompt is empty; expected some text.")
             model, tokenizer = fetch(on_step)
             own = {"rate": rate, "target": target}
-            if not is_calibrated(model, own):
-                show = functools.partial(on_step, "choosing the threshold", total=len(PROMPTS))
-                calibrate(model, tokenizer, on_prompts=show)
+            show = functools.partial(on_step, "choosing the threshold", total=len(PROMPTS))
+            own = with_threshold(model, tokenizer, own, on_prompts=show)
             ids, most = encode_text(tokenizer, prompt), min(int(most), MOST_TOKENS)
-            ways = {"dense": Decoding(most), "bypass": Decoding(most, bypass=with_threshold(model, own))}
+            ways = {"dense": Decoding(most), "bypass": Decoding(most, bypass=own)}
             continue_tokens(model, tokenizer, ids, Decoding(2))  # warm up
             dense, bypassed = found = [
                 continue_tokens(model, tokenizer, ids, way, is_stopped=counter(name, most, on_step))

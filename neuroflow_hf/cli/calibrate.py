@@ -1,6 +1,7 @@
 """`neuroflow calibrate`: measure what a bypass's gate sees on a checkpoint, and keep it in the checkpoint."""
 
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -52,15 +53,17 @@ def calibrate(
         if set(own) - {"gate_layer"} and "rate" not in own:
             raise ValueError("These bypass options are written with a threshold; give the --rate that it is for.")
 
-        from ..drift.calibrate import PROMPTS, calibrate, calibrated_folder, with_threshold, write_calibration
+        from ..drift.calibrate import PROMPTS, calibrate, with_threshold, write_calibration
         from ..drift.prompts import read_prompts
         from ..language.bypass_config import NeuroFlowBypassConfig
         from ..loading import dtype_named, load_language_model
+        from ..utils.files import new_folder
 
         weights_dtype = dtype_named(dtype)
         texts = [prompt.text for prompt in read_prompts(prompts)] if prompts else PROMPTS
         source = language_model(model)
-        with calibrated_folder(source, out) as folder:
+        in_place = out.exists() and Path(source).exists() and out.samefile(source)
+        with nullcontext(Path(source)) if in_place else new_folder(out) as folder:
             loaded, tokenizer = load_language_model(source, weights_dtype, device)
             checked = NeuroFlowBypassConfig.from_options(loaded.config.bypass, **own)
             checked.resolve_layers(loaded.config.num_hidden_layers)
@@ -68,7 +71,7 @@ def calibrate(
                 show = functools.partial(progress.show, "calibrate", total=len(texts))
                 calibrate(loaded, tokenizer, texts, own.get("gate_layer"), new_tokens, raw, on_prompts=show)
             if "rate" in own:
-                loaded.config.bypass = {**(loaded.config.bypass or {}), **with_threshold(loaded, own)}
+                loaded.config.bypass = {**(loaded.config.bypass or {}), **with_threshold(loaded, tokenizer, own)}
             write_calibration(source, folder, loaded.config)
         found = loaded.config.bypass_similarities[str(checked.gate_layer)]
         low, middle, high = (found[percent] for percent in (10, 50, 90))

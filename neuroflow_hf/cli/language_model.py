@@ -1,6 +1,5 @@
 """Which language model a command loads, and how the model generates."""
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,19 +31,19 @@ def with_own_threshold(model: Any, tokenizer: Any, own: dict, raw: bool = False)
     Bypass options with a threshold in place of a rate. A checkpoint without the similarities that this needs is
     calibrated on a few built-in prompts first, with a message on stderr. ValueError for wrong options.
     """
-    from ..drift.calibrate import PROMPTS, calibrate, is_calibrated, with_threshold
+    from ..drift.calibrate import PROMPTS, with_threshold
 
-    if not is_calibrated(model, own):
-        typer.echo(
-            f"Measuring the checkpoint's similarities on {len(PROMPTS)} built-in prompts, to choose the threshold. "
-            "`neuroflow calibrate` keeps them.",
-            err=True,
-        )
-        with CommandProgress("prompts") as progress:
-            gate_layer = own.get("gate_layer")
-            show = functools.partial(progress.show, "calibrate", total=len(PROMPTS))
-            calibrate(model, tokenizer, gate_layer=gate_layer, raw=raw, on_prompts=show)
-    return with_threshold(model, own)
+    def show(done: int):
+        if not done:
+            typer.echo(
+                f"Measuring the checkpoint's similarities on {len(PROMPTS)} built-in prompts, to choose the threshold."
+                " `neuroflow calibrate` keeps them.",
+                err=True,
+            )
+        progress.show("calibrate", done, len(PROMPTS))
+
+    with CommandProgress("prompts") as progress:
+        return with_threshold(model, tokenizer, own, raw, show)
 
 
 def load_with_decoding(how: dict, own: dict, raw: bool = False) -> tuple[Any, Any, "Decoding"]:

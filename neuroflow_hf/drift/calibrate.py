@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from huggingface_hub import snapshot_download
 
 from ..language.bypass_config import NeuroFlowBypassConfig
 from ..loading import quiet_transformers
-from ..utils.files import new_folder, report_text, write_whole
+from ..utils.files import report_text, write_whole
 from .chat_template import encode_text
 
 # of several kinds, since similarities depend on the text
@@ -58,33 +57,29 @@ def calibrate(
         model.calibrate_bypass(rows, gate_layer, new_tokens, on_prompts=on_prompts)
 
 
-def is_calibrated(model: Any, options: dict) -> bool:
+def with_threshold(
+    model: Any,
+    tokenizer: Any,
+    options: dict,
+    raw: bool = False,
+    on_prompts: Callable[[int], object] = lambda done: None,
+) -> dict:
     """
-    Whether the model's configuration has what these options need: a rate needs the gate layer's similarities.
+    The options of a bypass with the threshold that the model's similarities give for their rate. A model without them
+    is calibrated first: `on_prompts` is called with 0, and then as in `calibrate`, of whose arguments `raw` is one.
 
     Raises:
         ValueError: for options that do not exist or are out of range.
     """
     asked = NeuroFlowBypassConfig.from_options(model.config.bypass, **options)
     asked.resolve_layers(model.config.num_hidden_layers)
-    return asked.rate is None or str(asked.gate_layer) in (model.config.bypass_similarities or {})
-
-
-def with_threshold(model: Any, options: dict) -> dict:
-    """The options of a bypass with the threshold that the model's similarities give for their rate."""
+    if asked.rate is not None and str(asked.gate_layer) not in (model.config.bypass_similarities or {}):
+        on_prompts(0)
+        calibrate(model, tokenizer, gate_layer=asked.gate_layer, raw=raw, on_prompts=on_prompts)
     if "rate" not in options:
         return options
     kept = {name: value for name, value in options.items() if name != "rate"}
     return {**kept, "threshold": model.bypass_options(options).threshold}
-
-
-def calibrated_folder(source: str | Path, out: Path) -> AbstractContextManager[Path]:
-    """
-    The folder to write a calibrated checkpoint into: `source` itself, or a new one that becomes `out` at the end.
-    Enter it before the model is loaded: FileExistsError for a folder that is neither the checkpoint nor empty.
-    """
-    is_same = out.exists() and Path(source).exists() and out.samefile(source)
-    return nullcontext(Path(source)) if is_same else new_folder(out)
 
 
 def write_calibration(source: str | Path, folder: Path, config: Any):

@@ -35,7 +35,6 @@ class Conversation:
         if tokenizer.chat_template is None:
             raise ValueError("This tokenizer has no chat template. Use `neuroflow generate` to continue a text.")
         self.model, self.tokenizer, self.decoding, self.system = model, tokenizer, decoding, system
-        self.room: int = model.config.max_position_embeddings
         self.reset()
 
     def reset(self):
@@ -43,13 +42,6 @@ class Conversation:
         self.messages = begin_messages(self.system)
         self.rendered, self.tokens = "", []  # the conversation as text and as token ids
         self.cache: Cache | None = None
-
-    def encode(self, rendered: str) -> list[int]:
-        """Token ids of the rendered conversation. Earlier tokens are kept, unless the text before them changed."""
-        if self.tokens and rendered.startswith(self.rendered):
-            return self.tokens + encode_rendered(self.tokenizer, rendered[len(self.rendered) :])
-        self.cache = None  # the template changed earlier messages
-        return encode_rendered(self.tokenizer, rendered)
 
     def ask(
         self, text: str, streamer: Any = None, is_stopped: Callable[[], bool] | None = None
@@ -73,11 +65,15 @@ class Conversation:
         require_unicode(text)
         messages = [*self.messages, {"role": "user", "content": text}]
         rendered = render(self.tokenizer, messages)
-        tokens = self.encode(rendered)
-        if self.room - len(tokens) < LEAST_ROOM:
+        if self.tokens and rendered.startswith(self.rendered):
+            tokens = self.tokens + encode_rendered(self.tokenizer, rendered[len(self.rendered) :])
+        else:  # the template changed earlier messages
+            self.cache, tokens = None, encode_rendered(self.tokenizer, rendered)
+        room = self.model.config.max_position_embeddings
+        if room - len(tokens) < LEAST_ROOM:
             raise ValueError(
                 f"The conversation is full: with this message it has {len(tokens)} tokens, and the model has room for "
-                f"{self.room}, of which an answer needs {LEAST_ROOM}."
+                f"{room}, of which an answer needs {LEAST_ROOM}."
             )
         cache, self.cache = self.cache, None  # after an error, layers of the cache may differ in length
         found = continue_tokens(self.model, self.tokenizer, tokens, self.decoding, cache, streamer, is_stopped)

@@ -20,6 +20,7 @@ from ..language.bypass_state import find_state
 from ..language.calibration import PADDING, cut_at_end, gate_similarities, padded_left
 from .metrics import PromptRecord, compare_steps, first_divergence, negative_log_likelihood, position_drift
 
+OnPrompts = Callable[[int], object]
 FED_WITH_BYPASS = 2  # prompt tokens: a step of several is dense, and the gate compares the next one with its last
 
 
@@ -56,6 +57,15 @@ def make_batches(
         ids, mask = padded_left([rows[index] for index in chosen])
         batches.append(Batch(chosen, pad(ids, (padding, 0), value=PADDING), pad(mask, (padding, 0))))
     return batches
+
+
+def each(batches: Sequence[Batch], on_prompts: OnPrompts) -> Iterator[Batch]:
+    """Yield the batches, and report the number of finished prompts after each."""
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch.indices)
+        on_prompts(done)
 
 
 def decode(
@@ -180,14 +190,13 @@ class DriftBench:
         forced_tokens: int,
         batch_size: int,
         ends: Collection[int] = (),
-        on_prompts: Callable[[int], None] = lambda done: None,
+        on_prompts: OnPrompts = lambda done: None,
     ):
         self.model, self.rows, self.tasks = model, rows, tasks
-        self.new_tokens, self.forced_tokens, self.batch_size = new_tokens, forced_tokens, batch_size
-        self.ends, self.on_prompts = ends, on_prompts
+        self.new_tokens, self.forced_tokens, self.batch_size, self.ends = new_tokens, forced_tokens, batch_size, ends
         self.batches = self.make_batches(batch_size)
         self.dense: list[DenseAnswer] = [None] * len(rows)
-        for batch in self.each(self.batches):
+        for batch in each(self.batches, on_prompts):
             feed_densely(model, batch)
             confidence = Confidence()
             free = decode(model, batch, new_tokens, False, confidence, ends)
@@ -208,14 +217,6 @@ class DriftBench:
             batch.opening = Batch(batch.indices, batch.ids[:, :cut], batch.mask[:, :cut])
         return batches
 
-    def each(self, batches: Sequence[Batch]) -> Iterator[Batch]:
-        """Yield the batches, and report each one as finished when the next one is asked for."""
-        done = 0
-        for batch in batches:
-            yield batch
-            done += len(batch.indices)
-            self.on_prompts(done)
-
     def force(self, model, batch: Batch, bypass: dict | bool) -> torch.Tensor:
         """The logits [B, n, V] that predict the n scored tokens."""
         if not self.forced_tokens:
@@ -225,15 +226,19 @@ class DriftBench:
         return torch.stack(forced.logits, dim=1)[:, 1:]
 
     def measure(
-        self, bypass: dict | bool, model=None, batches: Sequence[Batch] | None = None
+        self,
+        bypass: dict | bool,
+        model=None,
+        batches: Sequence[Batch] | None = None,
+        on_prompts: OnPrompts = lambda done: None,
     ) -> dict[int, PromptRecord]:
         """
         Compare one configuration, options of [`NeuroFlowBypassConfig`] or False for dense, with dense on each prompt,
         by its index. `model` may be a copy in another dtype, and `batches`, of `make_batches`, of another size or of
-        some prompts.
+        some prompts. `on_prompts` is called as in the class.
         """
         model, records = model or self.model, {}
-        for batch in self.each(self.batches if batches is None else batches):
+        for batch in each(self.batches if batches is None else batches, on_prompts):
             free = decode(model, batch, self.new_tokens, bypass, ends=self.ends)
             logits = self.force(model, batch, bypass)
             for row, index in enumerate(batch.indices):

@@ -148,19 +148,18 @@ class DriftEvaluation:
     @functools.cached_property
     def bench(self) -> DriftBench:
         """The prompts with the dense model's answers, generated at first use."""
-        self.start_step("dense")
         sizes = (self.settings.new_tokens, self.forced_tokens, self.settings.batch_size)
-        return DriftBench(self.model, self.rows, self.tasks, *sizes, end_tokens(self.model), self.on_prompts)
+        show = self.start_step("dense")
+        return DriftBench(self.model, self.rows, self.tasks, *sizes, end_tokens(self.model), show)
 
-    def start_step(self, what: str, done: int = 0, total: int | None = None):
-        """Report the start of a step with `done` of `total` (default: all) prompts finished."""
-        self.step = what, done, len(self.rows) if total is None else total
-        self.on_prompts(0)
-
-    def on_prompts(self, count: int):
-        """Report that `count` prompts of the current step are finished."""
-        what, done, total = self.step
-        self.on_step(what, done + count, total)
+    def start_step(self, what: str, done: int = 0, total: int | None = None) -> Callable[[int], None]:
+        """
+        Report the start of a step with `done` of `total` (default: all) prompts finished. Returns what to call with
+        the number of prompts that are finished in this step.
+        """
+        total = len(self.rows) if total is None else total
+        self.on_step(what, done, total)
+        return lambda count: self.on_step(what, done + count, total)
 
     def save(self):
         """Write the report, and add the current commit to it."""
@@ -172,8 +171,8 @@ class DriftEvaluation:
     def figures(self, name: str, bypass: dict | bool, done: int = 0, total: int | None = None, **how) -> dict:
         """The figures of one configuration, over all prompts."""
         bench = self.bench
-        self.start_step(name, done, total)
-        records = [record for _, record in sorted(bench.measure(bypass, **how).items())]
+        found = bench.measure(bypass, on_prompts=self.start_step(name, done, total), **how)
+        records = [record for _, record in sorted(found.items())]
         bootstrap = {"samples": self.settings.samples, "seed": self.settings.seed}
         return {"tasks": summarise_tasks(records, **bootstrap), "prompts": columns(records)}
 
