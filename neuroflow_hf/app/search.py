@@ -15,8 +15,8 @@ from ..archive.query import load_for_texts, text_query
 from ..archive.search import search_index
 from ..archive.sheet import CELL, clock, moment_picture, require_unchanged, span
 from ..loading import load_model
-from ..video.label_records import percent
 from ..video.reader import VideoError, bundled_clip, labelled_clip
+from ..video.records import percent
 from .parts import IN_TURN, Jobs, OnStep, two_buttons
 
 MOST_MOMENTS = 24

@@ -11,19 +11,12 @@ from urllib.parse import quote
 import gradio as gr
 
 from ..loading import load_model_with_labels
+from ..utils.tables import Table
+from ..video import run_tables
 from ..video.labels import parse_labels
 from ..video.overlay import LEGEND
 from ..video.reader import VideoError, VideoReader, bundled_clip, labelled_clip
 from ..video.run import run_video
-from ..video.run_tables import (
-    Rows,
-    baseline_note,
-    comparison_rows,
-    figures_in_words,
-    per_frame_rows,
-    settings_in_words,
-    timeline_rows,
-)
 from ..vision.gate_config import PRESETS
 from .parts import IN_TURN, Jobs, two_buttons
 
@@ -102,18 +95,21 @@ def open_upload(video: str | None, most: int) -> VideoReader:
 def run_in_html(summary: dict, out: Path, left_out: int = 0) -> str:
     """Plot and figures of a run; `left_out` frames of the video came after those that were used."""
     plot = f'<img src="gradio_api/file={quote(str(out / "plot.png"))}" alt="cost, cosine to dense, labels over time">'
-    tables, lines = [per_frame_rows(summary)], [f"{left_out} later frames were left out."] if left_out else []
+    tables, lines = (
+        [run_tables.per_frame_rows(summary)],
+        [f"{left_out} later frames were left out."] if left_out else [],
+    )
     if summary["compared_frames"]:
-        tables.insert(0, comparison_rows(summary))
-        lines.append(baseline_note(summary))
+        tables.insert(0, run_tables.comparison_rows(summary))
+        lines.append(run_tables.baseline_note(summary))
     if "labels" in summary:
-        tables.append(timeline_rows(summary["labels"]))
-    lines = [f"Above: {LEGEND}.", *lines, *figures_in_words(summary), settings_in_words(summary)]
+        tables.append(run_tables.timeline_rows(summary["labels"]))
+    lines = [f"Above: {LEGEND}.", *lines, *run_tables.figures_in_words(summary), run_tables.settings_in_words(summary)]
     paragraphs = (f"<p>{html.escape(line)}</p>" for line in lines if line)
     return "".join([f'<div class="scrolls">{plot}</div>', *map(table_in_html, tables), *paragraphs])
 
 
-def table_in_html(table: Rows) -> str:
+def table_in_html(table: Table) -> str:
     """Headers and rows as HTML, in a box that scrolls where the page is narrow."""
     headers, rows = table
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..video.label_records import MOST_CHARACTERS, percent, shortened
 from ..video.overlay import OverlayWriter, captioned, fitted, marked_picture, tiled
+from ..video.records import MOST_CHARACTERS, percent, shortened
 from .watch import Seen
 
 ONE_CELL, MANY_CELLS = (540, 960), (270, 480)  # height and width of a camera's picture in pixels

@@ -16,9 +16,9 @@ import torch
 
 from ..utils.files import significant
 from ..utils.jobs import stop_on_interrupt
-from ..video.label_records import best_label
 from ..video.labels import Labels
 from ..video.preprocess import Preprocessor
+from ..video.records import best_label
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .latest import LatestPictures, stamp
 from .sources import Source

@@ -96,8 +96,8 @@ def evaluate(
         source = model or default_model()
         before = existing_card(source) if card else None
         processes = Processes()
-        how = (template or TEMPLATE, weights_dtype, processes.device_for(device), resolution)
-        checkpoint = load_checkpoint(source, names, *how, must_read_text=labels is not None)
+        how = {"dtype": weights_dtype, "device": processes.device_for(device), "resolution": resolution}
+        checkpoint = load_checkpoint(source, names, template or TEMPLATE, must_read_text=labels is not None, **how)
         chosen = None if methods is None else [name.strip() for name in methods.split(",")]
         sides = checkpoint.model.config.patch_size, checkpoint.preprocess.resolution
         specs = chosen_methods(*sides, chosen, quick, gate)
@@ -145,10 +145,9 @@ def write_evaluation(report: dict, out: Path, existing_card: str | None, card: b
 
 def print_evaluation(report: dict):
     """Print a report as tables, and on stderr the videos that were skipped."""
-    from ..evaluation.report import description, label_words, main_tables
+    from ..evaluation.report import description, main_tables
 
-    typer.echo(description(report))
-    typer.echo(label_words(report))
+    typer.echo("\n".join(description(report)))
     print_wide(*(figure_table(*table, title) for title, table in main_tables(report)), width=180)
     skipped = report["videos"]["skipped"]
     if skipped:

@@ -88,34 +88,23 @@ def run(
         raise typer.Exit(EXIT_INTERRUPTED if summary["status"] == "interrupted" else EXIT_DAMAGED)
 
 
-# --- what is printed -----------------------------------------------------------------------------------------------
-
-
 def print_run(summary: dict, out: Path):
     """Print what a run gave."""
-    from ..video.run_tables import (
-        baseline_note,
-        comparison_rows,
-        figures_in_words,
-        per_frame_rows,
-        settings_in_words,
-        timeline_rows,
-    )
+    from ..video import run_tables
 
     console = Console(highlight=False)
-    console.print(f"[bold]{escape(summary['video']['name'])}[/]  {escape(settings_in_words(summary))}")
-    console.print(figure_table(*per_frame_rows(summary)))
+    console.print(f"[bold]{escape(summary['video']['name'])}[/]  {escape(run_tables.settings_in_words(summary))}")
+    console.print(figure_table(*run_tables.per_frame_rows(summary)))
     if summary["compared_frames"]:
-        console.print(figure_table(*comparison_rows(summary), stress_first=True))
-        note = baseline_note(summary)
-        if note:
+        console.print(figure_table(*run_tables.comparison_rows(summary), stress_first=True))
+        if note := run_tables.baseline_note(summary):
             console.print(f"[yellow]{note}[/]")
     if "labels" in summary:
-        headers, rows = timeline_rows(summary["labels"])
+        headers, rows = run_tables.timeline_rows(summary["labels"])
         console.print(figure_table(headers, rows[:MOST_STRETCHES]))
         more = len(rows) - MOST_STRETCHES
         if more > 0:
             typer.echo(f"and {more} more: all are under `labels`, `timeline` in {out / 'summary.json'}.")
-    for line in figures_in_words(summary):
+    for line in run_tables.figures_in_words(summary):
         console.print(line, markup=False)
     print_written(out, summary["files"])

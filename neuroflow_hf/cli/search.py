@@ -84,7 +84,7 @@ def search(
 def print_moments(moments: list[dict], frames: int, videos: int):
     """Print a row for each moment."""
     from ..archive.sheet import clock
-    from ..video.label_records import percent
+    from ..video.records import percent
 
     headers = ["moment", "begin", "end", "best at", "frames", "score"]
     rows = [

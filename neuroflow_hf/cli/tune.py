@@ -39,9 +39,8 @@ def tune(
     Files of an earlier tuning in the output folder are replaced.
     """
     with one_line_errors(debug, nothing_done="nothing was written."):
-        from ..evaluation.points import Requirement
-        from ..evaluation.tuning import tune_video
-        from ..evaluation.tuning_report import checkpoint_config, tuning_rows, tuning_sentences, write_tuning
+        from ..evaluation.tuning import Requirement, tune_video
+        from ..evaluation.tuning_report import checkpoint_config, tuning_sentences, tuning_table, write_tuning
         from ..loading import default_model, dtype_named, load_model, usable_device
         from ..utils.files import prepare_folder
         from ..video.reader import VideoReader, bundled_clip
@@ -58,11 +57,9 @@ def tune(
         with CommandProgress("frames") as progress:
             result = tune_video(reader, loaded, preprocess, **required, frames=frames, on_step=progress.show)
         files = write_tuning(result, out, checkpoint_config(source), model or source.name, command_line())
-    headers = ("", "cost", "mean", "p5", "min", "worst stretch", "ms")
     title = f"required: {result.requirement}"
-    print_wide(figure_table(headers, tuning_rows(result), title, stress_first=True), width=100)
-    for sentence in tuning_sentences(result):
-        typer.echo(sentence)
+    print_wide(figure_table(*tuning_table(result), title, stress_first=True), width=100)
+    typer.echo("\n".join(tuning_sentences(result)))
     print_written(out, files)
     if result.interrupted:
         typer.echo(f"Stopped by Ctrl-C; {len(result.points)} settings were measured before.", err=True)

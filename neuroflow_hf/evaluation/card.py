@@ -22,7 +22,7 @@ A SigLIP checkpoint, measured on video by `neuroflow eval`.
 
 def card_with_results(text: str, model_name: str, results: Sequence[EvalResult]) -> str:
     """
-    Add results to the metadata of a card in Markdown. They replace earlier ones of the same task, data and metric.
+    A card in Markdown with results in its metadata, in place of earlier ones of the same task, data and metric.
     `model_name` is used if the metadata have no name.
     """
     card = read_card(text)
@@ -45,9 +45,7 @@ def read_card(text: str) -> ModelCard:
 def existing_card(source: str | Path) -> str | None:
     """
     The card of a checkpoint, a folder or a name on the Hub; None if there is none, or the Hub cannot be reached.
-
-    Raises:
-        ValueError: if the card is not UTF-8, its metadata cannot be read, or one of `MARKS` is missing or repeated.
+    ValueError if it is not UTF-8, its metadata cannot be read, or one of `MARKS` is missing or repeated.
     """
     file = Path(source) / CARD
     if not Path(source).is_dir():
@@ -104,13 +102,10 @@ def evaluation_results(report: dict) -> list[EvalResult]:
                 ("cosine", "cosine to dense, 5th percentile", figures["cosine"]["p5"]),
                 ("agreement", "best label as dense's", figures.get("agreement")),
             ]
-        results += [
-            EvalResult(
-                **about, metric_type=kind, metric_name=f"{metric}, {entry['name']}", metric_value=round(value, 6)
-            )
-            for kind, metric, value in found
-            if value is not None and not entry["control"]
-        ]
+        for kind, metric, value in found:
+            if value is not None and not entry["control"]:
+                measured = {"metric_name": f"{metric}, {entry['name']}", "metric_value": round(value, 6)}
+                results.append(EvalResult(**about, metric_type=kind, **measured))
     return results
 
 

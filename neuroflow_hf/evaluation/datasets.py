@@ -14,13 +14,8 @@ from pathlib import Path
 
 from ..video.reader import bundled_clip, labelled_clip
 
-ENDINGS = frozenset(
-    f".{ending}"
-    for ending in (
-        *("3gp", "asf", "avi", "flv", "gif", "h264", "h265", "m2ts", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "mts"),
-        *("ogv", "ts", "vob", "webm", "wmv"),
-    )
-)
+KINDS = "3gp asf avi flv gif h264 h265 m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts vob webm wmv"
+ENDINGS = [f".{kind}" for kind in KINDS.split()]
 SHIPPED = "shipped clips"
 SHIPPED_LABELS = ("a dog", "a bicycle", "a cat", "nothing")
 LETTER = r"[^\W\d_]"
@@ -55,23 +50,14 @@ def class_words(folder: str) -> str:
 
 def find_videos(path: str | Path | None, truth: bool = True) -> VideoSet:
     """
-    Find videos.
-
-    Args:
-        path: a video file; a folder of videos; or a folder with a subfolder for each class. None for the two clips
-            that ship with the package.
-        truth: whether names of subfolders are true labels; if not, folders may have any depth.
-
-    Raises:
-        FileNotFoundError: if `path` does not exist.
-        ValueError: if the folder has no videos or has videos at several depths.
+    Find videos: a file; those of a folder; or those of a folder with a subfolder for each class. None stands for the
+    two clips that ship with the package. `truth` says whether names of subfolders are true labels; if not, folders may
+    have any depth. FileNotFoundError if `path` does not exist, ValueError if the folder has no videos or has videos at
+    several depths.
     """
     if path is None:
-        clips = (
-            EvalVideo(labelled_clip(), labelled_clip().name),
-            EvalVideo(bundled_clip(), bundled_clip().name, labelled=False),
-        )
-        return VideoSet(SHIPPED, clips)
+        clips = {labelled_clip(): True, bundled_clip(): False}
+        return VideoSet(SHIPPED, tuple(EvalVideo(clip, clip.name, labelled=own) for clip, own in clips.items()))
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}; expected a video file or a folder of videos.")
@@ -80,7 +66,7 @@ def find_videos(path: str | Path | None, truth: bool = True) -> VideoSet:
     name = path.resolve().name
     files = [(file, file.relative_to(path)) for file in video_files(path)]
     if not files:
-        kinds = ", ".join(sorted(ENDINGS))
+        kinds = ", ".join(ENDINGS)
         raise ValueError(f"There is no video in {path}; expected files that end in {kinds}, or subfolders of them.")
     depths = sorted({len(place.parts) for _, place in files})
     if not truth or depths == [1]:
@@ -109,9 +95,7 @@ def video_files(folder: Path) -> list[Path]:
 def chosen_labels(videos: VideoSet, named: Sequence[str] | None) -> tuple[str, ...]:
     """
     The labels to choose among: those given, else the videos' classes, else those of the shipped clips; may be empty.
-
-    Raises:
-        ValueError: if a class is not among the labels given, and if there is a single label.
+    ValueError if a class is not among the labels given, and if there is a single label.
     """
     labels = tuple(named) if named is not None else videos.classes
     if named is None and videos.name == SHIPPED:

@@ -9,22 +9,21 @@ favours the baselines.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .methods import MethodSpec
-from .statistics import middle
-from .zero_shot import paired_counts, paired_figures, share_figures
+from .statistics import middle, paired_counts, paired_figures, share_figures
 
 MIN_VIDEOS = 5  # with fewer, the bootstrap draws blocks of frames instead of whole videos
 BLOCK = 10  # frames in a block
 LEVEL = 1e-4  # smaller differences are called level, even if their interval does not contain zero
 
-COSINES = {
-    "mean": lambda cosines: float(cosines.mean()),
-    "p5": lambda cosines: float(np.percentile(cosines, 5)),
-    "p1": lambda cosines: float(np.percentile(cosines, 1)),
+COSINES: dict[str, Callable] = {
+    "mean": np.mean,
+    "p5": lambda cosines: np.percentile(cosines, 5),
+    "p1": lambda cosines: np.percentile(cosines, 1),
 }
 
 
@@ -65,15 +64,12 @@ def asked_top_k(labels: int) -> list[int]:
 
 
 def outcome_figures(outcome: Outcome, dense: Outcome | None = None, labels: int = 0) -> dict:
-    """
-    A method's figures over all videos, as plain values. Accuracy is compared with `dense`, the outcome of dense on the
-    same videos; None for dense itself.
-    """
+    """A method's figures over all videos, as plain values. Accuracy is compared with dense's, if that is not None."""
     skip, cosine = np.concatenate(outcome.skip), np.concatenate(outcome.cosine)
     figures = {
         "cost": outcome.mean_cost,
         "skip_rate": None if np.isnan(skip).any() else float(skip.mean()),
-        "cosine": {name: reduce(cosine) for name, reduce in COSINES.items()} | {"min": float(cosine.min())},
+        "cosine": {name: float(reduce(cosine)) for name, reduce in {**COSINES, "min": np.min}.items()},
         "milliseconds": float(np.median(outcome.milliseconds)),
     }
     if outcome.agrees:
@@ -84,13 +80,18 @@ def outcome_figures(outcome: Outcome, dense: Outcome | None = None, labels: int 
             right = np.concatenate(outcome.is_right(k))
             accuracy |= share_figures(f"top{k}", right)
             if dense is not None:
-                counts = paired_counts(right, np.concatenate(dense.is_right(k)))
-                accuracy |= paired_figures(f"top{k}", counts)
+                accuracy |= paired_figures(f"top{k}", paired_counts(right, np.concatenate(dense.is_right(k))))
         figures["accuracy"] = accuracy
     return figures
 
 
-# --- baselines at a cost -------------------------------------------------------------------------------------------
+def video_figures(outcome: Outcome) -> dict:
+    """The figures of an outcome on one video, as plain values."""
+    found = outcome_figures(outcome)
+    figures = {"cost": found["cost"], **{f"cosine_{name}": found["cosine"][name] for name in ("mean", "p5")}}
+    if outcome.agrees:
+        figures |= {"agreement": found["agreement"], "label": outcome.labels[0]}
+    return figures | ({"rank": outcome.ranks[0]} if outcome.ranks else {})
 
 
 def shares_at(costs: Sequence[float], cost: float) -> list[tuple[float, int]]:
@@ -126,12 +127,11 @@ def affordable(families: Mapping[str, Sequence], cost: float, cost_of: Callable)
     """
     found = []
     for family, settings in families.items():
-        costs = [cost_of(setting) for setting in settings]
+        costs = list(map(cost_of, settings))
         if cost >= min(costs):
             shares = shares_at(costs, cost)
             found.append(Mixture(family, [(share, settings[place]) for share, place in shares if share > 0]))
-            cheaper = (setting for setting, own in zip(settings, costs, strict=True) if own <= cost)
-            found += [Mixture(family, [(1.0, setting)]) for setting in cheaper]
+            found += [Mixture(family, [(1.0, setting)]) for setting in settings if cost_of(setting) <= cost]
     return found
 
 
@@ -155,9 +155,6 @@ def baseline_families(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
             before = [first] if outcome.spec.shares_dense and outcome is not first else []
             families.setdefault(outcome.spec.family, before).append(outcome)
     return {name: found if found == [first] else [*found, dense] for name, found in families.items()}
-
-
-# --- paired intervals ----------------------------------------------------------------------------------------------
 
 
 def frame_draws(lengths: Sequence[int], samples: int, seed: int) -> Iterator[np.ndarray]:
@@ -185,8 +182,7 @@ def enough_to_draw(lengths: Sequence[int]) -> bool:
     return len(lengths) >= MIN_VIDEOS or max(lengths) >= 2 * BLOCK
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
+class Question(NamedTuple):
     """A figure by which methods are compared; larger is better."""
 
     name: str  # such as "p5", "agreement", "top1"
@@ -198,37 +194,25 @@ def questions(dense: Outcome, labels: int = 0) -> list[Question]:
     """The figures to compare: cosines; with labels also agreement; with true labels also accuracy."""
     found = [Question(name, lambda one: one.cosine, reduce) for name, reduce in COSINES.items()]
     if dense.agrees:
-        found.append(Question("agreement", lambda one: one.agrees, lambda values: float(values.mean())))
+        found.append(Question("agreement", lambda one: one.agrees, np.mean))
     if dense.ranks:
-        found += [
-            Question(f"top{k}", lambda one, k=k: one.is_right(k), lambda values: float(values.mean()))
-            for k in asked_top_k(labels)
-        ]
+        found += [Question(f"top{k}", lambda one, k=k: one.is_right(k), np.mean) for k in asked_top_k(labels)]
     return found
 
 
 def compare(
-    outcome: Outcome,
-    families: Mapping[str, Sequence[Outcome]],
-    question: Question,
-    samples: int = 1000,
-    seed: int = 0,
+    outcome: Outcome, families: Mapping[str, Sequence[Outcome]], question: Question, samples: int = 1000, seed: int = 0
 ) -> dict | None:
     """
-    Compare a method with the best baseline at no more than its cost, by one figure.
+    Compare a method with the best baseline at no more than its cost, by one figure; None if every baseline costs more.
 
-    Returns:
-        None if every baseline costs more; else
-
-        - `value`: the method's figure;
-        - `controls`: the best figure of each family of baselines;
-        - `best`, `family`, `control`: settings, family and figure of the best baseline;
-        - `difference` to it, with the 95 % `interval` of a paired bootstrap; None with too little data;
-        - `verdict`: `"above"`, `"level"`, `"below"`, or `"unknown"` without an interval.
+    Returns the method's `value`; the best figure of each family of baselines, `controls`; the `best` baseline's
+    settings, `family` and figure, `control`; the `difference` to it, with the 95 % `interval` of a paired bootstrap,
+    None with too little data; and the `verdict`: `"above"`, `"level"`, `"below"`, or `"unknown"` without an interval.
     """
 
     def figure(one: Outcome) -> float:
-        return question.reduce(np.concatenate(question.values(one)))
+        return float(question.reduce(np.concatenate(question.values(one))))
 
     ranked = ranked_at(families, outcome.mean_cost, lambda one: one.mean_cost, figure)
     if not ranked:

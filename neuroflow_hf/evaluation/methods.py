@@ -51,10 +51,7 @@ class MethodSpec:
     @property
     def shares_dense(self) -> bool:
         """Whether it returns dense embeddings, which can be computed once for all such methods."""
-        return self.kind == "dense" or self.kind in HELD
-
-
-# --- the model -----------------------------------------------------------------------------------------------------
+        return self.kind in ("dense", *HELD)
 
 
 def tower_of(model: nn.Module) -> VisionTower:
@@ -98,10 +95,7 @@ def looking_cost(tower: VisionTower, num_patches: int) -> int:
 
 
 class DenseFrames:
-    """
-    Dense embeddings, computed when they are first asked for, and shared by methods that are given the same
-    `pixel_values` object.
-    """
+    """Dense embeddings, computed when first asked for, shared by methods that are given the same `pixel_values`."""
 
     def __init__(self, model: nn.Module):
         self.tower = tower_of(model)
@@ -122,20 +116,11 @@ class DenseFrames:
         return torch.stack([self._rows[row] for row in rows])
 
 
-# --- methods -------------------------------------------------------------------------------------------------------
-
-
 class Method(ABC):
-    """
-    Gives an embedding for every frame.
+    """Gives an embedding for every frame."""
 
-    Attributes:
-        follows: whether an embedding depends on earlier frames, so that the method has to see all frames.
-        nbytes: size of what the method remembers of the videos.
-    """
-
-    follows = True
-    nbytes = 0
+    follows = True  # whether an embedding depends on earlier frames, so that the method has to see all frames
+    nbytes = 0  # size of what the method remembers of the videos
 
     def start(self, count: int):  # noqa: B027  # optional
         """Start `count` new videos, B."""
@@ -143,18 +128,15 @@ class Method(ABC):
     @abstractmethod
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
         """
-        Take the next frame of each video.
-
-        Args:
-            pixel_values: [B, 3, H, W], as the checkpoint's preprocessing makes them, in the model's dtype.
-            wanted: bool [B], which embeddings are needed; None for all. A method that does not follow computes only
-                these; the other rows are NaN.
+        Take the next frame of each video, [B, 3, H, W] as the checkpoint's preprocessing makes them, in the model's
+        dtype. `wanted`, bool [B], says which embeddings are needed; None for all. A method that does not follow
+        computes only these; the other rows are NaN.
         """
 
 
-def true_rows(mask: Tensor | None, count: int) -> list[int]:
-    """The indices at which a mask, bool [count], is true; all indices for None."""
-    return list(range(count)) if mask is None else mask.nonzero()[:, 0].tolist()
+def true_rows(mask: Tensor) -> list[int]:
+    """The indices at which a mask, bool [B], is true."""
+    return mask.nonzero()[:, 0].tolist()
 
 
 class EachFrame(Method):
@@ -164,7 +146,8 @@ class EachFrame(Method):
     skip_rate = math.nan
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        count, rows = len(pixel_values), true_rows(wanted, len(pixel_values))
+        count = len(pixel_values)
+        rows = list(range(count)) if wanted is None else true_rows(wanted)
         found, spent = self.encode(pixel_values, rows)
         embeddings = found.new_full((count, found.shape[-1]), math.nan, dtype=torch.float32)
         embeddings[rows] = found.float()
@@ -188,10 +171,7 @@ class Dense(EachFrame):
 
 
 class Smaller(EachFrame):
-    """
-    Every frame dense at `resolution` pixels a side, with interpolated positions. Resizing is not counted, because
-    preprocessing can resize to fewer pixels at no more cost.
-    """
+    """Every frame dense at `resolution` pixels a side. Resizing is not counted: preprocessing resizes in any case."""
 
     def __init__(self, model: nn.Module, resolution: int):
         self.tower, self.resolution = tower_of(model), resolution
@@ -199,9 +179,9 @@ class Smaller(EachFrame):
     def encode(self, pixel_values: Tensor, rows: Sequence[int]) -> tuple[Tensor, float]:
         side = (self.resolution, self.resolution)
         pixels = functional.interpolate(pixel_values[rows].float(), size=side, mode="bilinear", antialias=True)
-        pixels = pixels.to(pixel_values.dtype)
         spent, whole = (dense_cost(self.tower, patches_of(self.tower, some)) for some in (pixels, pixel_values))
-        return self.tower(pixels, interpolate_pos_encoding=True).pooler_output, spent / whole
+        found = self.tower(pixels.to(pixel_values.dtype), interpolate_pos_encoding=True)
+        return found.pooler_output, spent / whole
 
 
 class Streamed(Method):
@@ -210,7 +190,6 @@ class Streamed(Method):
     def __init__(self, model: nn.Module, **gate: Any):
         self.tower = tower_of(model)
         self.gate = NeuroFlowGateConfig.from_options({}, **gate)
-        self.stream = None
 
     def start(self, count: int):
         self.stream = self.tower.new_stream(batch_size=count, **self.gate.to_dict())
@@ -221,45 +200,40 @@ class Streamed(Method):
 
     @property
     def nbytes(self) -> int:
-        return self.stream.nbytes if self.stream is not None else 0
+        return self.stream.nbytes
 
 
 class Held(Method):
     """
-    Dense embeddings of keyframes, held in between. Keyframes are the first frame of each video, and frames for which
-    `fires` is true and the budget allows one.
-
-    Args:
-        model: with or without a text tower.
-        frames: dense embeddings that are shared with other methods.
-        budget: `cost_budget` of the gate; None for no limit.
+    Dense embeddings of keyframes, held in between. Keyframes are the first frame of each video, and frames whose
+    `distance` to the last keyframe is more than `level`, if `budget` (`cost_budget` of the gate; None for no limit)
+    allows one. `frames` are dense embeddings that are shared with other methods.
     """
 
-    def __init__(self, model: nn.Module, frames: DenseFrames | None = None, budget: float | None = None):
+    def __init__(
+        self, model: nn.Module, level: float = 0.0, frames: DenseFrames | None = None, budget: float | None = None
+    ):
         self.frames = frames or DenseFrames(model)
-        self.tower = self.frames.tower
+        self.tower, self.level = self.frames.tower, level
         self.gate = NeuroFlowGateConfig(mode="hold", cost_budget=budget)
         self.number = 0
         self.credit: list[float] = []
-        self.held: Tensor | None = None
+        self.held = self.reference = torch.empty(0)  # of the last keyframe: [B, D], and what was observed, [B, ...]
 
     def start(self, count: int):
-        self.number, self.held = 0, None
-        self.credit = [self.gate.cost_reserve] * count
+        self.number, self.credit = 0, [self.gate.cost_reserve] * count
 
     def step(self, pixel_values: Tensor, wanted: Tensor | None = None) -> Step:
-        keyframes = self.fires(pixel_values)
-        if self.gate.cost_budget is not None:
-            keyframes = keyframes & (torch.tensor(self.credit) > 0)
+        now, count = self.observe(pixel_values), len(pixel_values)
         if self.number == 0:
-            keyframes = torch.ones_like(keyframes)
-        rows = true_rows(keyframes, len(pixel_values))
-        fresh = self.frames.of(pixel_values, rows)
-        if self.held is None:
-            self.held = fresh.clone()
+            keyframes = torch.ones(count, dtype=torch.bool)
+            self.held, self.reference = self.frames.of(pixel_values, range(count)).clone(), now.clone()
         else:
-            self.held[rows] = fresh
-        self.remember(rows)
+            keyframes = (self.distance(now, self.reference) > self.level).cpu()
+            if self.gate.cost_budget is not None:
+                keyframes = keyframes & (torch.tensor(self.credit) > 0)
+            rows = true_rows(keyframes)
+            self.held[rows], self.reference[rows] = self.frames.of(pixel_values, rows), now[rows]
         whole = dense_cost(self.tower, patches_of(self.tower, pixel_values))
         costs = torch.where(keyframes, *(torch.tensor(part / whole) for part in self.costs(pixel_values, whole)))
         self.credit = [
@@ -271,14 +245,15 @@ class Held(Method):
 
     @property
     def nbytes(self) -> int:
-        return self.held.nbytes if self.held is not None else 0
+        return self.held.nbytes + self.reference.nbytes
 
     @abstractmethod
-    def fires(self, pixel_values: Tensor) -> Tensor:
-        """Whether the frames [B, 3, H, W] should be keyframes: bool [B], on the CPU."""
+    def observe(self, pixel_values: Tensor) -> Tensor:
+        """What to compare of frames [B, 3, H, W]: [B, ...]."""
 
-    def remember(self, rows: Sequence[int]):
-        """Take note of the frames of the last call of `fires` that became keyframes."""
+    @abstractmethod
+    def distance(self, now: Tensor, reference: Tensor) -> Tensor:
+        """The distance between two observations [B, ...]: [B]."""
 
     @abstractmethod
     def costs(self, pixel_values: Tensor, whole: int) -> tuple[float, float]:
@@ -288,61 +263,27 @@ class Held(Method):
 class EveryFrames(Held):
     """
     A keyframe every k frames; for None, only the first frame. The keyframes of several videos fall on different
-    frames, so that frames sampled at regular intervals favour no k. `how` is `frames` and `budget`.
+    frames, so that frames sampled at regular intervals favour no k.
     """
 
-    def __init__(self, model: nn.Module, k: int | None = None, **how):
-        super().__init__(model, **how)
+    def __init__(self, model: nn.Module, k: int | None = None, frames: DenseFrames | None = None):
+        super().__init__(model, frames=frames)
         self.k = k
 
-    def fires(self, pixel_values: Tensor) -> Tensor:
-        count = len(pixel_values)
+    def observe(self, pixel_values: Tensor) -> Tensor:
+        return pixel_values.new_empty(len(pixel_values), 0)
+
+    def distance(self, now: Tensor, reference: Tensor) -> Tensor:
         if self.k is None:
-            return torch.zeros(count, dtype=torch.bool)
-        phases = torch.tensor([int((video * GOLDEN % 1) * self.k) for video in range(count)])
-        return (phases + self.number) % self.k == 0
+            return torch.zeros(len(now))
+        phases = torch.tensor([int((video * GOLDEN % 1) * self.k) for video in range(len(now))])
+        return ((phases + self.number) % self.k == 0).float()
 
     def costs(self, pixel_values: Tensor, whole: int) -> tuple[float, float]:
         return whole, 0.0
 
 
-class Difference(Held):
-    """A keyframe when a frame differs from the last keyframe by more than `level`. `how` is `frames` and `budget`."""
-
-    def __init__(self, model: nn.Module, level: float, **how):
-        super().__init__(model, **how)
-        self.level = level
-        self.reference: Tensor | None = None
-        self.now: Tensor | None = None
-
-    def start(self, count: int):
-        super().start(count)
-        self.reference = None
-
-    def fires(self, pixel_values: Tensor) -> Tensor:
-        self.now = self.observe(pixel_values)
-        if self.reference is None:
-            self.reference = self.now.clone()
-        return (self.distance(self.now, self.reference) > self.level).cpu()
-
-    def remember(self, rows: Sequence[int]):
-        self.reference[rows] = self.now[rows]
-        self.now = None
-
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + (self.reference.nbytes if self.reference is not None else 0)
-
-    @abstractmethod
-    def observe(self, pixel_values: Tensor) -> Tensor:
-        """What to compare of frames [B, 3, H, W]: [B, ...]."""
-
-    @abstractmethod
-    def distance(self, now: Tensor, reference: Tensor) -> Tensor:
-        """The difference between two observations [B, ...]: [B]."""
-
-
-class PatchSurprise(Difference):
+class PatchSurprise(Held):
     """By the mean surprise of the patches, as in mode `hold` with `keyframe_surprise`."""
 
     def observe(self, pixel_values: Tensor) -> Tensor:
@@ -360,7 +301,7 @@ class PatchSurprise(Difference):
         return keyframe, looking_cost(self.tower, patches)
 
 
-class PixelDifference(Difference):
+class PixelDifference(Held):
     """By the mean absolute difference of the preprocessed pixel values."""
 
     def observe(self, pixel_values: Tensor) -> Tensor:

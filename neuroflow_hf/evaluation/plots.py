@@ -6,49 +6,39 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..utils.plots import (
-    BASELINE_FIRST,
-    BASELINE_HELD,
-    DARK,
-    FAMILY_COLOURS,
-    KEYFRAME,
-    LEAST_LOSS,
-    legend_below,
-    tidy,
-    titled_figure,
-)
-from .points import Point, Requirement
+from ..utils import plots as style
+from .tuning import Point, Requirement
 
 BASELINE_STYLES = ((0, ()), (0, (3, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)), (0, (6, 3)), (0, (1, 3)), (0, (8, 1)))
 
 
 def plot_fidelity(report: dict) -> Figure:
     """`1 - cosine to dense` over cost, mean and 5th percentile, logarithmic; lower left is better."""
-    figure = titled_figure(f"{report['model']['name']} on {report['videos']['name']}", 11, 5.4)
+    figure = style.titled_figure(f"{report['model']['name']} on {report['videos']['name']}", 11, 5.4)
     panels = figure.subplots(1, 2)
     for panel, name in zip(panels, ("mean", "p5"), strict=True):
         panel.set_yscale("log")
-        draw_over_cost(panel, report, lambda figures, name=name: max(LEAST_LOSS, 1 - figures["cosine"][name]))
+        draw_over_cost(panel, report, lambda figures, name=name: max(style.LEAST_LOSS, 1 - figures["cosine"][name]))
         panel.set_ylabel(f"1 - cosine to dense, {name}")
-    legend_below(figure, panels[0])
+    style.legend_below(figure, panels[0])
     return figure
 
 
 def plot_accuracy(report: dict) -> Figure:
     """Top-1 accuracy over videos with Wilson's intervals, or, without true labels, agreement with dense; by cost."""
-    figure = titled_figure(f"{report['model']['name']} on {report['videos']['name']}", 8, 5.4)
+    figure = style.titled_figure(f"{report['model']['name']} on {report['videos']['name']}", 8, 5.4)
     panel = figure.subplots()
     if report["labels"]["true"]:
         draw_over_cost(panel, report, lambda figures: figures["accuracy"]["top1"])
         for entry in report["methods"]:
             if not entry["control"]:
                 cost, interval = entry["figures"]["cost"], entry["figures"]["accuracy"]["top1_interval"]
-                panel.plot((cost, cost), interval, color="#9ca3af", linewidth=1, zorder=1)
+                panel.plot((cost, cost), interval, color="#9ca3af", lw=1, zorder=1)
         panel.set_ylabel(f"top-1 accuracy among {len(report['labels']['names'])} labels, share of videos")
     else:
         draw_over_cost(panel, report, lambda figures: figures["agreement"])
         panel.set_ylabel("share of frames with dense's best label")
-    legend_below(figure, panel)
+    style.legend_below(figure, panel)
     return figure
 
 
@@ -60,26 +50,26 @@ def draw_over_cost(panel: Axes, report: dict, value: Callable[[dict], float], na
     families: dict[str, list[dict]] = {}
     for entry in report["methods"]:
         families.setdefault(entry["family"], []).append(entry)
-    colours, styles = iter(FAMILY_COLOURS * len(families)), iter(BASELINE_STYLES * len(families))
+    colours, styles = iter(style.FAMILY_COLOURS * len(families)), iter(BASELINE_STYLES * len(families))
     for family, entries in families.items():
         entries.sort(key=lambda entry: entry["figures"]["cost"])
         points = [(entry["figures"]["cost"], value(entry["figures"])) for entry in entries]
         xy = list(zip(*points, strict=True))
         if entries[0]["kind"] == "dense":
-            panel.axhline(points[0][1], color=DARK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
+            panel.axhline(points[0][1], color=style.DARK, lw=1, ls=(0, (4, 3)), label="dense")
         elif entries[0]["kind"] == "first":
-            panel.axhline(points[0][1], color=BASELINE_FIRST, linewidth=1.1, label="baseline: first frame repeated")
+            panel.axhline(points[0][1], color=style.BASELINE_FIRST, lw=1.1, label="baseline: first frame repeated")
         elif entries[0]["control"]:
-            how = {"color": BASELINE_HELD, "linewidth": 1.2, "marker": ".", "markersize": 4, "linestyle": next(styles)}
+            how = {"color": style.BASELINE_HELD, "lw": 1.2, "marker": ".", "ms": 4, "ls": next(styles)}
             panel.plot(*xy, label=f"baseline: {family}", **how)
         else:
-            panel.plot(*xy, color=next(colours), linewidth=1.2, marker="o", markersize=6, label=family, zorder=3)
+            panel.plot(*xy, color=next(colours), lw=1.2, marker="o", ms=6, label=family, zorder=3)
             for place, (entry, point) in enumerate(zip(entries, points, strict=True) if named else ()):
                 above = 5 if place % 2 == 0 else -13  # points of a family lie close together
                 panel.annotate(entry["name"], point, (5, above), textcoords="offset points", fontsize=8)
     panel.set_xlabel("cost relative to dense")
     panel.set_xlim(0, 1.05)
-    tidy(panel)
+    style.tidy(panel)
 
 
 def plot_tuning(points: Sequence[Point], requirement: Requirement, chosen: Point | None, title: str) -> Figure:
@@ -90,30 +80,30 @@ def plot_tuning(points: Sequence[Point], requirement: Requirement, chosen: Point
     statistic = requirement.statistic
 
     def loss(point: Point) -> float:
-        return max(LEAST_LOSS, 1 - point.fidelity(statistic))
+        return max(style.LEAST_LOSS, 1 - point.fidelity(statistic))
 
     def entry(point: Point) -> dict:
         figures = {"cost": point.cost, "loss": loss(point)}
         return {"family": point.family, "kind": "", "control": point.control, "figures": figures}
 
-    figure = titled_figure(title, 10, 6)
+    figure = style.titled_figure(title, 10, 6)
     panel = figure.subplots()
     draw_over_cost(panel, {"methods": list(map(entry, points))}, lambda figures: figures["loss"], named=False)
     panel.set_xscale("log")
     panel.set_yscale("log")
-    required = {"color": KEYFRAME, "linewidth": 1.2, "linestyle": (0, (6, 3)), "label": f"required: {requirement}"}
+    required = {"color": style.KEYFRAME, "lw": 1.2, "ls": (0, (6, 3)), "label": f"required: {requirement}"}
     if requirement.min_cosine is None:
         panel.axvline(requirement.max_cost, **required)
     else:
         panel.axhline(1 - requirement.min_cosine, **required)
     if chosen is not None:
-        ring = {"markersize": 13, "markeredgewidth": 2, "markerfacecolor": "none", "markeredgecolor": DARK}
-        panel.plot([chosen.cost], [loss(chosen)], "o", label="chosen", zorder=4, linestyle="none", **ring)
+        ring = {"ms": 13, "markeredgewidth": 2, "markerfacecolor": "none", "markeredgecolor": style.DARK}
+        panel.plot([chosen.cost], [loss(chosen)], "o", label="chosen", zorder=4, ls="none", **ring)
     panel.set_ylabel(f"1 - cosine to dense, {statistic}")
     panel.set_xlim(0.9 * min(point.cost for point in points), 1.05)
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
-    legend_below(figure, panel, columns=2)
+    style.legend_below(figure, panel, columns=2)
     return figure

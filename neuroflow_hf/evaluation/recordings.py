@@ -23,14 +23,9 @@ LIBRARIES = ("torch", "transformers", "pillow")
 
 class RecordingStore:
     """
-    Paths of the recordings of one model, a file for each method and video or batch of videos.
-
-    Args:
-        folder: of the files; made when the first one is written.
-        model: a model in evaluation mode, with or without a text tower; recordings depend on its weights, dtype and
-            device.
-        preprocess: the checkpoint's preprocessing.
-        code, libraries: further files of the package, and further libraries, that the recordings depend on.
+    Paths in `folder` of the recordings of one model, a file for each method and video or batch of videos. They depend
+    on the model's weights, dtype and device, on `preprocess`, and on files of the package (`code`) and libraries:
+    those that all recordings depend on, and those given.
     """
 
     def __init__(
@@ -41,7 +36,7 @@ class RecordingStore:
         code: Sequence[str] = (),
         libraries: Sequence[str] = (),
     ):
-        self.folder, self.tower, self.preprocess = Path(folder), tower_of(model), preprocess
+        self.folder, self.tower, self.preprocess = folder, tower_of(model), preprocess
         self.code = (*CODE, *code)
         self.libraries = {library: version(library) for library in (*LIBRARIES, *libraries)}
         self.weights = fingerprint(self.tower)

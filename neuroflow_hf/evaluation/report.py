@@ -20,35 +20,17 @@ def streams(report: dict) -> list[dict]:
     return [entry for entry in report["methods"] if not entry["control"] and entry["kind"] != "dense"]
 
 
-def dense_entry(report: dict) -> dict:
-    """The entry of dense."""
-    return next(entry for entry in report["methods"] if entry["kind"] == "dense")
-
-
-# --- tables --------------------------------------------------------------------------------------------------------
-
-
 def fidelity_table(report: dict) -> Table:
     """Cost and cosine to dense of each stream, compared with the best baseline at its cost."""
-    headers = ["method", "cost", "skip rate", "mean", "best baseline", "difference, thousandths"]
-    headers += ["p5", "best baseline", "difference, thousandths", "p1", "ms"]
-    rows = []
+    beside, rows = ["best baseline", "difference, thousandths"], []
     for entry in streams(report):
         figures = entry["figures"]
-        rows.append(
-            [
-                entry["name"],
-                number(figures["cost"], ".3f"),
-                number(figures["skip_rate"], ".1%"),
-                *compared(entry, "mean", ".4f", 1000),
-                *compared(entry, "p5", ".4f", 1000),
-                number(figures["cosine"]["p1"]),
-                number(figures["milliseconds"], ".1f"),
-            ]
-        )
-    milliseconds = number(dense_entry(report)["figures"]["milliseconds"], ".1f")
+        row = [entry["name"], number(figures["cost"], ".3f"), number(figures["skip_rate"], ".1%")]
+        row += compared(entry, "mean", ".4f", 1000) + compared(entry, "p5", ".4f", 1000)
+        rows.append([*row, number(figures["cosine"]["p1"]), number(figures["milliseconds"], ".1f")])
+    milliseconds = number(report["methods"][0]["figures"]["milliseconds"], ".1f")
     rows.append(["dense", "1.000", "0.0%", "1.0000", "-", "-", "1.0000", "-", "-", "1.0000", milliseconds])
-    return headers, rows
+    return ["method", "cost", "skip rate", "mean", *beside, "p5", *beside, "p1", "ms"], rows
 
 
 def best_table(report: dict) -> Table:
@@ -64,18 +46,19 @@ def best_table(report: dict) -> Table:
 
 def accuracy_table(report: dict) -> Table:
     """Accuracy over videos, compared with dense and the best baseline at each stream's cost."""
-    ks = [k for k in (1, 5) if f"top{k}" in dense_entry(report)["figures"]["accuracy"]]
+    dense = report["methods"][0]
+    ks = [k for k in (1, 5) if f"top{k}" in dense["figures"]["accuracy"]]
     headers = ["method", "cost"]
     for k in ks:
         headers += [f"top-{k} (95 %)", "share of dense's", "difference to dense, points"]
         headers += ["right: only it, only dense", "McNemar's p", "best baseline", "difference to baseline, points"]
     rows = []
-    for entry in [dense_entry(report), *streams(report)]:
+    for entry in [dense, *streams(report)]:
         accuracy, row = entry["figures"]["accuracy"], [entry["name"], number(entry["figures"]["cost"], ".3f")]
         for k in ks:
             name = f"top{k}"
             row.append(with_interval(accuracy[name], accuracy[f"{name}_interval"], ".1%"))
-            if entry["kind"] == "dense":
+            if entry is dense:
                 row += ["-"] * 6
                 continue
             points = [100 * end for end in accuracy[f"{name}_difference_interval"]]
@@ -90,46 +73,30 @@ def accuracy_table(report: dict) -> Table:
     return headers, rows
 
 
-def agreement_table(report: dict) -> Table:
-    """The share of frames on which a stream's best label is dense's."""
-    rows = [
-        [entry["name"], number(entry["figures"]["cost"], ".3f"), *compared(entry, "agreement", ".1%", 100)]
-        for entry in streams(report)
-    ]
-    return ["method", "cost", "agreement with dense", "best baseline", "difference, points"], rows
-
-
-# --- text ----------------------------------------------------------------------------------------------------------
-
-
-def description(report: dict) -> str:
-    """What was measured, in one paragraph."""
-    model, videos, settings = report["model"], report["videos"], report["settings"]
+def description(report: dict) -> list[str]:
+    """What was measured, and with which labels, in two paragraphs."""
+    model, videos, settings, labels = (report[part] for part in ("model", "videos", "settings", "labels"))
     first = "all frames" if settings["frames"] is None else f"the first {settings['frames']} frames"
     stride = "" if settings["stride"] == 1 else f", one of every {settings['stride']}"
-    return (
+    measured = (
         f"{model['name']} ({model['parameters'] / 1e6:.1f} million parameters in its vision tower, weights "
         f"{model['weights']}) on {videos['measured']} of {videos['count']} videos of {videos['name']}: {first} of "
         f"each{stride}, {videos['frames']} frames in all, without each video's first. {model['resolution']} px, "
         f"{model['grid'][0]}x{model['grid'][1]} patches, {model['dtype']}."
     )
-
-
-def label_words(report: dict) -> str:
-    """Which labels were used, on which videos, and whether the true ones are known."""
-    labels = report["labels"]
     if not labels["names"]:
-        return labels["note"] or "There are no labels: neither --labels nor subfolders name any."
+        return [measured, labels["note"] or "There are no labels: neither --labels nor subfolders name any."]
     names = ", ".join(labels["names"][:12]) + (", ..." if len(labels["names"]) > 12 else "")
     truth = (
         "The names of the subfolders are the true labels."
         if labels["true"]
         else "The true labels are not known, so methods are compared with dense's label."
     )
-    return (
-        f"{len(labels['names'])} labels ({names}) with the template {labels['template']!r}, on "
-        f"{labels['videos_asked']} of the {report['videos']['measured']} videos. {truth}"
-    )
+    asked = f"on {labels['videos_asked']} of the {videos['measured']} videos"
+    return [
+        measured,
+        f"{len(labels['names'])} labels ({names}) with the template {labels['template']!r}, {asked}. {truth}",
+    ]
 
 
 READING = """\
@@ -170,13 +137,18 @@ def main_tables(report: dict) -> list[tuple[str, Table]]:
     if report["labels"]["true"]:
         tables.append(("Accuracy over videos", accuracy_table(report)))
     if report["labels"]["names"]:
-        tables.append(("Agreement with dense over frames", agreement_table(report)))
+        headers = ["method", "cost", "agreement with dense", "best baseline", "difference, points"]
+        rows = [
+            [entry["name"], number(entry["figures"]["cost"], ".3f"), *compared(entry, "agreement", ".1%", 100)]
+            for entry in streams(report)
+        ]
+        tables.append(("Agreement with dense over frames", (headers, rows)))
     return tables
 
 
 def main_parts(report: dict) -> list[str]:
     """What was measured, the main tables, and how to read them."""
-    parts = [description(report), label_words(report)]
+    parts = description(report)
     for title, table in main_tables(report):
         parts += [f"**{title}**", markdown_table(table)]
     return [*parts, READING + ("\n" + READING_TRUE if report["labels"]["true"] else "")]

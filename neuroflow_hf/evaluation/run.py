@@ -3,7 +3,7 @@ Measure a checkpoint on videos: dense, methods and baselines on each video, then
 
     videos = find_videos("clips")
     checkpoint = load_checkpoint("path/to/siglip", chosen_labels(videos, None))
-    methods = chosen_methods(checkpoint.model, checkpoint.preprocess.resolution)
+    methods = chosen_methods(checkpoint.model.config.patch_size, checkpoint.preprocess.resolution)
     report = Evaluation(checkpoint, videos, Path("out"), methods).run()
     report["methods"][1]["beside"]["p5"]["verdict"]
 
@@ -31,11 +31,11 @@ from ..video.preprocess import Preprocessor
 from ..video.reader import VideoError, VideoReader
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from .datasets import EvalVideo, VideoSet, file_digest
-from .equal_cost import Outcome, baseline_families, compare, outcome_figures, questions
+from .equal_cost import Outcome, baseline_families, compare, outcome_figures, questions, video_figures
 from .methods import HELD, MethodSpec, make_methods
 from .recordings import RecordingStore, VideoRecording, passes_of
 from .settings import DENSE
-from .zero_shot import ranks
+from .statistics import ranks
 
 BOOTSTRAP = {"samples": 1000, "seed": 0}
 
@@ -52,42 +52,27 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    source: str | Path,
-    names: Sequence[str] = (),
-    template: str = TEMPLATE,
-    dtype: torch.dtype = torch.float32,
-    device: str = "auto",
-    resolution: int | None = None,
-    must_read_text: bool = False,
+    source: str | Path, names: Sequence[str] = (), template: str = TEMPLATE, must_read_text: bool = False, **how
 ) -> Checkpoint:
     """
     Load a checkpoint, with labels if names are given. Without a text tower there are no labels but a note, or, if it
-    `must_read_text`, an error. Other arguments are as in `load_model_with_labels`.
-
-    Raises:
-        ModelLoadError, ValueError: as in `load_model_with_labels`.
+    `must_read_text`, an error. Other arguments and errors are those of `load_model_with_labels`.
     """
-    how, name, note = (dtype, device, resolution), Path(source).name, ""
+    name, note = Path(source).name, ""
     if names:
         try:
-            return Checkpoint(name, *load_model_with_labels(source, names, template, *how))
+            return Checkpoint(name, *load_model_with_labels(source, names, template, **how))
         except NoTextTowerError:
             if must_read_text:
                 raise
         note = "The checkpoint has no text tower, so there are no labels."
-    return Checkpoint(name, *load_model(source, *how), note=note)
-
-
-# --- one video -----------------------------------------------------------------------------------------------------
+    return Checkpoint(name, *load_model(source, **how), note=note)
 
 
 def record(checkpoint: Checkpoint, reader: VideoReader, specs: Sequence[MethodSpec]) -> dict[str, VideoRecording]:
     """
-    Run methods over a video.
-
-    Raises:
-        ValueError: for embeddings that are not finite.
-        VideoError: if the video cannot be read to the last frame, or has a single frame.
+    Run methods over a video. ValueError for embeddings that are not finite, VideoError if the video cannot be read to
+    the last frame, or has a single frame.
     """
     model, methods = checkpoint.model, make_methods(checkpoint.model, specs)
     rows: dict[str, list] = {spec.name: [] for spec in specs}
@@ -137,24 +122,6 @@ def outcome_of(
     return outcome
 
 
-def video_figures(outcome: Outcome) -> dict:
-    """The figures of an outcome on one video, as plain values."""
-    (cosine,) = outcome.cosine
-    figures = {
-        "cost": outcome.mean_cost,
-        "cosine_mean": float(cosine.mean()),
-        "cosine_p5": float(np.percentile(cosine, 5)),
-    }
-    if outcome.agrees:
-        figures |= {"agreement": float(outcome.agrees[0].mean()), "label": outcome.labels[0]}
-    if outcome.ranks:
-        figures["rank"] = outcome.ranks[0]
-    return figures
-
-
-# --- all videos ----------------------------------------------------------------------------------------------------
-
-
 class Evaluation:
     """
     Measures dense, methods and baselines on videos.
@@ -164,13 +131,11 @@ class Evaluation:
         videos: from `find_videos`.
         out: folder; `records/` in it holds the recordings.
         specs: from `chosen_methods`, dense first.
-        frames: use the first N frames of each video; None for all.
-        stride: use every Nth frame.
+        frames, stride: use the first N frames of each video (None for all), and every Nth frame.
         fresh: record everything again.
         on_step: called with the name of a video, the current step, the number of videos done and of all videos.
 
-    Raises:
-        ValueError: for fewer than two frames, and a resolution of less than one patch.
+    ValueError for fewer than two frames, and a resolution of less than one patch.
     """
 
     def __init__(
@@ -192,7 +157,7 @@ class Evaluation:
         self.fresh, self.on_step = fresh, on_step
         self.processes = Processes()
         self.store = RecordingStore(
-            Path(out) / "records", checkpoint.model, checkpoint.preprocess, ["video/reader.py"], ["av"]
+            out / "records", checkpoint.model, checkpoint.preprocess, ["video/reader.py"], ["av"]
         )
 
     def recordings_of(self, video: EvalVideo, say: Callable[[str], None]) -> dict[str, VideoRecording]:
@@ -212,12 +177,8 @@ class Evaluation:
     def run(self) -> dict:
         """
         Measure this process's videos, and return the report on the videos of all processes. It lists videos that
-        cannot be read as skipped, with the reason.
-
-        Raises:
-            ValueError: for embeddings that are not finite.
-            VideoError: if no video can be measured.
-            OSError: if a recording cannot be written.
+        cannot be read as skipped, with the reason. ValueError for embeddings that are not finite, VideoError if no
+        video can be measured, OSError if a recording cannot be written.
         """
         mine = self.processes.share(len(self.videos.videos))
         measured, skipped = [], []
@@ -253,7 +214,7 @@ class Evaluation:
             "model": {
                 "name": checkpoint.name,
                 "weights": self.store.weights,
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "parameters": model.num_parameters(),
                 "resolution": checkpoint.preprocess.resolution,
                 "grid": [side, side],
                 "dtype": dtype_name(model.dtype),

@@ -90,23 +90,12 @@ def smaller_baselines(patch_size: int, resolution: int, few: bool = False) -> li
 
 
 def chosen_methods(
-    patch_size: int,
-    resolution: int,
-    names: Sequence[str] | None = None,
-    quick: bool = False,
-    gate: dict | None = None,
+    patch_size: int, resolution: int, names: Sequence[str] | None = None, quick: bool = False, gate: dict | None = None
 ) -> list[MethodSpec]:
     """
-    Dense, the methods asked for, and the baselines.
-
-    Args:
-        patch_size, resolution: sides of the patches and of the frames in pixels.
-        names: presets, and modes with all their settings; None for the presets.
-        quick: two settings of the baseline with a smaller input.
-        gate: gate options of one more method, `TUNED`.
-
-    Raises:
-        ValueError: for an unknown name.
+    Dense, the methods asked for, and the baselines for frames of `resolution` pixels a side. `names` are presets, and
+    modes with all their settings; None for the presets. If `quick`, there are two settings of the baseline with a
+    smaller input. `gate` has the options of one more method, `TUNED`. ValueError for an unknown name.
     """
     groups = {spec.name: [spec] for spec in preset_methods()}
     for spec in mode_methods():

@@ -1,4 +1,4 @@
-"""Intervals and tests: of shares, of two models' answers to the same questions, and by bootstrap. Pure functions."""
+"""Figures of answers to questions with their intervals and tests, and intervals by bootstrap. Pure functions."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -47,8 +47,7 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """
     if not trials:
         return Interval(0.0, 1.0)
-    found = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return Interval(float(found.low), float(found.high))
+    return Interval(*map(float, binomtest(successes, trials).proportion_ci(confidence, method="wilson")))
 
 
 def paired_difference(counts: PairedCounts, confidence: float = 0.95) -> Interval:
@@ -63,7 +62,12 @@ def paired_difference(counts: PairedCounts, confidence: float = 0.95) -> Interva
         return Interval(-1.0, 1.0)
     first, second = (wilson(right, counts.total, confidence) for right in (counts.first, counts.second))
     share, other = counts.first / counts.total, counts.second / counts.total
-    correlation = answers_correlation(counts)
+    both, only_first, only_second, neither = counts
+    margins = counts.first * (only_second + neither) * counts.second * (only_first + neither)
+    product = both * neither - only_first * only_second
+    if product > 0:
+        product = max(product - counts.total / 2, 0.0)  # Newcombe's correction
+    correlation = product / math.sqrt(margins) if margins else 0.0
 
     def distance(a: float, b: float) -> float:
         return math.sqrt(max(0.0, a * a - 2 * correlation * a * b + b * b))
@@ -71,18 +75,6 @@ def paired_difference(counts: PairedCounts, confidence: float = 0.95) -> Interva
     below = distance(share - first.low, second.high - other)
     above = distance(first.high - share, other - second.low)
     return Interval(max(-1.0, share - other - below), min(1.0, share - other + above))
-
-
-def answers_correlation(counts: PairedCounts) -> float:
-    """Newcombe's phi: the correlation of the answers, with a correction of n / 2 if positive; 0 if undefined."""
-    both, only_first, only_second, neither = counts
-    margins = counts.first * (only_second + neither) * counts.second * (only_first + neither)
-    if not margins:
-        return 0.0
-    product = both * neither - only_first * only_second
-    if product > 0:
-        product = max(product - counts.total / 2, 0.0)
-    return product / math.sqrt(margins)
 
 
 def paired_ratio(counts: PairedCounts, confidence: float = 0.95) -> Interval | None:
@@ -117,11 +109,53 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return float(binomtest(only_first, total).pvalue) if total else 1.0
 
 
+def ranks(name: str, scores: Sequence[Sequence[float]], references: Sequence[int]) -> np.ndarray:
+    """
+    The rank of the true label among L scores in each of M rows, int [M]: the number of other labels that score at
+    least as much. `references` are the true labels' indices; `name` is the scores' name in errors. ValueError for no
+    rows, rows of different lengths, scores that are NaN, and labels out of range.
+    """
+    widths = sorted({len(row) for row in scores})
+    if len(widths) != 1:
+        raise ValueError(f"`{name}` have rows of {widths} scores; expected at least one row, and equally long ones.")
+    scores, references = np.array(scores, dtype=np.float64), np.array(references)
+    for place in np.flatnonzero(np.isnan(scores).any(-1))[:1]:
+        raise ValueError(f"Row {place} of `{name}` holds NaN; expected scores.")
+    for place in np.flatnonzero((references < 0) | (references >= widths[0]))[:1]:
+        raise ValueError(f"Label {place} is {references[place]}; expected from 0 to {widths[0] - 1}.")
+    right = np.take_along_axis(scores, references[:, None], axis=1)
+    return (scores >= right).sum(-1) - 1
+
+
+def paired_counts(ours: np.ndarray, dense: np.ndarray) -> PairedCounts:
+    """Count the pictures on which both, one, or neither is right, from bool [M] each."""
+    return PairedCounts(*(int(both.sum()) for both in (ours & dense, ours & ~dense, ~ours & dense, ~ours & ~dense)))
+
+
+def share_figures(name: str, right: np.ndarray, confidence: float = 0.95) -> dict:
+    """The share of right answers, bool [M], as `name`, and its interval as `name_interval`."""
+    interval = wilson(int(right.sum()), len(right), confidence)
+    return {name: int(right.sum()) / len(right), f"{name}_interval": list(interval)}
+
+
+def paired_figures(name: str, counts: PairedCounts, confidence: float = 0.95) -> dict:
+    """Accuracy against dense's, under keys that begin with `name`: ratio, difference, intervals, McNemar's test."""
+    ratio = paired_ratio(counts, confidence)
+    # JSON has no infinity
+    ratio_interval = None if ratio is None else [bound if np.isfinite(bound) else None for bound in ratio]
+    return {
+        f"{name}_retention": counts.first / counts.second if counts.second else None,
+        f"{name}_retention_interval": ratio_interval,
+        f"{name}_difference": (counts.first - counts.second) / counts.total,
+        f"{name}_difference_interval": list(paired_difference(counts, confidence)),
+        f"{name}_only_ours": counts.only_first,
+        f"{name}_only_dense": counts.only_second,
+        f"{name}_mcnemar": mcnemar(counts.only_first, counts.only_second),
+    }
+
+
 def zero_failure_bound(trials: int) -> float:
-    """
-    Upper 95 % bound of the probability of a failure after none in `trials` independent trials: 3/n, the rule of three,
-    and at most 1.
-    """
+    """Upper 95 % bound of a failure's probability after none in n independent trials: 3/n, the rule of three."""
     return min(1.0, 3 / trials) if trials else 1.0
 
 

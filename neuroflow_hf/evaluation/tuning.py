@@ -10,21 +10,20 @@ the cheapest that stays close enough to dense, or the closest that is cheap enou
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from ..utils.jobs import stop_on_interrupt, timed
 from ..video.preprocess import Preprocessor
 from ..video.reader import DamagedVideoError, VideoReader
+from ..video.records import cosines
 from ..video.run import settings
 from ..vision.gate_config import PRESETS
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
-from .methods import Dense, Method, Step, Streamed, dense_cost, looking_cost
-from .points import Point, Requirement, choose
+from .methods import Dense, Method, Streamed, dense_cost, looking_cost
 
 SHORTEST_STRETCH = 12  # frames
 RUNGS = 7  # settings of each family
@@ -69,6 +68,94 @@ Stretch = dict[int, torch.Tensor]
 OnStep = Callable[[str, int, int], None]
 
 
+STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
+    "mean": np.mean,
+    "p5": lambda cosines: np.percentile(cosines, 5),
+    "min": np.min,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A setting of the gate, measured on T frames of each stretch of a video."""
+
+    family: str  # of the setting, in words
+    options: dict  # of [`NeuroFlowGateConfig`], those that differ from the defaults
+    cost: float  # mean of a frame relative to dense
+    cosines: Sequence[np.ndarray]  # to dense, float64 [T], for each stretch
+    milliseconds: float  # mean of a frame
+    control: bool = False  # whether this is a baseline
+
+    def fidelity(self, statistic: str) -> float:
+        """A statistic of the cosines of all stretches."""
+        return float(STATISTICS[statistic](np.concatenate(self.cosines)))
+
+    def worst_fidelity(self, statistic: str) -> float:
+        """The statistic in the stretch where it is lowest."""
+        return float(min(STATISTICS[statistic](cosines) for cosines in self.cosines))
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """
+    The requirement of a setting: the cheapest whose `statistic` of the frames' cosines to dense is at least
+    `min_cosine`, or that with the highest whose cost is at most `max_cost`. `"p5"` is the 5th percentile: 19 of 20
+    frames are closer. ValueError unless there is exactly one bound, above 0 and below 1.
+    """
+
+    min_cosine: float | None = None
+    max_cost: float | None = None
+    statistic: str = "p5"  # or `"mean"` or `"min"`
+
+    def __post_init__(self):
+        if (self.min_cosine is None) == (self.max_cost is None):
+            raise ValueError(
+                "Give exactly one of --min-cosine (such as 0.99: find the cheapest settings that stay as close to "
+                "dense) and --max-cost (such as 0.1: find the most faithful settings that cost no more)."
+            )
+        for name in ("min_cosine", "max_cost"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"`{name}` is {value}; expected a number above 0 and below 1.")
+        if self.statistic not in STATISTICS:
+            raise ValueError(f"`statistic` is {self.statistic!r}; expected {', '.join(STATISTICS)}.")
+
+    def __str__(self):
+        if self.min_cosine is None:
+            return f"cost at most {self.max_cost:g}"
+        return f"{self.statistic} of the cosine at least {self.min_cosine:g}"
+
+    def met_by(self, point: Point) -> bool:
+        """Whether a point keeps the bound, and is cheaper than dense."""
+        if self.min_cosine is None:
+            return point.cost <= self.max_cost
+        return point.cost < 1 and point.fidelity(self.statistic) >= self.min_cosine
+
+    def preference(self, point: Point) -> tuple[float, float]:
+        """A sort key for points that meet the requirement, the best first."""
+        cost, loss = point.cost, -point.fidelity(self.statistic)
+        return (cost, loss) if self.max_cost is None else (loss, cost)
+
+
+def choose(points: Sequence[Point], requirement: Requirement) -> Point | None:
+    """The best point, baselines included, that meets the requirement; None if none does."""
+    return min(filter(requirement.met_by, points), key=requirement.preference, default=None)
+
+
+def nearest(points: Sequence[Point], requirement: Requirement) -> Point:
+    """The chosen point; if none meets the requirement, the most faithful below the cost of dense, or the cheapest."""
+    if requirement.max_cost is None:
+        closest = most_faithful([point for point in points if point.cost < 1], requirement)
+    else:
+        closest = min(points, key=lambda point: point.cost)
+    return choose(points, requirement) or closest
+
+
+def most_faithful(points: Sequence[Point], requirement: Requirement) -> Point | None:
+    """The point with the highest statistic; None without points."""
+    return max(points, key=lambda point: point.fidelity(requirement.statistic), default=None)
+
+
 @dataclass(frozen=True, eq=False)
 class TuneResult:
     """The result of a tuning."""
@@ -84,10 +171,7 @@ class TuneResult:
     @property
     def measured_frames(self) -> int:
         """Number of frames in all stretches."""
-        return sum(len(indices) for indices in self.frames)
-
-
-# --- frames --------------------------------------------------------------------------------------------------------
+        return sum(map(len, self.frames))
 
 
 def plan_stretches(expected_frames: int, frames: int, stretches: int) -> list[range]:
@@ -107,11 +191,7 @@ def read_stretches(
 ) -> list[Stretch]:
     """
     Read the planned stretches. Of a file that is cut short or has fewer frames than its header says, those that are
-    whole are enough.
-
-    Raises:
-        VideoError: if the video cannot be read.
-        ValueError: if the video has a single frame.
+    whole are enough. VideoError if the video cannot be read, ValueError if it has a single frame.
     """
     stretches: list[Stretch] = [{} for _ in plan]
     end = plan[-1].stop
@@ -130,28 +210,26 @@ def read_stretches(
     return kept
 
 
-# --- measuring -----------------------------------------------------------------------------------------------------
 # With a fixed keyframe interval, the frames after the last whole interval of a stretch are left out: they would give
 # more weight to frames soon after a keyframe than these have in a long video.
 
 
 def fitting_interval(interval: int | None, length: int) -> int:
     """
-    The keyframe interval near `interval` that divides a stretch of `length` frames best. None, for no keyframes, gives
-    `length`, because longer intervals are not measured.
+    The keyframe interval near `interval` that divides a stretch of `length` frames best; `length` for None, for no
+    keyframes, because longer intervals are not measured.
     """
     return length if interval is None else max(1, length // max(1, round(length / interval)))
 
 
 def hold_by_the_clock(dense: Sequence[torch.Tensor], every: int, dense_milliseconds: float) -> Point:
     """The baseline that encodes one frame in `every` and holds it, from dense embeddings [T, D] of each stretch."""
-    cosines = []
+    found = []
     for embeddings in dense:
         frames = torch.arange(len(embeddings) // every * every)
-        held, now = embeddings[frames - frames % every].double(), embeddings[frames].double()
-        cosines.append(functional.cosine_similarity(held, now, dim=1).numpy())
+        found.append(cosines(embeddings[frames - frames % every], embeddings[frames]).numpy())
     options = {"mode": "hold", "keyframe_interval": every}
-    return Point(HOLD, options, 1 / every, cosines, dense_milliseconds / every, control=True)
+    return Point(HOLD, options, 1 / every, found, dense_milliseconds / every, control=True)
 
 
 @dataclass(eq=False)
@@ -163,33 +241,38 @@ class Bench:
     stretches: list[Stretch]  # of equal length
     on_step: OnStep  # as in `tune_video`
 
-    def steps(self, method: Method, stretch: Stretch, count: int | None = None) -> Iterator[tuple[Step, float]]:
-        """What a method gives for the first `count` frames of a stretch (default: all), and its milliseconds."""
-        model = self.model
-        method.start(1)
-        for image in itertools.islice(stretch.values(), count):
-            pixel_values = self.preprocess.normalise(image, model.dtype, model.device)
-            with torch.inference_mode():
-                yield timed(lambda x=pixel_values: method.step(x), model.device)
+    @torch.inference_mode()
+    def run(
+        self, name: str, method: Method, count: int, credit: float | None = None
+    ) -> tuple[list[torch.Tensor], float, float]:
+        """
+        Run a method over the first `count` frames of each stretch; a stream's `credit` is set after the first frame.
+        Returns embeddings float32 [count, D] on the CPU for each stretch, mean cost, and mean milliseconds.
+        """
+        found, figures, total = [], [], len(self.stretches) * count
+        for stretch in self.stretches:
+            method.start(1)
+            embeddings = []
+            for image in itertools.islice(stretch.values(), count):
+                pixel_values = self.preprocess.normalise(image, self.model.dtype, self.model.device)
+                step, elapsed = timed(lambda x=pixel_values: method.step(x), self.model.device)
+                if not embeddings and credit is not None:
+                    method.stream.credit = [credit]
+                embeddings.append(step.embeddings[0].cpu())
+                figures.append((step.cost.item(), elapsed))
+                self.on_step(name, len(figures), total)
+            found.append(torch.stack(embeddings))
+        return found, *np.mean(figures, axis=0).tolist()
 
     def measure_dense(self):
         """Run dense over all stretches; sets `dense`, float32 [T, D] on the CPU for each, and `dense_milliseconds`."""
-        method, total = Dense(self.model), sum(map(len, self.stretches))
-        self.dense, milliseconds = [], []
-        list(self.steps(method, self.stretches[0], 1))  # warm up
-        for stretch in self.stretches:
-            embeddings = []
-            for step, elapsed in self.steps(method, stretch):
-                embeddings.append(step.embeddings[0].cpu())
-                milliseconds.append(elapsed)
-                self.on_step("dense", len(milliseconds), total)
-            self.dense.append(torch.stack(embeddings))
-        self.dense_milliseconds = float(np.mean(milliseconds))
+        warm = Bench(self.model, self.preprocess, self.stretches[:1], lambda *_: None)
+        warm.run("", Dense(self.model), 1)
+        self.dense, _, self.dense_milliseconds = self.run("dense", Dense(self.model), len(self.stretches[0]))
 
     def holds(self) -> list[Point]:
         """Holds by the clock, with intervals up to the length of a stretch."""
-        longest = len(self.stretches[0])
-        lengths = sorted(set(np.geomspace(2, longest, MOST_HOLDS).round().astype(int).tolist()))
+        lengths = np.unique(np.geomspace(2, len(self.stretches[0]), MOST_HOLDS).round().astype(int)).tolist()
         return [hold_by_the_clock(self.dense, every, self.dense_milliseconds) for every in lengths]
 
     def measure(self, family: str, options: dict, control: bool = False) -> Point:
@@ -205,23 +288,11 @@ class Bench:
         looking = looking_cost(self.model, patches) / dense_cost(self.model, patches)
         if budget is not None and budget <= looking + (1 - looking) / interval:
             options["cost_budget"] = budget = None  # no gate can keep this budget on a stretch so short
-        method, total = Streamed(self.model, **options), len(self.stretches) * counted
-        cosines, figures = [], []
-        for stretch, dense in zip(self.stretches, self.dense, strict=True):
-            embeddings = []
-            for step, elapsed in self.steps(method, stretch, counted):
-                if not embeddings and budget is not None:
-                    method.stream.credit = [budget - 1]
-                embeddings.append(step.embeddings[0].cpu())
-                figures.append((step.cost.item(), elapsed))
-                self.on_step(family, len(figures), total)
-            pair = torch.stack(embeddings).double(), dense[:counted].double()
-            cosines.append(functional.cosine_similarity(*pair, dim=1).numpy())
-        cost, milliseconds = np.mean(figures, axis=0).tolist()
-        return Point(family, options, cost, cosines, milliseconds, control)
-
-
-# --- the job -------------------------------------------------------------------------------------------------------
+        credit = None if budget is None else budget - 1
+        found, cost, milliseconds = self.run(family, Streamed(self.model, **options), counted, credit)
+        pairs = zip(found, self.dense, strict=True)
+        compared = [cosines(embeddings, dense[:counted]).numpy() for embeddings, dense in pairs]
+        return Point(family, options, cost, compared, milliseconds, control)
 
 
 def tune_video(
@@ -247,16 +318,14 @@ def tune_video(
     Args:
         reader: the video, with the stride that the settings are for.
         model, preprocess: from `load_model`.
-        min_cosine, max_cost, statistic: as of [`Requirement`], exactly one of the bounds. A `min_cosine` of 0.99 suits
-            search and labels, 0.999 a classifier trained on dense embeddings.
-        frames: number of frames in all stretches. 120 take one or two minutes on a CPU with a small tower.
-        stretches: number of stretches. More cover more of the video; fewer allow longer keyframe intervals.
-        on_step: called after each frame with the name of the step, the number of frames done, and the number of frames
-            in the step.
+        min_cosine, max_cost, statistic: as of [`Requirement`]. A `min_cosine` of 0.99 suits search and labels, 0.999 a
+            classifier trained on dense embeddings.
+        frames: in all stretches. 120 take one or two minutes on a CPU with a small tower.
+        stretches: how many. More cover more of the video; fewer allow longer keyframe intervals.
+        on_step: called after each frame with the name of the step, and the frames done and to do in it.
 
-    Raises:
-        ValueError: for bounds, numbers or a resolution out of range, and videos of a single frame.
-        VideoError: if the video cannot be read.
+    ValueError for bounds, numbers or a resolution out of range, and videos of a single frame; VideoError if the video
+    cannot be read.
     """
     requirement = Requirement(min_cosine, max_cost, statistic)
     if frames < 2:

@@ -8,10 +8,10 @@ from typing import Any
 
 from ..utils.files import staging_folder
 from ..utils.plots import save_plot
+from ..utils.tables import Table
 from ..vision.configuration_neuroflow_siglip import NeuroFlowSiglipConfig, NeuroFlowSiglipVisionConfig
 from .plots import plot_tuning
-from .points import STATISTICS, Point, choose, most_faithful, nearest
-from .tuning import TuneResult
+from .tuning import STATISTICS, Point, TuneResult, choose, most_faithful, nearest
 
 # config.json last: where it exists, the others are of the same tuning
 TUNE_FILES = ("curve.png", "tune.json", "config.json")
@@ -26,10 +26,9 @@ def checkpoint_config(source: str | Path) -> NeuroFlowSiglipConfig | NeuroFlowSi
 
 def write_tuning(result: TuneResult, out: Path, config: Any, model_name: str, command: str) -> list[str]:
     """
-    Write `curve.png`, `tune.json` and, if a setting was chosen, `config.json` to a folder; files of an earlier tuning
-    are replaced. `config` is the checkpoint's, from `checkpoint_config`; it is written with the chosen gate.
-    `model_name` and `command` are for `tune.json`, whose `chosen` and `nearest` are indices of `points`. Returns the
-    files' names.
+    Write `curve.png`, `tune.json` and, if a setting was chosen, `config.json` to a folder, in place of those of an
+    earlier tuning. `config` is the checkpoint's, from `checkpoint_config`; it is written with the chosen gate. In
+    `tune.json`, `chosen` and `nearest` are indices of `points`. Returns the files' names.
     """
     points, chosen = result.points, result.chosen
     summary = {
@@ -74,11 +73,6 @@ def setting_words(options: dict) -> str:
     return ", ".join([options["mode"], *(f"{name} {value}" for name, value in options.items() if name != "mode")])
 
 
-def figure_words(point: Point, statistic: str) -> str:
-    """A point's figures and settings as a phrase."""
-    return f"cost {point.cost:.3f}, {statistic} {point.fidelity(statistic):.4f}: {setting_words(point.options)}"
-
-
 def compared_points(result: TuneResult) -> list[tuple[str, Point]]:
     """The chosen (or nearest) point and those to compare it with, each once, with a label."""
     requirement, found = result.requirement, nearest(result.points, result.requirement)
@@ -97,30 +91,32 @@ def compared_points(result: TuneResult) -> list[tuple[str, Point]]:
     return [(label, point) for point, label in labels.items()]
 
 
-def tuning_rows(result: TuneResult) -> list[list[str]]:
-    """
-    The table of `compared_points` and dense: cost, mean, p5 and minimum of the cosine, the statistic in the worst
-    stretch, and milliseconds.
-    """
-    statistic, rows = result.requirement.statistic, []
+def tuning_table(result: TuneResult) -> Table:
+    """The figures of `compared_points` and of dense, with the statistic in the worst stretch."""
+    rows = []
     for label, point in compared_points(result):
-        cosines = [*(point.fidelity(name) for name in STATISTICS), point.worst_fidelity(statistic)]
+        cosines = [*map(point.fidelity, STATISTICS), point.worst_fidelity(result.requirement.statistic)]
         rows.append([label, f"{point.cost:.3f}", *(f"{value:.4f}" for value in cosines), f"{point.milliseconds:.1f}"])
-    return [*rows, ["dense", "1", "1", "1", "1", "1", f"{result.dense_milliseconds:.1f}"]]
+    rows.append(["dense", "1", "1", "1", "1", "1", f"{result.dense_milliseconds:.1f}"])
+    return ["", "cost", *STATISTICS, "worst stretch", "ms"], rows
 
 
 def tuning_sentences(result: TuneResult) -> list[str]:
     """The settings, whether a baseline won, and how much was measured."""
     requirement, points, statistic = result.requirement, result.points, result.requirement.statistic
+
+    def words(point: Point) -> str:
+        return f"cost {point.cost:.3f}, {statistic} {point.fidelity(statistic):.4f}: {setting_words(point.options)}"
+
     sentences = [f"{label}: {setting_words(point.options)}" for label, point in compared_points(result)]
     if result.chosen is None:
-        found = figure_words(nearest(points, requirement), statistic)
+        found = words(nearest(points, requirement))
         sentences.append(
             f"No setting meets the requirement ({requirement}). The nearest has {found}. No configuration was written."
         )
     elif result.chosen.control:
         ours = choose([point for point in points if not point.control], requirement)
-        best = "none meets it" if ours is None else f"the best has {figure_words(ours, statistic)}"
+        best = "none meets it" if ours is None else f"the best has {words(ours)}"
         sentences.append(
             "A baseline wins: on this footage, no measured setting does better than holding embeddings, so the "
             f"baseline was written. Of the other settings, {best}."

@@ -1,4 +1,4 @@
-"""Pictures of the gate at work: encoded patches in full colour, reused ones in dark grey."""
+"""Pictures, uint8 RGB [H, W, 3], of the gate at work: encoded patches in full colour, reused ones in dark grey."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -29,14 +29,10 @@ MIN_WIDTH, MAX_SIDE = 480, 960
 SHEET_SIDE = 480  # the longer side of a picture on a contact sheet, in pixels
 
 
-# --- pure drawing --------------------------------------------------------------------------------------------------
-
-
 def patch_pixels(mask: np.ndarray, height: int, width: int, covered: float = 1.0) -> np.ndarray:
     """
-    A patch mask, bool [grid_h, grid_w], at the size of the picture that the patches were cut from: bool [height,
-    width]. The patches cover the share `covered` of each side, from the top left; it is below 1 if the model's
-    resolution is no multiple of its patch size.
+    A patch mask, bool [grid_h, grid_w], at the size of its picture: bool [height, width]. The patches cover the share
+    `covered` of each side, from the top left; below 1 if the model's resolution is no multiple of its patch size.
     """
     rows, columns = (
         np.diff(np.round(np.linspace(0, covered * length, count + 1)).astype(int))
@@ -47,10 +43,7 @@ def patch_pixels(mask: np.ndarray, height: int, width: int, covered: float = 1.0
 
 
 def mark_encoded(image: np.ndarray, mask: np.ndarray, covered: float = 1.0) -> np.ndarray:
-    """
-    A copy of a frame, uint8 RGB [H, W, 3], in which encoded patches, bool [grid_h, grid_w], are outlined and reused
-    ones turn dark grey; `covered` is as in `patch_pixels`.
-    """
+    """A copy of a frame in which the encoded patches of a mask are outlined and reused ones turn dark grey."""
     height, width = image.shape[:2]
     marked = patch_pixels(mask, height, width, covered)
     grey = image @ np.array([0.299, 0.587, 0.114], dtype=np.float32) * REUSED_BRIGHTNESS
@@ -61,8 +54,8 @@ def mark_encoded(image: np.ndarray, mask: np.ndarray, covered: float = 1.0) -> n
 
 def outline_objects(picture: np.ndarray, objects: Sequence[tuple[Sequence[int], str]], scale: float) -> np.ndarray:
     """
-    A copy of a picture, uint8 RGB [H, W, 3], with boxes (left, top, right, bottom) and captions of moving objects.
-    `scale` is the size of the picture relative to the frame that the boxes are of.
+    A copy of a picture with boxes (left, top, right, bottom) and captions of moving objects. `scale` is the size of
+    the picture relative to the frame that the boxes are of.
     """
     drawn = Image.fromarray(picture)
     draw = ImageDraw.Draw(drawn)
@@ -89,12 +82,12 @@ def overlay_size(height: int, width: int) -> tuple[int, int]:
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture, uint8 RGB [H, W, 3], in another size."""
+    """A picture in another size."""
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture, uint8 RGB [H, W, 3], scaled to fit into [height, width, 3], on black."""
+    """A picture scaled to fit into [height, width, 3], on black."""
     return np.asarray(ImageOps.pad(Image.fromarray(picture), (width, height), Image.Resampling.BILINEAR))
 
 
@@ -106,9 +99,8 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 def captioned(picture: np.ndarray, lines: Sequence[str], size: int) -> np.ndarray:
     """
-    A picture, uint8 RGB [H, W, 3], above a dark strip with lines of text: uint8 RGB [H', W, 3]. `size` is the font
-    size in pixels; lines that do not fit are set smaller. The strip's height is even and depends only on the number of
-    lines.
+    A picture above a dark strip with lines of text. `size` is the font size in pixels; lines that do not fit are set
+    smaller. The strip's height is even and depends only on the number of lines.
     """
     width, height = picture.shape[1], 2 * round(0.9 * size)
     strip = Image.new("RGB", (width, height * len(lines)), BACKGROUND)
@@ -121,14 +113,14 @@ def captioned(picture: np.ndarray, lines: Sequence[str], size: int) -> np.ndarra
 
 
 def marked_picture(image: np.ndarray, mask: np.ndarray, covered: float = 1.0) -> np.ndarray:
-    """A frame, uint8 RGB [H, W, 3], at its `overlay_size`, with encoded patches marked as in `mark_encoded`."""
+    """A frame at its `overlay_size`, with encoded patches marked as in `mark_encoded`."""
     return mark_encoded(resize(image, *overlay_size(*image.shape[:2])), mask, covered)
 
 
 def overlay_frame(picture: np.ndarray, lines: Sequence[str]) -> np.ndarray:
     """
-    A frame of the overlay video, uint8 RGB [H, W, 3]: a `marked_picture` above its caption. Its sides are even, and
-    the same for all frames of a video with equally many lines.
+    A frame of the overlay video: a `marked_picture` above its caption. Its sides are even, and the same for all frames
+    of a video with equally many lines.
     """
     missing = max(0, MIN_WIDTH - picture.shape[1])  # narrow videos get margins, so that captions stay legible
     picture = np.pad(picture, ((0, 0), (missing // 2, missing - missing // 2), (0, 0)))
@@ -136,7 +128,7 @@ def overlay_frame(picture: np.ndarray, lines: Sequence[str]) -> np.ndarray:
 
 
 def tiled(cells: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Cells, uint8 RGB [H, W, 3], side by side in rows of `columns`; dark where none is left."""
+    """Cells of one size side by side in rows of `columns`; dark where none is left."""
     empty = np.broadcast_to(np.array(BACKGROUND, np.uint8), cells[0].shape)
     cells = [*cells, *[empty] * (-len(cells) % columns)]
     rows = [np.concatenate(cells[place : place + columns], axis=1) for place in range(0, len(cells), columns)]
@@ -144,10 +136,7 @@ def tiled(cells: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def contact_sheet(cells: Sequence[tuple[np.ndarray, Sequence[str]]], title: str, legend: str = "") -> np.ndarray:
-    """
-    A grid of pictures of one size, uint8 RGB [H, W, 3], four in a row, each above the lines of its caption: uint8 RGB
-    [H', W', 3].
-    """
+    """A grid of pictures of one size, four in a row, each above the lines of its caption."""
     height, width = (round(side * SHEET_SIDE / max(cells[0][0].shape[:2])) for side in cells[0][0].shape[:2])
     pictures = [captioned(resize(picture, height, width), lines, size=width // 26) for picture, lines in cells]
     grid = tiled(pictures, columns=4)
@@ -163,9 +152,10 @@ class OverlayWriter:
         self.container = None
 
     def write(self, picture: np.ndarray, seconds: float):
-        """Append a picture, uint8 RGB [H, W, 3] with even sides, the same for all pictures, to show at `seconds`."""
+        """Append a picture with even sides, the same for all pictures, to show at `seconds`."""
         if self.container is None:
-            self._open(*picture.shape[:2], seconds)
+            self._open(*picture.shape[:2])
+            self.begin, self.last = seconds, -TICK.denominator // 10  # a single frame lasts a tenth of a second
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         # no two frames at the same time; the last one lasts as long as the one before it
         frame.pts = max(round((seconds - self.begin) / TICK), self.last + 1)
@@ -180,14 +170,12 @@ class OverlayWriter:
             self.container.close()
             self.container = None
 
-    def _open(self, height: int, width: int, seconds: float):
-        self.begin, self.last = seconds, -TICK.denominator // 10  # a single frame lasts a tenth of a second
+    def _open(self, height: int, width: int):
         self.container = av.open(ffmpeg_name(self.path), "w", format="mp4", options={"movflags": "faststart"})
-        # one thread: others would encode while the next frame's forward is timed
-        if "libx264" in av.codecs_available:
-            # no B-frames: with uneven times, mp4 would state too short a length
-            codec, options = "libx264", {"crf": "21", "preset": "veryfast", "threads": "1", "bf": "0"}
-        else:
+        # one thread: others would encode while the next frame's forward is timed;
+        # no B-frames: with uneven times, mp4 would state too short a length
+        codec, options = "libx264", {"crf": "21", "preset": "veryfast", "threads": "1", "bf": "0"}
+        if codec not in av.codecs_available:
             codec, options = "mpeg4", {"qscale": "3"}
         self.stream = self.container.add_stream(codec, options=options)
         self.stream.height, self.stream.width, self.stream.pix_fmt = height, width, "yuv420p"

@@ -1,15 +1,19 @@
-"""What a run records of each frame, and the figures, lines and captions made of it. Pure functions."""
+"""What a run records of each frame, and the figures, labels, lines and captions made of it. Pure functions."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..utils.files import significant
 from ..vision.gate_config import NeuroFlowGateConfig
+
+MOST_CHARACTERS = 60  # of a label in pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +45,14 @@ class FrameRecord:
         return 1 - self.active / self.patches
 
 
-# --- figures -------------------------------------------------------------------------------------------------------
-
-
 def cosines(a: Tensor, b: Tensor) -> Tensor:
     """Cosines of vectors [..., D], computed in float64: [...]."""
     return functional.cosine_similarity(a.double(), b.double(), dim=-1)
+
+
+def sampled_records(records: Sequence[FrameRecord]) -> list[FrameRecord]:
+    """The records of the frames that were also encoded densely."""
+    return [record for record in records if record.dense_embedding is not None]
 
 
 def compare_with_dense(
@@ -56,12 +62,11 @@ def compare_with_dense(
     Similarities to the dense output on the S sampled frames: S of the streamed output (`"streamed"`), and S of the
     first sample's dense output (`"first_frame"`). `output` names the field of the records that is compared.
     """
-    sampled = [record for record in records if record.dense_embedding is not None]
+    sampled = sampled_records(records)
     if not sampled:
         return {"streamed": [], "first_frame": []}
     streamed, dense = (torch.stack([getattr(record, kind + output) for record in sampled]) for kind in ("", "dense_"))
-    found = {"streamed": similarity(streamed, dense), "first_frame": similarity(dense[:1], dense)}
-    return {name: values.tolist() for name, values in found.items()}
+    return {"streamed": similarity(streamed, dense).tolist(), "first_frame": similarity(dense[:1], dense).tolist()}
 
 
 def compare_held(
@@ -71,14 +76,14 @@ def compare_held(
     The baseline at no more than `cost`: dense on every Nth frame, held between. Returns N, and the similarities to
     dense on the *last* frame of each hold, which understates the baseline; None if the video is too short.
     """
-    places = [place for place, record in enumerate(records) if record.dense_embedding is not None]
-    if len(places) < 2:
+    sampled = sampled_records(records)
+    if len(sampled) < 2:
         return None
-    step = places[1] - places[0]
+    step = records.index(sampled[1]) - records.index(sampled[0])
     samples = math.ceil(1 / (cost * step))  # from one dense frame to the next
-    if samples >= len(places):
+    if samples >= len(sampled):
         return None
-    dense = torch.stack([getattr(records[place], f"dense_{output}") for place in places])
+    dense = torch.stack([getattr(record, f"dense_{output}") for record in sampled])
     return samples * step, similarity(dense[:-samples], dense[samples:]).tolist()
 
 
@@ -86,11 +91,6 @@ def held_at_cost(records: Sequence[FrameRecord], cost: float) -> dict | None:
     """The baseline of `compare_held`: `every` (N), its `cost`, and the spread of its `cosine`."""
     held = compare_held(records, cost)
     return held and {"every": held[0], "cost": 1 / held[0], "cosine": spread(held[1])}
-
-
-def mean_cost(records: Sequence[FrameRecord]) -> float:
-    """Mean cost of a frame."""
-    return float(np.mean([record.cost for record in records]))
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -106,7 +106,7 @@ def figures(records: Sequence[FrameRecord]) -> dict:
     The figures of a run, keyframes included. Fidelity and median speed-up leave out the first sample, on which stream
     and baselines are dense.
     """
-    sampled = [record for record in records if record.dense_embedding is not None]
+    sampled, cost = sampled_records(records), spread([record.cost for record in records])
     ratios = [record.dense_milliseconds / record.milliseconds for record in sampled[1:]]
     streamed = spread([record.milliseconds for record in records])
     dense = spread([record.dense_milliseconds for record in sampled])
@@ -114,7 +114,7 @@ def figures(records: Sequence[FrameRecord]) -> dict:
         "frames": len(records),
         "keyframes": sum(record.keyframe for record in records),
         "skip_rate": spread([record.skip_rate for record in records]),
-        "cost": spread([record.cost for record in records]),
+        "cost": cost,
         "milliseconds_per_frame": {"streamed": streamed, "dense": dense},
         # the median is of pairs of forwards of the same frame; the mean includes all keyframes
         "speed_up": {"median": float(np.median(ratios)), "mean": dense["mean"] / streamed["mean"]} if ratios else None,
@@ -122,17 +122,84 @@ def figures(records: Sequence[FrameRecord]) -> dict:
         "compared_frames": len(sampled[1:]),
         "compared_keyframes": sum(record.keyframe for record in sampled[1:]),
         "cosine_to_dense": {name: spread(values[1:]) for name, values in compare_with_dense(records).items()},
-        "held_at_cost": held_at_cost(records, mean_cost(records)),
+        "held_at_cost": held_at_cost(records, cost["mean"]),
     }
 
 
-def object_figures(records: Sequence[FrameRecord]) -> dict:
-    """Moving objects in `summary.json`: on how many frames there are any, and the spread of their number."""
-    counts = [len(record.objects) for record in records]
-    return {"frames": sum(count > 0 for count in counts), "per_frame": spread(counts)}
+def timeline(records: Sequence[FrameRecord], names: Sequence[str]) -> list[dict]:
+    """
+    The best label over time, without smoothing. Consecutive frames with the same label are one stretch: `start` is the
+    time of its first frame in seconds, `end` that of the next stretch's first frame, or of the video's last; `frames`
+    is their number; `confidence` and `share` are the means of the label's score and share.
+    """
+    stretches = []
+    # by logits, because two scores can both round to 1
+    for place, group in groupby(records, key=lambda record: int(record.label_logits.argmax())):
+        group = list(group)
+        logits, start = torch.stack([record.label_logits for record in group]), round(group[0].time, 6)
+        if stretches:
+            stretches[-1]["end"] = start
+        stretches.append(
+            {
+                "start": start,
+                "end": round(group[-1].time, 6),
+                "frames": len(group),
+                "label": names[place],
+                "confidence": significant(logits.sigmoid()[:, place].mean().item()),
+                "share": significant(logits.softmax(dim=-1)[:, place].mean().item()),
+            }
+        )
+    return stretches
 
 
-# --- lines, tensors and captions -----------------------------------------------------------------------------------
+def agreement(records: Sequence[FrameRecord], cost: float) -> dict:
+    """
+    The number of sampled frames after the first (`compared_frames`) on which the best label is dense's: of the
+    streamed embedding (`streamed`), of the first sample's dense embedding (`first_frame`), and of the baseline at no
+    more than `cost` (`held_at_cost`, see `compare_held`).
+    """
+    how = {"output": "label_logits", "similarity": lambda a, b: a.argmax(-1) == b.argmax(-1)}
+    compared = {name: values[1:] for name, values in compare_with_dense(records, **how).items()}
+    held = compare_held(records, cost, **how)
+    return {
+        "compared_frames": len(compared["streamed"]),
+        **{name: sum(values) for name, values in compared.items()},
+        "held_at_cost": held
+        and {"every": held[0], "cost": 1 / held[0], "compared_frames": len(held[1]), "agreed": sum(held[1])},
+    }
+
+
+def best_label(names: Sequence[str], logits: Tensor) -> dict:
+    """The best label by its logits, float32 [L], with its confidence and share."""
+    place = int(logits.argmax())
+    found = {"confidence": logits.sigmoid()[place], "share": logits.softmax(dim=-1)[place]}
+    return {"label": names[place], **{name: significant(value.item()) for name, value in found.items()}}
+
+
+def label_line(record: FrameRecord, names: Sequence[str]) -> dict:
+    """Labels in a frame's line of `frames.jsonl`: the best one with its confidence and share, and all scores."""
+    scores = [significant(score) for score in record.label_logits.sigmoid().tolist()]
+    line = {**best_label(names, record.label_logits), "label_scores": dict(zip(names, scores, strict=True))}
+    if record.dense_label_logits is not None:
+        line["dense_label"] = names[int(record.dense_label_logits.argmax())]
+    return line
+
+
+def label_words(line: dict, most: int = MOST_CHARACTERS) -> str:
+    """The label of a `label_line` or an `object_line`, of at most so many characters, and its confidence."""
+    return f"{shortened(line['label'], most)} {percent(line['confidence'])}"
+
+
+def percent(value: float) -> str:
+    """A share as a percentage, with enough digits for the small probabilities that SigLIP often gives."""
+    if value < 0.0001:
+        return "<0.01%"
+    return f"{value:.1%}" if value >= 0.01 else f"{value:.2%}"
+
+
+def shortened(text: str, most: int) -> str:
+    """A text cut to `most` characters."""
+    return text if len(text) <= most else text[: most - 3].rstrip() + "..."
 
 
 def frame_line(record: FrameRecord, first_dense: Tensor | None) -> dict:
@@ -170,7 +237,7 @@ def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, Tensor]:
         "frame_index": torch.tensor([record.index for record in records]),
         "time": torch.tensor([record.time for record in records], dtype=torch.float64),
     }
-    sampled = [record for record in records if record.dense_embedding is not None]
+    sampled = sampled_records(records)
     if sampled:
         tensors["dense_embeddings"] = torch.stack([record.dense_embedding for record in sampled])
         tensors["dense_frame_index"] = torch.tensor([record.index for record in sampled])
@@ -179,10 +246,11 @@ def embedding_tensors(records: Sequence[FrameRecord]) -> dict[str, Tensor]:
     return tensors
 
 
-def caption(record: FrameRecord) -> str:
-    """The text under a frame."""
+def caption_lines(record: FrameRecord, names: Sequence[str]) -> list[str]:
+    """The lines of text under a frame: figures and, with names of labels, the best label."""
     share = "all" if record.keyframe else f"{1 - record.skip_rate:.1%}"
-    return f"time {record.time:.1f} s, encoded {share}, cost {record.cost:.2f}"
+    lines = [f"time {record.time:.1f} s, encoded {share}, cost {record.cost:.2f}"]
+    return [*lines, f"label {label_words(best_label(names, record.label_logits))}"] if names else lines
 
 
 def gate_rule(gate: NeuroFlowGateConfig) -> str:
@@ -193,8 +261,3 @@ def gate_rule(gate: NeuroFlowGateConfig) -> str:
     if gate.min_fidelity is not None:
         rules.append(f"fidelity {gate.min_fidelity:g}")
     return ", ".join(rules)
-
-
-def run_title(gate: NeuroFlowGateConfig, video: str, resolution: int) -> str:
-    """The title of a run's pictures."""
-    return f"{video} at {resolution} px, mode {gate.mode}, reference {gate.reference}, {gate_rule(gate)}"

@@ -28,7 +28,6 @@ from ..utils.plots import save_plot
 from ..utils.provenance import dtype_name, fingerprint
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
 from ..vision.stream import NeuroFlowStream
-from .label_records import label_caption, label_figures, label_line, object_caption
 from .labels import Labels
 from .objects import find_objects, object_line, require_objects_found
 from .overlay import (
@@ -45,14 +44,19 @@ from .prefetch import prefetch
 from .preprocess import Preprocessor
 from .reader import Frame, VideoError, VideoReader
 from .records import (
+    MOST_CHARACTERS,
     FrameRecord,
-    caption,
+    agreement,
+    caption_lines,
     cosines,
     embedding_tensors,
     figures,
     frame_line,
-    object_figures,
-    run_title,
+    gate_rule,
+    label_line,
+    label_words,
+    spread,
+    timeline,
 )
 
 # the summary is moved last: where it exists, the other files are of the same run
@@ -61,27 +65,21 @@ DENSE_SAMPLES = 25
 SHEET_CELLS = 8
 
 
-# --- encoding ------------------------------------------------------------------------------------------------------
-
-
 def encode_video(
     reader: VideoReader,
     model: NeuroFlowSiglipVisionModel,
     preprocess: Preprocessor,
     stream: NeuroFlowStream,
     dense_every: int,
-    labels: Labels | None = None,
-    objects: bool = False,
+    labels: Labels | None,
+    objects: bool,
 ) -> Iterator[tuple[Frame, np.ndarray, FrameRecord]]:
     """
     Encode a video with a stream of the model, and every `dense_every`-th frame (0: none) also densely. A thread
-    decodes and preprocesses ahead, but waits while a forward is timed. Other arguments are as in `run_video`.
-
-    Yields:
-        The frame, its active mask, bool [grid_h, grid_w], and its record.
+    decodes and preprocesses ahead, but waits while a forward is timed. Other arguments are as in `run_video`. Yields
+    frames with their active masks, bool [grid_h, grid_w], and records.
     """
-    covered = covered_share(model, preprocess)
-    turn = threading.Lock()
+    covered, turn = covered_share(model, preprocess), threading.Lock()
 
     def forward(pixel_values, **kwargs):
         return model(pixel_values=pixel_values, interpolate_pos_encoding=True, **kwargs)
@@ -144,9 +142,6 @@ def sampling_step(expected_frames: int, keyframe_interval: int | None) -> int:
     return step
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
-
-
 def settings(reader: VideoReader, model: NeuroFlowSiglipVisionModel, preprocess: Preprocessor) -> dict:
     """The video, the model and the machine, as in `summary.json`."""
     side = preprocess.patches_per_side(model.config.patch_size)
@@ -180,13 +175,16 @@ class RunPictures:
 
     def add(self, image: np.ndarray, mask: np.ndarray, record: FrameRecord):
         """Draw a frame."""
-        lines = [caption(record), *([label_caption(record, self.names)] if self.names else [])]
+        lines = caption_lines(record, self.names)
         on_sheet, self.drawn = self.drawn % self.every == 0, self.drawn + 1
         if not on_sheet and self.writer is None:
             return
         picture = marked_picture(image, mask, self.covered)
         if record.objects:
-            objects = [(line["box"], object_caption(line)) for line in record.objects]
+            objects = [
+                (line["box"], label_words(line, MOST_CHARACTERS // 2) if "label" in line else "")
+                for line in record.objects
+            ]
             picture = outline_objects(picture, objects, picture.shape[1] / image.shape[1])
         if on_sheet:
             dense = record.dense_embedding
@@ -199,14 +197,6 @@ class RunPictures:
         """The contact sheet, uint8 RGB [H, W, 3], of at most SHEET_CELLS frames, evenly spaced."""
         places = np.linspace(0, len(self.cells) - 1, min(SHEET_CELLS, len(self.cells))).round().astype(int)
         return contact_sheet([self.cells[place] for place in places], title, legend)
-
-    def close(self):
-        """Finish the overlay video."""
-        if self.writer is not None:
-            self.writer.close()
-
-
-# --- the job -------------------------------------------------------------------------------------------------------
 
 
 def run_video(
@@ -222,7 +212,7 @@ def run_video(
     objects: bool = False,
     model_name: str = "",
     command: str = "",
-    on_frame: Callable[[FrameRecord], None] | None = None,
+    on_frame: Callable[[FrameRecord], None] = lambda _: None,
 ) -> dict:
     """
     Stream a video through a model, and write the results to a folder.
@@ -247,11 +237,9 @@ def run_video(
         The contents of `summary.json`. Its `status` is `"complete"`, `"interrupted"` (Ctrl-C) or `"damaged"`, and its
         `message` says where and why the run stopped.
 
-    Raises:
-        ValueError: for an option or a resolution out of range, pixels that are not finite, and `objects` with a gate
-            that does not compare frames.
-        VideoError: if the first frame cannot be read.
-        NotADirectoryError, OSError: if `out` is a file or cannot be written to.
+    ValueError for an option or a resolution out of range, pixels that are not finite, and `objects` with a gate that
+    does not compare frames; VideoError if the first frame cannot be read; NotADirectoryError or OSError if `out` is a
+    file or cannot be written to.
     """
     started = time.perf_counter()
     if dense_every is not None and dense_every < 0:
@@ -273,12 +261,12 @@ def run_video(
         pictures = RunPictures(writer, names, covered, sheet_every)
         frames = encode_video(reader, model, preprocess, stream, dense_every, labels, objects)
         try:
-            with stop_on_interrupt() as stop, contextlib.closing(pictures), contextlib.closing(frames):
+            finished = contextlib.nullcontext() if writer is None else contextlib.closing(writer)
+            with stop_on_interrupt() as stop, finished, contextlib.closing(frames):
                 for frame, mask, record in frames:
                     records.append(record)
                     pictures.add(frame.image, mask, record)
-                    if on_frame is not None:
-                        on_frame(record)
+                    on_frame(record)
                     if stop.is_set():
                         status = "interrupted"
                         message = f"stopped by Ctrl-C after frame {record.index} ({record.time:.2f} s)"
@@ -288,7 +276,9 @@ def run_video(
                 raise
             status, message = "damaged", str(error)
 
-        title = run_title(stream.gate, reader.path.name, preprocess.resolution)
+        gate, name = stream.gate, reader.path.name
+        how = f"mode {gate.mode}, reference {gate.reference}, {gate_rule(gate)}"
+        title = f"{name} at {preprocess.resolution} px, {how}"
         lines = [frame_line(record, records[0].dense_embedding) for record in records]
         if labels is not None:
             lines = [line | label_line(record, names) for line, record in zip(lines, records, strict=True)]
@@ -309,9 +299,15 @@ def run_video(
             "stream_bytes": stream.nbytes,
         }
         if labels is not None:
-            summary["labels"] = label_figures(records, labels)
+            summary["labels"] = {
+                "names": list(names),
+                "template": labels.template,
+                "agreement": agreement(records, measured["cost"]["mean"]),
+                "timeline": timeline(records, names),
+            }
         if objects:
-            summary["objects"] = object_figures(records)
+            counts = [len(record.objects) for record in records]
+            summary["objects"] = {"frames": sum(count > 0 for count in counts), "per_frame": spread(counts)}
         # `save_file` would write a file that only its owner can read
         (folder / "embeddings.safetensors").write_bytes(save(embedding_tensors(records)))
         summary["files"] = [name for name in RUN_FILES if (folder / name).exists() or name == "summary.json"]

@@ -1,10 +1,8 @@
 """A run's summary as rows of tables and as sentences, for the command line and the page. Pure functions."""
 
+from ..utils.tables import Table
 from ..vision.gate_config import NeuroFlowGateConfig
-from .label_records import percent
-from .records import gate_rule
-
-Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]  # headers, and the cells of each row
+from .records import gate_rule, percent
 
 
 def settings_in_words(summary: dict) -> str:
@@ -20,48 +18,48 @@ def settings_in_words(summary: dict) -> str:
     )
 
 
-def per_frame_rows(summary: dict) -> Rows:
+def per_frame_rows(summary: dict) -> Table:
     """Skip rate, cost and milliseconds per frame."""
-    times = summary["milliseconds_per_frame"]
+    times, frames = summary["milliseconds_per_frame"], summary["frames"]
     measured = [
-        ("skip rate", summary["frames"], summary["skip_rate"], "{:.1%}"),
-        ("cost (dense = 1)", summary["frames"], summary["cost"], "{:.3f}"),
-        ("milliseconds, streamed", summary["frames"], times["streamed"], "{:.1f}"),
-        ("milliseconds, dense", summary["sampled_frames"], times["dense"], "{:.1f}"),
+        ("skip rate", frames, summary["skip_rate"], ".1%"),
+        ("cost (dense = 1)", frames, summary["cost"], ".3f"),
+        ("milliseconds, streamed", frames, times["streamed"], ".1f"),
+        ("milliseconds, dense", summary["sampled_frames"], times["dense"], ".1f"),
     ]
-    columns = ("mean", "median", "p5", "p95")
+    columns = ["mean", "median", "p5", "p95"]
     rows = [
-        (label, str(frames), *(form.format(values[name]) for name in columns))
-        for label, frames, values, form in measured
+        [label, str(count), *(format(values[name], form) for name in columns)]
+        for label, count, values, form in measured
         if values
     ]
-    return ("per frame", "frames", *columns), rows
+    return ["per frame", "frames", *columns], rows
 
 
-def comparison_rows(summary: dict) -> Rows:
+def comparison_rows(summary: dict) -> Table:
     """
     The stream and its baselines beside dense, on the sampled frames after the first: cosines and, with labels, how
     often the best label is the same. Held outputs are compared at their oldest.
     """
-    cosines, held = dict(summary["cosine_to_dense"]), summary["held_at_cost"]
-    titles = {
-        "streamed": ("streamed", summary["cost"]["mean"]),
-        "first_frame": ("baseline: first frame repeated", 0.0),
-    }
+    cosines, held = summary["cosine_to_dense"], summary["held_at_cost"]
+    compared = [
+        ("streamed", summary["cost"]["mean"], cosines["streamed"]),
+        ("baseline: first frame repeated", 0.0, cosines["first_frame"]),
+    ]
     if held:
-        titles["held_at_cost"] = f"baseline: dense every {held['every']} frames, held between", held["cost"]
-        cosines["held_at_cost"] = held["cosine"]
-    found = summary["labels"]["agreement"] if "labels" in summary else {}
-    rows = []
-    for name, (title, cost) in titles.items():
-        row = [title, f"{cost:.3f}", *(f"{cosines[name][column]:.4f}" for column in ("mean", "p5", "min"))]
-        if name == "held_at_cost" and found:
-            row.append(f"{found[name]['agreed']} of {found[name]['compared_frames']}")
-        elif found:
-            row.append(f"{found[name]} of {found['compared_frames']}")
-        rows.append(tuple(row))
-    headers = (f"to dense, {summary['compared_frames']} frames", "cost", "mean cosine", "p5", "min")
-    return (*headers, *(["same label"] if found else [])), rows
+        compared.append((f"baseline: dense every {held['every']} frames, held between", held["cost"], held["cosine"]))
+    headers = [f"to dense, {summary['compared_frames']} frames", "cost", "mean cosine", "p5", "min"]
+    rows = [
+        [title, f"{cost:.3f}", *(f"{cosine[column]:.4f}" for column in ("mean", "p5", "min"))]
+        for title, cost, cosine in compared
+    ]
+    if "labels" in summary:
+        found = summary["labels"]["agreement"]
+        same = [f"{found[name]} of {found['compared_frames']}" for name in ("streamed", "first_frame")]
+        if held:
+            same.append("{agreed} of {compared_frames}".format(**found["held_at_cost"]))
+        headers, rows = [*headers, "same label"], [[*row, cell] for row, cell in zip(rows, same, strict=True)]
+    return headers, rows
 
 
 def baseline_note(summary: dict) -> str:
@@ -76,15 +74,19 @@ def baseline_note(summary: dict) -> str:
     return ""
 
 
-def timeline_rows(labels: dict) -> Rows:
+def timeline_rows(labels: dict) -> Table:
     """The best label over time."""
-    headers = ("best label", "seconds", "frames", "confidence", f"share among {len(labels['names'])}")
-    rows = []
-    for stretch in labels["timeline"]:
-        seconds = f"{stretch['start']:.1f} to {stretch['end']:.1f}"
-        figures = percent(stretch["confidence"]), percent(stretch["share"])
-        rows.append((stretch["label"], seconds, str(stretch["frames"]), *figures))
-    return headers, rows
+    rows = [
+        [
+            stretch["label"],
+            f"{stretch['start']:.1f} to {stretch['end']:.1f}",
+            str(stretch["frames"]),
+            percent(stretch["confidence"]),
+            percent(stretch["share"]),
+        ]
+        for stretch in labels["timeline"]
+    ]
+    return ["best label", "seconds", "frames", "confidence", f"share among {len(labels['names'])}"], rows
 
 
 def figures_in_words(summary: dict) -> list[str]:
@@ -101,13 +103,11 @@ def figures_in_words(summary: dict) -> list[str]:
             f"Speed-up over dense: {speed_up['median']:.2f}x (median of the sampled frames, each against its own "
             f"dense forward), {speed_up['mean']:.2f}x by the means of all frames, keyframes included."
         )
-    lines.append(
+    return [
+        *lines,
         f"Keyframes (all patches encoded): {summary['keyframes']} of {summary['frames']} frames, with the first; "
         f"{summary['compared_keyframes']} of the {summary['compared_frames']} compared.  "
-        f"Stream memory: {summary['stream_bytes'] / 2**20:.1f} MiB."
-    )
-    lines.append(
+        f"Stream memory: {summary['stream_bytes'] / 2**20:.1f} MiB.",
         "Milliseconds are of the forward alone; decoding and preprocessing wait meanwhile.  "
-        f"Wall clock with everything: {summary['wall_clock_seconds']:.1f} s."
-    )
-    return lines
+        f"Wall clock with everything: {summary['wall_clock_seconds']:.1f} s.",
+    ]

@@ -9,16 +9,20 @@ from PIL import Image
 
 import neuroflow_hf.evaluation.tuning
 from neuroflow_hf import NeuroFlowGateConfig, NeuroFlowSiglipModel, NeuroFlowSiglipVisionModel
-from neuroflow_hf.evaluation.points import Point, Requirement, choose, most_faithful, nearest
 from neuroflow_hf.evaluation.tuning import (
     FAMILIES,
     TRIGGERED_HOLDS,
+    Point,
+    Requirement,
+    choose,
     fitting_interval,
     hold_by_the_clock,
+    most_faithful,
+    nearest,
     plan_stretches,
     tune_video,
 )
-from neuroflow_hf.evaluation.tuning_report import checkpoint_config, setting_words, tuning_rows, tuning_sentences
+from neuroflow_hf.evaluation.tuning_report import checkpoint_config, setting_words, tuning_sentences, tuning_table
 from neuroflow_hf.video.preprocess import Preprocessor
 from neuroflow_hf.video.reader import VideoReader
 from tests.cli.test_run import assert_clean_error, call, write_clip
@@ -264,10 +268,10 @@ def test_the_words_say_who_won():
     assert tuning_sentences(won)[0] == "chosen: context, threshold 0.5"
     assert any("A baseline wins" in words and "threshold 0.5" in words for words in tuning_sentences(lost))
     assert any("No setting meets" in words for words in tuning_sentences(none))
-    assert [row[0] for row in tuning_rows(won)] == ["chosen", "best baseline that meets it", "dense"]
-    assert [row[0] for row in tuning_rows(lost)] == ["chosen", "best of the others", "dense"]
-    assert [row[0] for row in tuning_rows(none)] == ["nearest", "dense"]
-    assert tuning_rows(won)[0][1:] == ["0.200", "0.9935", "0.9921", "0.9920", "0.9920", "1.0"]
+    assert [row[0] for row in tuning_table(won)[1]] == ["chosen", "best baseline that meets it", "dense"]
+    assert [row[0] for row in tuning_table(lost)[1]] == ["chosen", "best of the others", "dense"]
+    assert [row[0] for row in tuning_table(none)[1]] == ["nearest", "dense"]
+    assert tuning_table(won)[1][0][1:] == ["0.200", "0.9935", "0.9921", "0.9920", "0.9920", "1.0"]
 
 
 def test_a_stopped_tuning_names_the_best_so_far(clip, checkpoints, few_candidates, tmp_path, monkeypatch):

@@ -12,10 +12,9 @@ from transformers import SiglipConfig, SiglipForImageClassification, SiglipModel
 
 from neuroflow_hf.loading import ModelLoadError, load_model, load_model_with_labels, load_text_model
 from neuroflow_hf.utils.provenance import fingerprint
-from neuroflow_hf.video.label_records import agreement, label_caption, label_line, percent, shortened, timeline
 from neuroflow_hf.video.labels import check_labels, embed_labels, parse_labels, tokenize
 from neuroflow_hf.video.plots import LABEL_COLOURS, plot_run
-from neuroflow_hf.video.records import FrameRecord
+from neuroflow_hf.video.records import FrameRecord, agreement, caption_lines, label_line, percent, shortened, timeline
 from neuroflow_hf.video.run_tables import timeline_rows
 from tests.cli.test_run import ALL_FILES, assert_clean_error, call, count_frames, read_run
 from tests.conftest import PROCESSOR, TINY_TEXT, TINY_VISION, lively
@@ -225,7 +224,7 @@ def test_a_frame_s_line_and_caption():
     assert line["label_scores"] == pytest.approx({"a dog": 0.5, "a cat": 0.880797}, abs=1e-6)
     assert line["confidence"] == line["label_scores"]["a cat"] == line["share"]
     assert "dense_label" not in label_line(record(0, (0.0, 2.0)), NAMES)
-    assert label_caption(record(0, (0.0, 2.0)), NAMES) == "label b 88.1%"
+    assert caption_lines(record(0, (0.0, 2.0)), NAMES)[1] == "label b 88.1%"
 
 
 def test_small_probabilities_keep_their_digits_and_long_labels_their_beginning():
@@ -344,7 +343,7 @@ def test_a_long_timeline_says_where_the_rest_is(clip, folder, tmp_path, monkeypa
     monkeypatch.undo()
     stretch = {"start": 0.0, "end": 0.1, "frames": 1, "label": "[bold]", "confidence": 0.5, "share": 0.5}
     _, rows = timeline_rows({"names": ["[bold]"], "timeline": [stretch] * 30})
-    assert rows == [("[bold]", "0.0 to 0.1", "1", "50.0%", "50.0%")] * 30
+    assert rows == [["[bold]", "0.0 to 0.1", "1", "50.0%", "50.0%"]] * 30
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-from neuroflow_hf.evaluation.zero_shot import paired_counts, paired_figures, ranks, share_figures
+from neuroflow_hf.evaluation.statistics import paired_counts, paired_figures, ranks, share_figures
 
 DESCRIPTION = """
 Zero-shot classification: is a picture's own label among the k that score highest? Shares come with Wilson's interval.
