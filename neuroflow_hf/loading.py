@@ -28,6 +28,7 @@ from .vision.tower import VisionTower
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVERT = "Convert it once: `neuroflow convert {} OUT`."
+NOT_HERE = " There is no folder of that name here, so it was looked for on the Hub."
 SAVE_ONE = " Save one beside the model: `{}.from_pretrained(...).save_pretrained(folder)`."
 NEED_TEXT = "Labels need a model that reads text: name a whole SigLIP or SigLIP 2 checkpoint, with its tokenizer."
 
@@ -190,14 +191,14 @@ def load_language_model(
 def read_config(config_class: type, what: str, source: str | Path) -> dict:
     """A stored configuration as a dict."""
     require_place(source)
-    with load_errors(f"Cannot load a {what} from {source}", advice=hub_advice(source)):
+    with load_errors(f"Cannot load a {what} from {source}", advice="" if Path(source).exists() else NOT_HERE):
         return config_class.get_config_dict(source)[0]
 
 
 def read_model(model_class: type, what: str, source: str | Path, dtype: torch.dtype | str) -> Any:
     """A model with all of its weights; NoTextTowerError if only the text tower's are missing."""
     require_place(source)
-    with load_errors(f"Cannot load a {what} from {source}", advice=hub_advice(source)):
+    with load_errors(f"Cannot load a {what} from {source}", advice="" if Path(source).exists() else NOT_HERE):
         model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -227,11 +228,6 @@ def load_errors(what: str, kinds: Any = Exception, advice: str = "") -> Iterator
         raise ModelLoadError(f"{what}: {one_line(error, 300)}{advice}") from error
 
 
-def hub_advice(source: str | Path) -> str:
-    """What an error says about a source that is not here."""
-    return "" if Path(source).exists() else " There is no folder of that name here, so it was looked for on the Hub."
-
-
 def require_place(source: str | Path):
     """Raise a ModelLoadError unless `source` is a folder or could be a Hub name: a mistyped path is not looked up."""
     if not Path(source).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
@@ -259,14 +255,8 @@ def load_tokenizer(source: str | Path, tokenizer_class: type = AutoTokenizer) ->
 
 def load_gate(path: str | Path) -> dict:
     """
-    All gate options in a NeuroFlow configuration, such as `neuroflow tune` writes.
-
-    Args:
-        path: the `config.json` or its folder.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is not JSON, or holds no gate or a wrong one.
+    All gate options in a NeuroFlow configuration, such as `neuroflow tune` writes: a `config.json` or its folder.
+    FileNotFoundError if there is none; ValueError if it is not JSON, or holds no gate or a wrong one.
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path

@@ -2,7 +2,7 @@
 
 from eval.docs.cells import estimate, table
 from eval.language import json_drift
-from neuroflow_hf.drift.tables import description, summary_table
+from neuroflow_hf.drift.report import description, summary_table
 from neuroflow_hf.utils.tables import markdown_table
 
 

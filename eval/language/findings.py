@@ -9,7 +9,7 @@ test.
 from eval.report import finding
 from neuroflow_hf.drift.grid import FIRST, LAST, MATCHED_RATE, PUBLISHED_RATE, PUBLISHED_THRESHOLD
 from neuroflow_hf.drift.prompts import ALL
-from neuroflow_hf.drift.tables import total_of
+from neuroflow_hf.drift.report import total_of
 from neuroflow_hf.evaluation.statistics import difference_interval, mean, mean_interval, zero_failure_bound
 
 PUBLISHED_DRIFT = {FIRST: {"code": 0.0, "structured": 0.12, "prose": 0.66}, LAST: {"code": 0.0, "prose": 0.83}}

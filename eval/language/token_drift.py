@@ -20,7 +20,7 @@ from eval.language.findings import drift_findings
 from eval.report import RESULTS, provenance, write_whole
 from neuroflow_hf.cli.drift import print_drift, run_drift
 from neuroflow_hf.cli.errors import one_line_errors
-from neuroflow_hf.drift.plots import plot_drift
+from neuroflow_hf.drift.report import plot_drift
 from neuroflow_hf.utils.files import report_text
 from neuroflow_hf.utils.plots import save_plot
 

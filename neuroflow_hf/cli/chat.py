@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import typer
 
@@ -14,18 +14,11 @@ from .errors import one_line_errors
 from .language_model import load_with_decoding
 from .option_groups import BYPASS_OPTIONS, GENERATION, with_groups
 
-if TYPE_CHECKING:
-    from ..drift.conversation import Conversation
-
 HELP = "/reset starts over, /help shows this, Ctrl-C stops an answer, Ctrl-D or /exit ends."
 
 
 @with_groups(how=GENERATION, own=BYPASS_OPTIONS)
-def chat(
-    how: dict,
-    own: dict,
-    debug: options.Debug = False,
-):
+def chat(how: dict, own: dict, debug: options.Debug = False):
     """
     Talk with a language model. Only what is new in a turn is computed.
 
@@ -40,15 +33,18 @@ def chat(
         if is_terminal():
             typer.echo(HELP, err=True)
         for text in read_messages():
-            try:
-                if not obey(conversation, text):
-                    answer(conversation, text)
-            except ValueError as error:  # the conversation is as before
-                if not is_terminal():
-                    raise
-                typer.echo(f"Error: {error} /reset starts over.", err=True)
-            except EOFError:
+            command = text.strip()
+            if command in ("/exit", "/quit"):
                 break
+            if command == "/reset":
+                conversation.reset()
+                typer.echo("The conversation starts over.", err=True)
+            elif command == "/help":
+                typer.echo(HELP, err=True)
+            elif command.startswith("/") and command[1:].isalpha():
+                typer.echo(f"There is no command {command}. {HELP}", err=True)
+            else:
+                answer(conversation, text)
 
 
 def is_terminal() -> bool:
@@ -81,25 +77,8 @@ def read_messages() -> Iterator[str]:
             yield line
 
 
-def obey(conversation: "Conversation", text: str) -> bool:
-    """Carry out a line that is a command such as /reset; False for another text. EOFError to end the conversation."""
-    command = text.strip()
-    if command in ("/exit", "/quit"):
-        raise EOFError
-    if command == "/reset":
-        conversation.reset()
-        typer.echo("The conversation starts over.", err=True)
-    elif command == "/help":
-        typer.echo(HELP, err=True)
-    elif command.startswith("/") and command[1:].isalpha():
-        typer.echo(f"There is no command {command}. {HELP}", err=True)
-    else:
-        return False
-    return True
-
-
-def answer(conversation: "Conversation", text: str):
-    """Print the answer to a message as it is generated; in a terminal, Ctrl-C stops it."""
+def answer(conversation: Any, text: str):
+    """Print a [`Conversation`]'s answer to a message as it is generated; in a terminal, Ctrl-C stops it."""
     from transformers import TextStreamer
 
     from ..drift.continuation import notes_in_words
@@ -114,6 +93,11 @@ def answer(conversation: "Conversation", text: str):
         if not is_terminal():
             raise
         typer.echo("\nStopped at once; the message and its answer are forgotten.", err=True)
+        return
+    except ValueError as error:  # the conversation is as before
+        if not is_terminal():
+            raise
+        typer.echo(f"Error: {error} /reset starts over.", err=True)
         return
     for line in notes_in_words(conversation.model, found, conversation.decoding):
         typer.echo(line, err=True)

@@ -47,6 +47,10 @@ def drift(
     targets, in the model's proportions. After an interruption, the same command continues.
     """
     with one_line_errors(debug, nothing_done=f"what was measured is in {out}; the same command continues."):
+        from ..drift.report import drift_markdown, plot_drift
+        from ..utils.files import write_whole
+        from ..utils.plots import save_plot
+
         own = given_bypass(own)
         if quick:
             new_tokens, max_prompts = 32, 10 if max_prompts is None else max_prompts
@@ -62,7 +66,8 @@ def drift(
             device=device,
             command=command_line(),
         )
-        write_drift(report, out / "drift.md", out / "drift.png")
+        write_whole(out / "drift.md", drift_markdown(report))
+        save_plot(plot_drift(report), out / "drift.png")
     print_drift(report)
     print_written(out, ["drift.json", "drift.md", "drift.png"])
 
@@ -104,24 +109,12 @@ def run_drift(
         own = [with_own_threshold(loaded, tokenizer, options) for options in own]
     names = {"model": Path(source).name, "prompts": file.name, "command": command}
     with CommandProgress("prompts") as progress:
-        how = (chosen, own, fresh, progress.show, names)
-        return DriftEvaluation(loaded, tokenizer, texts, path, *how).run()
-
-
-def write_drift(report: dict, table: Path, plot: Path):
-    """Write a report's table, in Markdown, and its plot."""
-    from ..drift.plots import plot_drift
-    from ..drift.tables import drift_markdown
-    from ..utils.files import write_whole
-    from ..utils.plots import save_plot
-
-    write_whole(table, drift_markdown(report))
-    save_plot(plot_drift(report), plot)
+        return DriftEvaluation(loaded, tokenizer, texts, path, chosen, own, fresh, progress.show, names).run()
 
 
 def print_drift(report: dict):
     """Print a report as a table."""
-    from ..drift.tables import description, summary_table
+    from ..drift.report import description, summary_table
 
     typer.echo(description(report))
     print_wide(figure_table(*summary_table(report)), width=150)

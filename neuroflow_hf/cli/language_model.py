@@ -2,15 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from .option_groups import given_bypass
 from .progress import CommandProgress
-
-if TYPE_CHECKING:
-    from ..drift.continuation import Decoding
 
 
 def language_model(name: str | None) -> str | Path:
@@ -46,10 +43,10 @@ def with_own_threshold(model: Any, tokenizer: Any, own: dict, raw: bool = False)
         return with_threshold(model, tokenizer, own, raw, show)
 
 
-def load_with_decoding(how: dict, own: dict, raw: bool = False) -> tuple[Any, Any, "Decoding"]:
+def load_with_decoding(how: dict, own: dict, raw: bool = False) -> tuple[Any, Any, Any]:
     """
-    A language model, its tokenizer, and how it generates, from the values of the options `GENERATION` and
-    `BYPASS_OPTIONS`. Sets the random seed. Wrong options raise a ValueError before anything is printed.
+    A language model, its tokenizer, and how it generates, a [`Decoding`]: from the values of the options `GENERATION`
+    and `BYPASS_OPTIONS`. Sets the random seed. Wrong options raise a ValueError before anything is printed.
     """
     own = given_bypass(own)
     if how["bypass"] and how["lossless"]:
@@ -72,7 +69,6 @@ def load_with_decoding(how: dict, own: dict, raw: bool = False) -> tuple[Any, An
         )
     if own or how["bypass"]:
         own = with_own_threshold(model, tokenizer, own, raw)
-        model.bypass_options(own)
         decoding = replace(decoding, bypass=own)
     if how["lossless"]:
         drafts = {"drafter": "bypass", "bypass": own} if own else True

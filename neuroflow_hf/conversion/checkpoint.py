@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import cached_file, has_file
 
 from ..language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
 from ..language.from_llama import phi3_config
@@ -70,7 +70,11 @@ def load_llama(
     if gguf is not None or Path(source).is_file():
         from .gguf_file import read_gguf
 
-        return read_gguf(source if gguf is None else gguf_in(source, gguf), on_step)
+        if gguf is not None:
+            require_place(source)
+            with load_errors(f"Cannot get {gguf} from {source}", OSError):
+                source = cached_file(source, gguf)
+        return read_gguf(source, on_step)
     files = sorted(path.name for path in Path(source).glob("*.gguf"))
     if files and not (Path(source) / "config.json").exists():
         raise ModelLoadError(f"{source} has no config.json, but GGUF files; name one: --gguf {shlex.quote(files[0])}.")
@@ -85,27 +89,9 @@ def load_llama(
         raise ModelLoadError(f"{source} holds weights quantised by {method}; expected weights that are not quantised.")
     with load_errors(f"Cannot convert {source}", ValueError):
         phi3_config(LlamaConfig.from_dict(settings))
-    tokenizer = load_tokenizer_as_stored(source)
+    # some classes of transformers 5, such as `GPT2Tokenizer`, ignore how `tokenizer.json` splits texts
+    # (https://github.com/huggingface/transformers/issues/45920)
+    is_stored = has_file(source, "tokenizer.json")
+    tokenizer = load_tokenizer(source, PreTrainedTokenizerFast if is_stored else AutoTokenizer)
     on_step("Reading weights", 0, None)
     return read_model(LlamaForCausalLM, "Llama", source, "auto" if dtype is None else dtype), tokenizer
-
-
-def load_tokenizer_as_stored(source: str | Path) -> Any:
-    """
-    The tokenizer that splits texts as its `tokenizer.json` says, which some classes of transformers 5 ignore, such as
-    `GPT2Tokenizer` (https://github.com/huggingface/transformers/issues/45920). ModelLoadError if there is none.
-    """
-    try:
-        cached_file(source, "tokenizer.json")
-    except OSError:
-        return load_tokenizer(source)
-    return load_tokenizer(source, PreTrainedTokenizerFast)
-
-
-def gguf_in(source: str | Path, name: str) -> Path:
-    """The GGUF file of that name in a folder or on the Hub; ModelLoadError if there is none."""
-    require_place(source)
-    if Path(source).is_dir():
-        return Path(source) / name
-    with load_errors(f"Cannot get {name} from {source}", OSError):
-        return Path(cached_file(source, name))

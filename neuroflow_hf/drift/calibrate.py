@@ -39,8 +39,7 @@ def calibrate(
     Store the similarities of the gate, along the model's answers to some prompts, in the model's configuration.
 
     Args:
-        model: a [`NeuroFlowPhi3ForCausalLM`].
-        tokenizer: its tokenizer.
+        model, tokenizer: a [`NeuroFlowPhi3ForCausalLM`], and its tokenizer.
         prompts: texts; in the chat template, if the tokenizer has one.
         raw: leave the chat template out.
         gate_layer, new_tokens, on_prompts: as in `calibrate_bypass`.
@@ -67,9 +66,7 @@ def with_threshold(
     """
     The options of a bypass with the threshold that the model's similarities give for their rate. A model without them
     is calibrated first: `on_prompts` is called with 0, and then as in `calibrate`, of whose arguments `raw` is one.
-
-    Raises:
-        ValueError: for options that do not exist or are out of range.
+    ValueError for options that do not exist or are out of range.
     """
     asked = NeuroFlowBypassConfig.from_options(model.config.bypass, **options)
     asked.resolve_layers(model.config.num_hidden_layers)

@@ -9,10 +9,8 @@ from jinja2 import TemplateError
 def encode_text(tokenizer: Any, text: str, system: str | None = None, raw: bool = False) -> list[int]:
     """
     The token ids of a prompt: the text as a user's message in the tokenizer's chat template, followed by the beginning
-    of an answer. Without a template, or with `raw`, the text itself, to be continued.
-
-    Args:
-        system: the system message; None for the template's own, if it has one.
+    of an answer. Without a template, or with `raw`, the text itself, to be continued. `system` is the system message;
+    None for the template's own, if it has one.
 
     Raises:
         ValueError: for a system message without a template, or one that the template refuses; for a text that is not

@@ -78,10 +78,8 @@ def continue_tokens(
     Continue a text up to its end token.
 
     Args:
-        model: a [`NeuroFlowPhi3ForCausalLM`].
-        tokenizer: its tokenizer.
+        model, tokenizer: a [`NeuroFlowPhi3ForCausalLM`], and its tokenizer.
         prompt: token ids.
-        decoding: [`Decoding`].
         cache: of the first tokens of the prompt, which are not computed again.
         streamer: receives the tokens as they are generated.
         is_stopped: asked after each token; the text ends where it returns True.

@@ -17,8 +17,7 @@ class Conversation:
     only new tokens are computed.
 
     Args:
-        model: a [`NeuroFlowPhi3ForCausalLM`].
-        tokenizer: its tokenizer, with a chat template.
+        model, tokenizer: a [`NeuroFlowPhi3ForCausalLM`], and its tokenizer, with a chat template.
         decoding: how answers are generated.
         system: the system message; None for the template's own, if it has one.
 
@@ -52,8 +51,7 @@ class Conversation:
 
         Args:
             text: the user's message.
-            streamer: receives the tokens of the answer as they are generated.
-            is_stopped: asked after each token; the answer ends where it returns True.
+            streamer, is_stopped: as in `continue_tokens`.
 
         Returns:
             The answer's text, and its tokens and figures.

@@ -6,13 +6,14 @@ Do not take times from batches: a layer's weights are read as soon as one row ne
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import Cache, LogitsProcessor, LogitsProcessorList
+from transformers import Cache
 
 from ..language.bypass import entropy_of
 from ..language.bypass_config import NeuroFlowBypassConfig
@@ -20,7 +21,6 @@ from ..language.bypass_state import find_state
 from ..language.calibration import PADDING, cut_at_end, gate_similarities, padded_left
 from .metrics import PromptRecord, compare_steps, first_divergence, negative_log_likelihood, position_drift
 
-OnPrompts = Callable[[int], object]
 FED_WITH_BYPASS = 2  # prompt tokens: a step of several is dense, and the gate compares the next one with its last
 
 
@@ -44,28 +44,26 @@ class Decoded:
 
 
 def make_batches(
-    rows: Sequence[Sequence[int]], batch_size: int, padding: int = 0, indices: Iterable[int] | None = None
+    rows: Sequence[Sequence[int]],
+    batch_size: int,
+    padding: int = 0,
+    indices: Iterable[int] | None = None,
+    scored: int = 0,
 ) -> list[Batch]:
     """
-    Batches of at most `batch_size` rows of similar length, each row with at least `padding` padded positions; of all
-    rows, or those at `indices`.
+    Batches of at most `batch_size` rows of similar length (of all rows, or those at `indices`), each row with at least
+    `padding` padded positions. Their openings are without the last `scored` tokens and the one before them, which is
+    predicted by the part that is fed densely.
     """
     order = sorted(range(len(rows)) if indices is None else indices, key=lambda index: len(rows[index]))
     batches = []
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
         ids, mask = padded_left([rows[index] for index in chosen])
-        batches.append(Batch(chosen, pad(ids, (padding, 0), value=PADDING), pad(mask, (padding, 0))))
+        ids, mask = pad(ids, (padding, 0), value=PADDING), pad(mask, (padding, 0))
+        opening = Batch(chosen, ids[:, : -1 - scored], mask[:, : -1 - scored])
+        batches.append(Batch(chosen, ids, mask, opening=opening))
     return batches
-
-
-def each(batches: Sequence[Batch], on_prompts: OnPrompts) -> Iterator[Batch]:
-    """Yield the batches, and report the number of finished prompts after each."""
-    done = 0
-    for batch in batches:
-        yield batch
-        done += len(batch.indices)
-        on_prompts(done)
 
 
 def decode(
@@ -73,7 +71,7 @@ def decode(
     batch: Batch,
     steps: int,
     bypass: dict | bool = False,
-    processor: LogitsProcessor | None = None,
+    processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ends: Collection[int] = (),
 ) -> Decoded:
     """
@@ -81,10 +79,9 @@ def decode(
 
     Args:
         model: a [`NeuroFlowPhi3ForCausalLM`]. Its own bypass options are not used.
-        batch: the prompts.
         steps: number of new tokens, at least 1.
         bypass: options of [`NeuroFlowBypassConfig`]; False for dense.
-        processor: sees the logits of every step, and may change them.
+        processor: a logits processor, which sees the logits of every step and may change them.
         ends: end tokens; decoding stops once every row has one.
     """
     if bypass is not False:
@@ -94,7 +91,7 @@ def decode(
         attention_mask=batch.mask.to(model.device),
         past_key_values=copy.deepcopy(batch.cache),
         max_new_tokens=steps,
-        logits_processor=LogitsProcessorList([] if processor is None else [processor]),
+        logits_processor=[] if processor is None else [processor],
         eos_token_id=sorted(ends) or [model.config.vocab_size],  # which no token is
         pad_token_id=PADDING,
         do_sample=False,
@@ -124,31 +121,11 @@ def feed_densely(model: Any, batch: Batch):
             part.cache, first = copy.deepcopy(cache), last
 
 
-class Confidence(LogitsProcessor):
-    """Keeps margin and entropy of each step's logits."""
-
-    def __init__(self):
-        self.steps: list[torch.Tensor] = []  # [B, 2] for each step
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The logits [B, V] as they are."""
-        first, second = scores.topk(2, dim=-1).values.unbind(-1)
-        self.steps.append(torch.stack([first - second, entropy_of(scores)], dim=-1).cpu())
-        return scores
-
-
-class Forced(LogitsProcessor):
-    """Leaves only given tokens, int64 [B, n] (teacher forcing), and keeps the logits of each step."""
-
-    def __init__(self, tokens: torch.Tensor):
-        self.tokens = tokens
-        self.logits: list[torch.Tensor] = []  # float32 [B, V] for each step, on the CPU
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] by which the tokens of this step are chosen."""
-        token = self.tokens[:, len(self.logits)].to(scores.device)
-        self.logits.append(scores.cpu())
-        return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
+def keep_confidence(steps: list[torch.Tensor], ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Append margin and entropy, [B, 2], of a step's logits [B, V] to `steps`; returns the logits."""
+    first, second = logits.topk(2, dim=-1).values.unbind(-1)
+    steps.append(torch.stack([first - second, entropy_of(logits)], dim=-1).cpu())
+    return logits
 
 
 @dataclass
@@ -169,16 +146,14 @@ class DriftBench:
     for perplexity and divergence. The tokens before these are fed once, densely; every run continues from a copy of
     the cache.
 
+    Memory has to hold the dense cache of all prompts twice, and the dense logits of the scored tokens,
+    `forced_tokens * V` floats for each prompt.
+
     Args:
-        model: a [`NeuroFlowPhi3ForCausalLM`].
         rows: token ids of each prompt, at least one.
-        tasks: the task of each prompt.
-        new_tokens: number of tokens to generate after each prompt.
         forced_tokens: how many tokens at the end of each prompt are scored; every prompt has to have 2 more. 0: none.
-        batch_size: prompts at once. Memory has to hold the dense cache of all prompts twice, and the dense logits of
-            the scored tokens, `forced_tokens * V` floats for each prompt.
         ends: end tokens.
-        on_prompts: called after each batch with the number of prompts finished.
+        on_prompts: called after each batch with the number of prompts finished, here and in `measure`.
     """
 
     def __init__(
@@ -190,60 +165,58 @@ class DriftBench:
         forced_tokens: int,
         batch_size: int,
         ends: Collection[int] = (),
-        on_prompts: OnPrompts = lambda done: None,
+        on_prompts: Callable[[int], object] = lambda done: None,
     ):
         self.model, self.rows, self.tasks = model, rows, tasks
         self.new_tokens, self.forced_tokens, self.batch_size, self.ends = new_tokens, forced_tokens, batch_size, ends
-        self.batches = self.make_batches(batch_size)
-        self.dense: list[DenseAnswer] = [None] * len(rows)
-        for batch in each(self.batches, on_prompts):
+        self.batches = make_batches(rows, batch_size, scored=forced_tokens)
+        self.dense: dict[int, DenseAnswer] = {}  # by the index of the prompt
+        for batch in self.batches:
             feed_densely(model, batch)
-            confidence = Confidence()
-            free = decode(model, batch, new_tokens, False, confidence, ends)
+            confidence: list[torch.Tensor] = []  # margin and entropy, [B, 2] for each step
+            free = decode(model, batch, new_tokens, False, functools.partial(keep_confidence, confidence), ends)
             logits = self.force(model, batch, False)
             for row, index in enumerate(batch.indices):
                 tokens = cut_at_end(free.tokens[row].tolist(), ends)
-                margins, entropies = torch.stack(confidence.steps[: len(tokens)])[:, row].T.tolist()
+                margins, entropies = torch.stack(confidence[: len(tokens)])[:, row].T.tolist()
                 self.dense[index] = DenseAnswer(tokens, margins, entropies, logits[row])
-
-    def make_batches(self, batch_size: int, padding: int = 0, indices: Sequence[int] | None = None) -> list[Batch]:
-        """
-        Prompts (default: all) in batches. Their openings are without the scored tokens and the one before them, which
-        is predicted by the part that is fed densely.
-        """
-        cut = -1 - self.forced_tokens
-        batches = make_batches(self.rows, batch_size, padding, indices)
-        for batch in batches:
-            batch.opening = Batch(batch.indices, batch.ids[:, :cut], batch.mask[:, :cut])
-        return batches
+            on_prompts(len(self.dense))
 
     def force(self, model, batch: Batch, bypass: dict | bool) -> torch.Tensor:
-        """The logits [B, n, V] that predict the n scored tokens."""
+        """The logits [B, n, V] that predict the n scored tokens, each after the true ones (teacher forcing)."""
         if not self.forced_tokens:
             return torch.zeros(len(batch.indices), 0, 1)
-        forced = Forced(batch.ids[:, batch.opening.ids.shape[1] :])
-        decode(model, batch.opening, forced.tokens.shape[1], bypass, forced)
-        return torch.stack(forced.logits, dim=1)[:, 1:]
+        tokens = batch.ids[:, batch.opening.ids.shape[1] :]
+        steps: list[torch.Tensor] = []  # float32 [B, V] each, on the CPU
+
+        def choose(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            token = tokens[:, len(steps), None].to(logits.device)
+            steps.append(logits.cpu())
+            return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
+
+        decode(model, batch.opening, tokens.shape[1], bypass, choose)
+        return torch.stack(steps, dim=1)[:, 1:]
 
     def measure(
         self,
         bypass: dict | bool,
         model=None,
         batches: Sequence[Batch] | None = None,
-        on_prompts: OnPrompts = lambda done: None,
-    ) -> dict[int, PromptRecord]:
+        on_prompts: Callable[[int], object] = lambda done: None,
+    ) -> list[PromptRecord]:
         """
         Compare one configuration, options of [`NeuroFlowBypassConfig`] or False for dense, with dense on each prompt,
-        by its index. `model` may be a copy in another dtype, and `batches`, of `make_batches`, of another size or of
-        some prompts. `on_prompts` is called as in the class.
+        in their order. `model` may be a copy in another dtype, and `batches`, of `make_batches`, of another size or of
+        some prompts.
         """
         model, records = model or self.model, {}
-        for batch in each(self.batches if batches is None else batches, on_prompts):
+        for batch in self.batches if batches is None else batches:
             free = decode(model, batch, self.new_tokens, bypass, ends=self.ends)
             logits = self.force(model, batch, bypass)
             for row, index in enumerate(batch.indices):
                 records[index] = self.compare(index, row, free, logits[row])
-        return records
+            on_prompts(len(records))
+        return [records[index] for index in sorted(records)]
 
     def compare(self, index: int, row: int, free: Decoded, logits: torch.Tensor) -> PromptRecord:
         """Compare a prompt with dense, from its row in a greedy run, and logits [n, V] along the prompt's end."""

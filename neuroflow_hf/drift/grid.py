@@ -43,10 +43,8 @@ class Configuration:
 def scaled_pairs(num_layers: int) -> dict[str, tuple[int, int]]:
     """
     Gate layer and cache layer for each published pair, by its name, such as `"1->24"`: the layers at the same relative
-    depth, never the first layer. A pair with the same layers as an earlier one is left out.
-
-    Raises:
-        ValueError: for a model of fewer than 3 layers.
+    depth, never the first layer. A pair with the same layers as an earlier one is left out. ValueError for a model of
+    fewer than 3 layers.
     """
     if num_layers < 3:
         raise ValueError(
@@ -64,10 +62,7 @@ def scaled_pairs(num_layers: int) -> dict[str, tuple[int, int]]:
 def thresholds_for_rates(steps: Sequence[tuple[float, float]]) -> dict[str, float]:
     """
     Thresholds for `RATES` by rate, such as `"0.2"`, and one for `MATCHED_RATE` under the guard, `"guarded"`: with it,
-    only steps whose entropy the guard allows can be bypassed.
-
-    Args:
-        steps: a gate's similarity and the model's entropy at each step.
+    only steps whose entropy the guard allows can be bypassed. `steps`: a gate's similarity and the model's entropy.
     """
     similarity = [value for value, _ in steps]
     allowed = [value if entropy <= GUARD_ENTROPY else ALWAYS for value, entropy in steps]
@@ -104,10 +99,8 @@ def full_grid(num_layers: int, thresholds: dict[int, dict[str, float]]) -> list[
 
 def own_configuration(num_layers: int, options: dict) -> Configuration:
     """
-    A user's own options with defaults filled in, named after the published pair if the layers are the same.
-
-    Raises:
-        ValueError: for unknown options, values out of range, and layers that the model does not have.
+    A user's own options with defaults filled in, named after the published pair if the layers are the same. ValueError
+    for unknown options, values out of range, and layers that the model does not have.
     """
     resolved = NeuroFlowBypassConfig.from_options(options).resolve(num_layers)
     layers = (resolved.gate_layer, *resolved.cache_layers)

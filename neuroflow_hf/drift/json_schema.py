@@ -12,14 +12,8 @@ SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 
 def grammar_tokens(tokenizer: Any, vocabulary: int) -> Any:
     """
-    A fast tokenizer in the form that [`JsonGrammar`] needs, which takes seconds to make.
-
-    Args:
-        tokenizer: a fast tokenizer with an end token.
-        vocabulary: number of logits of the model.
-
-    Raises:
-        ImportError: without `llguidance`.
+    A fast tokenizer with an end token in the form that [`JsonGrammar`] needs, for a model with logits for `vocabulary`
+    tokens. Takes seconds. ImportError without `llguidance`.
     """
     try:
         from llguidance.hf import from_tokenizer
@@ -30,11 +24,7 @@ def grammar_tokens(tokenizer: Any, vocabulary: int) -> Any:
 
 class JsonGrammar:
     """
-    The texts that are JSON of a schema, token by token.
-
-    Args:
-        schema: a JSON schema.
-        tokens: of `grammar_tokens`.
+    The texts that are JSON of a schema, token by token; `tokens` are of `grammar_tokens`.
 
     Raises:
         ValueError: for a schema that is no object, or uses what `llguidance` does not support.
@@ -76,10 +66,7 @@ class JsonSchemaProcessor(LogitsProcessor):
         model.generate(**inputs, logits_processor=[JsonSchemaProcessor([grammar])], lossless=True)
 
     Make one for each generation. It keeps the state of its grammars and expects a call for every new token in order,
-    as greedy and lossless generation do; beams are not supported.
-
-    Args:
-        grammars: one [`JsonGrammar`] for each row of the batch.
+    as greedy and lossless generation do; beams are not supported. `grammars` has one for each row of the batch.
     """
 
     def __init__(self, grammars: Sequence[JsonGrammar]):

@@ -47,13 +47,8 @@ def kl_divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 def compare_steps(dense: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Compare two models at n steps, after the same tokens (teacher forcing), by their logits [n, V].
-
-    Returns:
-        bool [n], whether another token is the most probable; and KL(dense || other) in nats, float64 [n].
-
-    Raises:
-        ValueError: if the shapes differ.
+    Compare two models at n steps, after the same tokens (teacher forcing), by their logits [n, V]: bool [n], whether
+    another token is the most probable; and KL(dense || other) in nats, float64 [n]. ValueError if the shapes differ.
     """
     if dense.shape != other.shape or dense.ndim != 2:
         raise ValueError(
@@ -92,26 +87,20 @@ class PromptRecord:
 COLUMNS = tuple(field.name for field in fields(PromptRecord) if field.name not in ("task", "kl"))
 
 
-def columns(records: Sequence[PromptRecord]) -> dict[str, dict[str, list]]:
-    """For each task and each of `COLUMNS`, the values of all prompts, rounded to 6 significant digits."""
-    return {
-        task: {name: [significant(getattr(record, name)) for record in found] for name in COLUMNS}
-        for task, found in by_task(records).items()
-    }
-
-
-def by_task(records: Sequence[PromptRecord]) -> dict[str, list[PromptRecord]]:
-    """The records of each task, in the order of `order_tasks`."""
+def figures(records: Sequence[PromptRecord], **bootstrap) -> dict[str, dict]:
+    """
+    A report's figures of one configuration. `tasks`: a summary of each task, and of all together if there are several;
+    `prompts`: for each task and each of `COLUMNS` the values of all prompts, rounded to 6 significant digits.
+    """
     tasks = order_tasks(record.task for record in records)
-    return {task: [record for record in records if record.task == task] for task in tasks}
-
-
-def summarise_tasks(records: Sequence[PromptRecord], **bootstrap) -> dict[str, dict]:
-    """Summaries of each task, and of all tasks together if there are several; options as of `bootstrap_interval`."""
-    groups = by_task(records)
+    groups = {task: [record for record in records if record.task == task] for task in tasks}
+    prompts = {
+        task: {name: [significant(getattr(record, name)) for record in found] for name in COLUMNS}
+        for task, found in groups.items()
+    }
     if len(groups) > 1:
-        groups[ALL] = records
-    return {task: summarise(found, **bootstrap) for task, found in groups.items()}
+        groups[ALL] = list(records)
+    return {"tasks": {task: summarise(found, **bootstrap) for task, found in groups.items()}, "prompts": prompts}
 
 
 def summarise(records: Sequence[PromptRecord], **bootstrap) -> dict:
@@ -153,12 +142,10 @@ def perplexity(records: Sequence[PromptRecord], **bootstrap) -> dict:
     if not tokens:
         return {"dense": None, "bypass": None, "delta": None, "interval": None}
 
-    def delta(sums):
-        return np.exp(sums[:, 1] / sums[:, 2]) - np.exp(sums[:, 0] / sums[:, 2])
-
     rows = [(record.dense_nll, record.nll, float(record.forced_steps)) for record in records]
     dense, other = (math.exp(min(700, math.fsum(row[column] for row in rows) / tokens)) for column in (0, 1))
-    interval = bootstrap_interval(rows, delta, **bootstrap)
+    paired = {"statistic": lambda sums: np.exp(sums[:, 1] / sums[:, 2]) - np.exp(sums[:, 0] / sums[:, 2]), **bootstrap}
+    interval = bootstrap_interval(rows, **paired)
     return {"dense": dense, "bypass": other, "delta": other - dense, "interval": interval}
 
 

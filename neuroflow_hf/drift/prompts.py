@@ -1,8 +1,6 @@
 """
-Read prompts from a file.
-
-Each line of a `.jsonl` file is an object with `prompt` and, optionally, `task`. Prompts of most tasks are texts to
-continue. One of the task `chat` is a user's message: a model reads it in its chat template, and answers.
+Read prompts from a file. Prompts of most tasks are texts to continue. One of the task `chat` is a user's message: a
+model reads it in its chat template, and answers.
 """
 
 import json
@@ -66,10 +64,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def read_json_lines(path: Path, names: Sequence[str], example: str) -> Iterator[tuple[str, dict]]:
     """
-    Place, for errors, and object of each line of a file of JSON lines.
-
-    Raises:
-        ValueError: for a line that is not an object with all of `names`; the message shows `example`.
+    Place, for errors, and object of each line of a file of JSON lines. ValueError, with `example`, for a line that is
+    not an object with all of `names`.
     """
     expected = f"expected an object such as {example}."
     for where, text in read_lines(path):

@@ -24,7 +24,7 @@ from ..evaluation.statistics import quantile
 from ..language.calibration import end_tokens
 from ..utils.files import report_text, write_whole
 from ..utils.provenance import checkout_commit, dtype_name, fingerprint, machine_and_versions
-from .decode import DriftBench
+from .decode import DriftBench, make_batches
 from .grid import (
     FIRST,
     Configuration,
@@ -34,7 +34,7 @@ from .grid import (
     thresholds_for_rates,
     weights_left_out,
 )
-from .metrics import columns, summarise_tasks
+from .metrics import figures
 from .prompts import Prompt, encode_prompt, first_of_each, order_tasks
 
 LEAST = {"new_tokens": 2, "forced_tokens": 1, "batch_size": 1, "few": 1, "max_prompt_tokens": 1, "samples": 1}
@@ -43,12 +43,7 @@ OTHER_DTYPE = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, tor
 
 @dataclass(frozen=True)
 class DriftSettings:
-    """
-    Settings of a drift evaluation.
-
-    Raises:
-        ValueError: for a value out of range.
-    """
+    """Settings of a drift evaluation. ValueError for a value out of range."""
 
     new_tokens: int = 64  # generated after each prompt; drift grows with it, so compare figures of equal length only
     forced_tokens: int = 16  # tokens at the end of each prompt that are scored; fewer if a prompt is shorter
@@ -69,8 +64,7 @@ class DriftEvaluation:
     Measures how bypasses change the text that a model generates.
 
     Args:
-        model: a [`NeuroFlowPhi3ForCausalLM`] in evaluation mode.
-        tokenizer: its tokenizer.
+        model, tokenizer: a [`NeuroFlowPhi3ForCausalLM`] in evaluation mode, and its tokenizer.
         prompts: texts to continue. Use 50 or more of each task: no divergence in n prompts bounds its probability by
             3/n only.
         path: the JSON file to write; continued if it is of the same model, prompts, settings and machine.
@@ -153,10 +147,7 @@ class DriftEvaluation:
         return DriftBench(self.model, self.rows, self.tasks, *sizes, end_tokens(self.model), show)
 
     def start_step(self, what: str, done: int = 0, total: int | None = None) -> Callable[[int], None]:
-        """
-        Report the start of a step with `done` of `total` (default: all) prompts finished. Returns what to call with
-        the number of prompts that are finished in this step.
-        """
+        """Report `done` of `total` (default: all) prompts; returns what to call with the number of this step's."""
         total = len(self.rows) if total is None else total
         self.on_step(what, done, total)
         return lambda count: self.on_step(what, done + count, total)
@@ -168,13 +159,11 @@ class DriftEvaluation:
             self.report["commits"].append(commit)
         write_whole(self.path, report_text(self.report))
 
-    def figures(self, name: str, bypass: dict | bool, done: int = 0, total: int | None = None, **how) -> dict:
+    def compare(self, name: str, bypass: dict | bool, done: int = 0, total: int | None = None, **how) -> dict:
         """The figures of one configuration, over all prompts."""
         bench = self.bench
-        found = bench.measure(bypass, on_prompts=self.start_step(name, done, total), **how)
-        records = [record for _, record in sorted(found.items())]
-        bootstrap = {"samples": self.settings.samples, "seed": self.settings.seed}
-        return {"tasks": summarise_tasks(records, **bootstrap), "prompts": columns(records)}
+        records = bench.measure(bypass, on_prompts=self.start_step(name, done, total), **how)
+        return figures(records, samples=self.settings.samples, seed=self.settings.seed)
 
     def configurations(self) -> list[Configuration]:
         """The configurations to measure; for the grid, similarities on some prompts give the thresholds by rate."""
@@ -205,10 +194,10 @@ class DriftEvaluation:
         done = {entry["kind"] for entry in self.report["noise"]}
         for kind, (name, dtype, *shape) in kinds.items():
             if kind not in done:
-                batches = self.bench.make_batches(*shape, self.few)
+                batches = make_batches(self.rows, *shape, self.few, self.forced_tokens)
                 model = copy.deepcopy(self.model).to(dtype)
-                figures = self.figures(name, False, total=len(self.few), model=model, batches=batches)
-                self.report["noise"].append({"name": name, "kind": kind, **figures})
+                found = self.compare(name, False, total=len(self.few), model=model, batches=batches)
+                self.report["noise"].append({"name": name, "kind": kind, **found})
                 self.save()
 
     def measure(self, configurations: Sequence[Configuration]):
@@ -218,18 +207,12 @@ class DriftEvaluation:
             if configuration.name in done:
                 continue
             progress = number * prompts, len(configurations) * prompts
-            figures = self.figures(configuration.name, configuration.options, *progress)
+            found = self.compare(configuration.name, configuration.options, *progress)
             bypass = configuration.bypass
-            entry = {
-                "name": configuration.name,
-                "pair": configuration.pair,
-                "guarded": bypass.is_guarded,
-                "inverted": bypass.is_inverted,
-                "asked_rate": configuration.asked_rate,
-                "options": configuration.options,
-                "weights_left_out": weights_left_out(self.model, bypass),
-            }
-            self.report["configurations"].append(entry | figures)
+            kind = {"guarded": bypass.is_guarded, "inverted": bypass.is_inverted}
+            kind["weights_left_out"] = weights_left_out(self.model, bypass)
+            entry = {"name": configuration.name, **vars(configuration), **kind, **found}
+            self.report["configurations"].append(entry)
             self.save()
         order = {configuration.name: number for number, configuration in enumerate(configurations)}
         self.report["configurations"].sort(key=lambda entry: order.get(entry["name"], len(order)))

@@ -19,12 +19,12 @@ from neuroflow_hf.drift.grid import (
 from neuroflow_hf.drift.metrics import (
     PromptRecord,
     compare_steps,
+    figures,
     first_divergence,
     kl_divergence,
     negative_log_likelihood,
     position_drift,
     summarise,
-    summarise_tasks,
 )
 from neuroflow_hf.drift.prompts import CHAT, Prompt, encode_prompt, first_of_each, order_tasks, read_prompts
 from neuroflow_hf.evaluation.statistics import (
@@ -180,7 +180,7 @@ def test_figures_of_records():
             bypassed=2,
         ),
     ]
-    found = summarise_tasks(records, samples=100)
+    found = figures(records, samples=100)["tasks"]
     assert list(found) == ["code", "prose", "all"]
     assert (found["code"]["drift"], found["code"]["diverged_prompts"], found["code"]["diverged_bound"]) == (0, 0, 1)
     assert found["prose"]["diverged_bound"] is None

@@ -10,12 +10,12 @@ from eval.docs.language import drift_table, findings_table
 from eval.language.findings import drift_findings
 from eval.report import FAILS, HOLDS, UNKNOWN
 from neuroflow_hf import NeuroFlowPhi3ForCausalLM
-from neuroflow_hf.cli.drift import write_drift
 from neuroflow_hf.drift.decode import FED_WITH_BYPASS, Batch, DriftBench, decode, feed_densely, make_batches
 from neuroflow_hf.drift.metrics import COLUMNS
 from neuroflow_hf.drift.prompts import Prompt
+from neuroflow_hf.drift.report import drift_markdown, plot_drift, summary_table
 from neuroflow_hf.drift.run import LEAST, DriftEvaluation, DriftSettings
-from neuroflow_hf.drift.tables import summary_table
+from neuroflow_hf.utils.plots import save_plot
 from tests.phi3_models import make_ours, make_tokenizer
 
 TEXTS = ["the quick brown fox", "hello", "a b c", "one two three four five six seven", "xylem", "jumps over"]
@@ -35,10 +35,6 @@ def make_bench(model, **options):
     return DriftBench(model, rows, ["code"] * len(rows), **sizes | options)
 
 
-def measure(bench, *args, **options):
-    return [record for _, record in sorted(bench.measure(*args, **options).items())]
-
-
 def share_of(model, share):
     """A threshold that this share of the steps reaches."""
     similarity = [value for value, _ in make_bench(model).similarity(1, range(len(TEXTS)))]
@@ -51,7 +47,7 @@ def share_of(model, share):
 @pytest.mark.parametrize("shape", [None, (1, 0), (2, 3)])
 def test_dense_against_dense_does_not_drift(shape):
     bench = make_bench(make_ours())
-    for record in measure(bench, False, batches=shape and bench.make_batches(*shape)):
+    for record in bench.measure(False, batches=shape and make_batches(bench.rows, *shape, scored=3)):
         assert record.drift == 0 and record.first_divergence is None and record.forced_divergent == 0
         assert max(record.kl) < 1e-6 and record.bypassed == 0
         assert record.nll == pytest.approx(record.dense_nll, abs=1e-3)
@@ -59,13 +55,13 @@ def test_dense_against_dense_does_not_drift(shape):
 
 @pytest.mark.parametrize("target", ["attention", "mlp", "block"])
 def test_a_threshold_above_1_does_not_drift(target):
-    records = measure(make_bench(make_ours()), BYPASS | {"target": target, "threshold": 1.5})
+    records = make_bench(make_ours()).measure(BYPASS | {"target": target, "threshold": 1.5})
     assert all(record.drift == 0 and record.bypassed == 0 and record.steps == 9 for record in records)
     assert all(max(record.kl) == 0 and record.nll == record.dense_nll for record in records)
 
 
 def test_a_bypass_of_every_step_drifts():
-    records = measure(make_bench(make_ours()), BYPASS | {"threshold": -1})
+    records = make_bench(make_ours()).measure(BYPASS | {"threshold": -1})
     assert all(record.bypassed == record.steps for record in records)
     assert sum(record.drift for record in records) > 0 and sum(map(sum, (r.kl for r in records))) > 0
     assert all(record.nll != record.dense_nll for record in records if record.forced_steps)
@@ -107,7 +103,7 @@ def test_texts_end_where_the_model_ends_them():
     assert any(len(text) < 10 for text in texts)
     for row, text in zip(free.tolist(), texts, strict=True):
         assert text == (row[: row.index(end) + 1] if end in row else row)
-    for record, place in zip(measure(bench, BYPASS | {"threshold": 1.5}), range(6), strict=True):
+    for record, place in zip(bench.measure(BYPASS | {"threshold": 1.5}), range(6), strict=True):
         assert record.drift == 0 and record.steps == len(bench.dense[place].tokens) - 1
 
 
@@ -130,7 +126,8 @@ def test_dense_and_bypass_have_caches_of_their_own(monkeypatch):
     assert all(len(kind) == 1 for kind in kinds.values())
     assert {True, False} == set().union(*kinds.values())
     again = make_bench(model)
-    for before, after in zip(bench.dense, again.dense, strict=True):
+    for index, before in bench.dense.items():
+        after = again.dense[index]
         assert torch.equal(before.logits, after.logits) and before.tokens == after.tokens
 
 
@@ -175,9 +172,9 @@ def test_a_whole_report(evaluate_here, tmp_path):
     assert rates == sorted(rates) and rates[0] < 0.2 < rates[2]
     findings = drift_findings(report, samples=50)
     assert findings and {found["verdict"] for found in findings} <= {HOLDS, FAILS, UNKNOWN}
-    write_drift(report, tmp_path / "a.md", tmp_path / "a.png")
-    assert {path.name for path in tmp_path.iterdir()} == {"drift.json", "a.md", "a.png"}
-    assert all(row[0] in (tmp_path / "a.md").read_text() for row in summary_table(report)[1])
+    save_plot(plot_drift(report), tmp_path / "a.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"drift.json", "a.png"}
+    assert all(row[0] in drift_markdown(report) for row in summary_table(report)[1])
     assert Image.open(tmp_path / "a.png").format == "PNG"
     assert "dense, bfloat16" in drift_table(report)
     assert all(found["claim"] in findings_table({**report, "findings": findings}) for found in findings)
