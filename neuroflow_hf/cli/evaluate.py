@@ -70,6 +70,7 @@ def evaluate(
     with one_line_errors(debug, nothing_done=f"what was measured is in {out}; the same command continues."):
         from ..evaluation.card import CARD, existing_card
         from ..evaluation.datasets import chosen_labels, find_videos
+        from ..evaluation.report import description, main_tables
         from ..evaluation.run import Evaluation, load_checkpoint
         from ..evaluation.settings import chosen_methods
         from ..loading import default_model, dtype_named, load_gate
@@ -113,7 +114,13 @@ def evaluate(
         files = write_evaluation(report, out, before, card)
         if write_card:
             write_whole(Path(model) / CARD, (out / "model_card.md").read_bytes())
-    print_evaluation(report)
+    typer.echo("\n".join(description(report)))
+    print_wide(*(figure_table(*table, title) for title, table in main_tables(report)), width=180)
+    skipped = report["videos"]["skipped"]
+    if skipped:
+        typer.echo(f"Skipped {len(skipped)} of {report['videos']['count']} videos, which cannot be read:", err=True)
+        for one in skipped[:10]:
+            typer.echo(f"  {one['reason']}", err=True)
     print_written(out, files)
     if write_card:
         print_written(Path(model), [CARD])
@@ -141,16 +148,3 @@ def write_evaluation(report: dict, out: Path, existing_card: str | None, card: b
     for name, text in texts.items():
         write_whole(out / name, text)
     return [*texts, *plots]
-
-
-def print_evaluation(report: dict):
-    """Print a report as tables, and on stderr the videos that were skipped."""
-    from ..evaluation.report import description, main_tables
-
-    typer.echo("\n".join(description(report)))
-    print_wide(*(figure_table(*table, title) for title, table in main_tables(report)), width=180)
-    skipped = report["videos"]["skipped"]
-    if skipped:
-        typer.echo(f"Skipped {len(skipped)} of {report['videos']['count']} videos, which cannot be read:", err=True)
-        for one in skipped[:10]:
-            typer.echo(f"  {one['reason']}", err=True)

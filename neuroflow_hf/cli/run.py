@@ -68,20 +68,9 @@ def run(
                 what = f"skip {record.skip_rate:.1%}, cost {record.cost:.3f}"
                 progress.show(what, record.index // stride + 1, reader.expected_frames)
 
-            summary = run_video(
-                reader,
-                loaded,
-                preprocess,
-                out,
-                gate_options,
-                dense_every=dense_every,
-                overlay=overlay,
-                labels=embedded,
-                objects=objects,
-                model_name=how["model"] or default_model().name,
-                command=command_line(),
-                on_frame=on_frame,
-            )
+            wanted = {"dense_every": dense_every, "overlay": overlay, "labels": embedded, "objects": objects}
+            named = {"model_name": how["model"] or default_model().name, "command": command_line()}
+            summary = run_video(reader, loaded, preprocess, out, gate_options, **wanted, **named, on_frame=on_frame)
     print_run(summary, out)
     if summary["status"] != "complete":
         typer.echo(f"Stopped early: {summary['message']}. The {summary['frames']} frames before are kept.", err=True)
@@ -102,8 +91,7 @@ def print_run(summary: dict, out: Path):
     if "labels" in summary:
         headers, rows = run_tables.timeline_rows(summary["labels"])
         console.print(figure_table(headers, rows[:MOST_STRETCHES]))
-        more = len(rows) - MOST_STRETCHES
-        if more > 0:
+        if (more := len(rows) - MOST_STRETCHES) > 0:
             typer.echo(f"and {more} more: all are under `labels`, `timeline` in {out / 'summary.json'}.")
     for line in run_tables.figures_in_words(summary):
         console.print(line, markup=False)

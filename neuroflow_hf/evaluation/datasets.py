@@ -64,7 +64,9 @@ def find_videos(path: str | Path | None, truth: bool = True) -> VideoSet:
     if not path.is_dir():
         return VideoSet(path.name, (EvalVideo(path, path.name),))
     name = path.resolve().name
-    files = [(file, file.relative_to(path)) for file in video_files(path)]
+    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in ENDINGS and file.is_file()]
+    files = [(file, file.relative_to(path)) for file in found]
+    files = [(file, place) for file, place in files if not any(part.startswith(".") for part in place.parts)]
     if not files:
         kinds = ", ".join(ENDINGS)
         raise ValueError(f"There is no video in {path}; expected files that end in {kinds}, or subfolders of them.")
@@ -81,25 +83,13 @@ def find_videos(path: str | Path | None, truth: bool = True) -> VideoSet:
     return VideoSet(name, videos, tuple(dict.fromkeys(video.truth for video in videos)))
 
 
-def video_files(folder: Path) -> list[Path]:
-    """The files in and below a folder with the ending of a video, sorted, without hidden ones."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in ENDINGS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
-
-
 def chosen_labels(videos: VideoSet, named: Sequence[str] | None) -> tuple[str, ...]:
     """
     The labels to choose among: those given, else the videos' classes, else those of the shipped clips; may be empty.
     ValueError if a class is not among the labels given, and if there is a single label.
     """
-    labels = tuple(named) if named is not None else videos.classes
-    if named is None and videos.name == SHIPPED:
-        labels = SHIPPED_LABELS
+    own = SHIPPED_LABELS if videos.name == SHIPPED else videos.classes
+    labels = own if named is None else tuple(named)
     missing = [name for name in videos.classes if name not in labels]
     if missing:
         raise ValueError(

@@ -68,12 +68,8 @@ def patches_of(tower: VisionTower, pixel_values: Tensor) -> int:
 def sizes_of(tower: VisionTower) -> dict[str, int]:
     """The model's sizes as arguments of the functions in `vision/cost.py`."""
     config, parts = tower.config, tower.encoder_layers()[0].parts()
-    return {
-        "dim": parts.dim,
-        "inner": parts.inner,
-        "patch_features": config.num_channels * config.patch_size**2,
-        "num_heads": parts.num_heads,
-    }
+    features = config.num_channels * config.patch_size**2
+    return {"dim": parts.dim, "inner": parts.inner, "patch_features": features, "num_heads": parts.num_heads}
 
 
 def dense_cost(tower: VisionTower, num_patches: int) -> int:

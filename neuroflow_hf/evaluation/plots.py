@@ -82,13 +82,10 @@ def plot_tuning(points: Sequence[Point], requirement: Requirement, chosen: Point
     def loss(point: Point) -> float:
         return max(style.LEAST_LOSS, 1 - point.fidelity(statistic))
 
-    def entry(point: Point) -> dict:
-        figures = {"cost": point.cost, "loss": loss(point)}
-        return {"family": point.family, "kind": "", "control": point.control, "figures": figures}
-
     figure = style.titled_figure(title, 10, 6)
     panel = figure.subplots()
-    draw_over_cost(panel, {"methods": list(map(entry, points))}, lambda figures: figures["loss"], named=False)
+    entries = [vars(one) | {"kind": "", "figures": {"cost": one.cost, "loss": loss(one)}} for one in points]
+    draw_over_cost(panel, {"methods": entries}, lambda figures: figures["loss"], named=False)
     panel.set_xscale("log")
     panel.set_yscale("log")
     required = {"color": style.KEYFRAME, "lw": 1.2, "ls": (0, (6, 3)), "label": f"required: {requirement}"}

@@ -151,14 +151,12 @@ class Evaluation:
     ):
         if frames is not None and frames < 2:
             raise ValueError(f"`frames` is {frames}; expected a whole number of at least 2.")
-        checkpoint.preprocess.patches_per_side(checkpoint.model.config.patch_size)  # refuses too low a resolution
+        model, preprocess = checkpoint.model, checkpoint.preprocess
+        preprocess.patches_per_side(model.config.patch_size)  # refuses too low a resolution
         self.checkpoint, self.videos, self.specs = checkpoint, videos, specs
         self.settings = {"frames": frames, "stride": stride}
-        self.fresh, self.on_step = fresh, on_step
-        self.processes = Processes()
-        self.store = RecordingStore(
-            out / "records", checkpoint.model, checkpoint.preprocess, ["video/reader.py"], ["av"]
-        )
+        self.fresh, self.on_step, self.processes = fresh, on_step, Processes()
+        self.store = RecordingStore(out / "records", model, preprocess, ["video/reader.py"], ["av"])
 
     def recordings_of(self, video: EvalVideo, say: Callable[[str], None]) -> dict[str, VideoRecording]:
         """The recordings of all methods for one video, read or made. Errors are those of `record`."""

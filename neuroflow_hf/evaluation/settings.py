@@ -1,8 +1,4 @@
-"""
-Which methods are compared, at which settings: presets, modes, and the baselines that each has to beat.
-
-    specs = [DENSE, *preset_methods(), *mode_methods(), FIRST, *hold_baselines(), *smaller_baselines(16, 224)]
-"""
+"""Which methods are compared, at which settings: presets, modes, and the baselines that each has to beat."""
 
 from collections.abc import Sequence
 

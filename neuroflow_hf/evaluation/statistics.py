@@ -33,11 +33,6 @@ class PairedCounts(NamedTuple):
         """Right answers of the second model."""
         return self.both + self.only_second
 
-    @property
-    def total(self) -> int:
-        """Number of questions."""
-        return sum(self)
-
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """
@@ -58,15 +53,15 @@ def paired_difference(counts: PairedCounts, confidence: float = 0.95) -> Interva
     Source: R. G. Newcombe, "Improved confidence intervals for the difference between binomial proportions based on
     paired data", 1998, method 10.
     """
-    if not counts.total:
+    if not sum(counts):
         return Interval(-1.0, 1.0)
-    first, second = (wilson(right, counts.total, confidence) for right in (counts.first, counts.second))
-    share, other = counts.first / counts.total, counts.second / counts.total
+    first, second = (wilson(right, sum(counts), confidence) for right in (counts.first, counts.second))
+    share, other = counts.first / sum(counts), counts.second / sum(counts)
     both, only_first, only_second, neither = counts
     margins = counts.first * (only_second + neither) * counts.second * (only_first + neither)
     product = both * neither - only_first * only_second
     if product > 0:
-        product = max(product - counts.total / 2, 0.0)  # Newcombe's correction
+        product = max(product - sum(counts) / 2, 0.0)  # Newcombe's correction
     correlation = product / math.sqrt(margins) if margins else 0.0
 
     def distance(a: float, b: float) -> float:
@@ -85,7 +80,7 @@ def paired_ratio(counts: PairedCounts, confidence: float = 0.95) -> Interval | N
     Source: D. G. Bonett, R. M. Price, "Confidence intervals for a ratio of binomial proportions based on paired data",
     2006, the hybrid of two Wilson intervals.
     """
-    some = counts.total - counts.neither  # questions that neither model answers say nothing about the ratio
+    some = sum(counts) - counts.neither  # questions that neither model answers say nothing about the ratio
     if not some:
         return None
     first, second = counts.first + 1, counts.second + 1
@@ -146,7 +141,7 @@ def paired_figures(name: str, counts: PairedCounts, confidence: float = 0.95) ->
     return {
         f"{name}_retention": counts.first / counts.second if counts.second else None,
         f"{name}_retention_interval": ratio_interval,
-        f"{name}_difference": (counts.first - counts.second) / counts.total,
+        f"{name}_difference": (counts.first - counts.second) / sum(counts),
         f"{name}_difference_interval": list(paired_difference(counts, confidence)),
         f"{name}_only_ours": counts.only_first,
         f"{name}_only_dense": counts.only_second,
@@ -169,9 +164,8 @@ def quantile(values: Sequence[float], share: float) -> float | None:
     return float(np.quantile(values, share)) if len(values) else None
 
 
-# --- bootstrap -----------------------------------------------------------------------------------------------------
-# Whole groups (prompts, videos, scenes) are drawn, because the tokens or frames of one group depend on each other.
-# scipy.stats.bootstrap does not fit: it draws single values, and returns NaN if one resample has no value.
+# Bootstrap: whole groups (prompts, videos, scenes) are drawn, because the tokens or frames of one group depend on each
+# other. scipy.stats.bootstrap does not fit: it draws single values, and returns NaN if one resample has no value.
 
 
 def resamples(count: int, samples: int = 2000, seed: int | np.random.Generator = 0) -> np.ndarray:

@@ -23,6 +23,7 @@ from ..video.records import cosines
 from ..video.run import settings
 from ..vision.gate_config import PRESETS
 from ..vision.modeling_neuroflow_siglip import NeuroFlowSiglipVisionModel
+from .equal_cost import COSINES
 from .methods import Dense, Method, Streamed, dense_cost, looking_cost
 
 SHORTEST_STRETCH = 12  # frames
@@ -30,12 +31,9 @@ RUNGS = 7  # settings of each family
 MOST_HOLDS = 30  # intervals of holds that are measured
 
 
-def ladder(mode: str, fixed: dict | None = None, **ends: tuple[float, float]) -> list[dict]:
-    """
-    Settings of one mode from cheap to faithful: each option goes from one end to the other in geometric steps; options
-    in `fixed` are the same in all.
-    """
-    rungs = [{"mode": mode, **(fixed or {})} for _ in range(RUNGS)]
+def ladder(mode: str, **ends: tuple[float, float]) -> list[dict]:
+    """Settings of one mode from cheap to faithful: each option goes from one end to the other in geometric steps."""
+    rungs: list[dict] = [{"mode": mode} for _ in range(RUNGS)]
     for name, (cheap, faithful) in ends.items():
         for rung, value in zip(rungs, np.geomspace(cheap, faithful, RUNGS).tolist(), strict=True):
             rung[name] = round(value) if isinstance(cheap, int) else float(f"{value:.2g}")
@@ -55,7 +53,7 @@ FAMILIES: dict[str, list[dict]] = {
     ),
     "presets": [PRESETS["thrifty"], PRESETS["balanced"], PRESETS["faithful"]],
     "extrapolate, dilated and paced": ladder(
-        "extrapolate", {"dilate": 1}, sentinels=(0.04, 0.1), cost_budget=(0.1, 0.75)
+        "extrapolate", dilate=(1, 1), sentinels=(0.04, 0.1), cost_budget=(0.1, 0.75)
     ),
     "context, keyframes by the clock": ladder("context", threshold=(0.1, 0.003), keyframe_interval=(40, 3)),
 }
@@ -66,13 +64,7 @@ TRIGGERED_HOLD, TRIGGERED_HOLDS = "hold until enough changed", ladder("hold", ke
 # normalised, to save memory
 Stretch = dict[int, torch.Tensor]
 OnStep = Callable[[str, int, int], None]
-
-
-STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
-    "mean": np.mean,
-    "p5": lambda cosines: np.percentile(cosines, 5),
-    "min": np.min,
-}
+STATISTICS = {"mean": COSINES["mean"], "p5": COSINES["p5"], "min": np.min}
 
 
 @dataclass(frozen=True, eq=False)

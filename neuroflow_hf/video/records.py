@@ -71,10 +71,10 @@ def compare_with_dense(
 
 def compare_held(
     records: Sequence[FrameRecord], cost: float, output: str = "embedding", similarity: Callable = cosines
-) -> tuple[int, list] | None:
+) -> tuple[dict, list] | None:
     """
-    The baseline at no more than `cost`: dense on every Nth frame, held between. Returns N, and the similarities to
-    dense on the *last* frame of each hold, which understates the baseline; None if the video is too short.
+    The baseline at no more than `cost`: dense on every Nth frame, held between. Returns N (`every`), its `cost`, and
+    the similarities to dense on the *last* frame of each hold, which understates it. None if the video is too short.
     """
     sampled = sampled_records(records)
     if len(sampled) < 2:
@@ -84,13 +84,14 @@ def compare_held(
     if samples >= len(sampled):
         return None
     dense = torch.stack([getattr(record, f"dense_{output}") for record in sampled])
-    return samples * step, similarity(dense[:-samples], dense[samples:]).tolist()
+    how = {"every": samples * step, "cost": 1 / (samples * step)}
+    return how, similarity(dense[:-samples], dense[samples:]).tolist()
 
 
 def held_at_cost(records: Sequence[FrameRecord], cost: float) -> dict | None:
     """The baseline of `compare_held`: `every` (N), its `cost`, and the spread of its `cosine`."""
     held = compare_held(records, cost)
-    return held and {"every": held[0], "cost": 1 / held[0], "cosine": spread(held[1])}
+    return held and {**held[0], "cosine": spread(held[1])}
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -164,8 +165,7 @@ def agreement(records: Sequence[FrameRecord], cost: float) -> dict:
     return {
         "compared_frames": len(compared["streamed"]),
         **{name: sum(values) for name, values in compared.items()},
-        "held_at_cost": held
-        and {"every": held[0], "cost": 1 / held[0], "compared_frames": len(held[1]), "agreed": sum(held[1])},
+        "held_at_cost": held and {**held[0], "compared_frames": len(held[1]), "agreed": sum(held[1])},
     }
 
 
@@ -186,7 +186,9 @@ def label_line(record: FrameRecord, names: Sequence[str]) -> dict:
 
 
 def label_words(line: dict, most: int = MOST_CHARACTERS) -> str:
-    """The label of a `label_line` or an `object_line`, of at most so many characters, and its confidence."""
+    """The label of a `label_line` or an `object_line`, cut to so many characters, and its confidence; "" without."""
+    if "label" not in line:
+        return ""
     return f"{shortened(line['label'], most)} {percent(line['confidence'])}"
 
 

@@ -106,10 +106,7 @@ def encode_video(
             mask = output.active_mask[0].cpu().numpy()
             embedding = output.pooler_output[0].float().cpu()
             dense_embedding = None if dense is None else dense.pooler_output[0].float().cpu()
-            moving = None
-            if objects:
-                found = find_objects(model, output, stream.gate, labels)[0]
-                moving = [object_line(item, *frame.image.shape[:2], covered) for item in found]
+            moving = find_objects(model, output, stream.gate, labels)[0] if objects else None
             record = FrameRecord(
                 index=frame.index,
                 time=frame.time,
@@ -122,7 +119,7 @@ def encode_video(
                 dense_milliseconds=dense_milliseconds,
                 label_logits=None if labels is None else labels.logits(embedding),
                 dense_label_logits=None if labels is None or dense is None else labels.logits(dense_embedding),
-                objects=moving,
+                objects=moving and [object_line(item, *frame.image.shape[:2], covered) for item in moving],
             )
             yield frame, mask, record
 
@@ -181,10 +178,7 @@ class RunPictures:
             return
         picture = marked_picture(image, mask, self.covered)
         if record.objects:
-            objects = [
-                (line["box"], label_words(line, MOST_CHARACTERS // 2) if "label" in line else "")
-                for line in record.objects
-            ]
+            objects = [(line["box"], label_words(line, MOST_CHARACTERS // 2)) for line in record.objects]
             picture = outline_objects(picture, objects, picture.shape[1] / image.shape[1])
         if on_sheet:
             dense = record.dense_embedding
@@ -276,9 +270,8 @@ def run_video(
                 raise
             status, message = "damaged", str(error)
 
-        gate, name = stream.gate, reader.path.name
-        how = f"mode {gate.mode}, reference {gate.reference}, {gate_rule(gate)}"
-        title = f"{name} at {preprocess.resolution} px, {how}"
+        gate = f"mode {stream.gate.mode}, reference {stream.gate.reference}, {gate_rule(stream.gate)}"
+        title = f"{reader.path.name} at {preprocess.resolution} px, {gate}"
         lines = [frame_line(record, records[0].dense_embedding) for record in records]
         if labels is not None:
             lines = [line | label_line(record, names) for line, record in zip(lines, records, strict=True)]
