@@ -8,6 +8,7 @@ test.
 
 from eval.report import finding
 from neuroflow_hf.drift.grid import FIRST, LAST, MATCHED_RATE, PUBLISHED_RATE, PUBLISHED_THRESHOLD
+from neuroflow_hf.drift.metrics import share
 from neuroflow_hf.drift.prompts import ALL
 from neuroflow_hf.drift.report import total_of
 from neuroflow_hf.evaluation.statistics import difference_interval, mean, mean_interval, zero_failure_bound
@@ -192,4 +193,4 @@ def column(entry: dict, name: str, task: str = ALL) -> list:
 
 def rate_of(entry: dict, task: str = ALL) -> float:
     """The share of steps bypassed, in one task or all; 0 without steps."""
-    return (total_of(entry) if task == ALL else entry["tasks"][task])["bypass_rate"] or 0.0
+    return share(sum(column(entry, "bypassed", task)), sum(column(entry, "steps", task))) or 0.0

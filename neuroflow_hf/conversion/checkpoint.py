@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import cached_file, has_file
+from transformers.utils import cached_file
 
 from ..language.configuration_neuroflow_phi3 import NeuroFlowPhi3Config
 from ..language.from_llama import phi3_config
@@ -91,7 +91,11 @@ def load_llama(
         phi3_config(LlamaConfig.from_dict(settings))
     # some classes of transformers 5, such as `GPT2Tokenizer`, ignore how `tokenizer.json` splits texts
     # (https://github.com/huggingface/transformers/issues/45920)
-    is_stored = has_file(source, "tokenizer.json")
-    tokenizer = load_tokenizer(source, PreTrainedTokenizerFast if is_stored else AutoTokenizer)
+    try:
+        cached_file(source, "tokenizer.json")
+        tokenizer_class: type = PreTrainedTokenizerFast
+    except OSError:
+        tokenizer_class = AutoTokenizer
+    tokenizer = load_tokenizer(source, tokenizer_class)
     on_step("Reading weights", 0, None)
     return read_model(LlamaForCausalLM, "Llama", source, "auto" if dtype is None else dtype), tokenizer
