@@ -95,10 +95,8 @@ def open_upload(video: str | None, most: int) -> VideoReader:
 def run_in_html(summary: dict, out: Path, left_out: int = 0) -> str:
     """Plot and figures of a run; `left_out` frames of the video came after those that were used."""
     plot = f'<img src="gradio_api/file={quote(str(out / "plot.png"))}" alt="cost, cosine to dense, labels over time">'
-    tables, lines = (
-        [run_tables.per_frame_rows(summary)],
-        [f"{left_out} later frames were left out."] if left_out else [],
-    )
+    tables = [run_tables.per_frame_rows(summary)]
+    lines = [f"{left_out} later frames were left out."] if left_out else []
     if summary["compared_frames"]:
         tables.insert(0, run_tables.comparison_rows(summary))
         lines.append(run_tables.baseline_note(summary))
