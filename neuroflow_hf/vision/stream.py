@@ -292,9 +292,10 @@ class NeuroFlowStream:
         hidden_states = tuple(state.get("hidden_states", ()))
         require_complete(state, memory_layout(self.gate, geometry, hidden_states))
         paces = [Pace.from_dict(pace) for pace in state["pace"]]
+        memory = {name: tensor.clone() for name, tensor in state["memory"].items()}
         self.batch_size, self.geometry = state["batch_size"], geometry
         self.frames, self.credit, self.pace = list(state["frames"]), list(state["credit"]), paces
-        self.memory = {name: tensor.clone() for name, tensor in state["memory"].items()}
+        self.memory = memory
         self.stores, self.hidden_states = None if geometry is None else ours, hidden_states
         self.frame_in_progress = False
 

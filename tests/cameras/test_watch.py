@@ -7,6 +7,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections import deque
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -23,7 +24,7 @@ from neuroflow_hf.cameras.latest import Arrival, LatestPictures
 from neuroflow_hf.cameras.mosaic import Mosaic
 from neuroflow_hf.cameras.sources import SourceLostError, open_source, open_sources, source_name
 from neuroflow_hf.cameras.streams import CameraStreams
-from neuroflow_hf.cameras.watch import Seen, watch_cameras
+from neuroflow_hf.cameras.watch import Seen, SourceFigures, watch_cameras
 from neuroflow_hf.cameras.webhook import Webhook, post_json
 from neuroflow_hf.video.labels import Labels
 from neuroflow_hf.video.preprocess import Preprocessor
@@ -427,6 +428,14 @@ class Hook(BaseHTTPRequestHandler):
         pass
 
 
+def test_the_longest_delay_of_all_is_kept():
+    counted = SourceFigures(delays=deque(maxlen=3))
+    assert counted.line(0, 0)["delay_seconds"] == {"median": None, "p95": None, "max": None}
+    for delay in (9.0, 0.1, 0.2, 0.3):
+        counted.add_delay(delay)
+    assert counted.line(4, 0)["delay_seconds"] == {"median": 0.2, "p95": 0.29, "max": 9.0}
+
+
 def test_a_webhook_gets_events_in_order_and_failures_are_counted():
     server = serve(Hook)
     server.events = []
@@ -439,6 +448,8 @@ def test_a_webhook_gets_events_in_order_and_failures_are_counted():
     header = f"Basic {base64.b64encode(b'me:se@cret').decode()}"
     assert server.events == [("application/json", header, event) for event in events]
     assert (hook.sent, hook.failed) == (2, 1) and "500" in hook.reason
+    hook.thread.join(5)
+    assert not hook.thread.is_alive()
     for wrong in ("file:///etc/passwd", "http://me:secret@", "http://me:secret@host:no", "http://host/?a=secret b"):
         with pytest.raises(ValueError, match=r"is no address.*http://") as caught:
             post_json(wrong)

@@ -25,6 +25,7 @@ from neuroflow_hf.video.reader import (
     VideoReader,
     _Clock,
     bundled_clip,
+    frame_at,
     read_frames,
 )
 
@@ -136,12 +137,14 @@ def test_whole_files_of_all_kinds_are_read_to_the_end(videos, name):
     assert_prefix(list(reader), frames)  # a reader can be used twice
 
 
-@pytest.mark.parametrize(("stride", "max_frames"), [(1, None), (7, None), (3, 4), (39, 2), (50, 2)])
-def test_selection_takes_the_frames_of_range(videos, stride, max_frames):
+@pytest.mark.parametrize(
+    ("start", "stride", "max_frames"), [(0, 1, None), (3, 1, None), (0, 7, None), (5, 3, 4), (39, 9, 2)]
+)
+def test_selection_takes_the_frames_of_range(videos, start, stride, max_frames):
     whole = list(read_frames(videos["faststart.mp4"]))
-    reader = VideoReader(videos["faststart.mp4"], stride=stride, max_frames=max_frames)
+    reader = VideoReader(videos["faststart.mp4"], start=start, stride=stride, max_frames=max_frames)
     chosen = list(reader)
-    expected = list(range(0, FRAMES, stride))[:max_frames]
+    expected = list(range(start, FRAMES, stride))[:max_frames]
     assert [frame.index for frame in chosen] == expected
     assert reader.expected_frames == len(expected)
     assert_prefix(chosen, [whole[i] for i in expected])
@@ -156,10 +159,17 @@ def test_of_each_interval_the_first_frame_is_taken(videos, every, expected):
     assert chosen[: len(expected)] == list(expected)
 
 
-@pytest.mark.parametrize("bad", [{"stride": 0}, {"max_frames": 0}, {"every": 0}])
+@pytest.mark.parametrize("bad", [{"start": -1}, {"stride": 0}, {"max_frames": 0}, {"every": 0}])
 def test_selection_out_of_range_is_refused(videos, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         VideoReader(videos["plain.mp4"], **bad)
+
+
+def test_start_past_the_end_is_refused(videos):
+    with pytest.raises(VideoError, match="expected less than 40"):
+        list(read_frames(videos["plain.mp4"], start=FRAMES))
+    with pytest.raises(VideoError, match="expected less than 40"):  # a time that no frame has
+        frame_at(videos["plain.mp4"], FRAMES, 1000.0)
 
 
 ORIENTATIONS = {
