@@ -192,6 +192,14 @@ def test_a_point_is_what_a_stream_gives(clip, vision, candidates):
     assert result.chosen in result.points
 
 
+def test_the_models_own_gate_does_not_count(clip, stock_vision, candidates):
+    candidates(context=RUNGS[:1])
+    own = NeuroFlowSiglipVisionModel.from_siglip(stock_vision, mode="hold", token_budget=1)
+    plain = NeuroFlowSiglipVisionModel.from_siglip(stock_vision)
+    one, other = ([point.cost for point in tune(clip, model, 12, max_cost=0.5).points] for model in (own, plain))
+    assert one == other
+
+
 def test_the_climb_stops_where_it_can_no_longer_win(clip, vision, candidates):
     candidates(context=RUNGS)
 
